@@ -1,0 +1,1 @@
+"""What is trained, how, and where: sweeps, models, data, the trainer and the launcher."""
