@@ -27,7 +27,7 @@ class StaticShortConv(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        generator_input: Tensor | None = None,  # ignored: one call signature for every kind
+        generator_input: Tensor | None = None,  # noqa: ARG002 - unused: one call signature for every kind
     ) -> Tensor:  # [B, T, D]
         return static_convolution(x, self.static_filter, self.residual)
 

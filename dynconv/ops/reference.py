@@ -75,11 +75,8 @@ def _convolve(
 ) -> Tensor:  # [B, T, D]
     time, width = x.shape[1], taps.shape[-2]
     padded = F.pad(x, (0, 0, width - 1, 0))
-    y = x if residual else 0
-    for tap in range(width):
-        start = width - 1 - tap
-        y = y + taps[..., tap, :] * padded[:, start : start + time]
-    return y
+    terms = [taps[..., tap, :] * padded[:, width - 1 - tap :][:, :time] for tap in range(width)]
+    return sum(terms, start=x) if residual else sum(terms[1:], start=terms[0])
 
 
 def _check_input(x: Tensor) -> None:
