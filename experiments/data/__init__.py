@@ -1,0 +1,1 @@
+"""Corpus -> tokenizer -> shards -> batches that depend on (seed, step) alone."""

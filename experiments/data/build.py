@@ -1,0 +1,207 @@
+"""corpus -> distinct documents -> splits -> tokenizer -> shards -> manifest, in a content-addressed cache."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import platform
+import shutil
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from experiments.data import tokenizer as bpe
+from experiments.data.corpus import CorpusFile, find_files, fingerprint, read_documents
+from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, seal
+from experiments.data.documents import Documents
+from experiments.data.shards import SHARD_TOKENS, SplitWriter
+from experiments.data.spec import SPLITS, DataConfig
+
+QUIET_SECONDS = 2.0  # a step that takes less draws no progress bar
+
+
+def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
+    """The folder in `cache` that holds the dataset of `spec`; built unless it is there already.
+
+    Its name hashes the specification and the corpus's fingerprint. It appears whole or not at all, however
+    many build it at once and whenever one is killed. ValueError for a bad corpus, tokenizer or cache.
+    """
+    files = find_files(spec)
+    given = None if spec.tokenizer is None else _read_tokenizer(spec)
+    key = [SCHEMA, dataclasses.asdict(spec), fingerprint(files), given and hashlib.sha256(given).hexdigest()]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    label = "python" if spec.source == "python" else "text"
+    target = cache / f"{label}-{spec.vocabulary}-{digest[:16]}"
+    if not target.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with _one_builder(target):
+                if not target.exists():
+                    _build_and_publish(target, spec, files, given, progress)
+        except OSError as error:
+            raise ValueError(
+                f"the data cache must be a folder that takes files; "
+                f"got {error.strerror} at {error.filename}; "
+                "choose another with DYNCONV_CACHE or make room"
+            ) from error
+    Dataset.open(target)
+    return target
+
+
+def _read_tokenizer(spec: DataConfig) -> bytes:
+    path = Path(str(spec.tokenizer)).expanduser()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"tokenizer must be a readable file; got {path}: {error.strerror}; mend the path or leave it out"
+        ) from error
+    try:
+        bpe.load(raw, spec.vocabulary)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path} {error}") from error
+    return raw
+
+
+@contextmanager
+def _one_builder(target: Path) -> Iterator[None]:
+    """Wait for whoever builds `target`, then clear what builders killed on this machine left of it.
+
+    The lock saves work; safety rests on unique working folders and an atomic rename, because some cluster
+    file systems have no locks, or none between hosts.
+    """
+    with (target.parent / f".{target.name}.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            yield
+            return
+        for left_over in target.parent.glob(f"{_working_prefix(target)}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        yield
+
+
+def _working_prefix(target: Path) -> str:
+    return f".{target.name}.{socket.gethostname()}."
+
+
+def _build_and_publish(
+    target: Path, spec: DataConfig, files: list[CorpusFile], given: bytes | None, progress: bool
+) -> None:
+    working = Path(tempfile.mkdtemp(prefix=_working_prefix(target), dir=target.parent))
+    try:
+        spill, dataset = working / "spill", working / "dataset"
+        spill.mkdir()
+        dataset.mkdir()
+        manifest = _write_dataset(dataset, spill, spec, files, given, progress)
+        if fingerprint(find_files(spec)) != fingerprint(files):
+            raise ValueError(
+                f'the corpus must stay as it is while it is read; got changes under "{spec.source}"; '
+                "build again when it is at rest"
+            )
+        (dataset / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        seal(dataset / MANIFEST)
+        try:
+            dataset.replace(target)
+        except OSError:  # a builder on another host was faster
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def _write_dataset(
+    folder: Path,
+    spill: Path,
+    spec: DataConfig,
+    files: list[CorpusFile],
+    given: bytes | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Write every file but the manifest, which is returned."""
+    documents, corpus = _read_corpus(spill, spec, files, progress)
+    raw = bpe.train(documents.distinct("train"), spec.vocabulary) if given is None else given
+    (folder / TOKENIZER).write_bytes(raw)
+    tokenizer = bpe.load(raw, spec.vocabulary)
+    (folder / TOKEN_BYTES).write_bytes(bpe.token_bytes(tokenizer).astype("<u2").tobytes())
+    splits = {split: _write_split(folder, split, spec, documents, tokenizer, progress) for split in SPLITS}
+    corpus["duplicates"] = corpus["documents"] - sum(counts["distinct"] for counts in splits.values())
+    return {
+        "schema": SCHEMA,
+        "spec": dataclasses.asdict(spec),
+        "python": platform.python_version() if spec.source == "python" else None,
+        "shard_tokens": SHARD_TOKENS,
+        "corpus": dict(corpus),
+        "splits": splits,
+        "files": {path.name: seal(path) for path in sorted(folder.iterdir())},
+    }
+
+
+def _read_corpus(
+    spill: Path, spec: DataConfig, files: list[CorpusFile], progress: bool
+) -> tuple[Documents, Counter[str]]:
+    total = sum(file.bytes for file in files)
+    documents = Documents(spill, total)
+    counts = Counter(files=len(files), documents=0, bytes=0, empty=0, undecodable=0)
+    with documents, _bar("reading the corpus", total, "B", progress) as bar:
+        for file in files:
+            for text in read_documents(file, spec.text_field):
+                if not text:
+                    counts["undecodable" if text is None else "empty"] += 1
+                    continue
+                documents.add(text)
+                counts.update(documents=1, bytes=len(text))
+            bar.update(file.bytes)
+    if not counts["documents"]:
+        raise ValueError(
+            f"the corpus must hold text; got {counts['empty']} empty and {counts['undecodable']} undecodable "
+            f'documents in {len(files)} files of "{spec.source}"; give UTF-8 text'
+        )
+    return documents, counts
+
+
+def _write_split(
+    folder: Path, split: str, spec: DataConfig, documents: Documents, tokenizer: Tokenizer, progress: bool
+) -> dict[str, int]:
+    """Write documents until the split has the tokens it should; count all the documents it could have had."""
+    wanted = spec.train_tokens if split == "train" else spec.validation_tokens
+    lengths = bpe.token_bytes(tokenizer)
+    writer = SplitWriter(folder, split, wanted, tokenizer.get_vocab()[bpe.END_OF_TEXT], lengths)
+    distinct = Counter[str]()
+
+    def needed() -> Iterator[bytes]:
+        for text in documents.distinct(split):
+            distinct["documents"] += 1
+            if not writer.full:
+                yield text
+
+    with writer, _bar(f"tokenizing {split}", wanted, "token", progress) as bar:
+        for encoded in bpe.encode(tokenizer, needed(), lengths):
+            if not writer.full:
+                writer.add(encoded)
+                bar.update(writer.tokens - bar.n)
+    if not writer.full:
+        raise ValueError(
+            f"{split}_tokens must be at most what the corpus holds; got {wanted}, "
+            f"the corpus has {writer.tokens} {split} tokens at vocabulary {spec.vocabulary} "
+            f"in {distinct['documents']} documents; "
+            f"lower {split}_tokens or add text"
+            + (" (site_packages = true)" if spec.source == "python" and not spec.site_packages else "")
+        )
+    return {
+        "tokens": writer.tokens,
+        "bytes": writer.bytes,
+        "documents": len(writer.starts),
+        "distinct": distinct["documents"],
+    }
+
+
+def _bar(name: str, total: int, unit: str, progress: bool) -> "tqdm[None]":
+    return tqdm(desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, disable=not progress)

@@ -1,0 +1,144 @@
+"""A built dataset on disk: memory-mapped shards of token ids, described by manifest.json. numpy only.
+
+    manifest.json               the specification, counts, and each file's length and SHA-256
+    tokenizer.json              as the Hugging Face library writes it
+    token-bytes.bin             uint16 [vocabulary]: the UTF-8 bytes each token stands for
+    train-00000.bin ...         token ids, SHARD_TOKENS in each but the last; documents end with end-of-text
+    train-documents.bin         uint64: the position of each document's first token
+    validation-00000.bin ...    likewise
+
+All numbers are little-endian.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.data.spec import SPLITS
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+TOKEN_BYTES = "token-bytes.bin"
+REMEDY = "remove the folder and build the data again"
+
+
+def token_type(vocabulary: int) -> np.dtype[Any]:
+    return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.bin"
+
+
+def documents_name(split: str) -> str:
+    return f"{split}-documents.bin"
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """A file's length and SHA-256, once it is safely on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+class Dataset:
+    """Use `Dataset.open`. `sha256` is the manifest's hash: it stands for every byte of the dataset."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], sha256: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.sha256 = sha256
+        self.vocabulary: int = manifest["spec"]["vocabulary"]
+        self.tokenizer_sha256: str = manifest["files"][TOKENIZER]["sha256"]
+        self._shard_tokens: int = manifest["shard_tokens"]
+        self._shards: dict[str, list[NDArray[Any]]] = {
+            split: [
+                np.memmap(path / shard_name(split, number), dtype=token_type(self.vocabulary), mode="r")
+                for number in range(-(-self.tokens(split) // self._shard_tokens))
+            ]
+            for split in SPLITS
+        }
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Check the manifest and the length of each file; ValueError names what is wrong. Reads no shard."""
+        path = Path(path)
+        try:
+            raw = (path / MANIFEST).read_bytes()
+            manifest = json.loads(raw)
+            schema, files = manifest["schema"], manifest["files"]
+            lengths = {name: entry["bytes"] for name, entry in files.items()}
+        except OSError as error:
+            raise ValueError(
+                f"a dataset must hold {MANIFEST}; got {path}: {error.strerror}; run `dynconv data build`"
+            ) from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path / MANIFEST} must describe a dataset; got {error!r} while reading it; {REMEDY}"
+            ) from error
+        if schema != SCHEMA:
+            raise ValueError(f"{path / MANIFEST} must have schema {SCHEMA}; got {schema}; {REMEDY}")
+        for name, wanted in lengths.items():
+            _check_length(path / name, wanted)
+        return cls(path, manifest, hashlib.sha256(raw).hexdigest())
+
+    def verify(self) -> None:
+        """Read every file and compare it with its checksum; ValueError names the first that differs."""
+        for name, entry in self.manifest["files"].items():
+            _check_length(self.path / name, entry["bytes"])
+            if (got := seal(self.path / name)["sha256"]) != entry["sha256"]:
+                raise ValueError(
+                    f"{self.path / name} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}"
+                )
+
+    def tokens(self, split: str) -> int:
+        """The number of tokens in "train" or "validation"."""
+        return int(self.manifest["splits"][split]["tokens"])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes a token of the train split."""
+        train = self.manifest["splits"]["train"]
+        return float(train["bytes"] / train["tokens"])
+
+    def token_bytes(self) -> NDArray[np.uint16]:  # [vocabulary]
+        """The UTF-8 bytes that each token stands for; zero for end-of-text."""
+        return np.fromfile(self.path / TOKEN_BYTES, dtype="<u2")
+
+    def document_starts(self, split: str) -> NDArray[np.uint64]:  # [documents]
+        """The position in the split of each document's first token."""
+        return np.fromfile(self.path / documents_name(split), dtype="<u8")
+
+    def windows(
+        self,
+        split: str,
+        starts: NDArray[np.int64],  # [n]
+        length: int,
+    ) -> NDArray[np.int64]:  # [n, length]
+        """Runs of `length` tokens from each start, across shards where they must."""
+        assert len(starts) == 0 or 0 <= starts.min() <= starts.max() <= self.tokens(split) - length
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        for window, start in zip(windows, starts.tolist(), strict=True):
+            done = 0
+            while done < length:
+                shard, offset = divmod(start + done, self._shard_tokens)
+                part = self._shards[split][shard][offset : offset + length - done]
+                window[done : done + len(part)] = part
+                done += len(part)
+        return windows
+
+
+def _check_length(path: Path, wanted: int) -> None:
+    try:
+        got = f"{path.stat().st_size} bytes"
+    except OSError as error:
+        got = str(error.strerror)
+    if got != f"{wanted} bytes":
+        raise ValueError(f"{path} must have {wanted} bytes; got {got}; {REMEDY}")

@@ -1,0 +1,57 @@
+"""What `dynconv data inspect` prints about a built dataset."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.data.dataset import TOKENIZER, Dataset
+from experiments.data.spec import SPLITS
+
+SAMPLE_TOKENS = 48
+
+
+def to_dict(path: Path | str) -> dict[str, Any]:
+    """The dataset's specification, counts and hashes, and the text that its train split starts with."""
+    dataset = Dataset.open(path)
+    first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
+    tokenizer = Tokenizer.from_file(str(dataset.path / TOKENIZER))
+    return {
+        "path": str(dataset.path),
+        "sha256": dataset.sha256,
+        "tokenizer_sha256": dataset.tokenizer_sha256,
+        "bytes_per_token": dataset.bytes_per_token,
+        "sample": tokenizer.decode(first[0].tolist(), skip_special_tokens=False),
+        **{key: dataset.manifest[key] for key in ("spec", "python", "corpus", "splits")},
+    }
+
+
+def inspect(path: Path | str) -> str:
+    """`to_dict` for people; the sample as a Python literal, so that no text can steer the terminal."""
+    facts = to_dict(path)
+    corpus, spec = facts["corpus"], facts["spec"]
+    python = f" of Python {facts['python']}" if facts["python"] else ""
+    lines = [
+        facts["path"],
+        f"source       {spec['source']}{python}{' with site-packages' if spec['site_packages'] else ''}",
+        f"corpus       {corpus['files']:,} files, {corpus['documents']:,} documents, "
+        f"{corpus['bytes']:,} bytes",
+        f"dropped      {corpus['duplicates']:,} duplicates, {corpus['undecodable']:,} not UTF-8, "
+        f"{corpus['empty']:,} empty",
+    ]
+    for split in SPLITS:
+        counts = facts["splits"][split]
+        lines.append(
+            f"{split:12} {counts['tokens']:,} tokens, {counts['bytes']:,} bytes, "
+            f"{counts['documents']:,} of {counts['distinct']:,} documents"
+        )
+    return "\n".join(
+        [
+            *lines,
+            f"vocabulary   {spec['vocabulary']:,}, {facts['bytes_per_token']:.3f} bytes a token",
+            f"starts with  {facts['sample']!r}",
+            f"manifest     {facts['sha256']}",
+            f"tokenizer    {facts['tokenizer_sha256']}",
+        ]
+    )
