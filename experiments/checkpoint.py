@@ -1,0 +1,52 @@
+"""Checkpoints of a run: written whole or not at all, read without unpickling code, newest complete one first."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.runlog import write_atomically
+
+KEPT = 2  # the one before the newest stands in should the newest be unreadable
+
+
+def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
+    """Write the checkpoint of `step` and remove those that are no longer needed."""
+    folder = run_dir / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"step-{step:010d}.pt", lambda temporary: torch.save(state, temporary))
+    for old in _newest_first(run_dir)[KEPT:]:
+        old.unlink(missing_ok=True)
+
+
+def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
+    """The newest readable checkpoint of this run, or None before the first.
+
+    An unreadable one is named on standard error and passed over. Raises ValueError for a checkpoint of another run.
+    """
+    for path in _newest_first(run_dir):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a different type for each way in which a file can be torn
+            print(f"{path} is unreadable ({type(error).__name__}); trying the one before it", file=sys.stderr)
+            continue
+        if not isinstance(state, dict) or state.get("run_id") != run_id:
+            got = state.get("run_id") if isinstance(state, dict) else None
+            raise ValueError(f"{path} is a checkpoint of run {got}; wanted {run_id}; move it away and retry")
+        return state
+    return None
+
+
+def remove(run_dir: Path) -> None:
+    """Remove a finished run's checkpoints; its weights stay in model.pt."""
+    for path in _newest_first(run_dir):
+        path.unlink(missing_ok=True)
+    folder = run_dir / "checkpoint"
+    if folder.is_dir() and not any(os.scandir(folder)):
+        folder.rmdir()
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoint").glob("step-*.pt"), reverse=True)

@@ -1,0 +1,97 @@
+"""TOML files into frozen dataclasses, strictly: an unknown key or a wrong type is an error a person can act on."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def load(path: Path, cls: type[T]) -> T:
+    """Read a TOML file as `cls`. Raises ValueError naming the file, the key, the legal values, the nearest."""
+    return parse(read_toml(path), cls, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is missing or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file; give the path of a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse(table: Mapping[str, Any], cls: type[T], where: str) -> T:
+    """`table` as an instance of the dataclass `cls`; `where` begins every message, e.g. the file's name."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r}; {legal(key, fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}: missing key {', '.join(map(repr, missing))}; add it")
+    values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:  # a dataclass's own check, which knows its fields but not the file
+        raise ValueError(f"{where}: {error}") from None
+
+
+def choose(value: str, options: Iterable[str], where: str) -> str:
+    """`value` when it is one of `options`; else a ValueError with the legal values and the nearest match."""
+    options = list(options)
+    if value not in options:
+        raise ValueError(f"{where}: got {value!r}; {legal(value, options)}")
+    return value
+
+
+def legal(value: str, options: Iterable[str]) -> str:
+    options = list(options)
+    near = difflib.get_close_matches(value, options, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}legal: {', '.join(options)}"
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return choose(_expect(value, str, where), arguments, where)
+    if origin is types.UnionType:  # X | None: TOML has no null, JSON has
+        (inner,) = [argument for argument in arguments if argument is not type(None)]
+        return None if value is None else _convert(value, inner, where)
+    if origin is tuple:
+        items = _expect(value, (list, tuple), where)
+        return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(items))
+    if origin in (dict, Mapping):
+        table = _expect(value, dict, where)
+        return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in table.items()}
+    if dataclasses.is_dataclass(hint):
+        return parse(_expect(value, dict, where), typing.cast(type, hint), where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return _expect(value, hint, where)
+
+
+def _expect(value: Any, cls: Any, where: str) -> Any:
+    names = {
+        str: "a string",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        dict: "a table",
+    }
+    if not isinstance(value, cls) or (isinstance(value, bool) and cls is not bool):
+        want = names.get(cls, "an array")
+        raise ValueError(f"{where}: got {value!r}; wanted {want}")
+    return value

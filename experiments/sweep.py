@@ -1,0 +1,175 @@
+"""A sweep file -> a list of frozen runs whose compute is matched. A new arm is an entry of `ARMS`, or a table
+`[arm.NAME]` in the sweep file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from experiments import flops, strict
+from experiments.config import ConvConfig, Kind, ModelConfig, RunConfig, TrainConfig
+from experiments.data.spec import DataConfig
+from experiments.ladder import LADDERS, Ladder, Rung
+
+FLOPS_TOLERANCE = 1e-3  # of the baseline's FLOPs, under match = "flops"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One architecture variant. `rank` and `head_size` default to the ladder's."""
+
+    kind: Kind = "none"
+    sites: tuple[str, ...] = ()
+    width: int = 4
+    rank: int | None = None
+    head_size: int | None = None
+    residual: bool = True
+    static_filter: bool = True
+    qk_norm: bool = False
+
+
+_QKV = ("q", "k", "v")
+_ALL_LINEAR = (*_QKV, "o", "gate", "up", "down")
+
+ARMS = {
+    "transformer": Arm(),
+    "static-qkv": Arm("static", _QKV),
+    "headwise-qkv": Arm("headwise", _QKV),
+    "lowrank-qkv": Arm("lowrank", _QKV),
+    "lowrank-all": Arm("lowrank", _ALL_LINEAR),
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The file's content: what a person writes."""
+
+    name: str
+    ladder: str
+    sizes: tuple[str, ...]
+    arms: tuple[str, ...]
+    baseline: str
+    seeds: tuple[int, ...]
+    tokens_per_parameter: float  # of the baseline's total N
+    match: Literal["tokens", "flops"]
+    data: DataConfig
+    evaluations: int = 8  # on the held-out set during a run, beside the one at its end
+    max_epochs: float = 4.0  # over the data; more is refused
+    arm: Mapping[str, Arm] = field(default_factory=dict)  # the file's own arms
+
+    def __post_init__(self) -> None:
+        for name in ("sizes", "arms", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} is empty; name at least one")
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names one twice; got {list(values)}")
+        for name in ("tokens_per_parameter", "evaluations", "max_epochs"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above zero; got {getattr(self, name)}")
+        if self.name != Path(self.name).name or self.name.startswith("."):
+            raise ValueError(f"name must be a plain word, as a folder is named after it; got {self.name!r}")
+        strict.choose(self.ladder, LADDERS, "ladder")
+        for size in self.sizes:
+            strict.choose(size, LADDERS[self.ladder].sizes, f"sizes of ladder {self.ladder!r}")
+        known = ARMS | dict(self.arm)
+        for arm in self.arms:
+            strict.choose(arm, known, "arms")
+        strict.choose(self.baseline, self.arms, "baseline: one of this sweep's arms is wanted")
+        redefined = sorted(set(self.arm) & set(ARMS))
+        if redefined:
+            raise ValueError(f"arm {redefined[0]!r} is built in; give your variant another name")
+
+
+def load_sweep(path: Path) -> list[RunConfig]:
+    """All runs of a sweep file, largest sizes last.
+
+    Raises ValueError for anything illegal in it, for compute that cannot be matched within 0.1%, and for more
+    epochs over the data than the sweep allows.
+    """
+    sweep = strict.load(path, Sweep)
+    try:
+        return [_run(sweep, size, arm, seed) for size in sweep.sizes for arm in sweep.arms for seed in sweep.seeds]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _run(sweep: Sweep, size: str, arm: str, seed: int) -> RunConfig:
+    ladder = LADDERS[sweep.ladder]
+    rung = ladder.sizes[size]
+    arms = ARMS | dict(sweep.arm)
+    baseline = _model(ladder, rung, arms[sweep.baseline], sweep.data.vocabulary)
+    model = _model(ladder, rung, arms[arm], sweep.data.vocabulary)
+    baseline_sequences = round(sweep.tokens_per_parameter * flops.parameters(baseline) / rung.sequence_length)
+    if baseline_sequences < rung.batch_sequences:
+        raise ValueError(
+            f"{size}: tokens_per_parameter = {sweep.tokens_per_parameter} gives {baseline_sequences} sequences; "
+            f"one batch takes {rung.batch_sequences}; raise it"
+        )
+    sequences = baseline_sequences
+    if sweep.match == "flops":
+        sequences = _matched_sequences(baseline, model, baseline_sequences, rung.sequence_length, f"{arm} {size}")
+    train = TrainConfig(
+        tokens=sequences * rung.sequence_length,
+        sequence_length=rung.sequence_length,
+        batch_sequences=rung.batch_sequences,
+        learning_rate=rung.learning_rate,
+        warmup_fraction=ladder.warmup_fraction,
+        evaluate_every=_evaluation_interval(sweep, rung, baseline_sequences),
+        held_out_sequences=(sweep.data.validation_tokens - 1) // rung.sequence_length,
+    )
+    run = RunConfig(
+        sweep.name, arm, sweep.baseline, sweep.ladder, size, seed, model=model, train=train, data=sweep.data
+    )
+    if epochs(run) > sweep.max_epochs:
+        raise ValueError(
+            f"{arm} {size} would read the data {epochs(run):.1f} times; at most max_epochs = {sweep.max_epochs:g} "
+            "is allowed; raise train_tokens or max_epochs, or lower tokens_per_parameter"
+        )
+    return run
+
+
+def epochs(run: RunConfig) -> float:
+    """Passes over the training tokens."""
+    return run.train.tokens / run.data.train_tokens
+
+
+def _matched_sequences(
+    baseline: ModelConfig, model: ModelConfig, baseline_sequences: int, sequence_length: int, where: str
+) -> int:
+    """Whole sequences at which the model's exact training FLOPs equal the baseline's."""
+    budget = baseline_sequences * flops.training_flops_per_sequence(baseline, sequence_length)
+    each = flops.training_flops_per_sequence(model, sequence_length)
+    sequences = round(budget / each)
+    error = sequences * each / budget - 1
+    if abs(error) > FLOPS_TOLERANCE:
+        raise ValueError(
+            f"{where}: FLOPs match the baseline's only within {error:+.2%}, 0.1% is wanted; "
+            "raise tokens_per_parameter, so that one sequence is a smaller share"
+        )
+    return sequences
+
+
+def _model(ladder: Ladder, rung: Rung, arm: Arm, vocabulary: int) -> ModelConfig:
+    conv = ConvConfig(arm.kind, arm.sites, arm.width, residual=arm.residual, static_filter=arm.static_filter)
+    if arm.kind == "lowrank":
+        conv = replace(conv, rank=ladder.rank if arm.rank is None else arm.rank)
+    if arm.kind == "headwise":
+        conv = replace(conv, head_size=ladder.head_size if arm.head_size is None else arm.head_size)
+    return ModelConfig(
+        layers=rung.layers,
+        width=rung.width,
+        ffn=rung.ffn,
+        heads=rung.heads,
+        kv_heads=rung.heads,
+        vocabulary=vocabulary,
+        qk_norm=arm.qk_norm,
+        init_std=ladder.init_std,
+        conv=conv,
+    )
+
+
+def _evaluation_interval(sweep: Sweep, rung: Rung, baseline_sequences: int) -> int:
+    """Tokens between evaluations: whole batches, the same for every arm of a size."""
+    batches = max(1, baseline_sequences // rung.batch_sequences // sweep.evaluations)
+    return batches * rung.batch_sequences * rung.sequence_length
