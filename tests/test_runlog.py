@@ -1,0 +1,194 @@
+"""The run log: whole or not at all, killed at any instant, resumed without losing or doubling a step."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from planted import ABOUT, write_config, write_run
+
+from analysis.runlog import RunLog, next_attempt, progress, read_json, read_rows, status
+
+LAST_STEP = 40
+
+
+def loss_at(step: int) -> float:
+    return 4 + 1 / step
+
+
+def train(run_dir: Path) -> None:
+    """What a trainer does, in small: resume from the checkpoint, log, flush before each checkpoint, finish."""
+    checkpoint = run_dir / "checkpoint.json"
+    done = read_json(checkpoint)["step"] if checkpoint.exists() else 0
+    log = RunLog(run_dir, attempt=next_attempt(run_dir), first_step=done + 1, about=ABOUT, flush_seconds=0.002)
+    for step in range(done + 1, LAST_STEP + 1):
+        log.step(step, step * 100, loss_at(step), 1.0, 3e-4, 0.01)
+        if step % 10 == 0:
+            log.evaluation(step, step * 100, loss_at(step), None, 0.02)
+        if step % 5 == 0:
+            log.flush()
+            temporary = run_dir / "checkpoint.tmp"
+            temporary.write_text(json.dumps({"step": step}))
+            temporary.replace(checkpoint)
+    log.finish({})
+
+
+def check_log(run_dir: Path) -> int:
+    """Every step up to the last logged one is there once and right; the log covers the checkpoint."""
+    steps = read_rows(run_dir, "steps")
+    numbers = steps.table["step"].to_pylist()
+    assert steps.problems == []
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert steps.table["loss"].to_pylist() == [loss_at(step) for step in numbers]
+    evals = read_rows(run_dir, "evals").table["step"].to_pylist()
+    assert evals == [step for step in range(10, LAST_STEP + 1, 10) if step <= (evals or [0])[-1]]
+    if (run_dir / "checkpoint.json").exists():
+        saved = read_json(run_dir / "checkpoint.json")["step"]
+        assert len(numbers) >= saved
+        assert len(evals) >= saved // 10
+    return len(numbers)
+
+
+def test_killed_at_random_moments_it_neither_loses_nor_doubles_a_step(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "pyarrow.parquet", "numpy"])
+    moments = random.Random(2)
+    kills = 0
+    for run in range(4):
+        run_dir = write_config(tmp_path, seed=run)
+        while not (run_dir / "run.json").exists():
+            attempt = next_attempt(run_dir)
+            child = context.Process(target=train, args=(run_dir,))
+            child.start()
+            while child.is_alive() and next_attempt(run_dir) == attempt:
+                time.sleep(0.0005)
+            time.sleep(moments.uniform(0, 0.04 + 0.02 * attempt))  # longer each time, so that it ends
+            child.kill()
+            child.join()
+            kills += child.exitcode == -signal.SIGKILL
+            assert child.exitcode in (0, -signal.SIGKILL)
+            check_log(run_dir)
+        assert check_log(run_dir) == LAST_STEP
+        run_json = read_json(run_dir / "run.json")
+        assert (run_json["steps"], run_json["loss"]) == (LAST_STEP, loss_at(LAST_STEP))
+        assert run_json["seconds"]["train"] == pytest.approx(0.01 * LAST_STEP)
+    assert kills > 15
+
+
+def test_a_step_that_a_resumed_attempt_repeats_is_kept_once(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path)
+    first = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    first.evaluation(0, 0, 9.0, None, 0.5)
+    for step in range(1, 9):
+        first.step(step, step, 5.0, 1.0, 1e-3, 0.1)
+    first.add_seconds("queue", 2.0)
+    first.flush()
+    second = RunLog(run_dir, attempt=2, first_step=6, about=ABOUT)
+    for step in range(6, 11):
+        second.step(step, step, 4.0, 1.0, 1e-3, 0.1)
+    second.evaluation(10, 10, 3.5, 1.2, 0.5)
+    second.add_seconds("queue", 3.0)
+    second.finish({"note": "kept"})
+    run = read_json(run_dir / "run.json")
+    assert run["seconds"] == pytest.approx(
+        {"queue": 5, "startup": 0, "compile": 0, "train": 1.0, "eval": 1.0, "checkpoint": 0, "lost": 0.3}
+    )
+    assert (run["attempts"], run["steps"], run["loss"], run["bits_per_byte"]) == (2, 10, 3.5, 1.2)
+    assert run["tokens_per_second"] == pytest.approx(20_000_000)
+    assert (run["arm"], run["flops_6nd"], run["device"], run["note"]) == ("transformer", 1.2e14, "cpu", "kept")
+    steps = read_rows(run_dir, "steps").table
+    assert steps["step"].to_pylist() == list(range(1, 11))
+    assert steps["attempt"].to_pylist() == [1] * 5 + [2] * 5
+    assert read_rows(run_dir, "evals").table["step"].to_pylist() == [0, 10]
+    assert list(run_dir.glob("*-*-*.parquet")) == []
+
+
+def test_leftover_parts_of_a_complete_run_are_not_read(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path)
+    write_run(run_dir, 3.0)
+    (run_dir / "steps-0001-00001.parquet").write_bytes((run_dir / "steps.parquet").read_bytes())
+    assert read_rows(run_dir, "steps").table.num_rows == 4
+
+
+def test_a_merge_without_run_json_is_not_read(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path)
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    log.step(1, 10, 5.0, 1.0, 1e-3, 0.1)
+    log.flush()
+    part = next(run_dir.glob("steps-*.parquet"))
+    (run_dir / "steps.parquet").write_bytes(part.read_bytes())
+    assert read_rows(run_dir, "steps").table.num_rows == 1
+
+
+def test_torn_and_foreign_parts_are_named_and_left_out(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path)
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT, flush_seconds=0)
+    log.step(1, 10, 5.0, 1.0, 1e-3, 0.1)
+    log.step(2, 20, 5.0, 1.0, 1e-3, 0.1)
+    log.evaluation(2, 20, 5.0, None, 0.1)
+    log.flush()
+    second = run_dir / "steps-0001-00002.parquet"
+    torn = second.read_bytes()[:-20]
+    second.write_bytes(torn)
+    (run_dir / "steps-0007-00001.parquet").write_bytes(torn)
+    (run_dir / "steps-0001-00009.parquet").write_bytes(next(run_dir.glob("evals-*")).read_bytes())
+    rows = read_rows(run_dir, "steps")
+    assert rows.table["step"].to_pylist() == [1]
+    assert [problem.split(" ", 1)[1].split(";")[0][:20] for problem in rows.problems] == [
+        "is unreadable (Could",
+        "has columns ['attemp",
+        "belongs to no readab",
+    ]
+
+
+def test_status_and_progress(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path)
+    assert (status(run_dir), progress(run_dir)) == ("unfinished", None)
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT, clock=lambda: 50.0)
+    log.step(1, 10, 5.0, 1.0, 1e-3, 0.1)
+    log.fail(2, "loss is nan")
+    assert status(run_dir) == "failed"
+    assert read_json(run_dir / "failure.json") == {"attempt": 1, "step": 2, "cause": "loss is nan", "time": 50.0}
+    at = progress(run_dir)
+    assert at is not None
+    assert (at.attempt, at.step, at.tokens, at.loss, at.updated_at) == (1, 1, 10, 5.0, 50.0)
+    RunLog(run_dir, attempt=2, first_step=1, about=ABOUT)
+    assert status(run_dir) == "unfinished"
+    (run_dir / "cancelled").touch()
+    assert status(run_dir) == "cancelled"
+
+
+def test_a_directory_that_is_no_run_or_a_finished_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is missing"):
+        RunLog(tmp_path, attempt=1, first_step=1, about=ABOUT)
+    run_dir = write_config(tmp_path)
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    with pytest.raises(ValueError, match="has an attempt 1 already; the next is 2"):
+        RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    with pytest.raises(ValueError, match="no evaluation"):
+        log.finish({})
+    with pytest.raises(ValueError, match="no clock 'train'"):
+        log.add_seconds("train", 1.0)
+    write_run(run_dir, 3.0)
+    with pytest.raises(ValueError, match="complete run"):
+        RunLog(run_dir, attempt=3, first_step=1, about=ABOUT)
+
+
+def test_logging_costs_under_a_hundredth_of_a_ten_millisecond_step(tmp_path: Path) -> None:
+    """CPU seconds of 1,000 steps of 10 ms and of the one flush that their 10 s bring, as a share of these 10 s."""
+    log = RunLog(write_config(tmp_path), attempt=1, first_step=1, about=ABOUT, flush_seconds=1e9)
+    costs = []
+    for start in range(0, 5000, 1000):
+        began = time.perf_counter()
+        for step in range(start, start + 1000):
+            log.step(step, step * 4096, 3.0, 1.0, 3e-4, 0.01)
+        log.flush()
+        costs.append(time.perf_counter() - began)
+    share = sorted(costs)[2] / 10.0
+    print(f"logging takes {share:.3%} of a 10 ms step")
+    assert share < 0.01
