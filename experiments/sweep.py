@@ -82,16 +82,21 @@ class Sweep:
 
 
 def load_sweep(path: Path) -> list[RunConfig]:
-    """All runs of a sweep file, largest sizes last.
+    """All runs of a sweep file.
 
     Raises ValueError for anything illegal in it, for compute that cannot be matched within 0.1%, and for more
     epochs over the data than the sweep allows.
     """
     sweep = strict.load(path, Sweep)
     try:
-        return [_run(sweep, size, arm, seed) for size in sweep.sizes for arm in sweep.arms for seed in sweep.seeds]
+        return expand(sweep)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def expand(sweep: Sweep) -> list[RunConfig]:
+    """All runs, by size, then arm, then seed."""
+    return [_run(sweep, size, arm, seed) for size in sweep.sizes for arm in sweep.arms for seed in sweep.seeds]
 
 
 def _run(sweep: Sweep, size: str, arm: str, seed: int) -> RunConfig:

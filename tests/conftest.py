@@ -1,0 +1,73 @@
+"""What several rooms' tests share: a small real dataset and runs on it that take a second."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
+
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.config import ConvConfig, Execution, ModelConfig, RunConfig, TrainConfig
+from experiments.data.build import build
+from experiments.data.dataset import Dataset
+from experiments.data.spec import DataConfig
+from experiments.run import write_config
+
+LOWRANK = ConvConfig("lowrank", ("q", "k", "v"), rank=2)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the standard library as .txt files."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
+        (folder / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(text_folder: Path) -> DataConfig:
+    return DataConfig(source=str(text_folder), vocabulary=300, train_tokens=40_000, validation_tokens=2_000)
+
+
+@pytest.fixture(scope="session")
+def dataset(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return Dataset.open(build(tiny_data, tmp_path_factory.mktemp("cache"), progress=False))
+
+
+@pytest.fixture
+def tiny_run(tiny_data: DataConfig) -> RunConfig:
+    """25 steps, the last batch short, evaluated every 8 steps."""
+    return RunConfig(
+        sweep="test",
+        arm="lowrank-qkv",
+        baseline="transformer",
+        ladder="nano",
+        size="tiny",
+        seed=3,
+        model=ModelConfig(layers=2, width=16, ffn=24, heads=2, kv_heads=2, vocabulary=300, conv=LOWRANK),
+        train=TrainConfig(
+            tokens=16 * (8 * 24 + 5),
+            sequence_length=16,
+            batch_sequences=8,
+            learning_rate=1e-2,
+            evaluate_every=16 * 8 * 8,
+            held_out_sequences=50,
+        ),
+        data=tiny_data,
+    )
+
+
+@pytest.fixture
+def submitted(dataset: Dataset) -> Callable[..., Path]:
+    """Freeze a run in a store as the launcher does; its directory."""
+
+    def write(run: RunConfig, store: Path, **execution: object) -> Path:
+        settings = Execution(**({"device": "cpu"} | execution))  # type: ignore[arg-type]  # checked by the class
+        return write_config(run, store, dataset, settings, code_commit=None, submitted_at=time.time())
+
+    return write

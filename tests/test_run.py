@@ -1,0 +1,178 @@
+"""One run from its directory: to the end, through kills and preemptions, and with bad input."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from submitit.local.local import LocalExecutor
+
+from analysis.runlog import read_rows
+from experiments import checkpoint
+from experiments.config import RunConfig
+from experiments.run import Run, RunFailed
+
+Submitted = Callable[..., Path]
+
+
+def result(run_dir: Path) -> dict:
+    return json.loads((run_dir / "run.json").read_text())
+
+
+def losses(run_dir: Path) -> list[float]:
+    return pq.read_table(run_dir / "steps.parquet")["loss"].to_pylist()
+
+
+def expect_whole(run_dir: Path, reference: Path) -> None:
+    """The same steps and evaluations, once each and bit for bit, as an uninterrupted run."""
+    steps, evals = (pq.read_table(run_dir / f"{kind}.parquet") for kind in ("steps", "evals"))
+    want_steps, want_evals = (pq.read_table(reference / f"{kind}.parquet") for kind in ("steps", "evals"))
+    for got, want in ((steps, want_steps), (evals, want_evals)):
+        for column in ("step", "tokens", "loss"):
+            assert got[column].to_pylist() == want[column].to_pylist()
+    got, want = torch.load(run_dir / "model.pt"), torch.load(reference / "model.pt")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.fixture
+def reference(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> Path:
+    run_dir = submitted(tiny_run, tmp_path / "reference")
+    Run(run_dir)()
+    return run_dir
+
+
+def test_a_run_goes_to_its_end_and_is_not_run_again(reference: Path, tiny_run: RunConfig) -> None:
+    run = result(reference)
+    assert run["steps"] == 25 == len(losses(reference))
+    assert run["tokens"] == tiny_run.train.tokens
+    evals = pq.read_table(reference / "evals.parquet")
+    assert evals["step"].to_pylist() == [8, 16, 24, 25]
+    assert evals["loss"].to_pylist()[-1] == run["loss"]
+    assert 0 < run["seconds"]["train"] < 60
+    assert run["tokens_per_second"] == pytest.approx(tiny_run.train.tokens / run["seconds"]["train"])
+    assert not (reference / "checkpoint").exists()
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in reference.iterdir())
+    Run(reference)()
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in reference.iterdir()) == before
+
+
+def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path
+) -> None:
+    """SIGKILL, again and again, while every step is checkpointed; then left to finish."""
+    long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 150))
+    reference = submitted(long, tmp_path / "reference")
+    Run(reference)()
+    run_dir = submitted(long, tmp_path / "killed", checkpoint_minutes=0.0, max_attempts=1000)
+    context = multiprocessing.get_context("fork")
+    moments = random.Random(0)
+    kills = 0
+    while not (run_dir / "run.json").exists():
+        child = context.Process(target=Run(run_dir))
+        child.start()
+        child.join(0.05 + 0.3 * moments.random() if kills < 15 else 60)
+        if child.is_alive():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        for kind in ("steps", "evals"):  # readable at any instant
+            rows = read_rows(run_dir, kind)
+            logged = rows.table["step"].to_pylist()
+            assert rows.problems == []
+            assert logged == sorted(set(logged))
+    assert kills >= 5
+    expect_whole(run_dir, reference)
+    assert result(run_dir)["attempts"] > 1
+
+
+def test_a_preempted_run_saves_requeues_and_resumes(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit's own controller and handlers: its signal arrives in the middle of training."""
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "TERM")  # the one that the local controller passes on
+    long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 600, evaluate_every=16 * 8 * 300))
+    run_dir = submitted(long, tmp_path / "store")
+    executor = LocalExecutor(folder=tmp_path / "jobs")
+    executor.update_parameters(timeout_min=5)
+    job = executor.submit(Run(run_dir))
+    wait_for(lambda: bool(list(run_dir.glob("attempt-0001.json"))))
+    time.sleep(0.5)
+    job._process.send_signal(signal.SIGTERM)
+    job.result()
+    run = result(run_dir)
+    assert run["attempts"] == 2
+    assert pq.read_table(run_dir / "steps.parquet")["step"].to_pylist() == list(range(1, 601))
+    assert run["seconds"]["lost"] == 0  # saved at the step where the signal arrived
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_a_cancelled_run_is_neither_started_nor_requeued(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    assert Run(run_dir).checkpoint() is not None
+    (run_dir / "cancelled").touch()
+    assert Run(run_dir).checkpoint() is None
+    Run(run_dir)()
+    assert sorted(path.name for path in run_dir.iterdir()) == ["cancelled", "config.json"]
+
+
+def test_divergence_is_recorded_with_step_and_cause(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    run_dir = submitted(replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e36)), tmp_path)
+    with pytest.raises(RunFailed, match="gradient norm nan"):
+        Run(run_dir)()
+    failure = json.loads((run_dir / "failure.json").read_text())
+    steps = read_rows(run_dir, "steps").table["step"].to_pylist()
+    assert failure["step"] == len(steps) + 1
+    assert re.search(rf"step {failure['step']}: loss [\d.]+, gradient norm nan, first in", failure["cause"])
+    assert not (run_dir / "run.json").exists()
+
+
+def fails_with(run_dir: Path, message: str) -> None:
+    with pytest.raises(RunFailed, match=message):
+        Run(run_dir)()
+    cause = json.loads((run_dir / "failure.json").read_text())["cause"]
+    assert "\n" not in cause
+    assert not (run_dir / "run.json").exists()
+
+
+def test_bad_input_is_named(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    edited = submitted(tiny_run, tmp_path / "edited")
+    config = json.loads((edited / "config.json").read_text())
+    config["config"]["train"]["learning_rate"] = 1.0
+    (edited / "config.json").write_text(json.dumps(config))
+    fails_with(edited, "edited after it was submitted")
+
+    other_data = submitted(tiny_run, tmp_path / "other_data")
+    config = json.loads((other_data / "config.json").read_text())
+    (other_data / "config.json").write_text(json.dumps(config | {"data_sha256": "f" * 64}))
+    fails_with(other_data, "the run was submitted with ffffffffffff")
+
+    other_run = submitted(tiny_run, tmp_path / "other_run")
+    checkpoint.save(other_run, 3, {"run_id": "somebody-elses"})
+    fails_with(other_run, "is a checkpoint of run somebody-elses; wanted lowrank-qkv-tiny")
+
+    no_gpu = submitted(tiny_run, tmp_path / "no_gpu", device="cuda")
+    if not torch.cuda.is_available():
+        fails_with(no_gpu, "torch sees no GPU; set device = 'auto' or 'cpu'")
+
+
+def test_a_run_interrupted_too_often_has_failed(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    run_dir = submitted(tiny_run, tmp_path, max_attempts=0)
+    fails_with(run_dir, "interrupted 0 times; max_attempts = 0")

@@ -1,0 +1,184 @@
+"""The trainer: its schedule, its independence of how the work is split, resuming bit for bit, and divergence."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from experiments import checkpoint
+from experiments.config import Execution, RunConfig
+from experiments.data.dataset import Dataset
+from experiments.train import NonFiniteLoss, Step, Trainer, World, learning_rate, parameter_groups
+
+ALONE = World(0, 1, torch.device("cpu"))
+CPU = Execution(device="cpu")
+
+
+def never() -> bool:
+    return False
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def steps(trainer: Trainer, count: int) -> list[Step]:
+    return [trainer.step() for _ in range(count)]
+
+
+def test_the_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine(tiny_run: RunConfig) -> None:
+    config = replace(tiny_run.train, tokens=16 * 8 * 200)
+    rates = [learning_rate(index, config) for index in range(config.steps)]
+    assert rates[:20] == pytest.approx([1e-2 * (i + 1) / 20 for i in range(20)])
+    assert rates[20:] == pytest.approx([0.5e-2 * (1 + math.cos(math.pi * i / 180)) for i in range(180)])
+    assert 0 < rates[-1] < 1e-5
+
+
+def test_matrices_decay_and_gains_and_filters_do_not(tiny_run: RunConfig, dataset: Dataset) -> None:
+    model = Trainer(tiny_run, dataset, CPU, ALONE).model
+    decayed, kept = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert {names[id(p)].rsplit(".", 1)[1] for p in kept["params"]} == {"weight", "up", "static_filter"}
+    assert all(p.dim() == 1 for p in kept["params"] if names[id(p)].endswith("weight"))  # RMSNorm gains
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)  # the tied table once
+
+
+def test_a_run_learns_real_text(tiny_run: RunConfig, dataset: Dataset) -> None:
+    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    log = steps(trainer, tiny_run.train.steps)
+    assert trainer.finished
+    assert log[0].loss == pytest.approx(math.log(300), abs=0.1)
+    evaluation = trainer.evaluate(never)
+    assert evaluation is not None
+    assert evaluation.loss < math.log(300) - 0.5
+    assert [step.tokens for step in log[-2:]] == [16 * 8 * 24, 16 * (8 * 24 + 5)]  # the last batch is short
+    targets = trainer._held_out
+    assert evaluation.bits_per_byte == pytest.approx(
+        evaluation.loss * targets.targets.size / targets.bytes_predicted / math.log(2)
+    )
+
+
+def test_micro_batches_change_rounding_only(tiny_run: RunConfig, dataset: Dataset) -> None:
+    """8 = 3 + 3 + 2 and the short batch 5 = 3 + 2: padding must not enter the loss, the norm or the weights."""
+    whole = Trainer(tiny_run, dataset, CPU, ALONE)
+    split = Trainer(tiny_run, dataset, replace(CPU, micro_batch=3), ALONE)
+    for one, other in zip(steps(whole, 25), steps(split, 25), strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-4)
+        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=2e-3)
+    one, other = whole.evaluate(never), split.evaluate(never)
+    assert one is not None
+    assert other is not None
+    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+def test_a_resumed_run_continues_bit_for_bit(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    straight = Trainer(tiny_run, dataset, CPU, ALONE)
+    expected = [step.loss for step in steps(straight, 25)]
+    first = Trainer(tiny_run, dataset, CPU, ALONE)
+    losses = [step.loss for step in steps(first, 11)]
+    checkpoint.save(tmp_path, 11, first.state_dict())
+    resumed = Trainer(tiny_run, dataset, CPU, ALONE)
+    state = checkpoint.load_newest(tmp_path, tiny_run.run_id)
+    assert state is not None
+    resumed.load_state_dict(state)
+    losses += [step.loss for step in steps(resumed, 14)]
+    assert losses == expected
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+def test_divergence_stops_before_anything_is_updated(tiny_run: RunConfig, dataset: Dataset) -> None:
+    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    steps(trainer, 2)
+    poisoned = trainer.model.blocks[1].linears["up"].linear.weight  # type: ignore[union-attr,index]
+    with torch.no_grad():
+        poisoned[0, 0] = math.inf
+    before = weights(trainer)
+    with pytest.raises(NonFiniteLoss, match=r"step 3: loss nan.*first in embedding.weight.*learning rate"):
+        trainer.step()
+    assert torch.equal(weights(trainer), before)
+    assert trainer.steps_done == 2
+
+
+def test_checkpoints_of_other_runs_and_torn_ones(
+    tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    for step in (1, 2, 3):
+        trainer.step()
+        checkpoint.save(tmp_path, step, trainer.state_dict())
+    kept = sorted((tmp_path / "checkpoint").iterdir())
+    assert [path.name for path in kept] == ["step-0000000002.pt", "step-0000000003.pt"]
+    kept[1].write_bytes(kept[1].read_bytes()[:1000])
+    state = checkpoint.load_newest(tmp_path, tiny_run.run_id)
+    assert state is not None
+    assert state["steps_done"] == 2
+    assert "step-0000000003.pt is unreadable" in capsys.readouterr().err
+    with pytest.raises(
+        ValueError, match=r"step-0000000002\.pt is a checkpoint of run lowrank-qkv-tiny-s3-.*; wanted x"
+    ):
+        checkpoint.load_newest(tmp_path, "x")
+    state["data_sha256"] = "0" * 64
+    with pytest.raises(ValueError, match="was trained on data 000000000000; this run has"):
+        trainer.load_state_dict(state)
+
+
+def test_a_checkpoint_that_is_a_program_is_not_run(tmp_path: Path) -> None:
+    class Program:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return (Path.touch, (str(tmp_path / "ran"),))  # type: ignore[return-value]
+
+    (tmp_path / "checkpoint").mkdir()
+    torch.save({"run_id": "x", "state": Program()}, tmp_path / "checkpoint" / "step-0000000001.pt")
+    assert checkpoint.load_newest(tmp_path, "x") is None
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_ranks_share_every_batch_without_gap_or_overlap(size: int) -> None:
+    for count in range(1, 12):
+        shares = [World(rank, size, torch.device("cpu")).share(count) for rank in range(size)]
+        covered = np.concatenate([np.arange(first, first + many) for first, many in shares])
+        assert covered.tolist() == list(range(count))
+        assert max(many for _, many in shares) - min(many for _, many in shares) <= 1
+
+
+def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    world = World(rank, size, torch.device("cpu"))
+    trainer = Trainer(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
+    losses = [step.loss for step in steps(trainer, run.train.steps)]
+    evaluation = trainer.evaluate(lambda: world.any(False))
+    assert evaluation is not None
+    torch.save([*losses, evaluation.loss], folder / f"losses-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_three_processes_train_as_one(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    """A short last batch of 2 leaves one of the three without a sequence."""
+    run = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * (8 * 6 + 2)))
+    alone = Trainer(run, dataset, CPU, ALONE)
+    expected = [step.loss for step in steps(alone, run.train.steps)]
+    evaluation = alone.evaluate(never)
+    assert evaluation is not None
+    mp.spawn(_train_in_company, (3, tmp_path, run, dataset.path), nprocs=3)
+    got = [torch.load(tmp_path / f"losses-{rank}.pt") for rank in range(3)]
+    assert got[0] == got[1] == got[2]
+    assert got[0] == pytest.approx([*expected, evaluation.loss], rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_bfloat16_on_a_gpu_follows_float32(tiny_run: RunConfig, dataset: Dataset) -> None:
+    gpu = Trainer(tiny_run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
+    gpu.warm_up()
+    expected = steps(Trainer(tiny_run, dataset, CPU, ALONE), 10)
+    for one, other in zip(expected, steps(gpu, 10), strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-2)
