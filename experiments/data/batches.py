@@ -114,9 +114,7 @@ def permute(
     return result.astype(np.int64)
 
 
-def _feistel(
-    value: NDArray[np.uint64], half: np.uint64, keys: list[NDArray[np.uint64]]
-) -> NDArray[np.uint64]:
+def _feistel(value: NDArray[np.uint64], half: np.uint64, keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = value >> half, value & mask
     for key in keys:

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from experiments.data import shards
 from experiments.data import tokenizer as bpe
 from experiments.data.corpus import CorpusFile, find_files, fingerprint, read_documents
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, seal
 from experiments.data.documents import Documents
-from experiments.data.shards import SHARD_TOKENS, SplitWriter
 from experiments.data.spec import SPLITS, DataConfig
 
 QUIET_SECONDS = 2.0  # a step that takes less draws no progress bar
@@ -48,7 +48,7 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
         except OSError as error:
             raise ValueError(
                 f"the data cache must be a folder that takes files; "
-                f"got {error.strerror} at {error.filename}; "
+                f"got {error.filename or cache}: {error.strerror}; "
                 "choose another with DYNCONV_CACHE or make room"
             ) from error
     Dataset.open(target)
@@ -81,10 +81,10 @@ def _one_builder(target: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            yield
-            return
-        for left_over in target.parent.glob(f"{_working_prefix(target)}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+            pass
+        else:
+            for left_over in target.parent.glob(f"{_working_prefix(target)}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
         yield
 
 
@@ -127,9 +127,11 @@ def _write_dataset(
 ) -> dict[str, Any]:
     """Write every file but the manifest, which is returned."""
     documents, corpus = _read_corpus(spill, spec, files, progress)
-    raw = bpe.train(documents.distinct("train"), spec.vocabulary) if given is None else given
-    (folder / TOKENIZER).write_bytes(raw)
-    tokenizer = bpe.load(raw, spec.vocabulary)
+    if given is None:
+        with _bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
+            given = bpe.train(texts, spec.vocabulary)
+    (folder / TOKENIZER).write_bytes(given)
+    tokenizer = bpe.load(given, spec.vocabulary)
     (folder / TOKEN_BYTES).write_bytes(bpe.token_bytes(tokenizer).astype("<u2").tobytes())
     splits = {split: _write_split(folder, split, spec, documents, tokenizer, progress) for split in SPLITS}
     corpus["duplicates"] = corpus["documents"] - sum(counts["distinct"] for counts in splits.values())
@@ -137,7 +139,7 @@ def _write_dataset(
         "schema": SCHEMA,
         "spec": dataclasses.asdict(spec),
         "python": platform.python_version() if spec.source == "python" else None,
-        "shard_tokens": SHARD_TOKENS,
+        "shard_tokens": shards.SHARD_TOKENS,
         "corpus": dict(corpus),
         "splits": splits,
         "files": {path.name: seal(path) for path in sorted(folder.iterdir())},
@@ -173,7 +175,7 @@ def _write_split(
     """Write documents until the split has the tokens it should; count all the documents it could have had."""
     wanted = spec.train_tokens if split == "train" else spec.validation_tokens
     lengths = bpe.token_bytes(tokenizer)
-    writer = SplitWriter(folder, split, wanted, tokenizer.get_vocab()[bpe.END_OF_TEXT], lengths)
+    writer = shards.SplitWriter(folder, split, wanted, tokenizer.get_vocab()[bpe.END_OF_TEXT], lengths)
     distinct = Counter[str]()
 
     def needed() -> Iterator[bytes]:
@@ -203,5 +205,7 @@ def _write_split(
     }
 
 
-def _bar(name: str, total: int, unit: str, progress: bool) -> "tqdm[None]":
-    return tqdm(desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, disable=not progress)
+def _bar(
+    name: str, total: int | None, unit: str, progress: bool, items: Iterable[bytes] | None = None
+) -> "tqdm[bytes]":
+    return tqdm(items, desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, disable=not progress)

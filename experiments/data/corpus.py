@@ -157,5 +157,5 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[bytes | None]:
 
 def _unreadable(path: Path, error: OSError) -> ValueError:
     return ValueError(
-        f"every file of the corpus must be readable; got {path}: {error.strerror}; mend or remove it"
+        f"every file of the corpus must be readable; got {path}: {error.strerror or error}; mend or remove it"
     )

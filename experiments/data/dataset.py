@@ -87,16 +87,21 @@ class Dataset:
             raise ValueError(f"{path / MANIFEST} must have schema {SCHEMA}; got {schema}; {REMEDY}")
         for name, wanted in lengths.items():
             _check_length(path / name, wanted)
-        return cls(path, manifest, hashlib.sha256(raw).hexdigest())
+        dataset = cls(path, manifest, hashlib.sha256(raw).hexdigest())
+        for split, parts in dataset._shards.items():
+            if (got := sum(map(len, parts))) != dataset.tokens(split):
+                raise ValueError(
+                    f"{path / MANIFEST} must count the tokens of its shards; got {dataset.tokens(split)} for "
+                    f"{split}, whose shards hold {got}; {REMEDY}"
+                )
+        return dataset
 
     def verify(self) -> None:
         """Read every file and compare it with its checksum; ValueError names the first that differs."""
         for name, entry in self.manifest["files"].items():
             _check_length(self.path / name, entry["bytes"])
             if (got := seal(self.path / name)["sha256"]) != entry["sha256"]:
-                raise ValueError(
-                    f"{self.path / name} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}"
-                )
+                raise ValueError(f"{self.path / name} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}")
 
     def tokens(self, split: str) -> int:
         """The number of tokens in "train" or "validation"."""

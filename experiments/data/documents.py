@@ -33,9 +33,7 @@ class Documents:
 
     def __init__(self, folder: Path, corpus_bytes: int) -> None:
         self._buckets = min(MOST_BUCKETS, 1 + corpus_bytes // BUCKET_BYTES)
-        self._paths = {
-            split: [folder / f"{split}-{bucket:03d}" for bucket in range(self._buckets)] for split in SPLITS
-        }
+        self._paths = {split: [folder / f"{split}-{bucket:03d}" for bucket in range(self._buckets)] for split in SPLITS}
         self._stack = ExitStack()
         self._files: dict[str, list[BinaryIO]] = {
             split: [self._stack.enter_context(path.open("wb")) for path in paths]

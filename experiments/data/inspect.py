@@ -35,8 +35,7 @@ def inspect(path: Path | str) -> str:
     lines = [
         facts["path"],
         f"source       {spec['source']}{python}{' with site-packages' if spec['site_packages'] else ''}",
-        f"corpus       {corpus['files']:,} files, {corpus['documents']:,} documents, "
-        f"{corpus['bytes']:,} bytes",
+        f"corpus       {corpus['files']:,} files, {corpus['documents']:,} documents, {corpus['bytes']:,} bytes",
         f"dropped      {corpus['duplicates']:,} duplicates, {corpus['undecodable']:,} not UTF-8, "
         f"{corpus['empty']:,} empty",
     ]

@@ -125,9 +125,7 @@ def encode(tokenizer: Tokenizer, texts: Iterable[bytes], lengths: NDArray[np.uin
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: list[Piece], lengths: NDArray[np.uint16]) -> Iterator[Encoded]:
-    encodings = tokenizer.encode_batch_fast(
-        [piece.text.decode() for piece in batch], add_special_tokens=False
-    )
+    encodings = tokenizer.encode_batch_fast([piece.text.decode() for piece in batch], add_special_tokens=False)
     for piece, encoding in zip(batch, encodings, strict=True):
         ids = np.array(encoding.ids, dtype=np.int64)
         kept = int(lengths[ids].sum(dtype=np.int64))
