@@ -76,6 +76,13 @@ RUN_COLUMNS = {
     "status": "string",
 }
 
+CONVENTIONS = {  # a way to count training FLOPs -> its column of the run table
+    "exact": "flops_exact",
+    "6ND": "flops_6nd",
+    "6N_nonemb D": "flops_6n_nonemb_d",
+    "given": "flops_given",  # column C of a table of points
+}
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, sync it to disk and rename it: whole or not at all."""
@@ -242,22 +249,38 @@ def _table(kind: str, rows: list[tuple[Any, ...]]) -> pa.Table:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the latest attempt stood when it last flushed; None where nothing is logged yet."""
+    """Where the run stood when it last flushed; None where nothing is logged yet.
+
+    An attempt that has logged no step yet shows where the one before it came to.
+    """
 
     attempt: int
+    first_step: int  # of this attempt
     step: int | None
     tokens: int | None
     loss: float | None  # of the last training step, nats a token
+    started_at: float  # of this attempt, unix seconds
     updated_at: float  # unix seconds
 
 
 def progress(run_dir: Path) -> Progress | None:
-    """The run's state from one small file, for `status`; None before the first attempt."""
-    number = max(_attempt_numbers(run_dir), default=0)
-    if number == 0:
+    """The run's state from one or two small files, for `status`; None before the first attempt."""
+    numbers = _attempt_numbers(run_dir)
+    if not numbers:
         return None
-    attempt = read_json(run_dir / f"attempt-{number:04d}.json")
-    return Progress(number, attempt["step"], attempt["tokens"], attempt["loss"], attempt["updated_at"])
+    latest = read_json(run_dir / f"attempt-{numbers[-1]:04d}.json")
+    logged = latest
+    for number in reversed(numbers[:-1]):
+        if logged["step"] is not None:
+            break
+        logged = read_json(run_dir / f"attempt-{number:04d}.json")
+    return Progress(
+        numbers[-1],
+        latest["first_step"],
+        **{key: logged[key] for key in ("step", "tokens", "loss")},
+        started_at=latest["started_at"],
+        updated_at=latest["updated_at"],
+    )
 
 
 def status(run_dir: Path) -> str:

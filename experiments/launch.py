@@ -1,0 +1,258 @@
+"""Submit, retry and cancel runs: pending ones only, their config and their code frozen first."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.runlog import write_json
+from experiments import local, slurm, snapshot, states
+from experiments.config import RunConfig
+from experiments.profile import Profile
+from experiments.progress import Progress
+from experiments.run import Run, RunFailed, write_config
+
+if TYPE_CHECKING:
+    import submitit
+
+SUBMITTABLE = ("pending", "lost")
+STOP_SECONDS = 60.0  # what runs on this machine get to save their state after Ctrl-C
+POLL_SECONDS = {"local": 0.5, "slurm": 10.0}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a submission did."""
+
+    submitted: list[str]  # run ids
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # state -> ids of the runs left alone
+    ended: list[states.RunState] = field(default_factory=list)  # of those submitted, where they were waited for
+
+    @property
+    def unsuccessful(self) -> list[states.RunState]:
+        return [state for state in self.ended if state.state != "complete"]
+
+
+def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Path, wait: bool = False) -> Outcome:
+    """Submit the runs that are pending, or were lost by a scheduler or a crash; leave all others alone.
+
+    Builds missing data into `cache`. Runs of the executors "local" and "debug" are always waited for, since they
+    live in this process's care. Raises ValueError, before anything is written, where the cluster does not answer
+    or the store takes no files.
+    """
+    store = store.absolute()
+    _check(runs, profile)
+    with _locked(store):
+        todo, skipped = _choose(runs, store)
+        if not todo:
+            return Outcome([], skipped)
+        code = _freeze(todo, profile, store, cache)
+        if profile.executor == "slurm":
+            _submit_arrays(todo, profile, store, code)
+    run_ids = [run.run_id for run in todo]
+    if profile.executor == "slurm" and not wait:
+        return Outcome(run_ids, skipped)
+    {"slurm": _watch, "local": _run_here, "debug": _debug}[profile.executor](todo, profile, store, code)
+    return Outcome(run_ids, skipped, states.read(store, run_ids))
+
+
+def retry(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Path, wait: bool = False) -> Outcome:
+    """Submit failed, cancelled and lost runs again; they go on from their last checkpoint.
+
+    Raises ValueError where a job of one of them has not ended yet.
+    """
+    _check(runs, profile)
+    store = store.absolute()
+    with _locked(store):
+        here = states.read(store, [run.run_id for run in runs])
+        ids = [state.run_id for state in here if state.state in ("failed", "cancelled", "lost")]
+        if ending := states.busy(store, ids):
+            raise ValueError(f"{', '.join(sorted(ending))}: the last job has not ended yet; retry in a moment")
+        for run_id in ids:
+            for marker in ("failure.json", "cancelled", "job.json"):
+                (store / run_id / marker).unlink(missing_ok=True)
+        again = [run for run in runs if run.run_id in ids]
+    return submit(again, profile, store, cache=cache, wait=wait)
+
+
+def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
+    """Cancel the named runs that have not ended; their ids. They stay cancelled until they are retried.
+
+    The marker comes first: to a running job the signal of scancel looks like a preemption.
+    """
+    here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
+    cancelled = [state for state in here if state.state in ("pending", "lost", *states.ACTIVE)]
+    for state in cancelled:
+        (store / state.run_id / "cancelled").touch()
+    busy = states.busy(store, [state.run_id for state in cancelled])
+    jobs = {state.run_id: states.job_of(store / state.run_id) for state in cancelled if state.run_id in busy}
+    in_slurm = [job["job_id"] for job in jobs.values() if job and job["executor"] == "slurm"]
+    if in_slurm:
+        slurm.cancel(in_slurm)
+    for run_id, job in jobs.items():
+        if job and job["executor"] == "local" and busy[run_id] == "running":
+            local.stop(job["job_id"])
+    return [state.run_id for state in cancelled]
+
+
+def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
+    if profile.slurm is not None:
+        slurm.check(profile.slurm)
+    if profile.executor == "local":
+        local.Slots(profile, [profile.job(run.size) for run in runs])
+
+
+def _choose(runs: Sequence[RunConfig], store: Path) -> tuple[list[RunConfig], dict[str, list[str]]]:
+    todo, skipped = [], dict[str, list[str]]()
+    for run, state in zip(runs, states.read(store, [run.run_id for run in runs]), strict=True):
+        if state.state in SUBMITTABLE:
+            todo.append(run)
+        else:
+            skipped.setdefault(state.state, []).append(run.run_id)
+    return todo, skipped
+
+
+def _freeze(runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path) -> Path:
+    """Build what data is missing, copy the code, write each run's config.json; the folder of the code."""
+    from experiments.data.build import build
+    from experiments.data.dataset import Dataset
+
+    datasets = {spec: Dataset.open(build(spec, cache)) for spec in dict.fromkeys(run.data for run in runs)}
+    code = snapshot.take(store)
+    commit = snapshot.commit(code)
+    for run in runs:
+        execution = profile.job(run.size).execution
+        write_config(run, store, datasets[run.data], execution, code_commit=commit, submitted_at=time.time())
+    return code
+
+
+def _submit_arrays(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> None:
+    """One array a size, since an array has one set of resources."""
+    assert profile.slurm is not None
+    for size in dict.fromkeys(run.size for run in runs):
+        run_dirs = [store / run.run_id for run in runs if run.size == size]
+        executor = slurm.executor(
+            profile.job(size),
+            profile.slurm,
+            max_parallel=profile.max_parallel,
+            name=f"{runs[0].sweep}-{size}",
+            folder=_job_folder(store, size),
+            snapshot=code,
+        )
+        with local.shielded():  # between sbatch and job.json nobody would know of the jobs
+            jobs = slurm.submit([Run(run_dir) for run_dir in run_dirs], executor)
+            for run_dir, job in zip(run_dirs, jobs, strict=True):
+                _write_job(run_dir, "slurm", job.job_id, job.paths.stdout, code)
+
+
+def _watch(runs: Sequence[RunConfig], _profile: Profile, store: Path, _code: Path) -> None:
+    """Wait until no run is queued or running any more."""
+    quiet = 0
+    with Progress(store, runs) as progress:
+        while quiet < 2:  # on a shared file system the last result may appear after the job has left the queue
+            time.sleep(POLL_SECONDS["slurm"])
+            active = any(state.state in states.ACTIVE for state in progress.update())
+            quiet = 0 if active else quiet + 1
+
+
+def _run_here(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> None:
+    """Feed the runs to this machine's slots until all have ended. Ctrl-C lets them save their state, then stops."""
+    folder = _job_folder(store, "local")
+    slots = local.Slots(profile, [profile.job(run.size) for run in runs])
+    waiting, running = deque(runs), dict[int, "submitit.Job[None]"]()
+    with Progress(store, runs) as progress, _terminated_as_interrupted():
+        try:
+            while waiting or running:
+                for slot in [slot for slot, job in running.items() if job.done()]:
+                    del running[slot]
+                    slots.free.append(slot)
+                while waiting and slots.free:
+                    run = waiting.popleft()
+                    run_dir = store / run.run_id
+                    with _locked(store):  # another `submit` or a `cancel` may have been here first
+                        if states.read(store, [run.run_id])[0].state in SUBMITTABLE:
+                            slot = slots.free.pop(0)
+                            running[slot] = slots.start(slot, run_dir, profile.job(run.size), folder, code)
+                            _write_job(run_dir, "local", running[slot].job_id, running[slot].paths.stdout, code)
+                progress.update()
+                time.sleep(POLL_SECONDS["local"])
+        except KeyboardInterrupt:
+            _stop(list(running.values()))
+            raise
+
+
+def _stop(jobs: Sequence["submitit.Job[None]"]) -> None:
+    print(f"\nstopping {len(jobs)} runs; their state is being saved", file=sys.stderr)
+    for job in jobs:
+        local.stop(job.job_id)
+    end = time.monotonic() + STOP_SECONDS
+    while not all(job.done() for job in jobs) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS["local"])
+
+
+def _debug(runs: Sequence[RunConfig], _profile: Profile, store: Path, code: Path) -> None:
+    """In this process, one after the other. A failed run's traceback is shown; the next run starts all the same."""
+    for run in runs:
+        _write_job(store / run.run_id, "debug", str(os.getpid()), None, code)
+        try:
+            Run(store / run.run_id)()
+        except RunFailed:
+            traceback.print_exc()
+        finally:
+            (store / run.run_id / "job.json").unlink()
+
+
+def _write_job(run_dir: Path, executor: str, job_id: str, log: Path | None, code: Path) -> None:
+    job = {
+        "executor": executor,
+        "job_id": job_id,
+        "host": socket.gethostname(),
+        "started": None if executor == "slurm" else states.process_started(job_id),
+        "submitted_at": time.time(),
+        "log": None if log is None else str(log),
+        "code": code.name,
+    }
+    write_json(run_dir / "job.json", job)
+
+
+def _job_folder(store: Path, name: str) -> Path:
+    """A new folder for submitit's files and the jobs' output."""
+    folder = store / ".jobs"
+    folder.mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=time.strftime(f"%Y%m%d-%H%M%S-{name}-"), dir=folder))
+
+
+@contextlib.contextmanager
+def _locked(store: Path) -> Iterator[None]:
+    """One submission to a store at a time. Raises ValueError where the store takes no files."""
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        lock = (store / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"{store} takes no files ({error.strerror}); choose another with --store") from None
+    with lock:
+        # Some cluster file systems have no locks: the window is small, so go on without.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A closed terminal or a plain `kill` ends the runs like Ctrl-C."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
