@@ -6,14 +6,22 @@ from typing import Any
 
 from experiments import flops
 from experiments.config import RunConfig
+from experiments.profile import Profile
 from experiments.sweep import epochs
+from experiments.terminal import align, hours, short
+
+HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "GPUs", "hours")
 
 
-def rows(runs: Sequence[RunConfig], flops_per_second: float) -> list[dict[str, Any]]:
-    """One object a run, for `--format json`. `device_hours` is the forecast: exact FLOPs at a sustained rate."""
+def rows(runs: Sequence[RunConfig], profile: Profile) -> list[dict[str, Any]]:
+    """One object a run, for `--format json`.
+
+    `hours` is the forecast of the run's training: exact FLOPs at the profile's sustained rate of its GPUs.
+    """
     result = []
     for run in runs:
         counts = flops.count(run.model, run.train.tokens, run.train.sequence_length)
+        job = profile.job(run.size)
         result.append(
             {
                 "run_id": run.run_id,
@@ -25,42 +33,30 @@ def rows(runs: Sequence[RunConfig], flops_per_second: float) -> list[dict[str, A
                 "epochs": epochs(run),
                 "learning_rate": run.train.learning_rate,
                 "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
-                "device_hours": counts.flops_exact / flops_per_second / 3600,
+                "gpus": job.gpus,
+                "hours": counts.flops_exact / (job.gpus * job.teraflops_per_second * 1e12) / 3600,
             }
         )
     return result
 
 
-def render(rows: Sequence[dict[str, Any]], flops_per_second: float) -> str:
-    """The rows as a table for people, sizes apart, with totals."""
-    width = max(len(row["run_id"]) for row in rows)
-    lines = [f"{'run':{width}} {'N':>8} {'N_nonemb':>8} {'D':>8} {'steps':>7} {'epochs':>6} {'FLOPs':>10} {'hours':>8}"]
-    for previous, row in zip([None, *rows], rows, strict=False):
-        if previous and previous["size"] != row["size"]:
-            lines.append("")
-        numbers = (short(row[key]) for key in ("parameters", "parameters_nonembedding", "tokens"))
-        n, n_nonemb, d = numbers
-        lines.append(
-            f"{row['run_id']:{width}} {n:>8} {n_nonemb:>8} {d:>8} {row['steps']:>7} {row['epochs']:>6.2f} "
-            f"{row['flops_exact']:>10.3e} {hours(row['device_hours']):>8}"
+def render(plan: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table for people, with totals."""
+    cells = [
+        (
+            row["run_id"],
+            short(row["parameters"]),
+            short(row["parameters_nonembedding"]),
+            short(row["tokens"]),
+            str(row["steps"]),
+            f"{row['epochs']:.2f}",
+            f"{row['flops_exact']:.3e}",
+            str(row["gpus"]),
+            hours(row["hours"]),
         )
-    total = sum(row["flops_exact"] for row in rows)
-    lines += [
-        "",
-        f"{len(rows)} runs, {total:.3e} FLOPs, {hours(total / flops_per_second / 3600)} device-hours "
-        f"at {flops_per_second / 1e12:g} TFLOP/s a device",
+        for row in plan
     ]
-    return "\n".join(lines)
-
-
-def short(count: int) -> str:
-    """1234567 -> 1.235M."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.4g}{unit}"
-    return str(count)
-
-
-def hours(value: float) -> str:
-    """Three digits, whatever the scale."""
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    total = sum(row["flops_exact"] for row in plan)
+    gpu_hours = sum(row["gpus"] * row["hours"] for row in plan)
+    summary = f"{len(plan)} runs, {total:.3e} FLOPs, {hours(gpu_hours)} GPU-hours forecast; nothing was submitted"
+    return f"{align(HEADINGS, cells)}\n\n{summary}"

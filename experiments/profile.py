@@ -19,9 +19,11 @@ class Job(Execution):
     gpus_per_node: int = 8
     cpus_per_gpu: int = 1  # cores of each process
     memory_gb: float | None = None  # a node; the cluster's default where it is left out
+    teraflops_per_second: float = 400.0  # that one device sustains, for the forecast of `plan` alone
 
     def __post_init__(self) -> None:
-        for name in ("hours", "gpus", "gpus_per_node", "cpus_per_gpu", "threads", "max_attempts"):
+        counts = ("gpus", "gpus_per_node", "cpus_per_gpu", "threads", "max_attempts")
+        for name in ("hours", "teraflops_per_second", *counts):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above zero; got {getattr(self, name)}")
         for name in ("micro_batch", "checkpoint_minutes"):

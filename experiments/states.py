@@ -5,13 +5,15 @@ Reads small files only and imports no torch, so that `status` answers at once.
 
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from analysis import runlog
 from experiments import slurm
+from experiments.terminal import align, duration
 
 ACTIVE = ("queued", "running", "requeued", "unknown")  # a second job of such a run could meet the first
 STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost")
@@ -157,3 +159,27 @@ def _explained(state: RunState, ended: Mapping[str, str]) -> RunState:
         return replace(state, cause="it left the queue without a result")
     where = "cancelled" if end.startswith("CANCELLED") else "lost"  # by scancel, past `dynconv cancel`
     return replace(state, state=where, cause=f"Slurm says {end}")
+
+
+HEADINGS = ("run", "state", "done", "loss", "attempts", "elapsed", "to go", "job")
+
+
+def render(states: Sequence[RunState]) -> str:
+    """The rows as a table for people, what went wrong below it, and a count of each state."""
+    cells = [
+        (
+            state.run_id,
+            state.state,
+            f"{state.progress:.0%}",
+            "" if state.loss is None else f"{state.loss:.4f}",
+            str(state.attempts or ""),
+            duration(state.elapsed),
+            duration(state.eta),
+            state.job_id or "",
+        )
+        for state in states
+    ]
+    causes = [f"{state.run_id} {state.state}: {state.cause}" for state in states if state.cause]
+    counts = Counter(state.state for state in states)
+    summary = f"{len(states)} runs: " + ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+    return "\n".join([align(HEADINGS, cells), "", *causes, summary])

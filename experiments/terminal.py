@@ -1,0 +1,35 @@
+"""Numbers and tables as a person reads them in a terminal."""
+
+from collections.abc import Sequence
+
+
+def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side: the first to the left, numbers to the right."""
+    columns = list(zip(headings, *rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = []
+    for row in (headings, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def short(count: int) -> str:
+    """1234567 -> 1.235M."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.4g}{unit}"
+    return str(count)
+
+
+def hours(value: float) -> str:
+    """Three digits, whatever the scale."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """3725 -> 1h02m."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
