@@ -78,10 +78,9 @@ def _add(
     return result
 
 
-def _sweep_argument(verb: argparse.ArgumentParser, **options: str) -> None:
-    verb.add_argument(
-        "sweep", type=Path, metavar="SWEEP", help="a sweep file, e.g. experiments/sweeps/demo.toml", **options
-    )
+def _sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    text = "a sweep file, e.g. experiments/sweeps/demo.toml"
+    verb.add_argument("sweep", type=Path, metavar="SWEEP", nargs=nargs, help=text)
 
 
 def _store_argument(verb: argparse.ArgumentParser) -> None:
