@@ -1,6 +1,5 @@
 """The data room: text -> shards -> batches, held to the text itself."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,65 +18,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from pyarrow import parquet
+from texts import all_tokens, expected_documents, make_texts, specify, visible, write_txt
 from tokenizers import Tokenizer
 
 from experiments.data import build as build_module
 from experiments.data import documents, shards, tokenizer
-from experiments.data.batches import Batches, held_out, permute
+from experiments.data.batches import held_out
 from experiments.data.build import build
 from experiments.data.corpus import find_files
-from experiments.data.dataset import MANIFEST, Dataset
+from experiments.data.dataset import Dataset
 from experiments.data.inspect import inspect, to_dict
 from experiments.data.spec import SPLITS, DataConfig, default_cache
-
-# Many scripts, runs of white space, and the end-of-text token's own spelling, which is text in a document.
-WORDS = [
-    "def",
-    "return",
-    "self",
-    "café",
-    "naïve",
-    "数据",
-    "λ",
-    "🙂",
-    "==",
-    "(",
-    "\n\n    ",
-    "\t",
-    tokenizer.END_OF_TEXT,
-]
-
-
-def make_texts(count: int = 150, words: list[str] = WORDS) -> list[str]:
-    rng = random.Random(0)
-    return [f"{i}\r\n" + " ".join(rng.choices(words, k=rng.randrange(20, 120))) for i in range(count)]
-
-
-def write_txt(folder: Path, texts: list[str]) -> Path:
-    folder.mkdir(parents=True)
-    for i, text in enumerate(texts):
-        (folder / f"{i:04d}.txt").write_bytes(text.encode())
-    return folder
-
-
-def specify(source: Path | str, **changes: Any) -> DataConfig:
-    base = DataConfig(source=str(source), vocabulary=300, train_tokens=12_000, validation_tokens=400)
-    return replace(base, **changes)
-
-
-def expected_documents(texts: list[str], split: str) -> list[str]:
-    """The definition again, in plain Python: distinct, split by the hash's end, ordered by the hash."""
-    digests = {hashlib.sha256(text.encode()).digest(): text for text in texts}
-    chosen = [d for d in digests if (int.from_bytes(d[-8:], "big") < 2**64 / 20) == (split == "validation")]
-    return [digests[digest] for digest in sorted(chosen)]
-
-
-def all_tokens(dataset: Dataset, split: str) -> NDArray[np.int64]:
-    return dataset.windows(split, np.zeros(1, np.int64), dataset.tokens(split))[0]
 
 
 @pytest.fixture(scope="module")
@@ -200,92 +153,6 @@ def test_a_large_vocabulary_takes_four_bytes_a_token() -> None:
     assert shards.token_type(65537).itemsize == 4
 
 
-# Batches
-
-
-@settings(deadline=None)
-@given(st.integers(1, 3000), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))
-def test_each_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
-    places = permute(np.arange(size), size, seed, np.full(size, epoch))
-    assert sorted(places.tolist()) == list(range(size))
-
-
-def chi_square(values: NDArray[np.int64], kinds: int) -> float:
-    counts = np.bincount(values, minlength=kinds)
-    expected = len(values) / kinds
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-def test_permutations_are_uniform_and_differ_by_seed_and_epoch() -> None:
-    size, trials = 7, 20_000
-    epochs = np.repeat(np.arange(trials), size)
-    places = permute(np.tile(np.arange(size), trials), size, 0, epochs).reshape(trials, size)
-    second = places[:, 1] - (places[:, 1] > places[:, 0])  # its rank among what the first left: 0..size-2
-    # Bounds that chance exceeds once in 100,000: 6, 41 and 6 degrees of freedom.
-    assert max(chi_square(column, size) for column in places.T) < 33.1
-    assert chi_square(places[:, 0] * (size - 1) + second, size * (size - 1)) < 92
-    by_seed = [permute(np.zeros(1, np.int64), size, seed, np.zeros(1, np.int64))[0] for seed in range(2000)]
-    assert chi_square(np.array(by_seed), size) < 33.1
-
-
-def test_the_order_stays_what_it_was() -> None:
-    """A changed order would change every resumed run; if it must change, raise the dataset's schema."""
-    assert permute(np.arange(10), 10, 1, np.zeros(10, np.int64)).tolist() == [5, 8, 0, 9, 4, 2, 7, 3, 1, 6]
-    assert permute(np.array([0, 1, 2**29]), 10**9, 2**63 - 1, np.array([3, 3, 4])).tolist() == [
-        161674940,
-        725760604,
-        329803221,
-    ]
-
-
-@settings(deadline=None, max_examples=25)
-@given(length=st.integers(8, 700), size=st.integers(1, 50), seed=st.integers(0, 2**31))
-def test_an_epoch_visits_each_window_once(dataset: Dataset, length: int, size: int, seed: int) -> None:
-    batches = Batches(dataset, sequence_length=length, batch_sequences=size, seed=seed)
-    n = batches.sequences_per_epoch
-    tokens = all_tokens(dataset, "train")
-    assert n == (len(tokens) - 1) // length
-    steps = [batches.batch(step) for step in range(-(-2 * n // size))]
-    inputs, targets = (np.concatenate(parts)[: 2 * n] for parts in zip(*steps, strict=True))
-    assert (inputs[:, 1:] == targets[:, :-1]).all()
-    windows = sorted(tokens[i * length : i * length + length + 1].tobytes() for i in range(n))
-    seen = [row.tobytes() for row in np.concatenate([inputs, targets[:, -1:]], axis=1)]
-    assert sorted(seen[:n]) == sorted(seen[n:]) == windows
-    assert n < 10 or seen[:n] != seen[n:]
-
-
-def test_a_batch_is_the_same_however_the_work_is_split_and_wherever_it_resumes(dataset: Dataset) -> None:
-    def fresh(seed: int = 5) -> Batches:
-        return Batches(dataset, sequence_length=16, batch_sequences=24, seed=seed)
-
-    uninterrupted = fresh()
-    stream = [uninterrupted.batch(step) for step in range(80)]  # over two epochs
-    assert 2 * uninterrupted.sequences_per_epoch < 80 * 24
-    for step in (79, 31, 0):
-        for part in (1, 5, 8, 24):
-            pieces = [fresh().batch(step, first, min(part, 24 - first)) for first in range(0, 24, part)]
-            for whole, halves in zip(stream[step], zip(*pieces, strict=True), strict=True):
-                assert (np.concatenate(halves) == whole).all()
-    assert stream[0][0].dtype == np.int64
-    assert not (fresh(6).batch(0)[0] == stream[0][0]).all()
-    assert fresh().batch(3, 0, 0)[0].shape == (0, 16)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda d: Batches(d, sequence_length=12_000, batch_sequences=1, seed=0), "1 to 11999.*got 12000"),
-        (lambda d: Batches(d, sequence_length=0, batch_sequences=1, seed=0), "got 0"),
-        (lambda d: Batches(d, sequence_length=8, batch_sequences=0, seed=0), "at least 1; got 0"),
-        (lambda d: held_out(d, sequence_length=8, sequences=50), "1 to 49.*got 50; lower it"),
-        (lambda d: held_out(d, sequence_length=400, sequences=1), "validation_tokens; got 400"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(dataset: Dataset, call: Callable[[Dataset], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(dataset)
-
-
 # The cache
 
 
@@ -299,10 +166,6 @@ def start_builder(spec: DataConfig, cache: Path, **environment: str) -> subproce
     command = [sys.executable, "-c", code, json.dumps(vars(spec)), str(cache)]
     environment = {**os.environ, **environment}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def visible(cache: Path) -> list[Path]:
-    return [path for path in cache.iterdir() if not path.name.endswith(".lock")]
 
 
 def test_a_complete_dataset_is_found_not_built(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,200 +297,3 @@ def test_inspect_says_what_is_there(dataset: Dataset) -> None:
     for part in ("12,000 tokens", "150 documents", "0 duplicates", dataset.sha256, repr(facts["sample"])):
         assert part in text
     assert text.isprintable() or set(text) - set("\n") == {c for c in text if c.isprintable()}
-
-
-# Bad input: one line that says what was got, what is wanted, and the remedy; nothing half written
-
-
-def write(path: Path, content: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path.parent
-
-
-def bad_parquet(folder: Path, columns: dict[str, Any]) -> Path:
-    folder.mkdir()
-    parquet.write_table(pa.table(columns), folder / "a.parquet")
-    return folder
-
-
-def damaged_parquet(folder: Path) -> Path:
-    path = bad_parquet(folder, {"text": [f"text {i}" for i in range(9999)]}) / "a.parquet"
-    content = bytearray(path.read_bytes())
-    content[100:2000] = b"\xff" * 1900
-    path.write_bytes(content)
-    return folder
-
-
-def broken_link(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "a.txt").symlink_to(folder / "gone.txt")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda f: f, "must be a folder; got .*bad.* not there; give the folder"),
-        (lambda f: write(f, "text") / "bad", "must be a folder; got .* a file; give the folder"),
-        (lambda f: write(f / "a.md", "text"), "must hold .txt or .jsonl or .parquet files; got none under .*bad;"),
-        (lambda f: write(f / "a.txt", ""), "must hold text; got 1 empty and 0 undecodable"),
-        (lambda f: write(f / "a.txt", b"\xff"), "must hold text; got 0 empty and 1 undecodable"),
-        (lambda f: write(f / "a.jsonl", '{"text": "\\ud800"}'), "must hold text; got 0 empty and 1 undecodable"),
-        (lambda f: write(f / "a.jsonl", b'{"text": "\xff"}'), "must hold text; got 0 empty and 1 undecodable"),
-        (lambda f: write(f / "a.jsonl", '{"text": "x"}\n{"te'), "a.jsonl line 2 must be .*JSON.*; got .*; mend"),
-        (lambda f: write(f / "a.jsonl", "[" * 100_000), "a.jsonl line 1 must be .*JSON"),
-        (lambda f: write(f / "a.jsonl", '{"body": "x"}'), 'line 1 must be .*"text"; got .*body.*set text_field'),
-        (lambda f: write(f / "a.jsonl", "3"), "line 1 must be .*\"text\"; got b'3'"),
-        (lambda f: bad_parquet(f, {"body": ["x"]}), 'column "text"; got no such column, columns body; set'),
-        (lambda f: bad_parquet(f, {"text": [1]}), 'column "text"; got int64'),
-        (lambda f: write(f / "a.parquet", "PAR1"), "readable parquet file; got .*; write it again"),
-        (damaged_parquet, "must be readable; got .*a.parquet: Corrupt snappy"),
-        (broken_link, "must be readable; got .*a.txt: No such file"),
-    ],
-)
-def test_a_bad_corpus_is_refused(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
-    refused(specify(make(tmp_path / "bad")), tmp_path / "cache", message)
-
-
-def refused(spec: DataConfig, cache: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        build(spec, cache)
-    assert "\n" not in str(caught.value)
-    assert not cache.exists() or visible(cache) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train_tokens": 10**9}, r"train_tokens must .*; got 1000000000, the corpus has \d+ train.*; lower"),
-        ({"validation_tokens": 10**9}, r"validation_tokens must .*; got 1000000000, .* \d+ validation"),
-        ({"vocabulary": 60_000}, r"vocabulary must .*; got 60000, its text yields \d+; lower"),
-    ],
-)
-def test_more_than_the_corpus_holds_is_refused(
-    corpus: Path, tmp_path: Path, changes: dict[str, int], message: str
-) -> None:
-    refused(specify(corpus, **changes), tmp_path, message)
-
-
-def test_a_corpus_that_changes_under_the_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_txt(tmp_path / "txt", make_texts())
-    write_dataset = build_module._write_dataset
-
-    def one_is_added(*arguments: Any) -> Any:
-        (folder / "new.txt").write_text("new")
-        return write_dataset(*arguments)
-
-    def one_is_removed(*arguments: Any) -> Any:
-        (folder / "0003.txt").unlink()
-        return write_dataset(*arguments)
-
-    monkeypatch.setattr(build_module, "_write_dataset", one_is_added)
-    refused(specify(folder), tmp_path / "cache", "must stay as it is .*; got changes under .*; build again")
-    monkeypatch.setattr(build_module, "_write_dataset", one_is_removed)
-    refused(specify(folder), tmp_path / "cache", "must be readable; got .*0003.txt: No such file")
-
-
-def test_a_full_disk_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shards.SplitWriter, "add", full)
-    refused(specify(corpus), tmp_path, "data cache must be .*; got .*: No space left on device; choose")
-
-
-def edited_tokenizer(dataset: Dataset, edit: Callable[[dict[str, Any]], object]) -> str:
-    content = json.loads((dataset.path / "tokenizer.json").read_text())
-    edit(content)
-    return json.dumps(content)
-
-
-def rename_end(content: dict[str, Any]) -> None:
-    content["added_tokens"][0]["content"] = "<|end|>"
-    content["model"]["vocab"] = {
-        "<|end|>" if token == tokenizer.END_OF_TEXT else token: number
-        for token, number in content["model"]["vocab"].items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("edit", "vocabulary", "message"),
-    [
-        (None, 300, "must be a Hugging Face tokenizer.json; got"),
-        (lambda content: content, 301, "vocabulary of the specification, 301; got 300 tokens, .* 299; set"),
-        (lambda content: content.update(decoder=None), 300, "byte-level .*; got none"),
-        (lambda content: content.update(decoder={"type": "Fuse"}), 300, "byte-level .*; got Fuse"),
-        (rename_end, 300, r"must have the token <\|endoftext\|>"),
-        (lambda content: content.update(normalizer={"type": "NFD"}), 300, r"must keep every byte; got \d+ bytes"),
-    ],
-)
-def test_a_bad_tokenizer_is_refused(
-    dataset: Dataset, corpus: Path, tmp_path: Path, edit: Any, vocabulary: int, message: str
-) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text("{}" if edit is None else edited_tokenizer(dataset, edit))
-    refused(specify(corpus, vocabulary=vocabulary, tokenizer=str(path)), tmp_path / "cache", message)
-
-
-def test_a_missing_tokenizer_and_an_unwritable_cache_are_refused(corpus: Path, tmp_path: Path) -> None:
-    refused(specify(corpus, tokenizer=str(tmp_path / "no.json")), tmp_path / "cache", "tokenizer must be .*no.json")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cache must be a folder .*; got .*file.*; choose another"):
-        build(specify(corpus), tmp_path / "file" / "cache")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"vocabulary": 256}, "vocabulary must be at least 257 .*; got 256"),
-        ({"train_tokens": 1}, "train_tokens must be at least 2 .*; got 1"),
-        ({"validation_tokens": 0}, "validation_tokens must be at least 2 .*; got 0"),
-        ({"site_packages": True}, 'site_packages needs source = "python"; got source = "x"'),
-    ],
-)
-def test_a_bad_specification_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        specify("x", **changes)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def recount(manifest: Path, tokens: int) -> None:
-    content = json.loads(manifest.read_text())
-    content["splits"]["train"]["tokens"] = tokens
-    manifest.write_text(json.dumps(content))
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[7] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("train-00000.bin", truncate, r"train-00000.bin must have 24000 bytes; got 23999 bytes; remove"),
-        ("validation-00000.bin", Path.unlink, r"validation-00000.bin must have 800 bytes; got No such file"),
-        ("train-00000.bin", flip_a_bit, r"train-00000.bin must have SHA-256 \w+; got \w+; remove"),
-        ("tokenizer.json", truncate, r"tokenizer.json must have \d+ bytes; got \d+ bytes; remove"),
-        (MANIFEST, Path.unlink, r"must hold manifest.json; got .*No such file.*dynconv data build"),
-        (MANIFEST, lambda path: os.truncate(path, 99), "manifest.json must describe a dataset; got JSONDecode"),
-        (MANIFEST, lambda path: recount(path, 12_001), "manifest.json must count .*; got 12001 .* hold 12000"),
-        (MANIFEST, lambda path: path.write_text("[]"), "manifest.json must describe a dataset; got"),
-        (MANIFEST, lambda path: path.write_text('{"schema": 0, "files": {}}'), "must have schema 1; got 0"),
-    ],
-)
-def test_a_damaged_dataset_is_refused(
-    corpus: Path, tmp_path: Path, name: str, damage: Callable[[Path], object], message: str
-) -> None:
-    path = build(specify(corpus), tmp_path)
-    damage(path / name)
-    with pytest.raises(ValueError, match=message):
-        Dataset.open(path).verify()
-    if damage is not flip_a_bit:
-        with pytest.raises(ValueError, match=message):
-            build(specify(corpus), tmp_path)

@@ -67,7 +67,7 @@ def _walk(
     omit_prefixes: tuple[str, ...] = (),
     file_links: bool = True,
 ) -> Iterator[CorpusFile]:
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_refuse_folder):
         subfolders[:] = [n for n in subfolders if n not in omit and not n.startswith(omit_prefixes)]
         for path in (Path(folder, n) for n in names if n.endswith(suffixes)):
             if path.name.startswith(omit_prefixes) or (path.is_symlink() and not file_links):
@@ -155,7 +155,11 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[bytes | None]:
         ) from error
 
 
+def _refuse_folder(error: OSError) -> None:
+    raise _unreadable(Path(error.filename), error)
+
+
 def _unreadable(path: Path, error: OSError) -> ValueError:
     return ValueError(
-        f"every file of the corpus must be readable; got {path}: {error.strerror or error}; mend or remove it"
+        f"every file and folder of the corpus must be readable; got {path}: {error.strerror or error}; mend or remove it"
     )

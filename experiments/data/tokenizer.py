@@ -15,7 +15,7 @@ SAMPLE_BYTES = 16 * 2**20  # what merges are learnt from; more text moves them l
 # The library holds some 100 bytes a token while it encodes, so it gets BATCH_BYTES at a time, and long
 # documents in pieces: those of a batch are encoded in parallel.
 PIECE_BYTES = 2**17
-BATCH_BYTES = 2**22
+BATCH_BYTES = 2**20
 
 
 class Piece(NamedTuple):
@@ -64,12 +64,14 @@ def load(raw: bytes, vocabulary: int) -> Tokenizer:
     """Read a tokenizer.json; ValueError unless byte-level, with END_OF_TEXT, numbered 0..vocabulary-1."""
     try:
         tokenizer = Tokenizer.from_str(raw.decode())
-        decoder = json.loads(raw)["decoder"]
+        parts = json.loads(raw)
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise ValueError(f"must be a Hugging Face tokenizer.json; got {error}; give another file") from error
-    if not decoder or decoder.get("type") != "ByteLevel":
-        got = decoder.get("type") if decoder else "none"
-        raise ValueError(f"must be byte-level (decoder ByteLevel); got {got}; give another file")
+    # Only then does each token stand for known bytes, and do the tokens of a text stand for all of it.
+    for part, wanted in (("decoder", "ByteLevel"), ("normalizer", None)):
+        got = parts[part]["type"] if parts.get(part) else None
+        if got != wanted:
+            raise ValueError(f"must have {part} {wanted}, so that bits per byte are exact; got {got}; give another")
     numbers = tokenizer.get_vocab()
     if sorted(numbers.values()) != list(range(vocabulary)):
         raise ValueError(
@@ -132,6 +134,6 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Piece], lengths: NDArray[np.
         if kept != len(piece.text):
             raise ValueError(
                 f"the tokenizer must keep every byte; got {kept} bytes of {len(piece.text)} "
-                f"from {piece.text[:40]!r}; give one without normalizer and added spaces"
+                f"from {piece.text[:40]!r}; give one that adds and removes nothing"
             )
         yield Encoded(ids, piece.ends_document)
