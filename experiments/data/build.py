@@ -176,24 +176,28 @@ def _write_split(
     wanted = spec.train_tokens if split == "train" else spec.validation_tokens
     lengths = bpe.token_bytes(tokenizer)
     writer = shards.SplitWriter(folder, split, wanted, tokenizer.get_vocab()[bpe.END_OF_TEXT], lengths)
-    distinct = Counter[str]()
+    distinct = 0
 
-    def needed() -> Iterator[bytes]:
+    def counted() -> Iterator[bytes]:
+        nonlocal distinct
         for text in documents.distinct(split):
-            distinct["documents"] += 1
-            if not writer.full:
-                yield text
+            distinct += 1
+            yield text
 
+    texts = counted()
     with writer, _bar(f"tokenizing {split}", wanted, "token", progress) as bar:
-        for encoded in bpe.encode(tokenizer, needed(), lengths):
-            if not writer.full:
-                writer.add(encoded)
-                bar.update(writer.tokens - bar.n)
+        for encoded in bpe.encode(tokenizer, texts, lengths):
+            writer.add(encoded)
+            bar.update(writer.tokens - bar.n)
+            if writer.full:
+                break
+    for _ in texts:  # what is left is counted, not encoded
+        pass
     if not writer.full:
         raise ValueError(
             f"{split}_tokens must be at most what the corpus holds; got {wanted}, "
             f"the corpus has {writer.tokens} {split} tokens at vocabulary {spec.vocabulary} "
-            f"in {distinct['documents']} documents; "
+            f"in {distinct} documents; "
             f"lower {split}_tokens or add text"
             + (" (site_packages = true)" if spec.source == "python" and not spec.site_packages else "")
         )
@@ -201,7 +205,7 @@ def _write_split(
         "tokens": writer.tokens,
         "bytes": writer.bytes,
         "documents": len(writer.starts),
-        "distinct": distinct["documents"],
+        "distinct": distinct,
     }
 
 

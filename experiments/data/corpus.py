@@ -160,6 +160,5 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _unreadable(path: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"every file and folder of the corpus must be readable; got {path}: {error.strerror or error}; mend or remove it"
-    )
+    cause = error.strerror or error  # a system call's error, or the parquet library's
+    return ValueError(f"the whole corpus must be readable; got {path}: {cause}; mend or remove it")
