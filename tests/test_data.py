@@ -51,8 +51,19 @@ def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 # Text to shards
 
 
+@pytest.fixture(scope="module")
+def dataset_in_pieces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Each document is encoded in several pieces, as a long one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "PIECE_BYTES", 100)
+        patch.setattr(tokenizer, "BATCH_BYTES", 1000)
+        return Dataset.open(build(specify(corpus), tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize("built", ["dataset", "dataset_in_pieces"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_shards_decode_to_the_documents(dataset: Dataset, split: str) -> None:
+def test_shards_decode_to_the_documents(split: str, built: str, request: pytest.FixtureRequest) -> None:
+    dataset: Dataset = request.getfixturevalue(built)
     decoder = Tokenizer.from_file(str(dataset.path / "tokenizer.json"))
     end = decoder.token_to_id(tokenizer.END_OF_TEXT)
     ids = all_tokens(dataset, split)
