@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from analysis.runlog import RunLog, next_attempt, write_json
 
 ABOUT = {"device": "cpu", "gpus": 0, "dtype": "float32", "torch": "2.13.0", "job_id": None}
@@ -47,3 +49,35 @@ def write_run(run_dir: Path, loss: float, *, steps: int = 4, tokens: int = 20_00
         log.step(step, tokens * step // steps, loss + 1 / step, 1.0, 3e-4, 0.01)
     log.evaluation(steps, tokens, loss, loss / 3, 0.02)
     log.finish({})
+
+
+def write_sweep(
+    store: Path,
+    arms: dict[str, float],
+    *,
+    sizes: int = 5,
+    seeds: int = 2,
+    noise: float = 0.002,
+    floor: float = 1.7,
+    exponent: float = 0.1,
+    random_seed: int = 0,
+) -> Path:
+    """A finished sweep in which each arm's true multiplier is arms[arm], the baseline being "transformer".
+
+    L = floor + (m C / C_middle)^-exponent over two decades of C, plus noise of each run, and twice that shared by the
+    arms and seeds of a size.
+    """
+    random = np.random.default_rng(random_seed)
+    computes = np.geomspace(1e15, 1e17, sizes)
+    for i, compute in enumerate(computes):
+        shared = 2 * noise * random.standard_normal()
+        for arm, m in {"transformer": 1.0, **arms}.items():
+            for seed in range(seeds):
+                loss = floor + (m * compute / 1e16) ** -exponent + shared + noise * random.standard_normal()
+                flops = {"flops_exact": compute, "flops_6nd": 0.9 * compute, "flops_6n_nonemb_d": 0.8 * compute}
+                parameters = round((compute / 120) ** 0.5)
+                run_dir = write_config(
+                    store, arm, f"s{i}", seed, parameters=parameters, tokens=20 * parameters, **flops
+                )
+                write_run(run_dir, float(loss), tokens=20 * parameters)
+    return store

@@ -1,0 +1,275 @@
+"""Compute multipliers with what must stand beside them: the answer of `dynconv table`.
+
+m is the baseline compute that reaches the arm's loss, over the arm's compute, under a named FLOP convention. The
+headline is the paired estimator (`analysis.paired`); a joint fit with profile likelihood cross-checks it. A trend of m
+with compute makes m at the largest compute the headline. The estimator's coverage and the checks' sizes are simulated
+in tests/test_multiplier.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from analysis.joint import Interval, aicc, joint_interval, wild_cluster_interval
+from analysis.paired import Local, Trend, constancy_p, local_multipliers, trend
+from analysis.pairs import Excluded, Pairs, choose_baseline, choose_convention, pair, usable
+from analysis.runlog import CONVENTIONS
+from analysis.solver import Floats
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIGNIFICANCE = 0.05  # of the test that m is constant
+EXTRAPOLATED = 10.0  # m(C) is drawn no further than this times the largest compute
+FEW_SIZES = 5  # below, the wild cluster bootstrap is warned about
+FLOOR_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # E times these, for the sensitivity to the floor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A multiplier and its 95% interval; the interval is None where one size gives none."""
+
+    m: float
+    ci: Interval | None
+    status: str = "ok"
+
+
+@dataclass(frozen=True)
+class At:
+    """m at a compute, and its 95% interval."""
+
+    compute: float
+    m: float
+    ci: Interval
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """One arm against the baseline. Multipliers are ratios of compute; intervals are 95%."""
+
+    arm: str
+    baseline: str
+    m: float
+    ci: Interval | None
+    method: str
+    constant_m_p: float | None  # None below three sizes
+    m_at_cmax: float  # on the line of local ln m at the largest compute
+    m_at_cmax_ci: Interval | None
+    loso: Interval | None  # range of m with each size left out
+    convention: str
+    n_sizes: int
+    n_seeds: int  # paired seeds at the size with fewest
+    status: str  # "ok", or what a reader must know, "not resolved" first
+    excluded: tuple[Excluded, ...]
+    conventions: dict[str, Answer]  # the same under the other conventions
+    joint: Answer | None  # the cross-check
+    aicc: dict[str, float] | None  # of "shared", "free exponent", "free E"; lower is better
+    wild_cluster: Interval | None
+    floor_sensitivity: tuple[dict[str, float], ...]  # m with E moved: E, m
+    noise_floor: float | None  # the m below which seed noise hides it; None without repeated seeds
+    wall_clock: Answer | None
+    gpu_cost: Answer | None
+    irreducible_loss: float
+    exponent: float
+    local: tuple[dict[str, Any], ...]  # by size: size, compute and loss of both, m
+    curve: tuple[At, ...]  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
+
+
+def multipliers(
+    runs: pd.DataFrame,
+    *,
+    baseline: str | None = None,
+    convention: str | None = None,
+    floor: float | None = None,
+    resamples: int = 999,
+    seed: int = 0,
+) -> tuple[list[Multiplier], list[str]]:
+    """Every arm against the baseline, and a line for each arm that has no answer.
+
+    `floor` states E in nats a token instead of fitting it. Raises ValueError where no arm has an answer.
+    """
+    baseline = choose_baseline(runs, baseline)
+    convention = choose_convention(runs, convention)
+    rows, excluded = usable(runs)
+    found: list[Multiplier] = []
+    refused = []
+    arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
+    if not arms:
+        raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
+    for arm in arms:
+        try:
+            pairs = pair(rows, arm, baseline, convention, excluded)
+            others = {
+                name: pair(rows, arm, baseline, name)
+                for name, column in CONVENTIONS.items()
+                if name != convention and column in rows and rows[column].notna().all()
+            }
+            found.append(compare(pairs, others, floor=floor, resamples=resamples, seed=seed))
+        except ValueError as error:
+            refused.append(f"{arm}: {error}")
+    if not found:
+        raise ValueError("; ".join(refused))
+    return found, refused
+
+
+def compare(
+    pairs: Pairs,
+    others: dict[str, Pairs] | None = None,
+    *,
+    floor: float | None = None,
+    resamples: int = 999,
+    seed: int = 0,
+) -> Multiplier:
+    """One arm against the baseline, with every check. Raises ValueError on fewer than two paired sizes."""
+    sizes = len(pairs.sizes)
+    if sizes < 2:
+        raise ValueError(
+            f"{sizes or 'no'} paired size{'' if sizes == 1 else 's'} with {pairs.baseline}; an interval needs at least "
+            "two (five are advised), so train both arms at more sizes with the same seeds"
+        )
+    stated = floor
+    if floor is None and sizes == 2:
+        floor = 0.0
+    local = _local(pairs, floor)
+    headline = _answer(local)
+    line = trend(local, pairs.c0, pairs.c0[-1]) if sizes >= 3 else None
+    p = constancy_p(pairs.c0, pairs.c1, pairs.y0, pairs.y1, resamples, seed) if sizes >= 3 else None
+    at_top = _at(line, sizes) if line else Answer(math.exp(local.ln_m[0, -1]), None)
+    varies = p is not None and p < SIGNIFICANCE
+    reported = at_top if varies else headline
+    noise_floor = _noise_floor(pairs, local)
+    conventions = {name: _answer(_local(other, floor)) for name, other in (others or {}).items()}
+    return Multiplier(
+        arm=pairs.arm,
+        baseline=pairs.baseline,
+        m=reported.m,
+        ci=reported.ci,
+        method="paired, at the largest compute" if varies else "paired",
+        constant_m_p=p,
+        m_at_cmax=at_top.m,
+        m_at_cmax_ci=at_top.ci,
+        loso=_leave_one_out(pairs, floor if stated is not None else None, float(local.law.E[0])),
+        convention=pairs.convention,
+        n_sizes=sizes,
+        n_seeds=min(pairs.seeds),
+        status="; ".join(_remarks(pairs, reported, noise_floor, p, stated, conventions)) or "ok",
+        excluded=pairs.excluded,
+        conventions=conventions,
+        joint=Answer(*joint_interval(pairs)) if sizes >= 3 else None,
+        aicc=aicc(pairs),
+        wild_cluster=wild_cluster_interval(local) if sizes >= 3 else None,
+        floor_sensitivity=_floor_sensitivity(pairs, local),
+        noise_floor=noise_floor,
+        wall_clock=_timed(local, pairs.rate_ratio),
+        gpu_cost=_timed(local, pairs.gpu_rate_ratio),
+        irreducible_loss=float(local.law.E[0]),
+        exponent=float(local.law.g[0]),
+        local=tuple(_local_rows(pairs, local)),
+        curve=tuple(_curve(pairs, local, varies)),
+    )
+
+
+def _local(pairs: Pairs, floor: float | None) -> Local:
+    return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], floor)
+
+
+def _answer(local: Local) -> Answer:
+    low, high = local.interval()
+    return Answer(math.exp(local.mean[0]), (math.exp(low[0]), math.exp(high[0])))
+
+
+def _at(line: Trend, sizes: int) -> Answer:
+    half = stdtrit(sizes - 2, 0.975) * line.error[0]
+    return Answer(math.exp(line.at[0]), (math.exp(line.at[0] - half), math.exp(line.at[0] + half)))
+
+
+def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
+    """m(C): the line of local ln m where m varies with compute, else the constant."""
+    for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
+        answer = _at(trend(local, pairs.c0, compute), len(pairs.sizes)) if varies else _answer(local)
+        assert answer.ci is not None
+        yield At(float(compute), answer.m, answer.ci)
+
+
+def _remarks(
+    pairs: Pairs,
+    reported: Answer,
+    noise_floor: float | None,
+    p: float | None,
+    stated: float | None,
+    conventions: dict[str, Answer],
+) -> Iterator[str]:
+    """What a reader must know before the number, the gravest first."""
+    assert reported.ci is not None
+    low, high = reported.ci
+    if low <= 1 <= high:
+        yield "not resolved: the interval holds 1"
+    elif noise_floor is not None and abs(math.log(reported.m)) < math.log(noise_floor):
+        yield f"not resolved: smaller than the seed noise ({noise_floor:.3f}x)"
+    elif len(pairs.sizes) == 2:
+        yield "not resolved: two sizes cannot identify the irreducible loss"
+    if len(pairs.sizes) == 2 and stated is None:
+        yield "E = 0 assumed; state it with --floor"
+    if p is not None and p < SIGNIFICANCE:
+        yield f"not constant: m changes with compute (p = {p:.3f}), so this is m at the largest"
+    elif 2 < len(pairs.sizes) < FEW_SIZES:
+        yield f"{len(pairs.sizes)} sizes: little power to see m change with compute"
+    for name, other in conventions.items():
+        if not low <= other.m <= high:
+            yield f"depends on the FLOP convention: {other.m:.3f}x under {name}"
+
+
+def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float) -> Interval | None:
+    """The range of m with each size left out; E is fitted anew while three sizes remain."""
+    sizes = len(pairs.sizes)
+    if sizes < 3:
+        return None
+    floor = fitted if stated is None and sizes == 3 else stated
+    values = []
+    for out in range(sizes):
+        keep = np.arange(sizes) != out
+        part = (pairs.c0[keep], pairs.c1[keep], pairs.y0[None, keep], pairs.y1[None, keep])
+        values.append(math.exp(local_multipliers(*part, floor).mean[0]))
+    return min(values), max(values)
+
+
+def _floor_sensitivity(pairs: Pairs, local: Local) -> tuple[dict[str, float], ...]:
+    """m with the irreducible loss moved; those at or above a loss are left out."""
+    floors = dict.fromkeys(shift * float(local.law.E[0]) for shift in FLOOR_SHIFTS)
+    least = min(pairs.y0.min(), pairs.y1.min())
+    possible = [floor for floor in floors if floor < 0.999 * least]
+    return tuple({"E": floor, "m": math.exp(_local(pairs, floor).mean[0])} for floor in possible)
+
+
+def _noise_floor(pairs: Pairs, local: Local) -> float | None:
+    """The smallest m above 1 that the spread over repeated seeds alone would let through at 95%."""
+    dof = sum(seeds - 1 for seeds in pairs.seeds)
+    if dof < 1:
+        return None
+    variance = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences) / dof
+    slope = float(local.law.g[0]) * local.reducible[0]  # of the loss difference, in ln m
+    error = math.sqrt((local.weight[0] ** 2 * variance / np.array(pairs.seeds) / slope**2).sum())
+    return math.exp(stdtrit(dof, 0.975) * error)
+
+
+def _timed(local: Local, rate_ratio: Floats) -> Answer | None:
+    """m in measured seconds: local m times the arm's FLOPs a second over the baseline's; None where not measured."""
+    if np.isnan(rate_ratio).any():
+        return None
+    ln_m = local.ln_m + np.log(rate_ratio)
+    mean = (local.weight * ln_m).sum(axis=1)
+    spread = (local.weight * (ln_m - mean[:, None]) ** 2).sum(axis=1)
+    return _answer(replace(local, ln_m=ln_m, mean=mean, error=np.sqrt(spread / (ln_m.shape[1] - 1))))
+
+
+def _local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:
+    columns = (pairs.sizes, pairs.c0, pairs.c1, pairs.y0, pairs.y1, np.exp(local.ln_m[0]))
+    names = ("size", "compute_baseline", "compute", "loss_baseline", "loss", "m")
+    for row in zip(*columns, strict=True):
+        yield dict(zip(names, [row[0], *map(float, row[1:])], strict=True))

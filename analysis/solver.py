@@ -1,0 +1,147 @@
+"""Minimise a loss of log y against log sum_t exp(terms), for many starts or many resamples at once.
+
+Every power law here is a sum of positive terms, and the log of each term is linear in the parameters (log E;
+log A - alpha log N; ...), so one solver serves all forms and all ways to share parameters among arms. It works on
+sums, never on an objective's absolute size, so that scaling the data or the objective changes nothing.
+
+Legend: K problems solved at once, T terms, P parameters, n points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+ROBUST_ITERATIONS = 60  # of reweighted least squares, which takes any start near an optimum
+NEWTON_ITERATIONS = 60  # on the exact Hessian, which takes it there
+GRADIENT_TOLERANCE = 1e-9  # of the gradient, over the sum of its points' absolute contributions: stop there
+ROUNDING = 1e-8  # relative residuals below this are taken for it: a fit to exact data has converged too
+CONVERGED = 1e-5  # the same: call it converged
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Huber on the log residual with a given delta, or least squares on the raw residual (delta None)."""
+
+    delta: float | None
+
+    def __call__(self, f: Floats, log_y: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        """Value, first and second derivative in f = log prediction, and a positive stand-in for the second."""
+        if self.delta is None:
+            prediction = np.exp(f)
+            residual = prediction - np.exp(log_y)
+            square = prediction * prediction
+            slope = residual * prediction
+            return 0.5 * residual * residual, slope, square + slope, square
+        r = f - log_y
+        size = np.abs(r)
+        inside = size <= self.delta
+        value = np.where(inside, 0.5 * r * r, self.delta * (size - 0.5 * self.delta))
+        slope = np.clip(r, -self.delta, self.delta)
+        return value, slope, inside.astype(float), self.delta / np.maximum(size, self.delta)
+
+
+@dataclass(frozen=True)
+class Solution:
+    theta: Floats  # [K, P]
+    objective: Floats  # [K] sums over the points
+    gradient: Floats  # [K] largest entry, as a share of its absolute contributions; inactive bounds only
+    converged: Bools  # [K]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The points, the terms and the box in which the parameters lie."""
+
+    terms: Floats  # [T, P, n]: log term t of point i is theta @ terms[t, :, i]
+    low: Floats  # [P] or [K, P]
+    high: Floats  # [P] or [K, P]
+    loss: Loss
+
+    def predict(self, theta: Floats) -> Floats:
+        """Log predictions [K, n] of parameters [K, P]."""
+        return np.logaddexp.reduce(np.tensordot(theta, self.terms, axes=(1, 1)), axis=1)
+
+    def objective(self, theta: Floats, log_y: Floats, weight: Floats | None = None) -> Floats:
+        """[K] sums over the points."""
+        value = self.loss(self.predict(theta), log_y)[0]
+        return (value if weight is None else value * weight).sum(axis=1)
+
+    def solve(self, starts: Floats, log_y: Floats, weight: Floats | None = None) -> Solution:
+        """Minimise from `starts` [K, P], with log_y [n] or [K, n] and weights [K, n]."""
+        theta = np.clip(starts, self.low, self.high)
+        log_y = np.broadcast_to(log_y, (len(starts), self.terms.shape[2]))
+        weight = np.ones_like(log_y) if weight is None else weight
+        for newton, iterations in ((False, ROBUST_ITERATIONS), (True, NEWTON_ITERATIONS)):
+            gradient = self._descend(theta, log_y, weight, newton, iterations)
+        return Solution(theta, self.objective(theta, log_y, weight), gradient, gradient < CONVERGED)
+
+    def curvature(self, theta: Floats, log_y: Floats) -> tuple[Floats, Floats]:
+        """The Hessian [K, P, P] of the objective, and its positive stand-in."""
+        return self._derivatives(theta, log_y, np.ones_like(log_y))[1:3]
+
+    def _descend(self, theta: Floats, log_y: Floats, weight: Floats, newton: bool, iterations: int) -> Floats:
+        """Damped steps that only ever go down; changes `theta` in place and returns the gradients [K]."""
+        low, high = (np.broadcast_to(bound, theta.shape) for bound in (self.low, self.high))
+        objective = self.objective(theta, log_y, weight)
+        damping = np.full(len(theta), 1e-3)
+        gradient = np.full(len(theta), np.inf)
+        running = np.arange(len(theta))
+        for _ in range(iterations):
+            here, y, w = theta[running], log_y[running], weight[running]
+            slope, hessian, robust, scale = self._derivatives(here, y, w)
+            free = ~(((here <= low[running]) & (slope > 0)) | ((here >= high[running]) & (slope < 0)))
+            gradient[running] = np.where(free, np.abs(slope) / scale, 0).max(axis=1)
+            step = _step(slope, hessian if newton else robust, robust, free, damping[running])
+            moved = np.clip(here + step, low[running], high[running])
+            value = self.objective(moved, y, w)
+            better = value < objective[running]
+            theta[running[better]] = moved[better]
+            objective[running[better]] = value[better]
+            damping[running] = np.clip(damping[running] * np.where(better, 0.2, 6.0), 1e-12, 1e12)
+            running = running[(gradient[running] > GRADIENT_TOLERANCE) & (damping[running] < 1e11)]
+            if len(running) == 0:
+                break
+        return gradient
+
+    def _derivatives(self, theta: Floats, log_y: Floats, weight: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        """Slope [K, P], Hessian [K, P, P], its positive stand-in, and the sum of the slope's absolute parts."""
+        logs = np.tensordot(theta, self.terms, axes=(1, 1))  # [K, T, n]
+        f = np.logaddexp.reduce(logs, axis=1)
+        share = np.exp(logs - f[:, None, :])
+        jacobian = np.einsum("ktn,tpn->kpn", share, self.terms, optimize=True)
+        _, first, second, stand_in = self.loss(f, log_y)
+        first, second, stand_in = first * weight, second * weight, stand_in * weight
+        slope = np.einsum("kpn,kn->kp", jacobian, first)
+        scale = np.einsum("kpn,kn->kp", np.abs(jacobian), np.maximum(np.abs(first), ROUNDING))
+        robust = (jacobian * stand_in[:, None, :]) @ jacobian.transpose(0, 2, 1)
+        hessian = (jacobian * (second - first)[:, None, :]) @ jacobian.transpose(0, 2, 1)
+        for t, term in enumerate(self.terms):
+            hessian += (term * (first * share[:, t])[:, None, :]) @ term.T
+        return slope, hessian, robust, scale
+
+
+def _step(slope: Floats, hessian: Floats, robust: Floats, free: Bools, damping: Floats) -> Floats:
+    """The damped step [K, P]; where it would not descend, the stand-in's. Parameters held at a bound stay."""
+    pair = free[:, :, None] & free[:, None, :]
+    eye = np.eye(slope.shape[1])
+    diagonal = np.maximum(np.einsum("kpp->kp", robust), 1e-300)
+    # In units of the stand-in's diagonal the system is well scaled, whatever the units of the data.
+    unit = 1 / np.sqrt(diagonal)
+    down = np.where(free, -slope * unit, 0)
+
+    def solve(matrix: Floats) -> Floats:
+        scaled = np.where(pair, matrix * unit[:, :, None] * unit[:, None, :], 0)
+        scaled = scaled + eye * (damping[:, None, None] + ~free[:, :, None])
+        return np.linalg.solve(scaled, down[:, :, None])[:, :, 0]
+
+    step = solve(hessian)
+    uphill = (step * down).sum(axis=1) <= 0
+    if uphill.any() and hessian is not robust:
+        step[uphill] = solve(robust)[uphill]
+    return step * unit

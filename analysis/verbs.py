@@ -1,0 +1,234 @@
+"""The command line's verbs that read logs: fit, table, plot, freeze. Start-up is light: each verb imports its own.
+
+Results go to standard output; problems with the data, which do not stop the work, to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analysis.powerlaw import Points
+    from analysis.store import Store
+
+Subparsers = argparse._SubParsersAction  # argparse has no public name for it
+LEGEND = (
+    "STORE is a live store, a frozen one (dynconv freeze), or a .csv or .parquet of points with columns arm, size, "
+)
+LEGEND += "seed, N, D, C, loss (others by --columns)."
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    _add_fit(subparsers)
+    _add_table(subparsers)
+    _add_plot(subparsers)
+    _add_freeze(subparsers)
+
+
+def _add(
+    subparsers: Subparsers, verb: str, run: Callable[[argparse.Namespace], int], help_text: str, *examples: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        verb,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}. {LEGEND}",
+        epilog="examples:\n" + "\n".join(f"  dynconv {verb} {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("--columns", metavar="NAME=COLUMN,...", help="names of the columns of a table of points")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md")
+    parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+
+
+def _add_fit(subparsers: Subparsers) -> None:
+    parser = _add(
+        subparsers,
+        "fit",
+        _fit,
+        "fit power laws with an irreducible loss, with certificates",
+        "results/runs/demo",
+        "points.csv --form nd --json",
+        "points.csv --columns C=train_flops,loss=final --loss lsq",
+    )
+    parser.add_argument(
+        "--form", choices=("c", "nd"), default="c", help="E + A C^-alpha, or E + A N^-alpha + B D^-beta"
+    )
+    parser.add_argument("--loss", choices=("huber", "lsq"), default="huber", help="Huber on log loss, or least squares")
+    parser.add_argument("--delta", type=float, default=1e-3, help="of Huber (default 1e-3)")
+    parser.add_argument("--per-arm", default="A,B", help="parameters that each arm has for itself (default A,B)")
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    parser.add_argument("--convention", help="of FLOPs, for form c: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
+    parser.add_argument("--starts", type=int, default=4500, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    _add_format(parser)
+
+
+def _add_table(subparsers: Subparsers) -> None:
+    parser = _add(
+        subparsers,
+        "table",
+        _table,
+        "tabulate the compute advantage of each arm, with intervals",
+        "results/runs/demo",
+        "points.csv --baseline transformer --format json",
+    )
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--floor", type=float, metavar="E", help="state the irreducible loss instead of fitting it")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrapped tests")
+    _add_format(parser)
+
+
+def _add_plot(subparsers: Subparsers) -> None:
+    parser = _add(
+        subparsers, "plot", _plot, "draw loss against compute, with fits and residuals", "results/runs/demo -o figures"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg")
+
+
+def _add_freeze(subparsers: Subparsers) -> None:
+    parser = _add(
+        subparsers,
+        "freeze",
+        _freeze,
+        "write a store's runs.parquet and evals.parquet, for committing and sharing",
+        "results/runs/demo -o results/measured/laptop/demo",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--steps", action="store_true", help="steps.parquet as well")
+
+
+def _load(args: argparse.Namespace) -> Store:
+    from analysis.store import load
+
+    columns = {}
+    for item in args.columns.split(",") if args.columns else []:
+        ours, equals, theirs = item.partition("=")
+        if not (ours and equals and theirs):
+            raise ValueError(f"--columns takes NAME=COLUMN,...; got {item!r}")
+        columns[ours.strip()] = theirs.strip()
+    store = load(args.store, columns)
+    _warn(*store.problems)
+    return store
+
+
+def _warn(*lines: str) -> None:
+    for line in lines:
+        print(f"dynconv: {line}", file=sys.stderr)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from analysis.intervals import bootstrap
+    from analysis.powerlaw import fit
+    from analysis.tables import fit_table
+
+    if args.loss == "huber" and not args.delta > 0:
+        raise ValueError(f"--delta must be positive; got {args.delta}")
+    points, excluded = fit_points(_load(args), args.form, args.baseline, args.convention)
+    _warn(*(f"{item.run_id} is left out ({item.reason})" for item in excluded))
+    law = fit(
+        points,
+        args.form,
+        delta=None if args.loss == "lsq" else args.delta,
+        per_arm=args.per_arm.split(","),
+        starts=args.starts,
+    )
+    if args.bootstrap and len(points.loss) > len(law.theta):
+        law = bootstrap(law, args.bootstrap, args.seed)
+    print(fit_table(law, args.format))
+    return 0
+
+
+def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Any]]:
+    """The finished rows of a store as points of a law, and the rows left out."""
+    from analysis.pairs import choose_baseline, choose_convention, finished
+    from analysis.powerlaw import Points
+    from analysis.runlog import CONVENTIONS
+
+    runs = store.runs.assign(arm=store.runs["arm"].fillna("all"))
+    done, excluded = finished(runs)
+    columns = {"N": "parameters", "D": "tokens"}
+    if form == "c":
+        columns = {"C": CONVENTIONS[choose_convention(runs, convention)]}
+    for name, column in columns.items():
+        if done[column].isna().any():
+            raise ValueError(f"form {form} needs {name} in every row; add a column {name}, or name it with --columns")
+    several = done["arm"].nunique() > 1
+    if baseline is not None or done["baseline"].notna().any():
+        baseline = choose_baseline(done, baseline)
+    cells = ["size"] if several and done["size"].notna().all() else ["size", *columns.values()]
+    cluster = done[cells].astype("string").fillna("").agg(" ".join, axis=1)
+    points = Points(
+        loss=done["loss"].to_numpy(float),
+        x={name: done[column].to_numpy(float) for name, column in columns.items()},
+        arm=tuple(done["arm"]),
+        cluster=tuple(cluster),
+        baseline=baseline or str(done["arm"].iloc[0]),
+    )
+    return points, excluded
+
+
+def _table(args: argparse.Namespace) -> int:
+    from analysis.multiplier import multipliers
+    from analysis.tables import multiplier_table
+
+    found, refused = multipliers(
+        _load(args).runs,
+        baseline=args.baseline,
+        convention=args.convention,
+        floor=args.floor,
+        seed=args.seed,
+    )
+    _warn(*(f"no answer for {line}" for line in refused))
+    print(multiplier_table(found, args.format))
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from analysis.figures import forest, local_multipliers, loss_against_compute, save
+    from analysis.intervals import bootstrap
+    from analysis.multiplier import multipliers
+    from analysis.pairs import choose_convention
+    from analysis.powerlaw import fit
+
+    store = _load(args)
+    convention = choose_convention(store.runs, args.convention)
+    found, refused = multipliers(store.runs, baseline=args.baseline, convention=convention)
+    _warn(*(f"no answer for {line}" for line in refused))
+    points, _ = fit_points(store, "c", args.baseline, convention)
+    figures = {
+        "loss-against-compute": loss_against_compute(bootstrap(fit(points, "c", delta=None)), found, convention),
+        "multiplier-against-compute": local_multipliers(found),
+        "multipliers": forest(found),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        path = args.out / f"{name}.{args.type}"
+        save(figure, path)
+        print(path)
+    return 0
+
+
+def _freeze(args: argparse.Namespace) -> int:
+    from analysis.store import freeze
+
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is a file; give a directory")
+    for path in freeze(_load(args), args.out, args.steps):
+        print(path)
+    return 0
