@@ -1,0 +1,363 @@
+"""Launching on this machine: profiles, local slots, Ctrl-C, cancel, retry, and where each run is said to stand."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analysis.runlog import read_json, read_rows
+from experiments import launch, local, slurm, snapshot, states
+from experiments.config import RunConfig
+from experiments.data.dataset import Dataset
+from experiments.profile import Job, Profile, Slurm, load_profile
+
+PROFILES = Path(__file__).parent.parent / "slurm" / "profiles"
+HERE = Profile("local", max_parallel=2, default=Job(device="cpu"))
+Submit = Callable[..., launch.Outcome]
+
+
+@pytest.fixture
+def submit(dataset: Dataset) -> Submit:
+    def submit(runs: list[RunConfig], store: Path, profile: Profile = HERE) -> launch.Outcome:
+        return launch.submit(runs, profile, store, cache=dataset.path.parent)
+
+    return submit
+
+
+@pytest.fixture
+def runs(tiny_run: RunConfig) -> list[RunConfig]:
+    return [replace(tiny_run, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def long_run(tiny_run: RunConfig) -> RunConfig:
+    """Some five seconds."""
+    return replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 1500, evaluate_every=16 * 8 * 100))
+
+
+@pytest.fixture
+def diverging_run(tiny_run: RunConfig) -> RunConfig:
+    return replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e30))
+
+
+def state_of(store: Path, run: RunConfig) -> states.RunState:
+    return states.read(store, [run.run_id])[0]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.1)
+
+
+# Profiles
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_profiles_load(path: Path) -> None:
+    assert load_profile(path).executor in ("local", "debug", "slurm")
+
+
+def test_a_size_differs_from_the_default_only_where_it_says_so(tmp_path: Path) -> None:
+    text = '[slurm]\npartition = "p"\n[default]\nhours = 3\ngpus = 8\n[size.300M]\ngpus = 16\nmicro_batch = 4\n'
+    path = tmp_path / "cluster.toml"
+    path.write_text('executor = "slurm"\n' + text)
+    profile = load_profile(path)
+    large, other = profile.job("300M"), profile.job("150M")
+    assert (large.hours, large.gpus, large.nodes, large.micro_batch) == (3.0, 16, 2, 4)
+    assert (other.hours, other.gpus, other.nodes, other.micro_batch) == (3.0, 8, 1, 0)
+    assert (large.execution.gpus, large.execution.micro_batch) == (16, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('executor = "slrum"', r"executor: got 'slrum'; did you mean 'slurm'\? legal: local, debug, slurm"),
+        ('executor = "local"\nmax_paralel = 2', r"unknown key 'max_paralel'; did you mean 'max_parallel'\?"),
+        ('executor = "local"\n[default]\nmemry_gb = 2', r"default: unknown key 'memry_gb'; did you mean 'memory_gb'"),
+        ('executor = "local"\n[size.300m]\ngpus = 2', r"got '300m'; did you mean '300M'\? legal: .*150M"),
+        ('executor = "local"\n[size.300M]\ngpu = 2', r"size.300M: unknown key 'gpu'; did you mean 'gpus'"),
+        ('executor = "local"\nsize = 3', r"size: got 3; wanted a table"),
+        ('executor = "slurm"', r"executor 'slurm' needs a table \[slurm\]"),
+        ('executor = "local"\n[slurm]\npartition = "x"', r"executor 'local' does not go with a table \[slurm\]"),
+        ('executor = "slurm"\n[slurm]\naccount = "x"', r"slurm: missing key 'partition'"),
+        ('executor = "local"\n[default]\ngpus = 12', r"gpus must fill whole nodes of gpus_per_node = 8; got 12"),
+        ('executor = "local"\n[default]\nhours = 0', r"hours must be above zero; got 0"),
+        ('executor = "local"\nmax_parallel = -1', r"max_parallel must not be negative; got -1"),
+    ],
+)
+def test_a_wrong_profile_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        load_profile(path)
+
+
+def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole script, so that a change of it is a change somebody has read."""
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda _: 2)  # no Slurm is needed to write it
+    profile = load_profile(PROFILES / "example-gpu.toml")
+    assert profile.slurm is not None
+    executor = slurm.executor(
+        profile.job("1B"),
+        replace(profile.slurm, setup=("module load cuda",), options={"reservation": "scaling", "exclusive": ""}),
+        max_parallel=3,
+        name="paper-scaling-1B",
+        folder=Path("/store/.jobs/1"),
+        snapshot=Path("/store/.code/a b"),
+    )
+    executor.parameters["map_count"] = 5
+    script = executor._make_submission_file_text(executor._submitit_command_str, "0")
+    assert script.replace(sys.executable, "python") == (
+        "#!/bin/bash\n"
+        "\n"
+        "# Parameters\n"
+        "#SBATCH --account=my-account\n"
+        "#SBATCH --array=0-4%3\n"
+        "#SBATCH --cpus-per-task=12\n"
+        "#SBATCH --exclusive\n"
+        "#SBATCH --gpus-per-node=8\n"
+        "#SBATCH --job-name=paper-scaling-1B\n"
+        "#SBATCH --mem=921600M\n"
+        "#SBATCH --nodes=2\n"
+        "#SBATCH --ntasks-per-node=8\n"
+        "#SBATCH --open-mode=append\n"
+        "#SBATCH --output=/store/.jobs/1/%A_%a_0_log.out\n"
+        "#SBATCH --partition=gpu\n"
+        "#SBATCH --requeue\n"
+        "#SBATCH --reservation=scaling\n"
+        "#SBATCH --signal=TERM@300\n"
+        "#SBATCH --time=2880\n"
+        "#SBATCH --wckey=submitit\n"
+        "\n"
+        "# setup\n"
+        "module load cuda\n"
+        "export SUBMITIT_PREEMPT_SIGNAL=TERM\n"
+        "export PYTHONPATH='/store/.code/a b'${PYTHONPATH:+:$PYTHONPATH}\n"
+        "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot\n"
+        'export DYNCONV_SCRATCH="${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
+        "  # on the node: compilers' caches do not stand shared file systems\n"
+        "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
+        "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
+        "\n"
+        "# command\n"
+        "export SUBMITIT_EXECUTOR=slurm\n"
+        "srun --unbuffered --output /store/.jobs/1/%A_%a_%t_log.out --kill-on-bad-exit=1 --export=ALL --cpu-bind=none "
+        "--cpus-per-task=12 python -u -m submitit.core._submit /store/.jobs/1\n"
+    )
+
+
+# Submitting here
+
+
+def test_runs_end_side_by_side_and_are_not_submitted_twice(
+    runs: list[RunConfig], submit: Submit, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    outcome = submit(runs, store)
+    ids = [run.run_id for run in runs]
+    assert (outcome.submitted, outcome.skipped, outcome.unsuccessful) == (ids, {}, [])
+    assert states.find(store) == sorted(ids)
+    assert {state.state for state in outcome.ended} == {"complete"}
+    spans = []
+    for run_id in ids:
+        config, job = (read_json(store / run_id / name) for name in ("config.json", "job.json"))
+        assert config["code_commit"]
+        spans.append((job["submitted_at"], read_json(store / run_id / "run.json")["finished_at"]))
+    most = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
+    assert most == HERE.max_parallel
+    start = time.monotonic()
+    again = submit(runs, store)
+    assert (again.submitted, again.skipped) == ([], {"complete": ids})
+    assert time.monotonic() - start < 2.0
+
+
+def test_jobs_run_the_code_that_was_submitted(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    code = snapshot.take(tmp_path)
+    assert snapshot.take(tmp_path) == code
+    with (code / "experiments" / "run.py").open("a") as file:
+        file.write('\nprint("from the snapshot")\n')
+    outcome = submit([tiny_run], tmp_path)
+    assert outcome.unsuccessful == []
+    assert "from the snapshot\n" in Path(str(outcome.ended[0].log)).read_text()
+    assert read_json(tmp_path / tiny_run.run_id / "job.json")["code"] == code.name
+
+
+@pytest.mark.parametrize("profile", [HERE, Profile("debug", default=Job(device="cpu"))], ids=["local", "debug"])
+def test_a_failed_run_is_named_with_its_cause_and_waits_for_retry(
+    profile: Profile, diverging_run: RunConfig, tiny_run: RunConfig, submit: Submit, dataset: Dataset, tmp_path: Path
+) -> None:
+    outcome = submit([diverging_run, tiny_run], tmp_path, profile)
+    (failed,) = outcome.unsuccessful
+    assert (failed.run_id, failed.state) == (diverging_run.run_id, "failed")
+    assert failed.cause is not None
+    assert failed.cause.startswith("NonFiniteLoss: step ")
+    assert state_of(tmp_path, tiny_run).state == "complete"
+    again = submit([diverging_run, tiny_run], tmp_path, profile)
+    assert again.skipped == {"failed": [diverging_run.run_id], "complete": [tiny_run.run_id]}
+    retried = launch.retry([diverging_run, tiny_run], profile, tmp_path, cache=dataset.path.parent)
+    assert retried.submitted == [diverging_run.run_id]
+    assert [state.attempts for state in retried.unsuccessful] == [2]
+
+
+@pytest.fixture
+def in_another_process(dataset: Dataset, tmp_path: Path) -> Callable[[list[RunConfig], Path], subprocess.Popen[bytes]]:
+    """`submit` as in a terminal of its own: a process group that Ctrl-C reaches as a whole."""
+
+    def start(runs: list[RunConfig], store: Path) -> subprocess.Popen[bytes]:
+        arguments = tmp_path / "arguments.pkl"
+        arguments.write_bytes(pickle.dumps((runs, HERE, store, dataset.path.parent)))
+        code = (
+            "import pickle, sys; from experiments import launch; "
+            "runs, profile, store, cache = pickle.load(open(sys.argv[1], 'rb')); "
+            "sys.exit(len(launch.submit(runs, profile, store, cache=cache).unsuccessful))"
+        )
+        command = [sys.executable, "-c", code, str(arguments)]
+        with (tmp_path / "stderr").open("w") as stderr:
+            return subprocess.Popen(command, start_new_session=True, stderr=stderr)
+
+    return start
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_state_and_submit_goes_on(
+    long_run: RunConfig, in_another_process: Callable, submit: Submit, tmp_path: Path
+) -> None:
+    store, run_dir = tmp_path / "store", tmp_path / "store" / long_run.run_id
+    launcher = in_another_process([long_run], store)
+    wait_until(lambda: state_of(store, long_run).state == "running" and "step 100/" in log_of(run_dir))
+    assert submit([long_run], store).skipped == {"running": [long_run.run_id]}
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(timeout=60) != 0
+    assert "stopping 1 runs; their state is being saved" in (tmp_path / "stderr").read_text()
+    stopped = state_of(store, long_run)
+    assert (stopped.state, stopped.cause) == ("lost", "stopped with its state saved; submit again to go on")
+    assert len(list((run_dir / "checkpoint").glob("*.pt"))) == 1
+    done = read_rows(run_dir, "steps").table["step"].to_pylist()
+    assert done == list(range(1, len(done) + 1))
+    assert submit([long_run], store).unsuccessful == []
+    rows = read_rows(run_dir, "steps").table
+    assert rows["step"].to_pylist() == list(range(1, long_run.train.steps + 1))
+    assert rows["attempt"].to_pylist() == [1] * len(done) + [2] * (long_run.train.steps - len(done))
+
+
+@pytest.mark.slow
+def test_cancelled_runs_stay_cancelled_until_they_are_retried(
+    long_run: RunConfig, runs: list[RunConfig], in_another_process: Callable, dataset: Dataset, tmp_path: Path
+) -> None:
+    """One running, one waiting for a slot, one complete before."""
+    others = [replace(long_run, seed=seed) for seed in (10, 11)]
+    first = launch.submit(runs[:1], HERE, tmp_path, cache=dataset.path.parent)
+    assert first.unsuccessful == []
+    everything = [runs[0], long_run, *others]
+    launcher = in_another_process(everything, tmp_path)
+    wait_until(lambda: all("step 100/" in log_of(tmp_path / run.run_id) for run in (long_run, others[0])))
+    assert state_of(tmp_path, others[1]).state == "pending"
+    cancelled = launch.cancel(tmp_path, [run.run_id for run in everything])
+    assert cancelled == [run.run_id for run in everything[1:]]
+    assert launcher.wait(timeout=60) == 3
+    assert [state_of(tmp_path, run).state for run in everything] == ["complete", *["cancelled"] * 3]
+    assert states.busy(tmp_path, cancelled) == {}
+    assert not (tmp_path / others[1].run_id / "job.json").exists()
+    again = launch.submit(everything, HERE, tmp_path, cache=dataset.path.parent)
+    assert (again.submitted, set(again.skipped)) == ([], {"complete", "cancelled"})
+    retried = launch.retry([long_run], HERE, tmp_path, cache=dataset.path.parent)
+    assert [(state.state, state.attempts) for state in retried.ended] == [("complete", 2)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_lost_and_submit_takes_it_up(
+    long_run: RunConfig, in_another_process: Callable, submit: Submit, tmp_path: Path
+) -> None:
+    """As after a power cut: launcher, controller and task all die by SIGKILL."""
+    launcher = in_another_process([long_run], tmp_path)
+    run_dir = tmp_path / long_run.run_id
+    wait_until(lambda: "step 100/" in log_of(run_dir))
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    wait_until(lambda: state_of(tmp_path, long_run).state == "lost")
+    assert submit([long_run], tmp_path).unsuccessful == []
+    assert read_rows(run_dir, "steps").table["step"].to_pylist() == list(range(1, long_run.train.steps + 1))
+
+
+def log_of(run_dir: Path) -> str:
+    job = states.job_of(run_dir)
+    return Path(job["log"]).read_text() if job and Path(job["log"]).exists() else ""
+
+
+def test_slots_share_the_gpus_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    slots = local.Slots(Profile("local", max_parallel=4), [Job(gpus=1), Job(gpus=2)])
+    assert slots._gpus == [[4, 6], [7, 4], [6, 7], [4, 6]]
+    assert len(local.Slots(Profile("local"), [Job()]).free) == 3
+    with pytest.raises(ValueError, match="gpus = 4 a run were asked for; this machine shows 3"):
+        local.Slots(Profile("local"), [Job(gpus=4)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="'cuda' was asked for and this machine shows no GPU"):
+        local.Slots(Profile("local"), [Job(device="cuda")])
+    assert len(local.Slots(Profile("local"), [Job(threads=10**6)]).free) == 1
+
+
+# Refusals and the status of a store
+
+
+def test_a_store_that_takes_no_files_is_refused(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"file/store takes no files \(Not a directory\); choose another"):
+        submit([tiny_run], file / "store")
+
+
+def test_a_missing_cluster_is_refused_before_anything_is_written(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = Profile("slurm", slurm=Slurm("low"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="this machine has no sbatch"):
+        submit([tiny_run], tmp_path / "store", profile)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(ValueError, match=r"SLURM_CONF=.*/slurm.conf does not exist"):
+        submit([tiny_run], tmp_path / "store", profile)
+    assert not (tmp_path / "store").exists()
+
+
+def test_status_of_a_hundred_runs_is_quick_and_loads_no_torch(
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    attempt = {"step": 5, "tokens": 640, "loss": 3.5, "first_step": 1, "started_at": 1.0, "updated_at": 2.0}
+    (run_dir / "attempt-0001.json").write_text(json.dumps(attempt))
+    for copy in range(99):
+        shutil.copytree(run_dir, tmp_path / f"copy-{copy}")
+    (tmp_path / "foreign").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from experiments import states; "
+        "store = Path(sys.argv[1]); rows = states.read(store, states.find(store)); "
+        "assert not {'torch', 'pandas', 'numpy'} & set(sys.modules); print(len(rows), rows[0].progress)"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 2.0  # 0.2 s on an idle core
+    assert done.stdout.split() == ["100", str(640 / tiny_run.train.tokens)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "single"),
+    [("7", ["7"]), ("7_3", ["7_3"]), ("7_[0-2,5%4]", ["7_0", "7_1", "7_2", "7_5"]), ("7_[4]", ["7_4"])],
+)
+def test_array_elements_that_never_started_are_told_apart(ids: str, single: list[str]) -> None:
+    assert slurm._expanded(ids) == single
