@@ -11,14 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from analysis import verbs as analysis_verbs
 from analysis.errors import WorkFailed
 from experiments import strict
 from experiments.config import RunConfig
 
+if TYPE_CHECKING:
+    from experiments.profile import Profile
+
 STORES = Path("results/runs")
-LOCAL_PROFILE = Path("slurm/profiles/local.toml")
 WATCH_SECONDS = 2.0
 
 
@@ -88,9 +91,14 @@ def _store_argument(verb: argparse.ArgumentParser) -> None:
 
 
 def _profile_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--profile", type=Path, default=LOCAL_PROFILE, metavar="FILE", help="where runs execute (default %(default)s)"
-    )
+    text = "where runs execute, e.g. slurm/profiles/local.toml (default: this machine, one run for each GPU or core)"
+    verb.add_argument("--profile", type=Path, metavar="FILE", help=text)
+
+
+def _profile(args: argparse.Namespace) -> "Profile":
+    from experiments.profile import Profile, load_profile
+
+    return Profile("local") if args.profile is None else load_profile(args.profile)
 
 
 def _format_argument(verb: argparse.ArgumentParser) -> None:
@@ -131,10 +139,9 @@ def _add_plan(subparsers: Subparsers) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from experiments import plan
-    from experiments.profile import load_profile
     from experiments.sweep import load_sweep
 
-    rows = plan.rows(load_sweep(args.sweep), load_profile(args.profile))
+    rows = plan.rows(load_sweep(args.sweep), _profile(args))
     print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
     return 0
 
@@ -185,10 +192,9 @@ def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: 
     """Submit or retry, then say what happened: a line for each run that did not get to its end."""
     from experiments import launch
     from experiments.data.spec import default_cache
-    from experiments.profile import load_profile
 
     launcher = {"submit": launch.submit, "retry": launch.retry}[verb]
-    outcome = launcher(runs, load_profile(args.profile), store, cache=default_cache(), wait=args.wait)
+    outcome = launcher(runs, _profile(args), store, cache=default_cache(), wait=args.wait)
     skipped = "".join(f"; {len(ids)} {state} already" for state, ids in outcome.skipped.items())
     print(f"{store}: {len(outcome.submitted)} runs submitted{skipped}", file=sys.stderr)
     for state in outcome.unsuccessful:
@@ -274,13 +280,10 @@ def _add_data(subparsers: Subparsers) -> None:
         _data,
         "build the data of a sweep without submitting it, or show what a dataset holds",
         "build experiments/sweeps/demo.toml",
-        "inspect experiments/sweeps/demo.toml",
         "inspect ~/.cache/dynconv/data/python-512-0123456789abcdef --format json",
     )
     verb.add_argument("action", choices=("build", "inspect"))
-    verb.add_argument(
-        "what", type=Path, metavar="SWEEP|DIR", help="a sweep file; inspect also takes a dataset's folder"
-    )
+    verb.add_argument("what", type=Path, metavar="SWEEP|DIR", help="build: a sweep file; inspect: a dataset's folder")
     _format_argument(verb)
 
 
@@ -290,9 +293,8 @@ def _data(args: argparse.Namespace) -> int:
     from experiments.data.spec import default_cache
     from experiments.sweep import load_sweep
 
-    if args.action == "inspect" and args.what.is_dir():
-        path = args.what
-    else:
+    path = args.what
+    if args.action == "build":
         path = build(load_sweep(args.what)[0].data, default_cache())
     print(json.dumps(to_dict(path), indent=1) if args.format == "json" else inspect(path))
     return 0

@@ -8,9 +8,9 @@ from experiments import flops
 from experiments.config import RunConfig
 from experiments.profile import Profile
 from experiments.sweep import epochs
-from experiments.terminal import align, hours, short
+from experiments.terminal import align, short, span
 
-HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "GPUs", "hours")
+HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
 
 
 def rows(runs: Sequence[RunConfig], profile: Profile) -> list[dict[str, Any]]:
@@ -34,6 +34,7 @@ def rows(runs: Sequence[RunConfig], profile: Profile) -> list[dict[str, Any]]:
                 "learning_rate": run.train.learning_rate,
                 "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
                 "gpus": job.gpus,
+                "teraflops_per_second": job.teraflops_per_second,
                 "hours": counts.flops_exact / (job.gpus * job.teraflops_per_second * 1e12) / 3600,
             }
         )
@@ -52,11 +53,16 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
             f"{row['epochs']:.2f}",
             f"{row['flops_exact']:.3e}",
             str(row["gpus"]),
-            hours(row["hours"]),
+            span(row["hours"]),
         )
         for row in plan
     ]
     total = sum(row["flops_exact"] for row in plan)
     gpu_hours = sum(row["gpus"] * row["hours"] for row in plan)
-    summary = f"{len(plan)} runs, {total:.3e} FLOPs, {hours(gpu_hours)} GPU-hours forecast; nothing was submitted"
+    rates = sorted({row["teraflops_per_second"] for row in plan})
+    rate = " to ".join(f"{rate:g}" for rate in {rates[0]: None, rates[-1]: None})
+    summary = (
+        f"{len(plan)} runs, {total:.3e} FLOPs; forecast {span(gpu_hours)} of one device at {rate} TFLOP/s; "
+        "nothing was submitted"
+    )
     return f"{align(HEADINGS, cells)}\n\n{summary}"

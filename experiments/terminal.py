@@ -22,9 +22,12 @@ def short(count: int) -> str:
     return str(count)
 
 
-def hours(value: float) -> str:
-    """Three digits, whatever the scale."""
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+def span(hours: float) -> str:
+    """A forecast: three digits in a unit that suits it."""
+    for unit, size in (("h", 1.0), ("min", 1 / 60)):
+        if hours >= size:
+            return f"{hours / size:,.0f} {unit}" if hours / size >= 1000 else f"{hours / size:.3g} {unit}"
+    return f"{hours * 3600:.2g} s"
 
 
 def duration(seconds: float | None) -> str:
