@@ -37,6 +37,8 @@ POINT_NAMES = {
     "tokens": ("tokens", "d", "n_tokens", "num_tokens", "training tokens"),
     "flops_given": ("flops_given", "c", "flops", "compute", "flop", "training flop"),
     "loss": ("loss", "final_loss", "val_loss", "validation_loss", "test_loss"),
+    "tokenizer_sha256": ("tokenizer_sha256", "tokenizer"),
+    "data_sha256": ("data_sha256", "data", "dataset"),
 }
 POINT_SHORT = {"parameters": "N", "parameters_nonembedding": "N_nonemb", "tokens": "D", "flops_given": "C"}
 
@@ -194,11 +196,9 @@ def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         points["flops_6n_nonemb_d"] = 6.0 * points["parameters_nonembedding"] * points["tokens"]
     if "run_id" not in points:
         points["run_id"] = [f"row {number}" for number in range(1, len(points) + 1)]
-    for name in {*RUN_COLUMNS} - set(points):
-        points[name] = pd.NA
-    strings = {name: "string" for name, dtype in RUN_COLUMNS.items() if dtype == "string"}
-    floats = {name: "float64" for name, dtype in RUN_COLUMNS.items() if dtype != "string"}
-    return points.astype(strings | floats)
+    types = {name: "string" if dtype == "string" else "float64" for name, dtype in RUN_COLUMNS.items()}
+    absent = {name: pd.Series(index=points.index, dtype=types[name]) for name in types if name not in points}
+    return points.assign(**absent).astype(types)
 
 
 def _renaming(path: Path, names: list[str], columns: Mapping[str, str]) -> dict[str, str]:
