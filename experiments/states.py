@@ -155,7 +155,7 @@ def _last_line(log: Path) -> str:
 def _explained(state: RunState, ended: Mapping[str, str]) -> RunState:
     """A run that Slurm lost, with what the accounting says of its end."""
     end = ended.get(str(state.job_id))
-    if end is None:
+    if end is None or end.startswith(("RUNNING", "PENDING", "REQUEUED")):  # unknown, or not up to date
         return replace(state, cause="it left the queue without a result")
     where = "cancelled" if end.startswith("CANCELLED") else "lost"  # by scancel, past `dynconv cancel`
     return replace(state, state=where, cause=f"Slurm says {end}")

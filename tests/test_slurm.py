@@ -1,0 +1,279 @@
+"""A real one-node Slurm: brought up, swept through, preempted, requeued, cancelled, and taken down again."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analysis.runlog import read_json, read_rows
+from experiments import launch, slurm, states
+from experiments.config import RunConfig
+from experiments.data.dataset import Dataset
+from experiments.profile import Job, Profile, Slurm
+from experiments.run import Run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+
+SCRIPTS = Path(__file__).parent.parent / "slurm" / "cluster"
+PROFILE = Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu", hours=0.5))
+DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd")
+Submit = Callable[..., launch.Outcome]
+
+
+def call(script: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCRIPTS / script, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """A cluster of these tests' own; the variables that name it. Somebody else's on this machine is left alone."""
+    if shutil.which("sbatch") is None:
+        pytest.skip("Slurm is not installed; slurm/cluster/install installs it")
+    # Not pytest's folder: only its owner may enter that, and MUNGE wants a socket that everybody can reach.
+    state = Path(tempfile.mkdtemp(prefix="dynconv-test-", dir="/var/tmp"))
+    environment = {"DYNCONV_SLURM_STATE": str(state), "DYNCONV_SLURM_PORT": str(three_free_ports())}
+    up = call("up", environment)
+    try:
+        if up.returncode == 2:
+            pytest.skip(f"this machine cannot have a one-node Slurm: {up.stderr.splitlines()[-1]}")
+        assert up.returncode == 0, up.stderr
+        assert up.stdout == f"export SLURM_CONF={state}/slurm.conf\n"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", f"{state}/slurm.conf")
+            yield environment
+    finally:
+        down = call("down", environment, "--purge")
+    assert down.returncode == 0, down.stderr
+    assert not state.exists()
+
+
+def three_free_ports() -> int:
+    for first in range(20_000 + os.getpid() % 9_000, 30_000, 3):
+        with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+            try:
+                for offset, s in enumerate((a, b, c)):
+                    s.bind(("127.0.0.1", first + offset))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no three free ports in a row")
+
+
+@pytest.fixture
+def submit(dataset: Dataset) -> Submit:
+    def submit(runs: list[RunConfig], store: Path, profile: Profile = PROFILE, **options: bool) -> launch.Outcome:
+        return launch.submit(runs, profile, store, cache=dataset.path.parent, **options)
+
+    return submit
+
+
+@pytest.fixture
+def runs(tiny_run: RunConfig) -> list[RunConfig]:
+    return [replace(tiny_run, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def long_run(tiny_run: RunConfig) -> RunConfig:
+    """Some five seconds."""
+    return replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 1500, evaluate_every=16 * 8 * 100))
+
+
+def state_of(store: Path, run: RunConfig) -> states.RunState:
+    return states.read(store, [run.run_id])[0]
+
+
+def log_of(store: Path, run: RunConfig) -> str:
+    log = Path(str(state_of(store, run).log))
+    return log.read_text() if log.exists() else ""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s; queue:\n{ask('squeue', '--array')}"
+        time.sleep(0.2)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return read_rows(run_dir, "steps").table["loss"].to_pylist()
+
+
+def test_nothing_listens_beyond_loopback(cluster: dict[str, str]) -> None:
+    """Also not srun, while a job step runs."""
+    ask("sbatch", "--ntasks=2", "--output=/dev/null", "--wrap=srun sleep 15")
+    pids = {int((Path(cluster["DYNCONV_SLURM_STATE"]) / "run" / f"{name}.pid").read_text()) for name in DAEMONS}
+
+    def listening() -> list[tuple[str, str, int]]:
+        lines = [line.split() for line in ask("ss", "-ltnpH").splitlines()]
+        named = [(line[3], re.search(r'"([^"]+)",pid=(\d+)', line[-1])) for line in lines]
+        return [(address, found[1], int(found[2])) for address, found in named if found]
+
+    wait_until(lambda: "srun" in {name for _, name, _ in listening()})
+    ours = [(address, name) for address, name, pid in listening() if pid in pids or name == "srun"]
+    assert {name for _, name in ours} == {"slurmdbd", "slurmctld", "slurmd", "srun"}
+    assert all(address.startswith("127.") for address, _ in ours), ours
+    ask("scancel", "--me")
+
+
+def test_up_and_down_can_be_called_again_and_mend(cluster: dict[str, str]) -> None:
+    start = time.monotonic()
+    assert call("up", cluster).returncode == 0
+    assert time.monotonic() - start < 2.0
+    pid = int((Path(cluster["DYNCONV_SLURM_STATE"]) / "run" / "slurmd.pid").read_text())
+    os.kill(pid, 9)
+    again = call("up", cluster)
+    assert again.returncode == 0
+    assert "up: slurmd\n" in again.stderr
+    assert ask("sinfo", "--noheader", "--format=%R").split() == ["low", "high"]
+
+
+@pytest.mark.parametrize(("script", "arguments"), [("up", []), ("down", ["--purge"])])
+def test_a_configuration_of_somebody_else_is_left_alone(script: str, arguments: list[str]) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        theirs = Path(folder) / "slurm.conf"
+        theirs.write_text("ClusterName=theirs\n")
+        done = call(script, {"DYNCONV_SLURM_STATE": folder}, *arguments)
+        assert done.returncode == 2
+        assert "was not written by slurm/cluster/up and stays as it is" in done.stderr.splitlines()[-1]
+        assert list(Path(folder).iterdir()) == [theirs]
+        assert theirs.read_text() == "ClusterName=theirs\n"
+
+
+def test_a_sweep_runs_to_its_end_and_is_not_submitted_twice(
+    runs: list[RunConfig],
+    submit: Submit,
+    submitted: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In an array of two and a job by itself, as a MaxArraySize of two would have it."""
+    monkeypatch.setattr(slurm, "_max_array_size", lambda: 2)
+    store = tmp_path / "store"
+    first = submit(runs, store)
+    assert (len(first.submitted), first.ended) == (3, [])
+    ids = [str(state.job_id) for state in states.read(store, first.submitted)]
+    array = ids[0].split("_")[0]
+    assert ids == [f"{array}_0", f"{array}_1", str(int(ids[2]))]
+    again = submit(runs, store)
+    assert again.submitted == []
+    assert set(again.skipped) <= {"queued", "running", "complete"}
+    wait_until(lambda: {state_of(store, run).state for run in runs} == {"complete"})
+    assert submit(runs, store).skipped == {"complete": first.submitted}
+    reference = submitted(runs[0], tmp_path / "reference")
+    Run(reference)()
+    assert losses(store / runs[0].run_id) == losses(reference)
+
+
+def test_a_preempted_run_is_requeued_and_loses_no_step(
+    long_run: RunConfig, submit: Submit, submitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    submit([long_run], store)
+    wait_until(lambda: "step 100/" in log_of(store, long_run))
+    ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    wait_until(lambda: state_of(store, long_run).state == "requeued")
+    requeued = state_of(store, long_run)
+    assert 0.0 < requeued.progress < 1.0
+    assert submit([long_run], store).skipped == {"requeued": [long_run.run_id]}
+    # Slurm lets two minutes pass before a requeued job may start.
+    ask("scontrol", "update", f"jobid={requeued.job_id}", "starttime=now")
+    wait_until(lambda: state_of(store, long_run).state == "complete")
+    run_dir = store / long_run.run_id
+    rows = read_rows(run_dir, "steps").table
+    assert rows["step"].to_pylist() == list(range(1, long_run.train.steps + 1))
+    assert set(rows["attempt"].to_pylist()) == {1, 2}
+    run = read_json(run_dir / "run.json")
+    assert (run["attempts"], run["seconds"]["lost"]) == (2, 0.0)
+    reference = submitted(long_run, tmp_path / "reference")
+    Run(reference)()
+    assert losses(run_dir) == losses(reference)
+
+
+def test_cancelled_runs_leave_the_queue_for_good(
+    long_run: RunConfig, submit: Submit, dataset: Dataset, tmp_path: Path
+) -> None:
+    """One running, one pending. To the first, scancel looks like a preemption."""
+    both = [long_run, replace(long_run, seed=9)]
+    submit(both, tmp_path, replace(PROFILE, max_parallel=1))
+    wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+    assert state_of(tmp_path, both[1]).state == "queued"
+    assert launch.cancel(tmp_path, [run.run_id for run in both]) == [run.run_id for run in both]
+    wait_until(lambda: states.busy(tmp_path, [run.run_id for run in both]) == {})
+    time.sleep(3)  # a requeue would show by now: the scheduler looks every second
+    assert states.busy(tmp_path, [run.run_id for run in both]) == {}
+    assert {state_of(tmp_path, run).state for run in both} == {"cancelled"}
+    assert submit(both, tmp_path).skipped == {"cancelled": [run.run_id for run in both]}
+    again = launch.retry([long_run], PROFILE, tmp_path, cache=dataset.path.parent)
+    assert again.submitted == [long_run.run_id]
+    wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
+    assert read_json(tmp_path / long_run.run_id / "run.json")["attempts"] == 2
+
+
+def test_a_run_that_slurm_cancelled_while_pending_is_not_submitted_again(
+    runs: list[RunConfig], submit: Submit, tmp_path: Path
+) -> None:
+    """Somebody's plain scancel, seen through the accounting."""
+    submit(runs, tmp_path, replace(PROFILE, slurm=Slurm("low", options={"hold": ""})))
+    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    ask("scancel", str(state_of(tmp_path, runs[0]).job_id).split("_")[0])
+    wait_until(lambda: {state_of(tmp_path, run).state for run in runs} == {"cancelled"})
+    assert str(state_of(tmp_path, runs[0]).cause).startswith("Slurm says CANCELLED by")
+    assert submit(runs, tmp_path).submitted == []
+
+
+def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
+    tiny_run: RunConfig, long_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging = replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e30))
+    submit([diverging, long_run], tmp_path)
+    wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+    ask("scancel", "--signal=ABRT", str(state_of(tmp_path, long_run).job_id))
+    wait_until(lambda: {state_of(tmp_path, run).state for run in (diverging, long_run)} == {"failed", "lost"})
+    assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: step ")
+    wait_until(lambda: "Slurm says FAILED" in str(state_of(tmp_path, long_run).cause))
+    monkeypatch.setitem(launch.POLL_SECONDS, "slurm", 0.5)
+    again = submit([diverging, long_run], tmp_path, wait=True)
+    assert (again.submitted, again.skipped) == ([long_run.run_id], {"failed": [diverging.run_id]})
+    assert [(state.state, state.attempts) for state in again.ended] == [("complete", 2)]
+
+
+def test_refusals_leave_nothing_behind(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with pytest.raises(ValueError, match=r"no such partition: got 'hihg'; did you mean 'high'\? legal: high, low"):
+        submit([tiny_run], store, replace(PROFILE, slurm=Slurm("hihg")))
+    assert not store.exists()
+    with pytest.raises(ValueError, match=r"sbatch refused: .*More processors requested than permitted"):
+        submit([tiny_run], store, replace(PROFILE, default=Job(device="cpu", cpus_per_gpu=1000)))
+    assert state_of(store, tiny_run).state == "pending"
+
+
+def test_a_controller_that_does_not_answer(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused to submit; a run that was queued before is not taken for lost, or it would be started twice."""
+    submit([tiny_run], tmp_path, replace(PROFILE, slurm=Slurm("low", options={"hold": ""})))
+    text = Path(os.environ["SLURM_CONF"]).read_text()
+    broken = tmp_path / "slurm.conf"
+    broken.write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", text) + "MessageTimeout=1\n")
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(broken))
+        unknown = state_of(tmp_path, tiny_run)
+        assert (unknown.state, unknown.cause) == ("unknown", "squeue does not answer")
+        with pytest.raises(ValueError, match="controller does not answer"):
+            submit([tiny_run], tmp_path)
+    assert state_of(tmp_path, tiny_run).state == "queued"
+    launch.cancel(tmp_path, [tiny_run.run_id])
