@@ -1,6 +1,6 @@
 """The convolution functions. Each runs on the best implementation for its tensors' device."""
 
-from dynconv.ops.reference import (
+from dynconv.ops.functions import (
     headwise_dynamic_convolution,
     lowrank_dynamic_convolution,
     static_convolution,

@@ -2,94 +2,65 @@
 
 This is the definition the kernels are held to (in float64) and what runs where Triton cannot.
 
-Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank.
+Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments.
 Tap 0 is the current token, so every filter is causal by construction.
 Source: Dynamic Short Convolutions Improve Transformers, arXiv 2606.03825, section 2.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def static_convolution(
+def convolve(
     x: Tensor,  # [B, T, D]
-    weight: Tensor,  # [W, D]
-    residual: bool = False,
-) -> Tensor:  # [B, T, D]
-    """y[b,t,d] = sum_w weight[w,d] x[b,t-w,d] (+ x[b,t,d])."""
-    _check_input(x)
-    _check(weight, (None, x.shape[2]), "weight", "[W, D]")
-    return _convolve(x, weight, residual)
-
-
-def headwise_dynamic_convolution(
-    x: Tensor,  # [B, T, D]
-    weight: Tensor,  # [B, T, H, W]
-    static_w: Tensor | None = None,  # [W, D]
-    residual: bool = False,
-) -> Tensor:  # [B, T, D]
-    """One filter per token for each group of D/H consecutive channels, plus an optional static one.
-
-    y[b,t,d] = sum_w (weight[b,t,d//(D/H),w] + static_w[w,d]) x[b,t-w,d] (+ x[b,t,d]).
-    """
-    _check_input(x)
-    batch, time, channels = x.shape
-    _check(weight, (batch, time, None, None), "weight", "[B, T, H, W]")
-    heads, width = weight.shape[2:]
-    if channels % heads:
-        raise ValueError(f"H must divide D; got H = {heads} and D = {channels}; choose another head size")
-    taps = weight.transpose(2, 3).repeat_interleave(channels // heads, dim=3)
-    if static_w is not None:
-        _check(static_w, (width, channels), "static_w", "[W, D]")
-        taps = taps + static_w
-    return _convolve(x, taps, residual)
-
-
-def lowrank_dynamic_convolution(
-    x: Tensor,  # [B, T, D]
-    z: Tensor,  # [B, T, R]
-    U: Tensor,  # [R, W*D]
-    static_w: Tensor | None = None,  # [W, D]
-    residual: bool = False,
-) -> Tensor:  # [B, T, D]
-    """Every channel has its own filter: (z U) viewed [W, D], plus an optional static one."""
-    _check_input(x)
-    batch, time, channels = x.shape
-    _check(z, (batch, time, None), "z", "[B, T, R]")
-    _check(U, (z.shape[2], None), "U", "[R, W*D]")
-    if U.shape[1] == 0 or U.shape[1] % channels:
-        raise ValueError(
-            f"U must be [R, W*D] with D = {channels}; got {list(U.shape)}; pass U.reshape(R, W*D)"
-        )
-    taps = (z @ U).unflatten(2, (-1, channels))
-    if static_w is not None:
-        _check(static_w, (taps.shape[2], channels), "static_w", "[W, D]")
-        taps = taps + static_w
-    return _convolve(x, taps, residual)
-
-
-def _convolve(
-    x: Tensor,  # [B, T, D]
-    taps: Tensor,  # [W, D] or [B, T, W, D]
+    z: Tensor | None,  # [B, T, G*R]: low-rank
+    weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
+    static_w: Tensor | None,  # [W, D]
+    positions: Tensor | None,  # [T] int32: each token's place in its document, where B = 1 holds several
+    segments: tuple[int, ...],  # widths of the G segments of D: low-rank; (): one segment
     residual: bool,
-) -> Tensor:  # [B, T, D]
+) -> Tensor:  # [B, T, D], x's dtype
+    """y[b,t,d] = sum_w filter[b,t,w,d] x[b,t-w,d] (+ x[b,t,d]), with zeros before a document's start.
+
+    The filter is weight[b,t,d//(D/H),w] (head-wise), or z[b,t,segment of d] @ weight viewed [W, D]
+    (low-rank), or absent (static); plus static_w[w,d].
+    """
+    channels = x.shape[2]
+    taps = static_w
+    if weight is not None:
+        taps = _headwise(weight, channels) if z is None else _lowrank(z, weight, channels, segments)
+        if static_w is not None:
+            taps = taps + static_w
+    assert taps is not None
     time, width = x.shape[1], taps.shape[-2]
     padded = F.pad(x, (0, 0, width - 1, 0))
-    terms = [taps[..., tap, :] * padded[:, width - 1 - tap :][:, :time] for tap in range(width)]
-    return sum(terms, start=x) if residual else sum(terms[1:], start=terms[0])
+    y = x if residual else None
+    for tap in range(width):
+        term = taps[..., tap, :] * padded[:, width - 1 - tap :][:, :time]
+        if positions is not None and tap > 0:
+            term = torch.where((positions >= tap)[:, None], term, 0.0)
+        y = term if y is None else y + term
+    assert y is not None
+    return y.to(x.dtype)
 
 
-def _check_input(x: Tensor) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x must be [B, T, D]; got {list(x.shape)}; add or merge dimensions")
+def _headwise(
+    weight: Tensor,  # [B, T, H, W]
+    channels: int,
+) -> Tensor:  # [B, T, W, D]
+    return weight.transpose(2, 3).repeat_interleave(channels // weight.shape[2], dim=3)
 
 
-def _check(tensor: Tensor, shape: tuple[int | None, ...], name: str, letters: str) -> None:
-    fits = tensor.dim() == len(shape) and all(
-        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
-        want = [n if n is not None else "any" for n in shape]
-        raise ValueError(
-            f"{name} must be {letters} = {want}; got {list(tensor.shape)}; reshape or transpose it"
-        )
+def _lowrank(
+    z: Tensor,  # [B, T, G*R]
+    up: Tensor,  # [R, W*D]
+    channels: int,
+    segments: tuple[int, ...],
+) -> Tensor:  # [B, T, W, D]
+    if len(segments) <= 1:
+        return (z @ up).unflatten(2, (-1, channels))
+    basis = up.unflatten(1, (-1, channels)).split(segments, dim=2)  # each [R, W, D of the segment]
+    generators = z.chunk(len(segments), dim=2)
+    taps = [torch.einsum("btr,rwd->btwd", each, of) for each, of in zip(generators, basis, strict=True)]
+    return torch.cat(taps, dim=3)

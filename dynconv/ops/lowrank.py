@@ -1,0 +1,241 @@
+"""The low-rank dynamic convolution in Triton, for any shape and dtype.
+
+Legend: B batch, T time, D channels, W taps, R rank, G segments of the channels, each with its own z.
+The filters are made on chip, a tile at a time, as z U; they are never stored.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynconv.ops.tiles import multiprocessors, sum_parts
+
+
+@triton.jit
+def _segment(block, SEGMENTS: tl.constexpr, BD: tl.constexpr):
+    """The segment a block of channels belongs to, its first channel, and where the segment ends."""
+    segment = 0
+    first = 0
+    end = 0
+    base = 0
+    before = 0
+    for index in tl.static_range(len(SEGMENTS)):
+        width: tl.constexpr = SEGMENTS[index]
+        if block >= before:
+            segment = index
+            first = base + (block - before) * BD
+            end = base + width
+        before += (width + BD - 1) // BD
+        base += width
+    return segment, first, end
+
+
+@triton.jit
+def _load_tile(pointer, time_steps, row_stride, columns, columns_ok, lowest, highest):
+    ok = ((time_steps >= lowest) & (time_steps < highest))[:, None] & columns_ok[None, :]
+    return tl.load(pointer + time_steps[:, None] * row_stride + columns[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def _forward_kernel(
+    x, z, up, static_w, y, positions,
+    time, channels, x_batch, x_time, z_batch, z_time, tiles, blocks,
+    SEGMENTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr,
+    STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    segment, first, end = _segment(tl.program_id(0) % blocks, SEGMENTS, BD)
+    d = first + tl.arange(0, BD)
+    d_ok = d < end
+    program = tl.program_id(0) // blocks
+    batch = (program // tiles).to(tl.int64)
+    start = (program % tiles) * BT
+    x += batch * x_batch + start.to(tl.int64) * x_time
+    z += batch * z_batch + start.to(tl.int64) * z_time + segment * R
+    steps = tl.arange(0, BT)
+    r = tl.arange(0, RP)
+    dtype: tl.constexpr = x.dtype.element_ty
+    generator = _load_tile(z, steps, z_time, r, r < R, -start, time - start).to(dtype).to(DOT)
+    result = tl.zeros([BT, BD], tl.float32)
+    if RESIDUAL:
+        result = _load_tile(x, steps, x_time, d, d_ok, -start, time - start).to(tl.float32)
+    if PACKED:
+        position = tl.load(positions + start + steps, mask=steps < time - start, other=0)
+    for tap in tl.static_range(W):
+        at = r[:, None] * (W * channels) + tap * channels + d[None, :]
+        basis = tl.load(up + at, mask=(r < R)[:, None] & d_ok[None, :], other=0.0).to(dtype).to(DOT)
+        filters = tl.dot(generator, basis, input_precision="ieee")
+        if STATIC:
+            filters += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
+        shifted = _load_tile(x, steps - tap, x_time, d, d_ok, -start, time - start).to(tl.float32)
+        product = filters * shifted
+        if PACKED:
+            product = tl.where((position >= tap)[:, None], product, 0.0)
+        result += product
+    y += (batch * time + start) * channels
+    ok = (steps < time - start)[:, None] & d_ok[None, :]
+    tl.store(y + steps[:, None] * channels + d[None, :], result, mask=ok)
+
+
+@triton.jit
+def _backward_kernel(
+    dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
+    time, channels, rows, dy_batch, dy_time, x_batch, x_time, z_batch, z_time, chunks, tiles, blocks,
+    SEGMENTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr,
+    STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % blocks
+    segment, first, end = _segment(block, SEGMENTS, BD)
+    part = block
+    for index in tl.static_range(len(SEGMENTS)):
+        if index < segment:
+            part -= (SEGMENTS[index] + BD - 1) // BD
+    d = first + tl.arange(0, BD)
+    d_ok = d < end
+    program = tl.program_id(0) // blocks
+    batch = (program // chunks).to(tl.int64)
+    chunk = program % chunks
+    steps = tl.arange(0, BT)
+    r = tl.arange(0, RP)
+    dtype: tl.constexpr = x.dtype.element_ty
+    up_sums = ()
+    static_sums = ()
+    for _ in tl.static_range(W):
+        up_sums = up_sums + (tl.zeros([RP, BD], tl.float32),)
+        static_sums = static_sums + (tl.zeros([BD], tl.float32),)
+    for tile in range(chunk * tiles, chunk * tiles + tiles):
+        start = tile * BT
+        last = time - start
+        xs = x + batch * x_batch + start.to(tl.int64) * x_time
+        dys = dy + batch * dy_batch + start.to(tl.int64) * dy_time
+        zs = z + batch * z_batch + start.to(tl.int64) * z_time + segment * R
+        generator = _load_tile(zs, steps, z_time, r, r < R, -start, last).to(dtype).to(DOT)
+        gradient = _load_tile(dys, steps, dy_time, d, d_ok, -start, last).to(tl.float32)
+        result = tl.zeros([BT, BD], tl.float32)
+        if RESIDUAL:
+            result = gradient
+        dgenerator = tl.zeros([BT, RP], tl.float32)
+        if PACKED:
+            position = tl.load(positions + start + steps, mask=steps < last, other=0)
+        new_up_sums = ()
+        new_static_sums = ()
+        for tap in tl.static_range(W):
+            at = r[:, None] * (W * channels) + tap * channels + d[None, :]
+            basis = tl.load(up + at, mask=(r < R)[:, None] & d_ok[None, :], other=0.0).to(dtype).to(DOT)
+            later_generator = _load_tile(zs, steps + tap, z_time, r, r < R, -start, last).to(dtype).to(DOT)
+            filters = tl.dot(later_generator, basis, input_precision="ieee")
+            if STATIC:
+                filters += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            back = filters * _load_tile(dys, steps + tap, dy_time, d, d_ok, -start, last).to(tl.float32)
+            shifted = _load_tile(xs, steps - tap, x_time, d, d_ok, -start, last).to(tl.float32)
+            product = gradient * shifted
+            if PACKED:
+                later = tl.load(positions + start + steps + tap, mask=steps + tap < last, other=0)
+                back = tl.where((later >= tap)[:, None], back, 0.0)
+                product = tl.where((position >= tap)[:, None], product, 0.0)
+            result += back
+            new_static_sums = new_static_sums + (static_sums[tap] + tl.sum(product, 0),)
+            rounded = product.to(dtype).to(DOT)
+            dgenerator = tl.dot(rounded, tl.trans(basis), dgenerator, input_precision="ieee")
+            dbasis = tl.dot(tl.trans(generator), rounded, up_sums[tap], input_precision="ieee")
+            new_up_sums = new_up_sums + (dbasis,)
+        up_sums = new_up_sums
+        static_sums = new_static_sums
+        token = batch * time + start + steps[:, None]
+        ok = (steps < last)[:, None]
+        tl.store(dx + token * channels + d[None, :], result, mask=ok & d_ok[None, :])
+        at = (part.to(tl.int64) * rows + token) * (len(SEGMENTS) * R) + segment * R + r[None, :]
+        tl.store(dz + at, dgenerator, mask=ok & (r < R)[None, :])
+    for tap in tl.static_range(W):
+        at = (program.to(tl.int64) * R + r[:, None]) * (W * channels) + tap * channels + d[None, :]
+        tl.store(dup + at, up_sums[tap], mask=(r < R)[:, None] & d_ok[None, :])
+        if STATIC:
+            tl.store(dstatic + (program * W + tap).to(tl.int64) * channels + d, static_sums[tap], mask=d_ok)
+
+
+def _tile(rank: int) -> tuple[int, int, int]:
+    """(time steps, channels, padded rank) of a tile: W sums of [R, channels] are kept in registers."""
+    padded = max(16, triton.next_power_of_2(rank))
+    return 64 if padded <= 32 else 32, 64 if padded <= 32 else 32, padded
+
+
+def _dot_dtype(x: Tensor) -> tl.dtype:
+    """x's dtype; float32 in Triton's interpreter, whose dot takes bfloat16's bits for integers."""
+    names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    return names[x.dtype] if x.is_cuda else tl.float32
+
+
+def forward(
+    x: Tensor,  # [B, T, D]
+    z: Tensor,  # [B, T, G*R]
+    up: Tensor,  # [R, W*D]
+    static_w: Tensor | None,  # [W, D]
+    positions: Tensor | None,  # [T] int32: each token's place in its document
+    segments: tuple[int, ...],
+    residual: bool,
+) -> Tensor:  # [B, T, D]
+    """The result, in x's dtype."""
+    batch, time, channels = x.shape
+    rank = up.shape[0]
+    steps, columns, padded = _tile(rank)
+    tiles = triton.cdiv(time, steps)
+    blocks = sum(triton.cdiv(width, columns) for width in segments)
+    y = x.new_empty(x.shape)
+    _forward_kernel[(blocks * batch * tiles,)](
+        x, z, up, static_w, y, positions,
+        time, channels, x.stride(0), x.stride(1), z.stride(0), z.stride(1), tiles, blocks,
+        SEGMENTS=segments, R=rank, RP=padded, W=up.shape[1] // channels,
+        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
+        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor,  # [B, T, D]
+    x: Tensor,  # [B, T, D]
+    z: Tensor,  # [B, T, G*R]
+    up: Tensor,  # [R, W*D]
+    static_w: Tensor | None,  # [W, D]
+    positions: Tensor | None,  # [T] int32
+    segments: tuple[int, ...],
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
+    """The gradients of x, z, up and static_w, in their dtypes."""
+    batch, time, channels = x.shape
+    rank, width = up.shape[0], up.shape[1] // channels
+    steps, columns, padded = _tile(rank)
+    tiles = triton.cdiv(time, steps)
+    in_segment = [triton.cdiv(length, columns) for length in segments]
+    blocks = sum(in_segment)
+    chunks = min(tiles, triton.cdiv(4 * multiprocessors(x), blocks * batch))
+    per_chunk = triton.cdiv(tiles, chunks)
+    chunks = triton.cdiv(tiles, per_chunk)
+    dx = x.new_empty(x.shape)
+    dz, dup = z.new_empty(z.shape), up.new_empty(up.shape)
+    new_partial = x.new_zeros if min(in_segment) != max(in_segment) else x.new_empty
+    dz_partial = new_partial((max(in_segment), batch * time, z.shape[2]), dtype=torch.float32)
+    up_partial = x.new_empty((batch * chunks, rank, width * channels), dtype=torch.float32)
+    static_partial = None
+    if static_w is not None:
+        static_partial = x.new_empty((batch * chunks, width, channels), dtype=torch.float32)
+    _backward_kernel[(blocks * batch * chunks,)](
+        dy, x, z, up, static_w, dx, dz_partial, up_partial, static_partial, positions,
+        time, channels, batch * time,
+        dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), z.stride(0), z.stride(1),
+        chunks, per_chunk, blocks,
+        SEGMENTS=segments, R=rank, RP=padded, W=width,
+        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
+        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    jobs = [(dz_partial, dz), (up_partial, dup)]
+    dstatic = None
+    if static_w is not None and static_partial is not None:
+        dstatic = static_w.new_empty(static_w.shape)
+        jobs.append((static_partial, dstatic))
+    sum_parts(*jobs)
+    return dx, dz, dup, dstatic

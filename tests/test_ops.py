@@ -1,0 +1,106 @@
+"""The convolution functions on CPU tensors, where the reference runs: their meaning and their errors."""
+
+import pytest
+import torch
+
+from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
+
+X = torch.randn(2, 5, 6)
+
+
+def test_tap_zero_is_the_current_token() -> None:
+    x = torch.arange(4.0).reshape(1, 4, 1)
+    assert static_convolution(x, torch.tensor([[1.0], [0.0]])).flatten().tolist() == [0, 1, 2, 3]
+    assert static_convolution(x, torch.tensor([[0.0], [1.0]])).flatten().tolist() == [0, 0, 1, 2]
+    assert static_convolution(x, torch.tensor([[0.0], [10.0]]), residual=True).flatten().tolist() == [
+        0,
+        1,
+        12,
+        23,
+    ]
+
+
+def test_headwise_coefficients_are_shared_by_consecutive_channels() -> None:
+    weight = torch.zeros(2, 5, 3, 2)
+    weight[:, :, 1, 0] = 2.0
+    y = headwise_dynamic_convolution(X, weight)
+    assert torch.equal(y[..., 2:4], 2 * X[..., 2:4])
+    assert not y[..., :2].any()
+    assert not y[..., 4:].any()
+
+
+def test_low_rank_with_one_hot_z_picks_a_filter() -> None:
+    up = torch.randn(3, 2 * 6)
+    z = torch.nn.functional.one_hot(torch.full((2, 5), 1), 3).float()
+    got = lowrank_dynamic_convolution(X, z, up)
+    torch.testing.assert_close(got, static_convolution(X, up[1].view(2, 6)))
+
+
+def test_segments_are_separate_convolutions_side_by_side() -> None:
+    z, up = torch.randn(2, 5, 2 * 3), torch.randn(3, 2, 6)
+    got = lowrank_dynamic_convolution(X, z, up.flatten(1), segments=(4, 2))
+    first = lowrank_dynamic_convolution(X[..., :4], z[..., :3], up[..., :4].flatten(1))
+    second = lowrank_dynamic_convolution(X[..., 4:], z[..., 3:], up[..., 4:].flatten(1))
+    torch.testing.assert_close(got, torch.cat([first, second], 2))
+
+
+def test_packed_documents_are_separate_sequences() -> None:
+    x = torch.randn(1, 7, 6)
+    weight = torch.randn(3, 6)
+    got = static_convolution(x, weight, cu_seqlens=torch.tensor([0, 2, 2, 7]))
+    apart = torch.cat([static_convolution(part, weight) for part in x.split([2, 5], 1)], 1)
+    torch.testing.assert_close(got, apart)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: static_convolution(X[0], X), r"x must be \[B, T, D\]; got"),
+        (lambda: static_convolution(X.long(), torch.ones(4, 6)), "x must be floating point; got torch.int64"),
+        (
+            lambda: static_convolution(X, torch.ones(4, 7)),
+            r"weight must be \[W, D\] = .*6\]; got \[4, 7\]; reshape",
+        ),
+        (lambda: static_convolution(X, torch.ones(4, 6).long()), "weight must be floating point"),
+        (
+            lambda: static_convolution(X, torch.ones(4, 6, device="meta")),
+            "weight must be on cpu like x; got meta",
+        ),
+        (
+            lambda: headwise_dynamic_convolution(X, torch.ones(2, 5, 4, 4)),
+            "H must divide D; got H = 4 and D = 6",
+        ),
+        (lambda: headwise_dynamic_convolution(X, torch.ones(2, 4, 3, 4)), r"weight must be \[B, T, H, W\]"),
+        (
+            lambda: headwise_dynamic_convolution(X, torch.ones(2, 5, 3, 4), torch.ones(3, 6)),
+            r"static_w must be \[W, D\] = \[4, 6\]; got \[3, 6\]",
+        ),
+        (
+            lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 8)),
+            r"U must be \[R, W\*D\]",
+        ),
+        (
+            lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 2), torch.ones(3, 12)),
+            r"z must be \[B, T, G\*R\]",
+        ),
+        (
+            lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), segments=(4, 1)),
+            "segments must be positive and add up to D = 6; got",
+        ),
+        (
+            lambda: static_convolution(X, torch.ones(4, 6), cu_seqlens=torch.tensor([0, 5])),
+            "cu_seqlens needs B = 1; got B = 2",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0, 3, 2, 5])),
+            "cu_seqlens must rise from 0 to T = 5; got",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0.0, 5.0])),
+            r"cu_seqlens must be \[N \+ 1\] int32 or int64",
+        ),
+    ],
+)
+def test_errors_say_got_wanted_and_remedy(call, message: str) -> None:  # type: ignore[no-untyped-def]  # a lambda
+    with pytest.raises(ValueError, match=message):
+        call()
