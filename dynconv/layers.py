@@ -86,6 +86,4 @@ class LowRankDynamicConv(nn.Module):
         x: Tensor,  # [B, T, D]
         generator_input: Tensor,  # [B, T, G]
     ) -> Tensor:  # [B, T, D]
-        return lowrank_dynamic_convolution(
-            x, self.down(generator_input), self.up, self.static_filter, self.residual
-        )
+        return lowrank_dynamic_convolution(x, self.down(generator_input), self.up, self.static_filter, self.residual)

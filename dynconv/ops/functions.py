@@ -74,9 +74,7 @@ def lowrank_dynamic_convolution(
     batch, time, channels = x.shape
     _check(U, (None, None), "U", "[R, W*D]", x)
     if U.numel() == 0 or U.shape[1] % channels:
-        raise ValueError(
-            f"U must be [R, W*D] with D = {channels}; got {list(U.shape)}; pass U.reshape(R, W*D)"
-        )
+        raise ValueError(f"U must be [R, W*D] with D = {channels}; got {list(U.shape)}; pass U.reshape(R, W*D)")
     runs = (channels,) if segments is None else tuple(segments)
     if sum(runs) != channels or min(runs) < 1:
         raise ValueError(f"segments must be positive and add up to D = {channels}; got {runs}")
@@ -141,9 +139,7 @@ def _check(tensor: Tensor, shape: tuple[int | None, ...], name: str, letters: st
     )
     if not fits:
         want = [n if n is not None else "any" for n in shape]
-        raise ValueError(
-            f"{name} must be {letters} = {want}; got {list(tensor.shape)}; reshape or transpose it"
-        )
+        raise ValueError(f"{name} must be {letters} = {want}; got {list(tensor.shape)}; reshape or transpose it")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x; got {tensor.device}; move it")
     if not tensor.is_floating_point():

@@ -185,9 +185,7 @@ def _backward_kernel(
             for tap in tl.static_range(W):
                 values = _per_channel(taps[slot + tap][tap], ROWS, HEADS, HP)
                 if STATIC:
-                    values += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[
-                        None, :
-                    ]
+                    values += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
                 back = values * grads[slot + tap].to(tl.float32)
                 product = gradient * inputs[slot + W - 1 - tap].to(tl.float32)
                 if PACKED:
@@ -260,9 +258,7 @@ def backward(
     slots = 4
     blocks = triton.cdiv(heads, in_block)
     tiles = triton.cdiv(time, rows * slots)
-    chunks = (
-        min(tiles, triton.cdiv(8 * multiprocessors(x), blocks * batch)) if static_w is not None else tiles
-    )
+    chunks = min(tiles, triton.cdiv(8 * multiprocessors(x), blocks * batch)) if static_w is not None else tiles
     per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, per_chunk)
     dx = x.new_empty(x.shape)

@@ -127,9 +127,7 @@ def _backward_kernel(
             later_generator = _load_tile(zs, steps + tap, z_time, r, r < R, -start, last).to(dtype).to(DOT)
             filters = tl.dot(later_generator, basis, input_precision="ieee")
             if STATIC:
-                filters += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[
-                    None, :
-                ]
+                filters += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
             back = filters * _load_tile(dys, steps + tap, dy_time, d, d_ok, -start, last).to(tl.float32)
             shifted = _load_tile(xs, steps - tap, x_time, d, d_ok, -start, last).to(tl.float32)
             product = gradient * shifted

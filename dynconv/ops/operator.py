@@ -12,9 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dynconv.ops import headwise, lowrank, static
 
-_INPUTS = (
-    "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions, int[] segments, bool residual"
-)
+_INPUTS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions, int[] segments, bool residual"
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -39,9 +37,7 @@ def _forward(
         return static.forward(x, static_w, positions, residual)
     if z is None:
         return headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual)
-    return lowrank.forward(
-        x, _rows_contiguous(z), weight.contiguous(), static_w, positions, tuple(segments), residual
-    )
+    return lowrank.forward(x, _rows_contiguous(z), weight.contiguous(), static_w, positions, tuple(segments), residual)
 
 
 def _backward(
@@ -65,9 +61,7 @@ def _backward(
         dx, dstatic = static.backward(dy, x, static_w, positions, residual)
         return dx, None, None, dstatic
     if z is None:
-        dx, dweight, dstatic_w = headwise.backward(
-            dy, x, _rows_contiguous(weight), static_w, positions, residual
-        )
+        dx, dweight, dstatic_w = headwise.backward(dy, x, _rows_contiguous(weight), static_w, positions, residual)
         return dx, None, dweight, dstatic_w
     return lowrank.backward(
         dy, x, _rows_contiguous(z), weight.contiguous(), static_w, positions, tuple(segments), residual

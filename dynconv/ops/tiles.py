@@ -46,9 +46,7 @@ def _sum_block(block, partial, total, parts, size, BLOCK: tl.constexpr, UNROLL: 
     for first in range(0, parts, UNROLL):
         part = first + tl.arange(0, UNROLL)
         ok = (part < parts)[:, None] & inside[None, :]
-        sums += tl.sum(
-            tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0), 0
-        )
+        sums += tl.sum(tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0), 0)
     tl.store(total + at, sums, mask=inside)
 
 
