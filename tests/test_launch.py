@@ -182,14 +182,17 @@ def test_runs_end_side_by_side_and_are_not_submitted_twice(
     assert time.monotonic() - start < 2.0
 
 
-def test_jobs_run_the_code_that_was_submitted(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+def test_jobs_run_the_code_that_was_submitted_on_the_gpu_of_their_slot(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4")
     code = snapshot.take(tmp_path)
     assert snapshot.take(tmp_path) == code
     with (code / "experiments" / "run.py").open("a") as file:
-        file.write('\nprint("from the snapshot")\n')
-    outcome = submit([tiny_run], tmp_path)
+        file.write('\nprint("from the snapshot, with GPUs", os.environ["CUDA_VISIBLE_DEVICES"])\n')
+    outcome = submit([tiny_run], tmp_path, Profile("local"))
     assert outcome.unsuccessful == []
-    assert "from the snapshot\n" in Path(str(outcome.ended[0].log)).read_text()
+    assert "from the snapshot, with GPUs 6\n" in Path(str(outcome.ended[0].log)).read_text()
     assert read_json(tmp_path / tiny_run.run_id / "job.json")["code"] == code.name
 
 
@@ -306,6 +309,19 @@ def test_slots_share_the_gpus_round_robin(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="'cuda' was asked for and this machine shows no GPU"):
         local.Slots(Profile("local"), [Job(device="cuda")])
     assert len(local.Slots(Profile("local"), [Job(threads=10**6)]).free) == 1
+
+
+def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert local.visible_gpus() == []
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'\n")
+    script.chmod(0o755)
+    assert local.visible_gpus() == [0, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-a: wanted numbers"):
+        local.visible_gpus()
 
 
 # Refusals and the status of a store
