@@ -8,7 +8,6 @@ import math
 import numpy as np
 from scipy.special import fdtri
 
-from analysis.intervals import WEBB
 from analysis.paired import EXPONENTS, Local
 from analysis.pairs import Pairs
 from analysis.powerlaw import Points, fit
@@ -19,6 +18,8 @@ Interval = tuple[float, float]
 LN_M = (-3.0, 3.0)  # m from 1/20 to 20
 MODELS = {"shared": ("A",), "free exponent": ("A", "alpha"), "free E": ("A", "E")}
 DRAWS = 1999
+# Webb's six points (Canadian J. Economics 56, 2023): mean 0, variance 1, and enough of them for few clusters.
+WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
 
 
 def joint_interval(pairs: Pairs) -> tuple[float, Interval | None]:

@@ -80,8 +80,9 @@ def ratios(values: Mapping[str, float], form: str, per_arm: Sequence[str], arm: 
     for amplitude, exponent, variable in FORMS[form]:
         if amplitude not in per_arm or exponent in per_arm:
             return {}
-        base = values[f"{amplitude}[{baseline}]"] / values[f"{amplitude}[{arm}]"]
-        found["m" if form == "c" else f"rho_{variable}"] = base ** (1 / values[exponent])
+        log_ratio = math.log(values[f"{amplitude}[{baseline}]"] / values[f"{amplitude}[{arm}]"]) / values[exponent]
+        # A resample's exponent may be near 0, and the ratio then beyond what a float holds.
+        found["m" if form == "c" else f"rho_{variable}"] = math.exp(min(max(log_ratio, -300), 300))
     return found if form == "c" else found | {"m": math.prod(found.values())}
 
 
@@ -94,8 +95,10 @@ def fit(
     starts: int = STARTS,
 ) -> Fit:
     """Fit by Huber with `delta`, or by least squares (None). Raises ValueError where no fit can exist."""
+    _refuse_undetermined(points, form)
     model = Model(points, form, delta, per_arm)
-    _refuse_undetermined(points, form, model)
+    if len(points.loss) < len(model.names):
+        raise ValueError(f"{len(points.loss)} points cannot determine {len(model.names)} parameters; add points")
     candidates = model.starts(starts)
     value = model.problem.objective(candidates, model.log_y)
     order = np.argsort(value)
@@ -119,7 +122,7 @@ def fit(
     )
 
 
-def _refuse_undetermined(points: Points, form: str, model: Model) -> None:
+def _refuse_undetermined(points: Points, form: str) -> None:
     for _, _, variable in FORMS[form]:
         values = points.x[variable]
         if not (np.isfinite(values) & (values > 0)).all():
@@ -129,8 +132,6 @@ def _refuse_undetermined(points: Points, form: str, model: Model) -> None:
                 f"form {form} needs 3 different {variable} to tell E, amplitude and exponent apart; "
                 f"got {len(np.unique(values))}"
             )
-    if len(points.loss) < len(model.names):
-        raise ValueError(f"{len(points.loss)} points cannot determine {len(model.names)} parameters; add points")
 
 
 def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str:
@@ -230,7 +231,7 @@ class Model:
         limit = least * (1 + SAME) + len(self.log_y) * ROUNDING**2
         others = solution.objective[(solution.objective > limit) & solution.converged]
         held = (theta <= self.problem.low) | (theta >= self.problem.high)
-        curvature = self.problem.curvature(theta[None], self.log_y)[1][0][np.ix_(~held, ~held)]
+        curvature = self.problem.curvature(theta[None], self.log_y)[0][np.ix_(~held, ~held)]
         unit = np.sqrt(np.diag(curvature))
         return {
             "gradient": float(solution.gradient[best]),

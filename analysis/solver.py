@@ -21,6 +21,7 @@ ROBUST_ITERATIONS = 60  # of reweighted least squares, which takes any start nea
 NEWTON_ITERATIONS = 60  # on the exact Hessian, which takes it there
 GRADIENT_TOLERANCE = 1e-9  # of the gradient, over the sum of its points' absolute contributions: stop there
 ROUNDING = 1e-8  # relative residuals below this are taken for it: a fit to exact data has converged too
+TOGETHER = 32  # problems iterated at once: few enough for a processor's cache
 CONVERGED = 1e-5  # the same: call it converged
 
 
@@ -59,47 +60,56 @@ class Problem:
     """The points, the terms and the box in which the parameters lie."""
 
     terms: Floats  # [T, P, n]: log term t of point i is theta @ terms[t, :, i]
-    low: Floats  # [P] or [K, P]
-    high: Floats  # [P] or [K, P]
+    low: Floats  # [P]
+    high: Floats  # [P]
     loss: Loss
 
     def predict(self, theta: Floats) -> Floats:
         """Log predictions [K, n] of parameters [K, P]."""
-        return np.logaddexp.reduce(np.tensordot(theta, self.terms, axes=(1, 1)), axis=1)
+        return self._shares(theta)[0]
 
-    def objective(self, theta: Floats, log_y: Floats, weight: Floats | None = None) -> Floats:
+    def _shares(self, theta: Floats) -> tuple[Floats, Floats]:
+        """Log predictions [K, n], and each term's share of the prediction [K, T, n]."""
+        logs = np.tensordot(theta, self.terms, axes=(1, 1))
+        top = logs.max(axis=1, keepdims=True)
+        share = np.exp(logs - top)
+        total = share.sum(axis=1, keepdims=True)
+        return (np.log(total) + top)[:, 0], share / total
+
+    def objective(self, theta: Floats, log_y: Floats) -> Floats:
         """[K] sums over the points."""
-        value = self.loss(self.predict(theta), log_y)[0]
-        return (value if weight is None else value * weight).sum(axis=1)
+        return self.loss(self.predict(theta), log_y)[0].sum(axis=1)
 
-    def solve(self, starts: Floats, log_y: Floats, weight: Floats | None = None) -> Solution:
-        """Minimise from `starts` [K, P], with log_y [n] or [K, n] and weights [K, n]."""
+    def solve(self, starts: Floats, log_y: Floats) -> Solution:
+        """Minimise from `starts` [K, P], with log_y [n] or [K, n]."""
         theta = np.clip(starts, self.low, self.high)
         log_y = np.broadcast_to(log_y, (len(starts), self.terms.shape[2]))
-        weight = np.ones_like(log_y) if weight is None else weight
-        for newton, iterations in ((False, ROBUST_ITERATIONS), (True, NEWTON_ITERATIONS)):
-            gradient = self._descend(theta, log_y, weight, newton, iterations)
-        return Solution(theta, self.objective(theta, log_y, weight), gradient, gradient < CONVERGED)
+        gradient = np.empty(len(starts))
+        for first in range(0, len(starts), TOGETHER):
+            part = slice(first, first + TOGETHER)
+            for newton, iterations in ((False, ROBUST_ITERATIONS), (True, NEWTON_ITERATIONS)):
+                gradient[part] = self._descend(theta[part], log_y[part], newton, iterations)
+        return Solution(theta, self.objective(theta, log_y), gradient, gradient < CONVERGED)
 
-    def curvature(self, theta: Floats, log_y: Floats) -> tuple[Floats, Floats]:
-        """The Hessian [K, P, P] of the objective, and its positive stand-in."""
-        return self._derivatives(theta, log_y, np.ones_like(log_y))[1:3]
+    def curvature(self, theta: Floats, log_y: Floats) -> Floats:
+        """A positive stand-in [K, P, P] for the objective's Hessian: that of reweighted least squares."""
+        return self._derivatives(theta, log_y, newton=False)[2]
 
-    def _descend(self, theta: Floats, log_y: Floats, weight: Floats, newton: bool, iterations: int) -> Floats:
+    def _descend(self, theta: Floats, log_y: Floats, newton: bool, iterations: int) -> Floats:
         """Damped steps that only ever go down; changes `theta` in place and returns the gradients [K]."""
         low, high = (np.broadcast_to(bound, theta.shape) for bound in (self.low, self.high))
-        objective = self.objective(theta, log_y, weight)
+        objective = self.objective(theta, log_y)
         damping = np.full(len(theta), 1e-3)
         gradient = np.full(len(theta), np.inf)
         running = np.arange(len(theta))
         for _ in range(iterations):
-            here, y, w = theta[running], log_y[running], weight[running]
-            slope, hessian, robust, scale = self._derivatives(here, y, w)
+            here, y = theta[running], log_y[running]
+            slope, hessian, robust, scale = self._derivatives(here, y, newton)
             free = ~(((here <= low[running]) & (slope > 0)) | ((here >= high[running]) & (slope < 0)))
             gradient[running] = np.where(free, np.abs(slope) / scale, 0).max(axis=1)
-            step = _step(slope, hessian if newton else robust, robust, free, damping[running])
+            step = _step(slope, hessian, robust, free, damping[running])
             moved = np.clip(here + step, low[running], high[running])
-            value = self.objective(moved, y, w)
+            value = self.objective(moved, y)
             better = value < objective[running]
             theta[running[better]] = moved[better]
             objective[running[better]] = value[better]
@@ -109,17 +119,17 @@ class Problem:
                 break
         return gradient
 
-    def _derivatives(self, theta: Floats, log_y: Floats, weight: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        """Slope [K, P], Hessian [K, P, P], its positive stand-in, and the sum of the slope's absolute parts."""
-        logs = np.tensordot(theta, self.terms, axes=(1, 1))  # [K, T, n]
-        f = np.logaddexp.reduce(logs, axis=1)
-        share = np.exp(logs - f[:, None, :])
-        jacobian = np.einsum("ktn,tpn->kpn", share, self.terms, optimize=True)
+    def _derivatives(self, theta: Floats, log_y: Floats, newton: bool) -> tuple[Floats, Floats, Floats, Floats]:
+        """Slope [K, P], Hessian [K, P, P] (for `newton`; else the stand-in), its positive stand-in, and the sum of the
+        slope's absolute parts."""
+        f, share = self._shares(theta)
+        jacobian = sum((share[:, t, None] * term for t, term in enumerate(self.terms)), np.zeros(1))
         _, first, second, stand_in = self.loss(f, log_y)
-        first, second, stand_in = first * weight, second * weight, stand_in * weight
         slope = np.einsum("kpn,kn->kp", jacobian, first)
         scale = np.einsum("kpn,kn->kp", np.abs(jacobian), np.maximum(np.abs(first), ROUNDING))
         robust = (jacobian * stand_in[:, None, :]) @ jacobian.transpose(0, 2, 1)
+        if not newton:
+            return slope, robust, robust, scale
         hessian = (jacobian * (second - first)[:, None, :]) @ jacobian.transpose(0, 2, 1)
         for t, term in enumerate(self.terms):
             hessian += (term * (first * share[:, t])[:, None, :]) @ term.T

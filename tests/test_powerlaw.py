@@ -1,0 +1,238 @@
+"""Power laws: planted constants come back, whatever the units; the certificate and the intervals mean what they say."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.intervals import band, bootstrap
+from analysis.powerlaw import Fit, Points, fit
+from analysis.solver import Floats
+
+# The constants of Chinchilla's published fit (arXiv 2203.15556, eq. 10), and of its correction (arXiv 2404.10102).
+PUBLISHED = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28}
+CORRECTED = {"E": 1.8172, "A": 482.01, "alpha": 0.3478, "B": 2085.43, "beta": 0.3658}
+
+
+def grid(truth: dict[str, float], noise: float = 0.0, n: int = 16, d: int = 15, seed: int = 0) -> Points:
+    """Losses on a grid of N and D from the truth, with lognormal noise."""
+    N, D = np.repeat(np.geomspace(1e7, 1e10, n), d), np.tile(np.geomspace(1e9, 1e12, d), n)
+    loss = truth["E"] + truth["A"] * N ** -truth["alpha"] + truth["B"] * D ** -truth["beta"]
+    loss = loss * np.exp(noise * np.random.default_rng(seed).standard_normal(n * d))
+    rows = tuple(map(str, range(n * d)))
+    return Points(loss, {"N": N, "D": D}, ("all",) * (n * d), rows, "all")
+
+
+def ladder(
+    m: float,
+    noise: float = 0.0,
+    shared: float = 0.0,
+    *,
+    sizes: int = 5,
+    floor: float = 1.7,
+    exponent: float = 0.1,
+    seed: int = 0,
+) -> Points:
+    """Two arms over two decades of C; `shared` is the error that both arms of a size have."""
+    random = np.random.default_rng(seed)
+    C = np.tile(np.geomspace(1e15, 1e17, sizes), 2)
+    arm = ("base",) * sizes + ("dyn",) * sizes
+    scale = np.where(np.array(arm) == "dyn", m, 1.0)
+    loss = floor + (scale * C / 1e16) ** -exponent + np.tile(shared * random.standard_normal(sizes), 2)
+    loss = loss + noise * random.standard_normal(2 * sizes)
+    return Points(loss, {"C": C}, arm, tuple(map(str, range(sizes))) * 2, "base")
+
+
+@pytest.mark.parametrize("truth", [PUBLISHED, CORRECTED])
+@pytest.mark.parametrize("delta", [1e-3, None])
+def test_planted_constants_come_back(truth: dict[str, float], delta: float | None) -> None:
+    law = fit(grid(truth), "nd", delta=delta)
+    assert law.values == pytest.approx(truth, rel=1e-9)
+    assert law.status == "ok"
+    assert law.objective < 1e-20
+
+
+def test_published_constants_come_back_through_one_percent_noise() -> None:
+    """Tolerances: twice the bootstrap's own half-widths, on these 240 points (0.03 in E, 0.01 in alpha and beta)."""
+    for delta in (1e-3, None):
+        law = fit(grid(PUBLISHED, noise=0.01), "nd", delta=delta)
+        assert law.values["E"] == pytest.approx(PUBLISHED["E"], abs=0.06)
+        assert law.values["alpha"] == pytest.approx(PUBLISHED["alpha"], abs=0.03)
+        assert law.values["beta"] == pytest.approx(PUBLISHED["beta"], abs=0.03)
+
+
+def test_huber_shrugs_off_what_bends_least_squares() -> None:
+    points = grid(PUBLISHED, noise=1e-4)
+    points.loss[::40] *= 1.2
+    robust, least_squares = fit(points, "nd"), fit(points, "nd", delta=None)
+    assert robust.values["E"] == pytest.approx(PUBLISHED["E"], rel=2e-3)
+    assert abs(least_squares.values["E"] - PUBLISHED["E"]) > 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("delta", [1e-3, None])
+def test_units_do_not_matter(scale: float, delta: float | None) -> None:
+    points = grid(PUBLISHED, noise=0.01, n=8, d=6)
+    scaled = Points(
+        points.loss * scale, {"N": points.x["N"] * scale, "D": points.x["D"]}, points.arm, points.cluster, "all"
+    )
+    plain, law = fit(points, "nd", delta=delta), fit(scaled, "nd", delta=delta)
+    assert law.values["alpha"] == pytest.approx(plain.values["alpha"], rel=1e-6)
+    assert law.values["E"] == pytest.approx(scale * plain.values["E"], rel=1e-6)
+    assert law.values["A"] == pytest.approx(scale ** (1 + plain.values["alpha"]) * plain.values["A"], rel=1e-5)
+    factor = 1 if delta else scale**2
+    assert law.objective == pytest.approx(factor * plain.objective, rel=1e-6)
+
+
+def test_the_objective_is_a_sum_and_no_neighbour_is_better() -> None:
+    """Against the formulas written out afresh, and random steps of several lengths about the optimum."""
+    points = grid(PUBLISHED, noise=0.01, n=8, d=6)
+    random = np.random.default_rng(1)
+    for delta in (1e-3, None):
+        law = fit(points, "nd", delta=delta)
+
+        def objective(v: dict[str, float], delta: float | None = delta) -> float:
+            prediction = v["E"] + v["A"] / points.x["N"] ** v["alpha"] + v["B"] / points.x["D"] ** v["beta"]
+            if delta is None:
+                return float(((points.loss - prediction) ** 2).sum())
+            r = np.abs(np.log(prediction / points.loss))
+            return float(np.where(r <= delta, r**2 / 2, delta * (r - delta / 2)).sum())
+
+        assert objective(law.values) == pytest.approx(law.objective, rel=1e-9)
+        for length in (1e-6, 1e-4, 1e-2):
+            for _ in range(200):
+                step = {k: v * (1 + length * random.standard_normal()) for k, v in law.values.items()}
+                assert objective(step) >= law.objective * (1 - 1e-12)
+
+
+def test_arms_share_what_they_are_told_to_share() -> None:
+    law = fit(ladder(1.33), "c")
+    assert law.values["m[dyn]"] == pytest.approx(1.33, rel=1e-9)
+    assert (law.values["E"], law.values["alpha"]) == pytest.approx((1.7, 0.1), rel=1e-9)
+    free = fit(ladder(1.33, noise=1e-3), "c", per_arm=("A", "alpha"))
+    assert {"alpha[base]", "alpha[dyn]", "E"} <= set(free.values)
+    assert "m[dyn]" not in free.values
+    assert free.objective < fit(ladder(1.33, noise=1e-3), "c").objective
+    with pytest.raises(ValueError, match="alpha per arm needs A per arm"):
+        fit(ladder(1.33), "c", per_arm=("alpha",))
+
+
+def test_rho_form_recovers_what_an_arm_multiplies_n_and_d_by() -> None:
+    base = grid(PUBLISHED, n=6, d=5)
+    better = {k: base.x[k] * rho for k, rho in (("N", 1.5), ("D", 1.2))}
+    loss = PUBLISHED["E"] + 406.4 * better["N"] ** -0.34 + 410.7 * better["D"] ** -0.28
+    points = Points(
+        np.concatenate([base.loss, loss]),
+        {k: np.concatenate([v, v]) for k, v in base.x.items()},
+        ("base",) * 30 + ("dyn",) * 30,
+        base.cluster * 2,
+        "base",
+    )
+    values = fit(points, "nd").values
+    assert values["rho_N[dyn]"] == pytest.approx(1.5, rel=1e-8)
+    assert values["rho_D[dyn]"] == pytest.approx(1.2, rel=1e-8)
+    assert values["m[dyn]"] == pytest.approx(1.8, rel=1e-8)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    floor=st.floats(0.3, 3.0),
+    exponent=st.floats(0.05, 0.6),
+    m=st.floats(0.5, 4.0),
+    sizes=st.integers(4, 7),
+    delta=st.sampled_from([1e-3, None]),
+)
+def test_any_planted_ladder_comes_back(
+    floor: float, exponent: float, m: float, sizes: int, delta: float | None
+) -> None:
+    values = fit(ladder(m, sizes=sizes, floor=floor, exponent=exponent), "c", delta=delta).values
+    assert values["m[dyn]"] == pytest.approx(m, rel=1e-5)
+    assert values["E"] == pytest.approx(floor, rel=1e-4)
+    assert values["alpha"] == pytest.approx(exponent, rel=1e-4)
+
+
+def test_soft_failures_are_a_status() -> None:
+    no_floor = fit(ladder(1.33, floor=0.0), "c")
+    assert no_floor.certificate["bounds_hit"] == ["E"]
+    assert no_floor.status == "E is at a bound"
+    exact = fit(Points(np.array([3.0, 2.6, 2.4]), {"C": np.array([1e15, 1e16, 1e17])}, ("a",) * 3, tuple("123"), "a"))
+    assert "as many parameters as points" in exact.status
+    assert bootstrap(exact).ci is None
+    assert "too few sizes for intervals" in bootstrap(exact).status
+
+
+@pytest.mark.parametrize(
+    ("loss", "compute", "message"),
+    [
+        ([3.0, 2.9, 2.8, 2.7], [1e15, 1e15, 1e16, 1e16], "needs 3 different C"),
+        ([3.0, 2.9], [1e15, 1e16], "needs 3 different C"),
+        ([3.0, 2.9, 2.8], [1e15, -1e16, 1e17], "C must be positive"),
+        ([3.0, 2.9, 2.8], [1e15, math.nan, 1e17], "C must be positive"),
+    ],
+)
+def test_what_no_law_can_be_fitted_to_is_refused(loss: list[float], compute: list[float], message: str) -> None:
+    rows = tuple(map(str, range(len(loss))))
+    with pytest.raises(ValueError, match=message):
+        fit(Points(np.array(loss), {"C": np.array(compute)}, ("a",) * len(loss), rows, "a"))
+
+
+def test_resamples_are_reproducible_counted_and_cover_the_estimate() -> None:
+    law = fit(ladder(1.33, noise=0.002, shared=0.005), "c", delta=None)
+    once, again = bootstrap(law, 300, seed=3), bootstrap(law, 300, seed=3)
+    assert once.ci == again.ci
+    assert once.ci != bootstrap(law, 300, seed=4).ci
+    assert once.ci is not None
+    assert once.ci["m[dyn]"][0] < law.values["m[dyn]"] < once.ci["m[dyn]"][1]
+    assert once.certificate["resamples"] == 300
+    assert once.certificate["resamples_failed"] < 15
+    assert once.draws is not None
+    assert len(once.draws) == 300
+    compute = law.points.x["C"][:5]
+    low, high = band(once, {"C": compute}, "base")
+    assert (low < law.predict({"C": compute}, "base")).all()
+    assert (high > law.predict({"C": compute}, "base")).all()
+
+
+def coverage(laws: list[Fit], truth: dict[str, float]) -> dict[str, float]:
+    hits = dict.fromkeys(truth, 0)
+    for number, law in enumerate(laws):
+        ci = bootstrap(law, 300, seed=number).ci
+        assert ci is not None
+        for name, value in truth.items():
+            hits[name] += ci[name][0] <= value <= ci[name][1]
+    return {name: hit / len(laws) for name, hit in hits.items()}
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth() -> None:
+    """200 planted data sets each; a true 95% gives 0.91 to 0.985 with probability 0.99."""
+    ladders = [fit(ladder(1.33, 0.002, 0.005, seed=k), "c", delta=None, starts=300) for k in range(200)]
+    assert all(0.91 <= share <= 0.985 for share in coverage(ladders, {"m[dyn]": 1.33, "E": 1.7, "alpha": 0.1}).values())
+    grids = [fit(grid(PUBLISHED, 0.01, 8, 6, k), "nd", delta=None, starts=300) for k in range(200)]
+    assert all(0.91 <= share <= 0.985 for share in coverage(grids, PUBLISHED).values())
+
+
+def test_speed() -> None:
+    """CPU seconds of this process, so that a busy machine does not count."""
+    points = grid(PUBLISHED, noise=0.01)
+    began = time.process_time()
+    law = fit(points, "nd")
+    fitted = time.process_time()
+    bootstrap(law, 1000)
+    resampled = time.process_time()
+    print(f"{law.certificate['starts']} starts: {fitted - began:.2f} s; 1,000 resamples: {resampled - fitted:.2f} s")
+    assert law.certificate["starts"] > 4400
+    assert fitted - began < 2
+    assert resampled - fitted < 5
+
+
+def test_a_law_predicts_what_it_was_fitted_to() -> None:
+    points = ladder(1.33)
+    law = fit(points, "c")
+    expected: Floats = points.loss[5:]
+    assert law.predict({"C": points.x["C"][5:]}, "dyn") == pytest.approx(expected, rel=1e-9)

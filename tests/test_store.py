@@ -1,0 +1,129 @@
+"""Reading stores: live, frozen, and tables of points; what cannot be read is named and left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from planted import ABOUT, write_config, write_run
+
+from analysis.runlog import RUN_COLUMNS, RunLog
+from analysis.store import freeze, load
+
+
+def mixed_store(store: Path) -> Path:
+    """A complete, a failed, a cancelled and a running run, beside what is no run."""
+    write_run(write_config(store, seed=0), 3.0)
+    failed = RunLog(write_config(store, seed=1), attempt=1, first_step=1, about=ABOUT)
+    failed.step(1, 10, 9.0, 1.0, 1e-3, 0.1)
+    failed.fail(2, "loss is nan")
+    (write_config(store, seed=2) / "cancelled").touch()
+    write_config(store, seed=3)
+    (store / ".jobs").mkdir()
+    (store / "notes.txt").write_text("not a run")
+    (store / "foreign").mkdir()
+    torn = write_config(store, seed=4) / "config.json"
+    torn.write_text(torn.read_text()[:50])
+    moved = write_config(store, seed=5)
+    moved.rename(store / "moved")
+    old = write_config(store, seed=6) / "config.json"
+    old.write_text(json.dumps(json.loads(old.read_text()) | {"schema": 0}))
+    return store
+
+
+def test_a_live_store_names_what_it_leaves_out_and_keeps_missing_missing(tmp_path: Path) -> None:
+    store = load(mixed_store(tmp_path))
+    assert store.runs["status"].tolist() == ["complete", "failed", "cancelled", "unfinished"]
+    assert [problem.rsplit("; ", 1)[1] for problem in store.problems] == [
+        "foreign is left out",
+        "moved is left out",
+        "transformer-1M-4 is left out",
+        "transformer-1M-6 is left out",
+    ]
+    assert store.runs.dtypes.astype(str).to_dict() == RUN_COLUMNS
+    complete, failed = store.runs.iloc[0], store.runs.iloc[1]
+    assert (complete["loss"], complete["gpus"], complete["train_seconds"]) == (3.0, 0, pytest.approx(0.04))
+    assert failed[["loss", "steps", "device", "train_seconds"]].isna().all()
+    assert failed["tokens"] == 20_000_000
+    assert store.steps().groupby("run_id").size().to_dict() == {"transformer-1M-0": 4, "transformer-1M-1": 1}
+    assert store.evals()[["run_id", "step", "loss"]].values.tolist() == [["transformer-1M-0", 4, 3.0]]
+
+
+def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
+    live = load(mixed_store(tmp_path / "live"))
+    freeze(live, tmp_path / "frozen", steps=True)
+    frozen = load(tmp_path / "frozen")
+    pd.testing.assert_frame_equal(frozen.runs, live.runs)
+    pd.testing.assert_frame_equal(frozen.steps(), live.steps())
+    pd.testing.assert_frame_equal(frozen.evals(), live.evals())
+    (tmp_path / "frozen" / "runs.parquet").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="unreadable"):
+        load(tmp_path / "frozen")
+
+
+def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text("Model,N,D,loss\ndense,1e6,2e7,3.5\n")
+    row = load(path).runs.iloc[0]
+    assert (row["arm"], row["parameters"], row["tokens"], row["loss"]) == ("dense", 1e6, 2e7, 3.5)
+    assert row["flops_6nd"] == 6 * 1e6 * 2e7
+    assert (row["status"], row["run_id"]) == ("complete", "row 1")
+    assert pd.isna(row["size"])
+    path.write_text("kind,budget,final\ndense,1e15,3.5\n")
+    row = load(path, {"arm": "kind", "C": "budget", "loss": "final"}).runs.iloc[0]
+    assert (row["arm"], row["flops_given"], row["loss"]) == ("dense", 1e15, 3.5)
+    path.write_text("arm,C,loss,convention\ndense,1e15,3.5,6ND\n")
+    assert load(path).runs.iloc[0]["flops_6nd"] == 1e15
+    load(path).runs[["arm", "loss"]].to_parquet(tmp_path / "points.parquet")
+    assert load(tmp_path / "points.parquet").runs.iloc[0]["loss"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns", "message"),
+    [
+        ("points.csv", "", {}, "unreadable"),
+        ("points.csv", "arm,C,loss\n", {}, "no rows"),
+        ("points.csv", "arm,C,loss\na,1,much\n", {}, "column loss must hold numbers"),
+        ("points.csv", "arm,C,loss\na,1,2\n", {"C": "flop"}, "no column 'flop'; it has arm, C, loss"),
+        ("points.csv", "arm,C,loss\na,1,2\n", {"Q": "C"}, "no column 'Q' is known"),
+        ("points.csv", "arm,C,loss,convention\na,1,2,guess\n", {}, "no FLOP convention 'guess'"),
+        ("points.parquet", "not parquet", {}, "unreadable"),
+        ("points.txt", "arm,C,loss\n", {}, r"neither \.csv nor \.parquet"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path: Path, name: str, text: str, columns: dict[str, str], message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / name, columns)
+
+
+def test_directories_that_hold_no_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no store at"):
+        load(tmp_path / "nothing")
+    (tmp_path / "foreign").mkdir()
+    with pytest.raises(ValueError, match=r"holds no run .*config.json is missing"):
+        load(tmp_path)
+
+
+def test_a_thousand_runs_of_ten_thousand_steps_load_within_two_seconds(tmp_path: Path) -> None:
+    first = write_config(tmp_path, seed=0)
+    write_run(first, 3.0, steps=10_000)
+    config, run = (json.loads((first / name).read_text()) for name in ("config.json", "run.json"))
+    for seed in range(1, 1000):
+        run_dir = tmp_path / f"transformer-1M-{seed}"
+        run_dir.mkdir()
+        own = {"run_id": run_dir.name, "seed": seed}
+        (run_dir / "config.json").write_text(json.dumps(config | own))
+        (run_dir / "run.json").write_text(json.dumps(run | own))
+        for name in ("steps.parquet", "evals.parquet"):
+            os.link(first / name, run_dir / name)
+    began = time.process_time()
+    runs = load(tmp_path).runs
+    seconds = time.process_time() - began
+    assert len(runs) == 1000
+    print(f"read in {seconds:.2f} s")
+    assert seconds < 2

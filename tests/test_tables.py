@@ -1,0 +1,182 @@
+"""The verbs fit, table, plot and freeze, from the files they read to what they print."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from planted import write_config, write_sweep
+
+from experiments.cli import main
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arms = {"lowrank-qkv": 1.33, "static-qkv": 1.0}
+    return write_sweep(tmp_path_factory.mktemp("stores") / "sweep", arms, seeds=3)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(item) for item in arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def write_points(path: Path, rows: Sequence[str], header: str = "arm,size,C,loss") -> Path:
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_table_as_json_has_what_is_documented(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "table", sweep, "--json")
+    lowrank, static = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [lowrank["arm"], static["arm"]] == ["lowrank-qkv", "static-qkv"]
+    assert lowrank["ci"][0] < 1.33 < lowrank["ci"][1]
+    assert lowrank["ci"][0] < lowrank["m"] < lowrank["ci"][1]
+    assert (lowrank["method"], lowrank["convention"], lowrank["status"]) == ("paired", "exact", "ok")
+    assert (lowrank["n_sizes"], lowrank["n_seeds"], lowrank["excluded"]) == (5, 3, [])
+    assert 0 < lowrank["constant_m_p"] <= 1
+    assert lowrank["loso"][0] < lowrank["m"] < lowrank["loso"][1]
+    assert lowrank["m_at_cmax"] == pytest.approx(1.33, rel=0.05)
+    assert set(lowrank["conventions"]) == {"6ND", "6N_nonemb D"}
+    assert lowrank["joint"]["ci"][0] < 1.33 < lowrank["joint"]["ci"][1]
+    assert static["status"] == "not resolved: the interval holds 1"
+    assert run(capsys, "table", sweep, "--format", "json")[1] == out
+
+
+def test_the_same_answer_in_every_format(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    m = json.loads(run(capsys, "table", sweep, "--json")[1])[0]["m"]
+    row = next(csv.DictReader(io.StringIO(run(capsys, "table", sweep, "--format", "csv")[1])))
+    assert float(row["m"]) == m
+    assert f"| {m:.3f} |" in run(capsys, "table", sweep)[1]
+    latex = run(capsys, "table", sweep, "--format", "latex")[1]
+    assert f"& {m:.3f} &" in latex
+    assert latex.count(r"\\") == 3
+
+
+def test_frozen_and_live_stores_give_the_same_table(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "freeze", sweep, "-o", tmp_path / "frozen")
+    assert (code, out.split()) == (0, [str(tmp_path / "frozen" / f"{name}.parquet") for name in ("evals", "runs")])
+    assert run(capsys, "table", tmp_path / "frozen") == run(capsys, "table", sweep)
+    assert run(capsys, "fit", tmp_path / "frozen") == run(capsys, "fit", sweep)
+
+
+def test_fit_prints_one_object_in_raw_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        f"{n},{d},{1.69 + 406.4 * n**-0.34 + 410.7 * d**-0.28}"
+        for n in (1e7, 3e7, 1e8, 3e8, 1e9)
+        for d in (1e9, 1e10, 1e11, 1e12)
+    ]
+    points = write_points(tmp_path / "grid.csv", rows, "N,D,loss")
+    code, out, err = run(capsys, "fit", points, "--form", "nd", "--loss", "huber", "--delta", "1e-3", "--json")
+    law = json.loads(out)
+    assert (code, err) == (0, "")
+    truth = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28}
+    assert {name: law[name] for name in truth} == pytest.approx(truth, rel=1e-6)
+    assert set(law["ci"]) == set(truth)
+    assert (law["status"], law["form"], law["loss"], law["delta"]) == ("ok", "nd", "huber", 1e-3)
+    assert law["certificate"]["converged"] is True
+    code, out, _ = run(capsys, "fit", points, "--loss", "lsq", "--bootstrap", "0", "--json")
+    assert (json.loads(out)["ci"], json.loads(out)["delta"]) == (None, None)
+
+
+def test_fit_of_several_arms_gives_each_its_multiplier(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    law = json.loads(run(capsys, "fit", sweep, "--json")[1])
+    assert (law["baseline"], law["A"]) == ("transformer", law["arms"]["transformer"]["A"])
+    assert law["arms"]["lowrank-qkv"]["m"] == pytest.approx(1.33, rel=0.05)
+    assert law["arms"]["lowrank-qkv"]["ci"]["m"][0] < 1.33 < law["arms"]["lowrank-qkv"]["ci"]["m"][1]
+
+
+GOOD = [
+    f"{arm},{size},1e{15 + size},{3 - 0.2 * size - gain}" for arm, gain in (("a", 0), ("b", 0.05)) for size in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        ("arm,size,C,loss", ["a,0,1e15,3", "b,0,1e15,2.9"], "1 paired size with a"),
+        ("arm,size,C", ["a,0,1e15", "b,0,1e15"], "no column loss"),
+        ("size,C,loss", ["0,1e15,3"], "no arm"),
+        ("arm,C,loss", ["a,1e15,3", "b,1e15,2.9"], "row 1, row 2 has neither; add a column size or N"),
+        ("arm,size,loss", ["a,0,3", "b,0,2.9"], "no compute in every row"),
+        ("arm,size,C,loss", [*GOOD, "a,9,1e20,nan"], "got nan in row 9"),
+        ("arm,size,C,loss", [*GOOD, "a,9,1e20,-1"], "got -1.0 in row 9"),
+        ("arm,size,C,loss", [*GOOD, "a,9,-1e20,2", "b,9,1e20,2"], "compute must be positive; got -1e[+]20 in row 9"),
+        (
+            "arm,size,C,loss,tokenizer",
+            [f"{row},{i % 2}" for i, row in enumerate(GOOD)],
+            "tokenizers .*row 2, row 4",
+        ),
+        ("arm,size,C,loss,data", [f"{row},{i % 2}" for i, row in enumerate(GOOD)], "mix data"),
+        (
+            "arm,size,C,loss,convention",
+            [f"{row},{('exact', '6ND')[i % 2]}" for i, row in enumerate(GOOD)],
+            "mix FLOP conventions",
+        ),
+        ("arm,size,C,loss", ["b,0,1e15,3", "b,1,1e16,2"], "no arm 'a' to be the baseline; the arms are b"),
+        ("arm,size,C,loss", ["a,0,1e15,3", "a,1,1e16,2"], "holds the baseline 'a' alone"),
+    ],
+)
+def test_a_table_that_supports_no_claim_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], header: str, rows: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, "table", write_points(tmp_path / "p.csv", rows, header), "--baseline", "a")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(message, err)
+
+
+def test_rows_without_a_partner_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{row},complete" for row in GOOD]
+    rows += ["a,9,1e19,2.0,complete", "b,1,1e16,2.0,complete", "b,9,1e19,,unfinished", "c,0,1e15,3,complete"]
+    points = write_points(tmp_path / "p.csv", rows, "arm,size,C,loss,status")
+    code, out, err = run(capsys, "table", points, "--baseline", "a", "--json")
+    (answer,) = json.loads(out)
+    assert (code, answer["arm"], answer["n_sizes"]) == (0, "b", 4)
+    assert {item["run_id"]: item["reason"] for item in answer["excluded"]} == {
+        "row 9": "no partner of the same size and seed in b",
+        "row 10": "repeats an arm, size and seed",
+        "row 11": "unfinished",
+    }
+    assert "no answer for c: 1 paired size" in err
+
+
+def test_a_store_with_a_run_still_training_is_tabulated_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_sweep(tmp_path / "store", {"dyn": 1.5}, sizes=3, seeds=1)
+    write_config(store, "dyn", "s9")
+    (store / "foreign").mkdir()
+    code, out, err = run(capsys, "table", store, "--json")
+    assert (code, json.loads(out)[0]["excluded"]) == (
+        0,
+        [{"run_id": "dyn-s9-0", "arm": "dyn", "reason": "unfinished"}],
+    )
+    assert "foreign is left out" in err
+
+
+def test_plot_writes_the_same_bytes_twice(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("svg", "png"):
+        code, out, _ = run(capsys, "plot", sweep, "-o", tmp_path / "one", "--type", kind)
+        run(capsys, "plot", sweep, "-o", tmp_path / "two", "--type", kind)
+        assert code == 0
+        for path in map(Path, out.split()):
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+            assert path.stat().st_size > 5000
+
+
+def test_the_analysis_starts_without_torch_or_pandas() -> None:
+    heavy = "{'torch', 'pandas', 'numpy', 'scipy', 'pyarrow', 'matplotlib'}"
+    script = f"import sys, analysis.verbs, analysis.runlog; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
