@@ -38,7 +38,8 @@ def check(slurm: Slurm) -> None:
             "Slurm's controller does not answer (sinfo failed); if this is the one-node cluster, "
             'run eval "$(slurm/cluster/up)" in this shell'
         )
-    strict.choose(slurm.partition, sorted(set(partitions.split())), "the cluster has no such partition")
+    for partition in slurm.partition.split(","):
+        strict.choose(partition, sorted(set(partitions.split())), "the cluster has no such partition")
 
 
 def queue(store: Path, job_ids: Sequence[str]) -> dict[str, str] | None:
