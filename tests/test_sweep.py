@@ -158,7 +158,7 @@ BAD = {
     "nested unknown key": ("vocabulary", "vocabluary", r"data: unknown key 'vocabluary'; did you mean 'vocabulary'"),
     "too many epochs": ("train_tokens = 2_000_000", "train_tokens = 200_000", r"would read the data 10\.\d times"),
     "coarse matching": ("tokens_per_parameter = 20", "tokens_per_parameter = 1.2", r"match the baseline's only within"),
-    "less than a batch": ("tokens_per_parameter = 20", "tokens_per_parameter = 0.01", r"one batch takes 16; raise it"),
+    "less than a batch": ("tokens_per_parameter = 20", "tokens_per_parameter = 0.01", r"one batch takes 8; raise it"),
     "negative": ("tokens_per_parameter = 20", "tokens_per_parameter = -1", r"above zero; got -1"),
     "built-in redefined": ("[arm.mine]", "[arm.transformer]\n[arm.mine]", r"'transformer' is built in"),
     "name with a slash": ('name = "test"', 'name = "../test"', r"plain word"),
