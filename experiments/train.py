@@ -22,6 +22,7 @@ from experiments.data.dataset import Dataset
 from experiments.models.transformer import Transformer
 
 IGNORED = -100  # the target of padding, which takes no part in the loss
+MICRO_BATCH_TOKENS = 32_768  # where none is set: at a vocabulary of 100k the logits then take some 30 GB
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -86,7 +87,9 @@ class Trainer:
         self._run_id = run.run_id
         self._data_sha256 = dataset.sha256
         self._cuda = world.device.type == "cuda"
-        self._micro_batch = execution.micro_batch or -(-run.train.batch_sequences // world.size)
+        share = -(-run.train.batch_sequences // world.size)
+        fitting = max(1, MICRO_BATCH_TOKENS // run.train.sequence_length)
+        self._micro_batch = execution.micro_batch or min(share, fitting)
         self._batches = Batches(
             dataset,
             sequence_length=run.train.sequence_length,
