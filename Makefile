@@ -7,7 +7,7 @@ STORE := results/runs/demo
 .DELETE_ON_ERROR:
 
 demo: .venv/installed  ## the whole loop on real text: build data, train, fit, tabulate, plot
-	$(BIN)/dynconv submit experiments/sweeps/demo.toml --profile slurm/profiles/local.toml --store $(STORE) --wait
+	$(BIN)/dynconv submit experiments/sweeps/demo.toml --profile slurm/profiles/demo.toml --store $(STORE) --wait
 	$(BIN)/dynconv fit $(STORE)
 	$(BIN)/dynconv table $(STORE)
 	$(BIN)/dynconv plot $(STORE) -o results/demo

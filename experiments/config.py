@@ -61,7 +61,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads or self.head_dim % 2:
             raise ValueError(f"heads must divide width into even heads; got {self.heads} and {self.width}")
-        if self.heads % self.kv_heads:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads; got {self.kv_heads} and {self.heads}")
         if self.conv.kind == "headwise":
             for site in self.conv.sites:

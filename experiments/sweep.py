@@ -26,6 +26,7 @@ class Arm:
     residual: bool = True
     static_filter: bool = True
     qk_norm: bool = False
+    kv_heads: int | None = None  # grouped-query attention; default: as many as query heads
 
 
 _QKV = ("q", "k", "v")
@@ -166,7 +167,7 @@ def _model(ladder: Ladder, rung: Rung, arm: Arm, vocabulary: int) -> ModelConfig
         width=rung.width,
         ffn=rung.ffn,
         heads=rung.heads,
-        kv_heads=rung.heads,
+        kv_heads=rung.heads if arm.kv_heads is None else arm.kv_heads,
         vocabulary=vocabulary,
         qk_norm=arm.qk_norm,
         init_std=ladder.init_std,

@@ -31,6 +31,7 @@ validation_tokens = 65_536
 kind = "static"
 sites = ["v"]
 width = 2
+kv_heads = 1
 """
 
 
@@ -77,6 +78,7 @@ def test_a_sweep_expands_to_every_combination(tmp_path: Path) -> None:
     }
     (mine,) = [run for run in runs if (run.size, run.arm, run.seed) == ("25k", "mine", 0)]
     assert (mine.model.conv.kind, mine.model.conv.sites, mine.model.conv.width) == ("static", ("v",), 2)
+    assert (mine.model.heads, mine.model.kv_heads) == (2, 1)
     (lowrank,) = [run for run in runs if (run.size, run.arm, run.seed) == ("25k", "lowrank-qkv", 0)]
     assert lowrank.model.conv.rank == 4  # the ladder's
 
@@ -161,6 +163,7 @@ BAD = {
     "less than a batch": ("tokens_per_parameter = 20", "tokens_per_parameter = 0.01", r"one batch takes 8; raise it"),
     "negative": ("tokens_per_parameter = 20", "tokens_per_parameter = -1", r"above zero; got -1"),
     "built-in redefined": ("[arm.mine]", "[arm.transformer]\n[arm.mine]", r"'transformer' is built in"),
+    "heads that do not divide": ("kv_heads = 1\n", "kv_heads = 3\n", r"kv_heads must divide heads; got 3 and 2"),
     "name with a slash": ('name = "test"', 'name = "../test"', r"plain word"),
     "not TOML": ("seeds = [0, 1]", "seeds = [0, 1", r"sweep.toml: not valid TOML"),
     "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds names one twice"),
