@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from experiments.profile import Profile
 
 STORES = Path("results/runs")
-WATCH_SECONDS = 2.0
+WATCH_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,11 +44,13 @@ class Run:
             return
         attempt = _Attempt(self.run_dir, called_at)
         try:
-            attempt.go()
+            finished = attempt.go()
         except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
             # bad data or checkpoint, divergence, CUDA and memory, disk: what a person has to look at
             attempt.fail(error)
             raise RunFailed(f"{self.run_dir.name}: {error}") from error
+        if not finished:
+            attempt.stop.act()
 
     def checkpoint(self) -> DelayedSubmission | None:
         """Called by submitit when the state has been saved: requeue, unless the run was cancelled on purpose."""
@@ -127,19 +129,20 @@ class _Attempt:
 
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
-        self._stop = StopSignal()
+        self.stop = StopSignal()
         self._log: RunLog | None = None
         self._step = 0
         self._saved_at = time.monotonic()
 
-    def go(self) -> None:
+    def go(self) -> bool:
+        """Whether the run is complete; if not it was told to stop, and its state is saved."""
         config, run, self._execution = read_config(self._run_dir)
         with _world(self._run_dir, self._execution) as world:
             trainer = self._prepare(config, run, world)
-            if self._train(trainer, world):
+            finished = self._train(trainer, world)
+            if finished:
                 self._finish(trainer)
-                return
-        self._stop.act()
+        return finished
 
     def fail(self, error: Exception) -> None:
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -158,7 +161,7 @@ class _Attempt:
 
         waiting_since = _waiting_since(self._run_dir, config)
         number = next_attempt(self._run_dir)
-        if number > self._execution.max_attempts:
+        if world.rank == 0 and number > self._execution.max_attempts:
             raise RuntimeError(
                 f"interrupted {number - 1} times; max_attempts = {self._execution.max_attempts} is allowed; "
                 "raise it or give the job more time"
@@ -190,7 +193,7 @@ class _Attempt:
         """Steps and evaluations until the end; False if the run was told to stop, with its state saved."""
 
         def stopping() -> bool:
-            return world.any(self._stop.raised)
+            return world.any(self.stop.raised)
 
         while trainer.evaluation_due or not trainer.finished:
             if stopping():

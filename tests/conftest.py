@@ -22,10 +22,12 @@ LOWRANK = ConvConfig("lowrank", ("q", "k", "v"), rank=2)
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some of the standard library as .txt files."""
+    """Pieces of the standard library as .txt files: many, so that both splits get their share on any Python."""
     folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
-        (folder / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
+        text = path.read_text(encoding="utf-8")
+        for start in range(0, min(len(text), 30_000), 2_000):
+            (folder / f"{path.stem}-{start}.txt").write_text(text[start : start + 2_000], encoding="utf-8")
     return folder
 
 
