@@ -57,10 +57,11 @@ def choose(value: str, options: Iterable[str], where: str) -> str:
 
 
 def legal(value: str, options: Iterable[str]) -> str:
+    """What to write instead of `value`: the nearest option, and all of them where a line holds them."""
     options = list(options)
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}legal: {', '.join(options)}"
+    return f"{hint}legal: {', '.join(options)}" if len(options) <= 20 else f"{hint}{len(options)} are legal"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

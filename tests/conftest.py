@@ -1,5 +1,6 @@
 """What several rooms' tests share: a small real dataset and runs on it that take a second."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
@@ -10,12 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.config import ConvConfig, Execution, ModelConfig, RunConfig, TrainConfig
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
 from experiments.data.spec import DataConfig
 from experiments.run import write_config
+
+importlib.import_module("dynconv.ops.functions")  # before the variable is set: CPU tensors stay with the reference
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    # Triton decides at its first import, which torch may do at any time, whether to interpret. test_ops_kernels.py
+    # needs it to; no other test runs a kernel.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("dynconv.ops.operator")
+    del os.environ["TRITON_INTERPRET"]
 
 LOWRANK = ConvConfig("lowrank", ("q", "k", "v"), rank=2)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import main, parser
+from experiments.sweep import load_sweep
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "experiments" / "sweeps" / "demo.toml"
@@ -72,9 +73,9 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     profile.write_text('executor = "locall"\n')
     assert "did you mean 'local'" in refused(capsys, "submit", DEMO, "--profile", profile)
     assert "is not a folder" in refused(capsys, "status", "--store", tmp_path / "nowhere")
-    line = refused(capsys, "cancel", DEMO, "transformer-25k-s0-ffffffffff", "--store", tmp_path)
-    assert "the sweep has no such run" in line
-    assert "did you mean 'transformer-25k-s0-" in line
+    run_id = load_sweep(DEMO)[0].run_id
+    line = refused(capsys, "cancel", DEMO, f"{run_id[:-1]}x", "--store", tmp_path)
+    assert f"the sweep has no such run: got '{run_id[:-1]}x'; did you mean '{run_id}'?" in line
 
 
 def test_an_unwritable_store(capsys: pytest.CaptureFixture[str]) -> None:
