@@ -1,0 +1,257 @@
+"""The multiplier: planted ones come back, intervals cover as often as they say, and what is doubtful is said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import stdtrit
+
+from analysis.multiplier import Multiplier, compare
+from analysis.paired import constancy_p, local_multipliers, trend
+from analysis.pairs import Pairs
+from analysis.solver import Floats
+
+TOP = 1e21
+
+
+def simulate(
+    count: int,
+    sizes: int,
+    seeds: int,
+    m: float,
+    *,
+    change: float = 0.0,
+    span: float = 100.0,
+    noise: float = 0.002,
+    random_seed: int = 0,
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Compute [S], baseline and arm losses [count, S] of seed means, and the true m [S].
+
+    ../shared/statistics.md's design: noise of each run .002, of each arm at a size .002, shared by the arms of a size
+    .005; reducible loss 1 half-way, exponent .07, E = 1.7. m changes with compute as C^change.
+    """
+    random = np.random.default_rng(random_seed)
+    compute = np.geomspace(TOP / span, TOP, sizes)
+    middle = math.sqrt(compute[0] * compute[-1])
+    true_m = m * (compute / middle) ** change
+    reducible = (compute / middle) ** -0.07
+    shared = 2.5 * noise * random.standard_normal((count, sizes))
+
+    def losses(factor: Floats | float) -> Floats:
+        own = random.standard_normal((count, sizes)) + random.standard_normal((count, sizes, seeds)).mean(axis=2)
+        result: Floats = 1.7 + reducible * factor + shared + noise * own
+        return result
+
+    return compute, losses(1.0), losses(true_m**-0.07), true_m
+
+
+def pairs_of(compute: Floats, y0: Floats, y1: Floats) -> Pairs:
+    sizes = len(compute)
+    return Pairs(
+        arm="dyn",
+        baseline="base",
+        convention="exact",
+        sizes=tuple(f"s{i}" for i in range(sizes)),
+        c0=compute,
+        c1=compute,
+        y0=y0,
+        y1=y1,
+        seeds=(1,) * sizes,
+        differences=tuple(np.array([d]) for d in y0 - y1),
+        rate_ratio=np.full(sizes, np.nan),
+        gpu_rate_ratio=np.full(sizes, np.nan),
+        excluded=(),
+    )
+
+
+def answer(m: float, sizes: int = 5, noise: float = 0.0005, change: float = 0.0) -> Multiplier:
+    compute, y0, y1, _ = simulate(1, sizes, 1, m, noise=noise, change=change, random_seed=1)
+    return compare(pairs_of(compute, y0[0], y1[0]))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    m=st.floats(0.4, 4.0),
+    floor=st.floats(0.0, 3.0),
+    exponent=st.floats(0.03, 0.5),
+    sizes=st.integers(3, 7),
+    span=st.floats(30.0, 3000.0),
+    mismatch=st.floats(0.8, 1.25),
+)
+def test_any_planted_multiplier_comes_back(
+    m: float, floor: float, exponent: float, sizes: int, span: float, mismatch: float
+) -> None:
+    """Without noise; the arm's compute may differ from the baseline's."""
+    c0 = np.geomspace(1e18, 1e18 * span, sizes)
+    c1 = c0 * mismatch
+    y0 = floor + (c0 / 1e19) ** -exponent
+    y1 = floor + (m * c1 / 1e19) ** -exponent
+    local = local_multipliers(c0, c1, y0[None], y1[None])
+    assert local.mean[0] == pytest.approx(math.log(m), abs=2e-3)
+    assert math.exp(local.ln_m[0, -1]) == pytest.approx(m, rel=5e-3)
+
+
+@pytest.mark.parametrize("sizes", [4, 5, 6])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_headline_interval_covers_as_often_as_it_says(sizes: int, seeds: int) -> None:
+    """6,000 designs: the share is known to .003, the bar is .93 to .97."""
+    for m in (1.05, 1.33, 2.0):
+        compute, y0, y1, _ = simulate(6000, sizes, seeds, m)
+        local = local_multipliers(compute, compute, y0, y1)
+        low, high = local.interval()
+        covered = float(((low < math.log(m)) & (math.log(m) < high)).mean())
+        print(f"m {m}, {sizes} sizes, {seeds} seeds: coverage {covered:.3f}, sd of ln m {local.mean.std():.4f}")
+        assert 0.93 <= covered <= 0.97
+        assert abs(local.mean.mean() - math.log(m)) < 0.1 * local.mean.std()
+
+
+def test_the_interval_at_the_largest_compute_covers_a_changing_m() -> None:
+    for sizes in (4, 6):
+        compute, y0, y1, true_m = simulate(4000, sizes, 3, 1.33, change=0.05)
+        line = trend(local_multipliers(compute, compute, y0, y1), compute[-1])
+        covered = float((np.abs(line.at - math.log(true_m[-1])) < stdtrit(line.dof, 0.975) * line.error).mean())
+        assert 0.93 <= covered <= 0.985
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("m", "span"), [(1.33, 100.0), (1.33, 1000.0), (2.0, 100.0)])
+def test_the_constancy_test_has_its_size_and_power(m: float, span: float) -> None:
+    """400 designs: 5% is seen as 2.5% to 8% with probability .99. The change of m from 0.79 to 1.26 of itself over
+    two decades must be seen in most."""
+
+    def rejected(change: float) -> float:
+        compute, y0, y1, _ = simulate(400, 5, 3, m, change=change, span=span)
+        return float(
+            np.mean(
+                [
+                    constancy_p(compute, compute, a, b, 199, k) < 0.05
+                    for k, (a, b) in enumerate(zip(y0, y1, strict=True))
+                ]
+            )
+        )
+
+    size, power = rejected(0.0), rejected(0.1)
+    print(f"m {m}, {span:.0f}x: size {size:.3f}, power {power:.3f}")
+    assert 0.015 <= size <= 0.085
+    assert power > 0.6
+
+
+@pytest.mark.slow
+def test_the_reported_interval_covers_after_the_constancy_test_has_chosen() -> None:
+    """What a reader takes away: 250 designs with a constant m; 95% is seen as .91 to .98 with probability .99."""
+    compute, y0, y1, _ = simulate(250, 5, 2, 1.33)
+    found = [compare(pairs_of(compute, a, b), resamples=199) for a, b in zip(y0, y1, strict=True)]
+    covered = float(np.mean([item.ci is not None and item.ci[0] < 1.33 < item.ci[1] for item in found]))
+    print(f"coverage of the reported interval {covered:.3f}")
+    assert 0.91 <= covered <= 0.98
+
+
+def test_equal_arms_are_not_resolved() -> None:
+    """Of 200 equal pairs about 5% may look resolved; 2% to 10% with probability .99."""
+    compute, y0, y1, _ = simulate(200, 5, 1, 1.0)
+    resolved = [
+        not compare(pairs_of(compute, a, b), resamples=19).status.startswith("not resolved")
+        for a, b in zip(y0, y1, strict=True)
+    ]
+    assert np.mean(resolved) < 0.1
+
+
+def test_a_clear_advantage_is_ok_and_its_checks_agree() -> None:
+    found = answer(1.33)
+    assert found.status == "ok"
+    assert found.ci is not None
+    assert found.loso is not None
+    assert found.wild_cluster is not None
+    assert found.joint is not None
+    assert found.joint.ci is not None
+    assert found.aicc is not None
+    assert found.ci[0] < 1.33 < found.ci[1]
+    assert found.ci[1] / found.ci[0] < 1.1
+    assert found.loso[0] <= found.m <= found.loso[1]
+    assert found.joint.ci[0] < 1.33 < found.joint.ci[1]
+    assert found.joint.m == pytest.approx(found.m, rel=0.02)
+    assert found.wild_cluster[0] < 1.33 < found.wild_cluster[1]
+    assert min(found.aicc, key=found.aicc.__getitem__) == "shared"
+    assert found.constant_m_p is not None
+    assert found.constant_m_p > 0.05
+
+
+def test_a_changing_m_is_flagged_and_reported_at_the_largest_compute() -> None:
+    found = answer(1.33, sizes=6, change=0.1, noise=0.001)
+    true_top = 1.33 * 10**0.1
+    assert found.constant_m_p is not None
+    assert found.constant_m_p < 0.05
+    assert "not constant" in found.status
+    assert found.method == "paired, at the largest compute"
+    assert found.m == found.m_at_cmax == pytest.approx(true_top, rel=0.05)
+    assert found.ci is not None
+    assert found.ci[0] < true_top < found.ci[1]
+    assert found.curve[0].m < found.curve[-1].m
+    assert found.curve[-1].compute == pytest.approx(10 * TOP)
+
+
+def test_dropping_the_irreducible_loss_shows_in_the_floor_sensitivity() -> None:
+    """With E moved to 0 the local multipliers no longer agree, and the top one is too low: 1.23 for a true 1.33."""
+    compute = np.geomspace(TOP / 1000, TOP, 5)
+    y0, y1 = (1.7 + (m * compute / 1e20) ** -0.07 for m in (1.0, 1.33))
+    found = compare(pairs_of(compute, y0, y1))
+    assert found.irreducible_loss == pytest.approx(1.7, abs=1e-3)
+    assert found.m == pytest.approx(1.33, rel=1e-3)
+    stated = {round(row["E"], 2): row["m"] for row in found.floor_sensitivity}
+    assert stated[1.7] == pytest.approx(1.33, rel=1e-3)
+    local = local_multipliers(compute, compute, y0[None], y1[None], floor=0.0)
+    assert math.exp(local.ln_m[0, -1]) < 1.3
+
+
+def test_two_sizes_get_a_number_and_a_warning() -> None:
+    found = answer(1.33, sizes=2)
+    assert (found.constant_m_p, found.loso, found.joint, found.aicc) == (None, None, None, None)
+    assert found.status.startswith("not resolved")
+    assert "E = 0 assumed" in found.status
+    compute, y0, y1, _ = simulate(1, 2, 1, 1.33, noise=0.0)
+    stated = compare(pairs_of(compute, y0[0], y1[0]), floor=1.7)
+    assert stated.m == pytest.approx(1.33, rel=1e-6)
+    assert "E = 0" not in stated.status
+
+
+def test_one_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 paired size with base; an interval needs at least two"):
+        answer(1.33, sizes=1)
+
+
+def test_seed_noise_hides_a_small_advantage() -> None:
+    """Local values that agree by luck, from seeds that do not: the spread over sizes alone would call it resolved."""
+    compute = np.geomspace(TOP / 100, TOP, 5)
+    y0, y1 = (1.7 + (m * compute / 1e20) ** -0.07 for m in (1.0, 1.02))
+    quiet = pairs_of(compute, y0, y1)
+    noisy = replace(quiet, seeds=(2,) * 5, differences=tuple(d + np.array([-0.01, 0.01]) for d in y0 - y1))
+    assert compare(quiet).status == "ok"
+    found = compare(noisy)
+    assert found.noise_floor is not None
+    assert found.noise_floor > 1.02
+    assert found.status.startswith("not resolved: smaller than the seed noise")
+
+
+def test_wall_clock_is_m_times_relative_throughput() -> None:
+    compute, y0, y1, _ = simulate(1, 5, 1, 1.33, noise=0.0005)
+    pairs = replace(pairs_of(compute, y0[0], y1[0]), rate_ratio=np.full(5, 0.9), gpu_rate_ratio=np.full(5, 0.45))
+    found = compare(pairs)
+    assert found.wall_clock is not None
+    assert found.gpu_cost is not None
+    assert found.wall_clock.m == pytest.approx(0.9 * found.m)
+    assert found.gpu_cost.m == pytest.approx(0.45 * found.m)
+    assert compare(pairs_of(compute, y0[0], y1[0])).wall_clock is None
+
+
+def test_a_convention_that_disagrees_is_a_remark() -> None:
+    compute, y0, y1, _ = simulate(1, 5, 1, 1.33, noise=0.0005)
+    pairs = pairs_of(compute, y0[0], y1[0])
+    other = replace(pairs, convention="6ND", c1=compute * 0.8)
+    found = compare(pairs, {"6ND": other})
+    assert found.conventions["6ND"].m == pytest.approx(found.m / 0.8, rel=0.05)
+    assert "depends on the FLOP convention" in found.status
