@@ -9,7 +9,9 @@ STORE := results/runs/demo
 demo: .venv/installed  ## the whole loop on real text: build data, train, fit, tabulate, plot
 	$(BIN)/dynconv submit experiments/sweeps/demo.toml --profile slurm/profiles/demo.toml --store $(STORE) --wait
 	$(BIN)/dynconv fit $(STORE)
-	$(BIN)/dynconv table $(STORE)
+	@mkdir -p results/demo
+	$(BIN)/dynconv table $(STORE) > results/demo/table.md
+	@cat results/demo/table.md
 	$(BIN)/dynconv plot $(STORE) -o results/demo
 
 test: .venv/installed  ## every test this machine can run; what is skipped says why
