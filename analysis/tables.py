@@ -28,13 +28,15 @@ def _plain(value: Any) -> Any:
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str | int | None):
+    if value is None or isinstance(value, str | int):
         return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):  # NumPy's integers
+        return value.item()
     if isinstance(value, Iterable):
         return [_plain(item) for item in value]
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    return None if _missing(value) else str(value)  # dates and the like, from SQL
 
 
 def render(columns: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> str:
@@ -66,7 +68,7 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
     if form == "json":
         return to_json(found)
     if form == "csv":
-        return render(CSV_COLUMNS, [[_exact(value) for value in _flat(item)] for item in found], form)
+        return value_table(*multiplier_rows(found), form)
     columns = [
         "arm",
         "m",
@@ -110,26 +112,39 @@ def _legend(found: Sequence[Multiplier]) -> str:
     return "\n".join(lines)
 
 
-CSV_COLUMNS = (
+FLAT_COLUMNS = (
     *("arm", "baseline", "convention", "m", "ci_low", "ci_high", "method", "constant_m_p", "m_at_cmax"),
     *("loso_low", "loso_high", "joint_m", "joint_low", "joint_high", "wall_clock_m", "gpu_cost_m"),
     *("n_sizes", "n_seeds", "excluded", "status"),
 )
 
 
-def _flat(item: Multiplier) -> list[Any]:
+def multiplier_rows(found: Sequence[Multiplier]) -> tuple[Sequence[str], list[list[Any]]]:
+    """Columns and rows of the numbers that fit one line an arm; what does not exist is None."""
+
     def pair(interval: tuple[float, float] | None) -> tuple[float | None, float | None]:
         return interval or (None, None)
 
     def m(answer: Answer | None) -> float | None:
         return answer.m if answer else None
 
-    joint = pair(item.joint.ci if item.joint else None)
-    return [
-        *(item.arm, item.baseline, item.convention, item.m, *pair(item.ci), item.method, item.constant_m_p),
-        *(item.m_at_cmax, *pair(item.loso), m(item.joint), *joint, m(item.wall_clock), m(item.gpu_cost)),
-        *(item.n_sizes, item.n_seeds, len(item.excluded), item.status),
+    rows = [
+        [
+            *(item.arm, item.baseline, item.convention, item.m, *pair(item.ci), item.method, item.constant_m_p),
+            *(item.m_at_cmax, *pair(item.loso), m(item.joint), *pair(item.joint.ci if item.joint else None)),
+            *(m(item.wall_clock), m(item.gpu_cost), item.n_sizes, item.n_seeds, len(item.excluded), item.status),
+        ]
+        for item in found
     ]
+    return FLAT_COLUMNS, rows
+
+
+def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:
+    """Any table of values; numbers are shortened in md and latex only."""
+    if form == "json":
+        return to_json([dict(zip(columns, row, strict=True)) for row in rows])
+    cell = _exact if form == "csv" else _short
+    return render(columns, [[cell(value) for value in row] for row in rows], form)
 
 
 def fit_table(fit: Fit, form: str = "md") -> str:
@@ -172,7 +187,15 @@ def fit_object(fit: Fit) -> dict[str, Any]:
 
 
 def _exact(value: Any) -> str:
-    return NONE if value is None else repr(value) if isinstance(value, float) else str(value)
+    return NONE if _missing(value) else str(value)
+
+
+def _short(value: Any) -> str:
+    return NONE if _missing(value) else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value or str(value) == "<NA>"  # NaN is the one value that differs from itself
 
 
 def _brief(value: Any) -> str:

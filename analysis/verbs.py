@@ -1,4 +1,4 @@
-"""The command line's verbs that read logs: fit, table, plot, freeze. Start-up is light: each verb imports its own.
+"""The command line's verbs that read logs. Start-up is light: each verb imports its own.
 
 Results go to standard output; problems with the data, which do not stop the work, to standard error.
 """
@@ -28,6 +28,7 @@ def register(subparsers: Subparsers) -> None:
     _add_table(subparsers)
     _add_plot(subparsers)
     _add_freeze(subparsers)
+    _add_query(subparsers)
 
 
 def _add(
@@ -83,10 +84,14 @@ def _add_table(subparsers: Subparsers) -> None:
         "tabulate the compute advantage of each arm, with intervals",
         "results/runs/demo",
         "points.csv --baseline transformer --format json",
+        """results/runs/demo --where 'size != "25k"'""",
+        "results/runs/demo --by arm,size",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
     parser.add_argument("--floor", type=float, metavar="E", help="state the irreducible loss instead of fitting it")
+    parser.add_argument("--where", metavar="CONDITION", help="of the runs to use, on the run table's columns")
+    parser.add_argument("--by", metavar="COLUMN,...", help="sum the runs up by arm, size ... instead of comparing arms")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrapped tests")
     _add_format(parser)
 
@@ -111,6 +116,19 @@ def _add_freeze(subparsers: Subparsers) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", action="store_true", help="steps.parquet as well")
+
+
+def _add_query(subparsers: Subparsers) -> None:
+    parser = _add(
+        subparsers,
+        "query",
+        _query,
+        "run SQL over the views runs, steps, evals and multipliers (DuckDB)",
+        """results/runs/demo "select arm, size, avg(loss) from runs group by all order by all" """,
+        """results/runs/demo "select * from multipliers" --format csv""",
+    )
+    parser.add_argument("sql", metavar="SQL")
+    _add_format(parser)
 
 
 def _load(args: argparse.Namespace) -> Store:
@@ -185,10 +203,15 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
 
 def _table(args: argparse.Namespace) -> int:
     from analysis.multiplier import multipliers
-    from analysis.tables import multiplier_table
+    from analysis.query import chosen, grouped
+    from analysis.tables import multiplier_table, value_table
 
+    runs = chosen(_load(args).runs, args.where)
+    if args.by:
+        print(value_table(*grouped(runs, args.by.split(",")), args.format))
+        return 0
     found, refused = multipliers(
-        _load(args).runs,
+        runs,
         baseline=args.baseline,
         convention=args.convention,
         floor=args.floor,
@@ -221,6 +244,14 @@ def _plot(args: argparse.Namespace) -> int:
         path = args.out / f"{name}.{args.type}"
         save(figure, path)
         print(path)
+    return 0
+
+
+def _query(args: argparse.Namespace) -> int:
+    from analysis.query import sql
+    from analysis.tables import value_table
+
+    print(value_table(*sql(_load(args), args.sql), args.format))
     return 0
 
 
