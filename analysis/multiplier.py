@@ -9,7 +9,7 @@ in tests/test_multiplier.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 
 from analysis.joint import Interval, aicc, joint_interval, wild_cluster_interval
 from analysis.paired import Local, Trend, constancy_p, local_multipliers, trend
-from analysis.pairs import Excluded, Pairs, choose_baseline, choose_convention, pair, usable
+from analysis.pairs import Excluded, Pairs, choose_baseline, choose_convention, curve, pair, usable
 from analysis.runlog import CONVENTIONS
 from analysis.solver import Floats
 
@@ -29,6 +29,7 @@ SIGNIFICANCE = 0.05  # of the test that m is constant
 EXTRAPOLATED = 10.0  # m(C) is drawn no further than this times the largest compute
 FEW_SIZES = 5  # below, the wild cluster bootstrap is warned about
 FLOOR_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # E times these, for the sensitivity to the floor
+ASSUMED_FLOORS = (0.0, 1.6)  # nats a token, where two sizes cannot identify E: none, and near published ones
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,20 @@ def multipliers(
     *,
     baseline: str | None = None,
     convention: str | None = None,
-    floor: float | None = None,
+    floors: Sequence[float] = (),
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
     """Every arm against the baseline, and a line for each arm that has no answer.
 
-    `floor` states E in nats a token instead of fitting it. Raises ValueError where no arm has an answer.
+    `floors` states E in nats a token instead of fitting it: the first for the headline, all for the sensitivity; a
+    table of points may state them in a column stated_E. With E stated, an arm with one size gets its local m, by the
+    baseline's exponent, without an interval. Raises ValueError where no arm has an answer.
     """
     baseline = choose_baseline(runs, baseline)
     convention = choose_convention(runs, convention)
     rows, excluded = usable(runs)
+    floors = tuple(floors) or _stated_floors(rows)
     found: list[Multiplier] = []
     refused = []
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
@@ -110,7 +114,10 @@ def multipliers(
                 for name, column in CONVENTIONS.items()
                 if name != convention and column in rows and rows[column].notna().all()
             }
-            found.append(compare(pairs, others, floor=floor, resamples=resamples, seed=seed))
+            if floors and len(pairs.sizes) == 1:
+                found.append(_single(pairs, others, rows, floors))
+            else:
+                found.append(compare(pairs, others, floors=floors, resamples=resamples, seed=seed))
         except ValueError as error:
             refused.append(f"{arm}: {error}")
     if not found:
@@ -122,7 +129,7 @@ def compare(
     pairs: Pairs,
     others: dict[str, Pairs] | None = None,
     *,
-    floor: float | None = None,
+    floors: Sequence[float] = (),
     resamples: int = 999,
     seed: int = 0,
 ) -> Multiplier:
@@ -133,9 +140,13 @@ def compare(
             f"{sizes or 'no'} paired size{'' if sizes == 1 else 's'} with {pairs.baseline}; an interval needs at least "
             "two (five are advised), so train both arms at more sizes with the same seeds"
         )
-    stated = floor
-    if floor is None and sizes == 2:
-        floor = 0.0
+    stated = bool(floors)
+    if not floors and sizes == 2:
+        floors = ASSUMED_FLOORS
+    floor = floors[0] if floors else None
+    least = min(pairs.y0.min(), pairs.y1.min())
+    if floors and not 0 <= max(floors) < least:
+        raise ValueError(f"the irreducible loss must be at least 0 and below every loss; got {max(floors)}, {least}")
     local = _local(pairs, floor)
     p = constancy_p(pairs.c0, pairs.c1, pairs.y0, pairs.y1, resamples, seed) if sizes >= 3 else None
     at_top = _at(trend(local, pairs.c0[-1])) if sizes >= 3 else Answer(math.exp(local.ln_m[0, -1]), None)
@@ -152,7 +163,7 @@ def compare(
         constant_m_p=p,
         m_at_cmax=at_top.m,
         m_at_cmax_ci=at_top.ci,
-        loso=_leave_one_out(pairs, floor if stated is not None else None, float(local.law.E[0])),
+        loso=_leave_one_out(pairs, floor if stated else None, float(local.law.E[0])),
         convention=pairs.convention,
         n_sizes=sizes,
         n_seeds=min(pairs.seeds),
@@ -162,7 +173,7 @@ def compare(
         joint=Answer(*joint_interval(pairs)) if sizes >= 3 else None,
         aicc=aicc(pairs),
         wild_cluster=wild_cluster_interval(local) if sizes >= 3 else None,
-        floor_sensitivity=_floor_sensitivity(pairs, local),
+        floor_sensitivity=_floor_sensitivity(pairs, local, floors),
         noise_floor=noise_floor,
         wall_clock=_timed(local, pairs.rate_ratio, varies),
         gpu_cost=_timed(local, pairs.gpu_rate_ratio, varies),
@@ -170,6 +181,60 @@ def compare(
         exponent=float(local.law.g[0]),
         local=tuple(_local_rows(pairs, local)),
         curve=tuple(_curve(pairs, local, varies)),
+    )
+
+
+def _stated_floors(rows: pd.DataFrame) -> tuple[float, ...]:
+    """The irreducible losses that a table of points states in its column stated_E, separated by spaces."""
+    if "stated_E" not in rows or rows["stated_E"].isna().all():
+        return ()
+    texts = rows["stated_E"].dropna().astype(str).unique()
+    try:
+        (text,) = texts
+        return tuple(map(float, text.split()))
+    except ValueError:
+        raise ValueError(f"column stated_E must hold the same numbers in every row; got {', '.join(texts)}") from None
+
+
+def _single(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: Sequence[float]) -> Multiplier:
+    """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E."""
+
+    def at(pairs: Pairs, floor: float) -> tuple[float, float]:
+        compute, loss = curve(rows, pairs.baseline, pairs.convention)
+        if len(compute) < 2:
+            raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
+        g = -np.polyfit(np.log(compute), np.log(loss - floor), 1)[0]
+        share = (pairs.y0[0] - pairs.y1[0]) / (pairs.y0[0] - floor)
+        return float(np.exp(-np.log1p(-share) / g) * pairs.c0[0] / pairs.c1[0]), float(g)
+
+    m, g = at(pairs, floors[0])
+    return Multiplier(
+        arm=pairs.arm,
+        baseline=pairs.baseline,
+        m=m,
+        ci=None,
+        method="local, by the baseline's exponent at a stated E",
+        constant_m_p=None,
+        m_at_cmax=m,
+        m_at_cmax_ci=None,
+        loso=None,
+        convention=pairs.convention,
+        n_sizes=1,
+        n_seeds=pairs.seeds[0],
+        status="not resolved: one size gives no interval",
+        excluded=pairs.excluded,
+        conventions={name: Answer(at(other, floors[0])[0], None) for name, other in others.items()},
+        joint=None,
+        aicc=None,
+        wild_cluster=None,
+        floor_sensitivity=tuple({"E": floor, "m": at(pairs, floor)[0]} for floor in floors),
+        noise_floor=None,
+        wall_clock=None,
+        gpu_cost=None,
+        irreducible_loss=floors[0],
+        exponent=g,
+        local=(),
+        curve=(),
     )
 
 
@@ -212,7 +277,7 @@ def _remarks(
     reported: Answer,
     noise_floor: float | None,
     p: float | None,
-    stated: float | None,
+    stated: bool,
     conventions: dict[str, Answer],
 ) -> Iterator[str]:
     """What a reader must know before the number, the gravest first."""
@@ -224,7 +289,7 @@ def _remarks(
         yield f"not resolved: smaller than the seed noise ({noise_floor:.3f}x)"
     elif len(pairs.sizes) == 2:
         yield "not resolved: two sizes cannot identify the irreducible loss"
-    if len(pairs.sizes) == 2 and stated is None:
+    if len(pairs.sizes) == 2 and not stated:
         yield "E = 0 assumed; state it with --floor"
     if p is not None and p < SIGNIFICANCE:
         yield f"not constant: m changes with compute (p = {p:.3f}), so this is m at the largest"
@@ -249,9 +314,9 @@ def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float) -> Interva
     return min(values), max(values)
 
 
-def _floor_sensitivity(pairs: Pairs, local: Local) -> tuple[dict[str, float], ...]:
-    """m with the irreducible loss moved; those at or above a loss are left out."""
-    floors = dict.fromkeys(shift * float(local.law.E[0]) for shift in FLOOR_SHIFTS)
+def _floor_sensitivity(pairs: Pairs, local: Local, stated: Sequence[float]) -> tuple[dict[str, float], ...]:
+    """m at the stated irreducible losses, else with the fitted one moved; those at or above a loss are left out."""
+    floors = stated or dict.fromkeys(shift * float(local.law.E[0]) for shift in FLOOR_SHIFTS)
     least = min(pairs.y0.min(), pairs.y1.min())
     possible = [floor for floor in floors if floor < 0.999 * least]
     return tuple({"E": floor, "m": math.exp(_local(pairs, floor).mean[0])} for floor in possible)

@@ -168,6 +168,13 @@ def pair(runs: pd.DataFrame, arm: str, baseline: str, convention: str, excluded:
     )
 
 
+def curve(runs: pd.DataFrame, arm: str, convention: str) -> tuple[Floats, Floats]:
+    """Compute and loss of every size of one arm, [S] each, seeds averaged. `runs` is what `usable` returned."""
+    column = CONVENTIONS[convention]
+    means = runs[runs["arm"] == arm].groupby("_size")[[column, "loss"]].mean().sort_values(column)
+    return means[column].to_numpy(float), means["loss"].to_numpy(float)
+
+
 def _rate_ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
     """The arm's FLOPs a second over the baseline's at one size; NaN unless measured on the same kind of device."""
     devices = {*rows["device_0"], *rows["device_1"]}

@@ -84,6 +84,8 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
     `columns` maps N, D, C, N_nonemb or a name of ours to the table's name for it, where that is not a usual one.
     Raises ValueError if there is nothing to read or a needed file is torn.
     """
+    if (path / "points.csv").is_file():
+        path = path / "points.csv"
     if path.is_file():
         return Store(path, read_points(path, columns or {}), [])
     if columns:

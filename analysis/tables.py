@@ -69,35 +69,35 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
         return to_json(found)
     if form == "csv":
         return value_table(*multiplier_rows(found), form)
-    columns = [
-        "arm",
-        "m",
-        "95% interval",
-        "joint fit",
-        "at most C",
-        "leave one out",
-        "p(constant)",
-        "wall clock",
-        "sizes x seeds",
-        "status",
-    ]
-    rows = [
-        [
-            item.arm,
-            _ratio(item.m),
-            _interval(item.ci),
-            _ratio(item.joint.m) if item.joint else NONE,
-            _ratio(item.m_at_cmax),
-            _interval(item.loso),
-            f"{item.constant_m_p:.3f}" if item.constant_m_p is not None else NONE,
-            _ratio(item.wall_clock.m) if item.wall_clock else NONE,
-            f"{item.n_sizes} x {item.n_seeds}",
-            item.status,
-        ]
-        for item in found
-    ]
+    cells = {
+        "arm": [item.arm for item in found],
+        "m": [_ratio(item.m) for item in found],
+        "95% interval": [_interval(item.ci) for item in found],
+        "stated E": [_by_floor(item) if item.n_sizes < 3 else NONE for item in found],
+        "other FLOPs": [_by_convention(item) for item in found],
+        "joint fit": [_ratio(item.joint.m) if item.joint else NONE for item in found],
+        "at most C": [_ratio(item.m_at_cmax) if item.n_sizes > 2 else NONE for item in found],
+        "leave one out": [_interval(item.loso) for item in found],
+        "p(constant)": [NONE if item.constant_m_p is None else f"{item.constant_m_p:.3f}" for item in found],
+        "wall clock": [_ratio(item.wall_clock.m) if item.wall_clock else NONE for item in found],
+        "sizes x seeds": [f"{item.n_sizes} x {item.n_seeds}" for item in found],
+        "status": [item.status for item in found],
+    }
+    columns = [name for name, column in cells.items() if any(cell != NONE for cell in column)]
+    rows = list(zip(*(cells[name] for name in columns), strict=True))
     text = render(columns, rows, form)
     return text if form == "latex" else f"{text}\n\n{_legend(found)}"
+
+
+def _by_floor(item: Multiplier) -> str:
+    return ", ".join(f"{row['m']:.3f} at {row['E']:g}" for row in item.floor_sensitivity)
+
+
+def _by_convention(item: Multiplier) -> str:
+    """m under the other conventions, where any differs by half a percent."""
+    if all(abs(other.m / item.m - 1) < 0.005 for other in item.conventions.values()):
+        return NONE
+    return ", ".join(f"{other.m:.3f} by {name}" for name, other in item.conventions.items())
 
 
 def _legend(found: Sequence[Multiplier]) -> str:
@@ -105,9 +105,9 @@ def _legend(found: Sequence[Multiplier]) -> str:
         f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
         "paired by size and seed."
     ]
-    left_out = dict.fromkeys((item.run_id, item.reason) for answer in found for item in answer.excluded)
+    left_out = {item.run_id: item.reason for answer in found for item in answer.excluded}
     if left_out:
-        shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out)[:5])
+        shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out.items())[:5])
         lines.append(f"Left out: {len(left_out)} rows: {shown}{' ...' if len(left_out) > 5 else ''}")
     return "\n".join(lines)
 

@@ -89,7 +89,14 @@ def _add_table(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
-    parser.add_argument("--floor", type=float, metavar="E", help="state the irreducible loss instead of fitting it")
+    parser.add_argument(
+        "--floor",
+        type=float,
+        action="append",
+        default=[],
+        metavar="E",
+        help="state the irreducible loss instead of fitting it; more of them show what m depends on",
+    )
     parser.add_argument("--where", metavar="CONDITION", help="of the runs to use, on the run table's columns")
     parser.add_argument("--by", metavar="COLUMN,...", help="sum the runs up by arm, size ... instead of comparing arms")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrapped tests")
@@ -214,7 +221,7 @@ def _table(args: argparse.Namespace) -> int:
         runs,
         baseline=args.baseline,
         convention=args.convention,
-        floor=args.floor,
+        floors=args.floor,
         seed=args.seed,
     )
     _warn(*(f"no answer for {line}" for line in refused))

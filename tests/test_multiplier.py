@@ -214,7 +214,7 @@ def test_two_sizes_get_a_number_and_a_warning() -> None:
     assert found.status.startswith("not resolved")
     assert "E = 0 assumed" in found.status
     compute, y0, y1, _ = simulate(1, 2, 1, 1.33, noise=0.0)
-    stated = compare(pairs_of(compute, y0[0], y1[0]), floor=1.7)
+    stated = compare(pairs_of(compute, y0[0], y1[0]), floors=[1.7])
     assert stated.m == pytest.approx(1.33, rel=1e-6)
     assert "E = 0" not in stated.status
 

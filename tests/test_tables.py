@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -180,3 +181,22 @@ def test_the_analysis_starts_without_torch_or_pandas() -> None:
     script = f"import sys, analysis.verbs, analysis.runlog; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_the_published_rows_are_tabulated_and_resolve_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Against arithmetic by hand: perplexities 19.12 and 11.71, exponent .0508 at E = 0, 1.39x at 2B on equal tokens."""
+    published = Path(__file__).parents[1] / "results" / "published"
+    code, out, _ = run(capsys, "table", published, "--convention", "6ND", "--json")
+    found = {item["arm"]: item for item in json.loads(out)}
+    assert code == 0
+    assert all(item["status"].startswith("not resolved") for item in found.values())
+    assert {row["E"] for item in found.values() for row in item["floor_sensitivity"]} == {0.0, 1.6}
+    exponent = math.log(math.log(19.12) / math.log(11.71)) / math.log(
+        1824655360 * 91232768000 / 305169408 / 14999998464
+    )
+    all_linear = (math.log(11.71) / math.log(10.95)) ** (1 / exponent) * 1824655360 / 1880000512
+    assert found["lowrank-all"]["m"] == pytest.approx(all_linear, rel=1e-6)
+    assert found["lowrank-all"]["ci"] is None
+    at_2b = found["lowrank-qkv"]["local"][1]
+    assert at_2b["m"] * 1841170432 / 1824655360 == pytest.approx(1.39, abs=0.06)
+    assert set(found["lowrank-qkv"]["conventions"]) == {"exact", "6N_nonemb D"}
