@@ -64,7 +64,7 @@ _MINI = Ladder(
 # Rates and initial scale are ours, the best few tried on the baseline: 0.005 to 0.04 and 0.02 to 0.1.
 _NANO = Ladder(
     sizes={
-        "25k": Rung(2, 24, 56, 2, sequence_length=128, batch_sequences=8, learning_rate=2e-2),
+        "25k": Rung(2, 24, 56, 2, sequence_length=128, batch_sequences=8, learning_rate=1e-2),
         "45k": Rung(2, 32, 96, 2, sequence_length=128, batch_sequences=8, learning_rate=2e-2),
         "70k": Rung(2, 48, 104, 3, sequence_length=128, batch_sequences=16, learning_rate=1e-2),
         "110k": Rung(3, 48, 128, 3, sequence_length=128, batch_sequences=16, learning_rate=1e-2),
