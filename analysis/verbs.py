@@ -29,6 +29,7 @@ def register(subparsers: Subparsers) -> None:
     _add_plot(subparsers)
     _add_freeze(subparsers)
     _add_query(subparsers)
+    _add_power(subparsers)
 
 
 def _add(
@@ -135,6 +136,33 @@ def _add_query(subparsers: Subparsers) -> None:
         """results/runs/demo "select * from multipliers" --format csv""",
     )
     parser.add_argument("sql", metavar="SQL")
+    _add_format(parser)
+
+
+def _add_power(subparsers: Subparsers) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "power",
+        help="simulate which advantage a design's sizes and seeds could resolve",
+        description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost. DESIGN is a "
+        "plan (dynconv plan SWEEP --format json), a store, or a table of points: its sizes and their compute count.",
+        epilog="examples:\n"
+        "  dynconv plan experiments/sweeps/paper-scaling.toml --format json > plan.json\n"
+        "  dynconv power plan.json --m 1.05\n"
+        "  dynconv power results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("design", type=Path, metavar="DESIGN")
+    parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
+    parser.add_argument("--seeds", default="1,2,3,5", help="numbers of seeds to try (default 1,2,3,5)")
+    parser.add_argument("--baseline", help="the arm whose ladder it is (default: the sweep's)")
+    parser.add_argument("--seed-noise", type=float, default=0.002, help="sd of a run's loss, nats (default 0.002)")
+    parser.add_argument("--arm-noise", type=float, default=0.002, help="sd of an arm at a size (default 0.002)")
+    parser.add_argument("--shared-noise", type=float, default=0.005, help="sd shared by the arms (default 0.005)")
+    parser.add_argument("--exponent", type=float, default=0.15, help="of the law (default 0.15)")
+    parser.add_argument("--reducible", type=float, default=1.3, help="loss above E mid-way, nats (default 1.3)")
+    parser.add_argument("--gpu-flops", type=float, help="sustained FLOPs a second, for GPU hours (default: DESIGN's)")
+    parser.add_argument("--simulations", type=int, default=1000, metavar="N")
+    parser.set_defaults(run=_power)
     _add_format(parser)
 
 
@@ -259,6 +287,34 @@ def _query(args: argparse.Namespace) -> int:
     from analysis.tables import value_table
 
     print(value_table(*sql(_load(args), args.sql), args.format))
+    return 0
+
+
+def _power(args: argparse.Namespace) -> int:
+    from dataclasses import astuple, fields
+
+    from tqdm import tqdm
+
+    from analysis.planning import Prospect, World, prospects, read_ladder
+    from analysis.tables import value_table
+
+    try:
+        seeds = [int(text) for text in args.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds takes whole numbers, 1,2,3; got {args.seeds!r}") from None
+    if min(seeds) < 1 or args.simulations < 100:
+        raise ValueError(f"--seeds must be at least 1 and --simulations 100; got {args.seeds}, {args.simulations}")
+    world = World(
+        reducible_loss=args.reducible,
+        exponent=args.exponent,
+        seed_noise=args.seed_noise,
+        arm_noise=args.arm_noise,
+        shared_noise=args.shared_noise,
+    )
+    ladder = read_ladder(args.design, args.baseline, args.gpu_flops)
+    total = max(len(ladder.sizes) - 2, 0) * len(seeds)
+    found = list(tqdm(prospects(ladder, args.m, seeds, world, args.simulations), total=total, leave=False, delay=1))
+    print(value_table([item.name for item in fields(Prospect)], [astuple(row) for row in found], args.format))
     return 0
 
 

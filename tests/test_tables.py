@@ -184,7 +184,7 @@ def test_the_analysis_starts_without_torch_or_pandas() -> None:
 
 
 def test_the_published_rows_are_tabulated_and_resolve_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Against arithmetic by hand: perplexities 19.12 and 11.71, exponent .0508 at E = 0, 1.39x at 2B on equal tokens."""
+    """By hand: perplexities 19.12 and 11.71, exponent .0508 at E = 0, 1.39x at 2B on equal tokens."""
     published = Path(__file__).parents[1] / "results" / "published"
     code, out, _ = run(capsys, "table", published, "--convention", "6ND", "--json")
     found = {item["arm"]: item for item in json.loads(out)}
@@ -195,7 +195,7 @@ def test_the_published_rows_are_tabulated_and_resolve_nothing(capsys: pytest.Cap
         1824655360 * 91232768000 / 305169408 / 14999998464
     )
     all_linear = (math.log(11.71) / math.log(10.95)) ** (1 / exponent) * 1824655360 / 1880000512
-    assert found["lowrank-all"]["m"] == pytest.approx(all_linear, rel=1e-6)
+    assert found["lowrank-all"]["m"] == pytest.approx(all_linear, rel=1e-5)
     assert found["lowrank-all"]["ci"] is None
     at_2b = found["lowrank-qkv"]["local"][1]
     assert at_2b["m"] * 1841170432 / 1824655360 == pytest.approx(1.39, abs=0.06)
