@@ -191,7 +191,9 @@ def _exact(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return NONE if _missing(value) else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_short, value))}]"
+    return NONE if _missing(value) else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _missing(value: Any) -> bool:

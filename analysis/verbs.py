@@ -30,6 +30,7 @@ def register(subparsers: Subparsers) -> None:
     _add_freeze(subparsers)
     _add_query(subparsers)
     _add_power(subparsers)
+    _add_isoflop(subparsers)
 
 
 def _add(
@@ -163,6 +164,19 @@ def _add_power(subparsers: Subparsers) -> None:
     parser.add_argument("--gpu-flops", type=float, help="sustained FLOPs a second, for GPU hours (default: DESIGN's)")
     parser.add_argument("--simulations", type=int, default=1000, metavar="N")
     parser.set_defaults(run=_power)
+    _add_format(parser)
+
+
+def _add_isoflop(subparsers: Subparsers) -> None:
+    parser = _add(
+        subparsers,
+        "isoflop",
+        _isoflop,
+        "find the best size at each compute budget, and how it grows with compute",
+        "points.csv",
+        "points.csv --convention 6ND --json",
+    )
+    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
     _add_format(parser)
 
 
@@ -315,6 +329,24 @@ def _power(args: argparse.Namespace) -> int:
     total = max(len(ladder.sizes) - 2, 0) * len(seeds)
     found = list(tqdm(prospects(ladder, args.m, seeds, world, args.simulations), total=total, leave=False, delay=1))
     print(value_table([item.name for item in fields(Prospect)], [astuple(row) for row in found], args.format))
+    return 0
+
+
+def _isoflop(args: argparse.Namespace) -> int:
+    from dataclasses import astuple, fields
+
+    from analysis.isoflop import isoflop
+    from analysis.tables import to_json, value_table
+
+    optima, laws = isoflop(_load(args).runs, args.convention)
+    if args.format == "json":
+        print(to_json({"optima": optima, "laws": laws}))
+        return 0
+    tables = [
+        value_table([item.name for item in fields(rows[0])], [astuple(row) for row in rows], args.format)
+        for rows in (optima, laws)
+    ]
+    print("\n\n".join(tables))
     return 0
 
 

@@ -1,0 +1,79 @@
+"""IsoFLOP analysis against a law whose optimum is known in closed form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.isoflop import isoflop
+from analysis.store import load
+from experiments.cli import main
+
+E, A, ALPHA, B, BETA = 1.69, 406.4, 0.34, 410.7, 0.28
+
+
+def best_size(compute: float) -> float:
+    """arXiv 2203.15556, eq. 4: N* = G (C/6)^(beta / (alpha + beta)), G = (alpha A / beta B)^(1 / (alpha + beta))."""
+    return float((ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (compute / 6) ** (BETA / (ALPHA + BETA)))
+
+
+def write_budgets(path: Path, shifts: np.ndarray, noise: float = 0.0) -> Path:
+    """Sizes at each budget around the optimum, moved by exp(shifts)."""
+    random = np.random.default_rng(0)
+    rows = []
+    for compute in (1e18, 1e19, 1e20, 1e21):
+        for size in best_size(compute) * np.exp(shifts):
+            tokens = compute / 6 / size
+            loss = E + A * size**-ALPHA + B * tokens**-BETA + noise * random.standard_normal()
+            rows.append({"N": size, "D": tokens, "C": compute, "loss": loss})
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def test_planted_optima_and_exponents_come_back(tmp_path: Path) -> None:
+    """A parabola is exact only near the optimum: within 2% in N over a factor 2 to each side."""
+    path = write_budgets(tmp_path / "p.csv", np.linspace(-0.7, 0.7, 7), noise=1e-5)
+    optima, (law,) = isoflop(load(path).runs)
+    assert [item.status for item in optima] == ["ok"] * 4
+    for item in optima:
+        assert pytest.approx(best_size(item.compute), rel=0.03) == item.N
+        assert pytest.approx(item.compute / 6 / item.N, rel=1e-9) == item.D
+        assert item.loss == pytest.approx(E + A * item.N**-ALPHA + B * item.D**-BETA, abs=1e-3)
+    assert law.N_exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.005)
+    assert law.D_exponent == pytest.approx(ALPHA / (ALPHA + BETA), abs=0.005)
+    assert law.ci is not None
+    assert law.N_at_top == pytest.approx(best_size(1e21), rel=0.03)
+
+
+def test_an_optimum_at_the_edge_or_without_curvature_does_not_count(tmp_path: Path) -> None:
+    optima, (law,) = isoflop(load(write_budgets(tmp_path / "edge.csv", np.linspace(0.3, 1.6, 6))).runs)
+    assert {item.status for item in optima} == {"the optimum is outside the sizes tried"}
+    assert (law.N_exponent, law.budgets) == (None, 0)
+    size = np.geomspace(1e8, 1e9, 6)
+    concave = pd.DataFrame({"N": size, "D": 1e19 / 6 / size, "C": 1e19, "loss": 3 - 0.01 * np.log(size) ** 2 / 20})
+    concave.to_csv(tmp_path / "concave.csv", index=False)
+    optima, _ = isoflop(load(tmp_path / "concave.csv").runs)
+    assert {item.status for item in optima} == {"no clear curvature"}
+
+
+def test_the_verb_prints_both_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_budgets(tmp_path / "p.csv", np.linspace(-0.7, 0.7, 7))
+    assert main(["isoflop", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["optima"]) == 4
+    assert found["laws"][0]["N_exponent"] == pytest.approx(0.4516, abs=0.005)
+    assert main(["isoflop", str(path)]) == 0
+    assert "N_exponent" in capsys.readouterr().out
+
+
+def test_runs_without_a_shared_budget_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.csv").write_text("N,D,C,loss\n1e6,2e7,1e14,3\n2e6,4e7,4e14,2.9\n")
+    assert main(["isoflop", str(tmp_path / "p.csv")]) == 2
+    assert "needs several sizes trained at equal compute" in capsys.readouterr().err
+    (tmp_path / "p.csv").write_text("C,loss\n1e14,3\n4e14,2.9\n")
+    assert main(["isoflop", str(tmp_path / "p.csv")]) == 2
+    assert "needs N in every row" in capsys.readouterr().err
