@@ -8,12 +8,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from experiments.data.spec import DataConfig
 
-SITES = ("q", "k", "v", "o", "gate", "up", "down")
+Site = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the linear maps of a layer
 Kind = Literal["none", "static", "headwise", "lowrank"]
+SITES: tuple[Site, ...] = get_args(Site)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ConvConfig:
     """A short convolution after each of the named linear layers (arXiv 2606.03825, section 2)."""
 
     kind: Kind = "none"
-    sites: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
     width: int = 4  # taps
     rank: int = 16  # of the low-rank generator
     head_size: int = 16  # consecutive channels that share a head-wise filter
@@ -29,13 +30,12 @@ class ConvConfig:
     static_filter: bool = True  # a per-channel filter beside the dynamic one
 
     def __post_init__(self) -> None:
-        unknown = [site for site in self.sites if site not in SITES]
-        if unknown:
-            raise ValueError(f"unknown site {unknown[0]!r}; legal: {', '.join(SITES)}")
         if len(set(self.sites)) != len(self.sites):
-            raise ValueError(f"sites has a duplicate; got {list(self.sites)}")
-        if (self.kind == "none") != (not self.sites):
-            raise ValueError(f"kind {self.kind!r} does not go with sites {list(self.sites)}")
+            raise ValueError(f"sites must name each once; got {list(self.sites)}; remove the second")
+        if self.kind == "none" and self.sites:
+            raise ValueError(f"kind 'none' takes no sites; got {list(self.sites)}; remove them or set another kind")
+        if self.kind != "none" and not self.sites:
+            raise ValueError(f"kind {self.kind!r} needs sites; got none; name some of {', '.join(SITES)}")
         for name in ("width", "rank", "head_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -18,17 +18,22 @@ def load(path: Path, cls: type[T]) -> T:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is missing or is not TOML."""
+    """Raises ValueError where the file is missing, cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"{path}: no such file; give the path of a .toml file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: must be readable; got {error.strerror}; give the path of a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
 
 
-def parse(table: Mapping[str, Any], cls: type[T], where: str) -> T:
-    """`table` as an instance of the dataclass `cls`; `where` begins every message, e.g. the file's name."""
+def parse(table: Mapping[str, Any], cls: type[T], where: str, separator: str = ": ") -> T:
+    """`table` as an instance of the dataclass `cls`; `where` begins every message, e.g. the file's name.
+
+    `separator` comes between it and a key: "." where `where` ends with a table's own key.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
     hints = typing.get_type_hints(cls)
     for key in table:
@@ -41,7 +46,7 @@ def parse(table: Mapping[str, Any], cls: type[T], where: str) -> T:
     ]
     if missing:
         raise ValueError(f"{where}: missing key {', '.join(map(repr, missing))}; add it")
-    values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
+    values = {key: _convert(value, hints[key], f"{where}{separator}{key}") for key, value in table.items()}
     try:
         return cls(**values)
     except ValueError as error:  # a dataclass's own check, which knows its fields but not the file
@@ -78,7 +83,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         table = _expect(value, dict, where)
         return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in table.items()}
     if dataclasses.is_dataclass(hint):
-        return parse(_expect(value, dict, where), typing.cast(type, hint), where)
+        return parse(_expect(value, dict, where), typing.cast(type, hint), where, ".")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return _expect(value, hint, where)

@@ -1,17 +1,26 @@
 """A sweep file -> a list of frozen runs whose compute is matched. A new arm is an entry of `ARMS`, or a table
 `[arm.NAME]` in the sweep file."""
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from experiments import flops, strict
-from experiments.config import ConvConfig, Kind, ModelConfig, RunConfig, TrainConfig
+from experiments.config import ConvConfig, Kind, ModelConfig, RunConfig, Site, TrainConfig
 from experiments.data.spec import DataConfig
-from experiments.ladder import LADDERS, Ladder, Rung
+from experiments.ladder import LADDERS, Rung
 
 FLOPS_TOLERANCE = 1e-3  # of the baseline's FLOPs, under match = "flops"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms, after which folders are named
+USED = {  # what each kind takes of an arm's keys; the others are every arm's
+    "none": (),
+    "static": ("width", "residual"),
+    "headwise": ("width", "residual", "static_filter", "head_size"),
+    "lowrank": ("width", "residual", "static_filter", "rank"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class Arm:
     """One architecture variant. `rank` and `head_size` default to the ladder's."""
 
     kind: Kind = "none"
-    sites: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
     width: int = 4
     rank: int | None = None
     head_size: int | None = None
@@ -28,9 +37,18 @@ class Arm:
     qk_norm: bool = False
     kv_heads: int | None = None  # grouped-query attention; default: as many as query heads
 
+    def __post_init__(self) -> None:
+        for key in fields(self):
+            takers = [kind for kind, keys in USED.items() if key.name in keys]
+            if takers and self.kind not in takers and getattr(self, key.name) != key.default:
+                raise ValueError(
+                    f"{key.name} is for kind {' or '.join(takers)}; "
+                    f"got {getattr(self, key.name)!r} with kind {self.kind!r}; remove it or change kind"
+                )
 
-_QKV = ("q", "k", "v")
-_ALL_LINEAR = (*_QKV, "o", "gate", "up", "down")
+
+_QKV: tuple[Site, ...] = ("q", "k", "v")
+_ALL_LINEAR: tuple[Site, ...] = (*_QKV, "o", "gate", "up", "down")
 
 ARMS = {
     "transformer": Arm(),
@@ -66,10 +84,14 @@ class Sweep:
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} names one twice; got {list(values)}")
         for name in ("tokens_per_parameter", "evaluations", "max_epochs"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above zero; got {getattr(self, name)}")
-        if self.name != Path(self.name).name or self.name.startswith("."):
-            raise ValueError(f"name must be a plain word, as a folder is named after it; got {self.name!r}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above zero; got {getattr(self, name)}; correct it")
+        for key, name in [("name", self.name), *(("arm", name) for name in self.arm)]:
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"{key} must be letters, digits, '_', '.' and '-', the first a letter or a digit, "
+                    f"as a folder is named after it; got {name!r}; rename it"
+                )
         strict.choose(self.ladder, LADDERS, "ladder")
         for size in self.sizes:
             strict.choose(size, LADDERS[self.ladder].sizes, f"sizes of ladder {self.ladder!r}")
@@ -97,15 +119,18 @@ def load_sweep(path: Path) -> list[RunConfig]:
 
 def expand(sweep: Sweep) -> list[RunConfig]:
     """All runs, by size, then arm, then seed."""
+    for size in sweep.sizes:
+        for arm in sweep.arm:
+            _model(sweep, size, arm)  # also those that `arms` leaves out for now
     return [_run(sweep, size, arm, seed) for size in sweep.sizes for arm in sweep.arms for seed in sweep.seeds]
 
 
 def _run(sweep: Sweep, size: str, arm: str, seed: int) -> RunConfig:
     ladder = LADDERS[sweep.ladder]
     rung = ladder.sizes[size]
-    arms = ARMS | dict(sweep.arm)
-    baseline = _model(ladder, rung, arms[sweep.baseline], sweep.data.vocabulary)
-    model = _model(ladder, rung, arms[arm], sweep.data.vocabulary)
+    _check_data(sweep.data, rung, size)
+    baseline = _model(sweep, size, sweep.baseline)
+    model = _model(sweep, size, arm)
     baseline_sequences = round(sweep.tokens_per_parameter * flops.parameters(baseline) / rung.sequence_length)
     if baseline_sequences < rung.batch_sequences:
         raise ValueError(
@@ -135,6 +160,16 @@ def _run(sweep: Sweep, size: str, arm: str, seed: int) -> RunConfig:
     return run
 
 
+def _check_data(data: DataConfig, rung: Rung, size: str) -> None:
+    """Each split must hold a sequence and the token after it."""
+    for name in ("train_tokens", "validation_tokens"):
+        if getattr(data, name) <= rung.sequence_length:
+            raise ValueError(
+                f"{size}: data.{name} must be above the sequence length, {rung.sequence_length}; "
+                f"got {getattr(data, name)}; raise it"
+            )
+
+
 def epochs(run: RunConfig) -> float:
     """Passes over the training tokens."""
     return run.train.tokens / run.data.train_tokens
@@ -156,7 +191,16 @@ def _matched_sequences(
     return sequences
 
 
-def _model(ladder: Ladder, rung: Rung, arm: Arm, vocabulary: int) -> ModelConfig:
+def _model(sweep: Sweep, size: str, name: str) -> ModelConfig:
+    try:
+        return _build_model(sweep, size, (ARMS | dict(sweep.arm))[name])
+    except ValueError as error:
+        raise ValueError(f"arm.{name} at {size}: {error}") from None
+
+
+def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
+    ladder = LADDERS[sweep.ladder]
+    rung = ladder.sizes[size]
     conv = ConvConfig(arm.kind, arm.sites, arm.width, residual=arm.residual, static_filter=arm.static_filter)
     if arm.kind == "lowrank":
         conv = replace(conv, rank=ladder.rank if arm.rank is None else arm.rank)
@@ -168,7 +212,7 @@ def _model(ladder: Ladder, rung: Rung, arm: Arm, vocabulary: int) -> ModelConfig
         ffn=rung.ffn,
         heads=rung.heads,
         kv_heads=rung.heads if arm.kv_heads is None else arm.kv_heads,
-        vocabulary=vocabulary,
+        vocabulary=sweep.data.vocabulary,
         qk_norm=arm.qk_norm,
         init_std=ladder.init_std,
         conv=conv,

@@ -135,7 +135,9 @@ def test_a_run_survives_its_own_json(tmp_path: Path) -> None:
 )
 def test_matching_holds_for_any_arm(tokens_per_parameter: float, rank: int, width: int, kind: str) -> None:
     table = strict.tomllib.loads(TEXT) | {"tokens_per_parameter": tokens_per_parameter, "max_epochs": 1000}
-    table["arm"] = {"mine": {"kind": kind, "sites": ["q", "down"], "rank": rank, "width": width}}
+    table["arm"] = {"mine": {"kind": kind, "sites": ["q", "down"], "width": width}}
+    if kind == "lowrank":
+        table["arm"]["mine"]["rank"] = rank
     runs = expand(strict.parse(table, Sweep, "test"))
     budget = {run.size: exact(run) for run in runs if run.arm == "transformer"}
     assert all(abs(exact(run) / budget[run.size] - 1) <= 1e-3 for run in runs)
@@ -154,7 +156,44 @@ BAD = {
     "not an array": ("seeds = [0, 1]", "seeds = 3", r"seeds: got 3; wanted an array"),
     "boolean as a number": ("seeds = [0, 1]", "seeds = [true]", r"seeds\[0\]: got True; wanted a whole number"),
     "illegal choice": ('"flops"', '"flop"', r"match: got 'flop'; did you mean 'flops'\? legal: tokens, flops"),
-    "unknown site": ('["v"]', '["w"]', r"unknown site 'w'; legal: q, k, v"),
+    "unknown site": ('["v"]', '["gat"]', r": arm.mine.sites\[0\]: got 'gat'; did you mean 'gate'\? legal: q, k, v"),
+    "sites without a kind": ('kind = "static"', 'kind = "none"', r"arm.mine: width is for kind static or headwise"),
+    "no kind": ('kind = "static"\nsites = ["v"]\nwidth = 2', 'sites = ["v"]', r"arm.mine at 25k: kind 'none' .*remove"),
+    "no sites": ('sites = ["v"]\n', "", r"arm.mine at 25k: kind 'static' needs sites; got none; name some of q, k"),
+    "rank of static": ("width = 2", "rank = 2", r"arm.mine: rank is for kind lowrank; got 2 with kind 'static'; rem"),
+    "head size of static": ("width = 2", "head_size = 8", r"head_size is for kind headwise; got 8 with kind 'static'"),
+    "filter of static": (
+        "width = 2",
+        "static_filter = false",
+        r"static_filter is for .*; got False with kind 'static'",
+    ),
+    "arm left out": (
+        "kv_heads = 1\n",
+        "kv_heads = 1\n[arm.rest]\nkv_heads = 3\n",
+        r"arm.rest at 25k: kv_heads must divide heads; got 3 and 2",
+    ),
+    "arm with a path": (
+        "[arm.mine]",
+        '[arm."../x/y"]\n[arm.mine]',
+        r"arm must be letters, .*; got '../x/y'; rename it",
+    ),
+    "no name": ('name = "test"', 'name = ""', r"name must be letters, .*; got ''; rename it"),
+    "infinitely many tokens": (
+        "tokens_per_parameter = 20",
+        "tokens_per_parameter = inf",
+        r"must be finite .*; got inf",
+    ),
+    "not a number": ("tokens_per_parameter = 20", "tokens_per_parameter = nan", r"must be finite .*; got nan"),
+    "validation without a sequence": (
+        "validation_tokens = 65_536",
+        "validation_tokens = 128",
+        r"25k: data.validation_tokens must be above the sequence length, 128; got 128; raise it",
+    ),
+    "training without a sequence": (
+        "train_tokens = 2_000_000",
+        "train_tokens = 100",
+        r"25k: data.train_tokens must be above the sequence length, 128; got 100; raise it",
+    ),
     "baseline not an arm": ('baseline = "transformer"', 'baseline = "static-qkv"', r"baseline.*got 'static-qkv'"),
     "missing key": ('match = "flops"', "", r"missing key 'match'"),
     "nested unknown key": ("vocabulary", "vocabluary", r"data: unknown key 'vocabluary'; did you mean 'vocabulary'"),
@@ -164,7 +203,7 @@ BAD = {
     "negative": ("tokens_per_parameter = 20", "tokens_per_parameter = -1", r"above zero; got -1"),
     "built-in redefined": ("[arm.mine]", "[arm.transformer]\n[arm.mine]", r"'transformer' is built in"),
     "heads that do not divide": ("kv_heads = 1\n", "kv_heads = 3\n", r"kv_heads must divide heads; got 3 and 2"),
-    "name with a slash": ('name = "test"', 'name = "../test"', r"plain word"),
+    "name with a slash": ('name = "test"', 'name = "../test"', r"name must be letters, .*; got '../test'; rename it"),
     "not TOML": ("seeds = [0, 1]", "seeds = [0, 1", r"sweep.toml: not valid TOML"),
     "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds names one twice"),
     "small vocabulary": ("vocabulary = 512", "vocabulary = 100", r"vocabulary must be at least 257"),
@@ -185,6 +224,11 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, name: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.toml: no such file"):
         load_sweep(tmp_path / "nothing.toml")
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(ValueError, match=r"/proc/self/mem: must be readable; got Input/output error; give"):
+        load_sweep(Path("/proc/self/mem"))
 
 
 def test_epochs_allowed_by_the_sweep(tmp_path: Path) -> None:
