@@ -1,4 +1,4 @@
-"""Figures, returned and not written; `save` writes one so that the same input gives the same bytes.
+"""Figures, returned and not written; `save` writes one, so that the same input gives the same bytes.
 
 Colours are Okabe and Ito's, told apart by the colour-blind and, with the markers, in grey print. The baseline is black.
 """
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.intervals import band
 from analysis.powerlaw import Fit
 from analysis.runlog import write_atomically
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
     from analysis.multiplier import Multiplier
@@ -74,9 +76,12 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
         bottom.axhline(0, color=BLACK, lw=0.6)
         top.set(xscale="log", ylabel="held-out loss (nats/token)")
         bottom.set(xlabel=f"training FLOPs ({convention})", ylabel="residual (%)")
-        _label_ends(top, float(compute.max()), labels)
+        for item in multipliers:
+            if item.status == "ok":
+                _draw_gap(top, law, item, styles[item.arm][0])
+        _label_ends(top, labels)
         top.set_title(f"E = {law.parameter('E', law.points.baseline):.3f}, shared; bands: 95%", fontsize=8, loc="left")
-    return figure
+    return _settled(figure)
 
 
 def local_multipliers(multipliers: Sequence[Multiplier]) -> Figure:
@@ -96,11 +101,15 @@ def local_multipliers(multipliers: Sequence[Multiplier]) -> Figure:
                 grid = np.array([point.compute for point in item.curve])
                 axes.plot(grid, line[:, 0], color=colour, lw=1.2)
                 axes.fill_between(grid, line[:, 1], line[:, 2], color=colour, alpha=0.15, lw=0)
-            labels.append((float(values[-1]), f"{item.arm}{_advantage(item)}", colour))
+            labels.append((float(line[-1, 0] if len(line) else values[-1]), f"{item.arm}{_advantage(item)}", colour))
+        measured = max(row["compute_baseline"] for item in multipliers for row in item.local)
+        right = max([point.compute for item in multipliers for point in item.curve], default=measured)
+        axes.axvspan(measured, right, color="0.93", lw=0, zorder=0)
         axes.axhline(1, color=BLACK, lw=0.6)
         axes.set(xscale="log", xlabel=f"training FLOPs ({multipliers[0].convention})", ylabel="compute multiplier m")
-        _label_ends(axes, float(compute.max()), labels)
-    return figure
+        axes.set_title("dots: each size; grey: extrapolated", fontsize=8, loc="left")
+        _label_ends(axes, labels)
+    return _settled(figure)
 
 
 def forest(multipliers: Sequence[Multiplier]) -> Figure:
@@ -117,7 +126,82 @@ def forest(multipliers: Sequence[Multiplier]) -> Figure:
         axes.set_yticks(range(len(multipliers)), [item.arm for item in reversed(multipliers)])
         axes.set(xlabel=f"compute multiplier m over {multipliers[0].baseline} (95%; hollow: not resolved)")
         axes.set_ylim(-0.6, len(multipliers) - 0.4)
-    return figure
+    return _settled(figure)
+
+
+def loss_curves(evals: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """Held-out loss of every run against its tokens, a panel for each size; colours by arm."""
+    sizes = list(dict.fromkeys(runs.sort_values("flops_exact")["size"]))
+    curves = evals.merge(runs[["run_id", "arm", "size", "baseline"]], on="run_id").sort_values(["run_id", "step"])
+    styles = arm_styles(list(runs["arm"]), str(runs["baseline"].iloc[0]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.2 + 2.0 * len(sizes), 2.8), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(sizes)))
+        for axes, size in zip(panels, sizes, strict=True):
+            for (arm, _), rows in curves[curves["size"] == size].groupby(["arm", "run_id"], sort=True):
+                axes.plot(rows["tokens"], rows["loss"], color=styles[arm][0], lw=0.9, marker=".", ms=3)
+            axes.set(xlabel="training tokens", title=str(size))
+            axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        panels[0].set_ylabel("held-out loss (nats/token)")
+        lines = [Line2D([], [], color=colour, label=arm) for arm, (colour, _) in styles.items()]
+        figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=8)
+    return _settled(figure)
+
+
+def wall_clock(runs: pd.DataFrame) -> Figure:
+    """Loss against measured device hours of training, beside loss against FLOPs."""
+    styles = arm_styles(list(runs["arm"]), str(runs["baseline"].iloc[0]))
+    devices = runs["gpus"].astype(float).clip(lower=1)
+    axes_of = {
+        "training FLOPs (exact)": runs["flops_exact"],
+        "measured training (device hours)": runs["train_seconds"] / 3600 * devices,
+    }
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (label, cost) in zip(panels, axes_of.items(), strict=True):
+            for arm, (colour, marker) in styles.items():
+                mine = runs["arm"] == arm
+                axes.plot(cost[mine], runs["loss"][mine], marker, color=colour, ms=4, mfc="none", label=arm)
+            axes.set(xscale="log", xlabel=label)
+        panels[0].set_ylabel("held-out loss (nats/token)")
+        panels[1].legend(frameon=False, fontsize=8)
+    return _settled(figure)
+
+
+def ablation_panels(rows: pd.DataFrame, baseline_loss: float) -> Figure:
+    """A panel for each `panel` of the rows: loss by `setting`, in the order given, with the baseline's as a line."""
+    with mpl.rc_context(STYLE):
+        groups = list(rows.groupby("panel", sort=False))
+        figure = Figure(figsize=(1.0 + 1.7 * len(groups), 2.6), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
+        for axes, (name, part) in zip(panels, groups, strict=True):
+            axes.plot(range(len(part)), part["loss"], "o-", color=COLOURS[1], ms=4, lw=1)
+            axes.axhline(baseline_loss, color=BLACK, lw=0.8, ls=":")
+            axes.set_xticks(range(len(part)), list(part["setting"]), fontsize=7)
+            axes.set_xlabel(name)
+        panels[0].set_ylabel("held-out loss (nats/token)")
+        panels[0].annotate("baseline", (0, baseline_loss), xytext=(0, 2), textcoords="offset points", fontsize=7)
+    return _settled(figure)
+
+
+def kernel_bars(rows: pd.DataFrame) -> Figure:
+    """Milliseconds (`value`) of each `system`, a bar for each `setting` of it."""
+    with mpl.rc_context(STYLE):
+        systems, settings = list(dict.fromkeys(rows["system"])), list(dict.fromkeys(rows["setting"]))
+        figure = Figure(figsize=(6.4, 0.8 + 0.42 * len(systems)), layout="constrained")
+        axes = figure.subplots()
+        height = 0.8 / len(settings)
+        for i, setting in enumerate(settings):
+            part = rows[rows["setting"] == setting].set_index("system")["value"].reindex(systems)
+            at = np.arange(len(systems)) + (i - (len(settings) - 1) / 2) * height
+            bars = axes.barh(at, part.to_numpy(float), height, color=COLOURS[i], label=setting)
+            axes.bar_label(bars, ["" if np.isnan(v) else f"{v:.3f}" for v in part], fontsize=7, padding=2)
+        axes.set_yticks(range(len(systems)), systems)
+        axes.invert_yaxis()
+        axes.set_xlabel("forward and backward (ms)")
+        axes.legend(frameon=False, fontsize=8)
+    return _settled(figure)
 
 
 def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, tuple[str, str]]:
@@ -127,6 +211,14 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, tuple[str, str]]
     return {baseline: (BLACK, "o"), **marks}
 
 
+def _settled(figure: Figure) -> Figure:
+    """Lay the figure out once and for all: each saving would lay it out anew, a little differently."""
+    with mpl.rc_context(STYLE):
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
 def _advantage(item: Multiplier | None) -> str:
     if item is None:
         return ""
@@ -134,22 +226,26 @@ def _advantage(item: Multiplier | None) -> str:
     return f"\n{item.m:.2f}x{interval}"
 
 
-def _label_ends(axes: Axes, x: float, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Name the curves at their right ends, moved apart where they would overlap."""
+def _draw_gap(axes: Axes, law: Fit, item: Multiplier, colour: str) -> None:
+    """The multiplier as what it is: how much more compute the baseline needs for the arm's loss at the largest size."""
+    start = item.local[-1]["compute"]
+    end = start * item.m
+    level = float(law.predict({"C": np.array([start])}, item.arm)[0])
+    beyond = np.geomspace(item.local[-1]["compute_baseline"], max(end, start), 20)
+    axes.plot(beyond, law.predict({"C": beyond}, item.baseline), color=BLACK, lw=0.9, ls=":")
+    axes.annotate("", (end, level), (start, level), arrowprops={"arrowstyle": "<->", "color": colour, "lw": 0.9})
+
+
+def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Name the curves to the right of the axes, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap = 0.052 * (high - low)
-    at = -math.inf
-    for y, text, colour in sorted(labels):
-        lines = 1 + text.count("\n")
-        at = max(y - gap * (lines - 1) / 2, at + gap)
-        axes.annotate(
-            text,
-            (x, y),
-            xytext=(x * 1.12, at + gap * (lines - 1) / 2),
-            textcoords="data",
-            color=colour,
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
-        at += gap * (lines - 1)
+    line = 0.045 * (high - low)
+    half = [line * (1 + text.count("\n")) / 2 + 0.2 * line for _, text, _ in sorted(labels)]
+    at = [y for y, _, _ in sorted(labels)]
+    for _ in range(50):  # neighbours that overlap push each other apart by equal parts
+        for i in range(len(at) - 1):
+            overlap = at[i] + half[i] + half[i + 1] - at[i + 1]
+            if overlap > 0:
+                at[i], at[i + 1] = at[i] - overlap / 2, at[i + 1] + overlap / 2
+    for y, (_, text, colour) in zip(at, sorted(labels), strict=True):
+        axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), color=colour, fontsize=8, va="center")

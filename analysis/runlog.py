@@ -12,6 +12,7 @@ Units: losses in nats a token, seconds of wall clock, tokens cumulative over the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # pandas and pyarrow cost up to a second, and `status` needs 
     import pyarrow as pa
 
 SCHEMA = 1
+AGE_PER_PART = 0.01  # of an attempt's age goes into a part, once it is old enough
 STEP_COLUMNS = {
     "attempt": "int64",
     "step": "int64",
@@ -92,8 +94,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename itself on disk, so that files survive a power cut in the order in which they were written."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -117,6 +129,18 @@ def _arrow_schema(kind: str) -> pa.Schema:
 def next_attempt(run_dir: Path) -> int:
     """The number that the next attempt at this run takes; the first is 1."""
     return max(_attempt_numbers(run_dir), default=0) + 1
+
+
+def record_failure(run_dir: Path, *, attempt: int, step: int, cause: str, time: float) -> None:
+    """Write failure.json, unless it is there: of several processes the first to fail knows the cause."""
+    failure = {"attempt": attempt, "step": step, "cause": cause, "time": time}
+    own = run_dir / f".failure-{os.getpid()}.json"
+    write_json(own, failure)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(own, run_dir / "failure.json")
+    finally:
+        own.unlink(missing_ok=True)
 
 
 class RunLog:
@@ -160,16 +184,19 @@ class RunLog:
             "seconds": dict.fromkeys(ADDED_CLOCKS, 0.0),
         }
         self._write_attempt()
-        (run_dir / "failure.json").unlink(missing_ok=True)
 
     def step(
         self, step: int, tokens: int, loss: float, gradient_norm: float, learning_rate: float, seconds: float
     ) -> None:
-        """Log one optimiser step; `tokens` is the run's total after it. Written to disk every `flush_seconds`."""
+        """Log one optimiser step; `tokens` is the run's total after it.
+
+        Written to disk every `flush_seconds`, and less often as the attempt grows old: a day is some 500 parts.
+        """
         row = (self._attempt["attempt"], step, tokens, loss, gradient_norm, learning_rate, seconds)
         self._rows["steps"].append(row)
         self._attempt.update(step=step, tokens=tokens, loss=loss)
-        if self._clock() - self._flushed_at >= self._flush_seconds:
+        now = self._clock()
+        if now - self._flushed_at >= max(self._flush_seconds, AGE_PER_PART * (now - self._attempt["started_at"])):
             self.flush()
 
     def evaluation(self, step: int, tokens: int, loss: float, bits_per_byte: float | None, seconds: float) -> None:
@@ -196,9 +223,9 @@ class RunLog:
 
     def fail(self, step: int, cause: str) -> None:
         """Record why this attempt gave up. What it logged stays."""
-        self.flush()
-        failure = {"attempt": self._attempt["attempt"], "step": step, "cause": cause, "time": self._clock()}
-        write_json(self._run_dir / "failure.json", failure)
+        with contextlib.suppress(OSError):  # the cause matters more than the last seconds of the log
+            self.flush()
+        record_failure(self._run_dir, attempt=self._attempt["attempt"], step=step, cause=cause, time=self._clock())
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Merge the parts, write run.json and remove the parts, in this order.
@@ -212,6 +239,12 @@ class RunLog:
         evals = read_rows(self._run_dir, "evals")
         if evals.table.num_rows == 0:
             raise ValueError(f"{self._run_dir} has no evaluation, so no held-out loss; evaluate before finish")
+        gaps = steps.table["step"].to_pylist() != list(range(1, steps.table.num_rows + 1))
+        if problems := [*steps.problems, *evals.problems, *(["steps are missing"] if gaps else [])]:
+            raise ValueError(
+                f"{self._run_dir} has a torn log: {problems[0]}; nothing was removed; mend it, or remove the folder "
+                "and submit the run anew"
+            )
         seconds = dict.fromkeys(CLOCKS, 0.0)
         for attempt in _attempts(self._run_dir)[0].values():
             for clock in ADDED_CLOCKS:

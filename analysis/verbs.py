@@ -9,10 +9,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from analysis.powerlaw import Points
     from analysis.store import Store
 
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
@@ -200,6 +199,7 @@ def _warn(*lines: str) -> None:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    from analysis.drawing import fit_points
     from analysis.intervals import bootstrap
     from analysis.powerlaw import fit
     from analysis.tables import fit_table
@@ -219,35 +219,6 @@ def _fit(args: argparse.Namespace) -> int:
         law = bootstrap(law, args.bootstrap, args.seed)
     print(fit_table(law, args.format))
     return 0
-
-
-def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Any]]:
-    """The finished rows of a store as points of a law, and the rows left out."""
-    from analysis.pairs import choose_baseline, choose_convention, finished
-    from analysis.powerlaw import Points
-    from analysis.runlog import CONVENTIONS
-
-    runs = store.runs.assign(arm=store.runs["arm"].fillna("all"))
-    done, excluded = finished(runs)
-    columns = {"N": "parameters", "D": "tokens"}
-    if form == "c":
-        columns = {"C": CONVENTIONS[choose_convention(runs, convention)]}
-    for name, column in columns.items():
-        if done[column].isna().any():
-            raise ValueError(f"form {form} needs {name} in every row; add a column {name}, or name it with --columns")
-    several = done["arm"].nunique() > 1
-    if baseline is not None or done["baseline"].notna().any():
-        baseline = choose_baseline(done, baseline)
-    cells = ["size"] if several and done["size"].notna().all() else ["size", *columns.values()]
-    cluster = done[cells].astype("string").fillna("").agg(" ".join, axis=1)
-    points = Points(
-        loss=done["loss"].to_numpy(float),
-        x={name: done[column].to_numpy(float) for name, column in columns.items()},
-        arm=tuple(done["arm"]),
-        cluster=tuple(cluster),
-        baseline=baseline or str(done["arm"].iloc[0]),
-    )
-    return points, excluded
 
 
 def _table(args: argparse.Namespace) -> int:
@@ -272,24 +243,14 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from analysis.figures import forest, local_multipliers, loss_against_compute, save
-    from analysis.intervals import bootstrap
-    from analysis.multiplier import multipliers
-    from analysis.pairs import choose_convention
-    from analysis.powerlaw import fit
+    from analysis.drawing import figures
+    from analysis.figures import save
 
     store = _load(args)
-    convention = choose_convention(store.runs, args.convention)
-    found, refused = multipliers(store.runs, baseline=args.baseline, convention=convention)
-    _warn(*(f"no answer for {line}" for line in refused))
-    points, _ = fit_points(store, "c", args.baseline, convention)
-    figures = {
-        "loss-against-compute": loss_against_compute(bootstrap(fit(points, "c", delta=None)), found, convention),
-        "multiplier-against-compute": local_multipliers(found),
-        "multipliers": forest(found),
-    }
+    drawn, notes = figures(store, args.baseline, args.convention)
+    _warn(*notes)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         path = args.out / f"{name}.{args.type}"
         save(figure, path)
         print(path)
