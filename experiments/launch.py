@@ -182,21 +182,22 @@ def _run_here(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Pa
                     with _locked(store):  # another `submit` or a `cancel` may have been here first
                         if states.read(store, [run.run_id])[0].state in SUBMITTABLE:
                             slot = slots.free.pop(0)
-                            running[slot] = slots.start(slot, run_dir, profile.job(run.size), folder, code)
-                            _write_job(run_dir, "local", running[slot].job_id, running[slot].paths.stdout, code)
+                            with local.shielded():
+                                running[slot] = slots.start(slot, run_dir, profile.job(run.size), folder, code)
+                                _write_job(run_dir, "local", running[slot].job_id, running[slot].paths.stdout, code)
                 progress.update()
                 time.sleep(POLL_SECONDS["local"])
-        except KeyboardInterrupt:
-            _stop(list(running.values()))
+        except BaseException:  # Ctrl-C, a full disk, our own mistake: no run outlives its launcher
+            _stop([job for job in running.values() if not job.done()])
             raise
 
 
 def _stop(jobs: Sequence["submitit.Job[None]"]) -> None:
     print(f"\nstopping {len(jobs)} runs; their state is being saved", file=sys.stderr)
-    for job in jobs:
-        local.stop(job.job_id)
     end = time.monotonic() + STOP_SECONDS
-    while not all(job.done() for job in jobs) and time.monotonic() < end:
+    while (living := [job for job in jobs if not job.done()]) and time.monotonic() < end:
+        for job in living:  # again and again: a controller that has just begun has nobody to pass it on to
+            local.stop(job.job_id)
         time.sleep(POLL_SECONDS["local"])
 
 
@@ -249,8 +250,9 @@ def _locked(store: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """A closed terminal or a plain `kill` ends the runs like Ctrl-C."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """A closed terminal or a plain `kill` ends the runs like Ctrl-C. What is ignored stays so: `nohup` sees to that."""
+    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in heeded}
     try:
         yield
     finally:

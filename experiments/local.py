@@ -4,6 +4,7 @@ Left to itself it starts every job at once, ends each after two minutes and hide
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -32,6 +33,9 @@ def visible_gpus() -> list[int]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",") if name.strip()]
+        names = list(
+            itertools.takewhile(lambda name: not name.startswith("-"), names)
+        )  # CUDA stops there: -1 hides all
         if not all(name.isdigit() for name in names):
             raise ValueError(f"CUDA_VISIBLE_DEVICES={chosen}: wanted numbers, as submitit takes no other names")
         return [int(name) for name in names]
@@ -76,7 +80,7 @@ class Slots:
             "PYTHONSAFEPATH": "1",  # else the folder that was submitted from comes before the snapshot
             "OMP_NUM_THREADS": str(job.threads),
         }
-        with shielded(), _environment(variables):
+        with _environment(variables):
             return executor.submit(LocalRun(run_dir))
 
 
@@ -88,12 +92,21 @@ def stop(job_id: str) -> None:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Ctrl-C is ignored, also and for good by the programs started inside: a terminal sends it to all of them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Nothing short of SIGKILL ends this process inside, where a job has begun that nobody would know of.
+
+    INT and HUP are ignored, also and for good by the programs started inside: a terminal sends both to all of them.
+    TERM is acted on at the end.
+    """
+    noted: list[int] = []
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if noted:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager

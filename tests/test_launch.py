@@ -1,5 +1,6 @@
 """Launching on this machine: profiles, local slots, Ctrl-C, cancel, retry, and where each run is said to stand."""
 
+import errno
 import json
 import os
 import pickle
@@ -204,7 +205,7 @@ def test_a_failed_run_is_named_with_its_cause_and_waits_for_retry(
     (failed,) = outcome.unsuccessful
     assert (failed.run_id, failed.state) == (diverging_run.run_id, "failed")
     assert failed.cause is not None
-    assert failed.cause.startswith("NonFiniteLoss: step ")
+    assert failed.cause.startswith("NonFiniteLoss: ")
     assert state_of(tmp_path, tiny_run).state == "complete"
     again = submit([diverging_run, tiny_run], tmp_path, profile)
     assert again.skipped == {"failed": [diverging_run.run_id], "complete": [tiny_run.run_id]}
@@ -293,6 +294,47 @@ def test_a_killed_run_is_lost_and_submit_takes_it_up(
     assert read_rows(run_dir, "steps").table["step"].to_pylist() == list(range(1, long_run.train.steps + 1))
 
 
+def test_no_job_outlives_a_launcher_that_fails(
+    long_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full just when the job has begun: left to itself it would meet the next submission's."""
+    begun = []
+
+    def full(_run_dir: Path, _executor: str, job_id: str, *_: object) -> None:
+        begun.append(job_id)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(launch, "_write_job", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit([long_run], tmp_path)
+    (job_id,) = begun
+    assert states.process_started(job_id) is None
+    assert not list((tmp_path / ".jobs").rglob("*result.pkl"))  # nor did it come to its end
+
+
+def test_a_signal_waits_for_the_job_that_is_being_started() -> None:
+    reached = []
+
+    def start() -> None:
+        with local.shielded():
+            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                reached.append(number)
+
+    with launch._terminated_as_interrupted(), pytest.raises(KeyboardInterrupt):
+        start()
+    assert len(reached) == 3
+
+
+def test_nohup_survives_the_logout() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch._terminated_as_interrupted():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def log_of(run_dir: Path) -> str:
     job = states.job_of(run_dir)
     return Path(job["log"]).read_text() if job and Path(job["log"]).exists() else ""
@@ -308,6 +350,9 @@ def test_slots_share_the_gpus_round_robin(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ValueError, match="'cuda' was asked for and this machine shows no GPU"):
         local.Slots(Profile("local"), [Job(device="cuda")])
+    for hidden, shown in (("-1", []), ("2,-1,3", [2])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert local.visible_gpus() == shown
     assert len(local.Slots(Profile("local"), [Job(threads=10**6)]).free) == 1
 
 

@@ -243,7 +243,7 @@ def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
     ask("scancel", "--signal=ABRT", str(state_of(tmp_path, long_run).job_id))
     wait_until(lambda: {state_of(tmp_path, run).state for run in (diverging, long_run)} == {"failed", "lost"})
-    assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: step ")
+    assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: ")
     wait_until(lambda: "Slurm says FAILED" in str(state_of(tmp_path, long_run).cause))
     monkeypatch.setitem(launch.POLL_SECONDS, "slurm", 0.5)
     again = submit([diverging, long_run], tmp_path, wait=True)
