@@ -281,14 +281,17 @@ def _add_data(subparsers: Subparsers) -> None:
         "build the data of a sweep without submitting it, or show what a dataset holds",
         "build experiments/sweeps/demo.toml",
         "inspect ~/.cache/dynconv/data/python-512-0123456789abcdef --format json",
+        "inspect ~/.cache/dynconv/data/python-512-0123456789abcdef --verify",
     )
     verb.add_argument("action", choices=("build", "inspect"))
     verb.add_argument("what", type=Path, metavar="SWEEP|DIR", help="build: a sweep file; inspect: a dataset's folder")
+    verb.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
     _format_argument(verb)
 
 
 def _data(args: argparse.Namespace) -> int:
     from experiments.data.build import build
+    from experiments.data.dataset import Dataset
     from experiments.data.inspect import inspect, to_dict
     from experiments.data.spec import default_cache
     from experiments.sweep import load_sweep
@@ -296,6 +299,9 @@ def _data(args: argparse.Namespace) -> int:
     path = args.what
     if args.action == "build":
         path = build(load_sweep(args.what)[0].data, default_cache())
+    if args.verify:
+        Dataset.open(path).verify(progress=True)
+        print(f"{path}: every file has its checksum", file=sys.stderr)
     print(json.dumps(to_dict(path), indent=1) if args.format == "json" else inspect(path))
     return 0
 

@@ -14,10 +14,12 @@ import pytest
 from pyarrow import parquet
 from texts import make_texts, specify, visible, write_txt
 
+from experiments.cli import main
 from experiments.data import build as build_module
 from experiments.data import shards, tokenizer
 from experiments.data.build import build
 from experiments.data.dataset import MANIFEST, Dataset
+from experiments.data.inspect import inspect
 from experiments.data.spec import DataConfig
 
 
@@ -96,6 +98,13 @@ def test_more_than_the_corpus_holds_is_refused(
     spec: DataConfig, tmp_path: Path, changes: dict[str, int], message: str
 ) -> None:
     refused(replace(spec, **changes), tmp_path / "cache", message)
+
+
+@pytest.mark.parametrize(("text", "split"), [("text 0", "validation"), ("text 11", "train")])  # as their hashes fall
+def test_a_corpus_of_one_document_is_refused(tmp_path: Path, text: str, split: str) -> None:
+    folder = write(tmp_path / "bad" / "a.txt", text)
+    message = f"both splits; got 1 documents in 1 files .*, none of them for {split}; split the text into more"
+    refused(specify(folder), tmp_path / "cache", message)
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(
@@ -205,6 +214,15 @@ def recount(manifest: Path, tokens: int) -> None:
     manifest.write_text(json.dumps(content))
 
 
+def without(key: str) -> Callable[[Path], object]:
+    def remove(manifest: Path) -> None:
+        content = json.loads(manifest.read_text())
+        del content[key]
+        manifest.write_text(json.dumps(content))
+
+    return remove
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[7] ^= 1
@@ -223,6 +241,14 @@ def flip_a_bit(path: Path) -> None:
         (MANIFEST, lambda path: recount(path, 40_001), "manifest.json must count .*; got 40001 .* hold 40000"),
         (MANIFEST, lambda path: path.write_text("[]"), "manifest.json must describe a dataset; got"),
         (MANIFEST, lambda path: path.write_text('{"schema": 0, "files": {}}'), "must have schema 1; got 0"),
+        (
+            MANIFEST,
+            lambda path: path.write_text('{"schema": 1, "files": {}}'),
+            "describe a dataset; got KeyError.'spec'",
+        ),
+        (MANIFEST, without("splits"), "must describe a dataset; got KeyError.'splits'.*; remove"),
+        (MANIFEST, without("shard_tokens"), "must describe a dataset; got KeyError.'shard_tokens'.*; remove"),
+        (MANIFEST, without("files"), "must describe a dataset; got KeyError.'files'.*; remove"),
     ],
 )
 def test_a_damaged_dataset_is_refused(
@@ -241,3 +267,29 @@ def test_a_damaged_dataset_is_refused(
     if damage is not flip_a_bit:  # lengths are checked at every opening, contents on request
         with pytest.raises(ValueError, match=message):
             build(tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["python", "corpus"])
+def test_inspecting_a_manifest_without_a_key_is_refused(dataset: Dataset, tmp_path: Path, key: str) -> None:
+    shutil.copytree(dataset.path, tmp_path / "data")
+    without(key)(tmp_path / "data" / MANIFEST)
+    with pytest.raises(ValueError, match=f"manifest.json must describe a dataset; got KeyError.'{key}'"):
+        inspect(tmp_path / "data")
+
+
+def test_inspect_verifies_on_request(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "data"
+    shutil.copytree(dataset.path, path)
+    assert main(["data", "inspect", str(path), "--verify", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["sha256"] == dataset.sha256
+    assert printed.err == f"{path}: every file has its checksum\n"
+
+    flip_a_bit(path / "train-00000.bin")
+    assert main(["data", "inspect", str(path)]) == 0  # not noticed: only lengths are checked
+    capsys.readouterr()
+    assert main(["data", "inspect", str(path), "--verify"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "train-00000.bin must have SHA-256" in printed.err
+    assert printed.err.count("\n") == 1

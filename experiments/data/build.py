@@ -7,24 +7,23 @@ import json
 import platform
 import shutil
 import socket
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from experiments.data import shards
 from experiments.data import tokenizer as bpe
+from experiments.data.bar import bar
 from experiments.data.corpus import CorpusFile, find_files, fingerprint, read_documents
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, seal
 from experiments.data.documents import Documents
 from experiments.data.spec import SPLITS, DataConfig
-
-QUIET_SECONDS = 2.0  # a step that takes less draws no progress bar
 
 
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
@@ -42,7 +41,7 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     if not target.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with _one_builder(target):
+            with _one_builder(target, progress):
                 if not target.exists():
                     _build_and_publish(target, spec, files, given, progress)
         except OSError as error:
@@ -71,7 +70,7 @@ def _read_tokenizer(spec: DataConfig) -> bytes:
 
 
 @contextmanager
-def _one_builder(target: Path) -> Iterator[None]:
+def _one_builder(target: Path, progress: bool) -> Iterator[None]:
     """Wait for whoever builds `target`, then clear what builders killed on this machine left of it.
 
     The lock saves work; safety rests on unique working folders and an atomic rename, because some cluster
@@ -79,13 +78,22 @@ def _one_builder(target: Path) -> Iterator[None]:
     """
     with (target.parent / f".{target.name}.lock").open("wb") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock, target, progress)
         except OSError:
             pass
         else:
             for left_over in target.parent.glob(f"{_working_prefix(target)}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         yield
+
+
+def _wait_for(lock: BinaryIO, target: Path, progress: bool) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if progress:
+            print(f"{target}: another process builds it; waiting for that", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _working_prefix(target: Path) -> str:
@@ -128,7 +136,7 @@ def _write_dataset(
     """Write every file but the manifest, which is returned."""
     documents, corpus = _read_corpus(spill, spec, files, progress)
     if given is None:
-        with _bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
+        with bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
             given = bpe.train(texts, spec.vocabulary)
     (folder / TOKENIZER).write_bytes(given)
     tokenizer = bpe.load(given, spec.vocabulary)
@@ -152,7 +160,7 @@ def _read_corpus(
     total = sum(file.bytes for file in files)
     documents = Documents(spill, total)
     counts = Counter(files=len(files), documents=0, bytes=0, empty=0, undecodable=0)
-    with documents, _bar("reading the corpus", total, "B", progress) as bar:
+    with documents, bar("reading the corpus", total, "B", progress) as done:
         for file in files:
             for text in read_documents(file, spec.text_field):
                 if not text:
@@ -160,12 +168,19 @@ def _read_corpus(
                     continue
                 documents.add(text)
                 counts.update(documents=1, bytes=len(text))
-            bar.update(file.bytes)
+            done.update(file.bytes)
     if not counts["documents"]:
         raise ValueError(
             f"the corpus must hold text; got {counts['empty']} empty and {counts['undecodable']} undecodable "
             f'documents in {len(files)} files of "{spec.source}"; give UTF-8 text'
         )
+    for split in SPLITS:
+        if not documents.added[split]:
+            raise ValueError(
+                f"the corpus must hold documents for both splits; got {counts['documents']} documents in "
+                f'{len(files)} files of "{spec.source}", none of them for {split}; split the text into more '
+                "documents: one a .txt file, or one a row of .jsonl"
+            )
     return documents, counts
 
 
@@ -185,14 +200,15 @@ def _write_split(
             yield text
 
     texts = counted()
-    with writer, _bar(f"tokenizing {split}", wanted, "token", progress) as bar:
+    with writer, bar(f"tokenizing {split}", wanted, "token", progress) as done:
         for encoded in bpe.encode(tokenizer, texts, lengths):
             writer.add(encoded)
-            bar.update(writer.tokens - bar.n)
+            done.update(writer.tokens - done.n)
             if writer.full:
                 break
-    for _ in texts:  # what is left is counted, not encoded
-        pass
+    with bar(f"counting the rest of {split}", None, "document", progress, texts) as rest:
+        for _ in rest:  # counted, not encoded
+            pass
     if not writer.full:
         raise ValueError(
             f"{split}_tokens must be at most what the corpus holds; got {wanted}, "
@@ -207,9 +223,3 @@ def _write_split(
         "documents": len(writer.starts),
         "distinct": distinct,
     }
-
-
-def _bar(
-    name: str, total: int | None, unit: str, progress: bool, items: Iterable[bytes] | None = None
-) -> "tqdm[bytes]":
-    return tqdm(items, desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, disable=not progress)

@@ -1,4 +1,4 @@
-"""A built dataset on disk: memory-mapped shards of token ids, described by manifest.json. numpy only.
+"""A built dataset on disk: memory-mapped shards of token ids, described by manifest.json. Without torch.
 
     manifest.json               the specification, counts, and each file's length and SHA-256
     tokenizer.json              as the Hugging Face library writes it
@@ -13,12 +13,15 @@ All numbers are little-endian.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.data.bar import bar
 from experiments.data.spec import SPLITS
 
 SCHEMA = 1
@@ -72,22 +75,20 @@ class Dataset:
         path = Path(path)
         try:
             raw = (path / MANIFEST).read_bytes()
-            manifest = json.loads(raw)
-            schema, files = manifest["schema"], manifest["files"]
-            lengths = {name: entry["bytes"] for name, entry in files.items()}
         except OSError as error:
             raise ValueError(
                 f"a dataset must hold {MANIFEST}; got {path}: {error.strerror}; run `dynconv data build`"
             ) from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path / MANIFEST} must describe a dataset; got {error!r} while reading it; {REMEDY}"
-            ) from error
+        with reads_manifest(path):
+            manifest = json.loads(raw)
+            schema = manifest["schema"]
+            seals = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if schema != SCHEMA:
             raise ValueError(f"{path / MANIFEST} must have schema {SCHEMA}; got {schema}; {REMEDY}")
-        for name, wanted in lengths.items():
-            _check_length(path / name, wanted)
-        dataset = cls(path, manifest, hashlib.sha256(raw).hexdigest())
+        for name, (length, _) in seals.items():
+            _check_length(path / name, length)
+        with reads_manifest(path):
+            dataset = cls(path, manifest, hashlib.sha256(raw).hexdigest())
         for split, parts in dataset._shards.items():
             if (got := sum(map(len, parts))) != dataset.tokens(split):
                 raise ValueError(
@@ -96,12 +97,15 @@ class Dataset:
                 )
         return dataset
 
-    def verify(self) -> None:
+    def verify(self, *, progress: bool = False) -> None:
         """Read every file and compare it with its checksum; ValueError names the first that differs."""
-        for name, entry in self.manifest["files"].items():
-            _check_length(self.path / name, entry["bytes"])
-            if (got := seal(self.path / name)["sha256"]) != entry["sha256"]:
-                raise ValueError(f"{self.path / name} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}")
+        files = self.manifest["files"]
+        with bar("verifying", sum(entry["bytes"] for entry in files.values()), "B", progress) as done:
+            for name, entry in files.items():
+                _check_length(self.path / name, entry["bytes"])
+                if (got := _checksum(self.path / name)) != entry["sha256"]:
+                    raise ValueError(f"{self.path / name} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}")
+                done.update(entry["bytes"])
 
     def tokens(self, split: str) -> int:
         """The number of tokens in "train" or "validation"."""
@@ -138,6 +142,25 @@ class Dataset:
                 window[done : done + len(part)] = part
                 done += len(part)
         return windows
+
+
+@contextmanager
+def reads_manifest(folder: Path) -> Iterator[None]:
+    """What goes wrong in this block is the manifest's fault: a key is missing, or holds something else."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{folder / MANIFEST} must describe a dataset; got {error!r} while reading it; {REMEDY}"
+        ) from error
+
+
+def _checksum(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return str(error.strerror)
 
 
 def _check_length(path: Path, wanted: int) -> None:

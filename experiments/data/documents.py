@@ -6,6 +6,7 @@ within a few times the larger of a bucket and the longest document.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,7 @@ class Documents:
     def __init__(self, folder: Path, corpus_bytes: int) -> None:
         self._buckets = min(MOST_BUCKETS, 1 + corpus_bytes // BUCKET_BYTES)
         self._paths = {split: [folder / f"{split}-{bucket:03d}" for bucket in range(self._buckets)] for split in SPLITS}
+        self.added: Counter[str] = Counter()  # by split, duplicates among them
         self._stack = ExitStack()
         self._files: dict[str, list[BinaryIO]] = {
             split: [self._stack.enter_context(path.open("wb")) for path in paths]
@@ -46,10 +48,12 @@ class Documents:
 
     def add(self, text: bytes) -> None:
         digest = hashlib.sha256(text).digest()
+        split = split_of(digest)
         bucket = int.from_bytes(digest[:4], "big") * self._buckets >> 32
-        file = self._files[split_of(digest)][bucket]
+        file = self._files[split][bucket]
         file.write(digest + len(text).to_bytes(LENGTH_BYTES, "big"))
         file.write(text)
+        self.added[split] += 1
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

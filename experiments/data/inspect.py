@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.data.dataset import TOKENIZER, Dataset
+from experiments.data.dataset import TOKENIZER, Dataset, reads_manifest
 from experiments.data.spec import SPLITS
 
 SAMPLE_TOKENS = 48
@@ -15,21 +15,27 @@ SAMPLE_TOKENS = 48
 def to_dict(path: Path | str) -> dict[str, Any]:
     """The dataset's specification, counts and hashes, and the text that its train split starts with."""
     dataset = Dataset.open(path)
-    first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
-    tokenizer = Tokenizer.from_file(str(dataset.path / TOKENIZER))
-    return {
-        "path": str(dataset.path),
-        "sha256": dataset.sha256,
-        "tokenizer_sha256": dataset.tokenizer_sha256,
-        "bytes_per_token": dataset.bytes_per_token,
-        "sample": tokenizer.decode(first[0].tolist(), skip_special_tokens=False),
-        **{key: dataset.manifest[key] for key in ("spec", "python", "corpus", "splits")},
-    }
+    with reads_manifest(dataset.path):
+        first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
+        tokenizer = Tokenizer.from_file(str(dataset.path / TOKENIZER))
+        return {
+            "path": str(dataset.path),
+            "sha256": dataset.sha256,
+            "tokenizer_sha256": dataset.tokenizer_sha256,
+            "bytes_per_token": dataset.bytes_per_token,
+            "sample": tokenizer.decode(first[0].tolist(), skip_special_tokens=False),
+            **{key: dataset.manifest[key] for key in ("spec", "python", "corpus", "splits")},
+        }
 
 
 def inspect(path: Path | str) -> str:
     """`to_dict` for people; the sample as a Python literal, so that no text can steer the terminal."""
     facts = to_dict(path)
+    with reads_manifest(Path(path)):
+        return _render(facts)
+
+
+def _render(facts: dict[str, Any]) -> str:
     corpus, spec = facts["corpus"], facts["spec"]
     python = f" of Python {facts['python']}" if facts["python"] else ""
     lines = [
