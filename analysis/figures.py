@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +41,21 @@ STYLE: Any = {  # matplotlib types the keys as a union of literals
 }
 
 
+METADATA: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as path's suffix says, without a date, so that equal figures are equal files."""
+    """Write a figure as path's suffix says."""
     kind = path.suffix.lstrip(".")
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
-    if kind not in metadata:
-        raise ValueError(f"{path}: figures are written as {', '.join(metadata)}")
+    if kind not in METADATA:
+        raise ValueError(f"{path}: figures are written as {', '.join(METADATA)}")
+    write_atomically(path, lambda temporary: write(figure, temporary, kind))
+
+
+def write(figure: Figure, target: Path | BytesIO, kind: str) -> None:
+    """Write a figure as svg, pdf or png, without a date, so that equal figures are equal bytes."""
     with mpl.rc_context(STYLE):
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, metadata=metadata[kind]))
+        figure.savefig(target, format=kind, metadata=METADATA[kind])
 
 
 def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str) -> Figure:

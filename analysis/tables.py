@@ -69,24 +69,28 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
         return to_json(found)
     if form == "csv":
         return value_table(*multiplier_rows(found), form)
+    text = render(*multiplier_cells(found), form)
+    return text if form == "latex" else f"{text}\n\n{_legend(found)}"
+
+
+def multiplier_cells(found: Sequence[Multiplier]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Columns and rows as read by people; columns without a value are left out."""
     cells = {
         "arm": [item.arm for item in found],
         "m": [_ratio(item.m) for item in found],
-        "95% interval": [_interval(item.ci) for item in found],
+        "95% interval": [interval_text(item.ci) for item in found],
         "stated E": [_by_floor(item) if item.n_sizes < 3 else NONE for item in found],
         "other FLOPs": [_by_convention(item) for item in found],
         "joint fit": [_ratio(item.joint.m) if item.joint else NONE for item in found],
         "at most C": [_ratio(item.m_at_cmax) if item.n_sizes > 2 else NONE for item in found],
-        "leave one out": [_interval(item.loso) for item in found],
+        "leave one out": [interval_text(item.loso) for item in found],
         "p(constant)": [NONE if item.constant_m_p is None else f"{item.constant_m_p:.3f}" for item in found],
         "wall clock": [_ratio(item.wall_clock.m) if item.wall_clock else NONE for item in found],
         "sizes x seeds": [f"{item.n_sizes} x {item.n_seeds}" for item in found],
         "status": [item.status for item in found],
     }
     columns = [name for name, column in cells.items() if any(cell != NONE for cell in column)]
-    rows = list(zip(*(cells[name] for name in columns), strict=True))
-    text = render(columns, rows, form)
-    return text if form == "latex" else f"{text}\n\n{_legend(found)}"
+    return columns, list(zip(*(cells[name] for name in columns), strict=True))
 
 
 def _by_floor(item: Multiplier) -> str:
@@ -143,7 +147,7 @@ def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str
     """Any table of values; numbers are shortened in md and latex only."""
     if form == "json":
         return to_json([dict(zip(columns, row, strict=True)) for row in rows])
-    cell = _exact if form == "csv" else _short
+    cell = _exact if form == "csv" else short
     return render(columns, [[cell(value) for value in row] for row in rows], form)
 
 
@@ -151,13 +155,19 @@ def fit_table(fit: Fit, form: str = "md") -> str:
     """A law's parameters in raw units with intervals, and its certificate."""
     if form == "json":
         return to_json(fit_object(fit))
-    rows = [[name, f"{value:.6g}", _interval((fit.ci or {}).get(name), "{:.4g}")] for name, value in fit.values.items()]
-    text = render(["parameter", "value", "95% interval"], rows, form)
+    text = render(*fit_cells(fit), form)
     if form != "md":
         return text
     certificate = ", ".join(f"{key} {_brief(value)}" for key, value in fit.certificate.items())
     objective = f"objective: {fit.objective:.6g} over {len(fit.points.loss)} points"
     return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}"
+
+
+def fit_cells(fit: Fit) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a law's parameters."""
+    ci = fit.ci or {}
+    rows = [[name, f"{value:.6g}", interval_text(ci.get(name), "{:.4g}")] for name, value in fit.values.items()]
+    return ["parameter", "value", "95% interval"], rows
 
 
 def fit_object(fit: Fit) -> dict[str, Any]:
@@ -190,9 +200,9 @@ def _exact(value: Any) -> str:
     return NONE if _missing(value) else str(value)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_short, value))}]"
+        return f"[{', '.join(map(short, value))}]"
     return NONE if _missing(value) else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
@@ -208,5 +218,5 @@ def _ratio(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _interval(interval: tuple[float, float] | None, number: str = "{:.3f}") -> str:
+def interval_text(interval: tuple[float, float] | None, number: str = "{:.3f}") -> str:
     return f"[{number.format(interval[0])}, {number.format(interval[1])}]" if interval else NONE

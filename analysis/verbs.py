@@ -30,6 +30,7 @@ def register(subparsers: Subparsers) -> None:
     _add_query(subparsers)
     _add_power(subparsers)
     _add_isoflop(subparsers)
+    _add_report(subparsers)
 
 
 def _add(
@@ -179,6 +180,19 @@ def _add_isoflop(subparsers: Subparsers) -> None:
     _add_format(parser)
 
 
+def _add_report(subparsers: Subparsers) -> None:
+    parser = _add(
+        subparsers,
+        "report",
+        _report,
+        "write one self-contained HTML page: answers, figures, and where every number comes from",
+        "results/runs/demo -o report.html",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+
+
 def _load(args: argparse.Namespace) -> Store:
     from analysis.store import load
 
@@ -308,6 +322,18 @@ def _isoflop(args: argparse.Namespace) -> int:
         for rows in (optima, laws)
     ]
     print("\n\n".join(tables))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from analysis.report import report
+    from analysis.runlog import write_atomically
+
+    page = report(_load(args), args.baseline, args.convention)
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise ValueError(f"{args.out} cannot be written: give a file in a directory that exists")
+    write_atomically(args.out, lambda temporary: temporary.write_text(page))
+    print(args.out)
     return 0
 
 

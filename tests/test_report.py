@@ -1,0 +1,88 @@
+"""The report: one file, everything in it, and it works in a browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from planted import write_config, write_sweep
+
+from experiments.cli import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    store = write_sweep(folder / "sweep", {"dyn<b>": 1.5, "static": 1.0}, sizes=4, seeds=1)
+    write_config(store, "static", "s9")
+    assert main(["report", str(store), "-o", str(folder / "report.html")]) == 0
+    return folder / "report.html"
+
+
+def browse(page: Path, tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_the_page_is_self_contained_and_says_where_it_comes_from(page: Path) -> None:
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+    assert "dyn&lt;b&gt; has a 1." in text
+    assert "dyn<b>" not in text
+    for provenance in ("--convention exact", "c" * 40, "d" * 64, "2.13.0", "static-s9-0: unfinished", "12 of 13"):
+        assert provenance in text
+    assert text.count("<figure ") == 5
+
+
+def test_equal_stores_give_equal_pages(page: Path, tmp_path: Path) -> None:
+    assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_it_opens_without_errors_and_its_tables_sort(page: Path, tmp_path: Path) -> None:
+    """A copy of the page clicks its own header twice, and enlarges a figure, before its content is read."""
+    clicks = """<script>
+    const heads = [...document.querySelectorAll("#runs th")];
+    const loss = heads.find(head => head.textContent === "loss");
+    const column = () => [...document.querySelectorAll("#runs tbody tr")].map(row => row.cells[7].textContent);
+    loss.click(); document.body.dataset.up = column();
+    loss.click(); document.body.dataset.down = column();
+    document.querySelector("figure img").click();
+    document.body.dataset.open = document.querySelector("dialog").open;
+    </script></body>"""
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", clicks))
+    result = browse(copy, tmp_path, "--dump-dom", "--virtual-time-budget=2000")
+    assert "CONSOLE" not in result.stderr
+    data = dict(re.findall(r'data-(up|down|open)="([^"]*)"', result.stdout))
+    losses = [float(value) for value in data["up"].split(",") if value != "-"]
+    assert len(losses) == 12
+    assert losses == sorted(losses)
+    assert data["down"].split(",")[0] == "-"
+    assert [float(value) for value in data["down"].split(",")[1:]] == losses[::-1]
+    assert data["open"] == "true"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_it_paints(page: Path, tmp_path: Path) -> None:
+    browse(page, tmp_path, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,2400")
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+def test_a_report_that_cannot_be_written_is_refused(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "no" / "r.html")]) == 2
+    assert "a directory that exists" in capsys.readouterr().err
