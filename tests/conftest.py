@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -26,6 +27,9 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("dynconv.ops.operator")
     del os.environ["TRITON_INTERPRET"]
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # its examples take what they take
+hypothesis.settings.load_profile("shared machine")
 
 LOWRANK = ConvConfig("lowrank", ("q", "k", "v"), rank=2)
 

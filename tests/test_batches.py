@@ -13,7 +13,6 @@ from experiments.data.batches import Batches, held_out, permute
 from experiments.data.dataset import Dataset
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))
 def test_each_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
     places = permute(np.arange(size), size, seed, np.full(size, epoch))
@@ -48,7 +47,7 @@ def test_the_order_stays_what_it_was() -> None:
     ]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(length=st.integers(40, 3000), size=st.integers(1, 50), seed=st.integers(0, 2**31))
 def test_an_epoch_visits_each_window_once(dataset: Dataset, length: int, size: int, seed: int) -> None:
     batches = Batches(dataset, sequence_length=length, batch_sequences=size, seed=seed)
