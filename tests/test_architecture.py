@@ -1,6 +1,7 @@
 """The house rules that a machine can hold."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dynconv", "analysis", "experiments")
+LONGEST_FILE = 450  # lines; near 300 is the aim
 
 
 def test_import_contracts() -> None:
@@ -43,9 +45,31 @@ def test_slurm_and_results_hold_no_package() -> None:
 
 
 def test_files_are_whole_and_shallow() -> None:
-    """A room is a folder of files that a person can read: two levels, none long."""
+    """A room is a folder of files that a person can read: two levels, none long, each saying what it is for."""
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             assert len(path.relative_to(ROOT).parts) <= 3, path
-            tree = ast.parse(path.read_text())
+            text = path.read_text()
+            assert text.count("\n") <= LONGEST_FILE, path
+            tree = ast.parse(text)
             assert ast.get_docstring(tree) or not tree.body, f"{path} does not say what it is for"
+
+
+@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "slurm/README.md", "results/README.md"])
+def test_links_and_images_lead_somewhere(page: str) -> None:
+    """In the repository, not only on this machine."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {Path(line) for line in listed.stdout.splitlines()}
+    reachable = files | {folder for file in files for folder in file.parents}
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if not re.match(r"https?://|#", target):
+            path = (ROOT / page).parent / target.partition("#")[0]
+            assert path.resolve().relative_to(ROOT) in reachable, f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_readme_names_each_module_and_no_other(package: str) -> None:
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
+    (block,) = re.findall(rf"^{package}/ .*\n(?: .*\n)*", tree, re.MULTILINE)
+    modules = {path.name for path in (ROOT / package).rglob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\w+\.py\b", block)) == modules
