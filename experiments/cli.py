@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import signal
@@ -37,11 +38,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dynconv {args.verb}: {error}", file=sys.stderr)
         return 1 if isinstance(error, WorkFailed) else 2
     except KeyboardInterrupt:
-        print(f"dynconv {args.verb}: interrupted; what is finished is kept", file=sys.stderr)
+        print(f"dynconv {args.verb}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `dynconv plan ... | head`
-        sys.stderr.close()  # or the interpreter complains once more at its end
+        _close_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if args.debug:
+            raise
+        reason = error.strerror or str(error)
+        print(f"dynconv {args.verb}: {f'{error.filename}: ' if error.filename else ''}{reason}", file=sys.stderr)
+        _close_output()
+        return 1
+
+
+def _close_output() -> None:
+    """Where standard output takes no more, close it, or the interpreter complains once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +69,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="STORE is the folder that `submit` fills. The verbs that read one also take a frozen store, or a CSV "
         "or parquet table of points.",
     )
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_plan(subparsers)
     _add_submit(subparsers)
@@ -61,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     _add_retry(subparsers)
     analysis_verbs.register(subparsers)
     _add_data(subparsers)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for verb in subparsers.choices.values():  # after the verb as well: there it must not reset what came before
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
 
@@ -189,18 +208,21 @@ def _retry(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: str) -> int:
-    """Submit or retry, then say what happened: a line for each run that did not get to its end."""
+    """Submit or retry, then say what happened: a line for each run that did not get to its end.
+
+    Whoever waits wants the runs complete: one that had failed before counts as well.
+    """
     from experiments import launch
     from experiments.data.spec import default_cache
 
     launcher = {"submit": launch.submit, "retry": launch.retry}[verb]
-    outcome = launcher(runs, _profile(args), store, cache=default_cache(), wait=args.wait)
-    skipped = "".join(f"; {len(ids)} {state} already" for state, ids in outcome.skipped.items())
-    print(f"{store}: {len(outcome.submitted)} runs submitted{skipped}", file=sys.stderr)
+    profile = _profile(args)
+    outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait)
     for state in outcome.unsuccessful:
         log = f"; log: {state.log}" if state.log else ""
         print(f"{state.run_id} {state.state}: {state.cause or 'no cause known'}{log}", file=sys.stderr)
-    return 1 if outcome.unsuccessful else 0
+    waited = args.wait or profile.executor != "slurm"
+    return 1 if outcome.unsuccessful or (waited and "failed" in outcome.skipped) else 0
 
 
 def _add_status(subparsers: Subparsers) -> None:
@@ -227,7 +249,7 @@ def _status(args: argparse.Namespace) -> int:
         if args.format == "json":
             text = json.dumps([dataclasses.asdict(state) for state in rows], indent=1)
         else:
-            text = states.render(rows)
+            text = states.render(rows) if rows else "no runs here; `dynconv submit SWEEP` makes them"
         clear = "\x1b[H\x1b[2J" if args.watch and sys.stdout.isatty() else ""
         print(clear + text, flush=True)
         if not args.watch or not any(state.state in states.ACTIVE for state in rows):

@@ -4,7 +4,6 @@ The reasons for the settings are in slurm/README.md, under "What our jobs tell S
 """
 
 import contextlib
-import getpass
 import os
 import re
 import shlex
@@ -44,8 +43,8 @@ def check(slurm: Slurm) -> None:
 
 def queue(store: Path, job_ids: Sequence[str]) -> dict[str, str] | None:
     """Job id -> state, as PENDING or RUNNING, of those still queued; None where the controller does not answer."""
-    owners = {(store / ".jobs").owner(), getpass.getuser()}
-    lines = _ask("squeue", "--noheader", "--array", "--format=%i|%T", f"--user={','.join(sorted(owners))}")
+    owners = {os.getuid(), *(path.stat().st_uid for path in (store, store / ".jobs") if path.exists())}
+    lines = _ask("squeue", "--noheader", "--array", "--format=%i|%T", f"--user={','.join(map(str, sorted(owners)))}")
     if lines is None:
         return None
     states = dict(line.split("|") for line in lines.split())
@@ -71,23 +70,21 @@ def accounting(job_ids: Sequence[str]) -> dict[str, str]:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Raises ValueError where scancel refuses."""
+    """Raises ValueError where there is no scancel, or it refuses."""
+    if shutil.which("scancel") is None:
+        raise ValueError("this machine has no scancel; cancel from a login node of the cluster")
     done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ValueError(f"scancel refused: {_one_line(done.stderr)}")
 
 
 def submit(calls: Sequence[Callable[[], None]], executor: submitit.SlurmExecutor) -> list[submitit.Job[None]]:
-    """One array of jobs, or several where the cluster's MaxArraySize asks for it. Raises ValueError if refused."""
-    limit = _max_array_size()
-    jobs: list[submitit.Job[None]] = []
+    """One array of jobs, of `max_array_size` at most. Raises ValueError if refused."""
     with _clean_environment():
         try:
-            for low in range(0, len(calls), limit):
-                jobs += executor.submit_array(calls[low : low + limit])
+            return executor.submit_array(calls)
         except (FailedJobError, FailedSubmissionError) as error:
             raise ValueError(f"sbatch refused: {_one_line(str(error))}") from None
-    return jobs
 
 
 def executor(
@@ -149,7 +146,7 @@ def _clean_environment() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def _max_array_size() -> int:
+def max_array_size() -> int:
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config") or "", re.MULTILINE)
     return int(found[1]) if found else 1000
 

@@ -1,6 +1,7 @@
 """Launching on this machine: profiles, local slots, Ctrl-C, cancel, retry, and where each run is said to stand."""
 
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -177,10 +178,9 @@ def test_runs_end_side_by_side_and_are_not_submitted_twice(
         spans.append((job["submitted_at"], read_json(store / run_id / "run.json")["finished_at"]))
     most = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
     assert most == HERE.max_parallel
-    start = time.monotonic()
-    again = submit(runs, store)
+    again = launch.submit(runs, HERE, store, cache=tmp_path / "empty")
     assert (again.submitted, again.skipped) == ([], {"complete": ids})
-    assert time.monotonic() - start < 2.0
+    assert not (tmp_path / "empty").exists()  # what is finished needs no data
 
 
 def test_jobs_run_the_code_that_was_submitted_on_the_gpu_of_their_slot(
@@ -372,6 +372,100 @@ def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.Monk
 # Refusals and the status of a store
 
 
+def test_data_is_built_while_the_store_is_free(
+    tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build may take hours; a launcher with a free slot must not wait for it."""
+    profile = Profile("debug", default=Job(device="cpu"))
+
+    def build(*_: object) -> Path:
+        with (tmp_path / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return dataset.path
+
+    monkeypatch.setattr("experiments.data.build.build", build)
+    assert launch.submit([tiny_run], profile, tmp_path, cache=tmp_path / "unused").unsuccessful == []
+
+
+def test_who_waits_for_another_submit_is_told(
+    tiny_run: RunConfig, in_another_process: Callable, tmp_path: Path
+) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        launcher = in_another_process([tiny_run], tmp_path)
+        wait_until(lambda: f"waiting for another submit to {tmp_path}\n" in (tmp_path / "stderr").read_text())
+        assert not (tmp_path / tiny_run.run_id).exists()
+    assert launcher.wait(timeout=60) == 0
+
+
+def mark(run_dir: Path, cause: str = "ValueError: such is life") -> str:
+    failure = {"attempt": 1, "step": 3, "cause": cause, "time": 0.0}
+    (run_dir / "failure.json").write_text(json.dumps(failure))
+    return f"{cause} (step 3)"
+
+
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_a_retry_that_is_refused_leaves_the_cause(
+    executor: str,
+    tiny_run: RunConfig,
+    submitted: Callable[..., Path],
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a missing corpus, and by sbatch."""
+    cause = mark(submitted(tiny_run, tmp_path))
+    run, profile = tiny_run, HERE
+    if executor == "slurm":
+        profile = Profile("slurm", slurm=Slurm("low", signal_seconds=30))
+        monkeypatch.setattr(slurm, "check", lambda _: None)
+        monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda _: 2)
+        monkeypatch.setattr(slurm, "submit", refuse)
+        monkeypatch.setattr(slurm, "max_array_size", lambda: 10)
+    else:
+        monkeypatch.setattr("experiments.data.build.build", refuse)
+    with pytest.raises(ValueError, match="refused"):
+        launch.retry([run], profile, tmp_path, cache=dataset.path.parent)
+    assert (state_of(tmp_path, run).state, state_of(tmp_path, run).cause) == ("failed", cause)
+
+
+def refuse(*_: object) -> None:
+    raise ValueError("refused")
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"executor": "local", "host": "elsewhere"}, "they run on elsewhere; cancel there"),
+        ({"executor": "slurm"}, "this machine has no scancel; cancel from a login node"),
+        ({"executor": "local", "job_id": "1"}, "process 1 is another user's"),
+        ({"executor": "debug"}, "press Ctrl-C there"),
+    ],
+)
+def test_a_job_out_of_reach_is_not_called_cancelled(
+    job: dict[str, str],
+    message: str,
+    runs: list[RunConfig],
+    submitted: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run beside it, which is pending, is cancelled all the same."""
+    running, _ = (submitted(run, tmp_path) for run in runs[:2])
+    launch._write_job(running, "local", job.get("job_id", str(os.getpid())), None, Path("code"))
+    (running / "job.json").write_text(json.dumps(read_json(running / "job.json") | job))
+    monkeypatch.setenv("PATH", "")  # neither squeue nor scancel
+
+    def kill(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(ValueError, match=f"1 of 2 runs cancelled; 1 go on: .*{message}"):
+        launch.cancel(tmp_path, [run.run_id for run in runs])
+    assert state_of(tmp_path, runs[0]).state in ("running", "unknown")
+    assert state_of(tmp_path, runs[1]).state == "cancelled"
+
+
 def test_a_store_that_takes_no_files_is_refused(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -396,7 +490,7 @@ def test_a_missing_cluster_is_refused_before_anything_is_written(
     assert not (tmp_path / "store").exists()
 
 
-def test_status_of_a_hundred_runs_is_quick_and_loads_no_torch(
+def test_status_of_a_hundred_runs_loads_nothing_slow(
     tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
 ) -> None:
     run_dir = submitted(tiny_run, tmp_path)
@@ -410,9 +504,7 @@ def test_status_of_a_hundred_runs_is_quick_and_loads_no_torch(
         "store = Path(sys.argv[1]); rows = states.read(store, states.find(store)); "
         "assert not {'torch', 'pandas', 'numpy'} & set(sys.modules); print(len(rows), rows[0].progress)"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 2.0  # 0.2 s on an idle core
     assert done.stdout.split() == ["100", str(640 / tiny_run.train.tokens)]
 
 
