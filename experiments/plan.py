@@ -16,12 +16,14 @@ HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", 
 def rows(runs: Sequence[RunConfig], profile: Profile) -> list[dict[str, Any]]:
     """One object a run, for `--format json`.
 
-    `hours` is the forecast of the run's training: exact FLOPs at the profile's sustained rate of its GPUs.
+    `hours` is the forecast of the run's training: exact FLOPs at the profile's sustained rate of its GPUs; None where
+    the profile gives no rate.
     """
     result = []
     for run in runs:
         counts = flops.count(run.model, run.train.tokens, run.train.sequence_length)
         job = profile.job(run.size)
+        rate = job.teraflops_per_second
         result.append(
             {
                 "run_id": run.run_id,
@@ -34,8 +36,8 @@ def rows(runs: Sequence[RunConfig], profile: Profile) -> list[dict[str, Any]]:
                 "learning_rate": run.train.learning_rate,
                 "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
                 "gpus": job.gpus,
-                "teraflops_per_second": job.teraflops_per_second,
-                "hours": counts.flops_exact / (job.gpus * job.teraflops_per_second * 1e12) / 3600,
+                "teraflops_per_second": rate,
+                "hours": None if rate is None else counts.flops_exact / (job.gpus * rate * 1e12) / 3600,
             }
         )
     return result
@@ -53,16 +55,19 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
             f"{row['epochs']:.2f}",
             f"{row['flops_exact']:.3e}",
             str(row["gpus"]),
-            span(row["hours"]),
+            "" if row["hours"] is None else span(row["hours"]),
         )
         for row in plan
     ]
     total = sum(row["flops_exact"] for row in plan)
-    gpu_hours = sum(row["gpus"] * row["hours"] for row in plan)
+    summary = f"{len(plan)} runs, {total:.3e} FLOPs; {_forecast(plan)}; nothing was submitted"
+    return f"{align(HEADINGS, cells)}\n\n{summary}"
+
+
+def _forecast(plan: Sequence[dict[str, Any]]) -> str:
+    if any(row["hours"] is None for row in plan):
+        return "for a forecast give --profile with teraflops_per_second"
+    hours = sum(row["gpus"] * row["hours"] for row in plan)
     rates = sorted({row["teraflops_per_second"] for row in plan})
     rate = " to ".join(f"{rate:g}" for rate in {rates[0]: None, rates[-1]: None})
-    summary = (
-        f"{len(plan)} runs, {total:.3e} FLOPs; forecast {span(gpu_hours)} of one device at {rate} TFLOP/s; "
-        "nothing was submitted"
-    )
-    return f"{align(HEADINGS, cells)}\n\n{summary}"
+    return f"forecast {span(hours)} of one device at {rate} TFLOP/s"

@@ -1,6 +1,7 @@
 """Profiles: where runs execute. A new machine or cluster is a new TOML file (see slurm/profiles), never new code."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +20,17 @@ class Job(Execution):
     gpus_per_node: int = 8
     cpus_per_gpu: int = 1  # cores of each process
     memory_gb: float | None = None  # a node; the cluster's default where it is left out
-    teraflops_per_second: float = 400.0  # that one device sustains, for the forecast of `plan` alone
+    teraflops_per_second: float | None = None  # that one device sustains, for the forecast of `plan` alone
 
     def __post_init__(self) -> None:
         counts = ("gpus", "gpus_per_node", "cpus_per_gpu", "threads", "max_attempts")
-        for name in ("hours", "teraflops_per_second", *counts):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above zero; got {getattr(self, name)}")
+        for name in ("hours", "memory_gb", "teraflops_per_second", *counts):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be finite and above zero; got {value}")
         for name in ("micro_batch", "checkpoint_minutes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative; got {getattr(self, name)}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ValueError(
                 f"gpus must fill whole nodes of gpus_per_node = {self.gpus_per_node}; got {self.gpus}; "
@@ -74,6 +76,13 @@ class Profile:
         if (self.executor == "slurm") != (self.slurm is not None):
             need = "needs" if self.executor == "slurm" else "does not go with"
             raise ValueError(f"executor {self.executor!r} {need} a table [slurm]")
+        if self.slurm is not None:
+            hours = min(job.hours for job in (self.default, *self.size.values()))
+            if not 0 < self.slurm.signal_seconds < 3600 * hours:
+                raise ValueError(
+                    f"signal_seconds must be above zero and shorter than the shortest hours = {hours:g}; "
+                    f"got {self.slurm.signal_seconds}"
+                )
         for size in self.size:
             strict.choose(size, [name for ladder in LADDERS.values() for name in ladder.sizes], "table size")
 

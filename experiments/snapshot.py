@@ -38,8 +38,8 @@ def take(store: Path) -> Path:
 
 def commit(snapshot: Path) -> str:
     """What a log calls this code: the git commit, with the snapshot's hash where the files differ from it."""
-    head = _git("rev-parse", "HEAD")
-    if head is None:  # an installed copy
+    top, head = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
+    if top is None or head is None or Path(top).resolve() != _root():  # an installed copy, perhaps in some repository
         return f"snapshot-{snapshot.name}"
     changed = _git("status", "--porcelain", "--", *PACKAGES)
     return head if changed == "" else f"{head}-dirty-{snapshot.name}"

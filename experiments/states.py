@@ -3,10 +3,11 @@
 Reads small files only and imports no torch, so that `status` answers at once.
 """
 
+import contextlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from experiments import slurm
 from experiments.terminal import align, duration
 
 ACTIVE = ("queued", "running", "requeued", "unknown")  # a second job of such a run could meet the first
-STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost")
+STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
+JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class RunState:
     elapsed: float | None = None  # seconds of this attempt, or of all of a complete run
     eta: float | None = None  # seconds
     job_id: str | None = None
-    cause: str | None = None  # of a failure
+    cause: str | None = None  # of a failure, or of our not knowing
     log: str | None = None  # path of the job's output
 
 
@@ -43,21 +45,32 @@ def find(store: Path) -> list[str]:
 
 
 def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
-    """Where the named runs stand; one that has no folder is pending.
+    """Where the named runs stand; one that has no folder is pending, one whose files are not ours unreadable.
 
     The queue is asked before the markers are read: a run that ends in between is then seen as complete.
     """
-    jobs = {run_id: job_of(store / run_id) for run_id in run_ids}
+    run_ids = list(run_ids)
+    jobs, found = dict[str, dict[str, Any] | None](), dict[str, RunState]()
+    for run_id in run_ids:
+        try:
+            jobs[run_id] = job_of(store / run_id)
+        except ValueError as error:
+            found[run_id] = RunState(run_id, "unreadable", cause=str(error))
     unfinished = {run_id: job for run_id, job in jobs.items() if runlog.status(store / run_id) == "unfinished"}
     present = _present(store, unfinished)
-    states = [_state(store / run_id, job, present.get(run_id)) for run_id, job in jobs.items()]
-    lost = [
-        state.job_id
-        for state, job in zip(states, jobs.values(), strict=True)
-        if state.state == "lost" and job is not None and job["executor"] == "slurm" and state.job_id is not None
-    ]
-    ended = slurm.accounting(lost) if lost else {}
-    return [_explained(state, ended) if state.job_id in lost else state for state in states]
+    for run_id, job in jobs.items():
+        try:
+            found[run_id] = _state(store / run_id, job, present.get(run_id))
+        except ValueError as error:
+            found[run_id] = RunState(run_id, "unreadable", cause=str(error))
+    lost = {
+        run_id: job["job_id"]
+        for run_id, job in jobs.items()
+        if found[run_id].state == "lost" and job is not None and job["executor"] == "slurm"
+    }
+    ended = slurm.accounting(list(lost.values())) if lost else {}
+    found |= {run_id: _explained(found[run_id], ended) for run_id in lost}
+    return [found[run_id] for run_id in run_ids]
 
 
 def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
@@ -67,9 +80,22 @@ def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
 
 
 def job_of(run_dir: Path) -> dict[str, Any] | None:
-    """What the launcher noted when it submitted the run, or None."""
+    """What the launcher noted when it submitted the run, or None. Raises ValueError where it noted no such thing."""
     path = run_dir / "job.json"
-    return runlog.read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    with _reading(path):
+        job = runlog.read_json(path)
+        return {key: job[key] for key in JOB_KEYS}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names the file that does not hold what we write there: another program's, or another version's."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not as `dynconv` writes it ({type(error).__name__}: {error})") from None
 
 
 def _present(store: Path, jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
@@ -106,35 +132,40 @@ def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> Ru
         where = "pending" if job is None else "lost" if present in ("gone", None) else present
     known: dict[str, Any] = {"job_id": job["job_id"], "log": job["log"]} if job else {}
     if where == "complete":
-        run = runlog.read_json(run_dir / "run.json")
-        elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
-        return RunState(run_dir.name, where, 1.0, run["loss"], run["attempts"], elapsed, **known)
+        with _reading(run_dir / "run.json"):
+            run = runlog.read_json(run_dir / "run.json")
+            elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
+            return RunState(run_dir.name, where, 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
     known["cause"] = _cause(run_dir, job, where)
-    latest = runlog.progress(run_dir)
+    with _reading(run_dir / "attempt-*.json"):
+        latest = runlog.progress(run_dir)
     if latest is None:
         return RunState(run_dir.name, where, **known)
     if where == "queued":
         where = "requeued"
+    with _reading(run_dir / "config.json"):
+        tokens = runlog.read_json(run_dir / "config.json")["tokens"]
+        share = (latest.tokens or 0) / tokens
     if where == "running":
-        known |= _times(latest, run_dir)
-    share = (latest.tokens or 0) / runlog.read_json(run_dir / "config.json")["tokens"]
+        known |= _times(latest, tokens)
     return RunState(run_dir.name, where, share, latest.loss, latest.attempt, **known)
 
 
-def _times(latest: runlog.Progress, run_dir: Path) -> dict[str, float]:
+def _times(latest: runlog.Progress, tokens: int) -> dict[str, float]:
     """Seconds that this attempt has taken, and those that the run will take yet at the attempt's own speed."""
     times = {"elapsed": time.time() - latest.started_at}
     if latest.step is not None and latest.tokens and latest.step >= latest.first_step:
         seconds_per_step = (latest.updated_at - latest.started_at) / (latest.step - latest.first_step + 1)
-        steps = latest.step * runlog.read_json(run_dir / "config.json")["tokens"] / latest.tokens
+        steps = latest.step * tokens / latest.tokens
         times["eta"] = seconds_per_step * (steps - latest.step)
     return times
 
 
 def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
     if where == "failed":
-        failure = runlog.read_json(run_dir / "failure.json")
-        return f"{failure['cause']} (step {failure['step']})"
+        with _reading(run_dir / "failure.json"):
+            failure = runlog.read_json(run_dir / "failure.json")
+            return f"{failure['cause']} (step {failure['step']})"
     if where == "unknown" and job is not None:
         return "squeue does not answer" if job["executor"] == "slurm" else f"started on {job['host']}; ask there"
     if where == "lost" and job is not None:

@@ -94,7 +94,15 @@ def test_a_size_differs_from_the_default_only_where_it_says_so(tmp_path: Path) -
         ('executor = "local"\n[slurm]\npartition = "x"', r"executor 'local' does not go with a table \[slurm\]"),
         ('executor = "slurm"\n[slurm]\naccount = "x"', r"slurm: missing key 'partition'"),
         ('executor = "local"\n[default]\ngpus = 12', r"gpus must fill whole nodes of gpus_per_node = 8; got 12"),
-        ('executor = "local"\n[default]\nhours = 0', r"hours must be above zero; got 0"),
+        ('executor = "local"\n[default]\nhours = 0', r"hours must be finite and above zero; got 0"),
+        ('executor = "local"\n[default]\nhours = inf', r"hours must be finite and above zero; got inf"),
+        ('executor = "local"\n[default]\nmemory_gb = -3', r"memory_gb must be finite and above zero; got -3"),
+        ('executor = "local"\n[default]\ncheckpoint_minutes = nan', r"checkpoint_minutes must be finite and not neg"),
+        (
+            'executor = "slurm"\n[slurm]\npartition = "p"\nsignal_seconds = 360\n[default]\nhours = 9\n'
+            "[size.300M]\nhours = 0.1",
+            r"signal_seconds must be above zero and shorter than the shortest hours = 0.1; got 360",
+        ),
         ('executor = "local"\nmax_parallel = -1', r"max_parallel must not be negative; got -1"),
     ],
 )
@@ -506,6 +514,52 @@ def test_status_of_a_hundred_runs_loads_nothing_slow(
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["100", str(640 / tiny_run.train.tokens)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", {"loss": 3.0}),
+        ("run.json", {"seconds": {}, "loss": None, "attempts": 1}),
+        ("run.json", None),
+        ("attempt-0001.json", {}),
+        ("failure.json", {}),
+        ("job.json", {}),
+    ],
+)
+def test_one_unreadable_run_takes_nothing_from_the_others(
+    name: str,
+    content: dict[str, object] | None,
+    runs: list[RunConfig],
+    submitted: Callable[..., Path],
+    submit: Submit,
+    tmp_path: Path,
+) -> None:
+    strange, good = (submitted(run, tmp_path) for run in runs[:2])
+    (strange / name).write_text('{"torn' if content is None else json.dumps(content))
+    bad, other = states.read(tmp_path, [strange.name, good.name])
+    assert (bad.state, other.state) == ("unreadable", "pending")
+    assert str(bad.cause).startswith(f"{strange}/{name.replace('0001', '*')} is ")
+    assert "2 runs: 1 pending, 1 unreadable" in states.render([bad, other])
+    assert submit(runs[:1], tmp_path).skipped == {"unreadable": [strange.name]}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_repository_that_we_merely_lie_in_is_not_ours(
+    ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a virtual environment inside a project of the user's own."""
+    root = tmp_path / "theirs" / "lib"
+    (root / "experiments").mkdir(parents=True)
+    (root / "experiments" / "run.py").write_text("")
+    (root.parent / ".gitignore").write_text("lib\n" if ignored else "")
+    git = ["git", "-C", str(root.parent), "-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(snapshot, "_root", lambda: root)
+    assert snapshot.commit(Path("abc")) == "snapshot-abc"
+    monkeypatch.setattr(snapshot, "_root", lambda: root.parent)
+    assert len(snapshot.commit(Path("abc"))) == 40  # a clean checkout
 
 
 @pytest.mark.parametrize(
