@@ -210,7 +210,7 @@ def _retry(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: str) -> int:
     """Submit or retry, then say what happened: a line for each run that did not get to its end.
 
-    Whoever waits wants the runs complete: one that had failed before counts as well.
+    Whoever waits wants the runs complete: one that had failed before, or cannot be read, counts as well.
     """
     from experiments import launch
     from experiments.data.spec import default_cache
@@ -222,7 +222,7 @@ def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: 
         log = f"; log: {state.log}" if state.log else ""
         print(f"{state.run_id} {state.state}: {state.cause or 'no cause known'}{log}", file=sys.stderr)
     waited = args.wait or profile.executor != "slurm"
-    return 1 if outcome.unsuccessful or (waited and "failed" in outcome.skipped) else 0
+    return 1 if outcome.unsuccessful or (waited and {"failed", "unreadable"} & outcome.skipped.keys()) else 0
 
 
 def _add_status(subparsers: Subparsers) -> None:

@@ -1,7 +1,10 @@
 """The command line as a person and a script meet it: results on standard output, one line for each mistake."""
 
+import fcntl
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -9,12 +12,31 @@ from pathlib import Path
 
 import pytest
 
+from experiments import states
 from experiments.cli import main, parser
+from experiments.states import RunState
 from experiments.sweep import load_sweep
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "experiments" / "sweeps" / "demo.toml"
 LOCAL = ROOT / "slurm" / "profiles" / "local.toml"
+CHEAP = """
+name = "cheap"
+ladder = "nano"
+sizes = ["25k"]
+arms = ["transformer"]
+baseline = "transformer"
+seeds = [0]
+tokens_per_parameter = 1
+match = "flops"
+evaluations = 1
+
+[data]
+source = "{source}"
+vocabulary = 300
+train_tokens = 200_000
+validation_tokens = 4_000
+"""
 PLAN_KEYS = {
     *("run_id", "arm", "size", "seed", "parameters", "parameters_nonembedding", "tokens"),
     *("flops_exact", "flops_6nd", "flops_6n_nonemb_d"),
@@ -51,6 +73,20 @@ def test_plan_for_scripts_and_for_people(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert all(row["run_id"] in text for row in rows)
     assert f"{len(rows)} runs" in text
+    assert re.search(r"forecast \S+ \S+ of one device at 0.03 TFLOP/s", text)
+
+
+def test_no_forecast_without_a_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["plan", str(DEMO)]) == 0
+    assert "; for a forecast give --profile with teraflops_per_second; nothing was" in capsys.readouterr().out
+    assert main(["plan", str(DEMO), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert {(row["hours"], row["teraflops_per_second"]) for row in json.loads(text)} == {(None, None)}
+    monkeypatch.chdir(tmp_path)
+    Path("plan.json").write_text(text)
+    assert main(["power", "plan.json", "--m", "1.1", "--seeds", "1", "--simulations", "200"]) == 0
 
 
 def test_plan_writes_nothing(tmp_path: Path) -> None:
@@ -97,8 +133,10 @@ def test_an_unknown_verb_is_a_wrong_request(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file"):
-        main(["--debug", "plan", str(tmp_path / "nothing.toml")])
+    plan = ["plan", str(tmp_path / "nothing.toml")]
+    for arguments in (["--debug", *plan], [*plan, "--debug"]):
+        with pytest.raises(ValueError, match="no such file"):
+            main(arguments)
 
 
 def test_a_closed_pipe_is_no_error() -> None:
@@ -106,3 +144,93 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("run ")
+
+
+@pytest.fixture
+def cheap(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for a sweep of one run that takes a second, with a store and data of its own."""
+    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
+    sweep = tmp_path / "cheap.toml"
+    sweep.write_text(CHEAP.format(source=text_folder))
+    return [str(sweep), "--store", str(tmp_path / "store")]
+
+
+def test_cancel_retry_and_watch(cheap: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A run is made, fails, is retried; what is told to whoever asks for it at the wrong moment."""
+    store = Path(cheap[-1])
+    (run,) = load_sweep(Path(cheap[0]))
+    run_dir = store / run.run_id
+    run_dir.mkdir(parents=True)
+    assert main(["status", "--store", str(store)]) == 0
+    assert capsys.readouterr().out == "no runs here; `dynconv submit SWEEP` makes them\n"
+    assert main(["cancel", *cheap]) == 0
+    assert capsys.readouterr().err == f"{store}: 1 runs cancelled\n"
+    assert main(["submit", *cheap]) == 0
+    told = "0 runs submitted; 1 cancelled already (see to them with `dynconv retry`)"
+    assert capsys.readouterr().err == f"{store}: {told}\n"
+    failure = {"attempt": 1, "step": 3, "cause": "such is life", "time": 0.0}
+    (run_dir / "failure.json").write_text(json.dumps(failure))
+    (run_dir / "cancelled").unlink()
+    assert main(["submit", *cheap]) == 1
+    assert "1 failed already (see to them with `dynconv retry`)" in capsys.readouterr().err
+    assert main(["retry", *cheap]) == 0
+    assert f"{store}: 1 runs submitted\n" in capsys.readouterr().err
+    assert main(["retry", *cheap]) == 0
+    assert capsys.readouterr().err == f"{store}: 0 runs submitted; 1 complete already\n"
+    assert main(["status", *cheap, "--watch"]) == 0
+    assert f"{run.run_id}  complete  100%" in capsys.readouterr().out
+
+
+def test_watch_looks_again_until_nothing_is_under_way(
+    cheap: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Path(cheap[-1])
+    seen = iter(["running", "queued", "failed"])
+    monkeypatch.setattr("experiments.cli.WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(states, "read", lambda *_: [RunState("a-run", next(seen))])
+    assert main(["status", *cheap, "--watch"]) == 0
+    assert re.findall("1 runs: 1 (.*)", capsys.readouterr().out) == ["running", "queued", "failed"]
+    assert not store.exists()
+
+
+def test_a_run_that_fails_is_exit_code_1(cheap: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has used up its attempts."""
+    profile = tmp_path / "profile.toml"
+    profile.write_text('executor = "local"\n[default]\nmax_attempts = 1\n')
+    (run,) = load_sweep(Path(cheap[0]))
+    run_dir = tmp_path / "store" / run.run_id
+    run_dir.mkdir(parents=True)
+    logged = {"first_step": 1, "step": 1, "tokens": 1, "loss": 5.0, "started_at": 0.0, "updated_at": 0.0}
+    (run_dir / "attempt-0001.json").write_text(json.dumps(logged))
+    assert main(["submit", *cheap, "--profile", str(profile)]) == 1
+    assert "1 unreadable already (see to them with `dynconv status`)" in capsys.readouterr().err
+    (run_dir / "config.json").write_text(json.dumps({"tokens": run.train.tokens}))
+    assert main(["submit", *cheap, "--profile", str(profile)]) == 1
+    said, told = capsys.readouterr().err.splitlines()[-2:]
+    assert said == f"{tmp_path / 'store'}: 1 runs submitted"
+    assert re.search(rf"{run.run_id} failed: RuntimeError: .*max_attempts = 1 .*; log: {tmp_path}", told)
+
+
+def test_ctrl_c_is_exit_code_130(cheap: list[str], tmp_path: Path) -> None:
+    """While it waits for its turn at the store."""
+    (tmp_path / "store").mkdir()
+    with (tmp_path / "store" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "experiments.cli", "submit", *cheap]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, text=True) as submit:
+            assert submit.stderr is not None
+            assert submit.stderr.readline().startswith("waiting for another submit")
+            submit.send_signal(signal.SIGINT)
+            assert submit.stderr.read() == "dynconv submit: interrupted\n"
+            assert submit.wait() == 130
+
+
+def test_a_failing_file_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"{sys.executable} -m experiments.cli plan {DEMO} > /dev/full"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "dynconv plan: No space left on device\n")
+    run_dir = tmp_path / load_sweep(DEMO)[0].run_id
+    run_dir.mkdir()
+    (run_dir / "cancelled").symlink_to("/proc/x")
+    assert main(["cancel", str(DEMO), "--store", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"dynconv cancel: {run_dir}/cancelled: No such file or directory\n"
