@@ -1,7 +1,6 @@
 """A sweep file -> a list of frozen runs whose compute is matched. A new arm is an entry of `ARMS`, or a table
 `[arm.NAME]` in the sweep file."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,6 +13,7 @@ from experiments.data.spec import DataConfig
 from experiments.ladder import LADDERS, Rung
 
 FLOPS_TOLERANCE = 1e-3  # of the baseline's FLOPs, under match = "flops"
+MOST = 1e9  # far beyond any sweep's numbers, far below where they overflow
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms, after which folders are named
 USED = {  # what each kind takes of an arm's keys; the others are every arm's
     "none": (),
@@ -84,8 +84,11 @@ class Sweep:
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} names one twice; got {list(values)}")
         for name in ("tokens_per_parameter", "evaluations", "max_epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above zero; got {getattr(self, name)}; correct it")
+            if not 0 < getattr(self, name) <= MOST:  # nor is it so for nan
+                raise ValueError(f"{name} must be above zero, at most {MOST:g}; got {getattr(self, name)}; correct it")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seeds must be 0 to 2**63 - 1; got {seed}; choose another")
         for key, name in [("name", self.name), *(("arm", name) for name in self.arm)]:
             if not NAME.fullmatch(name):
                 raise ValueError(
