@@ -181,9 +181,10 @@ BAD = {
     "infinitely many tokens": (
         "tokens_per_parameter = 20",
         "tokens_per_parameter = inf",
-        r"must be finite .*; got inf",
+        r"at most 1e\+09; got inf",
     ),
-    "not a number": ("tokens_per_parameter = 20", "tokens_per_parameter = nan", r"must be finite .*; got nan"),
+    "too many tokens": ("tokens_per_parameter = 20", "tokens_per_parameter = 1e308", r"at most 1e\+09; got 1e\+308"),
+    "not a number": ("tokens_per_parameter = 20", "tokens_per_parameter = nan", r"at most 1e\+09; got nan"),
     "validation without a sequence": (
         "validation_tokens = 65_536",
         "validation_tokens = 128",
@@ -200,11 +201,16 @@ BAD = {
     "too many epochs": ("train_tokens = 2_000_000", "train_tokens = 200_000", r"would read the data 10\.\d times"),
     "coarse matching": ("tokens_per_parameter = 20", "tokens_per_parameter = 1.2", r"match the baseline's only within"),
     "less than a batch": ("tokens_per_parameter = 20", "tokens_per_parameter = 0.01", r"one batch takes 8; raise it"),
-    "negative": ("tokens_per_parameter = 20", "tokens_per_parameter = -1", r"above zero; got -1"),
+    "negative": ("tokens_per_parameter = 20", "tokens_per_parameter = -1", r"must be above zero, .*; got -1"),
     "built-in redefined": ("[arm.mine]", "[arm.transformer]\n[arm.mine]", r"'transformer' is built in"),
     "heads that do not divide": ("kv_heads = 1\n", "kv_heads = 3\n", r"kv_heads must divide heads; got 3 and 2"),
     "name with a slash": ('name = "test"', 'name = "../test"', r"name must be letters, .*; got '../test'; rename it"),
     "not TOML": ("seeds = [0, 1]", "seeds = [0, 1", r"sweep.toml: not valid TOML"),
+    "seed too large": (
+        "seeds = [0, 1]",
+        f"seeds = [{2**63}]",
+        r"seeds must be 0 to 2\*\*63 - 1; got 9223372036854775808",
+    ),
     "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds names one twice"),
     "small vocabulary": ("vocabulary = 512", "vocabulary = 100", r"vocabulary must be at least 257"),
 }
