@@ -230,8 +230,8 @@ def _settled(figure: Figure) -> Figure:
 def _advantage(item: Multiplier | None) -> str:
     if item is None:
         return ""
-    interval = f" [{item.ci[0]:.2f}, {item.ci[1]:.2f}]" if item.ci else ""
-    return f"\n{item.m:.2f}x{interval}"
+    m, *ends = (f"{value:.2f}" if value < 100 else f"{value:.0g}" for value in (item.m, *(item.ci or ())))
+    return f"\n{m}x{f' [{ends[0]}, {ends[1]}]' if ends else ''}"
 
 
 def _draw_gap(axes: Axes, law: Fit, item: Multiplier, colour: str) -> None:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from scipy.special import fdtri
 
-from analysis.paired import EXPONENTS, Local
+from analysis.paired import EXPONENTS, Local, ratio
 from analysis.pairs import Pairs
 from analysis.powerlaw import Points, fit
 from analysis.solver import Floats
@@ -111,4 +111,4 @@ def wild_cluster_interval(local: Local, seed: int = 0) -> Interval:
     error = np.sqrt(((draws - mean[:, None]) ** 2) @ weight / (sizes - 1))
     t = np.quantile(np.abs(mean) / np.maximum(error, 1e-300), 0.95)
     middle, half = float(local.mean[0]), float(t * local.error[0])
-    return math.exp(middle - half), math.exp(middle + half)
+    return ratio(middle - half), ratio(middle + half)

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from analysis.joint import Interval, aicc, joint_interval, wild_cluster_interval
-from analysis.paired import Local, Trend, constancy_p, local_multipliers, trend
+from analysis.paired import Local, Trend, constancy_p, local_multipliers, ratio, trend
 from analysis.pairs import Excluded, Pairs, choose_baseline, choose_convention, curve, pair, usable
 from analysis.runlog import CONVENTIONS
 from analysis.solver import Floats
@@ -142,15 +142,15 @@ def compare(
             "two (five are advised), so train both arms at more sizes with the same seeds"
         )
     stated = bool(floors)
+    least = float(min(pairs.y0.min(), pairs.y1.min()))
     if not floors and sizes == 2:
-        floors = ASSUMED_FLOORS
+        floors = [floor for floor in ASSUMED_FLOORS if floor < least]
     floor = floors[0] if floors else None
-    least = min(pairs.y0.min(), pairs.y1.min())
     if floors and not 0 <= max(floors) < least:
         raise ValueError(f"the irreducible loss must be at least 0 and below every loss; got {max(floors)}, {least}")
     local = _local(pairs, floor)
     p = constancy_p(pairs.c0, pairs.c1, pairs.y0, pairs.y1, resamples, seed) if sizes >= 3 else None
-    at_top = _at(trend(local, pairs.c0[-1])) if sizes >= 3 else Answer(math.exp(local.ln_m[0, -1]), None)
+    at_top = _at(trend(local, pairs.c0[-1])) if sizes >= 3 else Answer(ratio(local.ln_m[0, -1]), None)
     varies = p is not None and p < SIGNIFICANCE
     reported = _reported(local, varies)
     noise_floor = _noise_floor(pairs, local)
@@ -257,12 +257,12 @@ def _reported(local: Local, varies: bool) -> Answer:
 
 def _answer(local: Local) -> Answer:
     low, high = local.interval()
-    return Answer(math.exp(local.mean[0]), (math.exp(low[0]), math.exp(high[0])))
+    return Answer(ratio(local.mean[0]), (ratio(low[0]), ratio(high[0])))
 
 
 def _at(line: Trend) -> Answer:
     half = stdtrit(line.dof[0], 0.975) * line.error[0]
-    return Answer(math.exp(line.at[0]), (math.exp(line.at[0] - half), math.exp(line.at[0] + half)))
+    return Answer(ratio(line.at[0]), (ratio(line.at[0] - half), ratio(line.at[0] + half)))
 
 
 def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
@@ -292,6 +292,8 @@ def _remarks(
         yield "not resolved: two sizes cannot identify the irreducible loss"
     if len(pairs.sizes) == 2 and not stated:
         yield "E = 0 assumed; state it with --floor"
+    if abs(math.log(reported.m)) > math.log(EXTRAPOLATED):
+        yield f"extrapolated: more than {EXTRAPOLATED:.0f}x apart"
     if p is not None and p < SIGNIFICANCE:
         yield f"not constant: m changes with compute (p = {p:.3f}), so this is m at the largest"
     elif 2 < len(pairs.sizes) < FEW_SIZES:
@@ -311,7 +313,7 @@ def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float) -> Interva
     for out in range(sizes):
         keep = np.arange(sizes) != out
         part = (pairs.c0[keep], pairs.c1[keep], pairs.y0[None, keep], pairs.y1[None, keep])
-        values.append(math.exp(local_multipliers(*part, floor).mean[0]))
+        values.append(ratio(local_multipliers(*part, floor).mean[0]))
     return min(values), max(values)
 
 
@@ -320,7 +322,7 @@ def _floor_sensitivity(pairs: Pairs, local: Local, stated: Sequence[float]) -> t
     floors = stated or dict.fromkeys(shift * float(local.law.E[0]) for shift in FLOOR_SHIFTS)
     least = min(pairs.y0.min(), pairs.y1.min())
     possible = [floor for floor in floors if floor < 0.999 * least]
-    return tuple({"E": floor, "m": math.exp(_local(pairs, floor).mean[0])} for floor in possible)
+    return tuple({"E": floor, "m": ratio(_local(pairs, floor).mean[0])} for floor in possible)
 
 
 def _noise_floor(pairs: Pairs, local: Local) -> float | None:
@@ -331,7 +333,7 @@ def _noise_floor(pairs: Pairs, local: Local) -> float | None:
     variance = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences) / dof
     slope = float(local.law.g[0]) * local.reducible[0]  # of the loss difference, in ln m
     error = math.sqrt((local.weight[0] ** 2 * variance / np.array(pairs.seeds) / slope**2).sum())
-    return math.exp(stdtrit(dof, 0.975) * error)
+    return ratio(stdtrit(dof, 0.975) * error)
 
 
 def _timed(local: Local, rate_ratio: Floats, varies: bool) -> Answer | None:
@@ -346,7 +348,7 @@ def _timed(local: Local, rate_ratio: Floats, varies: bool) -> Answer | None:
 
 
 def _local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:
-    columns = (pairs.sizes, pairs.c0, pairs.c1, pairs.y0, pairs.y1, np.exp(local.ln_m[0]))
+    columns = (pairs.sizes, pairs.c0, pairs.c1, pairs.y0, pairs.y1, [ratio(value) for value in local.ln_m[0]])
     names = ("size", "compute_baseline", "compute", "loss_baseline", "loss", "m")
     for row in zip(*columns, strict=True):
         yield dict(zip(names, [row[0], *map(float, row[1:])], strict=True))

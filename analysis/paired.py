@@ -12,6 +12,7 @@ Legend: K comparisons solved at once, S sizes, G values of g.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,13 @@ EXPONENTS = (0.005, 2.0)
 GRID = 48
 ZOOMS = 6  # each narrows g by GRID / 4
 ROUNDING = 1e-6  # relative noise of losses below which a trend is not looked for: it would be the arithmetic's own
+LARGEST = 300.0  # of |ln m|
 MOST_SHARE = 0.999  # d / r at most, where an arm would be below the estimated E: its local m is a lower bound then
+
+
+def ratio(ln_m: float) -> float:
+    """exp, kept a finite number: for arms that no compute makes equal ln m can have any size."""
+    return math.exp(min(max(float(ln_m), -LARGEST), LARGEST))
 
 
 @dataclass(frozen=True)

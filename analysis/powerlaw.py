@@ -140,7 +140,7 @@ def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str
         faults.append("not converged")
     if certificate["starts_agree"] < 3:
         faults.append("fewer than 3 starts agree")
-    if certificate["condition_number"] > 1e10:
+    if (certificate["condition_number"] or 0) > 1e10:
         faults.append("the parameters are not told apart")
     if len(points.loss) <= len(model.names):
         faults.append("as many parameters as points")
@@ -239,5 +239,5 @@ class Model:
             "bounds_hit": [name for name, at in zip(self.names, held, strict=True) if at],
             "starts_agree": int((solution.objective <= limit).sum()),
             "runner_up": self.raw_objective(float(others.min())) if len(others) else None,
-            "condition_number": float(np.linalg.cond(curvature / np.outer(unit, unit))),
+            "condition_number": float(np.linalg.cond(curvature / np.outer(unit, unit))) if len(unit) else None,
         }

@@ -215,8 +215,12 @@ def _brief(value: Any) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.3f}"
+    return f"{value:.3f}" if value < 100 else f"{value:.2g}"
 
 
-def interval_text(interval: tuple[float, float] | None, number: str = "{:.3f}") -> str:
-    return f"[{number.format(interval[0])}, {number.format(interval[1])}]" if interval else NONE
+def interval_text(interval: tuple[float, float] | None, number: str = "") -> str:
+    """[low, high], as ratios unless `number` formats them."""
+    if interval is None:
+        return NONE
+    low, high = (number.format(end) if number else _ratio(end) for end in interval)
+    return f"[{low}, {high}]"

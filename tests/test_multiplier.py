@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
+from analysis.joint import joint_interval, wild_cluster_interval
 from analysis.multiplier import Multiplier, compare
 from analysis.paired import constancy_p, local_multipliers, trend
 from analysis.pairs import Pairs
@@ -150,6 +151,31 @@ def test_the_reported_interval_covers_after_the_constancy_test_has_chosen() -> N
     covered = float(np.mean([item.ci is not None and item.ci[0] < 1.33 < item.ci[1] for item in found]))
     print(f"coverage of the reported interval {covered:.3f}")
     assert 0.91 <= covered <= 0.98
+
+
+@pytest.mark.slow
+def test_the_cross_checks_cover_as_simulated() -> None:
+    """300 designs of 5 sizes and 3 seeds. The joint fit ignores the pairing and is wide; the wild cluster bootstrap is
+    a little narrow with so few clusters, which is why neither is the headline."""
+    compute, y0, y1, _ = simulate(300, 5, 3, 1.33)
+    hits = {"joint": 0, "wild": 0}
+    for a, b in zip(y0, y1, strict=True):
+        _, joint = joint_interval(pairs_of(compute, a, b))
+        wild = wild_cluster_interval(local_multipliers(compute, compute, a[None], b[None]))
+        assert joint is not None
+        hits["joint"] += joint[0] < 1.33 < joint[1]
+        hits["wild"] += wild[0] < 1.33 < wild[1]
+    print({name: hit / 300 for name, hit in hits.items()})
+    assert hits["joint"] / 300 > 0.95
+    assert hits["wild"] / 300 > 0.88
+
+
+def test_arms_that_no_compute_makes_equal_get_a_finite_number_and_a_remark() -> None:
+    compute = np.geomspace(1e18, 1e20, 4)
+    y0 = 1.7 + (compute / 1e19) ** -0.1
+    found = compare(pairs_of(compute, y0, y0 - 1.2), resamples=19)
+    assert math.isfinite(found.m)
+    assert "extrapolated: more than 10x apart" in found.status
 
 
 def test_equal_arms_are_not_resolved() -> None:
