@@ -1,6 +1,6 @@
 """Checkpoints of a run: written whole or not at all, read without unpickling code, newest complete one first."""
 
-import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ KEPT = 2  # the one before the newest stands in should the newest be unreadable
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
-    """Write the checkpoint of `step` and remove those that are no longer needed."""
+    """Write the checkpoint of `step`, and remove what it makes useless: older ones, and later ones of a course that
+    could not be resumed."""
     folder = run_dir / "checkpoint"
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / f"step-{step:010d}.pt", lambda temporary: torch.save(state, temporary))
-    for old in _newest_first(run_dir)[KEPT:]:
-        old.unlink(missing_ok=True)
+    path = folder / f"step-{step:010d}.pt"
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    earlier = [other for other in _newest_first(run_dir) if other.name < path.name]
+    for other in folder.iterdir():
+        if other not in (path, *earlier[: KEPT - 1]):
+            other.unlink(missing_ok=True)
 
 
 def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
@@ -41,11 +45,7 @@ def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
 
 def remove(run_dir: Path) -> None:
     """Remove a finished run's checkpoints; its weights stay in model.pt."""
-    for path in _newest_first(run_dir):
-        path.unlink(missing_ok=True)
-    folder = run_dir / "checkpoint"
-    if folder.is_dir() and not any(os.scandir(folder)):
-        folder.rmdir()
+    shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
 
 
 def _newest_first(run_dir: Path) -> list[Path]:

@@ -4,13 +4,15 @@
 node's failure, finds the newest complete checkpoint itself, and one that is already complete returns at once.
 """
 
+import contextlib
+import fcntl
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from analysis.runlog import SCHEMA, RunLog, next_attempt, progress, read_json, write_atomically, write_json
+from analysis.runlog import (
+    SCHEMA,
+    RunLog,
+    next_attempt,
+    progress,
+    read_json,
+    record_failure,
+    write_atomically,
+    write_json,
+)
 from experiments import flops, strict
 from experiments.config import Execution, RunConfig
 
@@ -43,12 +54,11 @@ class Run:
         if (self.run_dir / "run.json").exists() or (self.run_dir / "cancelled").exists():
             return
         attempt = _Attempt(self.run_dir, called_at)
-        try:
-            finished = attempt.go()
-        except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
-            # bad data or checkpoint, divergence, CUDA and memory, disk: what a person has to look at
-            attempt.fail(error)
-            raise RunFailed(f"{self.run_dir.name}: {error}") from error
+        with attempt.alone():
+            try:
+                finished = attempt.go()
+            except Exception as error:  # whatever it is, a person has to look at it before the run is tried again
+                raise RunFailed(f"{self.run_dir.name}: {attempt.fail(error)}") from error
         if not finished:
             attempt.stop.act()
 
@@ -125,33 +135,58 @@ class StopSignal:
 
 
 class _Attempt:
-    """One process's go at a run. Rank 0 alone writes: the log, the checkpoints, the cause of a failure."""
+    """One process's go at a run. Rank 0 alone writes the log and the checkpoints."""
 
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
         self.stop = StopSignal()
+        self._task = _task()
+        self._number = next_attempt(run_dir)
         self._log: RunLog | None = None
         self._step = 0
         self._saved_at = time.monotonic()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the run's directory: two processes that train one run would interleave their logs."""
+        if self._task.rank > 0:
+            yield
+            return
+        with (self._run_dir / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFailed(f"{self._run_dir.name}: another process has this run; leave it to that one") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
     def go(self) -> bool:
         """Whether the run is complete; if not it was told to stop, and its state is saved."""
         config, run, self._execution = read_config(self._run_dir)
-        with _world(self._run_dir, self._execution) as world:
+        if self._task.rank == 0:
+            (self._run_dir / "failure.json").unlink(missing_ok=True)
+        if self._number > self._execution.max_attempts:  # the same in all processes: none waits for the others
+            raise RuntimeError(
+                f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
+                "allowed; raise it in the profile, then retry"
+            )
+        with _world(self._run_dir, self._execution, self._task) as world:
             trainer = self._prepare(config, run, world)
             finished = self._train(trainer, world)
             if finished:
                 self._finish(trainer)
         return finished
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> str:
+        """Record the cause and return it. The disk may be what failed, so that nothing here may raise."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        if self._log is not None:
-            self._log.fail(self._step + 1, cause)
-        else:
-            number = next_attempt(self._run_dir)
-            failure = {"attempt": number, "step": 0, "cause": cause, "time": time.time()}
-            write_json(self._run_dir / "failure.json", failure)
+        with contextlib.suppress(OSError):
+            if self._log is not None:
+                self._log.fail(self._step, cause)
+            else:
+                record_failure(self._run_dir, attempt=self._number, step=self._step, cause=cause, time=time.time())
+        return f"step {self._step}: {cause}"
 
     def _prepare(self, config: dict[str, Any], run: RunConfig, world: "World") -> "Trainer":
         """The trainer, resumed from the newest checkpoint, and the attempt's log."""
@@ -160,12 +195,6 @@ class _Attempt:
         from experiments.train import Trainer
 
         waiting_since = _waiting_since(self._run_dir, config)
-        number = next_attempt(self._run_dir)
-        if world.rank == 0 and number > self._execution.max_attempts:
-            raise RuntimeError(
-                f"interrupted {number - 1} times; max_attempts = {self._execution.max_attempts} is allowed; "
-                "raise it or give the job more time"
-            )
         dataset = Dataset.open(config["data_dir"])
         if dataset.sha256 != config["data_sha256"]:
             raise ValueError(
@@ -176,10 +205,14 @@ class _Attempt:
         state = checkpoint.load_newest(self._run_dir, run.run_id)
         if state is not None:
             trainer.load_state_dict(state)
-        self._step = trainer.steps_done
+        if not world.agree(trainer.steps_done):
+            raise RuntimeError(
+                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and others another one; "
+                "retry when the file system shows the same files everywhere"
+            )
+        self._step = trainer.steps_done + 1
         if world.rank == 0:
-            first_step = trainer.steps_done + 1
-            self._log = RunLog(self._run_dir, attempt=number, first_step=first_step, about=_about(world))
+            self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=_about(world))
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -207,7 +240,7 @@ class _Attempt:
                     print(f"step {done}  held-out loss {evaluation.loss:.4f}", flush=True)
             else:
                 step = trainer.step()
-                self._step = step.step
+                self._step = step.step + 1
                 if self._log is not None:
                     self._log.step(**asdict(step))
             if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
@@ -243,38 +276,51 @@ class _Attempt:
             self._log.add_seconds(clock, time.monotonic() - since)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """This process's place in its job, as the scheduler says."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    job: str = ""
+
+
+def _task() -> _Task:
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return _Task()
+    environment = submitit.JobEnvironment()
+    return _Task(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
+
+
 @contextmanager
-def _world(run_dir: Path, execution: Execution) -> Iterator["World"]:
+def _world(run_dir: Path, execution: Execution, task: _Task) -> Iterator["World"]:
     """The processes of this job, joined where there are several."""
     import torch
     import torch.distributed as dist
 
     from experiments.train import World
 
-    rank, size, local_rank, job = 0, 1, 0, ""
-    if "SUBMITIT_EXECUTOR" in os.environ:
-        environment = submitit.JobEnvironment()
-        rank, size = environment.global_rank, environment.num_tasks
-        local_rank, job = environment.local_rank, environment.job_id
     cuda = torch.cuda.is_available()
     if execution.device == "cuda" and not cuda:
         raise ValueError("device = 'cuda' was asked for and torch sees no GPU; set device = 'auto' or 'cpu'")
     if cuda and execution.device != "cpu":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", task.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(execution.threads)
-    if size == 1:
-        yield World(rank, size, device)
+    world = World(task.rank, task.size, device)
+    if world.size == 1:
+        yield world
         return
     # A file all processes see: a port picked from the ephemeral range may be taken.
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    meeting = run_dir.absolute() / f".rendezvous-{job}-{restart}"
+    meeting = run_dir.absolute() / f".rendezvous-{task.job}-{restart}"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=size)
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=world.rank, world_size=world.size)
     try:
-        yield World(rank, size, device)
+        yield world
     finally:
         dist.destroy_process_group()
         meeting.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ Shapes: B sequences of a batch or micro-batch, T sequence length, V vocabulary.
 Source of the recipe: arXiv 2606.03825, section 4 (AdamW, weight decay 0.1, warm-up, cosine to zero, bf16).
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv
 from experiments.config import Execution, RunConfig, TrainConfig
 from experiments.data.batches import Batches, held_out
 from experiments.data.dataset import Dataset
@@ -71,6 +74,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def agree(self, number: int) -> bool:
+        """Whether all processes have the same number. Where they do not, at least one of them gets False."""
+        return self.sum(torch.tensor(float(number), device=self.device)).item() == number * self.size
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process: all processes get the same answer."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
@@ -87,9 +94,9 @@ class Trainer:
         self._run_id = run.run_id
         self._data_sha256 = dataset.sha256
         self._cuda = world.device.type == "cuda"
-        share = -(-run.train.batch_sequences // world.size)
+        share = math.ceil(run.train.batch_sequences / world.size)
         fitting = max(1, MICRO_BATCH_TOKENS // run.train.sequence_length)
-        self._micro_batch = execution.micro_batch or min(share, fitting)
+        self._micro_batch = min(share, execution.micro_batch or fitting)
         self._batches = Batches(
             dataset,
             sequence_length=run.train.sequence_length,
@@ -100,7 +107,9 @@ class Trainer:
             dataset, sequence_length=run.train.sequence_length, sequences=run.train.held_out_sequences
         )
         self.model = Transformer(run.model, run.seed).to(world.device)
-        self._forward = torch.compile(self.model) if execution.compile and self._cuda else self.model
+        self._replicas = DistributedDataParallel(self.model) if world.size > 1 else None
+        forward = self._replicas or self.model
+        self._forward = torch.compile(forward) if execution.compile and self._cuda else forward
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self.model, run.train.weight_decay),
             lr=run.train.learning_rate,
@@ -136,21 +145,26 @@ class Trainer:
         config, index = self.config, self.steps_done
         tokens = self._tokens(index + 1) - self._tokens(index)
         total = torch.zeros((), device=self.world.device)
-        for inputs, targets in self._micro_batches(index):
-            loss = self._loss(inputs, targets) / tokens
-            loss.backward()
+        micro_batches = list(self._micro_batches(index))
+        for number, (inputs, targets) in enumerate(micro_batches, start=1):
+            with self._without_exchange(number < len(micro_batches)):
+                loss = self._loss(inputs, targets) / tokens
+                (loss * self.world.size).backward()  # the exchange takes the mean over processes, the loss is a sum
             total += loss.detach()
         self.world.sum(total)
-        self._sum_gradients()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         loss_value, norm_value = total.item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise NonFiniteLoss(self._cause(index + 1, loss_value, norm_value))
+            raise NonFiniteLoss(self._cause(loss_value, norm_value))
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip_norm, norm)
         rate = learning_rate(index, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._cuda:
+            torch.cuda.synchronize()
         self.steps_done += 1
         seconds = time.perf_counter() - start
         return Step(self.steps_done, self._tokens(self.steps_done), loss_value, norm_value, rate, seconds)
@@ -161,15 +175,17 @@ class Trainer:
         start = time.perf_counter()
         inputs, targets = self._held_out.inputs, self._held_out.targets
         first, count = self.world.share(len(inputs))
-        rounds = -(-len(inputs) // (self._micro_batch * self.world.size))  # the same in every process
+        largest_share = math.ceil(len(inputs) / self.world.size)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i in range(rounds + 1):  # shares differ by one sequence at most
+        for i in range(math.ceil(largest_share / self._micro_batch)):
             if interrupted():
                 return None
             low, high = (first + min(n * self._micro_batch, count) for n in (i, i + 1))
             if high > low:
                 total += self._loss(*self._to_device(inputs[low:high], targets[low:high])).double()
         loss = self.world.sum(total).item() / inputs.size
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"held-out loss {loss}")
         bits_per_byte = self._held_out.bits_per_byte(loss)
         self.evaluated_at = self.steps_done
         seconds = time.perf_counter() - start
@@ -227,18 +243,16 @@ class Trainer:
             logits = self._forward(inputs)  # [B, T, V]
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def _sum_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            assert parameter.grad is not None, "every parameter takes part in the loss"
-            self.world.sum(parameter.grad)
+    def _without_exchange(self, accumulating: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged between processes once a step, with its last micro-batch."""
+        return self._replicas.no_sync() if self._replicas and accumulating else contextlib.nullcontext()
 
-    def _cause(self, step: int, loss: float, norm: float) -> str:
+    def _cause(self, loss: float, norm: float) -> str:
+        names = [name for name, _ in self.model.named_parameters()]
         broken = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        where = f", first in {broken[0]} ({len(broken)} of the parameters)" if broken else ""
-        return (
-            f"step {step}: loss {loss}, gradient norm {norm}{where}, "
-            f"learning rate {learning_rate(step - 1, self.config):.3g}"
-        )
+        where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
+        rate = learning_rate(self.steps_done, self.config)
+        return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
 
 
 def learning_rate(index: int, config: TrainConfig) -> float:
@@ -251,12 +265,10 @@ def learning_rate(index: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of linear maps and embeddings decay; gains and the filters of convolutions do not."""
-    decayed = {
-        id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)
-    }
-    others = [parameter for parameter in model.parameters() if id(parameter) not in decayed]
-    return [
-        {"params": list(decayed.values()), "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    """Matrices of linear maps and embeddings decay. Gains do not, nor does anything of a short convolution: the
+    kinds make their filters in different ways, and arms are to be treated alike."""
+    convolutions = (StaticShortConv, HeadwiseDynamicConv, LowRankDynamicConv)
+    filters = {id(p) for module in model.modules() if isinstance(module, convolutions) for p in module.parameters()}
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in filters]
+    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in filters]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from planted import ABOUT, write_config, write_run
 
-from analysis.runlog import RunLog, next_attempt, progress, read_json, read_rows, status
+from analysis.runlog import RunLog, next_attempt, progress, read_json, read_rows, record_failure, status
 
 LAST_STEP = 40
 
@@ -157,7 +157,7 @@ def test_status_and_progress(tmp_path: Path) -> None:
     at = progress(run_dir)
     assert at is not None
     assert (at.attempt, at.step, at.tokens, at.loss, at.updated_at) == (1, 1, 10, 5.0, 50.0)
-    RunLog(run_dir, attempt=2, first_step=1, about=ABOUT)
+    (run_dir / "failure.json").unlink()
     assert status(run_dir) == "unfinished"
     (run_dir / "cancelled").touch()
     assert status(run_dir) == "cancelled"
@@ -192,3 +192,31 @@ def test_logging_costs_under_a_hundredth_of_a_ten_millisecond_step(tmp_path: Pat
     share = sorted(costs)[2] / 10.0
     print(f"logging takes {share:.3%} of a 10 ms step")
     assert share < 0.01
+
+
+def test_the_first_of_several_processes_to_fail_knows_the_cause(tmp_path: Path) -> None:
+    record_failure(tmp_path, attempt=1, step=5, cause="out of memory", time=1.0)
+    record_failure(tmp_path, attempt=1, step=5, cause="connection closed by peer", time=2.0)
+    assert read_json(tmp_path / "failure.json")["cause"] == "out of memory"
+    assert [path.name for path in tmp_path.iterdir()] == ["failure.json"]
+
+
+@pytest.mark.parametrize("torn", [True, False])
+def test_a_run_with_a_torn_log_is_not_called_complete(tmp_path: Path, torn: bool) -> None:
+    run_dir = write_config(tmp_path)
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    for step in range(1, 11):
+        log.step(step, 10 * step, 5.0, 1.0, 1e-3, 0.1)
+        if step == 5:
+            log.flush()
+    log.evaluation(10, 100, 5.0, 2.0, 0.1)
+    log.flush()
+    part = run_dir / "steps-0001-00001.parquet"
+    if torn:
+        part.write_bytes(part.read_bytes()[:-20])
+    else:
+        part.unlink()
+    before = sorted(path.name for path in run_dir.iterdir())
+    with pytest.raises(ValueError, match="has a torn log: .*unreadable" if torn else "steps are missing"):
+        log.finish({})
+    assert sorted(path.name for path in run_dir.iterdir()) == before

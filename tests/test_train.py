@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from experiments import checkpoint
-from experiments.config import Execution, RunConfig
+from experiments.config import SITES, ConvConfig, Execution, Kind, RunConfig
 from experiments.data.dataset import Dataset
 from experiments.train import NonFiniteLoss, Step, Trainer, World, learning_rate, parameter_groups
 
@@ -40,14 +40,17 @@ def test_the_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine(tiny_run: RunC
     assert 0 < rates[-1] < 1e-5
 
 
-def test_matrices_decay_and_gains_and_filters_do_not(tiny_run: RunConfig, dataset: Dataset) -> None:
-    model = Trainer(tiny_run, dataset, CPU, ALONE).model
+@pytest.mark.parametrize("kind", ["lowrank", "headwise", "static"])
+def test_matrices_decay_and_gains_and_convolutions_do_not(tiny_run: RunConfig, dataset: Dataset, kind: Kind) -> None:
+    conv = ConvConfig(kind, ("q", "down"), head_size=8)
+    model = Trainer(replace(tiny_run, model=replace(tiny_run.model, conv=conv)), dataset, CPU, ALONE).model
     decayed, kept = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    assert {names[id(p)].rsplit(".", 1)[1] for p in kept["params"]} == {"weight", "up", "static_filter"}
-    assert all(p.dim() == 1 for p in kept["params"] if names[id(p)].endswith("weight"))  # RMSNorm gains
+    matrices = {f"blocks.{n}.linears.{site}.linear.weight" for n in range(2) for site in SITES}
+    assert {names[id(p)] for p in decayed["params"]} == {"embedding.weight", *matrices}
     assert len(decayed["params"]) + len(kept["params"]) == len(names)  # the tied table once
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in kept["params"]} >= {"norm", "conv"}
 
 
 def test_a_run_learns_real_text(tiny_run: RunConfig, dataset: Dataset) -> None:
@@ -96,14 +99,48 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_run: RunConfig, dataset: Datas
 def test_divergence_stops_before_anything_is_updated(tiny_run: RunConfig, dataset: Dataset) -> None:
     trainer = Trainer(tiny_run, dataset, CPU, ALONE)
     steps(trainer, 2)
-    poisoned = trainer.model.blocks[1].linears["up"].linear.weight  # type: ignore[union-attr,index]
-    with torch.no_grad():
-        poisoned[0, 0] = math.inf
+    named = dict(trainer.model.named_parameters())
+    named["blocks.1.linears.up.linear.weight"].register_hook(lambda gradient: gradient * math.nan)
     before = weights(trainer)
-    with pytest.raises(NonFiniteLoss, match=r"step 3: loss nan.*first in embedding.weight.*learning rate"):
+    cause = r"loss \d\.\d+, gradient norm nan, first in blocks\.1\.linears\.up\.linear\.weight \(1 of 38 parameters\)"
+    with pytest.raises(NonFiniteLoss, match=cause):
         trainer.step()
     assert torch.equal(weights(trainer), before)
     assert trainer.steps_done == 2
+
+
+def test_a_held_out_loss_that_is_not_finite_is_divergence(tiny_run: RunConfig, dataset: Dataset) -> None:
+    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    trainer.step()
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = math.inf
+    with pytest.raises(NonFiniteLoss, match="held-out loss nan"):
+        trainer.evaluate(never)
+
+
+def test_a_micro_batch_is_no_larger_than_the_share(
+    tiny_run: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny_run, dataset, replace(CPU, micro_batch=64), ALONE)
+    shapes = []
+    forward = trainer.model.forward
+    monkeypatch.setattr(trainer.model, "forward", lambda tokens: shapes.append(tokens.shape) or forward(tokens))
+    trainer.step()
+    assert shapes == [(8, 16)]
+
+
+def test_the_newest_course_wins_over_checkpoints_that_could_not_be_read(tmp_path: Path) -> None:
+    """A run that starts over saves lower steps than the torn files have, and must not delete what it just wrote."""
+    for step in (90, 100):
+        checkpoint.save(tmp_path, step, {"run_id": "x", "steps_done": step})
+    for path in (tmp_path / "checkpoint").iterdir():
+        path.write_bytes(b"torn")
+    (tmp_path / "checkpoint" / ".step-0000000110.pt.123.tmp").write_bytes(b"of a killed process")
+    checkpoint.save(tmp_path, 10, {"run_id": "x", "steps_done": 10})
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-0000000010.pt"]
+    state = checkpoint.load_newest(tmp_path, "x")
+    assert state is not None
+    assert state["steps_done"] == 10
 
 
 def test_checkpoints_of_other_runs_and_torn_ones(
