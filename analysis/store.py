@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.runlog import (
+    CLOCKS,
     COLUMNS,
     CONVENTIONS,
     IDENTITY,
@@ -118,6 +119,9 @@ def _read_live(path: Path) -> Store:
     return Store(path, run_table([row for _, row in found]), problems, [run_dir for run_dir, _ in found])
 
 
+_TYPES: dict[str, type | tuple[type, ...]] = {"string": str, "Int64": int, "float64": (int, float)}
+
+
 def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
     for run_dir in sorted(path.iterdir()):
         if run_dir.name.startswith(".") or not run_dir.is_dir():
@@ -142,8 +146,14 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     row["status"] = status(run_dir)
     if row["status"] == "complete":
         run = read_json(run_dir / "run.json")
-        row |= {f"{clock}_seconds": seconds for clock, seconds in run.get("seconds", {}).items()}
+        clocks = run.get("seconds", {})
+        if not isinstance(clocks, dict):
+            raise ValueError(f"{run_dir / 'run.json'} has seconds {clocks!r}, not a clock each")
+        row |= {f"{clock}_seconds": seconds for clock, seconds in clocks.items() if clock in CLOCKS}
         row |= {key: value for key, value in run.items() if key in RUN_COLUMNS}
+    for key, value in row.items():
+        if value is not None and not isinstance(value, _TYPES[RUN_COLUMNS[key]]):
+            raise ValueError(f"{run_dir} has {key} = {value!r}, not a {RUN_COLUMNS[key]}")
     return row
 
 

@@ -127,3 +127,26 @@ def test_a_thousand_runs_of_ten_thousand_steps_load_within_two_seconds(tmp_path:
     assert len(runs) == 1000
     print(f"read in {seconds:.2f} s")
     assert seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 3.5}, "steps = 3.5, not a Int64"),
+        ({"seconds": 3}, "has seconds 3, not a clock each"),
+        ({"loss": "abc"}, "loss = 'abc', not a float64"),
+        ({"device": 7}, "device = 7, not a string"),
+    ],
+)
+def test_one_foreign_run_is_named_and_takes_nothing_from_the_others(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    for seed in range(2):
+        write_run(write_config(tmp_path, seed=seed), 3.0)
+    path = tmp_path / "transformer-1M-1" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    store = load(tmp_path)
+    assert list(store.runs["run_id"]) == ["transformer-1M-0"]
+    (problem,) = store.problems
+    assert message in problem
+    assert problem.endswith("transformer-1M-1 is left out")
