@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -217,12 +218,14 @@ def test_ctrl_c_is_exit_code_130(cheap: list[str], tmp_path: Path) -> None:
     with (tmp_path / "store" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, "-m", "experiments.cli", "submit", *cheap]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, text=True) as submit:
-            assert submit.stderr is not None
-            assert submit.stderr.readline().startswith("waiting for another submit")
+        with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen(command, stderr=stderr, cwd=ROOT) as submit:
+            end = time.monotonic() + 60
+            while not (told := (tmp_path / "stderr").read_text()) and time.monotonic() < end:
+                time.sleep(0.1)
             submit.send_signal(signal.SIGINT)
-            assert submit.stderr.read() == "dynconv submit: interrupted\n"
             assert submit.wait() == 130
+    assert told == f"waiting for another submit to {tmp_path / 'store'}\n"
+    assert (tmp_path / "stderr").read_text() == f"{told}dynconv submit: interrupted\n"
 
 
 def test_a_failing_file_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
