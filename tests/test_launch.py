@@ -1,11 +1,10 @@
-"""Launching on this machine: profiles, local slots, Ctrl-C, cancel, retry, and where each run is said to stand."""
+"""Launching on this machine: local slots, Ctrl-C, cancel, retry, and what is refused."""
 
 import errno
 import fcntl
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from analysis.runlog import read_json, read_rows
 from experiments import launch, local, slurm, snapshot, states
 from experiments.config import RunConfig
 from experiments.data.dataset import Dataset
-from experiments.profile import Job, Profile, Slurm, load_profile
+from experiments.profile import Job, Profile, Slurm
 
-PROFILES = Path(__file__).parent.parent / "slurm" / "profiles"
 HERE = Profile("local", max_parallel=2, default=Job(device="cpu"))
 Submit = Callable[..., launch.Outcome]
 
@@ -60,111 +58,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, f"not so within {seconds} s"
         time.sleep(0.1)
-
-
-# Profiles
-
-
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_profiles_load(path: Path) -> None:
-    assert load_profile(path).executor in ("local", "debug", "slurm")
-
-
-def test_a_size_differs_from_the_default_only_where_it_says_so(tmp_path: Path) -> None:
-    text = '[slurm]\npartition = "p"\n[default]\nhours = 3\ngpus = 8\n[size.300M]\ngpus = 16\nmicro_batch = 4\n'
-    path = tmp_path / "cluster.toml"
-    path.write_text('executor = "slurm"\n' + text)
-    profile = load_profile(path)
-    large, other = profile.job("300M"), profile.job("150M")
-    assert (large.hours, large.gpus, large.nodes, large.micro_batch) == (3.0, 16, 2, 4)
-    assert (other.hours, other.gpus, other.nodes, other.micro_batch) == (3.0, 8, 1, 0)
-    assert (large.execution.gpus, large.execution.micro_batch) == (16, 4)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('executor = "slrum"', r"executor: got 'slrum'; did you mean 'slurm'\? legal: local, debug, slurm"),
-        ('executor = "local"\nmax_paralel = 2', r"unknown key 'max_paralel'; did you mean 'max_parallel'\?"),
-        ('executor = "local"\n[default]\nmemry_gb = 2', r"default: unknown key 'memry_gb'; did you mean 'memory_gb'"),
-        ('executor = "local"\n[size.300m]\ngpus = 2', r"got '300m'; did you mean '300M'\? legal: .*150M"),
-        ('executor = "local"\n[size.300M]\ngpu = 2', r"size.300M: unknown key 'gpu'; did you mean 'gpus'"),
-        ('executor = "local"\nsize = 3', r"size: got 3; wanted a table"),
-        ('executor = "slurm"', r"executor 'slurm' needs a table \[slurm\]"),
-        ('executor = "local"\n[slurm]\npartition = "x"', r"executor 'local' does not go with a table \[slurm\]"),
-        ('executor = "slurm"\n[slurm]\naccount = "x"', r"slurm: missing key 'partition'"),
-        ('executor = "local"\n[default]\ngpus = 12', r"gpus must fill whole nodes of gpus_per_node = 8; got 12"),
-        ('executor = "local"\n[default]\nhours = 0', r"hours must be finite and above zero; got 0"),
-        ('executor = "local"\n[default]\nhours = inf', r"hours must be finite and above zero; got inf"),
-        ('executor = "local"\n[default]\nmemory_gb = -3', r"memory_gb must be finite and above zero; got -3"),
-        ('executor = "local"\n[default]\ncheckpoint_minutes = nan', r"checkpoint_minutes must be finite and not neg"),
-        (
-            'executor = "slurm"\n[slurm]\npartition = "p"\nsignal_seconds = 360\n[default]\nhours = 9\n'
-            "[size.300M]\nhours = 0.1",
-            r"signal_seconds must be above zero and shorter than the shortest hours = 0.1; got 360",
-        ),
-        ('executor = "local"\nmax_parallel = -1', r"max_parallel must not be negative; got -1"),
-    ],
-)
-def test_a_wrong_profile_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
-        load_profile(path)
-
-
-def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole script, so that a change of it is a change somebody has read."""
-    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda _: 2)  # no Slurm is needed to write it
-    profile = load_profile(PROFILES / "example-gpu.toml")
-    assert profile.slurm is not None
-    executor = slurm.executor(
-        profile.job("1B"),
-        replace(profile.slurm, setup=("module load cuda",), options={"reservation": "scaling", "exclusive": ""}),
-        max_parallel=3,
-        name="paper-scaling-1B",
-        folder=Path("/store/.jobs/1"),
-        snapshot=Path("/store/.code/a b"),
-    )
-    executor.parameters["map_count"] = 5
-    script = executor._make_submission_file_text(executor._submitit_command_str, "0")
-    assert script.replace(sys.executable, "python") == (
-        "#!/bin/bash\n"
-        "\n"
-        "# Parameters\n"
-        "#SBATCH --account=my-account\n"
-        "#SBATCH --array=0-4%3\n"
-        "#SBATCH --cpus-per-task=12\n"
-        "#SBATCH --exclusive\n"
-        "#SBATCH --gpus-per-node=8\n"
-        "#SBATCH --job-name=paper-scaling-1B\n"
-        "#SBATCH --mem=921600M\n"
-        "#SBATCH --nodes=2\n"
-        "#SBATCH --ntasks-per-node=8\n"
-        "#SBATCH --open-mode=append\n"
-        "#SBATCH --output=/store/.jobs/1/%A_%a_0_log.out\n"
-        "#SBATCH --partition=gpu\n"
-        "#SBATCH --requeue\n"
-        "#SBATCH --reservation=scaling\n"
-        "#SBATCH --signal=TERM@300\n"
-        "#SBATCH --time=2880\n"
-        "#SBATCH --wckey=submitit\n"
-        "\n"
-        "# setup\n"
-        "module load cuda\n"
-        "export SUBMITIT_PREEMPT_SIGNAL=TERM\n"
-        "export PYTHONPATH='/store/.code/a b'${PYTHONPATH:+:$PYTHONPATH}\n"
-        "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot\n"
-        'export DYNCONV_SCRATCH="${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
-        "  # on the node: compilers' caches do not stand shared file systems\n"
-        "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
-        "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
-        "\n"
-        "# command\n"
-        "export SUBMITIT_EXECUTOR=slurm\n"
-        "srun --unbuffered --output /store/.jobs/1/%A_%a_%t_log.out --kill-on-bad-exit=1 --export=ALL --cpu-bind=none "
-        "--cpus-per-task=12 python -u -m submitit.core._submit /store/.jobs/1\n"
-    )
 
 
 # Submitting here
@@ -377,7 +270,7 @@ def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.Monk
         local.visible_gpus()
 
 
-# Refusals and the status of a store
+# Refusals
 
 
 def test_data_is_built_while_the_store_is_free(
@@ -496,75 +389,3 @@ def test_a_missing_cluster_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=r"SLURM_CONF=.*/slurm.conf does not exist"):
         submit([tiny_run], tmp_path / "store", profile)
     assert not (tmp_path / "store").exists()
-
-
-def test_status_of_a_hundred_runs_loads_nothing_slow(
-    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
-) -> None:
-    run_dir = submitted(tiny_run, tmp_path)
-    attempt = {"step": 5, "tokens": 640, "loss": 3.5, "first_step": 1, "started_at": 1.0, "updated_at": 2.0}
-    (run_dir / "attempt-0001.json").write_text(json.dumps(attempt))
-    for copy in range(99):
-        shutil.copytree(run_dir, tmp_path / f"copy-{copy}")
-    (tmp_path / "foreign").mkdir()
-    code = (
-        "import sys; from pathlib import Path; from experiments import states; "
-        "store = Path(sys.argv[1]); rows = states.read(store, states.find(store)); "
-        "assert not {'torch', 'pandas', 'numpy'} & set(sys.modules); print(len(rows), rows[0].progress)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["100", str(640 / tiny_run.train.tokens)]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("run.json", {"loss": 3.0}),
-        ("run.json", {"seconds": {}, "loss": None, "attempts": 1}),
-        ("run.json", None),
-        ("attempt-0001.json", {}),
-        ("failure.json", {}),
-        ("job.json", {}),
-    ],
-)
-def test_one_unreadable_run_takes_nothing_from_the_others(
-    name: str,
-    content: dict[str, object] | None,
-    runs: list[RunConfig],
-    submitted: Callable[..., Path],
-    submit: Submit,
-    tmp_path: Path,
-) -> None:
-    strange, good = (submitted(run, tmp_path) for run in runs[:2])
-    (strange / name).write_text('{"torn' if content is None else json.dumps(content))
-    bad, other = states.read(tmp_path, [strange.name, good.name])
-    assert (bad.state, other.state) == ("unreadable", "pending")
-    assert str(bad.cause).startswith(f"{strange}/{name.replace('0001', '*')} is ")
-    assert "2 runs: 1 pending, 1 unreadable" in states.render([bad, other])
-    assert submit(runs[:1], tmp_path).skipped == {"unreadable": [strange.name]}
-
-
-@pytest.mark.parametrize("ignored", [False, True])
-def test_a_repository_that_we_merely_lie_in_is_not_ours(
-    ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a virtual environment inside a project of the user's own."""
-    root = tmp_path / "theirs" / "lib"
-    (root / "experiments").mkdir(parents=True)
-    (root / "experiments" / "run.py").write_text("")
-    (root.parent / ".gitignore").write_text("lib\n" if ignored else "")
-    git = ["git", "-C", str(root.parent), "-c", "user.name=n", "-c", "user.email=e"]
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
-        subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(snapshot, "_root", lambda: root)
-    assert snapshot.commit(Path("abc")) == "snapshot-abc"
-    monkeypatch.setattr(snapshot, "_root", lambda: root.parent)
-    assert len(snapshot.commit(Path("abc"))) == 40  # a clean checkout
-
-
-@pytest.mark.parametrize(
-    ("ids", "single"),
-    [("7", ["7"]), ("7_3", ["7_3"]), ("7_[0-2,5%4]", ["7_0", "7_1", "7_2", "7_5"]), ("7_[4]", ["7_4"])],
-)
-def test_array_elements_that_never_started_are_told_apart(ids: str, single: list[str]) -> None:
-    assert slurm._expanded(ids) == single

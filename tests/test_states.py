@@ -1,0 +1,89 @@
+"""Where each run of a store is said to stand, and what the log calls the code that it ran."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import launch, slurm, snapshot, states
+from experiments.config import RunConfig
+from experiments.data.dataset import Dataset
+from experiments.profile import Profile
+
+
+def test_status_of_a_hundred_runs_loads_nothing_slow(
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    attempt = {"step": 5, "tokens": 640, "loss": 3.5, "first_step": 1, "started_at": 1.0, "updated_at": 2.0}
+    (run_dir / "attempt-0001.json").write_text(json.dumps(attempt))
+    for copy in range(99):
+        shutil.copytree(run_dir, tmp_path / f"copy-{copy}")
+    (tmp_path / "foreign").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from experiments import states; "
+        "store = Path(sys.argv[1]); rows = states.read(store, states.find(store)); "
+        "assert not {'torch', 'pandas', 'numpy'} & set(sys.modules); print(len(rows), rows[0].progress)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["100", str(640 / tiny_run.train.tokens)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", {"loss": 3.0}),
+        ("run.json", {"seconds": {}, "loss": None, "attempts": 1}),
+        ("run.json", None),
+        ("attempt-0001.json", {}),
+        ("failure.json", {}),
+        ("job.json", {}),
+    ],
+)
+def test_one_unreadable_run_takes_nothing_from_the_others(
+    name: str,
+    content: dict[str, object] | None,
+    tiny_run: RunConfig,
+    submitted: Callable[..., Path],
+    dataset: Dataset,
+    tmp_path: Path,
+) -> None:
+    strange, good = (submitted(run, tmp_path) for run in (tiny_run, replace(tiny_run, seed=9)))
+    (strange / name).write_text('{"torn' if content is None else json.dumps(content))
+    bad, other = states.read(tmp_path, [strange.name, good.name])
+    assert (bad.state, other.state) == ("unreadable", "pending")
+    assert str(bad.cause).startswith(f"{strange}/{name.replace('0001', '*')} is ")
+    assert "2 runs: 1 pending, 1 unreadable" in states.render([bad, other])
+    outcome = launch.submit([tiny_run], Profile("local"), tmp_path, cache=dataset.path.parent)
+    assert outcome.skipped == {"unreadable": [strange.name]}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_repository_that_we_merely_lie_in_is_not_ours(
+    ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a virtual environment inside a project of the user's own."""
+    root = tmp_path / "theirs" / "lib"
+    (root / "experiments").mkdir(parents=True)
+    (root / "experiments" / "run.py").write_text("")
+    (root.parent / ".gitignore").write_text("lib\n" if ignored else "")
+    git = ["git", "-C", str(root.parent), "-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(snapshot, "_root", lambda: root)
+    assert snapshot.commit(Path("abc")) == "snapshot-abc"
+    monkeypatch.setattr(snapshot, "_root", lambda: root.parent)
+    assert len(snapshot.commit(Path("abc"))) == 40  # a clean checkout
+
+
+@pytest.mark.parametrize(
+    ("ids", "single"),
+    [("7", ["7"]), ("7_3", ["7_3"]), ("7_[0-2,5%4]", ["7_0", "7_1", "7_2", "7_5"]), ("7_[4]", ["7_4"])],
+)
+def test_array_elements_that_never_started_are_told_apart(ids: str, single: list[str]) -> None:
+    assert slurm._expanded(ids) == single
