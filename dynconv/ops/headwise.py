@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.tiles import load_positions, load_slots, multiprocessors, sum_parts
+from dynconv.ops.tiles import drop_first, load_positions, load_slot, load_slots, multiprocessors, sum_parts
 
 
 @triton.jit
@@ -89,7 +89,9 @@ def _columns(head, head_size, channels, HEADS: tl.constexpr, HP: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     x, weight, static_w, y, positions,
-    time, channels, x_batch, x_time, weight_batch, weight_time, weight_head, tiles, head_size: tl.constexpr,
+    time, channels, x_batch, weight_batch, tiles,
+    x_time: tl.constexpr, weight_time: tl.constexpr, weight_head: tl.constexpr, y_time: tl.constexpr,
+    head_size: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr,
 ):  # fmt: skip
@@ -101,20 +103,27 @@ def _forward_kernel(
     batch = (program // tiles).to(tl.int64)
     start = (program % tiles) * (ROWS * SLOTS)
     rows = tl.arange(0, ROWS) * SLOTS
+    limit = time - start - rows
+    x += batch * x_batch + start.to(tl.int64) * x_time
     inputs = load_slots(
-        x + batch * x_batch + start.to(tl.int64) * x_time, rows, x_time, d, d_ok,
-        1 - W, SLOTS, -start, time - start,
-    )  # fmt: skip
+        x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok
+    )
     coefficient = tl.arange(0, HEADS * WP)
     coefficient_ok = (head + coefficient // WP < heads) & (coefficient % WP < W)
+    weight_at = (head + coefficient // WP) * weight_head + coefficient % WP
+    weight += batch * weight_batch + start.to(tl.int64) * weight_time
     filters = load_slots(
-        weight + batch * weight_batch + start.to(tl.int64) * weight_time, rows, weight_time,
-        (head + coefficient // WP) * weight_head + coefficient % WP, coefficient_ok,
-        0, SLOTS, -start, time - start,
+        weight + rows[:, None] * weight_time + weight_at[None, :],
+        0, SLOTS, weight_time, -start - rows, limit, coefficient_ok,
     )  # fmt: skip
     if PACKED:
         position = load_positions(positions + start, rows, SLOTS, time - start)
-    y += (batch * time + start) * channels
+    static = ()
+    if STATIC:
+        for tap in tl.static_range(W):
+            value = tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0)
+            static = static + (value.to(tl.float32)[None, :],)
+    out = y + (batch * time + start) * y_time + rows[:, None] * y_time + d[None, :]
     for slot in tl.static_range(SLOTS):
         taps = _split_taps(filters[slot], ROWS, HEADS, WP)
         if RESIDUAL:
@@ -124,22 +133,22 @@ def _forward_kernel(
         for tap in tl.static_range(W):
             values = _per_channel(taps[tap], ROWS, HEADS, HP)
             if STATIC:
-                values += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
+                values += static[tap]
             product = values * inputs[slot + W - 1 - tap].to(tl.float32)
             if PACKED:
                 product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
             result += product
-        ok = (rows + slot < time - start)[:, None] & d_ok[None, :]
-        tl.store(y + (rows + slot)[:, None] * channels + d[None, :], result, mask=ok)
+        tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
 
 
 @triton.jit
 def _backward_kernel(
     dy, x, weight, static_w, dx, dweight, dstatic, positions,
-    time, channels, dy_batch, dy_time, x_batch, x_time, weight_batch, weight_time, weight_head, chunks, tiles,
-    head_size: tl.constexpr,
+    time, channels, dy_batch, x_batch, weight_batch, chunks, tiles,
+    dy_time: tl.constexpr, x_time: tl.constexpr, weight_time: tl.constexpr, weight_head: tl.constexpr,
+    dx_time: tl.constexpr, head_size: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr,
 ):  # fmt: skip
     heads = channels // head_size
     blocks = tl.cdiv(heads, HEADS)
@@ -151,31 +160,40 @@ def _backward_kernel(
     rows = tl.arange(0, ROWS) * SLOTS
     coefficient = tl.arange(0, HEADS * WP)
     coefficient_ok = (head + coefficient // WP < heads) & (coefficient % WP < W)
+    static = ()
+    if STATIC:
+        for tap in tl.static_range(W):
+            value = tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0)
+            static = static + (value.to(tl.float32)[None, :],)
     sums = ()
     for _ in tl.static_range(W):
         sums = sums + (tl.zeros([ROWS, HEADS * HP], tl.float32),)
     for tile in range(chunk * tiles, chunk * tiles + tiles):
         start = tile * (ROWS * SLOTS)
-        inputs = load_slots(
-            x + batch * x_batch + start.to(tl.int64) * x_time, rows, x_time, d, d_ok,
-            1 - W, SLOTS, -start, time - start,
-        )  # fmt: skip
-        grads = load_slots(
-            dy + batch * dy_batch + start.to(tl.int64) * dy_time, rows, dy_time, d, d_ok,
-            0, SLOTS + W - 1, -start, time - start,
-        )  # fmt: skip
+        last = time - start
+        limit = last - rows
+        xs = x + batch * x_batch + start.to(tl.int64) * x_time + rows[:, None] * x_time + d[None, :]
+        dys = dy + batch * dy_batch + start.to(tl.int64) * dy_time + rows[:, None] * dy_time + d[None, :]
+        weight_at = (head + coefficient // WP) * weight_head + coefficient % WP
+        weights = weight + batch * weight_batch + start.to(tl.int64) * weight_time
+        weights += rows[:, None] * weight_time + weight_at[None, :]
+        out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
+        dweight_at = (head + coefficient // WP) * W + coefficient % WP
+        dweights = dweight + (batch * time + start) * (dx_time // head_size * W)
+        dweights += rows[:, None] * (dx_time // head_size * W) + dweight_at[None, :]
+        inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
+        grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
         filters = load_slots(
-            weight + batch * weight_batch + start.to(tl.int64) * weight_time, rows, weight_time,
-            (head + coefficient // WP) * weight_head + coefficient % WP, coefficient_ok,
-            0, SLOTS + W - 1, -start, time - start,
-        )  # fmt: skip
+            weights, 0, W - 1 + AHEAD, weight_time, -start - rows, limit, coefficient_ok
+        )
         if PACKED:
-            position = load_positions(positions + start, rows, SLOTS + W - 1, time - start)
-        taps = ()
-        for slot in tl.static_range(SLOTS + W - 1):
-            taps = taps + (_split_taps(filters[slot], ROWS, HEADS, WP),)
+            position = load_positions(positions + start, rows, SLOTS + W - 1, last)
         for slot in tl.static_range(SLOTS):
-            gradient = grads[slot].to(tl.float32)
+            inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, limit, d_ok),)
+            grads = grads + (load_slot(dys, slot + W - 1 + AHEAD, dy_time, limit, d_ok),)
+            loaded = load_slot(weights, slot + W - 1 + AHEAD, weight_time, limit, coefficient_ok)
+            filters = filters + (loaded,)
+            gradient = grads[0].to(tl.float32)
             if RESIDUAL:
                 result = gradient
             else:
@@ -183,11 +201,11 @@ def _backward_kernel(
             new_sums = ()
             coefficients = ()
             for tap in tl.static_range(W):
-                values = _per_channel(taps[slot + tap][tap], ROWS, HEADS, HP)
+                values = _per_channel(_split_taps(filters[tap], ROWS, HEADS, WP)[tap], ROWS, HEADS, HP)
                 if STATIC:
-                    values += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
-                back = values * grads[slot + tap].to(tl.float32)
-                product = gradient * inputs[slot + W - 1 - tap].to(tl.float32)
+                    values += static[tap]
+                back = values * grads[tap].to(tl.float32)
+                product = gradient * inputs[W - 1 - tap].to(tl.float32)
                 if PACKED:
                     back = tl.where((position[slot + tap] >= tap)[:, None], back, 0.0)
                     product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
@@ -198,26 +216,27 @@ def _backward_kernel(
                 new_sums = new_sums + (product,)
             if STATIC:
                 sums = new_sums
+            inputs = drop_first(inputs, W + AHEAD)
+            grads = drop_first(grads, W + AHEAD)
+            filters = drop_first(filters, W + AHEAD)
             for _ in tl.static_range(WP - W):
                 coefficients = coefficients + (tl.zeros([ROWS, HEADS], tl.float32),)
-            time_ok = (rows + slot < time - start)[:, None]
-            token = batch * time + start + (rows + slot)[:, None]
-            tl.store(dx + token * channels + d[None, :], result, mask=time_ok & d_ok[None, :])
+            time_ok = (slot < limit)[:, None]
+            tl.store(out + slot * dx_time, result, mask=time_ok & d_ok[None, :])
             flat = _join_taps(coefficients, ROWS, HEADS, WP)
-            at = token * heads * W + (head + coefficient // WP)[None, :] * W + (coefficient % WP)[None, :]
-            tl.store(dweight + at, flat, mask=time_ok & coefficient_ok[None, :])
+            dweight_slot = dweights + slot * (dx_time // head_size * W)
+            tl.store(dweight_slot, flat, mask=time_ok & coefficient_ok[None, :])
     if STATIC:
         for tap in tl.static_range(W):
             at = (program * W + tap).to(tl.int64) * channels + d
             tl.store(dstatic + at, tl.sum(sums[tap], 0), mask=d_ok)
 
 
-def _tile(head_size: int, heads: int, width: int) -> tuple[int, int, int, int]:
-    """(rows, heads, padded head size, padded taps) of a tile: about 1024 elements."""
+def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
+    """(rows, heads, padded head size) of a tile of about so many elements."""
     padded = triton.next_power_of_2(head_size)
     in_block = min(max(1, 256 // padded), triton.next_power_of_2(heads))
-    rows = max(1, 1024 // (in_block * padded))
-    return rows, in_block, padded, triton.next_power_of_2(width)
+    return max(1, elements // (in_block * padded)), in_block, padded
 
 
 def forward(
@@ -230,14 +249,16 @@ def forward(
     """The result, in x's dtype."""
     batch, time, channels = x.shape
     heads, width = weight.shape[2:]
-    rows, in_block, padded, taps = _tile(channels // heads, heads, width)
+    rows, in_block, padded = _tile(channels // heads, heads, elements=512)
     slots = 4
     tiles = triton.cdiv(time, rows * slots)
     y = x.new_empty(x.shape)
     _forward_kernel[(triton.cdiv(heads, in_block) * batch * tiles,)](
         x, weight, static_w, y, positions,
-        time, channels, x.stride(0), x.stride(1), *weight.stride()[:3], tiles, channels // heads,
-        W=width, WP=taps, STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
+        time, channels, x.stride(0), weight.stride(0), tiles,
+        x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2), y_time=channels,
+        head_size=channels // heads,
+        W=width, WP=triton.next_power_of_2(width), STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
         ROWS=rows, SLOTS=slots, HEADS=in_block, HP=padded, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return y
@@ -254,11 +275,14 @@ def backward(
     """The gradients of x, weight and static_w, in their dtypes."""
     batch, time, channels = x.shape
     heads, width = weight.shape[2:]
-    rows, in_block, padded, taps = _tile(channels // heads, heads, width)
-    slots = 4
+    # The static filter's sums want registers, and long chunks; without them, a program a tile does.
+    elements, slots, ahead = (1024, 4, 1) if static_w is None else (512, 8, 2)
+    rows, in_block, padded = _tile(channels // heads, heads, elements)
     blocks = triton.cdiv(heads, in_block)
     tiles = triton.cdiv(time, rows * slots)
-    chunks = min(tiles, triton.cdiv(8 * multiprocessors(x), blocks * batch)) if static_w is not None else tiles
+    chunks = tiles
+    if static_w is not None:
+        chunks = min(tiles, triton.cdiv(6 * multiprocessors(x), blocks * batch))
     per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, per_chunk)
     dx = x.new_empty(x.shape)
@@ -268,10 +292,12 @@ def backward(
         partial = x.new_empty((batch * chunks, width, channels), dtype=torch.float32)
     _backward_kernel[(blocks * batch * chunks,)](
         dy, x, weight, static_w, dx, dweight, partial, positions,
-        time, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), *weight.stride()[:3],
-        chunks, per_chunk, channels // heads,
-        W=width, WP=taps, STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
-        ROWS=rows, SLOTS=slots, HEADS=in_block, HP=padded, num_warps=4, enable_fp_fusion=True,
+        time, channels, dy.stride(0), x.stride(0), weight.stride(0), chunks, per_chunk,
+        dy_time=dy.stride(1), x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2),
+        dx_time=channels, head_size=channels // heads,
+        W=width, WP=triton.next_power_of_2(width), STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
+        ROWS=rows, SLOTS=slots, AHEAD=ahead, HEADS=in_block, HP=padded,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     if static_w is None or partial is None:
         return dx, dweight, None

@@ -4,12 +4,20 @@ Legend: B batch, T time, D channels, W taps, R rank, G segments of the channels,
 The filters are made on chip, a tile at a time, as z U; they are never stored.
 """
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dynconv.ops.tiles import multiprocessors, sum_parts
+
+mma: ModuleType | None
+try:  # Gluon is experimental, and its names move; without it the kernels below do
+    from dynconv.ops import lowrank_mma as mma
+except (AssertionError, AttributeError, ImportError):  # Triton < 3.6; the interpreter
+    mma = None
 
 
 @triton.jit
@@ -177,6 +185,8 @@ def forward(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
+    if mma is not None and x.is_cuda and positions is None and mma.fits(x, up, segments):
+        return mma.forward(x, z, up, static_w, segments, residual)
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(rank)
@@ -204,6 +214,8 @@ def backward(
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
+    if mma is not None and x.is_cuda and positions is None and mma.fits(x, up, segments):
+        return mma.backward(dy, x, z, up, static_w, segments, residual)
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     steps, columns, padded = _tile(rank)

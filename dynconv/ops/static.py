@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.tiles import load_positions, load_slots, multiprocessors, sum_parts
+from dynconv.ops.tiles import drop_first, load_positions, load_slot, load_slots, multiprocessors, sum_parts
 
 
 @triton.jit
 def _forward_kernel(
     x, weight, y, positions,
-    time, channels, x_batch, x_time, tiles,
+    time, channels, x_batch, tiles, x_time: tl.constexpr, y_time: tl.constexpr,
     W: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -22,34 +22,37 @@ def _forward_kernel(
     batch = (program // tiles).to(tl.int64)
     start = (program % tiles) * (ROWS * SLOTS)
     rows = tl.arange(0, ROWS) * SLOTS
+    limit = time - start - rows
+    x += batch * x_batch + start.to(tl.int64) * x_time
     inputs = load_slots(
-        x + batch * x_batch + start.to(tl.int64) * x_time, rows, x_time, d, d_ok,
-        1 - W, SLOTS, -start, time - start,
-    )  # fmt: skip
+        x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok
+    )
     if PACKED:
         position = load_positions(positions + start, rows, SLOTS, time - start)
-    y += (batch * time + start) * channels
+    taps = ()
+    for tap in tl.static_range(W):
+        taps = taps + (tl.load(weight + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :],)
+    out = y + (batch * time + start) * y_time + rows[:, None] * y_time + d[None, :]
     for slot in tl.static_range(SLOTS):
         if RESIDUAL:
             result = inputs[slot + W - 1].to(tl.float32)
         else:
             result = tl.zeros([ROWS, BD], tl.float32)
         for tap in tl.static_range(W):
-            taps = tl.load(weight + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)
-            product = taps[None, :] * inputs[slot + W - 1 - tap].to(tl.float32)
+            product = taps[tap] * inputs[slot + W - 1 - tap].to(tl.float32)
             if PACKED:
                 product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
             result += product
-        ok = (rows + slot < time - start)[:, None] & d_ok[None, :]
-        tl.store(y + (rows + slot)[:, None] * channels + d[None, :], result, mask=ok)
+        tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
 
 
 @triton.jit
 def _backward_kernel(
     dy, x, weight, dx, dweight, positions,
-    time, channels, dy_batch, dy_time, x_batch, x_time, chunks, tiles,
+    time, channels, dy_batch, x_batch, chunks, tiles,
+    dy_time: tl.constexpr, x_time: tl.constexpr, dx_time: tl.constexpr,
     W: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, BD: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, BD)
     d = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
@@ -59,39 +62,42 @@ def _backward_kernel(
     chunk = program % chunks
     rows = tl.arange(0, ROWS) * SLOTS
     sums = ()
-    for _ in tl.static_range(W):
+    taps = ()
+    for tap in tl.static_range(W):
+        taps = taps + (tl.load(weight + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :],)
         sums = sums + (tl.zeros([ROWS, BD], tl.float32),)
     for tile in range(chunk * tiles, chunk * tiles + tiles):
         start = tile * (ROWS * SLOTS)
-        inputs = load_slots(
-            x + batch * x_batch + start.to(tl.int64) * x_time, rows, x_time, d, d_ok,
-            1 - W, SLOTS, -start, time - start,
-        )  # fmt: skip
-        grads = load_slots(
-            dy + batch * dy_batch + start.to(tl.int64) * dy_time, rows, dy_time, d, d_ok,
-            0, SLOTS + W - 1, -start, time - start,
-        )  # fmt: skip
+        last = time - start
+        limit = last - rows
+        xs = x + batch * x_batch + start.to(tl.int64) * x_time + rows[:, None] * x_time + d[None, :]
+        dys = dy + batch * dy_batch + start.to(tl.int64) * dy_time + rows[:, None] * dy_time + d[None, :]
+        out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
+        inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
+        grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
         if PACKED:
-            position = load_positions(positions + start, rows, SLOTS + W - 1, time - start)
+            position = load_positions(positions + start, rows, SLOTS + W - 1, last)
         for slot in tl.static_range(SLOTS):
+            inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, limit, d_ok),)
+            grads = grads + (load_slot(dys, slot + W - 1 + AHEAD, dy_time, limit, d_ok),)
+            gradient = grads[0].to(tl.float32)
             if RESIDUAL:
-                result = grads[slot].to(tl.float32)
+                result = gradient
             else:
                 result = tl.zeros([ROWS, BD], tl.float32)
             new_sums = ()
             for tap in tl.static_range(W):
-                taps = tl.load(weight + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)
-                back = taps[None, :] * grads[slot + tap].to(tl.float32)
-                product = grads[slot].to(tl.float32) * inputs[slot + W - 1 - tap].to(tl.float32)
+                back = taps[tap] * grads[tap].to(tl.float32)
+                product = gradient * inputs[W - 1 - tap].to(tl.float32)
                 if PACKED:
                     back = tl.where((position[slot + tap] >= tap)[:, None], back, 0.0)
                     product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
                 result += back
                 new_sums = new_sums + (sums[tap] + product,)
             sums = new_sums
-            ok = (rows + slot < time - start)[:, None] & d_ok[None, :]
-            at = (batch * time + start) * channels + (rows + slot)[:, None] * channels + d[None, :]
-            tl.store(dx + at, result, mask=ok)
+            tl.store(out + slot * dx_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
+            inputs = drop_first(inputs, W + AHEAD)
+            grads = drop_first(grads, W + AHEAD)
     for tap in tl.static_range(W):
         at = (program * W + tap).to(tl.int64) * channels + d
         tl.store(dweight + at, tl.sum(sums[tap], 0), mask=d_ok)
@@ -106,10 +112,10 @@ def forward(
     """The result, in x's dtype."""
     batch, time, channels = x.shape
     y = x.new_empty(x.shape)
-    rows, slots, columns = 4, 8, min(256, triton.next_power_of_2(channels))
+    rows, slots, columns = 2, 8, min(256, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(time, rows * slots)
     _forward_kernel[(triton.cdiv(channels, columns) * batch * tiles,)](
-        x, weight, y, positions, time, channels, x.stride(0), x.stride(1), tiles,
+        x, weight, y, positions, time, channels, x.stride(0), tiles, x_time=x.stride(1), y_time=channels,
         W=weight.shape[0], RESIDUAL=residual, PACKED=positions is not None,
         ROWS=rows, SLOTS=slots, BD=columns, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -126,10 +132,10 @@ def backward(
     """The gradients of x and weight, in their dtypes."""
     batch, time, channels = x.shape
     width = weight.shape[0]
-    rows, slots, columns = 4, 4, min(256, triton.next_power_of_2(channels))
+    rows, slots, columns = 2, 16, min(256, max(16, triton.next_power_of_2(channels)))
     blocks = triton.cdiv(channels, columns)
     tiles = triton.cdiv(time, rows * slots)
-    chunks = min(tiles, triton.cdiv(8 * multiprocessors(x), blocks * batch))
+    chunks = min(tiles, triton.cdiv(4 * multiprocessors(x), blocks * batch))
     per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, per_chunk)
     dx = x.new_empty(x.shape)
@@ -137,9 +143,10 @@ def backward(
     partial = x.new_empty((batch * chunks, width, channels), dtype=torch.float32)
     _backward_kernel[(blocks * batch * chunks,)](
         dy, x, weight, dx, partial, positions,
-        time, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), chunks, per_chunk,
+        time, channels, dy.stride(0), x.stride(0), chunks, per_chunk,
+        dy_time=dy.stride(1), x_time=x.stride(1), dx_time=channels,
         W=width, RESIDUAL=residual, PACKED=positions is not None,
-        ROWS=rows, SLOTS=slots, BD=columns, num_warps=4, enable_fp_fusion=True,
+        ROWS=rows, SLOTS=slots, AHEAD=2, BD=columns, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     sum_parts((partial, dweight))
     return dx, dweight

@@ -14,18 +14,34 @@ from torch import Tensor
 
 
 @triton.jit
-def load_slots(pointer, rows, row_stride, columns, column_ok, first, last, lowest, highest):
-    """Slots first..last-1 of a tile, as a tuple of [ROWS, BD]; times outside lowest..highest-1 read as zero.
+def load_slot(pointers, slot, stride: tl.constexpr, limit, ok):
+    """Slot `slot` of a tile [ROWS, BD], zero from `limit` [ROWS] on. `pointers` are those of slot 0.
 
-    `rows` [ROWS] holds each row's slot 0, relative to `pointer`, as do `lowest` and `highest`.
+    The stride is a constant, so that the slots of a tile differ by an immediate offset and share one address.
     """
+    return tl.load(pointers + slot * stride, mask=(slot < limit)[:, None] & ok[None, :], other=0.0)
+
+
+@triton.jit
+def load_slots(pointers, first: tl.constexpr, last: tl.constexpr, stride: tl.constexpr, start, limit, ok):
+    """Slots first..last-1, as a tuple; zero before `start` [ROWS], too."""
     slots = ()
     for slot in tl.static_range(first, last):
-        time = rows + slot
-        ok = ((time >= lowest) & (time < highest))[:, None] & column_ok[None, :]
-        offsets = time[:, None] * row_stride + columns[None, :]
-        slots = slots + (tl.load(pointer + offsets, mask=ok, other=0.0),)
+        if slot < 0:
+            inside = ((slot >= start) & (slot < limit))[:, None] & ok[None, :]
+            slots = slots + (tl.load(pointers + slot * stride, mask=inside, other=0.0),)
+        else:
+            slots = slots + (load_slot(pointers, slot, stride, limit, ok),)
     return slots
+
+
+@triton.jit
+def drop_first(slots, length: tl.constexpr):
+    """A tuple of `length` slots without its first."""
+    rest = ()
+    for index in tl.static_range(1, length):
+        rest = rest + (slots[index],)
+    return rest
 
 
 @triton.jit
@@ -75,7 +91,8 @@ def sum_parts(
 
     The order of addition is fixed, so the sums are the same bits every time.
     """
-    block = 256
+    unroll = min(64, triton.next_power_of_2(max(partial.shape[0] for partial, _ in jobs)))
+    block = 4096 // unroll
     arguments: list[Tensor | int] = []
     programs = 0
     for partial, total in jobs:
@@ -84,7 +101,7 @@ def sum_parts(
     for _ in range(3 - len(jobs)):
         arguments += [*jobs[0], 0, 0]
     if programs:
-        _sum_kernel[(programs,)](*arguments, BLOCK=block, UNROLL=8, num_warps=2)
+        _sum_kernel[(programs,)](*arguments, BLOCK=block, UNROLL=unroll, num_warps=4)
 
 
 @functools.cache
