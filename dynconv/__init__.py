@@ -1,5 +1,19 @@
 """Dynamic short convolutions: causal depthwise convolutions whose filter every token makes for itself."""
 
-from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
+from dynconv.ops import (
+    headwise_dynamic_convolution,
+    headwise_dynamic_convolution_step,
+    lowrank_dynamic_convolution,
+    lowrank_dynamic_convolution_step,
+    static_convolution,
+    static_convolution_step,
+)
 
-__all__ = ["headwise_dynamic_convolution", "lowrank_dynamic_convolution", "static_convolution"]
+__all__ = [
+    "headwise_dynamic_convolution",
+    "headwise_dynamic_convolution_step",
+    "lowrank_dynamic_convolution",
+    "lowrank_dynamic_convolution_step",
+    "static_convolution",
+    "static_convolution_step",
+]

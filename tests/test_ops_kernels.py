@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as patch:
     importlib.import_module("dynconv.ops.operator")
 
 DEVICE = "cuda" if GPU else "cpu"
-CASES = 300 if GPU else 60
+CASES = 12 if GPU else 60  # on a GPU each compiles its kernels anew
 # Relative RMS error by dtype: the most that 2,000 of the cases below reached, and a third more; a tap scaled by
 # 0.9, or a shift by one step, is at 2e-2 and more.
 BOUND = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 6.5e-3}
@@ -51,6 +51,8 @@ class Case:
     residual: bool = True
     documents: tuple[int, ...] = ()  # lengths
     segments: tuple[int, ...] = ()
+    state: bool = False
+    activation: str | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -65,6 +67,8 @@ class Case:
 
         shape = (self.batch, self.time, self.channels)
         made = {"x": normal(*shape)}
+        if self.state and self.width > 1:  # else it is empty, and has no gradient
+            made["initial_state"] = normal(len(self.documents) or self.batch, self.width - 1, self.channels)
         if self.kind == "static":
             return made | {"weight": normal(self.width, self.channels)}
         if self.kind == "headwise":
@@ -78,7 +82,7 @@ class Case:
         return made
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        options: dict[str, Any] = {"residual": self.residual}
+        options: dict[str, Any] = {"residual": self.residual, "activation": self.activation}
         if self.documents:
             edges = torch.tensor([0, *self.documents]).cumsum(0)
             options["cu_seqlens"] = edges.to(DEVICE)
@@ -90,16 +94,20 @@ class Case:
         """Straight from the definition: one token's filter times one earlier input, summed one by one."""
         filters = self.filters(inputs)
         x = inputs["x"]
-        starts = torch.zeros(self.time, dtype=torch.long)
-        for length, end in zip(self.documents, torch.tensor(self.documents).cumsum(0).tolist(), strict=True):
-            starts[end - length : end] = end - length
-        y = x.clone() if self.residual else torch.zeros_like(x)
-        for t in range(self.time):
-            for tap in range(min(self.width, t - int(starts[t]) + 1)):
-                y = y.index_add(
-                    1, torch.tensor([t], device=x.device), (filters[:, t, tap] * x[:, t - tap]).unsqueeze(1)
-                )
-        return y
+        lengths = self.documents or (self.time,)
+        rows = []
+        for document, length in enumerate(lengths):
+            begin = sum(lengths[:document])
+            state = torch.zeros(self.batch, self.width - 1, self.channels).to(x)
+            if "initial_state" in inputs:
+                state = inputs["initial_state"][document : document + 1] if self.documents else inputs["initial_state"]
+            past = torch.cat([state, x[:, begin : begin + length]], 1)
+            for t in range(length):
+                taps = [filters[:, begin + t, tap] * past[:, self.width - 1 + t - tap] for tap in range(self.width)]
+                rows.append(torch.stack(taps).sum(0))
+        y = torch.stack(rows, 1) if rows else torch.zeros_like(x)
+        y = y if self.activation is None else torch.nn.functional.silu(y)
+        return y + x if self.residual else y
 
     def filters(self, inputs: dict[str, Tensor]) -> Tensor:  # [B, T, W, D]
         shape = (self.batch, self.time, self.width, self.channels)
@@ -164,6 +172,8 @@ def cases(draw: st.DrawFn) -> Case:
         residual=draw(st.booleans()),
         documents=documents,
         segments=tuple(draw(st.lists(st.integers(1, 70), min_size=2, max_size=3))) if segmented else (),
+        state=draw(st.booleans()),
+        activation=draw(st.sampled_from([None, "silu"])),
         dtype=draw(st.sampled_from(list(BOUND))),
     )
 
@@ -178,6 +188,29 @@ def test_any_shape_agrees_with_the_oracle(case: Case) -> None:
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_each_kind_and_dtype_agrees_with_the_oracle(kind: str, dtype: torch.dtype) -> None:
     assert_close(Case(kind, heads=9, time=70, rank=16, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=1, time=300, heads=4, head_size=16, rank=16),
+        Case(batch=2, time=77, heads=3, head_size=16, rank=15, static=False),
+        Case(batch=3, time=1, heads=1, head_size=16, rank=1, width=1, residual=False),
+        Case(batch=1, time=200, heads=172, head_size=16, rank=16, width=3),  # D = 2752, a model's FFN
+        Case(batch=2, time=150, rank=5, segments=(256, 128), width=2),
+        Case(batch=1, time=90, rank=16, segments=(128, 128, 128)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    from dynconv.ops import lowrank_mma
+
+    inputs = case.inputs()
+    assert lowrank_mma.fits(inputs["x"].to(dtype), inputs["U"], case.segments or (case.channels,))
+    assert_close(replace(case, dtype=dtype))
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
@@ -252,6 +285,45 @@ def test_mixed_dtypes_as_autocast_makes_them(kind: str) -> None:
     assert all(value.grad is not None and value.grad.dtype == value.dtype for value in inputs.values())
     exact = {name: value.detach().double() for name, value in inputs.items()}
     assert relative_error(y.detach(), case.oracle(exact)) < BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize("documents", [(), (9, 1, 27)])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_chunks_with_their_states_give_what_the_whole_gives(kind: str, documents: tuple[int, ...]) -> None:
+    case = Case(kind, batch=1 if documents else 2, documents=documents, state=True)
+    inputs = case.inputs()
+    whole = case.run(inputs)
+    whole_gradients = torch.autograd.grad(whole.square().sum(), list(inputs.values()))
+    per_token = {"x", "z"} | ({"weight"} if kind == "headwise" else set())
+    parts = []
+    lengths = documents or (case.time,)
+    for index in range(len(lengths)):
+        begin = sum(lengths[:index])
+        state = inputs["initial_state"][index : index + 1] if documents else inputs["initial_state"]
+        for first, last in ((0, 1), (1, 9), (9, 37)):
+            window = slice(begin + first, begin + min(last, lengths[index]))
+            if window.stop > window.start:
+                chunk = {name: v[:, window] if name in per_token else v for name, v in inputs.items()}
+                options = {"residual": case.residual, "return_final_state": True}
+                y, state = FUNCTIONS[kind](**(chunk | {"initial_state": state}), **options)
+                parts.append(y)
+    chunked = torch.cat(parts, 1)
+    assert relative_error(chunked, whole.double()) < BOUND[torch.float32]
+    gradients = torch.autograd.grad(chunked.square().sum(), list(inputs.values()))
+    for got, want in zip(gradients, whole_gradients, strict=True):
+        assert relative_error(got, want.double()) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_the_final_states_of_packed_documents(kind: str) -> None:
+    case = Case(kind, batch=1, documents=(9, 1, 27), state=True)
+    inputs = case.inputs()
+    edges = torch.tensor([0, 9, 10, 37], device=DEVICE)
+    _, states = FUNCTIONS[kind](**inputs, cu_seqlens=edges, return_final_state=True)
+    x, before = inputs["x"][0], inputs["initial_state"]
+    assert torch.equal(states[0], x[6:9])
+    assert torch.equal(states[1], torch.cat([before[1, 1:], x[9:10]]))
+    assert torch.equal(states[2], x[34:37])
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)

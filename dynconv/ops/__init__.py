@@ -2,8 +2,18 @@
 
 from dynconv.ops.functions import (
     headwise_dynamic_convolution,
+    headwise_dynamic_convolution_step,
     lowrank_dynamic_convolution,
+    lowrank_dynamic_convolution_step,
     static_convolution,
+    static_convolution_step,
 )
 
-__all__ = ["headwise_dynamic_convolution", "lowrank_dynamic_convolution", "static_convolution"]
+__all__ = [
+    "headwise_dynamic_convolution",
+    "headwise_dynamic_convolution_step",
+    "lowrank_dynamic_convolution",
+    "lowrank_dynamic_convolution_step",
+    "static_convolution",
+    "static_convolution_step",
+]

@@ -1,13 +1,21 @@
 """The convolution functions: they check their arguments and run on the best implementation for the device.
 
-Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments.
-Tap 0 is the current token. The result has x's dtype; the arithmetic is in float32.
+Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments, N sequences: B, or
+as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype; the kernels' arithmetic
+is in float32. Keywords of all three functions:
+
+cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds documents that start at these places; nothing crosses them.
+initial_state [N, W-1, D]: the inputs before x, oldest first; zeros by default.
+return_final_state: the result is (y, state [N, W-1, D]), the state to go on from.
+activation: None or "silu"; y = silu(conv) (+ x).
 """
 
 import importlib.util
 import os
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynconv.ops import reference
@@ -16,7 +24,32 @@ from dynconv.ops import reference
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_WIDTH = 8
+_MAX_WIDTH = 8  # of the kernels; the reference takes any
+_FEW_TOKENS = 8  # a decoding step: fewer launches through the reference than through the kernels
+
+
+class _Filters(NamedTuple):
+    """What makes the filters; see `reference.convolve`."""
+
+    z: Tensor | None
+    weight: Tensor | None
+    static_w: Tensor | None
+    segments: tuple[int, ...]
+    width: int
+
+    def at(self, tokens: Tensor) -> "_Filters":  # tokens [N, n], of a batch of one
+        """Those of some tokens, as a batch of N sequences."""
+        z = None if self.z is None else self.z[0, tokens]
+        per_token = self.z is None and self.weight is not None
+        weight = self.weight[0, tokens] if per_token and self.weight is not None else self.weight
+        return self._replace(z=z, weight=weight)
+
+    def first(self, count: int) -> "_Filters":
+        """Those of each sequence's first tokens."""
+        z = None if self.z is None else self.z[:, :count]
+        per_token = self.z is None and self.weight is not None
+        weight = self.weight[:, :count] if per_token and self.weight is not None else self.weight
+        return self._replace(z=z, weight=weight)
 
 
 def static_convolution(
@@ -24,12 +57,16 @@ def static_convolution(
     weight: Tensor,  # [W, D]
     residual: bool = False,
     *,
-    cu_seqlens: Tensor | None = None,  # [N + 1] int: where documents start in T, and T; needs B = 1
-) -> Tensor:  # [B, T, D]
-    """y[b,t,d] = sum_w weight[w,d] x[b,t-w,d] (+ x[b,t,d]); nothing crosses a document's start."""
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    activation: str | None = None,
+) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
+    """y[b,t,d] = sum_w weight[w,d] x[b,t-w,d] (+ x[b,t,d])."""
     _check_input(x)
     _check(weight, (None, x.shape[2]), "weight", "[W, D]", x)
-    return _convolve(x, None, None, weight, cu_seqlens, (), residual)
+    filters = _Filters(None, None, weight, (), weight.shape[0])
+    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation)
 
 
 def headwise_dynamic_convolution(
@@ -38,8 +75,11 @@ def headwise_dynamic_convolution(
     static_w: Tensor | None = None,  # [W, D]
     residual: bool = False,
     *,
-    cu_seqlens: Tensor | None = None,  # [N + 1] int: where documents start in T, and T; needs B = 1
-) -> Tensor:  # [B, T, D]
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    activation: str | None = None,
+) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
     """One filter per token for each group of D/H consecutive channels, plus an optional static one.
 
     y[b,t,d] = sum_w (weight[b,t,d//(D/H),w] + static_w[w,d]) x[b,t-w,d] (+ x[b,t,d]).
@@ -52,7 +92,8 @@ def headwise_dynamic_convolution(
         raise ValueError(f"H must divide D; got H = {heads} and D = {channels}; choose another head size")
     if static_w is not None:
         _check(static_w, (width, channels), "static_w", "[W, D]", x)
-    return _convolve(x, None, weight, static_w, cu_seqlens, (), residual)
+    filters = _Filters(None, weight, static_w, (), width)
+    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation)
 
 
 def lowrank_dynamic_convolution(
@@ -62,13 +103,16 @@ def lowrank_dynamic_convolution(
     static_w: Tensor | None = None,  # [W, D]
     residual: bool = False,
     *,
-    cu_seqlens: Tensor | None = None,  # [N + 1] int: where documents start in T, and T; needs B = 1
-    segments: tuple[int, ...] | list[int] | None = None,  # G widths that add up to D; None: one segment
-) -> Tensor:  # [B, T, D]
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    activation: str | None = None,
+    segments: tuple[int, ...] | list[int] | None = None,
+) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
     """Every channel has its own filter: (z U) viewed [W, D], plus an optional static one.
 
-    With segments, the channels are G runs of the given widths (Q, K and V side by side, say), and run g's
-    filters are made from z's g-th R columns.
+    `segments`: the channels are G runs of these widths (Q, K and V side by side, say), and run g's filters are made
+    from z's g-th R columns.
     """
     _check_input(x)
     batch, time, channels = x.shape
@@ -79,34 +123,156 @@ def lowrank_dynamic_convolution(
     if sum(runs) != channels or min(runs) < 1:
         raise ValueError(f"segments must be positive and add up to D = {channels}; got {runs}")
     _check(z, (batch, time, len(runs) * U.shape[0]), "z", "[B, T, G*R]", x)
+    width = U.shape[1] // channels
     if static_w is not None:
-        _check(static_w, (U.shape[1] // channels, channels), "static_w", "[W, D]", x)
-    return _convolve(x, z, U, static_w, cu_seqlens, runs, residual)
+        _check(static_w, (width, channels), "static_w", "[W, D]", x)
+    filters = _Filters(z, U, static_w, runs, width)
+    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation)
 
 
-def _convolve(
+def static_convolution_step(
+    x: Tensor,  # [B, T, D]: one token, or a few to be verified
+    state: Tensor,  # [B, W-1, D]: the inputs before, oldest first
+    weight: Tensor,  # [W, D]
+    residual: bool = False,
+    *,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
+    """Decode: `static_convolution` from a state, and the next state.
+
+    If only k of several tokens are accepted, the state is torch.cat([state, x], 1)[:, k : k + W - 1].
+    """
+    options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
+    return static_convolution(x, weight, residual, **options)
+
+
+def headwise_dynamic_convolution_step(
     x: Tensor,  # [B, T, D]
-    z: Tensor | None,
-    weight: Tensor | None,
-    static_w: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segments: tuple[int, ...],
+    state: Tensor,  # [B, W-1, D]
+    weight: Tensor,  # [B, T, H, W]
+    static_w: Tensor | None = None,  # [W, D]
+    residual: bool = False,
+    *,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
+    """Decode: `headwise_dynamic_convolution` from a state, and the next state."""
+    options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
+    return headwise_dynamic_convolution(x, weight, static_w, residual, **options)
+
+
+def lowrank_dynamic_convolution_step(
+    x: Tensor,  # [B, T, D]
+    state: Tensor,  # [B, W-1, D]
+    z: Tensor,  # [B, T, G*R]
+    U: Tensor,  # [R, W*D]
+    static_w: Tensor | None = None,  # [W, D]
+    residual: bool = False,
+    *,
+    activation: str | None = None,
+    segments: tuple[int, ...] | list[int] | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
+    """Decode: `lowrank_dynamic_convolution` from a state, and the next state."""
+    options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
+    return lowrank_dynamic_convolution(x, z, U, static_w, residual, segments=segments, **options)
+
+
+def _run(
+    x: Tensor,  # [B, T, D]
+    filters: _Filters,
     residual: bool,
-) -> Tensor:  # [B, T, D]
-    positions = None if cu_seqlens is None else _positions(x, cu_seqlens)
-    if _HAS_TRITON and (x.is_cuda or _INTERPRET) and x.dtype in _KERNEL_DTYPES:
+    cu_seqlens: Tensor | None,  # [N + 1]
+    initial_state: Tensor | None,  # [N, W-1, D]
+    return_final_state: bool,
+    activation: str | None,
+) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
+    if activation not in (None, "silu"):
+        raise ValueError(f'activation must be None or "silu"; got {activation!r}')
+    document = positions = None
+    sequences = x.shape[0]
+    if cu_seqlens is not None:
+        document, positions = _documents(x, cu_seqlens)
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        shape = (sequences, filters.width - 1, x.shape[2])
+        _check(initial_state, shape, "initial_state", "[N, W-1, D]", x)
+    inner_residual = residual and activation is None
+    if initial_state is None:
+        y = _convolve(x, filters, positions, inner_residual)
+    else:
+        y = _continue(x, filters, document, positions, cu_seqlens, inner_residual, initial_state)
+    if activation is not None:
+        y = F.silu(y) + x if residual else F.silu(y)
+    if not return_final_state:
+        return y
+    return y, _final_state(x, filters.width, cu_seqlens, initial_state)
+
+
+def _convolve(x: Tensor, filters: _Filters, positions: Tensor | None, residual: bool) -> Tensor:  # [B, T, D]
+    kernels = _HAS_TRITON and (x.is_cuda or _INTERPRET) and x.dtype in _KERNEL_DTYPES
+    if kernels and filters.width <= _MAX_WIDTH:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
 
-        return convolve(x, z, weight, static_w, positions, segments, residual)
-    return reference.convolve(x, z, weight, static_w, positions, segments, residual)
+        return convolve(x, *filters[:3], positions, filters.segments, residual)
+    return reference.convolve(x, *filters[:3], positions, filters.segments, residual)
 
 
-def _positions(
+def _continue(
+    x: Tensor,  # [B, T, D]
+    filters: _Filters,
+    document: Tensor | None,  # [T]
+    positions: Tensor | None,  # [T]
+    cu_seqlens: Tensor | None,  # [N + 1]
+    residual: bool,
+    state: Tensor,  # [N, W-1, D]
+) -> Tensor:  # [B, T, D]
+    """The convolution of sequences that go on from a state, which reaches their first W-1 outputs only."""
+    count = filters.width - 1
+    if count == 0:
+        return _convolve(x, filters, positions, residual)
+    if cu_seqlens is None or document is None or positions is None:
+        count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
+        few = filters.first(count)
+        heads = reference.convolve(x[:, :count], *few[:3], None, few.segments, residual, state)
+        if count == x.shape[1]:
+            return heads
+        return torch.cat([heads, _convolve(x, filters, None, residual)[:, count:]], 1)
+    tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)
+    few = filters.at(tokens.clamp(max=x.shape[1] - 1))
+    heads = x[0, tokens.clamp(max=x.shape[1] - 1)]  # [N, W-1, D]; those past a short document's end go unread
+    heads = reference.convolve(heads, *few[:3], None, few.segments, residual, state)
+    y = _convolve(x, filters, positions, residual)
+    return torch.where((positions < count)[:, None], heads[document, positions.clamp(max=count - 1)], y)
+
+
+def _final_state(
+    x: Tensor,  # [B, T, D]
+    width: int,
+    cu_seqlens: Tensor | None,  # [N + 1]
+    initial_state: Tensor | None,  # [N, W-1, D]
+) -> Tensor:  # [N, W-1, D]
+    """The last W-1 inputs of every sequence, oldest first."""
+    count = width - 1
+    if cu_seqlens is None:
+        before = x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+        recent = x[:, max(0, x.shape[1] - count) :]
+        return torch.cat([before, recent], 1)[:, recent.shape[1] :]
+    starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    tokens = ends - count + torch.arange(count, device=x.device)  # [N, W-1]
+    recent = x[0, tokens.clamp(min=0, max=x.shape[1] - 1)]
+    if initial_state is None:
+        before = torch.zeros((), dtype=x.dtype, device=x.device)
+    else:
+        places = (tokens - starts + count).clamp(min=0, max=max(0, count - 1))
+        before = initial_state.to(x.dtype).gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+    return torch.where((tokens >= starts)[..., None], recent, before)
+
+
+def _documents(
     x: Tensor,  # [1, T, D]
     cu_seqlens: Tensor,  # [N + 1]
-) -> Tensor:  # [T] int32
-    """Each token's place in its document."""
+) -> tuple[Tensor, Tensor]:  # [T] int64, [T] int32
+    """Each token's document, and its place in it."""
     batch, time, _ = x.shape
     if batch != 1:
         raise ValueError(f"cu_seqlens needs B = 1; got B = {batch}; pass x.reshape(1, B*T, D)")
@@ -123,7 +289,7 @@ def _positions(
             raise ValueError(f"cu_seqlens must rise from 0 to T = {time}; got {edges}; pass the starts and T")
     steps = torch.arange(time, dtype=cu_seqlens.dtype, device=x.device)
     document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
-    return (steps - cu_seqlens[document]).int()
+    return document, (steps - cu_seqlens[document]).int()
 
 
 def _check_input(x: Tensor) -> None:

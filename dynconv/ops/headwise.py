@@ -105,9 +105,7 @@ def _forward_kernel(
     rows = tl.arange(0, ROWS) * SLOTS
     limit = time - start - rows
     x += batch * x_batch + start.to(tl.int64) * x_time
-    inputs = load_slots(
-        x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok
-    )
+    inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok)
     coefficient = tl.arange(0, HEADS * WP)
     coefficient_ok = (head + coefficient // WP < heads) & (coefficient % WP < W)
     weight_at = (head + coefficient // WP) * weight_head + coefficient % WP
@@ -183,9 +181,7 @@ def _backward_kernel(
         dweights += rows[:, None] * (dx_time // head_size * W) + dweight_at[None, :]
         inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
         grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
-        filters = load_slots(
-            weights, 0, W - 1 + AHEAD, weight_time, -start - rows, limit, coefficient_ok
-        )
+        filters = load_slots(weights, 0, W - 1 + AHEAD, weight_time, -start - rows, limit, coefficient_ok)
         if PACKED:
             position = load_positions(positions + start, rows, SLOTS + W - 1, last)
         for slot in tl.static_range(SLOTS):
@@ -258,7 +254,8 @@ def forward(
         time, channels, x.stride(0), weight.stride(0), tiles,
         x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2), y_time=channels,
         head_size=channels // heads,
-        W=width, WP=triton.next_power_of_2(width), STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
+        W=width, WP=triton.next_power_of_2(width),
+        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
         ROWS=rows, SLOTS=slots, HEADS=in_block, HP=padded, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return y
@@ -295,7 +292,8 @@ def backward(
         time, channels, dy.stride(0), x.stride(0), weight.stride(0), chunks, per_chunk,
         dy_time=dy.stride(1), x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2),
         dx_time=channels, head_size=channels // heads,
-        W=width, WP=triton.next_power_of_2(width), STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
+        W=width, WP=triton.next_power_of_2(width),
+        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
         ROWS=rows, SLOTS=slots, AHEAD=ahead, HEADS=in_block, HP=padded,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

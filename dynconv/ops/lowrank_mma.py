@@ -113,7 +113,7 @@ def _generator(z, WARPS: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
-    """Shared memory for groups of SLOTS slots: a buffer for each slot, lest Triton put barriers between their copies."""
+    """Shared memory for groups of SLOTS slots: a buffer each, lest Triton put barriers between their copies."""
     ring = ()
     for _ in gl.static_range(SLOTS):
         ring = ring + (gl.allocate_shared_memory(dtype, shape, layout),)
@@ -121,7 +121,16 @@ def _ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, dtype:
 
 
 @gluon.jit
-def _basis(up, first, channels, R: gl.constexpr, W: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
+def _basis(
+    up,
+    first,
+    channels,
+    R: gl.constexpr,
+    W: gl.constexpr,
+    WARPS: gl.constexpr,
+    layout: gl.constexpr,
+    dtype: gl.constexpr,
+):
     """U's taps [rank, column] as the right operand of filters = z U."""
     rank = _axis(16, 1, layout)
     d = first + _axis(WARPS, 0, layout) * 16 + _channel(_axis(16, 2, layout))
@@ -133,7 +142,16 @@ def _basis(up, first, channels, R: gl.constexpr, W: gl.constexpr, WARPS: gl.cons
 
 
 @gluon.jit
-def _basis_transposed(up, first, channels, R: gl.constexpr, W: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
+def _basis_transposed(
+    up,
+    first,
+    channels,
+    R: gl.constexpr,
+    W: gl.constexpr,
+    WARPS: gl.constexpr,
+    layout: gl.constexpr,
+    dtype: gl.constexpr,
+):
     """U's taps [column, rank] as the right operand of dz = g U^T."""
     rank = _axis(16, 2, layout)
     d = first + _axis(WARPS, 0, layout) * 16 + _channel(_axis(16, 1, layout))
@@ -145,7 +163,9 @@ def _basis_transposed(up, first, channels, R: gl.constexpr, W: gl.constexpr, WAR
 
 
 @gluon.jit
-def _starts(static_w, first, channels, W: gl.constexpr, STATIC: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+def _starts(
+    static_w, first, channels, W: gl.constexpr, STATIC: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr
+):
     """What the filters' sums start from: the static filter's taps, or zero."""
     d = first + _axis(WARPS, 0, layout) * 16 + _channel(_axis(16, 2, layout))
     starts = ()

@@ -20,6 +20,7 @@ def convolve(
     positions: Tensor | None,  # [T] int32: each token's place in its document, where B = 1 holds several
     segments: tuple[int, ...],  # widths of the G segments of D: low-rank; (): one segment
     residual: bool,
+    history: Tensor | None = None,  # [B, W-1, D]: the inputs before x, oldest first; zeros by default
 ) -> Tensor:  # [B, T, D], x's dtype
     """y[b,t,d] = sum_w filter[b,t,w,d] x[b,t-w,d] (+ x[b,t,d]), with zeros before a document's start.
 
@@ -34,7 +35,7 @@ def convolve(
             taps = taps + static_w
     assert taps is not None
     time, width = x.shape[1], taps.shape[-2]
-    padded = F.pad(x, (0, 0, width - 1, 0))
+    padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], 1)
     y = x if residual else None
     for tap in range(width):
         term = taps[..., tap, :] * padded[:, width - 1 - tap :][:, :time]

@@ -24,9 +24,7 @@ def _forward_kernel(
     rows = tl.arange(0, ROWS) * SLOTS
     limit = time - start - rows
     x += batch * x_batch + start.to(tl.int64) * x_time
-    inputs = load_slots(
-        x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok
-    )
+    inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok)
     if PACKED:
         position = load_positions(positions + start, rows, SLOTS, time - start)
     taps = ()
