@@ -12,6 +12,8 @@ Two identities make the matrix unit's layouts fit without moving data:
 x, dy and z stream through a ring in shared memory (cp.async); the static filter is what the filters' sums start from.
 """
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -472,6 +474,7 @@ def _padded(z: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.pad(segments, (0, MAX_RANK - rank)).flatten(2)
 
 
+@functools.cache
 def _run(time: int, programs_a_chunk: int, at_once: int, longest: int) -> int:
     """Slots of a row: long runs load U less often (about 16 slots' worth of time), short ones fill the device."""
     runs = [longest >> halving for halving in range(longest.bit_length() - 3)]
