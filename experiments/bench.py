@@ -5,6 +5,8 @@ forward and backward); `bytes` that must move, every input read and every output
 device's copy bandwidth, measured here, that these bytes in that time come to.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import importlib.util
@@ -56,7 +58,7 @@ class Case:
             return 2 * x + made + parameters
         return 5 * x + 3 * made + 3 * parameters
 
-    def inputs(self) -> dict[str, "Tensor"]:
+    def inputs(self) -> dict[str, Tensor]:
         """Random inputs on the GPU, by argument; parameters in float32, as autocast leaves them."""
         import torch
 
@@ -106,7 +108,7 @@ def cases(quick: bool) -> list[Case]:
     return barred + others
 
 
-def measure(case: Case, function: Callable[..., "Tensor"]) -> Iterator[tuple[str, float]]:
+def measure(case: Case, function: Callable[..., Tensor]) -> Iterator[tuple[str, float]]:
     """(pass, microseconds) of one implementation of a case's op."""
     import torch
 
@@ -210,7 +212,7 @@ def _installed_peers() -> Iterator[tuple[str, Callable[..., Any]]]:
     if importlib.util.find_spec("causal_conv1d"):
         from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]  # not a dependency
 
-        def channels_first(x: "Tensor", weight: "Tensor", residual: bool) -> "Tensor":
+        def channels_first(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
             y: Tensor = causal_conv1d_fn(x.transpose(1, 2), weight.flip(0).t().to(x.dtype)).transpose(1, 2)
             return y + x if residual else y
 
@@ -218,14 +220,14 @@ def _installed_peers() -> Iterator[tuple[str, Callable[..., Any]]]:
     if importlib.util.find_spec("fla"):
         from fla.modules.convolution import causal_conv1d  # type: ignore[import-not-found]  # not a dependency
 
-        def channels_last(x: "Tensor", weight: "Tensor", residual: bool) -> "Tensor":
+        def channels_last(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
             y: Tensor = causal_conv1d(x, weight.flip(0).t().contiguous(), residual=x if residual else None)[0]
             return y
 
         yield "flash-linear-attention", channels_last
 
 
-def table(chosen: list[Case], found: dict[str, dict[str, Callable[..., Any]]]) -> "pd.DataFrame":
+def table(chosen: list[Case], found: dict[str, dict[str, Callable[..., Any]]]) -> pd.DataFrame:
     """One row a case, pass and provider."""
     import pandas as pd
     import torch
@@ -260,7 +262,7 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def bars(rows: "pd.DataFrame") -> "Figure":
+def bars(rows: pd.DataFrame) -> Figure:
     """Forward and backward of every op at the paper's shape, and the floor: its bytes at the copy bandwidth."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -294,7 +296,7 @@ def bars(rows: "pd.DataFrame") -> "Figure":
     return figure
 
 
-def _label(row: "pd.Series[Any]") -> str:
+def _label(row: pd.Series[Any]) -> str:
     size = {
         "static": "",
         "headwise": f" h={row['D'] // row['H'] if row['op'] == 'headwise' else 0}",
@@ -303,7 +305,7 @@ def _label(row: "pd.Series[Any]") -> str:
     return f"{row['op']}{size[row['op']]}{' + static' if row['static'] else ''}"
 
 
-def _write(rows: "pd.DataFrame", path: Path) -> None:
+def _write(rows: pd.DataFrame, path: Path) -> None:
     writers = {".parquet": lambda to: rows.to_parquet(to, index=False), ".csv": lambda to: rows.to_csv(to, index=False)}
     if path.suffix not in writers:
         raise ValueError(f"-o wants a .parquet or .csv; got {path}")

@@ -36,6 +36,12 @@ def test_low_rank_with_one_hot_z_picks_a_filter() -> None:
     torch.testing.assert_close(got, static_convolution(X, up[1].view(2, 6)))
 
 
+def test_mixed_dtypes_as_autocast_makes_them_give_the_inputs_dtype() -> None:
+    z, up = torch.randn(2, 5, 3), torch.randn(3, 2 * 6)
+    y = lowrank_dynamic_convolution(X.bfloat16(), z.bfloat16(), up, torch.randn(2, 6))
+    assert y.dtype == torch.bfloat16
+
+
 def test_segments_are_separate_convolutions_side_by_side() -> None:
     z, up = torch.randn(2, 5, 2 * 3), torch.randn(3, 2, 6)
     got = lowrank_dynamic_convolution(X, z, up.flatten(1), segments=(4, 2))

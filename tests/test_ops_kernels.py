@@ -247,7 +247,8 @@ def test_strided_views_give_what_their_copies_give(kind: str) -> None:
         torch.autograd.grad(case.run(inputs), list(inputs.values()), dy.contiguous()),
         strict=True,
     ):
-        assert torch.equal(got, want)
+        # not the same bits: strides are constants of a kernel, and its compiler may order a sum otherwise
+        assert relative_error(got, want.double()) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)

@@ -163,10 +163,11 @@ def _backward_kernel(
             tl.store(dstatic + (program * W + tap).to(tl.int64) * channels + d, static_sums[tap], mask=d_ok)
 
 
-def _tile(rank: int) -> tuple[int, int, int]:
+def _tile(x: Tensor, rank: int) -> tuple[int, int, int]:
     """(time steps, channels, padded rank) of a tile: W sums of [R, channels] are kept in registers."""
     padded = max(16, triton.next_power_of_2(rank))
-    return 64 if padded <= 32 else 32, 64 if padded <= 32 else 32, padded
+    small = padded > 32 or x.dtype == torch.float32
+    return 32 if small else 64, 16 if padded > 64 else 32 if small else 64, padded
 
 
 def _dot_dtype(x: Tensor) -> tl.dtype:
@@ -189,7 +190,7 @@ def forward(
         return mma.forward(x, z, up, static_w, segments, residual)
     batch, time, channels = x.shape
     rank = up.shape[0]
-    steps, columns, padded = _tile(rank)
+    steps, columns, padded = _tile(x, rank)
     tiles = triton.cdiv(time, steps)
     blocks = sum(triton.cdiv(width, columns) for width in segments)
     y = x.new_empty(x.shape)
@@ -198,7 +199,7 @@ def forward(
         time, channels, x.stride(0), x.stride(1), z.stride(0), z.stride(1), tiles, blocks,
         SEGMENTS=segments, R=rank, RP=padded, W=up.shape[1] // channels,
         STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
-        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, enable_fp_fusion=True,
+        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -218,7 +219,7 @@ def backward(
         return mma.backward(dy, x, z, up, static_w, segments, residual)
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
-    steps, columns, padded = _tile(rank)
+    steps, columns, padded = _tile(x, rank)
     tiles = triton.cdiv(time, steps)
     in_segment = [triton.cdiv(length, columns) for length in segments]
     blocks = sum(in_segment)
@@ -240,7 +241,7 @@ def backward(
         chunks, per_chunk, blocks,
         SEGMENTS=segments, R=rank, RP=padded, W=width,
         STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
-        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, enable_fp_fusion=True,
+        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     jobs = [(dz_partial, dz), (up_partial, dup)]
     dstatic = None

@@ -59,6 +59,8 @@ def _lowrank(
     channels: int,
     segments: tuple[int, ...],
 ) -> Tensor:  # [B, T, W, D]
+    dtype = torch.promote_types(z.dtype, up.dtype)  # under autocast z has 16 bits, and the parameter 32
+    z, up = z.to(dtype), up.to(dtype)
     if len(segments) <= 1:
         return (z @ up).unflatten(2, (-1, channels))
     basis = up.unflatten(1, (-1, channels)).split(segments, dim=2)  # each [R, W, D of the segment]
