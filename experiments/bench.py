@@ -167,12 +167,23 @@ def host_time(work: Callable[[], object]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a microsecond of a large copy on the device, reading and writing."""
+    """Bytes a microsecond of a large copy on the device, reading and writing.
+
+    By a kernel, timed eagerly: a copy_ replayed in a graph read 2.8 TB/s on an H200 that copies 4.25.
+    """
     import torch
 
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / replay_time(lambda: target.copy_(source))
+    times = []
+    for _ in range(_REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        torch.neg(source, out=target)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return 2 * source.numel() * source.element_size() / statistics.median(times)
 
 
 def providers(compiled: bool, against: list[str]) -> dict[str, dict[str, Callable[..., Any]]]:
@@ -257,9 +268,9 @@ def table(chosen: list[Case], found: dict[str, dict[str, Callable[..., Any]]]) -
 
 
 def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "rev-parse", "--verify", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return found.stdout.strip() or None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def bars(rows: pd.DataFrame) -> Figure:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from analysis import verbs as analysis_verbs
 from analysis.errors import WorkFailed
-from experiments import strict
+from experiments import bench, strict
 from experiments.config import RunConfig
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _add_cancel(subparsers)
     _add_retry(subparsers)
     analysis_verbs.register(subparsers)
+    bench.register(subparsers)
     _add_data(subparsers)
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for verb in subparsers.choices.values():  # after the verb as well: there it must not reset what came before
