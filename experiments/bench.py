@@ -342,14 +342,18 @@ def run(args: argparse.Namespace) -> int:
 
 def register(subparsers: Subparsers) -> None:
     """Add the verb; its parser has a default `run(args) -> exit code`."""
-    parser = subparsers.add_parser("bench", help="time the convolutions on this GPU", description=__doc__)
+    example = "examples:\n  dynconv bench kernels --against mypackage.ops:lowrank_convolution -o kernels.parquet"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser(
+        "bench", help="time the convolutions on this GPU", description=__doc__, epilog=example, formatter_class=layout
+    )
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     kernels = what.add_parser(
         "kernels",
         help="every op at the shapes with a bar, beside its floor",
         description=__doc__,
-        epilog="example:\n  dynconv bench kernels --against mypackage.ops:lowrank_conv -o kernels.parquet",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=example,
+        formatter_class=layout,
     )
     kernels.add_argument("--quick", action="store_true", help="only the paper's shape")
     kernels.add_argument(

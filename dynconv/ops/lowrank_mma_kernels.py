@@ -1,0 +1,290 @@
+"""The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, R <= 16, W <= 4.
+
+Legend: B batch, T time, D channels, W taps, R rank (padded to 16), G segments.
+
+Everything a thread needs stays in its registers. A warp owns 16 channels and 16 rows; row r, slot s stands for
+time r * RUN + s of the program's chunk, so the earlier inputs of a slot are the slots before it, of the same thread.
+Two identities make the matrix unit's layouts fit without moving data:
+- a product does not care in which order its columns (or summed-over channels) come, so column c holds channel
+  `mma.channel_of(c)` and each thread's four channels lie side by side in memory;
+- the transpose of an 8 x 8 block across a warp is one instruction, so g = dy * x serves both as the left operand of
+  dz = g U^T (summed over channels) and, transposed, of dU^T = g^T z (summed over time).
+x, dy and z stream through a ring in shared memory (cp.async); the static filter is what the filters' sums start from.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from dynconv.ops.mma import (
+    allocate_ring,
+    async_load,
+    axis,
+    channel_of,
+    find_segment,
+    load_basis,
+    load_basis_transposed,
+    load_generator,
+    load_starts,
+    mma_layout,
+    multiply,
+    own_layout,
+    to_channels,
+    to_columns,
+    transpose,
+)
+
+
+@gluon.jit
+def forward_kernel(
+    x, z, up, static_w, y,
+    time, channels, x_batch, z_batch, chunks, blocks,
+    x_time: gl.constexpr, z_time: gl.constexpr, y_time: gl.constexpr, SEGMENTS: gl.constexpr,
+    R: gl.constexpr, W: gl.constexpr, STATIC: gl.constexpr, RESIDUAL: gl.constexpr,
+    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = mma_layout(WARPS)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    OWN: gl.constexpr = own_layout(WARPS)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
+    Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0])
+    Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=4, max_phase=2, order=[1, 0])
+    dtype: gl.constexpr = x.dtype.element_ty
+    first = (gl.program_id(0) % blocks) * (16 * WARPS)
+    segment, _ = find_segment(first, SEGMENTS)
+    program = gl.program_id(0) // blocks
+    batch = (program // chunks).to(gl.int64)
+    start = (program % chunks) * (16 * RUN)
+    x += batch * x_batch + start.to(gl.int64) * x_time
+    y += (batch * time + start) * y_time
+    z += batch * z_batch + start.to(gl.int64) * z_time + segment * 16
+
+    row = axis(16, 1, OWN) * RUN
+    d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
+    d_ok = d < channels
+    limit = time - start - row
+    copy_row = axis(16, 1, COPY) * RUN
+    copy_d = first + axis(WARPS, 0, COPY) * 16 + axis(16, 2, COPY)
+    copy_ok = copy_d < channels
+    copy_limit = time - start - copy_row
+    x_from = copy_row * x_time + copy_d
+    z_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, Z_COPY)), 1) * RUN
+    z_column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, Z_COPY)), 0)
+    z_from = z_row * z_time + z_column
+    z_limit = time - start - z_row + z_column * 0
+    x_ring = allocate_ring(SLOTS, [STAGES, WARPS, 16, 16], ROWS, dtype)
+    z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
+    for slot in gl.static_range((STAGES - 1) * SLOTS):
+        x_ok = (slot < copy_limit) & copy_ok
+        async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
+        async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
+        if slot % SLOTS == SLOTS - 1:
+            async_copy.commit_group()
+    xs = ()
+    for slot in gl.static_range(1 - W, 0):
+        ok = (slot >= -start - row) & (slot < limit) & d_ok
+        xs = xs + (gl.load(x + row * x_time + d + slot * x_time, mask=ok, other=0.0),)
+    basis = load_basis(up, first, channels, R, W, WARPS, RIGHT, dtype)
+    starts = load_starts(static_w, first, channels, W, STATIC, WARPS, MMA)
+
+    x_ahead = x + (STAGES - 1) * SLOTS * x_time
+    z_ahead = z + (STAGES - 1) * SLOTS * z_time
+    for group in range(0, RUN, SLOTS):
+        async_copy.wait_group(STAGES - 2)
+        ahead = group + (STAGES - 1) * SLOTS
+        place = ahead // SLOTS % STAGES
+        for slot in gl.static_range(SLOTS):
+            inside = (ahead + slot < copy_limit) & copy_ok & (ahead < RUN)
+            async_load(x_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
+            z_inside = (ahead + slot < z_limit) & (ahead < RUN)
+            async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
+        async_copy.commit_group()
+        x_ahead += SLOTS * x_time
+        z_ahead += SLOTS * z_time
+        place = group // SLOTS % STAGES
+        out = y + row * y_time + d
+        y += SLOTS * y_time
+        for slot in gl.static_range(SLOTS):
+            xs = xs + (x_ring[slot].index(place).load(OWN),)
+            generator = load_generator(z_ring[slot].index(place), WARPS, LEFT)
+            if RESIDUAL:
+                result = xs[W - 1].to(gl.float32)
+            else:
+                result = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
+            for tap in gl.static_range(W):
+                filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
+                result += filters * xs[W - 1 - tap].to(gl.float32)
+            gl.store(out + slot * y_time, result.to(dtype), mask=(group + slot < limit) & d_ok)
+            kept = ()
+            for index in gl.static_range(W - 1):
+                kept = kept + (xs[index + 1],)
+            xs = kept
+
+
+@gluon.jit
+def backward_kernel(
+    dy, x, z, up, static_w, dx, dz, dup, dstatic,
+    time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks,
+    dy_time: gl.constexpr, x_time: gl.constexpr, z_time: gl.constexpr, dx_time: gl.constexpr, SEGMENTS: gl.constexpr,
+    R: gl.constexpr, W: gl.constexpr, STATIC: gl.constexpr, RESIDUAL: gl.constexpr,
+    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = mma_layout(WARPS)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    OWN: gl.constexpr = own_layout(WARPS)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
+    Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
+    SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 2, 16], [1, WARPS, 1], [2, 1, 0])
+    OUT: gl.constexpr = gl.SliceLayout(0, SUM)
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0])
+    Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=4, max_phase=2, order=[1, 0])
+    dtype: gl.constexpr = x.dtype.element_ty
+    first = (gl.program_id(0) % blocks) * (16 * WARPS)
+    segment, begin = find_segment(first, SEGMENTS)
+    program = gl.program_id(0) // blocks
+    batch = (program // chunks).to(gl.int64)
+    start = (program % chunks) * (16 * RUN)
+    x += batch * x_batch + start.to(gl.int64) * x_time
+    dy += batch * dy_batch + start.to(gl.int64) * dy_time
+    z += batch * z_batch + start.to(gl.int64) * z_time + segment * 16
+    dx += (batch * time + start) * dx_time
+    part = (first - begin) // (16 * WARPS)
+    RANKS: gl.constexpr = R * len(SEGMENTS)
+    dz += (part.to(gl.int64) * tokens + batch * time + start) * RANKS + segment * R
+
+    row = axis(16, 1, OWN) * RUN
+    d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
+    d_ok = d < channels
+    limit = time - start - row
+    copy_row = axis(16, 1, COPY) * RUN
+    copy_d = first + axis(WARPS, 0, COPY) * 16 + axis(16, 2, COPY)
+    copy_ok = copy_d < channels
+    copy_limit = time - start - copy_row
+    x_from = copy_row * x_time + copy_d
+    dy_from = copy_row * dy_time + copy_d
+    z_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, Z_COPY)), 1) * RUN
+    z_column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, Z_COPY)), 0)
+    z_from = z_row * z_time + z_column
+    z_limit = time - start - z_row + z_column * 0
+    x_ring = allocate_ring(SLOTS, [STAGES, WARPS, 16, 16], ROWS, dtype)
+    dy_ring = allocate_ring(SLOTS, [STAGES, WARPS, 16, 16], ROWS, dtype)
+    z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
+    for slot in gl.static_range((STAGES - 1) * SLOTS):
+        early = (slot < copy_limit) & copy_ok
+        async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=early)
+        async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + dy_from + slot * dy_time, mask=early)
+        async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
+        if slot % SLOTS == SLOTS - 1:
+            async_copy.commit_group()
+    xs = ()
+    partial = ()
+    for slot in gl.static_range(1 - W, 0):
+        ok = (slot >= -start - row) & (slot < limit) & d_ok
+        xs = xs + (gl.load(x + row * x_time + d + slot * x_time, mask=ok, other=0.0),)
+        partial = partial + (gl.zeros([WARPS, 16, 16], gl.float32, OWN),)
+    basis = load_basis(up, first, channels, R, W, WARPS, RIGHT, dtype)
+    basis_t = load_basis_transposed(up, first, channels, R, W, WARPS, RIGHT, dtype)
+    starts = load_starts(static_w, first, channels, W, STATIC, WARPS, MMA)
+    up_sums = ()
+    static_sums = ()
+    for _ in gl.static_range(W):
+        up_sums = up_sums + (gl.zeros([WARPS, 16, 16], gl.float32, MMA),)
+        static_sums = static_sums + (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
+    ones = gl.full([WARPS, 16, 8], 1.0, dtype, RIGHT)
+
+    dz_shared = allocate_ring(SLOTS, [WARPS, 16, 16], ROWS, gl.float32)
+    dz_time = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, OUT)), 1) * RUN
+    dz_rank = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, OUT)), 0)
+    dz_limit = time - start - dz_time
+    x_ahead = x + (STAGES - 1) * SLOTS * x_time
+    dy_ahead = dy + (STAGES - 1) * SLOTS * dy_time
+    z_ahead = z + (STAGES - 1) * SLOTS * z_time
+    dx += (1 - W) * dx_time
+    for group in range(0, RUN, SLOTS):
+        async_copy.wait_group(STAGES - 2)
+        ahead = group + (STAGES - 1) * SLOTS
+        place = ahead // SLOTS % STAGES
+        for slot in gl.static_range(SLOTS):
+            inside = (ahead + slot < copy_limit) & copy_ok & (ahead < RUN + W - 1)
+            async_load(x_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
+            async_load(dy_ring[slot].index(place), dy_ahead + dy_from + slot * dy_time, mask=inside)
+            z_inside = (ahead + slot < z_limit) & (ahead < RUN + W - 1)
+            async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
+        async_copy.commit_group()
+        x_ahead += SLOTS * x_time
+        dy_ahead += SLOTS * dy_time
+        z_ahead += SLOTS * z_time
+        place = group // SLOTS % STAGES
+        out = dx + row * dx_time + d
+        dx += SLOTS * dx_time
+        for slot in gl.static_range(SLOTS):
+            xs = xs + (x_ring[slot].index(place).load(OWN),)
+            dy_slot = dy_ring[slot].index(place).load(OWN)
+            gradient = dy_slot.to(gl.float32)
+            generator = load_generator(z_ring[slot].index(place), WARPS, LEFT)
+            generator_right = load_generator(z_ring[slot].index(place), WARPS, RIGHT)
+            dz_slot = gl.zeros([WARPS, 16, 16], gl.float32, MMA)
+            new_up_sums = ()
+            new_static_sums = ()
+            backs = ()
+            for tap in gl.static_range(W):
+                g = multiply(dy_slot, xs[W - 1 - tap])
+                dz_slot = mma_v2(to_columns(g, WARPS, LEFT), basis_t[tap], dz_slot)
+                g_transposed = transpose(g, WARPS, LEFT)
+                new_up_sums = new_up_sums + (mma_v2(g_transposed, generator_right, up_sums[tap]),)
+                if STATIC:
+                    new_static_sums = new_static_sums + (mma_v2(g_transposed, ones, static_sums[tap]),)
+                filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
+                back = filters * gradient
+                if tap > 0:
+                    back += partial[W - 1 - tap]
+                elif RESIDUAL:
+                    back += gradient
+                backs = backs + (back,)
+            up_sums = new_up_sums
+            if STATIC:
+                static_sums = new_static_sums
+            dz_shared[slot].store(dz_slot)
+            done = (group + slot + 1 - W < limit) & (group + slot >= W - 1) & d_ok
+            gl.store(out + slot * dx_time, backs[W - 1].to(dtype), mask=done)
+            # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
+            partial = ()
+            kept = ()
+            for index in gl.static_range(W - 1):
+                partial = partial + (backs[W - 2 - index],)
+                kept = kept + (xs[index + 1],)
+            xs = kept
+        for slot in gl.static_range(SLOTS):
+            total = gl.sum(dz_shared[slot].load(SUM), 0)
+            dz_ok = (group + slot < dz_limit) & (dz_rank < R)
+            gl.store(dz + slot * RANKS + dz_time * RANKS + dz_rank, total, mask=dz_ok)
+        dz += SLOTS * RANKS
+
+    # the first steps of the next run still give to this run's last dx
+    async_copy.wait_group(0)
+    for slot in gl.static_range(W - 1):
+        place = (RUN + slot) // SLOTS % STAGES
+        gradient = dy_ring[slot % SLOTS].index(place).load(OWN).to(gl.float32)
+        generator = load_generator(z_ring[slot % SLOTS].index(place), WARPS, LEFT)
+        later = ()
+        for index in gl.static_range(W - 1 - slot):
+            filters = to_channels(mma_v2(generator, basis[W - 1 - index], starts[W - 1 - index]), WARPS, OWN)
+            later = later + (partial[index] + filters * gradient,)
+        done = (RUN + slot + 1 - W < limit) & d_ok
+        gl.store(dx + row * dx_time + d + slot * dx_time, later[0].to(dtype), mask=done)
+        partial = ()
+        for index in gl.static_range(W - 2 - slot):
+            partial = partial + (later[index + 1],)
+
+    channel = first + axis(WARPS, 0, MMA) * 16 + channel_of(axis(16, 1, MMA))
+    rank = axis(16, 2, MMA)
+    zero = axis(8, 2, MMA)
+    for tap in gl.static_range(W):
+        at = (program.to(gl.int64) * R + rank) * (W * channels) + tap * channels + channel
+        gl.store(dup + at, up_sums[tap], mask=(rank < R) & (channel < channels))
+        if STATIC:
+            at = (program.to(gl.int64) * W + tap) * channels + channel + zero * 0
+            gl.store(dstatic + at, static_sums[tap], mask=(zero == 0) & (channel < channels))

@@ -1,0 +1,171 @@
+"""Pieces of the tensor-core kernels, in Gluon: layouts, changes of layout that move nothing, and what is loaded once.
+
+Tensors are [WARPS, 16 rows, 16 channels or ranks]; `lowrank_mma_kernels` says what a row is.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+# Triton 3.9 renamed it.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.constexpr_function
+def mma_layout(warps):
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
+def own_layout(warps):
+    """[WARPS, 16 rows, 16 channels]: a thread holds four channels of rows r and r + 8."""
+    warp_bases = [[2**bit, 0, 0] for bit in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [0, 8, 0]],
+        lane_bases=[[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        warp_bases=warp_bases,
+        block_bases=[],
+        shape=[warps, 16, 16],
+    )
+
+
+@gluon.jit
+def axis(size: gl.constexpr, dim: gl.constexpr, layout: gl.constexpr):
+    """arange along one of three dimensions, the others of size one."""
+    if dim == 0:
+        value = gl.expand_dims(gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1)
+        value = gl.expand_dims(value, 2)
+    elif dim == 1:
+        value = gl.expand_dims(gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, layout))), 0)
+        value = gl.expand_dims(value, 2)
+    else:
+        value = gl.expand_dims(gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0)
+        value = gl.expand_dims(value, 1)
+    return value
+
+
+@gluon.jit
+def channel_of(column):
+    """The channel, of a warp's 16, that stands in a column of the matrix unit's result."""
+    return column % 8 // 2 * 4 + column // 8 * 2 + column % 2
+
+
+@gluon.jit
+def to_channels(columns, WARPS: gl.constexpr, layout: gl.constexpr):
+    """Columns in the matrix unit's order -> channels in memory's; registers are renamed, nothing moves."""
+    columns = columns.reshape([WARPS, 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([WARPS, 16, 16])
+    return gl.convert_layout(columns, layout)
+
+
+@gluon.jit
+def to_columns(channels, WARPS: gl.constexpr, layout: gl.constexpr):
+    """The inverse."""
+    channels = channels.reshape([WARPS, 16, 4, 2, 2]).permute([0, 1, 3, 2, 4]).reshape([WARPS, 16, 16])
+    return gl.convert_layout(channels, layout)
+
+
+@gluon.jit
+def transpose(g, WARPS: gl.constexpr, layout: gl.constexpr):
+    """[row, channel] -> [column, row] as a left operand."""
+    g = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [g], dtype=g.dtype, is_pure=False, pack=2
+    )
+    g = g.reshape([WARPS, 2, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([WARPS, 16, 16])
+    return gl.convert_layout(g, layout)
+
+
+@gluon.jit
+def multiply(a, b):
+    """The product of 16-bit values, rounded once, two at a time."""
+    if a.dtype == gl.bfloat16:
+        asm: gl.constexpr = "{ .reg .b32 c; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, $1, $2, c; }"
+    else:
+        asm: gl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
+    return gl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def load_generator(z, WARPS: gl.constexpr, layout: gl.constexpr):
+    """One slot's z [row, rank] from shared memory, the same for every warp."""
+    value = gl.expand_dims(z.load(gl.SliceLayout(0, layout)), 0)
+    return gl.convert_layout(value.broadcast_to([WARPS, 16, 16]), layout)
+
+
+@gluon.jit
+def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
+    """Shared memory for groups of SLOTS slots: a buffer each, lest Triton put barriers between their copies."""
+    ring = ()
+    for _ in gl.static_range(SLOTS):
+        ring = ring + (gl.allocate_shared_memory(dtype, shape, layout),)
+    return ring
+
+
+@gluon.jit
+def load_basis(
+    up,
+    first,
+    channels,
+    R: gl.constexpr,
+    W: gl.constexpr,
+    WARPS: gl.constexpr,
+    layout: gl.constexpr,
+    dtype: gl.constexpr,
+):
+    """U's taps [rank, column] as the right operand of filters = z U."""
+    rank = axis(16, 1, layout)
+    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 2, layout))
+    ok = (rank < R) & (d < channels)
+    basis = ()
+    for tap in gl.static_range(W):
+        basis = basis + (gl.load(up + rank * (W * channels) + tap * channels + d, mask=ok, other=0.0).to(dtype),)
+    return basis
+
+
+@gluon.jit
+def load_basis_transposed(
+    up,
+    first,
+    channels,
+    R: gl.constexpr,
+    W: gl.constexpr,
+    WARPS: gl.constexpr,
+    layout: gl.constexpr,
+    dtype: gl.constexpr,
+):
+    """U's taps [column, rank] as the right operand of dz = g U^T."""
+    rank = axis(16, 2, layout)
+    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 1, layout))
+    ok = (rank < R) & (d < channels)
+    basis = ()
+    for tap in gl.static_range(W):
+        basis = basis + (gl.load(up + rank * (W * channels) + tap * channels + d, mask=ok, other=0.0).to(dtype),)
+    return basis
+
+
+@gluon.jit
+def load_starts(
+    static_w, first, channels, W: gl.constexpr, STATIC: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr
+):
+    """What the filters' sums start from: the static filter's taps, or zero."""
+    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 2, layout))
+    starts = ()
+    for tap in gl.static_range(W):
+        if STATIC:
+            value = gl.load(static_w + tap * channels + d, mask=d < channels, other=0.0).to(gl.float32)
+            starts = starts + (value.broadcast_to([WARPS, 16, 16]),)
+        else:
+            starts = starts + (gl.zeros([WARPS, 16, 16], gl.float32, layout),)
+    return starts
+
+
+@gluon.jit
+def find_segment(first, SEGMENTS: gl.constexpr):
+    """The segment a program's first channel lies in, and the segment's own first channel."""
+    segment = 0
+    begin = 0
+    end = 0
+    for index in gl.static_range(len(SEGMENTS) - 1):
+        end += SEGMENTS[index]
+        segment += (first >= end).to(gl.int32)
+        begin += (first >= end).to(gl.int32) * SEGMENTS[index]
+    return segment, begin
