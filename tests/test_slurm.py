@@ -242,6 +242,28 @@ def test_a_run_that_slurm_cancelled_while_pending_is_not_submitted_again(
     assert submit(runs, tmp_path).submitted == []
 
 
+def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
+    runs: list[RunConfig],
+    submit: Submit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    held = replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""}))
+    with monkeypatch.context() as patch:
+        patch.setitem(launch.POLL_SECONDS, "slurm", 0.0)
+        patch.setattr(launch.Progress, "update", press)
+        with pytest.raises(KeyboardInterrupt):
+            submit(runs, tmp_path, held, wait=True)
+    told = capsys.readouterr().err
+    assert told.index("3 runs submitted") < told.index("the jobs go on; `dynconv status --store")
+    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    launch.cancel(tmp_path, [run.run_id for run in runs])
+
+
 def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     tiny_run: RunConfig, long_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
