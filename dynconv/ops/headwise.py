@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.tiles import drop_first, load_positions, load_slot, load_slots, multiprocessors, sum_parts
+from dynconv.ops.tiles import (
+    ceil_div,
+    drop_first,
+    load_positions,
+    load_slot,
+    load_slots,
+    multiprocessors,
+    power_of_two,
+    sum_parts,
+)
 
 
 @triton.jit
@@ -230,8 +239,8 @@ def _backward_kernel(
 
 def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
     """(rows, heads, padded head size) of a tile of about so many elements."""
-    padded = triton.next_power_of_2(head_size)
-    in_block = min(max(1, 256 // padded), triton.next_power_of_2(heads))
+    padded = power_of_two(head_size)
+    in_block = min(max(1, 256 // padded), power_of_two(heads))
     return max(1, elements // (in_block * padded)), in_block, padded
 
 
@@ -247,14 +256,14 @@ def forward(
     heads, width = weight.shape[2:]
     rows, in_block, padded = _tile(channels // heads, heads, elements=512)
     slots = 4
-    tiles = triton.cdiv(time, rows * slots)
+    tiles = ceil_div(time, rows * slots)
     y = x.new_empty(x.shape)
-    _forward_kernel[(triton.cdiv(heads, in_block) * batch * tiles,)](
+    _forward_kernel[(ceil_div(heads, in_block) * batch * tiles,)](
         x, weight, static_w, y, positions,
         time, channels, x.stride(0), weight.stride(0), tiles,
         x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2), y_time=channels,
         head_size=channels // heads,
-        W=width, WP=triton.next_power_of_2(width),
+        W=width, WP=power_of_two(width),
         STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
         ROWS=rows, SLOTS=slots, HEADS=in_block, HP=padded, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -275,13 +284,13 @@ def backward(
     # The static filter's sums want registers, and long chunks; without them, a program a tile does.
     elements, slots, ahead = (1024, 4, 1) if static_w is None else (512, 8, 2)
     rows, in_block, padded = _tile(channels // heads, heads, elements)
-    blocks = triton.cdiv(heads, in_block)
-    tiles = triton.cdiv(time, rows * slots)
+    blocks = ceil_div(heads, in_block)
+    tiles = ceil_div(time, rows * slots)
     chunks = tiles
     if static_w is not None:
-        chunks = min(tiles, triton.cdiv(6 * multiprocessors(x), blocks * batch))
-    per_chunk = triton.cdiv(tiles, chunks)
-    chunks = triton.cdiv(tiles, per_chunk)
+        chunks = min(tiles, ceil_div(6 * multiprocessors(x), blocks * batch))
+    per_chunk = ceil_div(tiles, chunks)
+    chunks = ceil_div(tiles, per_chunk)
     dx = x.new_empty(x.shape)
     dweight = weight.new_empty(weight.shape)
     partial = None
@@ -292,7 +301,7 @@ def backward(
         time, channels, dy.stride(0), x.stride(0), weight.stride(0), chunks, per_chunk,
         dy_time=dy.stride(1), x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2),
         dx_time=channels, head_size=channels // heads,
-        W=width, WP=triton.next_power_of_2(width),
+        W=width, WP=power_of_two(width),
         STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
         ROWS=rows, SLOTS=slots, AHEAD=ahead, HEADS=in_block, HP=padded,
         num_warps=4, enable_fp_fusion=True,

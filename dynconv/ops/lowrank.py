@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.tiles import multiprocessors, sum_parts
+from dynconv.ops.tiles import ceil_div, multiprocessors, power_of_two, sum_parts
 
 mma: ModuleType | None
 try:  # Gluon is experimental, and its names move; without it the kernels below do
@@ -165,7 +165,7 @@ def _backward_kernel(
 
 def _tile(x: Tensor, rank: int) -> tuple[int, int, int]:
     """(time steps, channels, padded rank) of a tile: W sums of [R, channels] are kept in registers."""
-    padded = max(16, triton.next_power_of_2(rank))
+    padded = max(16, power_of_two(rank))
     small = padded > 32 or x.dtype == torch.float32
     return 32 if small else 64, 16 if padded > 64 else 32 if small else 64, padded
 
@@ -191,8 +191,8 @@ def forward(
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(x, rank)
-    tiles = triton.cdiv(time, steps)
-    blocks = sum(triton.cdiv(width, columns) for width in segments)
+    tiles = ceil_div(time, steps)
+    blocks = sum(ceil_div(width, columns) for width in segments)
     y = x.new_empty(x.shape)
     _forward_kernel[(blocks * batch * tiles,)](
         x, z, up, static_w, y, positions,
@@ -220,12 +220,12 @@ def backward(
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     steps, columns, padded = _tile(x, rank)
-    tiles = triton.cdiv(time, steps)
-    in_segment = [triton.cdiv(length, columns) for length in segments]
+    tiles = ceil_div(time, steps)
+    in_segment = [ceil_div(length, columns) for length in segments]
     blocks = sum(in_segment)
-    chunks = min(tiles, triton.cdiv(4 * multiprocessors(x), blocks * batch))
-    per_chunk = triton.cdiv(tiles, chunks)
-    chunks = triton.cdiv(tiles, per_chunk)
+    chunks = min(tiles, ceil_div(4 * multiprocessors(x), blocks * batch))
+    per_chunk = ceil_div(tiles, chunks)
+    chunks = ceil_div(tiles, per_chunk)
     dx = x.new_empty(x.shape)
     dz, dup = z.new_empty(z.shape), up.new_empty(up.shape)
     new_partial = x.new_zeros if min(in_segment) != max(in_segment) else x.new_empty

@@ -6,11 +6,10 @@ Legend: B batch, T time, D channels, W taps, R rank (padded to 16), G segments.
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
 from dynconv.ops import lowrank_mma_kernels as kernels
-from dynconv.ops.tiles import multiprocessors, sum_parts
+from dynconv.ops.tiles import ceil_div, multiprocessors, sum_parts
 
 MAX_RANK = 16
 MAX_WIDTH = 4
@@ -51,7 +50,7 @@ def _run(time: int, programs_a_chunk: int, at_once: int, longest: int) -> int:
     runs = [longest >> halving for halving in range(longest.bit_length() - 3)]
 
     def cost(run: int) -> int:
-        return triton.cdiv(programs_a_chunk * triton.cdiv(time, _ROWS * run), at_once) * (run + 16)
+        return ceil_div(programs_a_chunk * ceil_div(time, _ROWS * run), at_once) * (run + 16)
 
     return min(runs, key=cost)
 
@@ -69,9 +68,9 @@ def forward(
     x, z = _aligned(x), _padded(z, up.shape[0], x.dtype)
     y = x.new_empty(x.shape)
     warps = _FORWARD_WARPS
-    blocks = triton.cdiv(channels, 16 * warps)
+    blocks = ceil_div(channels, 16 * warps)
     run = _run(time, blocks * batch, 3 * multiprocessors(x), longest=32)
-    chunks = triton.cdiv(time, _ROWS * run)
+    chunks = ceil_div(time, _ROWS * run)
     kernels.forward_kernel[(blocks * batch * chunks,)](
         x, z, up, static_w, y,
         time, channels, x.stride(0), z.stride(0), chunks, blocks,
@@ -97,12 +96,12 @@ def backward(
     dz = z.new_empty(z.shape)
     dy, x, z = _aligned(dy), _aligned(x), _padded(z, rank, x.dtype)
     warps = _BACKWARD_WARPS
-    blocks = triton.cdiv(channels, 16 * warps)
+    blocks = ceil_div(channels, 16 * warps)
     run = _run(time, blocks * batch, multiprocessors(x), longest=128)
-    chunks = triton.cdiv(time, _ROWS * run)
+    chunks = ceil_div(time, _ROWS * run)
     dx = x.new_empty(x.shape)
     dup = up.new_empty(up.shape)
-    parts = triton.cdiv(max(segments), 16 * warps)
+    parts = ceil_div(max(segments), 16 * warps)
     new_partial = x.new_zeros if min(segments) != max(segments) else x.new_empty
     dz_partial = new_partial((parts, batch * time, dz.shape[2]), dtype=torch.float32)
     up_partial = x.new_empty((batch * chunks, rank, width * channels), dtype=torch.float32)

@@ -5,7 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.tiles import drop_first, load_positions, load_slot, load_slots, multiprocessors, sum_parts
+from dynconv.ops.tiles import (
+    ceil_div,
+    drop_first,
+    load_positions,
+    load_slot,
+    load_slots,
+    multiprocessors,
+    power_of_two,
+    sum_parts,
+)
 
 
 @triton.jit
@@ -110,9 +119,9 @@ def forward(
     """The result, in x's dtype."""
     batch, time, channels = x.shape
     y = x.new_empty(x.shape)
-    rows, slots, columns = 2, 8, min(256, max(16, triton.next_power_of_2(channels)))
-    tiles = triton.cdiv(time, rows * slots)
-    _forward_kernel[(triton.cdiv(channels, columns) * batch * tiles,)](
+    rows, slots, columns = 2, 8, min(256, max(16, power_of_two(channels)))
+    tiles = ceil_div(time, rows * slots)
+    _forward_kernel[(ceil_div(channels, columns) * batch * tiles,)](
         x, weight, y, positions, time, channels, x.stride(0), tiles, x_time=x.stride(1), y_time=channels,
         W=weight.shape[0], RESIDUAL=residual, PACKED=positions is not None,
         ROWS=rows, SLOTS=slots, BD=columns, num_warps=4, enable_fp_fusion=True,
@@ -130,12 +139,12 @@ def backward(
     """The gradients of x and weight, in their dtypes."""
     batch, time, channels = x.shape
     width = weight.shape[0]
-    rows, slots, columns = 2, 16, min(256, max(16, triton.next_power_of_2(channels)))
-    blocks = triton.cdiv(channels, columns)
-    tiles = triton.cdiv(time, rows * slots)
-    chunks = min(tiles, triton.cdiv(4 * multiprocessors(x), blocks * batch))
-    per_chunk = triton.cdiv(tiles, chunks)
-    chunks = triton.cdiv(tiles, per_chunk)
+    rows, slots, columns = 2, 16, min(256, max(16, power_of_two(channels)))
+    blocks = ceil_div(channels, columns)
+    tiles = ceil_div(time, rows * slots)
+    chunks = min(tiles, ceil_div(4 * multiprocessors(x), blocks * batch))
+    per_chunk = ceil_div(tiles, chunks)
+    chunks = ceil_div(tiles, per_chunk)
     dx = x.new_empty(x.shape)
     dweight = torch.empty_like(weight)
     partial = x.new_empty((batch * chunks, width, channels), dtype=torch.float32)
