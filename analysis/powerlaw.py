@@ -178,7 +178,8 @@ class Model:
             matrix[t, power, each] -= log_x
         low = [LOG_LEVELS[0] if i in self.levels else EXPONENTS[0] for i in range(len(self.names))]
         high = [LOG_LEVELS[1] if i in self.levels else EXPONENTS[1] for i in range(len(self.names))]
-        self.problem = Problem(matrix, np.array(low), np.array(high), Loss(delta))
+        is_level = np.isin(np.arange(len(self.names)), self.levels)
+        self.problem = Problem(matrix, np.array(low), np.array(high), is_level, Loss(delta))
 
     def starts(self, count: int) -> Floats:
         """[about count, P]: a grid of exponents, equal in all arms, with levels by weighted linear least squares."""

@@ -9,7 +9,7 @@ Legend: K problems solved at once, T terms, P parameters, n points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-ROBUST_ITERATIONS = 60  # of reweighted least squares, which takes any start near an optimum
-NEWTON_ITERATIONS = 60  # on the exact Hessian, which takes it there
+# Steps of reweighted least squares, which take any start near an optimum, then of Newton's method, which take it there.
+# Huber's loss with a small delta is nearly all kinks; its optimum is reached through those of wider deltas.
+SCHEDULE = ((None, 40), (1.0, 60))  # multiple of delta (None: reweighted at the widest), iterations
+HUBER_SCHEDULE = ((None, 30), (64.0, 10), (16.0, 15), (4.0, 20), (1.0, 80))
 GRADIENT_TOLERANCE = 1e-9  # of the gradient, over the sum of its points' absolute contributions: stop there
 ROUNDING = 1e-8  # relative residuals below this are taken for it: a fit to exact data has converged too
 TOGETHER = 32  # problems iterated at once: few enough for a processor's cache
@@ -34,11 +36,12 @@ class Loss:
     def __call__(self, f: Floats, log_y: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """Value, first and second derivative in f = log prediction, and a positive stand-in for the second."""
         if self.delta is None:
-            prediction = np.exp(f)
-            residual = prediction - np.exp(log_y)
-            square = prediction * prediction
-            slope = residual * prediction
-            return 0.5 * residual * residual, slope, square + slope, square
+            with np.errstate(over="ignore", invalid="ignore"):  # a wild step has an infinite value, and is not taken
+                prediction = np.exp(f)
+                residual = prediction - np.exp(log_y)
+                square = prediction * prediction
+                slope = residual * prediction
+                return 0.5 * residual * residual, slope, square + slope, square
         r = f - log_y
         size = np.abs(r)
         inside = size <= self.delta
@@ -62,6 +65,7 @@ class Problem:
     terms: Floats  # [T, P, n]: log term t of point i is theta @ terms[t, :, i]
     low: Floats  # [P]
     high: Floats  # [P]
+    linear: Bools  # [P]: parameters that are logs of levels, in which the prediction is linear
     loss: Loss
 
     def predict(self, theta: Floats) -> Floats:
@@ -87,16 +91,30 @@ class Problem:
         gradient = np.empty(len(starts))
         for first in range(0, len(starts), TOGETHER):
             part = slice(first, first + TOGETHER)
-            for newton, iterations in ((False, ROBUST_ITERATIONS), (True, NEWTON_ITERATIONS)):
-                gradient[part] = self._descend(theta[part], log_y[part], newton, iterations)
+            for stage, newton, iterations in self._stages():
+                gradient[part] = stage._descend(theta[part], log_y[part], newton, iterations)
         return Solution(theta, self.objective(theta, log_y), gradient, gradient < CONVERGED)
+
+    def _stages(self) -> list[tuple[Problem, bool, int]]:
+        """The problems to solve one after the other, by Newton's method or not, and the iterations of each."""
+        delta = self.loss.delta
+        if delta is None:
+            return [(self, widen is not None, iterations) for widen, iterations in SCHEDULE]
+        widest = max(widen or 0 for widen, _ in HUBER_SCHEDULE)
+        return [
+            (replace(self, loss=Loss(delta * (widen or widest))), widen is not None, iterations)
+            for widen, iterations in HUBER_SCHEDULE
+        ]
 
     def curvature(self, theta: Floats, log_y: Floats) -> Floats:
         """A positive stand-in [K, P, P] for the objective's Hessian: that of reweighted least squares."""
         return self._derivatives(theta, log_y, newton=False)[2]
 
     def _descend(self, theta: Floats, log_y: Floats, newton: bool, iterations: int) -> Floats:
-        """Damped steps that only ever go down; changes `theta` in place and returns the gradients [K]."""
+        """Damped steps that only ever go down; changes `theta` in place and returns the gradients [K].
+
+        Steps are taken in the levels, not in their logs: so an E that tends to 0 gets there, and back.
+        """
         low, high = (np.broadcast_to(bound, theta.shape) for bound in (self.low, self.high))
         objective = self.objective(theta, log_y)
         damping = np.full(len(theta), 1e-3)
@@ -105,10 +123,18 @@ class Problem:
         for _ in range(iterations):
             here, y = theta[running], log_y[running]
             slope, hessian, robust, scale = self._derivatives(here, y, newton)
+            level = np.where(self.linear, np.exp(here), 1.0)
+            if newton:
+                hessian = hessian - np.eye(len(self.linear)) * np.where(self.linear, slope, 0.0)[:, None, :]
+            product = level[:, :, None] * level[:, None, :]
             free = ~(((here <= low[running]) & (slope > 0)) | ((here >= high[running]) & (slope < 0)))
-            gradient[running] = np.where(free, np.abs(slope) / scale, 0).max(axis=1)
-            step = _step(slope, hessian, robust, free, damping[running])
-            moved = np.clip(here + step, low[running], high[running])
+            gradient[running] = np.where(free, np.abs(slope) / np.maximum(scale, 1e-300), 0).max(axis=1)
+            ends = [np.where(self.linear, np.exp(end[running]), end[running]) for end in (low, high)]
+            at = np.where(self.linear, level, here)
+            room = (ends[0] - at, ends[1] - at)
+            step = _step(slope / level, hessian / product, robust / product, free, damping[running], room)
+            moved = np.clip(at + step, *ends)
+            moved = np.where(self.linear, np.log(np.where(self.linear, moved, 1.0)), moved)
             value = self.objective(moved, y)
             better = value < objective[running]
             theta[running[better]] = moved[better]
@@ -136,22 +162,41 @@ class Problem:
         return slope, hessian, robust, scale
 
 
-def _step(slope: Floats, hessian: Floats, robust: Floats, free: Bools, damping: Floats) -> Floats:
-    """The damped step [K, P]; where it would not descend, the stand-in's. Parameters held at a bound stay."""
-    pair = free[:, :, None] & free[:, None, :]
-    eye = np.eye(slope.shape[1])
-    diagonal = np.maximum(np.einsum("kpp->kp", robust), 1e-300)
-    # In units of the stand-in's diagonal the system is well scaled, whatever the units of the data.
-    unit = 1 / np.sqrt(diagonal)
-    down = np.where(free, -slope * unit, 0)
+def _step(
+    slope: Floats, hessian: Floats, robust: Floats, free: Bools, damping: Floats, room: tuple[Floats, Floats]
+) -> Floats:
+    """The damped step [K, P] within `room` below and above; where it would not descend, the stand-in's.
+
+    Parameters not free stay. One that would leave its room goes to its edge, and the others are solved for anew.
+    """
+    unit = 1 / np.sqrt(np.maximum(np.einsum("kpp->kp", robust), 1e-300))  # in these the system is well scaled
+    scale = unit[:, :, None] * unit[:, None, :]
+    damped = damping[:, None, None] * robust
 
     def solve(matrix: Floats) -> Floats:
-        scaled = np.where(pair, matrix * unit[:, :, None] * unit[:, None, :], 0)
-        scaled = scaled + eye * (damping[:, None, None] + ~free[:, :, None])
-        return np.linalg.solve(scaled, down[:, :, None])[:, :, 0]
+        matrix = (matrix + damped) * scale
+        step = _reduced(matrix, -slope * unit, free, np.zeros_like(slope)) * unit
+        edge = np.clip(step, *room)
+        leaves = free & (edge != step)
+        if leaves.any():
+            step = _reduced(matrix, -slope * unit, free & ~leaves, np.where(leaves, edge / unit, 0)) * unit
+        return step
 
     step = solve(hessian)
-    uphill = (step * down).sum(axis=1) <= 0
+    uphill = (step * slope).sum(axis=1) >= 0
     if uphill.any() and hessian is not robust:
         step[uphill] = solve(robust)[uphill]
-    return step * unit
+    return step
+
+
+def _reduced(matrix: Floats, right: Floats, free: Bools, fixed: Floats) -> Floats:
+    """Solve matrix @ step = right for the free parameters [K, P], the others being `fixed`."""
+    right = right - (matrix @ fixed[:, :, None])[:, :, 0]
+    both = free[:, :, None] & free[:, None, :]
+    matrix = np.where(both, matrix, 0) + np.eye(free.shape[1]) * (1e-13 + ~free[:, :, None])
+    right = np.where(free, right, 0)[:, :, None]
+    try:
+        step = np.linalg.solve(matrix, right)
+    except np.linalg.LinAlgError:  # one of them is exactly singular
+        step = np.linalg.solve(matrix + 1e-6 * np.eye(free.shape[1]), right)
+    return np.where(free, step[:, :, 0], fixed)
