@@ -73,10 +73,10 @@ def _launch(
     _check(runs, profile)
     with _locked(store):  # it takes files: better known before the data is built
         todo, skipped = _choose(wanted, runs, store)
-    datasets = _build(runs, cache) if todo else {}  # may take hours, so not under the lock
-    with _locked(store):
-        todo, skipped = _choose(wanted, runs, store)
-        if todo:
+    if todo:
+        datasets = _build(runs, cache)  # may take hours, so not under the lock
+        with _locked(store):
+            todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
             code = _freeze(todo, datasets, profile, store)
             with _unmarked([store / run.run_id for run in todo]):
                 if profile.executor == "slurm":
