@@ -89,7 +89,8 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
-    time, channels, rows, dy_batch, dy_time, x_batch, x_time, z_batch, z_time, chunks, tiles, blocks,
+    time, channels, rows, dy_batch, x_batch, z_batch, chunks, tiles, blocks,
+    dy_time: tl.constexpr, x_time: tl.constexpr, z_time: tl.constexpr,
     SEGMENTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr,
     STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
@@ -108,9 +109,16 @@ def _backward_kernel(
     steps = tl.arange(0, BT)
     r = tl.arange(0, RP)
     dtype: tl.constexpr = x.dtype.element_ty
+    basis = ()
+    static = ()
     up_sums = ()
     static_sums = ()
-    for _ in tl.static_range(W):
+    for tap in tl.static_range(W):
+        up_at = r[:, None] * (W * channels) + tap * channels + d[None, :]
+        taps = tl.load(up + up_at, mask=(r < R)[:, None] & d_ok[None, :], other=0.0)
+        basis = basis + (taps.to(dtype).to(DOT),)
+        if STATIC:
+            static = static + (tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32),)
         up_sums = up_sums + (tl.zeros([RP, BD], tl.float32),)
         static_sums = static_sums + (tl.zeros([BD], tl.float32),)
     for tile in range(chunk * tiles, chunk * tiles + tiles):
@@ -130,12 +138,10 @@ def _backward_kernel(
         new_up_sums = ()
         new_static_sums = ()
         for tap in tl.static_range(W):
-            at = r[:, None] * (W * channels) + tap * channels + d[None, :]
-            basis = tl.load(up + at, mask=(r < R)[:, None] & d_ok[None, :], other=0.0).to(dtype).to(DOT)
             later_generator = _load_tile(zs, steps + tap, z_time, r, r < R, -start, last).to(dtype).to(DOT)
-            filters = tl.dot(later_generator, basis, input_precision="ieee")
+            filters = tl.dot(later_generator, basis[tap], input_precision="ieee")
             if STATIC:
-                filters += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
+                filters += static[tap][None, :]
             back = filters * _load_tile(dys, steps + tap, dy_time, d, d_ok, -start, last).to(tl.float32)
             shifted = _load_tile(xs, steps - tap, x_time, d, d_ok, -start, last).to(tl.float32)
             product = gradient * shifted
@@ -146,7 +152,7 @@ def _backward_kernel(
             result += back
             new_static_sums = new_static_sums + (static_sums[tap] + tl.sum(product, 0),)
             rounded = product.to(dtype).to(DOT)
-            dgenerator = tl.dot(rounded, tl.trans(basis), dgenerator, input_precision="ieee")
+            dgenerator = tl.dot(rounded, tl.trans(basis[tap]), dgenerator, input_precision="ieee")
             dbasis = tl.dot(tl.trans(generator), rounded, up_sums[tap], input_precision="ieee")
             new_up_sums = new_up_sums + (dbasis,)
         up_sums = new_up_sums
@@ -163,10 +169,10 @@ def _backward_kernel(
             tl.store(dstatic + (program * W + tap).to(tl.int64) * channels + d, static_sums[tap], mask=d_ok)
 
 
-def _tile(x: Tensor, rank: int) -> tuple[int, int, int]:
-    """(time steps, channels, padded rank) of a tile: W sums of [R, channels] are kept in registers."""
+def _tile(x: Tensor, rank: int, backward: bool) -> tuple[int, int, int]:
+    """(time steps, channels, padded rank) of a tile: W bases of [R, channels], and W sums, are in registers."""
     padded = max(16, power_of_two(rank))
-    small = padded > 32 or x.dtype == torch.float32
+    small = backward or padded > 32 or x.dtype == torch.float32
     return 32 if small else 64, 16 if padded > 64 else 32 if small else 64, padded
 
 
@@ -190,7 +196,7 @@ def forward(
         return mma.forward(x, z, up, static_w, segments, residual)
     batch, time, channels = x.shape
     rank = up.shape[0]
-    steps, columns, padded = _tile(x, rank)
+    steps, columns, padded = _tile(x, rank, backward=False)
     tiles = ceil_div(time, steps)
     blocks = sum(ceil_div(width, columns) for width in segments)
     y = x.new_empty(x.shape)
@@ -219,7 +225,7 @@ def backward(
         return mma.backward(dy, x, z, up, static_w, segments, residual)
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
-    steps, columns, padded = _tile(x, rank)
+    steps, columns, padded = _tile(x, rank, backward=True)
     tiles = ceil_div(time, steps)
     in_segment = [ceil_div(length, columns) for length in segments]
     blocks = sum(in_segment)
@@ -237,8 +243,8 @@ def backward(
     _backward_kernel[(blocks * batch * chunks,)](
         dy, x, z, up, static_w, dx, dz_partial, up_partial, static_partial, positions,
         time, channels, batch * time,
-        dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), z.stride(0), z.stride(1),
-        chunks, per_chunk, blocks,
+        dy.stride(0), x.stride(0), z.stride(0), chunks, per_chunk, blocks,
+        dy_time=dy.stride(1), x_time=x.stride(1), z_time=z.stride(1),
         SEGMENTS=segments, R=rank, RP=padded, W=width,
         STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
         BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, num_stages=1, enable_fp_fusion=True,
