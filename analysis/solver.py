@@ -24,6 +24,7 @@ HUBER_SCHEDULE = ((None, 30), (64.0, 10), (16.0, 15), (4.0, 20), (1.0, 80))
 GRADIENT_TOLERANCE = 1e-9  # of the gradient, over the sum of its points' absolute contributions: stop there
 ROUNDING = 1e-8  # relative residuals below this are taken for it: a fit to exact data has converged too
 TOGETHER = 32  # problems iterated at once: few enough for a processor's cache
+RIDGE = 1e-11  # of a system's unit diagonal, for parameters that the points do not tell apart
 CONVERGED = 1e-5  # the same: call it converged
 
 
@@ -89,10 +90,11 @@ class Problem:
         theta = np.clip(starts, self.low, self.high)
         log_y = np.broadcast_to(log_y, (len(starts), self.terms.shape[2]))
         gradient = np.empty(len(starts))
-        for first in range(0, len(starts), TOGETHER):
-            part = slice(first, first + TOGETHER)
-            for stage, newton, iterations in self._stages():
-                gradient[part] = stage._descend(theta[part], log_y[part], newton, iterations)
+        with np.errstate(over="ignore", invalid="ignore"):  # of wild steps, which are not taken
+            for first in range(0, len(starts), TOGETHER):
+                part = slice(first, first + TOGETHER)
+                for stage, newton, iterations in self._stages():
+                    gradient[part] = stage._descend(theta[part], log_y[part], newton, iterations)
         return Solution(theta, self.objective(theta, log_y), gradient, gradient < CONVERGED)
 
     def _stages(self) -> list[tuple[Problem, bool, int]]:
@@ -122,7 +124,7 @@ class Problem:
         running = np.arange(len(theta))
         for _ in range(iterations):
             here, y = theta[running], log_y[running]
-            slope, hessian, robust, scale = self._derivatives(here, y, newton)
+            slope, hessian, robust, scale = map(np.nan_to_num, self._derivatives(here, y, newton))
             level = np.where(self.linear, np.exp(here), 1.0)
             if newton:
                 hessian = hessian - np.eye(len(self.linear)) * np.where(self.linear, slope, 0.0)[:, None, :]
@@ -169,12 +171,16 @@ def _step(
 
     Parameters not free stay. One that would leave its room goes to its edge, and the others are solved for anew.
     """
-    unit = 1 / np.sqrt(np.maximum(np.einsum("kpp->kp", robust), 1e-300))  # in these the system is well scaled
+    diagonal = np.einsum("kpp->kp", robust)
+    felt = diagonal > 1e-100  # a parameter that no prediction feels stays where it is
+    free = free & felt
+    unit = 1 / np.sqrt(np.where(felt, diagonal, 1.0))  # in these the system is well scaled
     scale = unit[:, :, None] * unit[:, None, :]
     damped = damping[:, None, None] * robust
+    ridge = RIDGE * (1 + damping[:, None, None]) * np.eye(slope.shape[1])
 
     def solve(matrix: Floats) -> Floats:
-        matrix = (matrix + damped) * scale
+        matrix = (matrix + damped) * scale + ridge
         step = _reduced(matrix, -slope * unit, free, np.zeros_like(slope)) * unit
         edge = np.clip(step, *room)
         leaves = free & (edge != step)
@@ -193,10 +199,6 @@ def _reduced(matrix: Floats, right: Floats, free: Bools, fixed: Floats) -> Float
     """Solve matrix @ step = right for the free parameters [K, P], the others being `fixed`."""
     right = right - (matrix @ fixed[:, :, None])[:, :, 0]
     both = free[:, :, None] & free[:, None, :]
-    matrix = np.where(both, matrix, 0) + np.eye(free.shape[1]) * (1e-13 + ~free[:, :, None])
-    right = np.where(free, right, 0)[:, :, None]
-    try:
-        step = np.linalg.solve(matrix, right)
-    except np.linalg.LinAlgError:  # one of them is exactly singular
-        step = np.linalg.solve(matrix + 1e-6 * np.eye(free.shape[1]), right)
+    matrix = np.where(both, matrix, 0) + np.eye(free.shape[1]) * ~free[:, :, None]
+    step = np.linalg.solve(matrix, np.where(free, right, 0)[:, :, None])
     return np.where(free, step[:, :, 0], fixed)

@@ -236,3 +236,18 @@ def test_a_law_predicts_what_it_was_fitted_to() -> None:
     law = fit(points, "c")
     expected: Floats = points.loss[5:]
     assert law.predict({"C": points.x["C"][5:]}, "dyn") == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("delta", [1e-3, None])
+def test_noisy_fits_of_few_sizes_converge_wherever_their_floor_ends(delta: float | None) -> None:
+    """Four sizes within a decade of compute and 1% noise: the floor is free to go to 0 or near the losses, and Huber's
+    optimum is a corner. Descent in log E fails in most of these."""
+    random = np.random.default_rng(0)
+    compute = np.tile(300 * np.array([25e3, 45e3, 70e3, 110e3]) ** 2, 4)
+    arm = ("base",) * 8 + ("dyn",) * 8
+    loss = np.tile([3.96, 3.59, 3.29, 3.09], 4) - 0.08 * (np.array(arm) == "dyn") + 0.03 * random.standard_normal(16)
+    law = bootstrap(fit(Points(loss, {"C": compute}, arm, tuple("0123") * 4, "base"), "c", delta=delta), 300)
+    assert law.certificate["converged"]
+    assert law.certificate["starts_agree"] > 50
+    assert law.certificate["resamples_failed"] < 30
+    assert law.certificate["resamples_at_bound"] > 30
