@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from analysis.intervals import band
 from analysis.powerlaw import Fit
@@ -219,8 +220,20 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, tuple[str, str]]
     return {baseline: (BLACK, "o"), **marks}
 
 
+def _space_ticks(axes: Axes) -> None:
+    """Labels at 1 and 3 of each decade, or at 1 alone where there are many: matplotlib's own run into one another."""
+    low, high = axes.get_xlim()
+    steps = (1.0, 3.0) if high / low < 3e3 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _settled(figure: Figure) -> Figure:
     """Lay the figure out once and for all: each saving would lay it out anew, a little differently."""
+    for axes in figure.axes:
+        if axes.get_xscale() == "log":
+            _space_ticks(axes)
     with mpl.rc_context(STYLE):
         figure.draw_without_rendering()
     figure.set_layout_engine("none")
