@@ -15,7 +15,7 @@ demo: .venv/installed  ## the whole loop on real text: build data, train, fit, t
 	$(BIN)/dynconv plot $(STORE) -o results/demo
 
 test: .venv/installed  ## every test this machine can run; what is skipped says why
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: .venv/installed  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -23,7 +23,12 @@ from experiments.data.dataset import Dataset
 from experiments.profile import Job, Profile, Slurm
 from experiments.run import Run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.xdist_group("slurm"),  # one worker, one cluster
+]
 
 SCRIPTS = Path(__file__).parent.parent / "slurm" / "cluster"
 PROFILE = Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu", hours=0.5))
