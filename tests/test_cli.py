@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from texts import CHEAP_SWEEP
 
 from experiments import states
 from experiments.cli import main, parser
@@ -21,23 +22,6 @@ from experiments.sweep import load_sweep
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "experiments" / "sweeps" / "demo.toml"
 LOCAL = ROOT / "slurm" / "profiles" / "local.toml"
-CHEAP = """
-name = "cheap"
-ladder = "nano"
-sizes = ["25k"]
-arms = ["transformer"]
-baseline = "transformer"
-seeds = [0]
-tokens_per_parameter = 1
-match = "flops"
-evaluations = 1
-
-[data]
-source = "{source}"
-vocabulary = 300
-train_tokens = 200_000
-validation_tokens = 4_000
-"""
 PLAN_KEYS = {
     *("run_id", "arm", "size", "seed", "parameters", "parameters_nonembedding", "tokens"),
     *("flops_exact", "flops_6nd", "flops_6n_nonemb_d"),
@@ -152,7 +136,7 @@ def cheap(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Arguments for a sweep of one run that takes a second, with a store and data of its own."""
     monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
     sweep = tmp_path / "cheap.toml"
-    sweep.write_text(CHEAP.format(source=text_folder))
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
     return [str(sweep), "--store", str(tmp_path / "store")]
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from texts import CHEAP_SWEEP
 
 from analysis.runlog import read_json, read_rows
 from experiments import launch, slurm, states
@@ -350,32 +351,13 @@ def test_a_job_that_cannot_be_noted_leaves_the_queue(
     assert {state_of(tmp_path, run).state for run in runs} == {"pending"}
 
 
-SWEEP = """
-name = "cheap"
-ladder = "nano"
-sizes = ["25k"]
-arms = ["transformer"]
-baseline = "transformer"
-seeds = [0]
-tokens_per_parameter = 1
-match = "flops"
-evaluations = 1
-
-[data]
-source = "{source}"
-vocabulary = 300
-train_tokens = 200_000
-validation_tokens = 4_000
-"""
-
-
 def test_the_shipped_profile_through_the_command_line(
     text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(launch.POLL_SECONDS, "slurm", 0.5)
     sweep, store = tmp_path / "cheap.toml", tmp_path / "store"
-    sweep.write_text(SWEEP.format(source=text_folder))
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
     profile = SCRIPTS.parent / "profiles" / "one-node.toml"
     assert main(["submit", str(sweep), "--store", str(store), "--profile", str(profile), "--wait"]) == 0
     assert f"{store}: 1 runs submitted\n" in capsys.readouterr().err

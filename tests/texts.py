@@ -48,3 +48,23 @@ def all_tokens(dataset: Dataset, split: str) -> NDArray[np.int64]:
 def visible(cache: Path) -> list[Path]:
     """What a build left, but for its lock."""
     return [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+
+
+# A sweep of one run that takes a second, on a folder of text
+CHEAP_SWEEP = """
+name = "cheap"
+ladder = "nano"
+sizes = ["25k"]
+arms = ["transformer"]
+baseline = "transformer"
+seeds = [0]
+tokens_per_parameter = 1
+match = "flops"
+evaluations = 1
+
+[data]
+source = "{source}"
+vocabulary = 300
+train_tokens = 200_000
+validation_tokens = 4_000
+"""
