@@ -89,7 +89,10 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
             if item.status == "ok":
                 _draw_gap(top, law, item, styles[item.arm][0])
         _label_ends(top, labels)
-        top.set_title(f"E = {law.parameter('E', law.points.baseline):.3f}, shared; bands: 95%", fontsize=8, loc="left")
+        delta = law.loss.delta
+        loss = "least squares" if delta is None else f"Huber, delta {delta:g}"  # `dynconv fit` may use the other one
+        floor = law.parameter("E", law.points.baseline)
+        top.set_title(f"E = {floor:.3f}, shared, by {loss}; bands: 95%", fontsize=8, loc="left")
     return _settled(figure)
 
 
