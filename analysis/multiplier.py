@@ -73,7 +73,7 @@ class Multiplier:
     joint: Answer | None  # the cross-check
     aicc: dict[str, float] | None  # of "shared", "free exponent", "free E"; lower is better
     wild_cluster: Interval | None
-    floor_sensitivity: tuple[dict[str, float], ...]  # m with E moved: E, m
+    floor_sensitivity: tuple[dict[str, Any], ...]  # with E moved: E, m, and m under the other conventions
     noise_floor: float | None  # the m below which seed noise hides it; None without repeated seeds
     wall_clock: Answer | None
     gpu_cost: Answer | None
@@ -174,7 +174,7 @@ def compare(
         joint=Answer(*joint_interval(pairs)) if sizes >= 3 else None,
         aicc=aicc(pairs),
         wild_cluster=wild_cluster_interval(local) if sizes >= 3 else None,
-        floor_sensitivity=_floor_sensitivity(pairs, local, floors),
+        floor_sensitivity=_floor_sensitivity(pairs, others or {}, local, floors),
         noise_floor=noise_floor,
         wall_clock=_timed(local, pairs.rate_ratio, varies),
         gpu_cost=_timed(local, pairs.gpu_rate_ratio, varies),
@@ -228,7 +228,14 @@ def _single(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: 
         joint=None,
         aicc=None,
         wild_cluster=None,
-        floor_sensitivity=tuple({"E": floor, "m": at(pairs, floor)[0]} for floor in floors),
+        floor_sensitivity=tuple(
+            {
+                "E": floor,
+                "m": at(pairs, floor)[0],
+                "conventions": {name: at(other, floor)[0] for name, other in others.items()},
+            }
+            for floor in floors
+        ),
         noise_floor=None,
         wall_clock=None,
         gpu_cost=None,
@@ -317,12 +324,25 @@ def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float) -> Interva
     return min(values), max(values)
 
 
-def _floor_sensitivity(pairs: Pairs, local: Local, stated: Sequence[float]) -> tuple[dict[str, float], ...]:
+def _floor_sensitivity(
+    pairs: Pairs, others: dict[str, Pairs], local: Local, stated: Sequence[float]
+) -> tuple[dict[str, Any], ...]:
     """m at the stated irreducible losses, else with the fitted one moved; those at or above a loss are left out."""
     floors = stated or dict.fromkeys(shift * float(local.law.E[0]) for shift in FLOOR_SHIFTS)
     least = min(pairs.y0.min(), pairs.y1.min())
     possible = [floor for floor in floors if floor < 0.999 * least]
-    return tuple({"E": floor, "m": ratio(_local(pairs, floor).mean[0])} for floor in possible)
+
+    def m(pairs: Pairs, floor: float) -> float:
+        return ratio(_local(pairs, floor).mean[0])
+
+    return tuple(
+        {
+            "E": floor,
+            "m": m(pairs, floor),
+            "conventions": {name: m(other, floor) for name, other in others.items()},
+        }
+        for floor in possible
+    )
 
 
 def _noise_floor(pairs: Pairs, local: Local) -> float | None:
