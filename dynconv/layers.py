@@ -4,10 +4,12 @@ Shapes: B batch, T time, D channels of the convolved tensor, G width of the gene
 Source: arXiv 2606.03825, section 2 (initialisation: generator input default linear, generator output zero,
 static filter uniform on +-1/sqrt(W)).
 
-Filters and bases carry the hint `optimizer_hint = {"weight_decay": 0.0, "muon": False}`: they are not the weight
-matrices those are meant for.
+Every parameter carries the hint `optimizer_hint = {"weight_decay": 0.0, "muon": False}`. Filters and bases are not the
+weight matrices those are meant for; generators go with them, so that all kinds of convolution are treated alike.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,30 +20,37 @@ from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolutio
 OPTIMIZER_HINT = {"weight_decay": 0.0, "muon": False}
 
 
-def _hinted(parameter: nn.Parameter) -> nn.Parameter:
+def _parameter(values: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(values)
     parameter.optimizer_hint = OPTIMIZER_HINT  # type: ignore[attr-defined]  # a tensor takes attributes
     return parameter
 
 
+def _generator(inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.weight = _parameter(linear.weight)
+    return linear
+
+
 def _static_filter(width: int, channels: int) -> nn.Parameter:
     bound = width**-0.5
-    return _hinted(nn.Parameter(torch.empty(width, channels).uniform_(-bound, bound)))
+    return _parameter(torch.empty(width, channels).uniform_(-bound, bound))
 
 
 class _ShortConv(nn.Module):
-    """What the modules share: training, prefill and decoding are one convolution with other options."""
+    """What the modules share: training, prefill and decoding are one function of `dynconv.ops`."""
 
-    channels: int
-    width: int
-    residual: bool
+    static_filter: nn.Parameter | None  # [W, D]
 
-    def _convolve(self, x: Tensor, generator_input: Tensor | None, **options: Any) -> Any:
-        raise NotImplementedError
+    def __init__(self, function: Callable[..., Any], channels: int, width: int, residual: bool) -> None:
+        super().__init__()
+        self._function = function
+        self.channels, self.width, self.residual = channels, width, residual
 
     def forward(
         self,
-        x: Tensor,  # [B, T, D]
-        generator_input: Tensor | None = None,  # [B, T, G]; the static convolution does without
+        x: Tensor,  # [B, T, D]; the fused forms: [B, T, D + generator_columns], the projection's output
+        generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused forms do without
         cu_seqlens: Tensor | None = None,  # [N + 1]: where packed documents start in T, and T; needs B = 1
     ) -> Tensor:  # [B, T, D]
         y: Tensor = self._convolve(x, generator_input, cu_seqlens=cu_seqlens)
@@ -49,8 +58,8 @@ class _ShortConv(nn.Module):
 
     def prefill(
         self,
-        x: Tensor,  # [B, T, D]
-        generator_input: Tensor | None = None,  # [B, T, G]
+        x: Tensor,  # as in `forward`
+        generator_input: Tensor | None = None,  # as in `forward`
         state: Tensor | None = None,  # [N, W-1, D]: the inputs before, oldest first; None: none
         cu_seqlens: Tensor | None = None,  # [N + 1]
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [N, W-1, D]
@@ -61,12 +70,20 @@ class _ShortConv(nn.Module):
 
     def step(
         self,
-        x: Tensor,  # [B, T, D]: one token, or a few to be verified
-        generator_input: Tensor | None,  # [B, T, G]
+        x: Tensor,  # as in `forward`, of T tokens: one, or a few to be verified
+        generator_input: Tensor | None,  # as in `forward`
         state: Tensor,  # [B, W-1, D]
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
         """Decode from a state: the outputs, and the next state."""
         return self.prefill(x, generator_input, state)
+
+    def _convolve(self, x: Tensor, generator_input: Tensor | None, **options: Any) -> Any:
+        inputs = self._inputs(x, generator_input)
+        return self._function(*inputs, self.static_filter, self.residual, **options)
+
+    def _inputs(self, x: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+        """What the function takes before the static filter: x, and what makes a token's own filters, if anything."""
+        return (x,)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, width={self.width}, residual={self.residual}"
@@ -76,12 +93,8 @@ class StaticShortConv(_ShortConv):
     """y_t = sum_w filter[w] x_{t-w} (+ x_t): the same filter at every position."""
 
     def __init__(self, channels: int, width: int = 4, residual: bool = True) -> None:
-        super().__init__()
-        self.channels, self.width, self.residual = channels, width, residual
-        self.static_filter = _static_filter(width, channels)  # [W, D]
-
-    def _convolve(self, x: Tensor, generator_input: Tensor | None, **options: Any) -> Any:  # noqa: ARG002 - the base's
-        return static_convolution(x, self.static_filter, self.residual, **options)
+        super().__init__(static_convolution, channels, width, residual)
+        self.static_filter = _static_filter(width, channels)
 
 
 class HeadwiseDynamicConv(_ShortConv):
@@ -96,16 +109,14 @@ class HeadwiseDynamicConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
     ) -> None:
-        super().__init__()
-        self.channels, self.width, self.residual = channels, width, residual
+        super().__init__(headwise_dynamic_convolution, channels, width, residual)
         self.heads = _heads(channels, head_size)
-        self.generator = nn.Linear(generator_width, self.heads * width, bias=False)
+        self.generator = _generator(generator_width, self.heads * width)
         nn.init.zeros_(self.generator.weight)
         self.static_filter = _static_filter(width, channels) if static_filter else None
 
-    def _convolve(self, x: Tensor, generator_input: Tensor | None, **options: Any) -> Any:
-        weight = self.generator(generator_input).unflatten(2, (self.heads, self.width))
-        return headwise_dynamic_convolution(x, weight, self.static_filter, self.residual, **options)
+    def _inputs(self, x: Tensor, generator_input: Tensor | None) -> tuple[Tensor, ...]:
+        return x, self.generator(generator_input).unflatten(2, (self.heads, self.width))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, heads={self.heads}"
@@ -123,16 +134,13 @@ class LowRankDynamicConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
     ) -> None:
-        super().__init__()
-        self.channels, self.width, self.residual = channels, width, residual
-        self.down = nn.Linear(generator_width, rank, bias=False)
-        self.up = _hinted(nn.Parameter(torch.zeros(rank, width * channels)))  # [R, W*D]
+        super().__init__(lowrank_dynamic_convolution, channels, width, residual)
+        self.down = _generator(generator_width, rank)
+        self.up = _parameter(torch.zeros(rank, width * channels))  # [R, W*D]
         self.static_filter = _static_filter(width, channels) if static_filter else None
 
-    def _convolve(self, x: Tensor, generator_input: Tensor | None, **options: Any) -> Any:
-        return lowrank_dynamic_convolution(
-            x, self.down(generator_input), self.up, self.static_filter, self.residual, **options
-        )
+    def _inputs(self, x: Tensor, generator_input: Tensor | None) -> tuple[Tensor, ...]:
+        return x, self.down(generator_input), self.up
 
 
 class FusedLowRankConv(_ShortConv):
@@ -150,23 +158,16 @@ class FusedLowRankConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
     ) -> None:
-        super().__init__()
-        self.channels, self.width, self.residual = sum(branches), width, residual
+        function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
+        super().__init__(function, sum(branches), width, residual)
         self.branches = tuple(branches)
         self.generator_columns = len(branches) * rank
-        self.up = _hinted(nn.Parameter(torch.zeros(rank, width * self.channels)))  # [R, W*D]
+        self.up = _parameter(torch.zeros(rank, width * self.channels))  # [R, W*D]
         self.static_filter = _static_filter(width, self.channels) if static_filter else None
 
-    def _convolve(
-        self,
-        x: Tensor,  # [B, T, D + generator_columns]: the projection's output
-        generator_input: Tensor | None,  # noqa: ARG002 - the generators came with x
-        **options: Any,
-    ) -> Any:
+    def _inputs(self, x: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
         x, z = x.split([self.channels, self.generator_columns], 2)
-        return lowrank_dynamic_convolution(
-            x, z, self.up, self.static_filter, self.residual, segments=self.branches, **options
-        )
+        return x, z, self.up
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, branches={self.branches}"
@@ -179,15 +180,9 @@ class FusedHeadwiseConv(_ShortConv):
     """
 
     def __init__(
-        self,
-        channels: int,
-        width: int = 4,
-        head_size: int = 16,
-        residual: bool = True,
-        static_filter: bool = True,
+        self, channels: int, width: int = 4, head_size: int = 16, residual: bool = True, static_filter: bool = True
     ) -> None:
-        super().__init__()
-        self.channels, self.width, self.residual = channels, width, residual
+        super().__init__(headwise_dynamic_convolution, channels, width, residual)
         self.heads = _heads(channels, head_size)
         self.generator_columns = self.heads * width
         self.static_filter = _static_filter(width, channels) if static_filter else None
@@ -200,15 +195,9 @@ class FusedHeadwiseConv(_ShortConv):
         with torch.no_grad():
             weight[self.channels :].zero_()
 
-    def _convolve(
-        self,
-        x: Tensor,  # [B, T, D + generator_columns]: the projection's output
-        generator_input: Tensor | None,  # noqa: ARG002 - the coefficients came with x
-        **options: Any,
-    ) -> Any:
+    def _inputs(self, x: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
         x, weight = x.split([self.channels, self.generator_columns], 2)
-        weight = weight.unflatten(2, (self.heads, self.width))
-        return headwise_dynamic_convolution(x, weight, self.static_filter, self.residual, **options)
+        return x, weight.unflatten(2, (self.heads, self.width))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, heads={self.heads}"

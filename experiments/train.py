@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv
 from experiments.config import Execution, RunConfig, TrainConfig
 from experiments.data.batches import Batches, held_out
 from experiments.data.dataset import Dataset
@@ -265,10 +264,9 @@ def learning_rate(index: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of linear maps and embeddings decay. Gains do not, nor does anything of a short convolution: the
-    kinds make their filters in different ways, and arms are to be treated alike."""
-    convolutions = (StaticShortConv, HeadwiseDynamicConv, LowRankDynamicConv)
-    filters = {id(p) for module in model.modules() if isinstance(module, convolutions) for p in module.parameters()}
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in filters]
-    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in filters]
+    """Matrices of linear maps and embeddings decay. Gains do not, nor does what hints against it: all of a short
+    convolution's parameters."""
+    hinted = {id(p) for p in model.parameters() if hasattr(p, "optimizer_hint")}
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in hinted]
+    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in hinted]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -87,15 +87,11 @@ def test_fused_headwise_starts_as_its_static_filter() -> None:
     torch.testing.assert_close(fused(projected), expected)
 
 
-def test_filters_and_bases_hint_the_optimizer() -> None:
-    hinted = {
-        (type(module).__name__, name)
-        for module in _modules()
-        for name, parameter in module.named_parameters()
-        if getattr(parameter, "optimizer_hint", None) == {"weight_decay": 0.0, "muon": False}
-    }
-    kinds = ("StaticShortConv", "HeadwiseDynamicConv", "LowRankDynamicConv")
-    assert hinted == {(kind, "static_filter") for kind in kinds} | {("LowRankDynamicConv", "up")}
+def test_every_parameter_hints_the_optimizer() -> None:
+    for module in (*_modules(), FusedLowRankConv((8, 4)), FusedHeadwiseConv(CHANNELS, head_size=3)):
+        hints = {name: getattr(parameter, "optimizer_hint", None) for name, parameter in module.named_parameters()}
+        assert "static_filter" in hints
+        assert all(hint == {"weight_decay": 0.0, "muon": False} for hint in hints.values()), hints
 
 
 def test_repr_says_what_it_is() -> None:
