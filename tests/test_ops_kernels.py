@@ -1,181 +1,23 @@
 """The kernels against a float64 oracle: on the GPU where there is one, else in Triton's interpreter."""
 
-import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, assert_close, cases, errors, kernels, relative_error
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from dynconv.ops import functions, reference
+from dynconv.ops import reference
 
-GPU = torch.cuda.is_available()
-with pytest.MonkeyPatch.context() as patch:
-    # Triton reads it when it is first imported, too; other tests are not to see it.
-    if not GPU:
-        patch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton")
-    importlib.import_module("dynconv.ops.operator")
-
-DEVICE = "cuda" if GPU else "cpu"
 CASES = 12 if GPU else 60  # on a GPU each compiles its kernels anew
-# Relative RMS error by dtype: the most that 2,000 of the cases below reached, and a third more; a tap scaled by
-# 0.9, or a shift by one step, is at 2e-2 and more.
-BOUND = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 6.5e-3}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels() -> Iterator[None]:
-    """Send CPU tensors to the kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not GPU:
-            patch.setenv("TRITON_INTERPRET", "1")
-            patch.setattr(functions, "_INTERPRET", True)
+def by_kernels() -> Iterator[None]:
+    with kernels():
         yield
-
-
-@dataclass(frozen=True)
-class Case:
-    kind: str = "lowrank"  # "static", "headwise" or "lowrank"
-    batch: int = 2
-    time: int = 37
-    heads: int = 3
-    head_size: int = 8
-    width: int = 4
-    rank: int = 5
-    static: bool = True
-    residual: bool = True
-    documents: tuple[int, ...] = ()  # lengths
-    segments: tuple[int, ...] = ()
-    state: bool = False
-    activation: str | None = None
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def channels(self) -> int:
-        return sum(self.segments) or self.heads * self.head_size
-
-    def inputs(self) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape).to(DEVICE, self.dtype).requires_grad_()
-
-        shape = (self.batch, self.time, self.channels)
-        made = {"x": normal(*shape)}
-        if self.state and self.width > 1:  # else it is empty, and has no gradient
-            made["initial_state"] = normal(len(self.documents) or self.batch, self.width - 1, self.channels)
-        if self.kind == "static":
-            return made | {"weight": normal(self.width, self.channels)}
-        if self.kind == "headwise":
-            made["weight"] = normal(self.batch, self.time, self.heads, self.width)
-        else:
-            made["z"] = normal(self.batch, self.time, self.rank * max(1, len(self.segments)))
-            made["U"] = normal(self.rank, self.width * self.channels) / self.rank**0.5
-            made["U"] = made["U"].detach().requires_grad_()
-        if self.static:
-            made["static_w"] = normal(self.width, self.channels)
-        return made
-
-    def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        options: dict[str, Any] = {"residual": self.residual, "activation": self.activation}
-        if self.documents:
-            edges = torch.tensor([0, *self.documents]).cumsum(0)
-            options["cu_seqlens"] = edges.to(DEVICE)
-        if self.segments:
-            options["segments"] = self.segments
-        return FUNCTIONS[self.kind](**inputs, **options)
-
-    def oracle(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Straight from the definition: one token's filter times one earlier input, summed one by one."""
-        filters = self.filters(inputs)
-        x = inputs["x"]
-        lengths = self.documents or (self.time,)
-        rows = []
-        for document, length in enumerate(lengths):
-            begin = sum(lengths[:document])
-            state = torch.zeros(self.batch, self.width - 1, self.channels).to(x)
-            if "initial_state" in inputs:
-                state = inputs["initial_state"][document : document + 1] if self.documents else inputs["initial_state"]
-            past = torch.cat([state, x[:, begin : begin + length]], 1)
-            for t in range(length):
-                taps = [filters[:, begin + t, tap] * past[:, self.width - 1 + t - tap] for tap in range(self.width)]
-                rows.append(torch.stack(taps).sum(0))
-        y = torch.stack(rows, 1) if rows else torch.zeros_like(x)
-        y = y if self.activation is None else torch.nn.functional.silu(y)
-        return y + x if self.residual else y
-
-    def filters(self, inputs: dict[str, Tensor]) -> Tensor:  # [B, T, W, D]
-        shape = (self.batch, self.time, self.width, self.channels)
-        static = inputs["weight"] if self.kind == "static" else inputs.get("static_w", torch.zeros(()))
-        static = static.to(inputs["x"].device).expand(shape)
-        if self.kind == "static":
-            return static
-        if self.kind == "headwise":
-            spread = torch.arange(self.channels) // self.head_size
-            return inputs["weight"][:, :, spread].transpose(2, 3) + static
-        generators = inputs["z"].unflatten(2, (-1, self.rank))
-        segment = torch.repeat_interleave(torch.tensor(self.segments or [self.channels]))
-        basis = inputs["U"].unflatten(1, (self.width, self.channels))
-        return torch.einsum("btdr,rwd->btwd", generators[:, :, segment], basis) + static
-
-
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "static": functions.static_convolution,
-    "headwise": functions.headwise_dynamic_convolution,
-    "lowrank": functions.lowrank_dynamic_convolution,
-}
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp_min(1e-30))
-
-
-def errors(case: Case, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> dict[str, float]:
-    """The relative error of the output and of every gradient; `spoil` alters what the oracle is given."""
-    inputs = case.inputs()
-    y = case.run(inputs)
-    dy = torch.randn(y.shape, device=DEVICE).to(y.dtype)
-    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
-    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
-    y_exact = case.oracle(spoil(exact))
-    exact_gradients = torch.autograd.grad(y_exact, list(exact.values()), dy.double())
-    pairs = zip(inputs, gradients, exact_gradients, strict=True)
-    return {"y": relative_error(y, y_exact)} | {name: relative_error(g, e) for name, g, e in pairs}
-
-
-def assert_close(case: Case, slack: float = 1.0) -> None:
-    measured = errors(case)
-    assert max(measured.values()) < slack * BOUND[case.dtype], measured
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    kind = draw(st.sampled_from(["static", "headwise", "lowrank"]))
-    segmented = kind == "lowrank" and draw(st.booleans())
-    packed = draw(st.booleans())
-    documents = tuple(draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))) if packed else ()
-    documents = documents if sum(documents) else ()
-    return Case(
-        kind=kind,
-        batch=1 if documents else draw(st.integers(1, 2)),
-        time=sum(documents) or draw(st.integers(1, 80)),
-        heads=draw(st.integers(1, 5)),
-        head_size=draw(st.sampled_from([1, 2, 4, 7, 16, 24])),
-        width=draw(st.integers(1, 8)),
-        rank=draw(st.sampled_from([1, 3, 15, 16, 20])),
-        static=draw(st.booleans()),
-        residual=draw(st.booleans()),
-        documents=documents,
-        segments=tuple(draw(st.lists(st.integers(1, 70), min_size=2, max_size=3))) if segmented else (),
-        state=draw(st.booleans()),
-        activation=draw(st.sampled_from([None, "silu"])),
-        dtype=draw(st.sampled_from(list(BOUND))),
-    )
 
 
 @settings(max_examples=CASES, deadline=None, derandomize=True)
