@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy.special import fdtri
 
-from analysis.paired import EXPONENTS, Local, ratio
+from analysis.paired import EXPONENTS, Local
 from analysis.pairs import Pairs
 from analysis.powerlaw import Points, fit
-from analysis.solver import Floats
+from analysis.solver import ROUNDING, Floats
 
 Interval = tuple[float, float]
 
 LN_M = (-3.0, 3.0)  # m from 1/20 to 20
 MODELS = {"shared": ("A",), "free exponent": ("A", "alpha"), "free E": ("A", "E")}
-DRAWS = 1999
+DRAWS = 3999
+SIGNIFICANCE = 0.05
 # Webb's six points (Canadian J. Economics 56, 2023): mean 0, variance 1, and enough of them for few clusters.
 WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
 
@@ -39,19 +41,27 @@ def joint_interval(pairs: Pairs) -> tuple[float, Interval | None]:
     if points <= 4:
         return math.exp(best), None
     limit = rss[at] * (1 + fdtri(1, points - 4, 0.95) / (points - 4))
-    return math.exp(best), (math.exp(_edge(pairs, limit, best, -1)), math.exp(_edge(pairs, limit, best, 1)))
+
+    def rejected(ln_m: float) -> bool:
+        return bool(_profile(pairs, np.array([ln_m]))[0] > limit)
+
+    return math.exp(best), (math.exp(_edge(rejected, best, -1e-3)), math.exp(_edge(rejected, best, 1e-3)))
 
 
-def _edge(pairs: Pairs, limit: float, inside: float, side: int) -> float:
-    """Where the profile passes `limit` on one side of ln m = `inside`; infinite if not within LN_M."""
-    outside = inside + side * 1e-3
-    while _profile(pairs, np.array([outside]))[0] <= limit:
-        inside, outside = outside, outside + 2 * (outside - inside)
-        if not LN_M[0] <= outside <= LN_M[1]:
-            return side * math.inf
-    for _ in range(30):
+def _edge(rejected: Callable[[float], bool], inside: float, step: float) -> float:
+    """Where a test of ln m starts to reject, from `inside` the way `step` points; infinite if beyond the width of LN_M,
+    and `inside` itself where data without noise leave no step."""
+    if step == 0:
+        return inside
+    outside = inside + step
+    while not rejected(outside):
+        if abs(step) > LN_M[1] - LN_M[0]:
+            return math.copysign(math.inf, step)
+        step *= 2
+        inside, outside = outside, inside + step
+    for _ in range(40):
         middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if _profile(pairs, np.array([middle]))[0] <= limit else (inside, middle)
+        inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
     return inside
 
 
@@ -99,16 +109,26 @@ def aicc(pairs: Pairs) -> dict[str, float] | None:
 
 
 def wild_cluster_interval(local: Local, seed: int = 0) -> Interval:
-    """Interval of m from bootstrapped t: the local values' deviations times one of Webb's weights a size."""
-    deviation = local.ln_m[0] - local.mean[0]
-    weight, sizes = local.weight[0], len(deviation)
-    if 6**sizes <= DRAWS:
-        signs = np.array(list(itertools.product(WEBB, repeat=sizes)))
+    """Interval of m by the restricted wild cluster bootstrap-t: the ln m that its test does not reject at 5%.
+
+    Under each ln m tested, the local values' distances from it are multiplied by one of Webb's weights a size, and t
+    must not lie among the farthest 5%. Coverage, simulated at m = 1.05 to 2 (tests/test_multiplier.py): .99 at three
+    sizes, .97 at four, .93 at five, .93 to .95 at six; around the estimate, without the restriction, it is .87 at
+    three, .90 at four and .91 at five, and with Rademacher's two weights the restricted one never ends below six.
+    """
+    values, weight, sizes = local.ln_m[0], local.weight[0], len(local.ln_m[0])
+    if len(WEBB) ** sizes // 2 <= DRAWS:  # every pattern; its opposite has the same |t|
+        signs = np.array(list(itertools.product(WEBB[:3], *[WEBB] * (sizes - 1))))
     else:
         signs = np.random.default_rng(seed).choice(WEBB, (DRAWS, sizes))
-    draws = signs * deviation
-    mean = draws @ weight
-    error = np.sqrt(((draws - mean[:, None]) ** 2) @ weight / (sizes - 1))
-    t = np.quantile(np.abs(mean) / np.maximum(error, 1e-300), 0.95)
-    middle, half = float(local.mean[0]), float(t * local.error[0])
-    return ratio(middle - half), ratio(middle + half)
+    middle, error = float(local.mean[0]), float(local.error[0])
+
+    def rejected(ln_m: float) -> bool:
+        draws = signs * (values - ln_m)
+        mean = draws @ weight
+        spread = ((draws - mean[:, None]) ** 2) @ weight / (sizes - 1)
+        # Products, not ratios: a pattern of equal weights has no spread, and a t beyond any.
+        farther = np.abs(mean) * error >= abs(middle - ln_m) * np.sqrt(spread) * (1 - ROUNDING)
+        return float(farther.mean()) <= SIGNIFICANCE
+
+    return math.exp(_edge(rejected, middle, -error)), math.exp(_edge(rejected, middle, error))

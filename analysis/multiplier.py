@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SIGNIFICANCE = 0.05  # of the test that m is constant
 EXTRAPOLATED = 10.0  # m(C) is drawn no further than this times the largest compute
-FEW_SIZES = 5  # below, the wild cluster bootstrap is warned about
+FEW_SIZES = 5  # below, the checks over sizes are warned about
 FLOOR_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # E times these, for the sensitivity to the floor
 ASSUMED_FLOORS = (0.0, 1.6)  # nats a token, where two sizes cannot identify E: none, and near published ones
 
@@ -298,13 +298,13 @@ def _remarks(
     elif len(pairs.sizes) == 2:
         yield "not resolved: two sizes cannot identify the irreducible loss"
     if len(pairs.sizes) == 2 and not stated:
-        yield "E = 0 assumed; state it with --floor"
+        yield "E = 0 assumed: state it with --floor"
     if abs(math.log(reported.m)) > math.log(EXTRAPOLATED):
         yield f"extrapolated: more than {EXTRAPOLATED:.0f}x apart"
     if p is not None and p < SIGNIFICANCE:
         yield f"not constant: m changes with compute (p = {p:.3f}), so this is m at the largest"
-    elif 2 < len(pairs.sizes) < FEW_SIZES:
-        yield f"{len(pairs.sizes)} sizes: little power to see m change with compute"
+    if 2 < len(pairs.sizes) < FEW_SIZES:
+        yield f"{len(pairs.sizes)} sizes: few for the wild cluster interval, and to see m change with compute"
     for name, other in conventions.items():
         if not low <= other.m <= high:
             yield f"depends on the FLOP convention: {other.m:.3f}x under {name}"

@@ -153,21 +153,30 @@ def test_the_reported_interval_covers_after_the_constancy_test_has_chosen() -> N
     assert 0.91 <= covered <= 0.98
 
 
-@pytest.mark.slow
-def test_the_cross_checks_cover_as_simulated() -> None:
-    """300 designs of 5 sizes and 3 seeds. The joint fit ignores the pairing and is wide; the wild cluster bootstrap is
-    a little narrow with so few clusters, which is why neither is the headline."""
+@pytest.mark.parametrize(("sizes", "expected"), [(4, 0.967), (5, 0.935), (6, 0.95)])
+def test_the_wild_cluster_interval_covers_as_documented(sizes: int, expected: float) -> None:
+    """400 designs: within .03 of what 1,500 gave, with probability .99; without the restriction it is .905 at four."""
+    compute, y0, y1, _ = simulate(400, sizes, 2, 1.33)
+    found = [wild_cluster_interval(local_multipliers(compute, compute, y0[[k]], y1[[k]])) for k in range(400)]
+    covered = float(np.mean([low < 1.33 < high for low, high in found]))
+    print(f"{sizes} sizes: wild cluster coverage {covered:.3f}")
+    assert covered == pytest.approx(expected, abs=0.03)
+
+
+def test_the_joint_interval_covers_more_than_it_says() -> None:
+    """300 designs. It ignores the pairing and is wide, which is why it is not the headline."""
     compute, y0, y1, _ = simulate(300, 5, 3, 1.33)
-    hits = {"joint": 0, "wild": 0}
-    for a, b in zip(y0, y1, strict=True):
-        _, joint = joint_interval(pairs_of(compute, a, b))
-        wild = wild_cluster_interval(local_multipliers(compute, compute, a[None], b[None]))
-        assert joint is not None
-        hits["joint"] += joint[0] < 1.33 < joint[1]
-        hits["wild"] += wild[0] < 1.33 < wild[1]
-    print({name: hit / 300 for name, hit in hits.items()})
-    assert hits["joint"] / 300 > 0.95
-    assert hits["wild"] / 300 > 0.88
+    found = [joint_interval(pairs_of(compute, a, b))[1] for a, b in zip(y0, y1, strict=True)]
+    assert np.mean([ci is not None and ci[0] < 1.33 < ci[1] for ci in found]) > 0.95
+
+
+def test_the_checks_of_few_sizes_are_warned_about() -> None:
+    assert "4 sizes: few for the wild cluster interval" in answer(1.33, sizes=4).status
+    assert "few for" not in answer(1.33, sizes=5).status
+    exact = np.geomspace(TOP / 100, TOP, 3)
+    y0, y1 = (1.7 + (m * exact / 1e20) ** -0.15 for m in (1.0, 1.33))
+    wild = compare(pairs_of(exact, y0, y1)).wild_cluster
+    assert wild == pytest.approx((1.33, 1.33), rel=1e-3)
 
 
 def test_arms_that_no_compute_makes_equal_get_a_finite_number_and_a_remark() -> None:
