@@ -10,10 +10,19 @@ from analysis.tables import multiplier_rows
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
     from analysis.store import Store
 
 VIEWS = ("runs", "steps", "evals", "multipliers")
+SUMMED = ("loss", "tokens_per_second")  # columns of `grouped` that are also the run table's
+SEALED = {  # a query sees the views and nothing else: no file, no network, no variable of this program
+    "enable_external_access": "false",
+    "autoload_known_extensions": "false",
+    "autoinstall_known_extensions": "false",
+    "python_enable_replacements": "false",
+    "lock_configuration": "true",
+}
 
 
 def sql(store: Store, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -22,30 +31,32 @@ def sql(store: Store, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     Only the views that the query names are read. Raises ValueError with DuckDB's first line if it is not valid.
     """
     import duckdb
-    import pyarrow as pa
 
-    with duckdb.connect() as connection:
-        for view in VIEWS:
-            if re.search(rf"\b{view}\b", query, re.IGNORECASE):
-                connection.register(view, pa.Table.from_pandas(_view(store, view), preserve_index=False))
+    with duckdb.connect(config=SEALED) as connection:
         try:
-            result = connection.execute(query)
-            if result.description is None:
-                return [], []
-            return [str(column[0]) for column in result.description], result.fetchall()
+            statements = connection.extract_statements(query)
+            if len(statements) != 1:
+                raise ValueError(f"one SQL statement is wanted; got {len(statements)}")
+            for view in VIEWS:
+                if re.search(rf"\b{view}\b", query, re.IGNORECASE):
+                    connection.register(view, _view(store, view))
+            result = connection.execute(statements[0])
+            return [str(column[0]) for column in result.description or ()], result.fetchall()
         except duckdb.Error as error:
             raise ValueError(f"{str(error).splitlines()[0]}; the views are {', '.join(VIEWS)}") from None
 
 
-def _view(store: Store, view: str) -> pd.DataFrame:
-    import pandas as pd
+def _view(store: Store, view: str) -> pa.Table:
+    import pyarrow as pa
 
-    if view == "multipliers":
-        from analysis.multiplier import multipliers
+    if view in ("steps", "evals"):
+        return store.rows(view)
+    if view == "runs":
+        return pa.Table.from_pandas(store.runs, preserve_index=False)
+    from analysis.multiplier import multipliers
 
-        columns, rows = multiplier_rows(multipliers(store.runs)[0])
-        return pd.DataFrame(rows, columns=list(columns))
-    return store.runs if view == "runs" else getattr(store, view)()
+    columns, rows = multiplier_rows(multipliers(store.runs)[0])
+    return pa.table({name: [row[place] for row in rows] for place, name in enumerate(columns)})
 
 
 def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
@@ -63,16 +74,16 @@ def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
 
 def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Finished runs by group: how many, loss (mean, and standard deviation where repeated), tokens a second, hours."""
-    unknown = [name for name in by if name not in runs]
-    if unknown:
-        raise ValueError(f"--by: no column {unknown[0]!r}; the run table has {', '.join(map(str, runs.columns))}")
-    done = runs[runs["status"] == "complete"].assign(train_hours=lambda rows: rows["train_seconds"] / 3600)
-    groups = done.groupby(list(by), sort=False)
+    for name in by:
+        if name not in runs or name in SUMMED:
+            raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")
+    done = runs[runs["status"] == "complete"].sort_values(["arm", "parameters"], kind="stable")
+    groups = done.assign(train_hours=done["train_seconds"] / 3600).groupby(list(by), sort=False, dropna=False)
     table = groups.agg(
         runs=("loss", "size"),
         loss=("loss", "mean"),
         loss_sd=("loss", "std"),
         tokens_per_second=("tokens_per_second", "mean"),
-        train_hours=("train_hours", "sum"),
+        train_hours=("train_hours", lambda hours: hours.sum(min_count=1)),
     ).reset_index()
     return [str(name) for name in table.columns], [tuple(row) for row in table.itertuples(index=False)]

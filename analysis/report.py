@@ -7,11 +7,11 @@ import io
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis.drawing import answers, draw
 from analysis.figures import write
-from analysis.tables import NONE, fit_cells, interval_text, multiplier_cells, short
+from analysis.tables import NONE, Cell, answer_cells, check_cells, fit_cells, interval_text, numbered_notes, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,7 +90,8 @@ def report(store: Store, baseline: str | None = None, convention: str | None = N
     parts = [
         f"<h1>Compute advantage over {escape(found[0].baseline)}</h1>",
         *(f"<p>{_sentence(item)}</p>" for item in found if not item.status.startswith("not resolved")),
-        _table("multipliers", *multiplier_cells(found)),
+        _table("multipliers", *answer_cells(found, numbered_notes(found))),
+        _table("checks", *check_cells(found)),
         f'<p class="note">FLOPs counted as {escape(found[0].convention)}; 95% intervals; paired by size and seed. '
         f"Command: <code>{escape(command)}</code></p>",
         _left_out(found, [*notes, *store.problems]),
@@ -156,14 +157,15 @@ def _run_table(runs: pd.DataFrame) -> str:
     return _table("runs", RUN_COLUMNS, rows)
 
 
-def _table(name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(name: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(text: Any) -> str:
+def _cell(cell: Cell) -> str:
     """Numbers sort as numbers, what does not exist last."""
+    text = NONE if cell is None else cell
     try:
         value = "Infinity" if text == NONE else repr(float(text))
     except ValueError:

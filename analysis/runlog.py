@@ -60,8 +60,20 @@ IDENTITY = {  # stored by the sweep in config.json, repeated in run.json; FLOPs 
     "flops_6nd": "float64",
     "flops_6n_nonemb_d": "float64",
 }
+ARM_FACTS = {  # how the arm is declared: the keys of a sweep's [arm.NAME]; missing where its kind has none
+    "kind": "string",
+    "site": "string",  # as "qkv", or "all-linear"
+    "width": "Int64",  # taps
+    "rank": "Int64",
+    "head_size": "Int64",
+    "residual": "boolean",
+    "static_filter": "boolean",
+    "qk_norm": "boolean",
+    "kv_heads": "Int64",
+}
 RUN_COLUMNS = {
     **IDENTITY,
+    **ARM_FACTS,
     "loss": "float64",
     "bits_per_byte": "float64",
     "steps": "Int64",

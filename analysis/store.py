@@ -6,13 +6,14 @@ be read is named in `problems` and left out, never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.runlog import (
+    ARM_FACTS,
     CLOCKS,
     COLUMNS,
     CONVENTIONS,
@@ -27,6 +28,7 @@ from analysis.runlog import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 # What people call the columns of a table of points, lower case, by our name for them.
 POINT_NAMES = {
@@ -40,6 +42,12 @@ POINT_NAMES = {
     "loss": ("loss", "final_loss", "val_loss", "validation_loss", "test_loss"),
     "tokenizer_sha256": ("tokenizer_sha256", "tokenizer"),
     "data_sha256": ("data_sha256", "data", "dataset"),
+}
+ALL_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")  # the linear maps of a layer, in order
+CONVOLUTION = {  # the facts that each kind of convolution has, beside its sites
+    "static": ("width", "residual"),
+    "headwise": ("width", "residual", "static_filter", "head_size"),
+    "lowrank": ("width", "residual", "static_filter", "rank"),
 }
 POINT_SHORT = {"parameters": "N", "parameters_nonembedding": "N_nonemb", "tokens": "D", "flops_given": "C"}
 
@@ -55,28 +63,28 @@ class Store:
 
     def steps(self) -> pd.DataFrame:
         """run_id and the columns of `runlog.STEP_COLUMNS`, by run and step."""
-        return self._rows("steps")
+        return self.rows("steps").to_pandas()
 
     def evals(self) -> pd.DataFrame:
         """run_id and the columns of `runlog.EVAL_COLUMNS`, by run and step."""
-        return self._rows("evals")
+        return self.rows("evals").to_pandas()
 
-    def _rows(self, kind: str) -> pd.DataFrame:
-        import pandas as pd
+    def rows(self, kind: str) -> pa.Table:
+        """The steps or the evals: a thousand runs have ten million steps, of which pandas would make a copy or two."""
+        import pyarrow as pa
+        from pyarrow import parquet
+        from tqdm import tqdm
 
         frozen = self.path / f"{kind}.parquet"
         if frozen.exists():
-            return pd.read_parquet(frozen)
-        frames = []
-        for run_dir in self.run_dirs:
-            rows = read_rows(run_dir, kind)
-            self.problems += [problem for problem in rows.problems if problem not in self.problems]
-            frame = rows.table.to_pandas()
-            frame.insert(0, "run_id", run_dir.name)
-            frames.append(frame)
-        if not frames:
-            return pd.DataFrame(columns=["run_id", *COLUMNS[kind]])
-        return pd.concat(frames, ignore_index=True)
+            return _whole(frozen, parquet.read_table)
+        types = [(name, pa.type_for_alias(dtype)) for name, dtype in COLUMNS[kind].items()]
+        tables = [pa.schema([("run_id", pa.string()), *types]).empty_table()]
+        for run_dir in tqdm(self.run_dirs, desc=kind, delay=2, leave=False):
+            found = read_rows(run_dir, kind)
+            self.problems += [problem for problem in found.problems if problem not in self.problems]
+            tables.append(found.table.add_column(0, "run_id", pa.repeat(run_dir.name, found.table.num_rows)))
+        return pa.concat_tables(tables)
 
 
 def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
@@ -100,11 +108,17 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
 
 def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if store.run_dirs and out.resolve() == store.path.resolve():
+        raise ValueError(f"{out} is the live store itself, whose later runs the frozen one would hide; give another -o")
     out.mkdir(parents=True, exist_ok=True)
-    frames = {"evals": store.evals()} | ({"steps": store.steps()} if steps else {}) | {"runs": store.runs}
-    for name, frame in frames.items():
-        write_atomically(out / f"{name}.parquet", partial(frame.to_parquet, index=False))
-    return [out / f"{name}.parquet" for name in sorted(frames)]
+    tables = {kind: store.rows(kind) for kind in (("evals", "steps") if steps else ("evals",))}
+    tables["runs"] = pa.Table.from_pandas(store.runs, preserve_index=False)
+    for name, table in tables.items():
+        write_atomically(out / f"{name}.parquet", partial(parquet.write_table, table))
+    return [out / f"{name}.parquet" for name in sorted(tables)]
 
 
 def _read_live(path: Path) -> Store:
@@ -119,7 +133,12 @@ def _read_live(path: Path) -> Store:
     return Store(path, run_table([row for _, row in found]), problems, [run_dir for run_dir, _ in found])
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {"string": str, "Int64": int, "float64": (int, float)}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "Int64": int,
+    "float64": (int, float),
+    "boolean": bool,
+}
 
 
 def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -143,6 +162,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     if config["run_id"] != run_dir.name:
         raise ValueError(f"{run_dir / 'config.json'} belongs to run {config['run_id']}")
     row = {key: config.get(key) for key in (*IDENTITY, "code_commit", "data_sha256", "tokenizer_sha256")}
+    row |= arm_facts(config.get("config"))
     row["status"] = status(run_dir)
     if row["status"] == "complete":
         run = read_json(run_dir / "run.json")
@@ -157,6 +177,27 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     return row
 
 
+def arm_facts(config: Any) -> dict[str, Any]:
+    """ARM_FACTS out of a run's frozen configuration; nothing where it declares no convolution."""
+    model = config.get("model") if isinstance(config, dict) else None
+    conv = model.get("conv") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(conv, dict):
+        return {}
+    facts = {"kind": conv.get("kind"), "qk_norm": model.get("qk_norm"), "kv_heads": model.get("kv_heads")}
+    if facts["kind"] in CONVOLUTION:
+        facts["site"] = site_name(conv.get("sites") or ())
+        facts |= {name: conv.get(name) for name in CONVOLUTION[facts["kind"]]}
+    return facts
+
+
+def site_name(sites: Iterable[str]) -> str | None:
+    """Where the convolution is applied, in one word: "qkv", "all-linear", "q+gate"."""
+    chosen = sorted(sites, key=lambda site: ALL_LINEAR.index(site) if site in ALL_LINEAR else len(ALL_LINEAR))
+    if tuple(chosen) == ALL_LINEAR:
+        return "all-linear"
+    return ("" if all(len(site) == 1 for site in chosen) else "+").join(chosen) or None
+
+
 def run_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a table with the columns and types of RUN_COLUMNS."""
     import pandas as pd
@@ -167,14 +208,18 @@ def run_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def _read_frozen(path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    try:
-        runs = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is unreadable ({str(error).splitlines()[0]}); freeze the store again") from None
-    missing = [name for name in RUN_COLUMNS if name not in runs.columns]
+    runs = _whole(path, pd.read_parquet)
+    missing = [name for name in RUN_COLUMNS if name not in runs.columns and name not in ARM_FACTS]
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; freeze the store again")
-    return runs.astype(RUN_COLUMNS)
+    return runs.reindex(columns=[*runs.columns, *(name for name in ARM_FACTS if name not in runs)]).astype(RUN_COLUMNS)
+
+
+def _whole(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise ValueError(f"{path} is unreadable ({str(error).splitlines()[0]}); freeze the store again") from None
 
 
 def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -191,15 +236,17 @@ def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         raise ValueError(f"{path} is unreadable ({str(error).splitlines()[0]})") from None
     if points.empty:
         raise ValueError(f"{path} has no rows")
-    points = points.rename(columns=_renaming(path, [str(name) for name in points.columns], columns))
+    renaming = _renaming(path, [str(name) for name in points.columns], columns)
+    points = points.drop(columns=set(renaming.values()) - set(renaming), errors="ignore").rename(columns=renaming)
     if "convention" in points and points["convention"].nunique() == 1:
         name = str(points["convention"].iloc[0])
         if name not in CONVENTIONS:
             raise ValueError(f"{path}: no FLOP convention {name!r}; there are {', '.join(CONVENTIONS)}")
         points = points.rename(columns={"flops_given": CONVENTIONS[name]})
-    numbers = [name for name in points.columns if RUN_COLUMNS.get(name, "float64") != "string"]
-    for name in set(numbers) & ({*RUN_COLUMNS, "flops_given"}):
-        points[name] = _numeric(path, points[name])
+    types = {name: "float64" if dtype == "Int64" else dtype for name, dtype in RUN_COLUMNS.items()}
+    for name, dtype in {**types, "flops_given": "float64"}.items():
+        if name in points:
+            points[name] = _typed(path, points[name], dtype)
     if "status" not in points:
         points["status"] = "complete"
     if {"parameters", "tokens"} <= set(points) and "flops_6nd" not in points:
@@ -208,7 +255,6 @@ def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         points["flops_6n_nonemb_d"] = 6.0 * points["parameters_nonembedding"] * points["tokens"]
     if "run_id" not in points:
         points["run_id"] = [f"row {number}" for number in range(1, len(points) + 1)]
-    types = {name: "string" if dtype == "string" else "float64" for name, dtype in RUN_COLUMNS.items()}
     absent = {name: pd.Series(index=points.index, dtype=types[name]) for name in types if name not in points}
     return points.assign(**absent).astype(types)
 
@@ -226,15 +272,16 @@ def _renaming(path: Path, names: list[str], columns: Mapping[str, str]) -> dict[
         renaming[theirs] = target
     for target, usual in POINT_NAMES.items():
         matches = [name for name in names if name.lower() in usual and name not in renaming]
-        if target not in renaming.values() and matches:
+        if target not in {*names, *renaming.values()} and matches:
             renaming[matches[0]] = target
     return renaming
 
 
-def _numeric(path: Path, column: pd.Series) -> pd.Series:
+def _typed(path: Path, column: pd.Series, dtype: str) -> pd.Series:
     import pandas as pd
 
     try:
-        return pd.to_numeric(column)
+        return (pd.to_numeric(column) if dtype == "float64" else column).astype(dtype)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: column {column.name} must hold numbers ({error})") from None
+        what = {"float64": "numbers", "boolean": "true or false", "string": "text"}[dtype]
+        raise ValueError(f"{path}: column {column.name} must hold {what} ({error})") from None

@@ -6,9 +6,13 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+
+from analysis.runlog import CONVENTIONS
 
 if TYPE_CHECKING:
     from analysis.multiplier import Answer, Multiplier
@@ -16,6 +20,10 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "csv", "latex", "json")
 NONE = "-"  # how a number that does not exist is printed; CSV leaves it empty, JSON has null
+UNRESOLVED = "not resolved: "  # how the status of a multiplier begins that the data do not tell from 1
+
+Cell = str | None
+Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]
 
 
 def to_json(value: Any) -> str:
@@ -30,7 +38,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if value is None or isinstance(value, str | int):
         return value
-    if isinstance(value, float):
+    if isinstance(value, float | Decimal):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "item"):  # NumPy's integers
         return value.item()
@@ -39,116 +47,191 @@ def _plain(value: Any) -> Any:
     return None if _missing(value) else str(value)  # dates and the like, from SQL
 
 
-def render(columns: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> str:
-    """A table of text cells as md, csv or latex."""
+def render(columns: Sequence[str], rows: Sequence[Sequence[Cell]], form: str) -> str:
+    """A table of text cells as md, csv or latex (which needs the package booktabs)."""
     if form == "csv":
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerows([columns, *[["" if cell == NONE else cell for cell in row] for row in rows]])
+        csv.writer(out, lineterminator="\n").writerows([columns, *rows])
         return out.getvalue().rstrip("\n")
+    mark = _latex if form == "latex" else _markdown
+    lines = [[mark(NONE if cell is None else " ".join(cell.split())) for cell in line] for line in [columns, *rows]]
     if form == "latex":
-        lines = [" & ".join(map(_escape, line)) + r" \\" for line in [columns, *rows]]
-        body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
+        # A line that begins with [ would be read as an option of the line break before it.
+        text = [("{}" if line[0].startswith("[") else "") + " & ".join(line) + r" \\" for line in lines]
+        body = "\n".join([r"\toprule", text[0], r"\midrule", *text[1:], r"\bottomrule"])
         return rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}" + f"\n{body}\n" + r"\end{tabular}"
-    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
 
 
-def _escape(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(char, "\\" + char if char in "&%$#_{}" else char) for char in text)
+def _markdown(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+LATEX = {
+    **{char: "\\" + char for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(char, char) for char in text)
 
 
 def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
-    """Multipliers against one baseline. JSON holds everything; the others what fits a page."""
+    """Multipliers against one baseline: the answers, and what checks them. JSON holds everything."""
     if form == "json":
         return to_json(found)
     if form == "csv":
         return value_table(*multiplier_rows(found), form)
-    text = render(*multiplier_cells(found), form)
-    return text if form == "latex" else f"{text}\n\n{_legend(found)}"
+    notes = numbered_notes(found)
+    (columns, answers), (check_columns, checks) = answer_cells(found, notes), check_cells(found)
+    if form == "latex":
+        rows = [[*row, *check[1:]] for row, check in zip(answers, checks, strict=True)]
+        remarks = "".join(f"\n% {line}" for line in _legend(found, notes))
+        return render([*columns, *check_columns[1:]], rows, form) + remarks
+    tables = [
+        render(columns, answers, form),
+        *([render(check_columns, checks, form)] if len(check_columns) > 1 else []),
+    ]
+    return "\n\n".join([*tables, "\n".join(_legend(found, notes))])
 
 
-def multiplier_cells(found: Sequence[Multiplier]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Columns and rows as read by people; columns without a value are left out."""
-    cells = {
+def answer_cells(found: Sequence[Multiplier], notes: Mapping[str, int]) -> Table:
+    """What a reader wants first, a row an arm."""
+    columns = ["arm", "m", "95% interval", "sizes x seeds", "status"]
+    return columns, [
+        (item.arm, ratio_text(item.m), interval_text(item.ci), f"{item.n_sizes} x {item.n_seeds}", verdict(item, notes))
+        for item in found
+    ]
+
+
+def numbered_notes(found: Sequence[Multiplier]) -> dict[str, int]:
+    """The remarks of every status, each once, by number."""
+    remarks = dict.fromkeys(remark for item in found if item.status != "ok" for remark in item.status.split("; "))
+    return {remark.removeprefix(UNRESOLVED): number for number, remark in enumerate(remarks, 1)}
+
+
+def verdict(item: Multiplier, notes: Mapping[str, int]) -> str:
+    """The status in two words and the numbers of its notes."""
+    if item.status == "ok":
+        return "ok"
+    numbers = ", ".join(str(notes[remark.removeprefix(UNRESOLVED)]) for remark in item.status.split("; "))
+    return f"{'not resolved' if item.status.startswith(UNRESOLVED) else 'see'} [{numbers}]"
+
+
+def check_cells(found: Sequence[Multiplier]) -> Table:
+    """m by other estimators, conventions, floors and clocks, a row an arm; columns without a value are left out."""
+    cells: dict[str, list[Cell]] = {
         "arm": [item.arm for item in found],
-        "m": [_ratio(item.m) for item in found],
-        "95% interval": [interval_text(item.ci) for item in found],
-        "stated E": [_by_floor(item) if item.n_sizes < 3 else NONE for item in found],
-        "other FLOPs": [_by_convention(item) for item in found],
-        "joint fit": [_ratio(item.joint.m) if item.joint else NONE for item in found],
-        "at most C": [_ratio(item.m_at_cmax) if item.n_sizes > 2 else NONE for item in found],
+        "joint fit": [_m(item.joint) for item in found],
+        "at Cmax": [ratio_text(item.m_at_cmax) if item.n_sizes > 2 else None for item in found],
         "leave one out": [interval_text(item.loso) for item in found],
-        "p(constant)": [NONE if item.constant_m_p is None else f"{item.constant_m_p:.3f}" for item in found],
-        "wall clock": [_ratio(item.wall_clock.m) if item.wall_clock else NONE for item in found],
-        "sizes x seeds": [f"{item.n_sizes} x {item.n_seeds}" for item in found],
-        "status": [item.status for item in found],
+        "p(constant)": [None if item.constant_m_p is None else f"{item.constant_m_p:.3f}" for item in found],
+        "other E": [_over_floors(item) for item in found],
     }
-    columns = [name for name, column in cells.items() if any(cell != NONE for cell in column)]
+    names = dict.fromkeys(name for item in found for name in item.conventions)
+    for name in names:
+        cells[name] = [_m(item.conventions.get(name)) if item.n_sizes > 2 else None for item in found]
+    for row in found[0].floor_sensitivity if found[0].n_sizes < 3 else ():
+        for name in (found[0].convention, *names):
+            cells[f"E={row['E']:g} {name}"] = [_at_floor(item, row["E"], name) for item in found]
+    cells["wall clock"] = [_m(item.wall_clock) for item in found]
+    cells["GPU cost"] = [_m(item.gpu_cost) if item.gpu_cost != item.wall_clock else None for item in found]
+    columns = [name for name, column in cells.items() if any(cell is not None for cell in column)]
     return columns, list(zip(*(cells[name] for name in columns), strict=True))
 
 
-def _by_floor(item: Multiplier) -> str:
-    return ", ".join(f"{row['m']:.3f} at {row['E']:g}" for row in item.floor_sensitivity)
+def _m(answer: Answer | None) -> Cell:
+    return None if answer is None else ratio_text(answer.m)
 
 
-def _by_convention(item: Multiplier) -> str:
-    """m under the other conventions, where any differs by half a percent."""
-    if all(abs(other.m / item.m - 1) < 0.005 for other in item.conventions.values()):
-        return NONE
-    return ", ".join(f"{other.m:.3f} by {name}" for name, other in item.conventions.items())
+def _over_floors(item: Multiplier) -> Cell:
+    """The range of m as the irreducible loss is moved."""
+    values = [row["m"] for row in item.floor_sensitivity]
+    return interval_text((min(values), max(values))) if values and item.n_sizes > 2 else None
 
 
-def _legend(found: Sequence[Multiplier]) -> str:
+def _at_floor(item: Multiplier, floor: float, convention: str) -> Cell:
+    """m at a stated irreducible loss under a convention, of an arm with too few sizes to fit one."""
+    for row in item.floor_sensitivity if item.n_sizes < 3 else ():
+        if row["E"] == floor:
+            return ratio_text({item.convention: row["m"], **row["conventions"]}[convention])
+    return None
+
+
+def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
     lines = [
         f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
-        "paired by size and seed."
+        "paired by size and seed.",
+        *(f"[{number}] {remark}" for remark, number in notes.items()),
     ]
     left_out = {item.run_id: item.reason for answer in found for item in answer.excluded}
     if left_out:
         shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out.items())[:5])
         lines.append(f"Left out: {len(left_out)} rows: {shown}{' ...' if len(left_out) > 5 else ''}")
-    return "\n".join(lines)
+    return lines
 
 
-FLAT_COLUMNS = (
-    *("arm", "baseline", "convention", "m", "ci_low", "ci_high", "method", "constant_m_p", "m_at_cmax"),
-    *("loso_low", "loso_high", "joint_m", "joint_low", "joint_high", "wall_clock_m", "gpu_cost_m"),
-    *("n_sizes", "n_seeds", "excluded", "status"),
-)
-
-
-def multiplier_rows(found: Sequence[Multiplier]) -> tuple[Sequence[str], list[list[Any]]]:
+def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the numbers that fit one line an arm; what does not exist is None."""
 
-    def pair(interval: tuple[float, float] | None) -> tuple[float | None, float | None]:
-        return interval or (None, None)
+    def ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
+        low, high = interval or (None, None)
+        return {f"{name}_low": low, f"{name}_high": high}
 
-    def m(answer: Answer | None) -> float | None:
-        return answer.m if answer else None
+    def by_convention(item: Multiplier) -> dict[str, float | None]:
+        answers = {item.convention: item.m} | {name: answer.m for name, answer in item.conventions.items()}
+        return {f"m_{column.removeprefix('flops_')}": answers.get(name) for name, column in CONVENTIONS.items()}
 
     rows = [
-        [
-            *(item.arm, item.baseline, item.convention, item.m, *pair(item.ci), item.method, item.constant_m_p),
-            *(item.m_at_cmax, *pair(item.loso), m(item.joint), *pair(item.joint.ci if item.joint else None)),
-            *(m(item.wall_clock), m(item.gpu_cost), item.n_sizes, item.n_seeds, len(item.excluded), item.status),
-        ]
+        {
+            "arm": item.arm,
+            "baseline": item.baseline,
+            "convention": item.convention,
+            "m": item.m,
+            **ends("ci", item.ci),
+            "method": item.method,
+            "constant_m_p": item.constant_m_p,
+            "m_at_cmax": item.m_at_cmax,
+            **ends("loso", item.loso),
+            **by_convention(item),
+            "joint_m": item.joint.m if item.joint else None,
+            **ends("joint", item.joint.ci if item.joint else None),
+            **ends("wild_cluster", item.wild_cluster),
+            "noise_floor": item.noise_floor,
+            "wall_clock_m": item.wall_clock.m if item.wall_clock else None,
+            "gpu_cost_m": item.gpu_cost.m if item.gpu_cost else None,
+            "irreducible_loss": item.irreducible_loss,
+            "exponent": item.exponent,
+            "n_sizes": item.n_sizes,
+            "n_seeds": item.n_seeds,
+            "excluded": len(item.excluded),
+            "status": item.status,
+        }
         for item in found
     ]
-    return FLAT_COLUMNS, rows
+    return list(rows[0]), [list(row.values()) for row in rows]
 
 
 def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:
     """Any table of values; numbers are shortened in md and latex only."""
     if form == "json":
+        repeated = [name for name, count in Counter(columns).items() if count > 1]
+        if repeated:
+            raise ValueError(f"two columns are named {repeated[0]!r}, which JSON cannot hold; name one with AS")
         return to_json([dict(zip(columns, row, strict=True)) for row in rows])
-    cell = _exact if form == "csv" else short
-    return render(columns, [[cell(value) for value in row] for row in rows], form)
+    cell = str if form == "csv" else short
+    return render(columns, [[None if _missing(value) else cell(value) for value in row] for row in rows], form)
 
 
 def fit_table(fit: Fit, form: str = "md") -> str:
@@ -163,7 +246,7 @@ def fit_table(fit: Fit, form: str = "md") -> str:
     return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}"
 
 
-def fit_cells(fit: Fit) -> tuple[list[str], list[list[str]]]:
+def fit_cells(fit: Fit) -> Table:
     """Columns and rows of a law's parameters."""
     ci = fit.ci or {}
     rows = [[name, f"{value:.6g}", interval_text(ci.get(name), "{:.4g}")] for name, value in fit.values.items()]
@@ -196,10 +279,6 @@ def fit_object(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _exact(value: Any) -> str:
-    return NONE if _missing(value) else str(value)
-
-
 def short(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(short, value))}]"
@@ -207,20 +286,21 @@ def short(value: Any) -> str:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or value != value or str(value) == "<NA>"  # NaN is the one value that differs from itself
+    """None, and what pandas and databases have for it."""
+    return value is None or (not isinstance(value, str) and str(value) in ("nan", "<NA>", "NaT"))
 
 
 def _brief(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _ratio(value: float) -> str:
+def ratio_text(value: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:.2g}"
 
 
-def interval_text(interval: tuple[float, float] | None, number: str = "") -> str:
+def interval_text(interval: tuple[float, float] | None, number: str = "") -> Cell:
     """[low, high], as ratios unless `number` formats them."""
     if interval is None:
-        return NONE
-    low, high = (number.format(end) if number else _ratio(end) for end in interval)
+        return None
+    low, high = (number.format(end) if number else ratio_text(end) for end in interval)
     return f"[{low}, {high}]"

@@ -241,7 +241,7 @@ def _table(args: argparse.Namespace) -> int:
     from analysis.tables import multiplier_table, value_table
 
     runs = chosen(_load(args).runs, args.where)
-    if args.by:
+    if args.by is not None:
         print(value_table(*grouped(runs, args.by.split(",")), args.format))
         return 0
     found, refused = multipliers(

@@ -28,7 +28,7 @@ def write_config(store: Path, arm: str = "transformer", size: str = "1M", seed: 
         "flops_exact": 1.3e14,
         "flops_6nd": 1.2e14,
         "flops_6n_nonemb_d": 0.96e14,
-        "config": {"model": {"d_model": 64}},
+        "config": {"model": {"conv": {"kind": "none", "sites": []}, "qk_norm": False, "kv_heads": 2}},
         "execution": {"device": "cpu"},
         "data_dir": "data",
         "data_sha256": "d" * 64,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
+from pathlib import Path
 
 import pytest
-from planted import write_config, write_sweep
+from planted import write_config, write_run, write_sweep
 
 from analysis.query import chosen, grouped, sql
 from analysis.store import Store, load
+from analysis.tables import value_table
 from experiments.cli import main
 
 
@@ -55,5 +60,90 @@ def test_filters_and_groups(store: Store) -> None:
         chosen(store.runs, "loss > 99")
     with pytest.raises(ValueError, match="name 'los' is not defined"):
         chosen(store.runs, "los > 99")
-    with pytest.raises(ValueError, match="no column 'site'"):
-        grouped(store.runs, ["site"])
+    for wrong in ("sites", "loss", ""):
+        with pytest.raises(ValueError, match=f"no column '{wrong}' to group by; there are run_id"):
+            grouped(store.runs, [wrong])
+
+
+def test_groups_by_site_keep_the_runs_that_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arm, sites in {"base": [], "kq": ["k", "q"], "all": [*"qkvo", "down", "up", "gate"]}.items():
+        conv = {"kind": "lowrank" if sites else "none", "sites": sites, "width": 4, "rank": 8, "head_size": 16}
+        write_run(write_config(tmp_path, arm, config={"model": {"conv": conv}}), 3.0)
+    assert main(["table", str(tmp_path), "--by", "site,rank", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["site"], row["rank"], row["runs"]) for row in found] == [
+        ("all-linear", 8, 1),
+        (None, None, 1),
+        ("qk", 8, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select * from read_csv('{file}')",
+        "select * from '{file}'",
+        "select * from glob('/*')",
+        "copy (select 1) to '{file}.out'",
+        "attach '{file}.db' as other",
+        "install httpfs",
+        "select * from 'https://example.org/a.parquet'",
+        "set enable_external_access = true",
+        "select * from store",  # a variable of the program
+        "select 1; select 2",
+        "",
+        "-- nothing",
+    ],
+)
+def test_a_query_reaches_nothing_but_the_views(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], query: str
+) -> None:
+    (tmp_path / "secret.csv").write_text("secret\n1\n")
+    assert main(["query", str(store.path), query.format(file=tmp_path / "secret.csv")]) == 2
+    out = capsys.readouterr()
+    assert (out.out, out.err.count("\n")) == ("", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.csv"]
+
+
+HOSTILE = 'a|b & 50% $x_1$ #{y} ~^\\ <"c">, d'
+
+
+def test_any_text_leaves_each_format_whole(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    query = f"select '{HOSTILE}\nsecond line' as \"a|b\", [1.5] as list, '-' as dash, 'nan' as text, null as nothing, "
+    query += "1e400::double as infinite, 2.50::decimal(4, 2) as exact"
+
+    def printed(form: str) -> str:
+        assert main(["query", str(store.path), query, "--format", form]) == 0
+        return capsys.readouterr().out
+
+    assert json.loads(printed("json")) == [
+        {
+            "a|b": f"{HOSTILE}\nsecond line",
+            "list": [1.5],
+            "dash": "-",
+            "text": "nan",
+            "nothing": None,
+            "infinite": None,
+            "exact": 2.5,
+        }
+    ]
+    (row,) = csv.DictReader(io.StringIO(printed("csv")))
+    assert (row["a|b"], row["dash"], row["text"], row["nothing"]) == (f"{HOSTILE}\nsecond line", "-", "nan", "")
+    markdown = printed("md").splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in markdown} == {8}
+    latex = printed("latex").splitlines()
+    body = [line.removesuffix(r" \\") for line in latex if line.endswith(r" \\")]
+    assert [len(re.findall(r"(?<!\\)&", line)) for line in body] == [6, 6]
+    known = re.sub(r"\\text\w+\{\}|\\[&%$#_{}]", "", body[1])
+    assert not set(known.replace("&", "")) & set('\\%$#_{}~^<>|"')
+
+
+def test_a_latex_row_that_begins_with_a_bracket_is_no_option() -> None:
+    assert "\n{}[1, 2] & 3" in value_table(["a", "b"], [((1, 2), 3)], "latex")
+
+
+def test_two_columns_of_one_name_are_refused_in_json_alone(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["query", str(store.path), "select 1 as a, 2 as a", "--json"]) == 2
+    assert "two columns are named 'a'" in capsys.readouterr().err
+    assert main(["query", str(store.path), "select 1 as a, 2 as a", "--format", "csv"]) == 0
+    assert capsys.readouterr().out == "a,a\n1,2\n"

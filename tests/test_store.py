@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from planted import ABOUT, write_config, write_run
 
-from analysis.runlog import RUN_COLUMNS, RunLog
+from analysis.runlog import ARM_FACTS, RUN_COLUMNS, RunLog
 from analysis.store import freeze, load
 
 
@@ -65,6 +65,69 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
         load(tmp_path / "frozen")
 
 
+def test_how_an_arm_is_declared_is_read_from_the_frozen_configuration(tmp_path: Path) -> None:
+    conv = {"width": 3, "rank": 4, "head_size": 8, "residual": True, "static_filter": False}
+    arms: dict[str, dict[str, object]] = {
+        "none": {"kind": "none", "sites": []},
+        "static": {"kind": "static", "sites": ["v", "q"]},
+        "headwise": {"kind": "headwise", "sites": ["gate", "k"]},
+        "lowrank": {"kind": "lowrank", "sites": ["q", "k", "v", "o", "gate", "up", "down"]},
+    }
+    for arm, own in arms.items():
+        model = {"conv": conv | own, "qk_norm": True, "kv_heads": 2}
+        write_config(tmp_path, arm, config={"model": model})
+    write_config(tmp_path, "without", config={"model": {}})
+    rows = load(tmp_path).runs.set_index("arm")[list(ARM_FACTS)]
+    found = {arm: {name: value for name, value in row.items() if not pd.isna(value)} for arm, row in rows.iterrows()}
+    every = {"qk_norm": True, "kv_heads": 2}
+    assert found == {
+        "none": {"kind": "none", **every},
+        "static": {"kind": "static", "site": "qv", "width": 3, "residual": True, **every},
+        "headwise": {
+            "kind": "headwise",
+            "site": "k+gate",
+            "width": 3,
+            "head_size": 8,
+            "residual": True,
+            "static_filter": False,
+            **every,
+        },
+        "lowrank": {
+            "kind": "lowrank",
+            "site": "all-linear",
+            "width": 3,
+            "rank": 4,
+            "residual": True,
+            "static_filter": False,
+            **every,
+        },
+        "without": {},
+    }
+
+
+def test_a_store_frozen_before_the_arms_were_described_still_reads(tmp_path: Path) -> None:
+    live = load(mixed_store(tmp_path / "live"))
+    freeze(live, tmp_path / "frozen")
+    path = tmp_path / "frozen" / "runs.parquet"
+    live.runs.drop(columns=list(ARM_FACTS)).to_parquet(path)
+    assert load(tmp_path / "frozen").runs["site"].isna().all()
+    live.runs.drop(columns="loss").to_parquet(path)
+    with pytest.raises(ValueError, match="lacks the columns loss; freeze the store again"):
+        load(tmp_path / "frozen")
+
+
+def test_a_store_is_not_frozen_into_itself(tmp_path: Path) -> None:
+    live = load(mixed_store(tmp_path))
+    with pytest.raises(ValueError, match="is the live store itself"):
+        freeze(live, tmp_path / "transformer-1M-0" / "..")
+
+
+def test_a_named_column_wins_over_one_that_has_its_name_already(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("arm,N,parameters,C,loss,final\na,5,6,1e15,9,3.5\n")
+    row = load(tmp_path / "p.csv", {"loss": "final"}).runs.iloc[0]
+    assert (row["loss"], row["parameters"]) == (3.5, 6)
+
+
 def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
     path = tmp_path / "points.csv"
     path.write_text("Model,N,D,loss\ndense,1e6,2e7,3.5\n")
@@ -88,6 +151,7 @@ def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
         ("points.csv", "", {}, "unreadable"),
         ("points.csv", "arm,C,loss\n", {}, "no rows"),
         ("points.csv", "arm,C,loss\na,1,much\n", {}, "column loss must hold numbers"),
+        ("points.csv", "arm,C,loss,residual\na,1,2,much\n", {}, "column residual must hold true or false"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"C": "flop"}, "no column 'flop'; it has arm, C, loss"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"Q": "C"}, "no column 'Q' is known"),
         ("points.csv", "arm,C,loss,convention\na,1,2,guess\n", {}, "no FLOP convention 'guess'"),

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 from planted import write_config, write_sweep
 
+from experiments import flops
 from experiments.cli import main
+from experiments.config import SITES, ConvConfig, ModelConfig
+from experiments.ladder import LADDERS
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +66,20 @@ def test_the_same_answer_in_every_format(sweep: Path, capsys: pytest.CaptureFixt
     assert latex.count(r"\\") == 3
 
 
+def test_the_table_fits_a_terminal_and_its_notes_say_the_whole_status(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for store in (sweep, PUBLISHED):
+        text = run(capsys, "table", store)[1]
+        assert max(map(len, (line for line in text.splitlines() if line.startswith("|")))) <= 120
+        noted = dict(re.findall(r"^\[(\d+)\] (.*)$", text, re.MULTILINE))
+        rows = re.findall(r"^\| (.+?) +\|.*\| (ok|not resolved|see) *(?:\[([\d, ]+)\])? +\|$", text, re.MULTILINE)
+        said = {arm: [noted[number] for number in numbers.split(", ") if number] for arm, _, numbers in rows}
+        for item in json.loads(run(capsys, "table", store, "--json")[1]):
+            remarks = [] if item["status"] == "ok" else item["status"].removeprefix("not resolved: ").split("; ")
+            assert said[item["arm"]] == remarks
+
+
 def test_frozen_and_live_stores_give_the_same_table(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +115,7 @@ def test_fit_of_several_arms_gives_each_its_multiplier(sweep: Path, capsys: pyte
     assert law["arms"]["lowrank-qkv"]["ci"]["m"][0] < 1.33 < law["arms"]["lowrank-qkv"]["ci"]["m"][1]
 
 
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 GOOD = [
     f"{arm},{size},1e{15 + size},{3 - 0.2 * size - gain}" for arm, gain in (("a", 0), ("b", 0.05)) for size in range(4)
 ]
@@ -185,8 +203,7 @@ def test_the_analysis_starts_without_torch_or_pandas() -> None:
 
 def test_the_published_rows_are_tabulated_and_resolve_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """By hand: perplexities 19.12 and 11.71, exponent .0508 at E = 0, 1.39x at 2B on equal tokens."""
-    published = Path(__file__).parents[1] / "results" / "published"
-    code, out, _ = run(capsys, "table", published, "--convention", "6ND", "--json")
+    code, out, _ = run(capsys, "table", PUBLISHED, "--convention", "6ND", "--json")
     found = {item["arm"]: item for item in json.loads(out)}
     assert code == 0
     assert all(item["status"].startswith("not resolved") for item in found.values())
@@ -200,3 +217,35 @@ def test_the_published_rows_are_tabulated_and_resolve_nothing(capsys: pytest.Cap
     at_2b = found["lowrank-qkv"]["local"][1]
     assert at_2b["m"] * 1841170432 / 1824655360 == pytest.approx(1.39, abs=0.06)
     assert set(found["lowrank-qkv"]["conventions"]) == {"exact", "6N_nonemb D"}
+
+
+def test_each_published_row_is_shown_by_every_convention_at_every_stated_floor(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = run(capsys, "table", PUBLISHED)[1].partition("\n\n")[2]
+    columns = [cell.strip() for cell in text.splitlines()[0].split("|")[2:-1]]
+    shown = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.split("\n\n")[0].splitlines()[2:]}
+    assert len(shown) == 26
+    for name in ("exact", "6ND", "6N_nonemb D"):
+        for floor in ("0", "1.6"):
+            column = columns.index(f"E={floor} {name}")
+            asked = ("--convention", name, "--floor", floor, "--json")
+            for item in json.loads(run(capsys, "table", PUBLISHED, *asked)[1]):
+                assert float(shown[item["arm"]][column]) == pytest.approx(item["m"], abs=6e-4)
+
+
+def test_the_published_counts_are_those_of_the_described_models() -> None:
+    rung = LADDERS["paper"].sizes
+    for row in csv.DictReader((PUBLISHED / "points.csv").read_text().splitlines()):
+        shape = rung[row["size"]]
+        sites = {"": "", "all-linear": SITES}.get(row["site"], row["site"])
+        numbers = {name: int(row[name]) for name in ("width", "rank", "head_size") if row[name]}
+        conv = ConvConfig(row["kind"], tuple(sites), **numbers)
+        model = ModelConfig(
+            shape.layers, shape.width, shape.ffn, shape.heads, shape.heads, vocabulary=100_352, conv=conv
+        )
+        tokens = int(row["D"])
+        assert flops.parameters(model) == int(row["N"])
+        exact = flops.training_flops_per_sequence(model, 4096) * tokens / 4096
+        assert float(row["flops_exact"]) == pytest.approx(exact, rel=1e-6)
+        assert float(row["loss"]) == pytest.approx(math.log(float(row["perplexity"])), abs=1e-6)
