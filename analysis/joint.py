@@ -103,7 +103,7 @@ def aicc(pairs: Pairs) -> dict[str, float] | None:
         k = 4 + len(per_arm)  # E, two amplitudes, exponent, the noise; one more where something is free
         if count - k - 1 < 1:
             return None
-        rss = fit(points, "c", delta=None, per_arm=per_arm, starts=200).objective
+        rss = fit(points, "c", delta=None, per_arm=per_arm, starts=200, polished=6).objective
         found[name] = count * math.log(max(rss, 1e-300) / count) + 2 * k + 2 * k * (k + 1) / (count - k - 1)
     return found
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from analysis.joint import Interval, aicc, joint_interval, wild_cluster_interval
-from analysis.paired import Local, Trend, constancy_p, local_multipliers, ratio, trend
+from analysis.paired import SIGNIFICANCE, Local, constancy_p, local_multipliers, ratio, reported, seed_noise, trend
 from analysis.pairs import Excluded, Pairs, choose_baseline, choose_convention, curve, pair, usable
 from analysis.runlog import CONVENTIONS
 from analysis.solver import Floats
@@ -26,7 +25,6 @@ from analysis.solver import Floats
 if TYPE_CHECKING:
     import pandas as pd
 
-SIGNIFICANCE = 0.05  # of the test that m is constant
 EXTRAPOLATED = 10.0  # m(C) is drawn no further than this times the largest compute
 FEW_SIZES = 5  # below, the checks over sizes are warned about
 FLOOR_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # E times these, for the sensitivity to the floor
@@ -149,17 +147,19 @@ def compare(
     if floors and not 0 <= max(floors) < least:
         raise ValueError(f"the irreducible loss must be at least 0 and below every loss; got {max(floors)}, {least}")
     local = _local(pairs, floor)
-    p = constancy_p(pairs.c0, pairs.c1, pairs.y0, pairs.y1, resamples, seed) if sizes >= 3 else None
-    at_top = _at(trend(local, pairs.c0[-1])) if sizes >= 3 else Answer(ratio(local.ln_m[0, -1]), None)
+    p, at_top = None, Answer(ratio(local.ln_m[0, -1]), None)
+    if sizes >= 3:
+        p = float(constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], resamples, seed)[0])
+        at_top = _answer(*trend(local, pairs.c0[-1]).estimate())
     varies = p is not None and p < SIGNIFICANCE
-    reported = _reported(local, varies)
+    headline = _reported(local, varies)
     noise_floor = _noise_floor(pairs, local)
     conventions = {name: _reported(_local(other, floor), varies) for name, other in (others or {}).items()}
     return Multiplier(
         arm=pairs.arm,
         baseline=pairs.baseline,
-        m=reported.m,
-        ci=reported.ci,
+        m=headline.m,
+        ci=headline.ci,
         method="paired, at the largest compute" if varies else "paired",
         constant_m_p=p,
         m_at_cmax=at_top.m,
@@ -168,7 +168,7 @@ def compare(
         convention=pairs.convention,
         n_sizes=sizes,
         n_seeds=min(pairs.seeds),
-        status="; ".join(_remarks(pairs, reported, noise_floor, p, stated, conventions)) or "ok",
+        status="; ".join(_remarks(pairs, headline, noise_floor, p, stated, conventions)) or "ok",
         excluded=pairs.excluded,
         conventions=conventions,
         joint=Answer(*joint_interval(pairs)) if sizes >= 3 else None,
@@ -251,55 +251,41 @@ def _local(pairs: Pairs, floor: float | None) -> Local:
 
 
 def _reported(local: Local, varies: bool) -> Answer:
-    """The constant m; where it varies, m at the largest compute, with an interval that holds both answers' intervals:
-    a test has chosen between them, and the chosen one alone would cover a constant m in 91% instead of 95%."""
-    constant = _answer(local)
-    if not varies:
-        return constant
-    at_top = _at(trend(local, local.c0[-1]))
-    assert constant.ci is not None
-    assert at_top.ci is not None
-    return Answer(at_top.m, (min(constant.ci[0], at_top.ci[0]), max(constant.ci[1], at_top.ci[1])))
+    return _answer(*reported(local, np.array([varies])))
 
 
-def _answer(local: Local) -> Answer:
-    low, high = local.interval()
-    return Answer(ratio(local.mean[0]), (ratio(low[0]), ratio(high[0])))
-
-
-def _at(line: Trend) -> Answer:
-    half = stdtrit(line.dof[0], 0.975) * line.error[0]
-    return Answer(ratio(line.at[0]), (ratio(line.at[0] - half), ratio(line.at[0] + half)))
+def _answer(ln_m: Floats, low: Floats, high: Floats) -> Answer:
+    return Answer(ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
 
 
 def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
     """m(C): the line of local ln m where m varies with compute, else the constant."""
     for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
-        answer = _at(trend(local, compute)) if varies else _answer(local)
+        answer = _answer(*trend(local, compute).estimate()) if varies else _reported(local, varies)
         assert answer.ci is not None
         yield At(float(compute), answer.m, answer.ci)
 
 
 def _remarks(
     pairs: Pairs,
-    reported: Answer,
+    headline: Answer,
     noise_floor: float | None,
     p: float | None,
     stated: bool,
     conventions: dict[str, Answer],
 ) -> Iterator[str]:
     """What a reader must know before the number, the gravest first."""
-    assert reported.ci is not None
-    low, high = reported.ci
+    assert headline.ci is not None
+    low, high = headline.ci
     if low <= 1 <= high:
         yield "not resolved: the interval holds 1"
-    elif noise_floor is not None and abs(math.log(reported.m)) < math.log(noise_floor):
+    elif noise_floor is not None and abs(math.log(headline.m)) < math.log(noise_floor):
         yield f"not resolved: smaller than the seed noise ({noise_floor:.3f}x)"
     elif len(pairs.sizes) == 2:
         yield "not resolved: two sizes cannot identify the irreducible loss"
     if len(pairs.sizes) == 2 and not stated:
         yield "E = 0 assumed: state it with --floor"
-    if abs(math.log(reported.m)) > math.log(EXTRAPOLATED):
+    if abs(math.log(headline.m)) > math.log(EXTRAPOLATED):
         yield f"extrapolated: more than {EXTRAPOLATED:.0f}x apart"
     if p is not None and p < SIGNIFICANCE:
         yield f"not constant: m changes with compute (p = {p:.3f}), so this is m at the largest"
@@ -351,9 +337,7 @@ def _noise_floor(pairs: Pairs, local: Local) -> float | None:
     if dof < 1:
         return None
     variance = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences) / dof
-    slope = float(local.law.g[0]) * local.reducible[0]  # of the loss difference, in ln m
-    error = math.sqrt((local.weight[0] ** 2 * variance / np.array(pairs.seeds) / slope**2).sum())
-    return ratio(stdtrit(dof, 0.975) * error)
+    return ratio(seed_noise(local, np.array([variance]), np.array(pairs.seeds), dof)[0])
 
 
 def _timed(local: Local, rate_ratio: Floats, varies: bool) -> Answer | None:

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from analysis.solver import ROUNDING, Floats, Loss, Problem, Solution
-
-Indices = NDArray[np.int_]
+from analysis.solver import ROUNDING, Floats, Indices, Loss, Problem, Solution
 
 FORMS = {"c": (("A", "alpha", "C"),), "nd": (("A", "alpha", "N"), ("B", "beta", "D"))}
 STARTS = 4500
@@ -56,7 +53,8 @@ class Fit:
     certificate: dict[str, Any]
     status: str  # "ok", or what is wrong with it
     theta: Floats  # [P] the solver's parameters: logs of levels mid-way, exponents
-    ci: dict[str, tuple[float, float]] | None = None  # 95%
+    ci: dict[str, tuple[float, float]] | None = None  # 95%, by bootstrap
+    profile_ci: dict[str, tuple[float, float]] | None = None  # 95%
     draws: tuple[dict[str, float], ...] | None = None  # `values` of each resample
 
     def parameter(self, name: str, arm: str) -> float:
@@ -93,8 +91,12 @@ def fit(
     delta: float | None = 1e-3,
     per_arm: Sequence[str] = ("A", "B"),
     starts: int = STARTS,
+    polished: int = POLISHED,
 ) -> Fit:
-    """Fit by Huber with `delta`, or by least squares (None). Raises ValueError where no fit can exist."""
+    """Fit by Huber with `delta`, or by least squares (None), descending from `polished` of the `starts`.
+
+    Raises ValueError where no fit can exist.
+    """
     _refuse_undetermined(points, form)
     model = Model(points, form, delta, per_arm)
     if len(points.loss) < len(model.names):
@@ -102,7 +104,7 @@ def fit(
     candidates = model.starts(starts)
     value = model.problem.objective(candidates, model.log_y)
     order = np.argsort(value)
-    half = POLISHED // 2
+    half = max(1, polished // 2)
     spread = order[half:][:: max(1, (len(order) - half) // half)]
     chosen = np.concatenate([order[:half], spread])
     solution = model.problem.solve(candidates[chosen], model.log_y)
@@ -181,9 +183,39 @@ class Model:
         is_level = np.isin(np.arange(len(self.names)), self.levels)
         self.problem = Problem(matrix, np.array(low), np.array(high), is_level, Loss(delta))
 
+    def holding(self, name: str, value: float) -> Problem:
+        """The problem with one of the raw `values` held, E, A, alpha, B, beta, m (form c) or rho of an arm.
+
+        Held, each is a linear condition weights @ theta = total, by which one parameter, the pivot, is expressed by the
+        others; the pivot's place keeps the constant.
+        """
+        kind, _, arm = name.removesuffix("]").partition("[")
+        arm = arm or self.arms[0]
+        weights = np.zeros(len(self.names))
+
+        def place(parameter: str, arm: str) -> int:
+            return self.names.index(_key(parameter, arm, self.per_arm))
+
+        amplitudes = {a: (e, self.middle[v]) for a, e, v in self.laws}
+        if kind in ("m", *(f"rho_{v}" for _, _, v in self.laws)):  # ln(A_baseline / A_arm) = alpha ln m
+            amplitude, exponent, _ = next(law for law in self.laws if kind in ("m", f"rho_{law[2]}"))
+            pivot, total = place(amplitude, arm), 0.0
+            weights[[place(amplitude, self.arms[0]), place(exponent, arm)]] = -1.0, math.log(value)
+        elif kind in amplitudes:
+            exponent, middle = amplitudes[kind]
+            pivot, total = place(kind, arm), math.log(value) - self.middle_loss
+            weights[place(exponent, arm)] = middle
+        else:
+            pivot = place(kind, arm)
+            total = value if pivot not in self.levels else math.log(value) - self.middle_loss
+        terms = self.problem.terms - weights[:, None] * self.problem.terms[:, [pivot]]
+        low, high = self.problem.low.copy(), self.problem.high.copy()
+        low[pivot] = high[pivot] = total
+        return replace(self.problem, terms=terms, low=low, high=high)
+
     def starts(self, count: int) -> Floats:
-        """[about count, P]: a grid of exponents, equal in all arms, with levels by weighted linear least squares."""
-        axis = np.geomspace(*GRID, max(2, round(count ** (1 / len(self.laws)))))
+        """[at least count, P]: a grid of exponents, equal in all arms, with levels by weighted linear least squares."""
+        axis = np.geomspace(*GRID, max(2, math.ceil(count ** (1 / len(self.laws)))))
         grid = np.stack(np.meshgrid(*[axis] * len(self.laws), indexing="ij"), axis=-1).reshape(-1, len(self.laws))
         theta = np.zeros((len(grid), len(self.names)))
         for column, (_, exponent, _) in enumerate(self.laws):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Indices = NDArray[np.int_]
 
 # Steps of reweighted least squares, which take any start near an optimum, then of Newton's method, which take it there.
 # Huber's loss with a small delta is nearly all kinks; its optimum is reached through those of wider deltas.
