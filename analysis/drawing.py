@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from analysis.intervals import bootstrap
+from analysis.isoflop import Allocation, Optimum, isoflop
 from analysis.multiplier import Multiplier, multipliers
 from analysis.pairs import Excluded, choose_baseline, choose_convention, finished
 from analysis.powerlaw import Fit, Points, fit
-from analysis.runlog import CONVENTIONS
+from analysis.runlog import ARM_FACTS, CONVENTIONS
 from analysis.store import Store
+from analysis.tables import is_missing
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
-RESAMPLES = 500  # of the bands
+FACTORS = ("width", "rank", "head_size", "site")  # of an arm, a panel of ablations each
+
+
+@dataclass
+class Answers:
+    """What a store has answers for, and a line in `notes` for what it has none for."""
+
+    baseline: str
+    convention: str
+    found: list[Multiplier] = field(default_factory=list)
+    law: Fit | None = None
+    optima: list[Optimum] = field(default_factory=list)
+    allocations: list[Allocation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Excluded]]:
@@ -42,49 +61,133 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
     return points, excluded
 
 
-def figures(store: Store, baseline: str | None, convention: str | None) -> tuple[dict[str, Figure], list[str]]:
-    """Every figure that the store has the data for, by name, and why others are missing."""
-    found, law, notes = answers(store, baseline, convention)
-    return draw(store, found, law), notes
+def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:
+    """Multipliers, the law of loss in compute as `dynconv fit` gives it, isoFLOP optima.
 
-
-def answers(
-    store: Store, baseline: str | None, convention: str | None
-) -> tuple[list[Multiplier], Fit | None, list[str]]:
-    """Multipliers, the law of loss in compute if one can be fitted, and what there is no answer for.
-
-    Raises ValueError if no arm can be compared.
+    Raises ValueError on data that support no claim, and where there is no answer at all.
     """
-    convention = choose_convention(store.runs, convention)
-    found, refused = multipliers(store.runs, baseline=baseline, convention=convention)
-    notes = [f"no answer for {line}" for line in refused]
-    shown = [found[0].baseline, *(item.arm for item in found if item.n_sizes > 2)]
-    if len(shown) == 1:
-        return found, None, [*notes, "no law of loss in compute: no arm has three sizes"]
+    runs, _ = finished(store.runs.assign(arm=store.runs["arm"].fillna("all")))
+    convention = choose_convention(runs, convention)
+    if baseline is not None:
+        choose_baseline(runs, baseline)
+    found, notes = _multipliers(store.runs, baseline, convention)
+    answer = Answers(found[0].baseline if found else baseline or str(runs["arm"].iloc[0]), convention, found)
+    answer.notes = notes
+    with contextlib.suppress(ValueError):  # most stores are no isoFLOP design
+        optima, allocations = isoflop(store.runs, convention)
+        if any(item.N for item in optima):
+            answer.optima, answer.allocations = optima, allocations
+    if answer.optima:
+        notes.append(
+            "no law of loss in compute: at each budget there are several sizes; `dynconv fit --form nd` has one"
+        )
+    else:
+        answer.law = _law(store, answer)
+    if not (found or answer.law or answer.optima):
+        raise ValueError("; ".join(notes))
+    return answer
+
+
+def _multipliers(runs: pd.DataFrame, baseline: str | None, convention: str) -> tuple[list[Multiplier], list[str]]:
+    if runs["arm"].nunique() < 2:
+        return [], ["no multipliers: there is one arm"]
     try:
-        part = Store(store.path, store.runs[store.runs["arm"].isin(shown)], [])
-        points, _ = fit_points(part, "c", found[0].baseline, convention)
-        return found, bootstrap(fit(points, "c", delta=None), RESAMPLES), notes
+        found, refused = multipliers(runs, baseline=baseline, convention=convention)
     except ValueError as error:
-        return found, None, [*notes, f"no law of loss in compute: {error}"]
+        return [], [f"no multipliers: {error}"]
+    return found, [f"no answer for {line}" for line in refused]
 
 
-def draw(store: Store, found: list[Multiplier], law: Fit | None) -> dict[str, Figure]:
-    """Figures by name."""
+def _law(store: Store, answer: Answers) -> Fit | None:
+    """The law of the arms that have an answer from three sizes; of all arms where none has an answer."""
+    shown = [answer.baseline, *(item.arm for item in answer.found if item.n_sizes > 2)]
+    if answer.found and len(shown) == 1:
+        answer.notes.append("no law of loss in compute: no arm has three sizes")
+        return None
+    part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
+    try:
+        points, _ = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
+        return bootstrap(fit(points, "c"))
+    except ValueError as error:
+        answer.notes.append(f"no law of loss in compute: {error}")
+        return None
+
+
+def draw(store: Store, answer: Answers) -> dict[str, Figure]:
+    """Every figure that the store has the data for, by name."""
+    from tqdm import tqdm
+
     from analysis import figures as f
 
-    done = store.runs[store.runs["status"] == "complete"]
-    drawn = {"multipliers": f.forest(found)}
-    if law is not None:
-        drawn["loss-against-compute"] = f.loss_against_compute(law, found, found[0].convention)
-    if any(item.local for item in found):
-        drawn["multiplier-against-compute"] = f.local_multipliers([item for item in found if item.local])
-    if done["train_seconds"].gt(0).all() and done["flops_exact"].notna().all():
-        drawn["wall-clock"] = f.wall_clock(done)
-    if {"panel", "setting"} <= set(done):
-        loss = done[(done["arm"] == found[0].baseline) & done["size"].isin(done.loc[done["panel"].notna(), "size"])]
-        drawn["ablations"] = f.ablation_panels(done[done["panel"].notna()], float(loss["loss"].mean()))
+    done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
     evals = store.evals()
+    ablated = ablations(done)
+    law, found = answer.law, answer.found
+    todo: dict[str, Callable[[], Figure]] = {}
+    if found:
+        todo["multipliers"] = lambda: f.forest(found)
+    if law is not None:
+        todo["loss-against-compute"] = lambda: f.loss_against_compute(law, found, answer.convention)
+    if local := [item for item in found if item.local]:
+        todo["multiplier-against-compute"] = lambda: f.local_multipliers(local)
+    if answer.optima:
+        points = done.assign(C=done[CONVENTIONS[answer.convention]])
+        todo["isoflop"] = lambda: f.isoflop_panels(points, answer.optima, answer.allocations, answer.convention)
+    if done["train_seconds"].gt(0).all() and done["flops_exact"].notna().all():
+        todo["wall-clock"] = lambda: f.wall_clock(done, answer.baseline)
+    if len(ablated):
+        same = done[(done["arm"] == answer.baseline) & (done["size"] == ablated["size"].iloc[0])]["loss"]
+        todo["ablations"] = lambda: f.ablation_panels(ablated, float(same.mean()) if len(same) else None)
     if len(evals):
-        drawn["loss-curves"] = f.loss_curves(evals, done)
-    return drawn
+        todo["loss-curves"] = lambda: f.loss_curves(evals, done, answer.baseline)
+    return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
+
+
+def ablations(done: pd.DataFrame) -> pd.DataFrame:
+    """Runs whose arms differ in one fact alone, a row for each fact in which they do, at the size that has most.
+
+    Beside the columns of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as `line`.
+    Rows that were taken from different sources are not joined.
+    """
+    described = done[done["kind"].notna() & (done["kind"] != "none")]
+    tables = [_ablations(rows) for _, rows in described.groupby("size")]
+    return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=described)
+
+
+def _ablations(rows: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    told = [name for name in ARM_FACTS if name in ("kind", *FACTORS) or rows[name].nunique() > 1]
+    key = [*ARM_FACTS, *(["source"] if "source" in rows else [])]
+    parts = []
+    for factor in FACTORS:
+        part = rows[rows[factor].notna()].sort_values(factor, key=lambda column: column.map(_place), kind="stable")
+        line = [_line(row, [name for name in told if name != factor]) for row in part.to_dict("records")]
+        others = part[[name for name in key if name != factor]].astype("string").fillna("")
+        same = pd.Series(["|".join(values) for values in others.to_numpy()], index=part.index, dtype="string")
+        part = part.assign(factor=factor.replace("_", " "), setting=part[factor].map(_text), line=line)
+        parts.append(part[part.groupby(same)[factor].transform("nunique") > 1])
+    return pd.concat(parts)
+
+
+def _place(setting: int | str) -> tuple[int, list[int]]:
+    """Numbers by size; sites by how many there are, then in the order of the layer."""
+    return (len(setting), [*map("qkvo".find, setting)]) if isinstance(setting, str) else (setting, [])
+
+
+def _line(row: dict[Hashable, Any], names: Iterable[str]) -> str:
+    """As "lowrank, qkv, rank 16, no residual"."""
+    words = []
+    for name in names:
+        value, noun = row[name], name.replace("_", " ")
+        if is_missing(value):
+            continue
+        if isinstance(value, bool):
+            words.append(noun if value else f"no {noun}")
+        else:
+            words.append(_text(value) if name in ("kind", "site") else f"{noun} {_text(value)}")
+    return ", ".join(words)
+
+
+def _text(setting: int | float | str) -> str:
+    return f"{setting:g}" if isinstance(setting, float) else str(setting)

@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from analysis.drawing import answers, draw
-from analysis.figures import write
+from analysis.style import write
 from analysis.tables import NONE, Cell, answer_cells, check_cells, fit_cells, interval_text, numbered_notes, short
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ CAPTIONS = {
     "wall-clock": "Loss against counted compute, and against measured training time.",
     "loss-curves": "Held-out loss over training, by size.",
     "ablations": "Ablations; dotted: the baseline.",
+    "isoflop": "Loss against size at equal compute, and the best size and tokens at each.",
 }
 RUN_COLUMNS = (
     "run_id",
@@ -84,7 +85,8 @@ dialog.addEventListener("wheel", event => {
 
 def report(store: Store, baseline: str | None = None, convention: str | None = None) -> str:
     """The page. Raises ValueError if no arm can be compared."""
-    found, law, notes = answers(store, baseline, convention)
+    answer = answers(store, baseline, convention)
+    found, law, notes = answer.found, answer.law, answer.notes
     options = ["--baseline", found[0].baseline, "--convention", found[0].convention]
     command = shlex.join(["dynconv", "table", str(store.path), *options])
     parts = [
@@ -95,14 +97,14 @@ def report(store: Store, baseline: str | None = None, convention: str | None = N
         f'<p class="note">FLOPs counted as {escape(found[0].convention)}; 95% intervals; paired by size and seed. '
         f"Command: <code>{escape(command)}</code></p>",
         _left_out(found, [*notes, *store.problems]),
-        *(_figure(name, figure) for name, figure in draw(store, found, law).items()),
+        *(_figure(name, figure) for name, figure in draw(store, answer).items()),
     ]
     if law is not None:
         certificate = ", ".join(f"{name} {short(value)}" for name, value in law.certificate.items())
         parts += [
             "<h2>The law of loss in compute</h2>",
             _table("law", *fit_cells(law)),
-            f'<p class="note">Status: {escape(law.status)}. Least squares; {escape(certificate)}.</p>',
+            f'<p class="note">Status: {escape(law.status)}. {escape(certificate)}.</p>',
         ]
     parts += ["<h2>Provenance</h2>", _provenance(store.runs), "<h2>Runs</h2>", _run_table(store.runs)]
     head = f'<meta charset="utf-8"><title>{escape(store.path.name)}: compute advantage</title><style>{STYLE}</style>'

@@ -49,6 +49,7 @@ CONVOLUTION = {  # the facts that each kind of convolution has, beside its sites
     "headwise": ("width", "residual", "static_filter", "head_size"),
     "lowrank": ("width", "residual", "static_filter", "rank"),
 }
+KERNEL_COLUMNS = {"op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "us", "provider"}
 POINT_SHORT = {"parameters": "N", "parameters_nonembedding": "N_nonemb", "tokens": "D", "flops_given": "C"}
 
 
@@ -257,6 +258,19 @@ def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         points["run_id"] = [f"row {number}" for number in range(1, len(points) + 1)]
     absent = {name: pd.Series(index=points.index, dtype=types[name]) for name in types if name not in points}
     return points.assign(**absent).astype(types)
+
+
+def read_kernels(path: Path) -> pd.DataFrame | None:
+    """The table that `dynconv bench kernels` writes, or None if the path holds something else."""
+    import pandas as pd
+
+    if not path.is_file() or path.suffix not in (".csv", ".parquet"):
+        return None
+    try:
+        rows = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError):
+        return None  # `load` says what is wrong with it
+    return rows if set(rows.columns) >= KERNEL_COLUMNS else None
 
 
 def _renaming(path: Path, names: list[str], columns: Mapping[str, str]) -> dict[str, str]:

@@ -44,7 +44,7 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, Iterable):
         return [_plain(item) for item in value]
-    return None if _missing(value) else str(value)  # dates and the like, from SQL
+    return None if is_missing(value) else str(value)  # dates and the like, from SQL
 
 
 def render(columns: Sequence[str], rows: Sequence[Sequence[Cell]], form: str) -> str:
@@ -231,7 +231,7 @@ def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str
             raise ValueError(f"two columns are named {repeated[0]!r}, which JSON cannot hold; name one with AS")
         return to_json([dict(zip(columns, row, strict=True)) for row in rows])
     cell = str if form == "csv" else short
-    return render(columns, [[None if _missing(value) else cell(value) for value in row] for row in rows], form)
+    return render(columns, [[None if is_missing(value) else cell(value) for value in row] for row in rows], form)
 
 
 def fit_table(fit: Fit, form: str = "md") -> str:
@@ -282,10 +282,10 @@ def fit_object(fit: Fit) -> dict[str, Any]:
 def short(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(short, value))}]"
-    return NONE if _missing(value) else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return NONE if is_missing(value) else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """None, and what pandas and databases have for it."""
     return value is None or (not isinstance(value, str) and str(value) in ("nan", "<NA>", "NaT"))
 

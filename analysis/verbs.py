@@ -107,7 +107,12 @@ def _add_table(subparsers: Subparsers) -> None:
 
 def _add_plot(subparsers: Subparsers) -> None:
     parser = _add(
-        subparsers, "plot", _plot, "draw loss against compute, with fits and residuals", "results/runs/demo -o figures"
+        subparsers,
+        "plot",
+        _plot,
+        "draw what a store or a table of kernel times has the data for",
+        "results/runs/demo -o figures",
+        "results/measured/h200/kernels.parquet -o figures --type png",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
@@ -257,12 +262,19 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from analysis.drawing import figures
-    from analysis.figures import save
+    from analysis.drawing import answers, draw
+    from analysis.figures import kernel_bars
+    from analysis.store import read_kernels
+    from analysis.style import save
 
-    store = _load(args)
-    drawn, notes = figures(store, args.baseline, args.convention)
-    _warn(*notes)
+    kernels = read_kernels(args.store)
+    if kernels is not None:
+        drawn = {"kernels": kernel_bars(kernels)}
+    else:
+        store = _load(args)
+        found = answers(store, args.baseline, args.convention)
+        _warn(*found.notes)
+        drawn = draw(store, found)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = args.out / f"{name}.{args.type}"

@@ -2,103 +2,254 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from planted import write_sweep
+from matplotlib.lines import Line2D
+from planted import write_budgets, write_config, write_run, write_sweep
 
 from analysis import figures
-from analysis.drawing import answers, draw
-from analysis.multiplier import Multiplier
-from analysis.powerlaw import Fit
+from analysis.drawing import Answers, ablations, answers, draw
 from analysis.store import Store, load
+from analysis.style import BLACK, Mark, marks, save
+from experiments.cli import main
+
+ROOT = Path(__file__).parents[1]
+Drawn = tuple[Store, Answers, dict[str, Figure]]
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Multiplier], Fit, dict[str, Figure]]:
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     store = load(write_sweep(tmp_path_factory.mktemp("figures") / "sweep", {"dyn": 1.5, "static": 1.0}, sizes=4))
-    found, law, notes = answers(store, None, None)
-    assert law is not None
-    assert notes == []
-    return store, found, law, draw(store, found, law)
+    answer = answers(store, None, None)
+    assert answer.law is not None
+    assert answer.notes == []
+    return store, answer, draw(store, answer)
 
 
 def texts(figure: Figure) -> str:
     return "\n".join(item.get_text() for axes in figure.axes for item in axes.texts)
 
 
-def test_loss_against_compute_shows_every_run_every_law_and_the_multiplier(
-    drawn: tuple[Store, list[Multiplier], Fit, dict[str, Figure]],
-) -> None:
-    store, found, law, by_name = drawn
+def dots(axes: Axes) -> list[Line2D]:
+    """Of the data; the marks beside labels are in the axes' own coordinates."""
+    return [line for line in axes.lines if line.get_linestyle() == "None" and line.get_transform() == axes.transData]
+
+
+def test_loss_against_compute_shows_every_run_every_law_and_the_multiplier(drawn: Drawn) -> None:
+    store, answer, by_name = drawn
+    law = answer.law
+    assert law is not None
     top, bottom = by_name["loss-against-compute"].axes
-    dots = [line for line in top.lines if line.get_linestyle() == "None"]
-    assert sorted(np.concatenate([line.get_ydata() for line in dots])) == sorted(store.runs["loss"])
+    assert sorted(np.concatenate([line.get_ydata() for line in dots(top)])) == sorted(store.runs["loss"])
     assert len(top.collections) == 3
-    for name in ("transformer", "dyn", "static", f"{found[0].m:.2f}x"):
+    for name in ("transformer", "dyn", "static", f"{answer.found[0].m:.2f}x"):
         assert name in texts(by_name["loss-against-compute"])
-    residuals = np.concatenate([line.get_ydata() for line in bottom.lines if line.get_linestyle() == "None"])
+    residuals = np.concatenate([line.get_ydata() for line in dots(bottom)])
     pairs = zip(law.points.x["C"], law.points.arm, strict=True)
     predicted = [law.predict({"C": np.array([compute])}, arm)[0] for compute, arm in pairs]
     assert sorted(residuals) == pytest.approx(sorted(100 * np.log(law.points.loss / predicted)))
 
 
-def test_the_forest_is_hollow_where_nothing_is_resolved(
-    drawn: tuple[Store, list[Multiplier], Fit, dict[str, Figure]],
-) -> None:
-    _, found, _, by_name = drawn
+def test_the_drawn_law_is_the_one_that_fit_prints(drawn: Drawn, capsys: pytest.CaptureFixture[str]) -> None:
+    store, answer, _ = drawn
+    assert answer.law is not None
+    assert main(["fit", str(store.path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["E"], printed["alpha"]) == (answer.law.values["E"], answer.law.values["alpha"])
+    assert answer.law.ci is not None
+    assert printed["ci"]["E"] == list(answer.law.ci["E"])
+
+
+def test_the_multiplier_is_drawn_against_compute_and_no_further_than_ten_times_the_largest(drawn: Drawn) -> None:
+    store, answer, by_name = drawn
+    (axes,) = by_name["multiplier-against-compute"].axes
+    for item, line in zip(answer.found, dots(axes), strict=True):
+        assert list(line.get_ydata()) == [row["m"] for row in item.local]
+    (shade,) = axes.patches
+    largest = store.runs["flops_exact"].max()
+    assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx((largest, 10 * largest))
+    curves = [line for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xdata()) > 2]
+    assert max(line.get_xdata()[-1] for line in curves) == pytest.approx(10 * largest)
+
+
+def test_the_forest_is_hollow_where_nothing_is_resolved(drawn: Drawn) -> None:
+    _, answer, by_name = drawn
     lines = [line for line in by_name["multipliers"].axes[0].lines if line.get_marker() == "o"]
-    dots = {line.get_xdata()[0]: line.get_markerfacecolor() for line in lines}
-    for item in found:
-        assert dots[item.m] == ("white" if item.status.startswith("not resolved") else "#000000")
+    faces = {line.get_xdata()[0]: line.get_markerfacecolor() for line in lines}
+    assert {item.status.startswith("not resolved") for item in answer.found} == {True, False}
+    for item in answer.found:
+        assert faces[item.m] == ("white" if item.status.startswith("not resolved") else "#000000")
 
 
-def test_a_store_with_clocks_and_evaluations_gets_all_its_figures(
-    drawn: tuple[Store, list[Multiplier], Fit, dict[str, Figure]],
-) -> None:
-    assert set(drawn[3]) == {
+def test_a_store_with_clocks_and_evaluations_gets_all_its_figures(drawn: Drawn) -> None:
+    assert set(drawn[2]) == {
         "multipliers",
         "loss-against-compute",
         "multiplier-against-compute",
         "wall-clock",
         "loss-curves",
     }
-    assert len(drawn[3]["loss-curves"].axes) == 4
+    assert len(drawn[2]["loss-curves"].axes) == 4
 
 
-def test_the_papers_figures_are_drawn_from_what_is_typed_in() -> None:
-    store = load(Path(__file__).parents[1] / "results" / "published")
-    found, law, notes = answers(store, None, None)
-    assert (law, notes) == (None, ["no law of loss in compute: no arm has three sizes"])
-    panels = draw(store, found, law)["ablations"].axes
+def test_wall_clock_is_drawn_against_compute_in_the_largest_unit_that_fits(drawn: Drawn) -> None:
+    runs = drawn[0].runs.assign(train_seconds=np.geomspace(600, 7200, len(drawn[0].runs)), gpus=2)
+    left, right = figures.wall_clock(runs, "transformer").axes
+    assert left.get_xlabel() == "training FLOPs (exact)"
+    assert left.get_ylabel() == right.get_xlabel() == "measured training (device hours)"
+    shown = np.concatenate([line.get_ydata() for line in dots(left)])
+    assert sorted(shown) == pytest.approx(sorted(runs["train_seconds"] * 2 / 3600))
+    assert "device seconds" in drawn[2]["wall-clock"].axes[0].get_ylabel()
+
+
+def test_points_of_one_arm_get_their_law(tmp_path: Path) -> None:
+    rows = "\n".join(f"{c:g},{1.7 + (c / 1e16) ** -0.1}" for c in np.geomspace(1e15, 1e17, 6))
+    (tmp_path / "points.csv").write_text(f"C,loss\n{rows}\n")
+    store = load(tmp_path / "points.csv")
+    answer = answers(store, None, None)
+    assert (answer.found, answer.notes) == ([], ["no multipliers: there is one arm"])
+    assert answer.law is not None
+    assert answer.law.values["E"] == pytest.approx(1.7, abs=1e-3)
+    assert set(draw(store, answer)) == {"loss-against-compute"}
+
+
+def test_isoflop_budgets_are_drawn_with_their_parabolas_and_optima(tmp_path: Path) -> None:
+    store = load(write_budgets(tmp_path / "points.csv", np.linspace(-0.9, 0.7, 7), noise=1e-4))
+    answer = answers(store, None, None)
+    assert answer.law is None
+    (figure,) = draw(store, answer).values()
+    curves, sizes, tokens = figure.axes
+    parabolas = [line for line in curves.lines if line.get_linestyle() == "-"]
+    stars = [line for line in curves.lines if line.get_marker() == "*"]
+    assert len(parabolas) == len(stars) == 4
+    for star, parabola, item in zip(stars, parabolas, answer.optima, strict=True):
+        assert (*star.get_xdata(), *star.get_ydata()) == (item.N, item.loss)
+        assert min(parabola.get_ydata()) == pytest.approx(item.loss, abs=1e-4)
+        mine = store.runs[store.runs["flops_given"] == item.compute]
+        near = np.interp(mine["parameters"], parabola.get_xdata(), parabola.get_ydata())
+        assert near == pytest.approx(mine["loss"].to_numpy(), abs=0.01)
+    for axes, name in ((sizes, "N"), (tokens, "D")):
+        points = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "*"]
+        assert points == [getattr(item, name) for item in answer.optima]
+        (law,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert np.log(law.get_ydata()) == pytest.approx(np.log(points), abs=0.05)
+    assert not any(isinstance(star.get_markerfacecolor(), str) for star in stars)  # white where it does not count
+
+
+def test_an_optimum_that_does_not_count_is_hollow(tmp_path: Path) -> None:
+    store = load(write_budgets(tmp_path / "points.csv", np.linspace(0.3, 1.6, 6)))
+    (figure,) = draw(store, answers(store, None, None)).values()
+    stars = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert [star.get_markerfacecolor() for star in stars] == ["white"] * 4
+    assert not [line for line in figure.axes[1].lines if line.get_linestyle() == "--"]
+
+
+def test_the_papers_ablations_are_drawn_from_what_its_arms_are() -> None:
+    store = load(ROOT / "results" / "published")
+    answer = answers(store, None, None)
+    assert (answer.law, answer.notes) == (None, ["no law of loss in compute: no arm has three sizes"])
+    panels = draw(store, answer)["ablations"].axes
     assert [axes.get_xlabel() for axes in panels] == ["width", "rank", "head size", "site"]
-    assert np.exp(panels[1].lines[0].get_ydata()) == pytest.approx([18.26, 18.19, 18.10, 18.04, 17.87, 17.85], rel=1e-5)
-    kernels = pd.read_csv(store.path.parent / "other.csv").query("metric == 'forward and backward ms'")
-    bars = figures.kernel_bars(kernels).axes[0]
-    assert sorted(patch.get_width() for patch in bars.patches if patch.get_width() > 0) == sorted(kernels["value"])
+    perplexities = [
+        [18.42, 18.17, 18.08, 18.10, 18.09, 18.10],
+        [18.26, 18.19, 18.10, 18.04, 17.87, 17.85],
+        [18.03, 18.08, 18.21, 18.25, 18.40],
+        [18.69, 18.83, 18.56, 18.44, 18.36, 18.35, 18.10],
+    ]
+    for axes, expected in zip(panels, perplexities, strict=True):
+        assert np.exp(axes.lines[0].get_ydata()) == pytest.approx(expected, rel=1e-5)
+        assert np.exp(axes.lines[-1].get_ydata()) == pytest.approx([19.12] * 2, rel=1e-5)
+    assert [text.get_text() for text in panels[3].get_xticklabels()] == ["q", "k", "v", "qk", "qv", "kv", "qkv"]
 
 
-def test_every_arm_has_its_own_colour_and_marker() -> None:
-    styles = figures.arm_styles([f"arm{i}" for i in range(7)] + ["base"], "base")
-    assert len(set(styles.values())) == len({colour for colour, _ in styles.values()}) == 8
-    assert len({marker for _, marker in styles.values()}) == 8
+def test_arms_that_differ_in_more_than_one_fact_are_not_joined(tmp_path: Path) -> None:
+    def write(arm: str, loss: float, **conv: object) -> None:
+        declared = {"kind": "lowrank", "sites": ["q"], "width": 4, "rank": 8, "residual": True, "static_filter": True}
+        model = {"conv": declared | conv, "qk_norm": False, "kv_heads": 2}
+        for size, more in (("small", 0.5), ("large", 0.0)):
+            for seed in range(2):
+                parameters = 1000 if size == "small" else 2000
+                run_dir = write_config(tmp_path, arm, size, seed, parameters=parameters, config={"model": model})
+                write_run(run_dir, loss + more + 0.01 * seed)
+
+    write("transformer", 3.5, kind="none", sites=[])
+    write("r8", 3.0)
+    write("r2", 3.2, rank=2)
+    write("r16", 2.9, rank=16)
+    write("r16-wide", 2.8, rank=16, width=6)
+    write("r2-bare", 3.3, rank=2, residual=False)
+    table = ablations(load(tmp_path).runs)
+    assert set(table["size"]) == {"large"}
+    found = {
+        (factor, line): [*rows.groupby("setting", sort=False)["loss"].mean().round(3).items()]
+        for (factor, line), rows in table.groupby(["factor", "line"])
+    }
+    assert found == {
+        ("rank", "lowrank, q, width 4, residual"): [("2", 3.205), ("8", 3.005), ("16", 2.905)],
+        ("width", "lowrank, q, rank 16, residual"): [("4", 2.905), ("6", 2.805)],
+    }
+
+
+def test_kernel_bars_are_one_a_kernel_and_provider_with_the_floor_where_it_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paper = ROOT / "results" / "published" / "kernels.csv"
+    axes = figures.kernel_bars(pd.read_csv(paper)).axes[0]
+    widths = [patch.get_width() for patch in axes.patches if patch.get_width() > 0]
+    assert sorted(widths) == [143, 161, 184, 242, 382, 421, 484, 697, 946]
+    assert "floor" not in [text.get_text() for text in axes.get_legend().get_texts()]
+    measured = ROOT / "results" / "measured" / "h200" / "kernels.parquet"
+    axes = figures.kernel_bars(pd.read_parquet(measured)).axes[0]
+    (floors,) = axes.collections
+    lengths = [bar.get_width() for bar in axes.patches]
+    marks = [line[0][0] for line in floors.get_segments()]
+    assert len(marks) == len(lengths) == 10
+    assert all(0 < mark < length for mark, length in zip(marks, lengths, strict=True))
+    assert main(["plot", str(measured), "-o", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'kernels.svg'}\n"
+    with pytest.raises(ValueError, match="need rows with pass fwd"):
+        figures.kernel_bars(pd.read_csv(paper).assign(**{"pass": "fwd"}))
+
+
+def test_every_arm_can_be_told_apart_without_colour() -> None:
+    looks = marks([f"arm{i}" for i in range(7)] + ["base"], "base")
+    assert looks["base"] == Mark(BLACK, "o", "-")
+    assert len({look.colour for look in looks.values()}) == 8
+    assert len({look.marker for look in looks.values()}) == 8
+    many = marks([f"arm{i}" for i in range(56)], "base")
+    assert len(set(many.values())) == 57
 
 
 @pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
-def test_equal_figures_are_equal_files(
-    drawn: tuple[Store, list[Multiplier], Fit, dict[str, Figure]], tmp_path: Path, kind: str
-) -> None:
-    store, found, law, by_name = drawn
-    again = draw(store, found, law)
+def test_equal_figures_are_equal_files(drawn: Drawn, tmp_path: Path, kind: str) -> None:
+    store, answer, by_name = drawn
+    again = draw(store, answer)
     for name, figure in by_name.items():
-        figures.save(figure, tmp_path / f"{name}-1.{kind}")
-        figures.save(again[name], tmp_path / f"{name}-2.{kind}")
+        save(figure, tmp_path / f"{name}-1.{kind}")
+        save(again[name], tmp_path / f"{name}-2.{kind}")
         assert (tmp_path / f"{name}-1.{kind}").read_bytes() == (tmp_path / f"{name}-2.{kind}").read_bytes()
+
+
+def test_another_process_draws_the_same_bytes(drawn: Drawn, tmp_path: Path) -> None:
+    script = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", script, "plot", str(drawn[0].path), "-o", str(tmp_path / seed)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(names) == 5
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 def test_unknown_kinds_of_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="figures are written as svg, pdf, png"):
-        figures.save(Figure(), tmp_path / "figure.gif")
+        save(Figure(), tmp_path / "figure.gif")

@@ -8,30 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from planted import ALPHA, BETA, A, B, E, best_size, write_budgets
 
 from analysis.isoflop import isoflop
 from analysis.store import load
 from experiments.cli import main
-
-E, A, ALPHA, B, BETA = 1.69, 406.4, 0.34, 410.7, 0.28
-
-
-def best_size(compute: float) -> float:
-    """arXiv 2203.15556, eq. 4: N* = G (C/6)^(beta / (alpha + beta)), G = (alpha A / beta B)^(1 / (alpha + beta))."""
-    return float((ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (compute / 6) ** (BETA / (ALPHA + BETA)))
-
-
-def write_budgets(path: Path, shifts: np.ndarray, noise: float = 0.0) -> Path:
-    """Sizes at each budget around the optimum, moved by exp(shifts)."""
-    random = np.random.default_rng(0)
-    rows = []
-    for compute in (1e18, 1e19, 1e20, 1e21):
-        for size in best_size(compute) * np.exp(shifts):
-            tokens = compute / 6 / size
-            loss = E + A * size**-ALPHA + B * tokens**-BETA + noise * random.standard_normal()
-            rows.append({"N": size, "D": tokens, "C": compute, "loss": loss})
-    pd.DataFrame(rows).to_csv(path, index=False)
-    return path
 
 
 def test_planted_optima_and_exponents_come_back(tmp_path: Path) -> None:
