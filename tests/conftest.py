@@ -1,5 +1,6 @@
 """What several rooms' tests share: a small real dataset and runs on it that take a second."""
 
+import contextlib
 import importlib.util
 import os
 
@@ -7,12 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from convolutions import kernels
 
 from experiments.config import ConvConfig, Execution, ModelConfig, RunConfig, TrainConfig
 from experiments.data.build import build
@@ -87,3 +89,10 @@ def submitted(dataset: Dataset) -> Callable[..., Path]:
         return write_config(run, store, dataset, settings, code_commit=None, submitted_at=time.time())
 
     return write
+
+
+@pytest.fixture(scope="module", params=["kernels"] if torch.cuda.is_available() else ["reference", "kernels"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the functions of `dynconv.ops` run on."""
+    with kernels() if request.param == "kernels" else contextlib.nullcontext():
+        yield

@@ -80,14 +80,22 @@ class Case:
             made["static_w"] = normal(self.width, self.channels)
         return made
 
-    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+    def options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"residual": self.residual, "activation": self.activation}
         if self.documents:
-            edges = torch.tensor([0, *self.documents]).cumsum(0)
-            options["cu_seqlens"] = edges.to(DEVICE)
+            options["cu_seqlens"] = torch.tensor([0, *self.documents]).cumsum(0).to(DEVICE)
         if self.segments:
             options["segments"] = self.segments
-        return FUNCTIONS[self.kind](**inputs, **options)
+        return options
+
+    def run(self, inputs: dict[str, Tensor], **more: Any) -> Any:
+        """The function of this kind; `more` overrides its options."""
+        return FUNCTIONS[self.kind](**inputs, **(self.options() | more))
+
+    @property
+    def per_token(self) -> set[str]:
+        """The inputs with a time."""
+        return {"x", "z", "weight"} if self.kind == "headwise" else {"x", "z"}
 
     def oracle(self, inputs: dict[str, Tensor]) -> Tensor:
         """Straight from the definition: one token's filter times one earlier input, summed one by one."""
@@ -127,15 +135,22 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp_min(1e-30))
 
 
-def errors(case: Case, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> dict[str, float]:
-    """The relative error of the output and of every gradient; `spoil` alters what the oracle is given."""
-    inputs = case.inputs()
+Prepare = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def errors(case: Case, spoil: Prepare = dict, prepare: Prepare = dict) -> dict[str, float]:
+    """The relative error of the output and of every gradient.
+
+    `spoil` alters what the oracle is given; `prepare` what both are given, and the gradient of the output.
+    """
+    inputs = prepare(case.inputs())
     y = case.run(inputs)
-    dy = torch.randn(y.shape, device=DEVICE).to(y.dtype)
+    dy = prepare({"x": torch.randn(y.shape, device=DEVICE).to(y.dtype)})["x"].detach()
     gradients = torch.autograd.grad(y, list(inputs.values()), dy)
     exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
     y_exact = case.oracle(spoil(exact))
     exact_gradients = torch.autograd.grad(y_exact, list(exact.values()), dy.double())
+    assert [y.dtype, *(g.dtype for g in gradients)] == [value.dtype for value in (inputs["x"], *inputs.values())]
     pairs = zip(inputs, gradients, exact_gradients, strict=True)
     return {"y": relative_error(y, y_exact)} | {name: relative_error(g, e) for name, g, e in pairs}
 

@@ -1,0 +1,230 @@
+"""What every convolution keeps to over random cases, by the reference and by the kernels."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, cases, errors, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynconv import ops
+
+pytestmark = pytest.mark.usefixtures("implementation")
+FEW = settings(max_examples=8 if GPU else 15, derandomize=True)
+CLOSE = 2 * BOUND[torch.float32]  # a sum of a few terms can be unlucky
+STEPS = {
+    "static": ops.static_convolution_step,
+    "headwise": ops.headwise_dynamic_convolution_step,
+    "lowrank": ops.lowrank_dynamic_convolution_step,
+}
+
+
+def exact_cases(**changes: Any) -> st.SearchStrategy[Case]:
+    """In float32, where two ways to the same result differ by rounding alone."""
+    return cases().map(lambda case: replace(case, dtype=torch.float32, **changes))
+
+
+def windows(lengths: Sequence[int]) -> list[slice]:
+    ends = list(accumulate(lengths))
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+
+
+def during(case: Case, inputs: dict[str, Tensor], window: slice) -> dict[str, Tensor]:
+    return {name: value[:, window] if name in case.per_token else value for name, value in inputs.items()}
+
+
+def assert_agree(got: Sequence[Tensor], want: Sequence[Tensor], inputs: dict[str, Tensor]) -> None:
+    """The outputs, and the gradients of their squares' sum."""
+    for outputs in (got, want):
+        assert all(torch.isfinite(y).all() for y in outputs)
+    values = list(inputs.values())
+    got = [*got, *torch.autograd.grad([y.square().sum() for y in got], values)]
+    want = [*want, *torch.autograd.grad([y.square().sum() for y in want], values)]
+    measured = [relative_error(g, w.double()) for g, w in zip(got, want, strict=True)]
+    assert max(measured) < CLOSE, measured
+
+
+@FEW
+@given(exact_cases(batch=1, segments=(), state=True), st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(sum))
+def test_packed_documents_are_as_each_alone(case: Case, lengths: list[int]) -> None:
+    case = replace(case, time=sum(lengths), documents=tuple(lengths))
+    inputs = case.inputs()
+    parts, ends = [], []
+    for index, window in enumerate(windows(lengths)):
+        alone = during(case, inputs, window)
+        if "initial_state" in inputs:
+            alone["initial_state"] = inputs["initial_state"][index : index + 1]
+        y, state = case.run(alone, cu_seqlens=None, return_final_state=True)
+        parts.append(y)
+        ends.append(state)
+    packed = case.run(inputs, return_final_state=True)
+    assert_agree(packed, [torch.cat(parts, 1), torch.cat(ends)], inputs)
+
+
+@FEW
+@given(exact_cases(documents=()), st.lists(st.integers(1, 12), min_size=1, max_size=5))
+def test_chunks_with_their_states_are_as_the_whole(case: Case, lengths: list[int]) -> None:
+    case = replace(case, time=sum(lengths))
+    inputs = case.inputs()
+    state = inputs.get("initial_state")
+    parts = []
+    for window in windows(lengths):
+        chunk = during(case, inputs, window) | {"initial_state": state}
+        y, state = case.run(chunk, return_final_state=True)
+        parts.append(y)
+    assert state is not None
+    assert_agree([torch.cat(parts, 1), state], case.run(inputs, return_final_state=True), inputs)
+
+
+@FEW
+@given(exact_cases(documents=(), state=True), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1))
+def test_decoding_with_rejected_tokens_is_as_the_whole(case: Case, proposals: list[tuple[int, int]]) -> None:
+    """Of each proposal some tokens are accepted, and as many rejected ones follow them."""
+    case = replace(case, time=1 + sum(accepted for accepted, _ in proposals))
+    inputs = {name: value.detach() for name, value in case.inputs().items()}
+    before = torch.zeros(case.batch, case.width - 1, case.channels, device=DEVICE)
+    state = inputs.get("initial_state", before)
+    parts = []
+    for window, rejected in zip(windows([a for a, _ in proposals]), [r for _, r in proposals], strict=True):
+        accepted = window.stop - window.start
+        tokens = during(case, inputs, window)
+        for name in case.per_token & tokens.keys():
+            wrong = torch.full_like(inputs[name][:, :1], 1e3).repeat_interleave(rejected, 1)
+            tokens[name] = torch.cat([tokens[name], wrong], 1)
+        options = case.options() | tokens | {"state": state}
+        options.pop("initial_state", None)
+        y, _ = STEPS[case.kind](**options)
+        state = torch.cat([state, tokens["x"]], 1)[:, accepted : accepted + case.width - 1]
+        parts.append(y[:, :accepted])
+    last = during(case, inputs, slice(case.time - 1, case.time)) | {"state": state}
+    last.pop("initial_state", None)
+    y, state = STEPS[case.kind](**(case.options() | last))
+    whole, end = case.run(inputs, return_final_state=True)
+    assert relative_error(torch.cat([*parts, y], 1), whole.double()) < CLOSE
+    assert torch.equal(state, end)
+
+
+@FEW
+@given(exact_cases(activation=None))
+def test_it_is_linear_in_the_inputs_and_the_state(case: Case) -> None:
+    first = {name: value.detach() for name, value in case.inputs().items()}
+    linear = {"x", "initial_state"} & first.keys()
+    second = first | {name: torch.randn_like(first[name]) for name in linear}
+    both = first | {name: 3 * first[name] - second[name] for name in linear}
+    got = case.run(both, return_final_state=True)
+    terms = zip(case.run(first, return_final_state=True), case.run(second, return_final_state=True), strict=True)
+    for result, (a, b) in zip(got, terms, strict=True):
+        assert relative_error(result, (3 * a - b).double()) < 2 * CLOSE
+
+
+@FEW
+@given(exact_cases(), st.data())
+def test_a_token_depends_on_its_window_alone(case: Case, data: st.DataObject) -> None:
+    """Forward: on W inputs of its own sequence and its own filter. Backward: on as many later gradients."""
+    token = data.draw(st.integers(0, case.time - 1))
+    own = next(w for w in windows(case.documents or [case.time]) if w.start <= token < w.stop)
+    behind = slice(max(own.start, token - case.width + 1), token + 1)
+    ahead = slice(token, min(own.stop, token + case.width))
+
+    def outside(value: Tensor, kept: slice) -> Tensor:
+        """NaN everywhere but in these tokens of the last sequence."""
+        poisoned = torch.full_like(value, torch.nan)
+        poisoned[-1, kept] = value[-1, kept].detach()
+        return poisoned
+
+    inputs = case.inputs()
+    y = case.run(inputs)
+    kept = {"x": behind, "z": slice(token, token + 1), "weight": slice(token, token + 1)}
+    spoilt = inputs | {name: outside(inputs[name], kept[name]) for name in case.per_token & inputs.keys()}
+    if "initial_state" in inputs and token - own.start >= case.width - 1:
+        spoilt["initial_state"] = torch.full_like(inputs["initial_state"], torch.nan)
+    assert torch.equal(case.run(spoilt)[-1, token], y[-1, token])
+    names = sorted(case.per_token & inputs.keys())
+    dy = torch.randn_like(y)
+    for got, want in zip(
+        torch.autograd.grad(y, [inputs[name] for name in names], outside(dy, ahead), retain_graph=True),
+        torch.autograd.grad(y, [inputs[name] for name in names], dy),
+        strict=True,
+    ):
+        assert torch.equal(got[-1, token], want[-1, token])
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN until they are written: PyTorch does so where algorithms must be deterministic."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, matrix products are refused
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty(1).isnan().all()
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def in_a_wider_buffer(value: Tensor) -> Tensor:
+    """The same values as a strided view, amid NaN."""
+    buffer = value.new_full([size + 3 for size in value.shape], torch.nan)
+    view = buffer[tuple(slice(1, size + 1) for size in value.shape)]
+    view.copy_(value.detach())
+    return view.detach().requires_grad_()
+
+
+@FEW
+@given(cases(), st.data())
+def test_mixed_dtypes_strided_views_and_poisoned_memory(case: Case, data: st.DataObject) -> None:
+    """Views of every input and of dy, each input in a dtype of its own, amid NaN, and outputs that start as NaN."""
+    dtypes = {name: data.draw(st.sampled_from(list(BOUND)), label=name) for name in case.inputs()}
+
+    def prepared(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: in_a_wider_buffer(value.to(dtypes[name])) for name, value in inputs.items()}
+
+    with poisoned_memory():
+        measured = errors(replace(case, dtype=torch.float32), prepare=prepared)
+    assert max(measured.values()) < 2 * max(BOUND[dtype] for dtype in dtypes.values()), measured
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_any_width_agrees_with_the_oracle(kind: str) -> None:
+    """The kernels stop at 8 taps; then the reference goes on."""
+    measured = errors(Case(kind, width=11, state=True))
+    assert max(measured.values()) < CLOSE, measured
+
+
+class Clones(TorchDispatchMode):
+    """Collects the shapes of the tensors that are copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            self.shapes.append(result.shape)
+        return result
+
+
+@pytest.mark.parametrize("implementation", ["kernels"], indirect=True)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_slices_of_one_projection_are_not_copied(kind: str, packed: bool) -> None:
+    case = Case(kind, batch=1, documents=(9, 28) if packed else ())
+    inputs = case.inputs()
+    made = [name for name in ("x", "z", "weight") if name in case.per_token & inputs.keys()]
+    columns = [inputs[name].detach().flatten(2) for name in made]
+    projection = torch.cat([*columns, torch.ones(1, case.time, 3, device=DEVICE)], 2).requires_grad_()
+    parts = projection.split([*(column.shape[2] for column in columns), 3], 2)[:-1]
+    views = {name: part.unflatten(2, inputs[name].shape[2:]) for name, part in zip(made, parts, strict=True)}
+    dy = torch.randn(inputs["x"].shape, device=DEVICE)
+    with Clones() as clones:
+        y = case.run(inputs | views)
+        torch.autograd.grad(y, list(views.values()), dy)
+    assert not [shape for shape in clones.shapes if len(shape) > 1]

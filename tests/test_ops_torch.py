@@ -1,0 +1,187 @@
+"""The convolutions amid PyTorch's machinery: torch.compile, opcheck, autocast, checkpointing, double backward."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, relative_error
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
+from dynconv.layers import (
+    FusedHeadwiseConv,
+    FusedLowRankConv,
+    HeadwiseDynamicConv,
+    LowRankDynamicConv,
+    StaticShortConv,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("implementation", "fresh_compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler raises its own on import
+]
+BACKEND = "inductor" if GPU else "aot_eager"
+KINDS = {kind: Case(kind) for kind in FUNCTIONS} | {"segments": Case(segments=(8, 16))}
+VARIETIES: dict[str, dict[str, Any]] = {
+    "state, silu": {"state": True, "activation": "silu"},
+    "packed": {"batch": 1, "documents": (2, 26, 0, 9)},
+    "packed, state": {"batch": 1, "documents": (2, 26, 0, 9), "state": True},
+}
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch.compiler.reset()  # else one test's compilations count against the next one's limit
+
+
+@pytest.mark.parametrize("variety", VARIETIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_equals_eager(kind: str, variety: str) -> None:
+    case = replace(KINDS[kind], **VARIETIES[variety])
+    inputs, options = case.inputs(), case.options() | {"return_final_state": True}
+
+    def run(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        y, state = FUNCTIONS[case.kind](**inputs, **options)
+        return y.sin(), state
+
+    outcomes = []
+    for function in (torch.compile(run, fullgraph=True, backend=BACKEND), run):
+        y, state = function(inputs, options)
+        gradients = torch.autograd.grad([y.sum(), state.square().sum()], list(inputs.values()))
+        outcomes.append([y, state, *gradients])
+    for got, want in zip(*outcomes, strict=True):
+        assert got.dtype == want.dtype
+        assert relative_error(got, want.double()) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_other_lengths_do_not_compile_anew(kind: str) -> None:
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    function = torch.compile(FUNCTIONS[kind], fullgraph=True, backend=backend, dynamic=True)
+    for time in (37, 41, 64, 200):
+        case = Case(kind, time=time)
+        inputs = {name: value.detach() for name, value in case.inputs().items()}
+        assert relative_error(function(**inputs, residual=True), case.run(inputs).double()) < BOUND[torch.float32]
+    assert compiled == 1
+
+
+def custom_op_calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The custom ops, with their arguments, that compiling the case's forward and backward comes to."""
+    calls = []
+
+    class Recorder(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if str(target).startswith("dynconv."):
+                calls.append((target, args))
+            return super().call_function(target, args, kwargs)
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        def run(values: list[Tensor]) -> Any:
+            result = Recorder(graph).run(*values)
+            values.clear()
+            return result
+
+        run._boxed_call = True  # type: ignore[attr-defined]  # how a backend says that it takes a list
+        return run
+
+    inputs, options = case.inputs(), case.options()
+    compiled = torch.compile(FUNCTIONS[case.kind], fullgraph=True, backend=aot_autograd(fw_compiler=record))
+    compiled(**inputs, **options).sum().backward()
+    return calls
+
+
+@pytest.mark.parametrize("implementation", ["kernels"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_custom_ops_pass_opcheck(kind: str) -> None:
+    case = replace(KINDS[kind], **VARIETIES["packed"], static=kind != "segments")
+    for (op, arguments), differentiable in zip(custom_op_calls(case), (True, False), strict=True):
+        leaves = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                leaf.requires_grad_(differentiable)
+        torch.library.opcheck(op, leaves)
+
+
+class Projected(nn.Module):
+    """A convolution after the linear map that it is used with."""
+
+    def __init__(self, conv: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(16, channels + getattr(conv, "generator_columns", 0))
+        self.conv = conv
+        for parameter in conv.parameters():  # none at zero, so that every path shows
+            nn.init.normal_(parameter, std=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, 16] -> [B, T, D]
+        return self.conv(self.projection(x), x)
+
+
+def projected(kind: str) -> tuple[Projected, Tensor]:
+    torch.manual_seed(0)
+    conv = {
+        "static": lambda: StaticShortConv(24),
+        "headwise": lambda: HeadwiseDynamicConv(24, 16, head_size=8),
+        "lowrank": lambda: LowRankDynamicConv(24, 16, rank=5),
+        "fused headwise": lambda: FusedHeadwiseConv(24, head_size=8),
+        "fused lowrank": lambda: FusedLowRankConv((16, 8), rank=5),
+    }[kind]()
+    return Projected(conv, 24).to(DEVICE), torch.randn(2, 37, 16, device=DEVICE, requires_grad=True)
+
+
+def outcome(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, autocast: bool) -> dict[str, Tensor]:
+    """The output, and the gradients of its squares' sum as backward() accumulates them."""
+    leaves = {"x": x} | dict(model.named_parameters())
+    for leaf in leaves.values():
+        leaf.grad = None
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        y = run(x)
+    y.float().square().sum().backward()
+    return {"y": y} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+MODULES = ["static", "headwise", "lowrank", "fused headwise", "fused lowrank"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", MODULES)
+def test_autocast(kind: str, compiled: bool) -> None:
+    model, x = projected(kind)
+    run = torch.compile(model, fullgraph=True, backend=BACKEND) if compiled else model
+    exact = outcome(model, model, x, autocast=False)
+    got = outcome(run, model, x, autocast=True)
+    assert got.keys() == exact.keys() == {"y", "x", *dict(model.named_parameters())}
+    for name, value in got.items():
+        assert value.dtype == (torch.bfloat16 if name == "y" else torch.float32), name
+        # the linear maps round their inputs, weights and outputs, too: measured up to 0.8e-2
+        assert relative_error(value, exact[name].double()) < 2e-2, name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", MODULES)
+def test_checkpointing_under_autocast_gives_the_same_bits(kind: str, reentrant: bool) -> None:
+    model, x = projected(kind)
+    want = outcome(model, model, x, autocast=True)
+    got = outcome(lambda x: checkpoint(model, x, use_reentrant=reentrant), model, x, autocast=True)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("implementation", ["kernels"], indirect=True)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_double_backward_says_that_there_is_none(kind: str, compiled: bool) -> None:
+    case = Case(kind, activation="silu")
+    inputs, function = case.inputs(), FUNCTIONS[kind]
+    run = torch.compile(function, fullgraph=True, backend=BACKEND) if compiled else function
+    (dx,) = torch.autograd.grad(run(**inputs).square().sum(), [inputs["x"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward" if compiled else "twice|once"):
+        dx.sum().backward()
