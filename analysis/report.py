@@ -1,21 +1,23 @@
-"""One self-contained HTML page of a store's answers: tables, figures, and where every number comes from."""
+"""One self-contained HTML page of a store's answers: tables, figures, and where every number comes from.
+
+A number leads to its place under "Where the numbers come from": the estimator, the convention, the runs with their
+commit, device and data, and the command that prints it.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import astuple, fields
 from html import escape
 from typing import TYPE_CHECKING
 
-from analysis.drawing import answers, draw
-from analysis.style import write
-from analysis.tables import NONE, Cell, answer_cells, check_cells, fit_cells, interval_text, numbered_notes, short
+from analysis.drawing import Answers, answers, draw
+from analysis.page import Link, code, figure, note, page, table
+from analysis.tables import Cell, answer_cells, check_cells, fit_cells, interval_text, is_missing, numbered_notes, short
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from analysis.multiplier import Multiplier
     from analysis.store import Store
@@ -23,102 +25,174 @@ if TYPE_CHECKING:
 CAPTIONS = {
     "loss-against-compute": "Held-out loss against training compute. Lines: one law with irreducible loss and exponent "
     "shared; bands: 95%. Arrow: the compute that the baseline needs for the arm's loss. Below: residuals.",
-    "multiplier-against-compute": "The multiplier at each size, and its 95% interval.",
+    "multiplier-against-compute": "The multiplier at each size, and the line of m(C) with its 95% band.",
     "multipliers": "Multipliers with 95% intervals; hollow where not resolved.",
-    "wall-clock": "Loss against counted compute, and against measured training time.",
+    "isoflop": "Loss against size at equal compute, and the best size and tokens of each budget; hollow where the "
+    "optimum does not count.",
+    "wall-clock": "What compute costs in measured training time, and what that time buys.",
     "loss-curves": "Held-out loss over training, by size.",
-    "ablations": "Ablations; dotted: the baseline.",
-    "isoflop": "Loss against size at equal compute, and the best size and tokens at each.",
+    "ablations": "Arms that differ in one fact alone; dotted: the baseline.",
 }
 RUN_COLUMNS = (
-    "run_id",
-    "arm",
-    "size",
-    "seed",
-    "parameters",
-    "tokens",
-    "flops_exact",
-    "loss",
-    "train_seconds",
-    "status",
+    *("run_id", "arm", "size", "seed", "parameters", "tokens", "flops_exact", "loss", "train_seconds", "status"),
+    *("device", "gpus", "code_commit"),
 )
 PROVENANCE = ("device", "gpus", "dtype", "torch", "code_commit", "data_sha256", "tokenizer_sha256")
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #111; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
-th { cursor: pointer; border-bottom: 2px solid #333; } th[aria-sort=ascending]::after { content: " \\2191"; }
-th[aria-sort=descending]::after { content: " \\2193"; } td.number { font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; width: 44rem; cursor: zoom-in; }
-figcaption, .note { color: #444; font-size: 13px; } code { font-size: 12px; overflow-wrap: anywhere; }
-dialog { width: 95vw; height: 95vh; overflow: auto; border: 1px solid #333; }
-dialog img { width: 100%; cursor: zoom-out; }
-@media print { figure img { width: 100%; } details { display: none; } }
-"""
-SCRIPT = """
-for (const table of document.querySelectorAll("table")) {
-  table.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
-    const down = head.getAttribute("aria-sort") === "ascending";
-    table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
-    const rows = [...table.tBodies[0].rows].sort((a, b) => {
-      const [x, y] = [key(a), key(b)], difference = x - y;
-      return (Number.isNaN(difference) ? x.localeCompare(y) : difference) * (down ? -1 : 1);
-    });
-    table.tBodies[0].append(...rows);
-  }));
+HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv table`
+    "m": ("the compute of the baseline that reaches the arm's loss, over the arm's", "m"),
+    "95% interval": ("of m", "ci"),
+    "sizes x seeds": ("paired sizes, and paired seeds at the size with fewest", "n_sizes, n_seeds"),
+    "joint fit": ("m by one law for both arms, a cross-check", "joint"),
+    "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),
+    "leave one out": ("range of m with each size left out in turn", "loso"),
+    "p(constant)": ("test that m is the same at every size", "constant_m_p"),
+    "other E": ("range of m with the irreducible loss moved", "floor_sensitivity"),
+    "wall clock": ("m in measured training seconds", "wall_clock"),
+    "GPU cost": ("m in measured GPU seconds", "gpu_cost"),
 }
-const dialog = document.querySelector("dialog"), large = dialog.querySelector("img");
-for (const image of document.querySelectorAll("figure img"))
-  image.addEventListener("click", () => { large.src = image.src; large.style.width = "100%"; dialog.showModal(); });
-dialog.addEventListener("click", () => dialog.close());
-dialog.addEventListener("wheel", event => {
-  event.preventDefault();
-  const width = parseFloat(large.style.width) * (event.deltaY < 0 ? 1.15 : 1 / 1.15);
-  large.style.width = Math.min(Math.max(width, 50), 800) + "%";
-}, { passive: false });
-"""
 
 
 def report(store: Store, baseline: str | None = None, convention: str | None = None) -> str:
-    """The page. Raises ValueError if no arm can be compared."""
+    """The page. Raises ValueError on data that support no claim, and where there is no answer at all."""
     answer = answers(store, baseline, convention)
-    found, law, notes = answer.found, answer.law, answer.notes
-    options = ["--baseline", found[0].baseline, "--convention", found[0].convention]
-    command = shlex.join(["dynconv", "table", str(store.path), *options])
-    parts = [
-        f"<h1>Compute advantage over {escape(found[0].baseline)}</h1>",
-        *(f"<p>{_sentence(item)}</p>" for item in found if not item.status.startswith("not resolved")),
-        _table("multipliers", *answer_cells(found, numbered_notes(found))),
-        _table("checks", *check_cells(found)),
-        f'<p class="note">FLOPs counted as {escape(found[0].convention)}; 95% intervals; paired by size and seed. '
-        f"Command: <code>{escape(command)}</code></p>",
-        _left_out(found, [*notes, *store.problems]),
-        *(_figure(name, figure) for name, figure in draw(store, answer).items()),
+    title = f"Compute advantage over {answer.baseline}" if answer.found else f"Scaling of {store.path.name}"
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if answer.found:
+        parts += _multipliers(answer)
+    parts.append(_left_out(answer.found, [*answer.notes, *store.problems]))
+    command = code(_command("plot", store, answer, "-o", "figures"))
+    drawn = draw(store, answer)
+    parts += [figure(name, one, CAPTIONS[name], f"From all finished runs: {command}.") for name, one in drawn.items()]
+    parts.append(note("Click a figure to enlarge it; wheel or +, - zooms."))
+    parts += _law(store, answer) + _optima(store, answer)
+    if answer.found:
+        parts.append("<h2>Where the numbers come from</h2>")
+        parts += [_source(store, answer, place) for place in range(len(answer.found))]
+    rows = [["finished runs", f"{(store.runs['status'] == 'complete').sum()} of {len(store.runs)}"]]
+    parts += ["<h2>Provenance</h2>", table("provenance", ["what", "value"], rows + _origin(_done(store.runs)))]
+    parts += ["<h2>Runs</h2>", _runs(store)]
+    return page(f"{store.path.name}: {title}", parts)
+
+
+def _command(verb: str, store: Store, answer: Answers, *more: str) -> str:
+    """What to type for the same numbers."""
+    compared = ["--baseline", answer.baseline] if answer.found and verb != "isoflop" else []
+    return shlex.join(["dynconv", verb, str(store.path), *compared, "--convention", answer.convention, *more])
+
+
+def _done(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["status"] == "complete"]
+
+
+def _multipliers(answer: Answers) -> list[str]:
+    """The answers in sentences, and both tables; each number leads to its source."""
+    found = answer.found
+    sentences = [f"<p>{_sentence(item, place)}</p>" for place, item in enumerate(found) if _resolved(item)]
+    columns, rows = answer_cells(found, numbered_notes(found))
+    whole = [[*row[:-1], item.status] for row, item in zip(rows, found, strict=True)]
+    return [
+        *(sentences or ["<p>No arm's advantage is resolved.</p>"]),
+        table("multipliers", columns, _linked(columns, whole)),
+        note(f"FLOPs counted as {escape(answer.convention)}; 95% intervals; paired by size and seed."),
+        table("checks", check_cells(found)[0], _linked(*check_cells(found))),
     ]
-    if law is not None:
-        certificate = ", ".join(f"{name} {short(value)}" for name, value in law.certificate.items())
-        parts += [
-            "<h2>The law of loss in compute</h2>",
-            _table("law", *fit_cells(law)),
-            f'<p class="note">Status: {escape(law.status)}. {escape(certificate)}.</p>',
-        ]
-    parts += ["<h2>Provenance</h2>", _provenance(store.runs), "<h2>Runs</h2>", _run_table(store.runs)]
-    head = f'<meta charset="utf-8"><title>{escape(store.path.name)}: compute advantage</title><style>{STYLE}</style>'
-    body = "\n".join([*parts, '<dialog><img alt="the figure, enlarged"></dialog>', f"<script>{SCRIPT}</script>"])
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _sentence(item: Multiplier) -> str:
+def _resolved(item: Multiplier) -> bool:
+    return not item.status.startswith("not resolved")
+
+
+def _sentence(item: Multiplier, place: int) -> str:
     interval = f" (95% interval {interval_text(item.ci)})" if item.ci else ""
     remark = "" if item.status == "ok" else f" Note: {item.status}."
-    return escape(
-        f"{item.arm} has a {item.m:.2f}x compute advantage{interval}, from {item.n_sizes} sizes with {item.n_seeds} "
-        f"seed{'s' if item.n_seeds > 1 else ''} each.{remark}"
+    seeds = f"{item.n_seeds} seed{'s' if item.n_seeds > 1 else ''}"
+    text = f"{item.arm} has a {item.m:.2f}x compute advantage{interval}, from {item.n_sizes} sizes with {seeds} each.{remark}"
+    return f"{escape(text)} {Link('Where from?', _anchor(place, 'm')).html()}"
+
+
+def _anchor(place: int, column: str) -> str:
+    """The id of a number's source: of the arm at `place`, in `column`."""
+    return f"from-{place}-{''.join(char if char.isalnum() else '-' for char in column)}"
+
+
+def _linked(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[list[Cell | Link]]:
+    """Rows of arms in the order found, their numbers linked to their sources."""
+    return [
+        [
+            cell if cell is None or column in ("arm", "status") else Link(cell, _anchor(place, column))
+            for column, cell in zip(columns, row, strict=True)
+        ]
+        for place, row in enumerate(rows)
+    ]
+
+
+def _source(store: Store, answer: Answers, place: int) -> str:
+    """Of one arm's numbers: how each is made, the runs behind them, and the command that prints them."""
+    item = answer.found[place]
+    left_out = {row.run_id for row in item.excluded}
+    used = _done(store.runs)
+    used = used[used["arm"].isin([item.arm, item.baseline]) & ~used["run_id"].isin(left_out)]
+    cells: dict[str, Cell] = {}
+    for columns, rows in (answer_cells(answer.found, numbered_notes(answer.found)), check_cells(answer.found)):
+        cells |= dict(zip(columns, rows[place], strict=True))
+    numbers = {column: cell for column, cell in cells.items() if cell is not None and column not in ("arm", "status")}
+    rows = [[column, cell, *_how(item, column)] for column, cell in numbers.items()]
+    links = ", ".join(Link(str(run_id), f"run-{at}").html() for at, run_id in used["run_id"].items())
+    origin = "; ".join(f"{escape(str(what))} {escape(str(value))}" for what, value in _origin(used))
+    return "\n".join(
+        [
+            f"<h3>{escape(item.arm)}</h3>",
+            note(f"{code(_command('table', store, answer, '--json'))} prints these under the keys named."),
+            table(f"from-{place}", ["number", "value", "how", "key"], rows, [_anchor(place, name) for name in numbers]),
+            note(f"FLOPs counted as {escape(item.convention)} unless said; {origin}. {len(used)} runs: {links}."),
+        ]
     )
+
+
+def _how(item: Multiplier, column: str) -> tuple[str, str]:
+    if column == "m":
+        return f"{HOW[column][0]}; {item.method}", HOW[column][1]
+    if column in HOW:
+        return HOW[column]
+    if column in item.conventions:
+        return f"m with FLOPs counted as {column}", f"conventions, {column}"
+    return "m at this irreducible loss with FLOPs so counted", "floor_sensitivity"
+
+
+def _law(store: Store, answer: Answers) -> list[str]:
+    if answer.law is None:
+        return []
+    law = answer.law
+    columns, rows = fit_cells(law)
+    certificate = ", ".join(f"{name} {short(value)}" for name, value in law.certificate.items())
+    arms = ", ".join(dict.fromkeys(law.points.arm))
+    command = _command("fit", store, answer, "--form", "c")
+    linked = [[row[0], *(cell and Link(cell, "from-law") for cell in row[1:])] for row in rows]
+    return [
+        "<h2>The law of loss in compute</h2>",
+        table("law", columns, linked),
+        f"<div id=from-law>{note(f'{code(command)}; {len(law.points.loss)} finished runs of {escape(arms)}.')}</div>",
+        note(f"Status: {escape(law.status)}. {escape(certificate)}."),
+    ]
+
+
+def _optima(store: Store, answer: Answers) -> list[str]:
+    if not answer.optima:
+        return []
+    command = _command("isoflop", store, answer)
+    tables = [
+        table(
+            name,
+            [item.name for item in fields(rows[0])],
+            [[v if isinstance(v, str) else _isoflop_cell(v) for v in astuple(row)] for row in rows],
+        )
+        for name, rows in (("optima", answer.optima), ("allocations", answer.allocations))
+    ]
+    return ["<h2>Compute-optimal sizes</h2>", *tables, f"<div id=from-isoflop>{note(code(command))}</div>"]
+
+
+def _isoflop_cell(value: float | tuple[float, float] | None) -> Link | None:
+    return None if value is None else Link(short(value), "from-isoflop")
 
 
 def _left_out(found: Sequence[Multiplier], notes: Sequence[str]) -> str:
@@ -130,46 +204,22 @@ def _left_out(found: Sequence[Multiplier], notes: Sequence[str]) -> str:
     return f"<details><summary>{len(lines)} left out or without an answer</summary><ul>{items}</ul></details>"
 
 
-def _figure(name: str, figure: Figure) -> str:
-    svg = io.BytesIO()
-    write(figure, svg, "svg")
-    data = base64.b64encode(svg.getvalue()).decode()
-    caption = escape(CAPTIONS[name])
-    return (
-        f'<figure id="{name}"><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{caption} (click to enlarge, wheel to zoom)</figcaption></figure>"
+def _origin(runs: pd.DataFrame) -> list[list[str]]:
+    """What runs ran on and from; more than one value of a thing is shown with its count."""
+    rows = []
+    for name in [*PROVENANCE, *(["source"] if "source" in runs else [])]:
+        counts = runs[name].value_counts(dropna=False, sort=False)
+        values = [f"{short(value)}{f' ({count} runs)' if len(counts) > 1 else ''}" for value, count in counts.items()]
+        rows.append([name, "; ".join(values)])
+    return rows
+
+
+def _runs(store: Store) -> str:
+    shown = store.runs.sort_values(["arm", "parameters", "seed"], kind="stable")[list(RUN_COLUMNS)]
+    shown = shown.assign(code_commit=shown["code_commit"].str.slice(0, 12))
+    rows = [[None if is_missing(value) else short(value) for value in row] for row in shown.itertuples(index=False)]
+    query = shlex.join(["dynconv", "query", str(store.path), "select * from runs"])
+    place = "STORE/RUN_ID/run.json" if store.run_dirs else store.path.name
+    return table("runs", RUN_COLUMNS, rows, [f"run-{at}" for at in shown.index]) + note(
+        f"A row's numbers are those of {escape(place)}, by the commit and on the device that it names; {code(query)}."
     )
-
-
-def _provenance(runs: pd.DataFrame) -> str:
-    """What the finished runs ran on and from; more than one value of a thing is shown with its count."""
-    done = runs[runs["status"] == "complete"]
-    rows = [["finished runs", f"{len(done)} of {len(runs)}"]]
-    for name in PROVENANCE:
-        counts = done[name].value_counts(dropna=False, sort=False)
-        text = "; ".join(
-            f"{short(value)}{f' ({count} runs)' if len(counts) > 1 else ''}" for value, count in counts.items()
-        )
-        rows.append([name, text])
-    return _table("provenance", ["what", "value"], rows)
-
-
-def _run_table(runs: pd.DataFrame) -> str:
-    rows = [[short(value) for value in row] for row in runs[list(RUN_COLUMNS)].itertuples(index=False)]
-    return _table("runs", RUN_COLUMNS, rows)
-
-
-def _table(name: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(cell: Cell) -> str:
-    """Numbers sort as numbers, what does not exist last."""
-    text = NONE if cell is None else cell
-    try:
-        value = "Infinity" if text == NONE else repr(float(text))
-    except ValueError:
-        return f"<td>{escape(text)}</td>"
-    return f'<td class="number" data-value="{value}">{escape(text)}</td>'

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
-from planted import write_config, write_sweep
+from planted import write_budgets, write_config, write_sweep
 
 from experiments.cli import main
 
@@ -45,34 +46,85 @@ def test_the_page_is_self_contained_and_says_where_it_comes_from(page: Path) -> 
     assert text.count("<figure ") == 5
 
 
+def cells(text: str, table: str) -> list[list[str]]:
+    """The HTML of a table's cells, by row."""
+    (body,) = re.findall(rf'<table id="{table}">.*?<tbody>(.*?)</tbody>', text, re.DOTALL)
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("</tr>") if row]
+
+
+def test_every_number_leads_to_the_runs_and_the_command_behind_it(page: Path) -> None:
+    text = page.read_text()
+    targets = set(re.findall(r"href=#([\w-]+)", text))
+    assert targets <= set(re.findall(r'id="?([\w-]+)', text))
+    for table in ("multipliers", "checks", "law"):
+        for row in cells(text, table):
+            for cell in row:
+                if re.search(r"\d", cell) and not re.match(r"A\[|m\[|not resolved|see|4 sizes", cell):
+                    assert cell.startswith("<a href=#from-")
+    shown = cells(text, "multipliers")[0][1]
+    place, value = re.fullmatch(r"<a href=#([\w-]+)>([\d.]+)</a>", shown).groups()  # type: ignore[union-attr]
+    ((_, printed, how, key),) = [row for row in cells(text, "from-0") if row[0] == "m"]
+    assert f"<tr id={place}>" in text
+    assert (printed, key) == (value, "m")
+    assert "paired" in how
+    block = text.partition("<h3>dyn&lt;b&gt;</h3>")[2].partition("<h3>")[0]
+    runs = re.findall(r"<a href=#run-(\d+)>([^<]+)</a>", block)
+    names = {f"{arm}-s{size}-0" for arm in ("dyn&lt;b&gt;", "transformer") for size in range(4)}
+    assert {name for _, name in runs} == names
+    for at, name in runs:
+        assert f"<tr id=run-{at}><td>{name}</td>" in text
+    for told in ("c" * 40, "d" * 64, "cpu", "float32", "2.13.0", "counted as exact", "dynconv table "):
+        assert told in block
+
+
+def test_a_store_without_a_comparison_gets_a_page_too(tmp_path: Path) -> None:
+    points = write_budgets(tmp_path / "points.csv", np.linspace(-0.7, 0.7, 7), noise=1e-4)
+    assert main(["report", str(points), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert len(cells(text, "optima")) == 4
+    assert "dynconv isoflop" in text
+    assert text.count("<figure ") == 1
+
+
 def test_equal_stores_give_equal_pages(page: Path, tmp_path: Path) -> None:
     assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_it_opens_without_errors_and_its_tables_sort(page: Path, tmp_path: Path) -> None:
-    """A copy of the page clicks its own header twice, and enlarges a figure, before its content is read."""
+@pytest.mark.parametrize("width", [1200, 500])
+def test_it_opens_without_errors_and_its_tables_sort(page: Path, tmp_path: Path, width: int) -> None:
+    """A copy of the page clicks its own header twice, follows a number, and enlarges a figure, before it is read."""
     clicks = """<script>
     const heads = [...document.querySelectorAll("#runs th")];
     const loss = heads.find(head => head.textContent === "loss");
     const column = () => [...document.querySelectorAll("#runs tbody tr")].map(row => row.cells[7].textContent);
     loss.click(); document.body.dataset.up = column();
     loss.click(); document.body.dataset.down = column();
+    document.querySelector("#multipliers td a").click();
+    document.body.dataset.source = document.querySelector(":target").cells[0].textContent;
+    const stops = [...document.querySelectorAll("th, figure")].map(item => item.querySelector("button").tabIndex);
+    document.body.dataset.stops = Math.min(...stops);
+    document.body.dataset.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
     document.querySelector("figure img").click();
     document.body.dataset.open = document.querySelector("dialog").open;
+    const key = new KeyboardEvent("keydown", { key: "+" });
+    document.querySelector("dialog").dispatchEvent(key);
+    document.body.dataset.zoom = document.querySelector("dialog img").style.width;
     </script></body>"""
     copy = tmp_path / "page.html"
     copy.write_text(page.read_text().replace("</body>", clicks))
-    result = browse(copy, tmp_path, "--dump-dom", "--virtual-time-budget=2000")
+    result = browse(copy, tmp_path, "--dump-dom", "--virtual-time-budget=2000", f"--window-size={width},900")
     assert "CONSOLE" not in result.stderr
-    data = dict(re.findall(r'data-(up|down|open)="([^"]*)"', result.stdout))
+    body = re.findall(r"<body([^>]*)>", result.stdout)[0]
+    data = dict(re.findall(r'data-(\w+)="([^"]*)"', body))
     losses = [float(value) for value in data["up"].split(",") if value != "-"]
     assert len(losses) == 12
     assert losses == sorted(losses)
     assert data["down"].split(",")[0] == "-"
     assert [float(value) for value in data["down"].split(",")[1:]] == losses[::-1]
-    assert data["open"] == "true"
+    assert (data["source"], data["stops"], data["wide"]) == ("m", "0", "0")
+    assert (data["open"], data["zoom"]) == ("true", "115%")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
