@@ -1,5 +1,9 @@
 """The modules: their start, their prefill and decoding, and the fused forms against the plain ones."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,49 +20,56 @@ from dynconv.ops import static_convolution
 CHANNELS, WIDTH, GENERATOR = 12, 4, 5
 
 
-def _modules() -> list[nn.Module]:
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "static": lambda: StaticShortConv(CHANNELS, WIDTH),
+    "headwise": lambda: HeadwiseDynamicConv(CHANNELS, GENERATOR, WIDTH, head_size=3),
+    "lowrank": lambda: LowRankDynamicConv(CHANNELS, GENERATOR, WIDTH, rank=2),
+    "fused headwise": lambda: FusedHeadwiseConv(CHANNELS, WIDTH, head_size=3),
+    "fused lowrank": lambda: FusedLowRankConv((8, 4), WIDTH, rank=3),
+}
+
+
+def _module(kind: str, trained: bool = True) -> nn.Module:
+    """Once trained, no parameter is zero, so that every path shows."""
     torch.manual_seed(0)
-    return [
-        StaticShortConv(CHANNELS, WIDTH),
-        HeadwiseDynamicConv(CHANNELS, GENERATOR, WIDTH, head_size=3),
-        LowRankDynamicConv(CHANNELS, GENERATOR, WIDTH, rank=2),
-    ]
-
-
-def _trained(module: nn.Module) -> nn.Module:
-    """With no parameter left at zero, so that every path shows."""
-    for parameter in module.parameters():
+    module = MODULES[kind]()
+    for parameter in module.parameters() if trained else ():
         nn.init.normal_(parameter)
     return module
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
-def test_a_new_module_is_identity_plus_its_static_filter(kind: int) -> None:
-    module = _modules()[kind]
-    x, generator_input = torch.randn(2, 6, CHANNELS), torch.randn(2, 6, GENERATOR)
-    expected = static_convolution(x, module.static_filter, residual=True)
+def _inputs(module: nn.Module, batch: int = 2, time: int = 10) -> tuple[Tensor, Tensor]:
+    columns = CHANNELS + getattr(module, "generator_columns", 0)
+    return torch.randn(batch, time, columns), torch.randn(batch, time, GENERATOR)
+
+
+@pytest.mark.parametrize("kind", ["static", "headwise", "lowrank", "fused lowrank"])
+def test_a_new_module_is_identity_plus_its_static_filter(kind: str) -> None:
+    module = _module(kind, trained=False)
+    x, generator_input = _inputs(module)
+    expected = static_convolution(x[..., :CHANNELS], module.static_filter, residual=True)
     torch.testing.assert_close(module(x, generator_input), expected)
     assert module.static_filter.abs().max() <= WIDTH**-0.5
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("chunks", [(7, 1, 1, 1), (1,) * 10, (2, 8), (10,)])
-def test_prefill_and_steps_give_what_the_whole_gives(kind: int, chunks: tuple[int, ...]) -> None:
-    module = _trained(_modules()[kind])
-    x, generator_input = torch.randn(2, 10, CHANNELS), torch.randn(2, 10, GENERATOR)
+def test_prefill_and_steps_give_what_the_whole_gives(kind: str, chunks: tuple[int, ...]) -> None:
+    module = _module(kind)
+    x, generator_input = _inputs(module)
     parts, state = [], None
     for part, generators in zip(x.split(chunks, 1), generator_input.split(chunks, 1), strict=True):
         y, state = module.prefill(part, generators) if state is None else module.step(part, generators, state)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), module(x, generator_input))
     assert isinstance(state, Tensor)
-    assert torch.equal(state, x[:, -(WIDTH - 1) :])
+    assert torch.equal(state, x[:, -(WIDTH - 1) :, :CHANNELS])
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
-def test_packed_documents_are_separate(kind: int) -> None:
-    module = _trained(_modules()[kind])
-    x, generator_input = torch.randn(1, 10, CHANNELS), torch.randn(1, 10, GENERATOR)
+@pytest.mark.parametrize("kind", MODULES)
+def test_packed_documents_are_separate(kind: str) -> None:
+    module = _module(kind)
+    x, generator_input = _inputs(module, batch=1)
     packed = module(x, generator_input, cu_seqlens=torch.tensor([0, 4, 10]))
     apart = [module(a, b) for a, b in zip(x.split([4, 6], 1), generator_input.split([4, 6], 1), strict=True)]
     torch.testing.assert_close(packed, torch.cat(apart, 1))
@@ -66,8 +77,8 @@ def test_packed_documents_are_separate(kind: int) -> None:
 
 def test_fused_low_rank_is_each_branch_alone() -> None:
     branches, rank = (8, 4), 3
-    fused = _trained(FusedLowRankConv(branches, WIDTH, rank))
-    projected = torch.randn(2, 7, sum(branches) + fused.generator_columns)
+    fused = _module("fused lowrank")
+    projected, _ = _inputs(fused)
     got = fused(projected)
     x, z = projected.split([12, 6], 2)
     ups, statics = fused.up.unflatten(1, (WIDTH, 12)).split(branches, 2), fused.static_filter.split(branches, 1)
@@ -87,15 +98,25 @@ def test_fused_headwise_starts_as_its_static_filter() -> None:
     torch.testing.assert_close(fused(projected), expected)
 
 
-def test_every_parameter_hints_the_optimizer() -> None:
-    for module in (*_modules(), FusedLowRankConv((8, 4)), FusedHeadwiseConv(CHANNELS, head_size=3)):
-        hints = {name: getattr(parameter, "optimizer_hint", None) for name, parameter in module.named_parameters()}
-        assert "static_filter" in hints
-        assert all(hint == {"weight_decay": 0.0, "muon": False} for hint in hints.values()), hints
+@pytest.mark.parametrize("kind", MODULES)
+def test_every_parameter_hints_the_optimizer(kind: str) -> None:
+    parameters = dict(_module(kind).named_parameters())
+    assert "static_filter" in parameters
+    assert all(p.optimizer_hint == {"weight_decay": 0.0, "muon": False} for p in parameters.values())
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_copies_and_pickles_are_the_same_module(kind: str) -> None:
+    module = _module(kind)
+    inputs = _inputs(module)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(again(*inputs), module(*inputs))
+        assert repr(again) == repr(module)
 
 
 def test_repr_says_what_it_is() -> None:
-    assert "channels=12, width=4, residual=True, heads=4" in repr(_modules()[1])
+    assert "channels=12, width=4, residual=True, heads=4" in repr(_module("headwise"))
+    assert "channels=12, width=4, residual=True, branches=(8, 4)" in repr(_module("fused lowrank"))
 
 
 def test_a_head_size_that_does_not_divide_raises() -> None:
