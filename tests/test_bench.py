@@ -1,15 +1,17 @@
-"""The kernel bench without a GPU: what it counts, what it writes, and what it refuses."""
+"""The kernel bench: what it counts, compares, writes and refuses; on a GPU, what it measures."""
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from torch import Tensor, nn
 
-from analysis import figures
 from analysis.errors import WorkFailed
-from experiments import bench
+from experiments import bench, kernels
 
 COPY = 4.25e6  # bytes a microsecond: the H200 of the table below
 
@@ -17,42 +19,50 @@ COPY = 4.25e6  # bytes a microsecond: the H200 of the table below
 @pytest.mark.parametrize(
     ("case", "floor"),  # microseconds, worked out by hand for B=4 T=4096 D=2048 W=4 bf16 on an H200
     [
-        (bench.Case("lowrank", R=16), 79.0),
-        (bench.Case("static"), 79.0),
-        (bench.Case("headwise", H=2048), 268.4),
-        (bench.Case("headwise", H=512), 126.3),
-        (bench.Case("headwise", H=128), 90.8),
+        (kernels.Case("lowrank", R=16), 79.0),
+        (kernels.Case("static"), 79.0),
+        (kernels.Case("headwise", H=2048), 268.4),
+        (kernels.Case("headwise", H=512), 126.3),
+        (kernels.Case("headwise", H=128), 90.8),
     ],
 )
-def test_the_bytes_are_every_input_and_output_once(case: bench.Case, floor: float) -> None:
+def test_the_bytes_are_every_input_and_output_once(case: kernels.Case, floor: float) -> None:
     assert case.bytes(backward=True) / COPY == pytest.approx(floor, rel=0.01)
 
 
 def _rows() -> pd.DataFrame:
+    """As `bench.table` makes them, at half the copy bandwidth."""
     rows = []
-    for case in bench.cases(quick=True):
-        count = case.bytes(backward=True)
+    for case in kernels.cases(quick=True):
         shape = {key: value for key, value in asdict(case).items() if key != "segments"}
-        row = {"pass": "fwd+bwd", "us": count / COPY / 0.5, "bytes": count, "fraction": 0.5, "provider": "dynconv"}
-        rows.append(shape | row | {"device": "a GPU", "versions": "1", "commit": None})
-    return pd.DataFrame(rows)[bench.COLUMNS]
+        for name in ("fwd", "fwd+bwd", "host"):
+            count = case.bytes(backward=name != "fwd")
+            row = {"pass": name, "us": count / COPY / 0.5, "bytes": count, "provider": "dynconv"}
+            row |= {"fraction": None if name == "host" else 0.5, "case": str(case), "transient": 0.25}
+            rows.append(shape | row | {"device": "a GPU", "versions": "1", "commit": None})
+    return pd.DataFrame(rows)
+
+
+def test_the_text_has_a_table_a_shape_and_a_line_a_kernel() -> None:
+    device, first, second = bench.render(_rows()).split("\n\n")
+    assert device == "a GPU, 1"
+    assert [table.splitlines()[0] for table in (first, second)] == [
+        "B=4 T=4096 D=2048 W=4 bfloat16",
+        "B=4 T=4096 D=6144 W=4 bfloat16",
+    ]
+    lines = first.splitlines()[2:] + second.splitlines()[2:]
+    assert [line.split("  ")[0] for line in lines] == [str(case) for case in kernels.cases(quick=True)]
+    # static, by hand: 2 and 5 times 67.1 MB and filters of 33 and 98 KB, at half of 4.25 TB/s
+    (static,) = (line for line in lines if line.startswith("static "))
+    assert static.split() == ["static", "dynconv", "63.2", "134", "50%", "157.9", "336", "50%", "158", "0.25"]
 
 
 @pytest.mark.parametrize("name", ["kernels.parquet", "kernels.csv"])
 def test_rows_survive_a_file(tmp_path: Path, name: str) -> None:
-    bench._write(_rows(), tmp_path / "new" / name)
+    bench._write(_rows()[bench.COLUMNS], tmp_path / "new" / name)
     read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}[Path(name).suffix](tmp_path / "new" / name)
     assert list(read.columns) == bench.COLUMNS
     assert read["us"].tolist() == pytest.approx(_rows()["us"].tolist())
-
-
-def test_the_floor_is_drawn_where_the_bytes_put_it(tmp_path: Path) -> None:
-    figure = bench.bars(_rows())
-    (floor,) = figure.axes[0].collections
-    drawn = [segment[0][0] for segment in floor.get_segments()]
-    assert drawn[0] == pytest.approx(79.0, rel=0.01)
-    assert drawn[3] == pytest.approx(268.4, rel=0.01)
-    figures.save(figure, tmp_path / "kernels.png")
 
 
 def _arguments(*words: str) -> argparse.Namespace:
@@ -68,10 +78,55 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rival_names_its_op() -> None:
-    found = bench.providers(False, ["dynconv.ops:lowrank_dynamic_convolution"])
-    assert list(found["dynconv.ops:lowrank_dynamic_convolution"]) == ["lowrank"]
+    *_, rival = kernels.providers(False, ["dynconv.ops:lowrank_dynamic_convolution"])
+    assert list(rival.functions) == ["lowrank"]
     with pytest.raises(ValueError, match="--against wants module:function"):
-        bench.providers(False, ["math:sqrt"])
+        kernels.providers(False, ["math:sqrt"])
+
+
+SMALL = [
+    kernels.Case("static", B=1, T=9, D=8),
+    kernels.Case("headwise", B=2, T=9, D=8, H=2, static=True),
+    kernels.Case("lowrank", B=2, T=9, D=12, R=3, segments=3),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_what_is_timed_computes_the_same(case: kernels.Case) -> None:
+    (ours,) = kernels.providers(False, [])
+    assert ours.error(case, device="cpu") < bench.SAME
+    scaled = kernels.Provider("another", {case.op: lambda **given: 1.05 * ours.functions[case.op](**given)})
+    assert scaled.error(case, device="cpu") > bench.SAME
+
+
+def test_published_static_convolutions_get_the_filter_their_way() -> None:
+    def conv1d(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
+        """As PyTorch has it: filters [D, W], the last tap on the current input."""
+        padded = nn.functional.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
+        y = nn.functional.conv1d(padded, weight[:, None].to(x.dtype), groups=x.shape[2]).transpose(1, 2)
+        return y + x if residual else y
+
+    assert kernels.Provider("conv1d", {"static": conv1d}, taps_last=True).error(SMALL[0], device="cpu") < bench.SAME
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", kernels.cases(quick=True), ids=str)
+def test_what_is_kept_and_allocated_on_the_way_is_bounded(case: kernels.Case) -> None:
+    """The bar: nothing but outputs, and transient partials of at most 65% of x."""
+    (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
+    assert bench.transient_memory(case, ours) <= 0.65
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_verb_times_what_it_finds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "cases", lambda quick: SMALL)  # noqa: ARG005 - the signature of what it stands for
+    assert bench.run(_arguments("--json")) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in rows if row["provider"] == "torch.compile"} == set(kernels.OPS)
+    assert all(row["us"] > 0 for row in rows)
+    assert list(rows[0]) == bench.COLUMNS
 
 
 def test_an_output_of_another_kind_is_refused(tmp_path: Path) -> None:
