@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from analysis.intervals import bootstrap
 from analysis.isoflop import Allocation, Optimum, isoflop
 from analysis.multiplier import Multiplier, multipliers
@@ -70,19 +72,20 @@ def answers(store: Store, baseline: str | None, convention: str | None) -> Answe
     convention = choose_convention(runs, convention)
     if baseline is not None:
         choose_baseline(runs, baseline)
-    found, notes = _multipliers(store.runs, baseline, convention)
-    answer = Answers(found[0].baseline if found else baseline or str(runs["arm"].iloc[0]), convention, found)
-    answer.notes = notes
-    with contextlib.suppress(ValueError):  # most stores are no isoFLOP design
-        optima, allocations = isoflop(store.runs, convention)
-        if any(item.N for item in optima):
-            answer.optima, answer.allocations = optima, allocations
-    if answer.optima:
-        notes.append(
-            "no law of loss in compute: at each budget there are several sizes; `dynconv fit --form nd` has one"
-        )
-    else:
-        answer.law = _law(store, answer)
+    with tqdm(total=2, desc="fitting", delay=1, leave=False) as bar:
+        found, notes = _multipliers(store.runs, baseline, convention)
+        answer = Answers(found[0].baseline if found else baseline or str(runs["arm"].iloc[0]), convention, found)
+        answer.notes = notes
+        bar.update()
+        with contextlib.suppress(ValueError):  # most stores are no isoFLOP design
+            optima, allocations = isoflop(store.runs, convention)
+            if any(item.N for item in optima):
+                answer.optima, answer.allocations = optima, allocations
+        if answer.optima:
+            notes.append("no law of loss in compute: a budget has several sizes; `dynconv fit --form nd` has one")
+        else:
+            answer.law = _law(store, answer)
+        bar.update()
     if not (found or answer.law or answer.optima):
         raise ValueError("; ".join(notes))
     return answer
@@ -115,8 +118,6 @@ def _law(store: Store, answer: Answers) -> Fit | None:
 
 def draw(store: Store, answer: Answers) -> dict[str, Figure]:
     """Every figure that the store has the data for, by name."""
-    from tqdm import tqdm
-
     from analysis import figures as f
 
     done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))

@@ -17,7 +17,7 @@ from analysis.intervals import band
 from analysis.powerlaw import Fit
 from analysis.style import BLACK as BLACK
 from analysis.style import COLOURS as COLOURS
-from analysis.style import HATCHES, MARKERS, Mark, label_ends, marks, settled
+from analysis.style import HATCHES, MARKERS, Mark, label_ends, marks, printable, settled
 from analysis.style import STYLE as STYLE
 from analysis.style import save as save
 
@@ -54,7 +54,7 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
             top.plot(compute[mine], law.points.loss[mine], **mark.dots())
             expected = law.predict({"C": compute[mine]}, arm)
             bottom.plot(compute[mine], 100 * np.log(law.points.loss[mine] / expected), **mark.dots())
-            labels.append((float(curve[-1]), f"{arm}{_advantage(answers.get(arm))}", mark))
+            labels.append((float(curve[-1]), f"{printable(arm)}{_advantage(answers.get(arm))}", mark))
         bottom.axhline(0, color=BLACK, lw=0.6)
         spare = 0.08 * np.ptp(law.points.loss) + 0.01
         top.set_ylim(law.points.loss.min() - spare, law.points.loss.max() + spare)  # the bands may be far wider
@@ -86,7 +86,9 @@ def local_multipliers(multipliers: Sequence[Multiplier]) -> Figure:
             axes.plot(line[:, 0], line[:, 1], **mark.line())
             axes.fill_between(line[:, 0], line[:, 2], line[:, 3], color=mark.colour, alpha=0.15, lw=0)
             highest = max(highest, *values, *line[:, 1])
-            labels.append((float(line[-1, 1] if len(line) else values[-1]), f"{item.arm}{_advantage(item)}", mark))
+            labels.append(
+                (float(line[-1, 1] if len(line) else values[-1]), f"{printable(item.arm)}{_advantage(item)}", mark)
+            )
         measured = max(row["compute_baseline"] for item in multipliers for row in item.local)
         right = max([point.compute for item in multipliers for point in item.curve], default=measured)
         axes.axvspan(measured, right, color="0.93", lw=0, zorder=0)
@@ -113,8 +115,8 @@ def forest(multipliers: Sequence[Multiplier]) -> Figure:
                 1.02, row, _advantage(item).strip(), transform=axes.get_yaxis_transform(), fontsize=8, va="center"
             )
         axes.axvline(1, color=BLACK, lw=0.6, ls=":")
-        axes.set_yticks(range(len(multipliers)), [item.arm for item in reversed(multipliers)])
-        axes.set(xlabel=f"compute multiplier m over {multipliers[0].baseline} (95%; hollow: not resolved)")
+        axes.set_yticks(range(len(multipliers)), [printable(item.arm) for item in reversed(multipliers)])
+        axes.set(xlabel=f"compute multiplier m over {printable(multipliers[0].baseline)} (95%; hollow: not resolved)")
         axes.set_xlim(right=min(axes.get_xlim()[1], TALLEST * max(1.0, *(item.m for item in multipliers))))
         axes.set_ylim(-0.6, len(multipliers) - 0.4)
     return settled(figure)
@@ -134,7 +136,7 @@ def loss_curves(evals: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> Figur
             for (arm, _), rows in curves[curves["size"] == size].groupby(["arm", "run_id"], sort=True):
                 mark = mark_of[arm]
                 axes.plot(rows["tokens"], rows["loss"], **mark.line(lw=0.9, marker=mark.marker, ms=3, mfc="none"))
-            axes.set(title=str(size))
+            axes.set(title=printable(size))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         for axes in panels[len(sizes) :]:
             axes.remove()
@@ -182,15 +184,19 @@ def ablation_panels(rows: pd.DataFrame, baseline_loss: float | None) -> Figure:
             for name, mine in part.groupby("line", sort=False):
                 at, mark = mine["setting"].map(settings.index), mark_of[name]
                 means = mine["loss"].groupby(at).mean()
-                axes.plot(means.index, means, **mark.line(lw=1, marker=mark.marker, ms=4, label=fill(name, 26)))
+                axes.plot(
+                    means.index, means, **mark.line(lw=1, marker=mark.marker, ms=4, label=fill(printable(name, 80), 26))
+                )
                 axes.plot(at, mine["loss"], **mark.dots(ms=3, marker="."))
             if baseline_loss is not None:
                 axes.axhline(baseline_loss, color=BLACK, lw=0.8, ls=":")
-            axes.set_xticks(range(len(settings)), [text.replace("-", "-\n") for text in settings], fontsize=7)
+            axes.set_xticks(
+                range(len(settings)), [printable(text).replace("-", "-\n") for text in settings], fontsize=7
+            )
             axes.set_xlabel(str(factor))
             axes.margins(y=0.1)
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, fontsize=7)
-        panels[0].set_ylabel(f"{LOSS}, {rows['size'].iloc[0]}")
+        panels[0].set_ylabel(f"{LOSS}, {printable(rows['size'].iloc[0])}")
         if baseline_loss is not None:
             place: Any = {"xytext": (0, 2), "textcoords": "offset points", "fontsize": 7}
             panels[0].annotate("baseline", (0, baseline_loss), **place)
@@ -210,7 +216,7 @@ def isoflop_panels(
             mine = [item for item in optima if item.arm == law.arm]
             _parabolas(curves, rows[rows["arm"] == law.arm], mine)
             curves.set(xscale="log", xlabel="parameters N", ylabel=LOSS)
-            curves.set_title(law.arm if len(laws) > 1 else "", loc="left")
+            curves.set_title(printable(law.arm) if len(laws) > 1 else "", loc="left")
             for axes, name, exponent in zip(growths, "ND", (law.N_exponent, law.D_exponent), strict=True):
                 _growth(axes, name, exponent, mine)
                 axes.set(xscale="log", yscale="log", xlabel=f"training FLOPs ({convention})")
@@ -307,7 +313,8 @@ def _kernel(row: dict[str, Any]) -> str:
 
 def _legend(figure: Figure, mark_of: dict[str, Mark]) -> None:
     lines = [
-        Line2D([], [], label=arm, **mark.line(marker=mark.marker, ms=4, mfc="none")) for arm, mark in mark_of.items()
+        Line2D([], [], label=printable(arm), **mark.line(marker=mark.marker, ms=4, mfc="none"))
+        for arm, mark in mark_of.items()
     ]
     figure.legend(handles=lines, loc="outside upper left", ncols=4)
 

@@ -106,8 +106,8 @@ def _sentence(item: Multiplier, place: int) -> str:
     interval = f" (95% interval {interval_text(item.ci)})" if item.ci else ""
     remark = "" if item.status == "ok" else f" Note: {item.status}."
     seeds = f"{item.n_seeds} seed{'s' if item.n_seeds > 1 else ''}"
-    text = f"{item.arm} has a {item.m:.2f}x compute advantage{interval}, from {item.n_sizes} sizes with {seeds} each.{remark}"
-    return f"{escape(text)} {Link('Where from?', _anchor(place, 'm')).html()}"
+    text = f"{item.arm} has a {item.m:.2f}x compute advantage{interval}, from {item.n_sizes} sizes with {seeds} each."
+    return f"{escape(text + remark)} {Link('Where from?', _anchor(place, 'm')).html()}"
 
 
 def _anchor(place: int, column: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, StrMethodFormatter
 
 from analysis.runlog import write_atomically
@@ -29,6 +30,7 @@ MARKERS = ("s", "^", "D", "v", "P", "X", "<", "h")  # as many as have no factor 
 DASHES = ("--", "-.", (0, (1, 1)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
 HATCHES = ("", "//", "..", "xx", "--", "oo")
 STYLE: Any = {  # matplotlib types the keys as a union of literals
+    "font.family": "DejaVu Sans",  # matplotlib brings it along
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -62,6 +64,14 @@ class Mark:
         """The baseline's are hollow, so that they show under the others'."""
         face = "none" if self.marker == "o" else self.colour
         return {"color": self.colour, "marker": self.marker, "ls": "", "ms": 4.5, "mfc": face} | changes
+
+
+def printable(name: object, longest: int = 28) -> str:
+    """A name as matplotlib can draw it: bounded, in the font's characters, no mathematics, not hidden from legends."""
+    font = get_font(findfont(STYLE["font.family"]))
+    text = str(name) if len(str(name)) <= longest else f"{str(name)[: longest - 1]}…"
+    text = "".join(char if font.get_char_index(ord(char)) else "?" for char in text)
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def marks(arms: Sequence[str], baseline: str) -> dict[str, Mark]:

@@ -229,6 +229,18 @@ def test_every_arm_can_be_told_apart_without_colour() -> None:
     assert len(set(many.values())) == 57
 
 
+def test_any_name_of_an_arm_can_be_drawn(tmp_path: Path) -> None:
+    """Mathematics, what legends hide, what the font lacks, and more than the figure has room for."""
+    sizes = [f"{size},{1e15 * 10**size:g},{3 - 0.2 * size}" for size in range(4)]
+    arms = ["base", "_hidden", "$x_{", "日本", "b" * 300]
+    rows = "\n".join(f"{arm},{row}" for arm in arms for row in sizes)
+    (tmp_path / "points.csv").write_text(f"arm,size,C,loss\n{rows}\n")
+    store = load(tmp_path / "points.csv")
+    drawn = draw(store, answers(store, "base", None))
+    labels = {text.get_text() for text in drawn["multipliers"].axes[0].get_yticklabels()}
+    assert labels == {" _hidden", r"\$x_{", "??", "b" * 27 + "…"}
+
+
 @pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
 def test_equal_figures_are_equal_files(drawn: Drawn, tmp_path: Path, kind: str) -> None:
     store, answer, by_name = drawn
