@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import stdtrit
 
-from analysis.pairs import choose_convention, finished
+from analysis.pairs import choose_convention, finished, require_positive
 from analysis.runlog import CONVENTIONS
 from analysis.solver import Floats
 
@@ -57,11 +57,12 @@ class Allocation:
 
 def isoflop(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
     """Optima of every arm and budget, and each arm's law. Raises ValueError where a budget cannot be told."""
-    column = CONVENTIONS[choose_convention(runs, convention)]
     runs, _ = finished(runs.assign(arm=runs["arm"].fillna("all")))
+    column = CONVENTIONS[choose_convention(runs, convention)]
     for name, what in (("parameters", "N"), ("tokens", "D")):
-        if runs[name].isna().any():
-            raise ValueError(f"isoFLOP analysis needs {what} in every row; add a column {what}")
+        if runs[name].isna().all():
+            raise ValueError(f"isoFLOP analysis needs {what}; add a column {what}, or name it with --columns")
+        require_positive(runs, name, what)
     optima = [
         _optimum(str(arm), budget, column)
         for arm, rows in runs.groupby("arm", sort=False)

@@ -96,9 +96,9 @@ def multipliers(
     table of points may state them in a column stated_E. With E stated, an arm with one size gets its local m, by the
     baseline's exponent, without an interval. Raises ValueError where no arm has an answer.
     """
+    rows, excluded = usable(runs)
     baseline = choose_baseline(runs, baseline)
     convention = choose_convention(runs, convention)
-    rows, excluded = usable(runs)
     floors = tuple(floors) or _stated_floors(rows)
     found: list[Multiplier] = []
     refused = []
@@ -111,7 +111,7 @@ def multipliers(
             others = {
                 name: pair(rows, arm, baseline, name)
                 for name, column in CONVENTIONS.items()
-                if name != convention and column in rows and rows[column].notna().all()
+                if name != convention and column in rows and (rows[column] > 0).all()
             }
             if floors and len(pairs.sizes) == 1:
                 found.append(_single(pairs, others, rows, floors))

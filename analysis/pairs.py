@@ -50,40 +50,58 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
 
     Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
     """
-    if runs["loss"].isna().all():
-        raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
     unfinished = runs["status"] != "complete"
     excluded = [Excluded(str(row.run_id), str(row.arm), str(row.status)) for row in runs[unfinished].itertuples()]
     done = runs[~unfinished]
-    loss = done["loss"].to_numpy(float)
-    bad = done[~(np.isfinite(loss) & (loss > 0))]
-    if len(bad):
-        raise ValueError(
-            f"loss must be a positive number; got {_some(bad['loss'])} in {_some(bad['run_id'])}; "
-            "remove these rows or mark them unfinished in a column status"
-        )
+    if done.empty:
+        raise ValueError(f"none of {len(runs)} runs has finished; `dynconv status` says where they stand")
+    if done["loss"].isna().all():
+        raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
+    require_positive(done, "loss", "loss")
     for name, noun in (
         ("tokenizer_sha256", "tokenizers"),
         ("data_sha256", "data"),
         ("convention", "FLOP conventions"),
     ):
-        if name in done and done[name].nunique() > 1:
-            counts = "; ".join(f"{str(value)[:12]}: {_some(rows['run_id'])}" for value, rows in done.groupby(name))
+        if name in done and done[name].nunique(dropna=False) > 1:
+            groups = done.assign(_of=done[name].astype("string").fillna("unknown")).groupby("_of")
+            counts = "; ".join(f"{str(value)[:12]}: {_some(rows['run_id'])}" for value, rows in groups)
             raise ValueError(f"the runs mix {noun} ({counts}) and cannot be compared; split the table")
     return done, excluded
 
 
+def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
+    """Raises ValueError with the rows at fault unless a column holds positive numbers only."""
+    values = rows[column].to_numpy(float, na_value=np.nan)
+    wrong = rows[~(np.isfinite(values) & (values > 0))]
+    if len(wrong):
+        raise ValueError(
+            f"{name} must be positive; got {_some(wrong[column])} in {_some(wrong['run_id'])}; "
+            "correct these rows, remove them, or mark them unfinished in a column status"
+        )
+
+
 def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     """The finished rows that pairs can be made of, with what they are paired on in `_size`; and those left out."""
-    if runs["arm"].isna().any():
-        raise ValueError("the table has no arm in some rows; add a column arm, or name it with --columns arm=...")
+    nameless = runs[runs["arm"].isna()]
+    if len(nameless):
+        raise ValueError(f"no arm in {_some(nameless['run_id'])}; add a column arm, or name it with --columns arm=...")
     done, excluded = finished(runs)
     done = done.assign(_size=size_key(done))
     repeated = done.duplicated(["arm", "_size", "seed"])
-    excluded += [
-        Excluded(str(row.run_id), str(row.arm), "repeats an arm, size and seed") for row in done[repeated].itertuples()
-    ]
-    return done[~repeated], excluded
+    return done[~repeated], excluded + _repeats(done[repeated], "repeats an arm, size and seed")
+
+
+def without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
+    """Finished rows of which no two are the same run: equal in arm, size, N, D, compute and seed, and without a seed in
+    the loss as well. A law needs no pairs, so rows of one size need not differ in their seeds."""
+    same = ["arm", "size", "parameters", "tokens", "seed", *(name for name in CONVENTIONS.values() if name in done)]
+    repeated = done.duplicated(same) & (done["seed"].notna() | done.duplicated([*same, "loss"]))
+    return done[~repeated], _repeats(done[repeated], "repeats a run")
+
+
+def _repeats(rows: pd.DataFrame, reason: str) -> list[Excluded]:
+    return [Excluded(str(row.run_id), str(row.arm), reason) for row in rows.itertuples()]
 
 
 def size_key(runs: pd.DataFrame) -> pd.Series:
@@ -97,19 +115,21 @@ def size_key(runs: pd.DataFrame) -> pd.Series:
 
 
 def choose_convention(runs: pd.DataFrame, wanted: str | None = None) -> str:
-    """The convention asked for, else the first of exact, given, 6ND, 6N_nonemb D that every finished row has."""
+    """The convention asked for, else the first of exact, given, 6ND, 6N_nonemb D that the finished rows have.
+
+    Raises ValueError, with the rows at fault, where some of them lack it: another would be chosen in silence.
+    """
     done = runs[runs["status"] == "complete"]
-    have = [name for name, column in CONVENTIONS.items() if column in done and done[column].notna().all()]
-    if wanted is not None:
-        if wanted not in CONVENTIONS:
-            raise ValueError(f"no FLOP convention {wanted!r}; there are {', '.join(CONVENTIONS)}")
-        if wanted not in have:
-            raise ValueError(f"the table lacks {CONVENTIONS[wanted]} in some rows; it has {', '.join(have) or 'none'}")
-        return wanted
-    for name in ("exact", "given", "6ND", "6N_nonemb D"):
-        if name in have:
-            return name
-    raise ValueError("the table has no compute in every row; add a column C in FLOPs, or columns N and D")
+    have = [name for name, column in CONVENTIONS.items() if column in done and done[column].notna().any()]
+    if wanted is not None and wanted not in CONVENTIONS:
+        raise ValueError(f"no FLOP convention {wanted!r}; there are {', '.join(CONVENTIONS)}")
+    if wanted is not None and wanted not in have:
+        raise ValueError(f"the table lacks {CONVENTIONS[wanted]}; it has compute by {', '.join(have) or 'none'}")
+    chosen = wanted or next((name for name in ("exact", "given", "6ND", "6N_nonemb D") if name in have), None)
+    if chosen is None:
+        raise ValueError("the table has no compute in every row; add a column C in FLOPs, or columns N and D")
+    require_positive(done, CONVENTIONS[chosen], "compute")
+    return chosen
 
 
 def choose_baseline(runs: pd.DataFrame, wanted: str | None = None) -> str:
@@ -142,10 +162,6 @@ def pair(runs: pd.DataFrame, arm: str, baseline: str, convention: str, excluded:
         for row in side.itertuples()
         if row.run_id not in paired
     ]
-    compute = runs[column].to_numpy(float)
-    if not (np.isfinite(compute) & (compute > 0)).all():
-        wrong = runs[~(np.isfinite(compute) & (compute > 0))]
-        raise ValueError(f"compute must be positive; got {_some(wrong[column])} in {_some(wrong['run_id'])}")
     groups = sorted((rows for _, rows in both.groupby("_size")), key=lambda rows: rows[f"{column}_0"].mean())
 
     def mean(name: str) -> Floats:

@@ -1,26 +1,30 @@
-"""Before a sweep is paid for: which advantage its sizes and seeds could resolve, by simulation of the estimator."""
+"""Before a sweep is paid for: which advantage its sizes and seeds could resolve, by simulation of what is reported.
+
+Every simulated sweep goes the way of `multiplier.compare`: the paired estimator, the bootstrapped test that m is
+constant, the switch to m at the largest compute where it fails, and the seed noise below which nothing is resolved.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.paired import local_multipliers
-from analysis.runlog import CONVENTIONS
-from analysis.solver import Floats
-from analysis.store import load
+from analysis.paired import SIGNIFICANCE, constancy_p, local_multipliers, reported, seed_noise
+from analysis.pairs import choose_convention, size_key
+from analysis.runlog import CONVENTIONS, RUN_COLUMNS
+from analysis.solver import Bools, Floats
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PLAN = "`dynconv plan SWEEP --format json`"
 FEWEST_SIZES = 3
 SIMULATIONS = 1000
+RESAMPLES = 199  # of the test that m is constant
 POWER = 0.8
 LN_M = np.log(np.array([1.01, 1.02, 1.03, 1.04, 1.05, 1.07, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0]))
 
@@ -48,15 +52,23 @@ class World:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What the first `sizes` of the ladder with `seeds` seeds would tell about one arm."""
+    """What the first `sizes` of the ladder with `seeds` seeds would tell about one arm of a constant m."""
 
     sizes: int
     seeds: int
     power: float  # chance to resolve the asked m
     smallest_m: float | None  # the least m resolved with 80% power, by interpolation; None beyond 2
-    coverage: float  # of the 95% interval at the asked m
-    half_width: float  # median, of the interval of ln m
-    gpu_hours: float  # of both arms
+    coverage: float  # of the asked m by the reported 95% interval
+    half_width: float  # median, of the reported interval of ln m
+    called_varying: float  # how often the constant m would be called not constant
+    flops: float  # of both arms
+    gpu_hours: float  # of both arms; NaN where unknown
+
+
+def cheapest(found: Sequence[Prospect]) -> Prospect | None:
+    """The least hours, or FLOPs where these are not known, that resolve the asked m with 80% power."""
+    able = [item for item in found if item.power >= POWER]
+    return min(able, key=lambda item: item.flops if np.isnan(item.gpu_hours) else item.gpu_hours, default=None)
 
 
 def prospects(
@@ -65,7 +77,7 @@ def prospects(
     """Each number of sizes from three, the cheap ones first, with each number of seeds."""
     if len(ladder.sizes) < FEWEST_SIZES:
         raise ValueError(f"a design needs {FEWEST_SIZES} sizes; got {len(ladder.sizes)}")
-    if m <= 0 or m == 1:
+    if not 0 < m < np.inf or m == 1:
         raise ValueError(f"--m must be positive and not 1; got {m}")
     for sizes in range(FEWEST_SIZES, len(ladder.sizes) + 1):
         for repeats in seeds:
@@ -74,77 +86,114 @@ def prospects(
 
 
 def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: int, seed: int) -> Prospect:
-    low, high = _simulate(ladder, np.log(m), seeds, world, simulations, seed)
-    powers = []
-    for ln_m in LN_M:
-        ends = _simulate(ladder, ln_m, seeds, world, simulations, seed)
-        powers.append(float((ends[0] > 0).mean()))
-        if powers[-1] >= POWER:
-            break
-    smallest = np.exp(np.interp(POWER, powers, LN_M[: len(powers)])) if powers[-1] >= POWER else None
+    asked = Simulated(ladder.compute, np.log(m), seeds, world, simulations, seed)
+    varies = asked.varies(np.ones(simulations, dtype=bool))
+    _, low, high = reported(asked.local, varies)
+
+    def power(ln_m: float) -> float:
+        return Simulated(ladder.compute, ln_m, seeds, world, simulations, seed).power()
+
     return Prospect(
         sizes=len(ladder.sizes),
         seeds=seeds,
-        power=float(((low > 0) | (high < 0)).mean()),
-        smallest_m=None if smallest is None else float(smallest),
+        power=float(asked.resolved(varies).mean()),
+        smallest_m=_smallest(power),
         coverage=float(((low < np.log(m)) & (np.log(m) < high)).mean()),
         half_width=float(np.median(high - low) / 2),
+        called_varying=float(varies.mean()),
+        flops=float(2 * seeds * ladder.compute.sum()),
         gpu_hours=float(2 * seeds * ladder.gpu_hours.sum()),
     )
 
 
-def _simulate(
-    ladder: Ladder, ln_m: float, seeds: int, world: World, simulations: int, seed: int
-) -> tuple[Floats, Floats]:
-    """Ends of the interval of ln m in each simulated sweep."""
-    random = np.random.default_rng(seed)
-    compute = ladder.compute
-    shape = (simulations, len(compute))
-    reducible = world.reducible_loss * (compute / np.exp(np.log(compute).mean())) ** -world.exponent
-    shared = world.shared_noise * random.standard_normal(shape)
-    losses = []
-    for factor in (1.0, np.exp(-world.exponent * ln_m)):
-        own = world.arm_noise * random.standard_normal(shape)
-        own += world.seed_noise / np.sqrt(seeds) * random.standard_normal(shape)
-        losses.append(world.irreducible_loss + reducible * factor + shared + own)
-    return local_multipliers(compute, compute, *losses).interval()
+def _smallest(power: Callable[[float], float]) -> float | None:
+    """The m whose power is POWER, between two of LN_M found by bisection; None if the last of these has less."""
+    below, above = -1, len(LN_M) - 1
+    powers = {-1: 0.0, above: power(LN_M[above])}
+    if powers[above] < POWER:
+        return None
+    while above - below > 1:
+        middle = (below + above) // 2
+        powers[middle] = power(LN_M[middle])
+        below, above = (middle, above) if powers[middle] < POWER else (below, middle)
+    ends = (LN_M[below] if below >= 0 else 0.0), LN_M[above]
+    return float(np.exp(np.interp(POWER, (powers[below], powers[above]), ends)))
 
 
-def read_ladder(path: Path, baseline: str | None, gpu_flops: float | None) -> Ladder:
-    """The ladder of a plan (`dynconv plan SWEEP --format json`), a store or a table of points, by one of its arms.
+class Simulated:
+    """K sweeps with a constant ln m."""
 
-    GPU hours are FLOPs over `gpu_flops` a second, else the plan's forecast or the store's measured train seconds.
+    def __init__(self, compute: Floats, ln_m: float, seeds: int, world: World, simulations: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        shape = (simulations, len(compute))
+        reducible = world.reducible_loss * (compute / np.exp(np.log(compute).mean())) ** -world.exponent
+        shared = world.shared_noise * random.standard_normal(shape)
+        losses = []
+        for factor in (1.0, np.exp(-world.exponent * ln_m)):
+            own = world.arm_noise * random.standard_normal(shape)
+            own += world.seed_noise / np.sqrt(seeds) * random.standard_normal(shape)
+            losses.append(world.irreducible_loss + reducible * factor + shared + own)
+        self.compute, self.losses, self.seed = compute, losses, seed
+        self.local = local_multipliers(compute, compute, losses[0], losses[1])
+        self.noise_floor = np.zeros(simulations)  # |ln m| that the seeds alone would let through
+        if seeds > 1:
+            dof = len(compute) * (seeds - 1)
+            variance = 2 * world.seed_noise**2 * random.chisquare(dof, simulations) / dof
+            self.noise_floor = seed_noise(self.local, variance, np.full(len(compute), seeds), dof)
+
+    def varies(self, asked: Bools) -> Bools:
+        """[K] whether m is called not constant; only decided where `asked` [K]."""
+        y0, y1 = (losses[asked] for losses in self.losses)
+        result = np.zeros(len(asked), dtype=bool)
+        p = constancy_p(self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE)
+        result[asked] = p < SIGNIFICANCE
+        return result
+
+    def resolved(self, varies: Bools) -> Bools:
+        """[K] whether the reported interval leaves out 1, and m is beyond the seed noise."""
+        ln_m, low, high = reported(self.local, varies)
+        return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
+
+    def power(self) -> float:
+        """A changing m only widens the interval: where that of a constant m holds 1, there is nothing to decide."""
+        low, high = self.local.interval()
+        return float(self.resolved(self.varies((low > 0) | (high < 0))).mean())
+
+
+def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float | None = None) -> Ladder:
+    """The ladder of planned or finished runs, by one of their arms: the asked, else the sweep's baseline.
+
+    GPU hours are FLOPs over `gpu_flops` a second, else the plan's forecast or the measured train seconds.
     """
-    import pandas as pd
-
-    table = pd.DataFrame.from_records(_read_plan(path)) if path.suffix == ".json" else load(path).runs
-    missing = [name for name in ("arm", "size") if name not in table or table[name].isna().any()]
-    compute = next((name for name in CONVENTIONS.values() if name in table and table[name].notna().all()), None)
-    if missing or compute is None:
-        raise ValueError(f"{path} lacks {', '.join([*missing, *([] if compute else ['compute'])])} in some rows")
-    arm = baseline or str(table["baseline"].dropna().iloc[0] if _any(table, "baseline") else table["arm"].iloc[0])
+    table = table.assign(**{name: None for name in ("run_id", *RUN_COLUMNS) if name not in table})
+    table = table.assign(
+        arm=table["arm"].fillna("all"), run_id=table["run_id"].fillna("a run"), status="complete"
+    )  # planned or not, a run counts
+    column = CONVENTIONS[choose_convention(table)]
+    arms = list(dict.fromkeys(table["arm"]))
+    named = table["baseline"].dropna().unique()
+    arm = baseline or (str(named[0]) if len(named) else arms[0])
+    if arm not in arms:
+        raise ValueError(f"no arm {arm!r}; the arms are {', '.join(arms)}")
     rows = table[table["arm"] == arm]
-    if rows.empty:
-        raise ValueError(f"no arm {arm!r}; the arms are {', '.join(table['arm'].unique())}")
     if gpu_flops:
-        hours = rows[compute] / gpu_flops / 3600
+        hours = rows[column] / gpu_flops / 3600
     elif _any(rows, "hours"):
         hours = rows["hours"] * rows["gpus"]
     elif _any(rows, "train_seconds") and _any(rows, "gpus"):
         hours = rows["train_seconds"] / 3600 * rows["gpus"]
     else:
-        hours = rows[compute] * np.nan
-    sizes = rows.assign(_hours=hours).groupby("size")[[compute, "_hours"]].mean().sort_values(compute)
-    return Ladder(
-        tuple(map(str, sizes.index)), sizes[compute].to_numpy(float), sizes["_hours"].astype(float).to_numpy()
-    )
+        hours = rows[column] * np.nan
+    sizes = rows.assign(_hours=hours, _size=size_key(rows)).groupby("_size")[[column, "_hours"]].mean()
+    sizes = sizes.sort_values(column)
+    return Ladder(tuple(map(str, sizes.index)), sizes[column].to_numpy(float), sizes["_hours"].astype(float).to_numpy())
 
 
 def _any(table: pd.DataFrame, name: str) -> bool:
     return name in table and bool(table[name].notna().any())
 
 
-def _read_plan(path: Path) -> list[dict[str, Any]]:
+def read_plan(path: Path) -> list[dict[str, Any]]:
     try:
         plan = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -6,12 +6,15 @@ Results go to standard output; problems with the data, which do not stop the wor
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from analysis.store import Store
 
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
@@ -21,14 +24,14 @@ LEGEND = (
 LEGEND += "seed, N, D, C, loss (others by --columns)."
 
 
-def register(subparsers: Subparsers) -> None:
-    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+def register(subparsers: Subparsers, planned: Callable[[Path], list[dict[str, Any]]]) -> None:
+    """Add the verbs; each parser has a default `run(args) -> exit code`. `planned` gives a sweep file's runs."""
     _add_fit(subparsers)
     _add_table(subparsers)
     _add_plot(subparsers)
     _add_freeze(subparsers)
     _add_query(subparsers)
-    _add_power(subparsers)
+    _add_power(subparsers, planned)
     _add_isoflop(subparsers)
     _add_report(subparsers)
 
@@ -145,21 +148,23 @@ def _add_query(subparsers: Subparsers) -> None:
     _add_format(parser)
 
 
-def _add_power(subparsers: Subparsers) -> None:
+def _add_power(subparsers: Subparsers, planned: Callable[[Path], list[dict[str, Any]]]) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "power",
         help="simulate which advantage a design's sizes and seeds could resolve",
-        description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost. DESIGN is a "
-        "plan (dynconv plan SWEEP --format json), a store, or a table of points: its sizes and their compute count.",
+        description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost, with the "
+        "estimator, the tests and the intervals that `dynconv table` reports. DESIGN is a sweep file, a plan "
+        "(dynconv plan SWEEP --profile P --format json; P for the hours), a store, or a table of points: its sizes "
+        "and their compute count.",
         epilog="examples:\n"
-        "  dynconv plan experiments/sweeps/paper-scaling.toml --format json > plan.json\n"
+        "  dynconv power experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14\n"
         "  dynconv power plan.json --m 1.05\n"
         "  dynconv power results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("design", type=Path, metavar="DESIGN")
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
-    parser.add_argument("--seeds", default="1,2,3,5", help="numbers of seeds to try (default 1,2,3,5)")
+    parser.add_argument("--seeds", default="1,2,3", help="numbers of seeds to try (default 1,2,3)")
     parser.add_argument("--baseline", help="the arm whose ladder it is (default: the sweep's)")
     parser.add_argument("--seed-noise", type=float, default=0.002, help="sd of a run's loss, nats (default 0.002)")
     parser.add_argument("--arm-noise", type=float, default=0.002, help="sd of an arm at a size (default 0.002)")
@@ -168,7 +173,7 @@ def _add_power(subparsers: Subparsers) -> None:
     parser.add_argument("--reducible", type=float, default=1.3, help="loss above E mid-way, nats (default 1.3)")
     parser.add_argument("--gpu-flops", type=float, help="sustained FLOPs a second, for GPU hours (default: DESIGN's)")
     parser.add_argument("--simulations", type=int, default=1000, metavar="N")
-    parser.set_defaults(run=_power)
+    parser.set_defaults(run=_power, planned=planned)
     _add_format(parser)
 
 
@@ -296,7 +301,7 @@ def _power(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from analysis.planning import Prospect, World, prospects, read_ladder
+    from analysis.planning import POWER, Prospect, World, cheapest, ladder_of, prospects
     from analysis.tables import value_table
 
     try:
@@ -312,11 +317,27 @@ def _power(args: argparse.Namespace) -> int:
         arm_noise=args.arm_noise,
         shared_noise=args.shared_noise,
     )
-    ladder = read_ladder(args.design, args.baseline, args.gpu_flops)
+    ladder = ladder_of(_design(args), args.baseline, args.gpu_flops)
     total = max(len(ladder.sizes) - 2, 0) * len(seeds)
     found = list(tqdm(prospects(ladder, args.m, seeds, world, args.simulations), total=total, leave=False, delay=1))
     print(value_table([item.name for item in fields(Prospect)], [astuple(row) for row in found], args.format))
+    best = cheapest(found)
+    if args.format == "md" and best:
+        cost = "" if math.isnan(best.gpu_hours) else f", {best.gpu_hours:.3g} GPU hours"
+        print(f"\ncheapest with {POWER:.0%} power: {best.sizes} sizes x {best.seeds} seeds{cost}")
+    elif args.format == "md":
+        print(f"\nnone of these resolves {args.m:g} with {POWER:.0%} power")
     return 0
+
+
+def _design(args: argparse.Namespace) -> pd.DataFrame:
+    import pandas as pd
+
+    from analysis.planning import read_plan
+    from analysis.store import load
+
+    read = {".toml": args.planned, ".json": read_plan}.get(args.design.suffix)
+    return pd.DataFrame.from_records(read(args.design)) if read else load(args.design).runs
 
 
 def _isoflop(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis import verbs as analysis_verbs
 from analysis.errors import WorkFailed
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     _add_status(subparsers)
     _add_cancel(subparsers)
     _add_retry(subparsers)
-    analysis_verbs.register(subparsers)
+    analysis_verbs.register(subparsers, _planned)
     bench.register(subparsers)
     _add_data(subparsers)
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -164,6 +164,15 @@ def _plan(args: argparse.Namespace) -> int:
     rows = plan.rows(load_sweep(args.sweep), _profile(args))
     print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
     return 0
+
+
+def _planned(sweep: Path) -> list[dict[str, Any]]:
+    """The runs of a sweep file as `plan --format json` prints them, for the verbs that know no sweeps."""
+    from experiments import plan
+    from experiments.profile import Profile
+    from experiments.sweep import load_sweep
+
+    return plan.rows(load_sweep(sweep), Profile("local"))
 
 
 def _add_submit(subparsers: Subparsers) -> None:

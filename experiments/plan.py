@@ -28,6 +28,7 @@ def rows(runs: Sequence[RunConfig], profile: Profile) -> list[dict[str, Any]]:
             {
                 "run_id": run.run_id,
                 "arm": run.arm,
+                "baseline": run.baseline,
                 "size": run.size,
                 "seed": run.seed,
                 **asdict(counts),

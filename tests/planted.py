@@ -1,4 +1,4 @@
-"""Stores with a planted truth, written through RunLog itself; shared by the tests of the analysis."""
+"""Stores with a planted truth, written through RunLog itself, and pairs; shared by the tests of the analysis."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.pairs import Floats, Pairs
 from analysis.runlog import RunLog, next_attempt, write_json
 
 E, A, ALPHA, B, BETA = 1.69, 406.4, 0.34, 410.7, 0.28  # of L = E + A N^-ALPHA + B D^-BETA, for isoFLOP budgets
@@ -101,3 +102,23 @@ def write_budgets(path: Path, shifts: np.ndarray, noise: float = 0.0) -> Path:
             rows.append({"N": size, "D": tokens, "C": compute, "loss": loss})
     pd.DataFrame(rows).to_csv(path, index=False)
     return path
+
+
+def pairs_of(compute: Floats, y0: Floats, y1: Floats) -> Pairs:
+    """One seed at each size, no clocks; equal compute of both arms."""
+    sizes = len(compute)
+    return Pairs(
+        arm="dyn",
+        baseline="base",
+        convention="exact",
+        sizes=tuple(f"s{i}" for i in range(sizes)),
+        c0=compute,
+        c1=compute,
+        y0=y0,
+        y1=y1,
+        seeds=(1,) * sizes,
+        differences=tuple(np.array([d]) for d in y0 - y1),
+        rate_ratio=np.full(sizes, np.nan),
+        gpu_rate_ratio=np.full(sizes, np.nan),
+        excluded=(),
+    )

@@ -57,4 +57,4 @@ def test_runs_without_a_shared_budget_are_refused(tmp_path: Path, capsys: pytest
     assert "needs several sizes trained at equal compute" in capsys.readouterr().err
     (tmp_path / "p.csv").write_text("C,loss\n1e14,3\n4e14,2.9\n")
     assert main(["isoflop", str(tmp_path / "p.csv")]) == 2
-    assert "needs N in every row" in capsys.readouterr().err
+    assert "needs N; add a column N" in capsys.readouterr().err

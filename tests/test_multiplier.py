@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import pairs_of
 
 from analysis.joint import joint_interval, wild_cluster_interval
 from analysis.multiplier import Multiplier, compare
 from analysis.paired import constancy_p, local_multipliers, trend
-from analysis.pairs import Pairs
 from analysis.solver import Floats
 
 TOP = 1e21
@@ -49,25 +49,6 @@ def simulate(
         return result
 
     return compute, losses(1.0), losses(true_m**-EXPONENT), true_m
-
-
-def pairs_of(compute: Floats, y0: Floats, y1: Floats) -> Pairs:
-    sizes = len(compute)
-    return Pairs(
-        arm="dyn",
-        baseline="base",
-        convention="exact",
-        sizes=tuple(f"s{i}" for i in range(sizes)),
-        c0=compute,
-        c1=compute,
-        y0=y0,
-        y1=y1,
-        seeds=(1,) * sizes,
-        differences=tuple(np.array([d]) for d in y0 - y1),
-        rate_ratio=np.full(sizes, np.nan),
-        gpu_rate_ratio=np.full(sizes, np.nan),
-        excluded=(),
-    )
 
 
 def answer(m: float, sizes: int = 5, noise: float = 0.0005, change: float = 0.0) -> Multiplier:
