@@ -15,10 +15,18 @@ from matplotlib.ticker import EngFormatter
 
 from analysis.intervals import band
 from analysis.powerlaw import Fit
-from analysis.style import BLACK as BLACK
-from analysis.style import COLOURS as COLOURS
-from analysis.style import HATCHES, MARKERS, Mark, label_ends, marks, printable, settled
-from analysis.style import STYLE as STYLE
+from analysis.style import (
+    BLACK,
+    COLOURS,
+    HATCHES,
+    MARKERS,
+    STYLE,
+    Mark,
+    label_ends,
+    marks,
+    printable,
+    settled,
+)
 from analysis.style import save as save
 
 if TYPE_CHECKING:
