@@ -63,10 +63,15 @@ def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
     """The rows for which a condition on the run table's columns holds, in pandas' notation: `size != "25k"`."""
     if where is None:
         return runs
+    import pandas as pd
+
     try:
-        kept = runs.query(where)
+        holds = runs.eval(where, local_dict={}, global_dict={})
     except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
-        raise ValueError(f"--where {where!r}: {error}") from None
+        raise ValueError(f"--where {where!r}: {str(error).splitlines()[0]}") from None
+    if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
+        raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
+    kept = runs[holds.fillna(False)]
     if kept.empty:
         raise ValueError(f"--where {where!r} leaves no row of {len(runs)}")
     return kept

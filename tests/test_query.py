@@ -60,6 +60,11 @@ def test_filters_and_groups(store: Store) -> None:
         chosen(store.runs, "loss > 99")
     with pytest.raises(ValueError, match="name 'los' is not defined"):
         chosen(store.runs, "los > 99")
+    for wrong in ("loss", "size = 3", "@runs", "1 +", "", "__import__('os')"):
+        with pytest.raises(ValueError, match="--where") as refused:
+            chosen(store.runs, wrong)
+        assert "\n" not in str(refused.value)
+    assert len(chosen(store.runs, "gpus == 0")) == 16  # the unfinished run's are missing
     for wrong in ("sites", "loss", ""):
         with pytest.raises(ValueError, match=f"no column '{wrong}' to group by; there are run_id"):
             grouped(store.runs, [wrong])
