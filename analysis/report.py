@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from analysis.drawing import Answers, answers, draw
 from analysis.page import Link, code, figure, note, page, table
+from analysis.runlog import CONVENTIONS
 from analysis.tables import Cell, answer_cells, check_cells, fit_cells, interval_text, is_missing, numbered_notes, short
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ CAPTIONS = {
     "loss-curves": "Held-out loss over training, by size.",
     "ablations": "Arms that differ in one fact alone; dotted: the baseline.",
 }
-RUN_COLUMNS = (
-    *("run_id", "arm", "size", "seed", "parameters", "tokens", "flops_exact", "loss", "train_seconds", "status"),
-    *("device", "gpus", "code_commit"),
-)
 PROVENANCE = ("device", "gpus", "dtype", "torch", "code_commit", "data_sha256", "tokenizer_sha256")
 HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv table`
     "m": ("the compute of the baseline that reaches the arm's loss, over the arm's", "m"),
@@ -70,7 +67,7 @@ def report(store: Store, baseline: str | None = None, convention: str | None = N
         parts += [_source(store, answer, place) for place in range(len(answer.found))]
     rows = [["finished runs", f"{(store.runs['status'] == 'complete').sum()} of {len(store.runs)}"]]
     parts += ["<h2>Provenance</h2>", table("provenance", ["what", "value"], rows + _origin(_done(store.runs)))]
-    parts += ["<h2>Runs</h2>", _runs(store)]
+    parts += ["<h2>Runs</h2>", _runs(store, CONVENTIONS[answer.convention])]
     return page(f"{store.path.name}: {title}", parts)
 
 
@@ -214,12 +211,15 @@ def _origin(runs: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
-def _runs(store: Store) -> str:
-    shown = store.runs.sort_values(["arm", "parameters", "seed"], kind="stable")[list(RUN_COLUMNS)]
+def _runs(store: Store, flops: str) -> str:
+    """Every run, with its FLOPs from column `flops`."""
+    columns = ["run_id", "arm", "size", "seed", "parameters", "tokens", flops, "loss", "train_seconds", "status"]
+    columns += ["device", "gpus", "code_commit"]
+    shown = store.runs.sort_values(["arm", "parameters", "seed"], kind="stable")[columns]
     shown = shown.assign(code_commit=shown["code_commit"].str.slice(0, 12))
     rows = [[None if is_missing(value) else short(value) for value in row] for row in shown.itertuples(index=False)]
     query = shlex.join(["dynconv", "query", str(store.path), "select * from runs"])
     place = "STORE/RUN_ID/run.json" if store.run_dirs else store.path.name
-    return table("runs", RUN_COLUMNS, rows, [f"run-{at}" for at in shown.index]) + note(
+    return table("runs", columns, rows, [f"run-{at}" for at in shown.index]) + note(
         f"A row's numbers are those of {escape(place)}, by the commit and on the device that it names; {code(query)}."
     )

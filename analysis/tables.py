@@ -179,7 +179,7 @@ def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
     if left_out:
         shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out.items())[:5])
         lines.append(f"Left out: {len(left_out)} rows: {shown}{' ...' if len(left_out) > 5 else ''}")
-    return lines
+    return [" ".join(line.split()) for line in lines]
 
 
 def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[Any]]]:

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,7 +115,7 @@ def test_a_query_reaches_nothing_but_the_views(
 HOSTILE = 'a|b & 50% $x_1$ #{y} ~^\\ <"c">, d'
 
 
-def test_any_text_leaves_each_format_whole(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_text_leaves_each_format_whole(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     query = f"select '{HOSTILE}\nsecond line' as \"a|b\", [1.5] as list, '-' as dash, 'nan' as text, null as nothing, "
     query += "1e400::double as infinite, 2.50::decimal(4, 2) as exact"
 
@@ -139,6 +141,12 @@ def test_any_text_leaves_each_format_whole(store: Store, capsys: pytest.CaptureF
     latex = printed("latex").splitlines()
     body = [line.removesuffix(r" \\") for line in latex if line.endswith(r" \\")]
     assert [len(re.findall(r"(?<!\\)&", line)) for line in body] == [6, 6]
+    if shutil.which("pdflatex"):
+        document = [r"\documentclass{article}\usepackage{booktabs}\begin{document}", *latex, r"\end{document}"]
+        (tmp_path / "t.tex").write_text("\n".join(document))
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
     known = re.sub(r"\\text\w+\{\}|\\[&%$#_{}]", "", body[1])
     assert not set(known.replace("&", "")) & set('\\%$#_{}~^<>|"')
 
