@@ -12,7 +12,7 @@ from tqdm import tqdm
 from analysis.intervals import bootstrap
 from analysis.isoflop import Allocation, Optimum, isoflop
 from analysis.multiplier import Multiplier, multipliers
-from analysis.pairs import Excluded, choose_baseline, choose_convention, finished
+from analysis.pairs import Excluded, choose_baseline, choose_convention, finished, require_positive, without_repeats
 from analysis.powerlaw import Fit, Points, fit
 from analysis.runlog import ARM_FACTS, CONVENTIONS
 from analysis.store import Store
@@ -42,12 +42,14 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
     """The finished rows of a store as points of a law, and the rows left out."""
     runs = store.runs.assign(arm=store.runs["arm"].fillna("all"))
     done, excluded = finished(runs)
+    done, repeated = without_repeats(done)
     columns = {"N": "parameters", "D": "tokens"}
     if form == "c":
         columns = {"C": CONVENTIONS[choose_convention(runs, convention)]}
     for name, column in columns.items():
-        if done[column].isna().any():
+        if done[column].isna().all():
             raise ValueError(f"form {form} needs {name} in every row; add a column {name}, or name it with --columns")
+        require_positive(done, column, name)
     several = done["arm"].nunique() > 1
     if baseline is not None or done["baseline"].notna().any():
         baseline = choose_baseline(done, baseline)
@@ -60,7 +62,7 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
         cluster=tuple(cluster),
         baseline=baseline or str(done["arm"].iloc[0]),
     )
-    return points, excluded
+    return points, excluded + repeated
 
 
 def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:

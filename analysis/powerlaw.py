@@ -155,6 +155,9 @@ class Model:
     def __init__(self, points: Points, form: str, delta: float | None, per_arm: Sequence[str]) -> None:
         laws = FORMS[form]
         known = ["E", *(name for amplitude, exponent, _ in laws for name in (amplitude, exponent))]
+        unknown = sorted({*per_arm} - {"E", *(name for form in FORMS.values() for law in form for name in law[:2])})
+        if unknown:
+            raise ValueError(f"no parameter {unknown[0]!r} to have for each arm; there are E, A, alpha, B, beta")
         arms = sorted(set(points.arm), key=lambda arm: (arm != points.baseline, arm))
         self.per_arm = tuple(name for name in known if name in per_arm) if len(arms) > 1 else ()
         for amplitude, exponent, _ in laws:

@@ -105,7 +105,7 @@ class Problem:
             return [(self, widen is not None, iterations) for widen, iterations in SCHEDULE]
         widest = max(widen or 0 for widen, _ in HUBER_SCHEDULE)
         return [
-            (replace(self, loss=Loss(delta * (widen or widest))), widen is not None, iterations)
+            (replace(self, loss=replace(self.loss, delta=delta * (widen or widest))), widen is not None, iterations)
             for widen, iterations in HUBER_SCHEDULE
         ]
 
@@ -155,7 +155,7 @@ class Problem:
         jacobian = sum((share[:, t, None] * term for t, term in enumerate(self.terms)), np.zeros(1))
         _, first, second, stand_in = self.loss(f, log_y)
         slope = np.einsum("kpn,kn->kp", jacobian, first)
-        scale = np.einsum("kpn,kn->kp", np.abs(jacobian), np.maximum(np.abs(first), ROUNDING))
+        scale = np.einsum("kpn,kn->kp", np.abs(jacobian), np.maximum(np.abs(first), ROUNDING * stand_in))
         robust = (jacobian * stand_in[:, None, :]) @ jacobian.transpose(0, 2, 1)
         if not newton:
             return slope, robust, robust, scale

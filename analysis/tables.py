@@ -16,6 +16,7 @@ from analysis.runlog import CONVENTIONS
 
 if TYPE_CHECKING:
     from analysis.multiplier import Answer, Multiplier
+    from analysis.pairs import Excluded
     from analysis.powerlaw import Fit
 
 FORMATS = ("md", "csv", "latex", "json")
@@ -234,10 +235,10 @@ def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str
     return render(columns, [[None if is_missing(value) else cell(value) for value in row] for row in rows], form)
 
 
-def fit_table(fit: Fit, form: str = "md") -> str:
-    """A law's parameters in raw units with intervals, and its certificate."""
+def fit_table(fit: Fit, form: str = "md", excluded: Sequence[Excluded] = ()) -> str:
+    """A law's parameters in raw units with intervals, and its certificate; `excluded` rows are listed in JSON."""
     if form == "json":
-        return to_json(fit_object(fit))
+        return to_json(fit_object(fit) | {"excluded": excluded})
     text = render(*fit_cells(fit), form)
     if form != "md":
         return text
@@ -248,26 +249,36 @@ def fit_table(fit: Fit, form: str = "md") -> str:
 
 def fit_cells(fit: Fit) -> Table:
     """Columns and rows of a law's parameters."""
-    ci = fit.ci or {}
-    rows = [[name, f"{value:.6g}", interval_text(ci.get(name), "{:.4g}")] for name, value in fit.values.items()]
-    return ["parameter", "value", "95% interval"], rows
+    intervals = {"95% interval": fit.ci} | ({"by profile": fit.profile_ci} if fit.profile_ci else {})
+    rows = [
+        [name, f"{value:.6g}", *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values())]
+        for name, value in fit.values.items()
+    ]
+    return ["parameter", "value", *intervals], rows
 
 
 def fit_object(fit: Fit) -> dict[str, Any]:
     """The JSON object of `dynconv fit`: with several arms, A (and B) at the top are the baseline's."""
     names = [name for name in ("E", "A", "alpha", "B", "beta") if name in "EAalpha" or fit.form == "nd"]
     arms = list(dict.fromkeys(fit.points.arm))
-    ci = fit.ci or {}
     base = {name: fit.parameter(name, fit.points.baseline) for name in names}
-    top_ci = {name: ci.get(name) or ci.get(f"{name}[{fit.points.baseline}]") for name in names}
+
+    def of(arm: str, keys: Iterable[str]) -> dict[str, dict[str, tuple[float, float] | None] | None]:
+        """Both kinds of intervals of one arm's parameters."""
+        both = {"ci": fit.ci, "profile_ci": fit.profile_ci}
+        return {
+            kind: {key: ci.get(f"{key}[{arm}]") or ci.get(key) for key in keys} if ci else None
+            for kind, ci in both.items()
+        }
+
     per_arm = {}
     for arm in arms if len(arms) > 1 else []:
         own = {name: fit.parameter(name, arm) for name in names}
         own |= {key: fit.values[f"{key}[{arm}]"] for key in ("m", "rho_N", "rho_D") if f"{key}[{arm}]" in fit.values}
-        per_arm[arm] = own | {"ci": {key: ci.get(f"{key}[{arm}]") or ci.get(key) for key in own} if ci else None}
+        per_arm[arm] = own | of(arm, own)
     return base | {
         "objective": fit.objective,
-        "ci": top_ci if ci else None,
+        **of(fit.points.baseline, names),
         "certificate": fit.certificate,
         "status": fit.status,
         "form": fit.form,

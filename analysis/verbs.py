@@ -72,7 +72,9 @@ def _add_fit(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--loss", choices=("huber", "lsq"), default="huber", help="Huber on log loss, or least squares")
     parser.add_argument("--delta", type=float, default=1e-3, help="of Huber (default 1e-3)")
-    parser.add_argument("--per-arm", default="A,B", help="parameters that each arm has for itself (default A,B)")
+    parser.add_argument(
+        "--per-arm", default="A,B", help="parameters that each arm has to itself (default A,B; '' for none)"
+    )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="of FLOPs, for form c: exact, given, 6ND or '6N_nonemb D'")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
@@ -223,25 +225,32 @@ def _warn(*lines: str) -> None:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    from functools import partial
+
+    from tqdm import tqdm
+
     from analysis.drawing import fit_points
-    from analysis.intervals import bootstrap
+    from analysis.intervals import bootstrap, profile
     from analysis.powerlaw import fit
     from analysis.tables import fit_table
 
-    if args.loss == "huber" and not args.delta > 0:
+    if args.loss == "huber" and not 0 < args.delta < math.inf:
         raise ValueError(f"--delta must be positive; got {args.delta}")
+    if args.starts < 1 or args.bootstrap < 0:
+        raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
     points, excluded = fit_points(_load(args), args.form, args.baseline, args.convention)
     _warn(*(f"{item.run_id} is left out ({item.reason})" for item in excluded))
     law = fit(
         points,
         args.form,
         delta=None if args.loss == "lsq" else args.delta,
-        per_arm=args.per_arm.split(","),
+        per_arm=[name for name in args.per_arm.split(",") if name],
         starts=args.starts,
     )
     if args.bootstrap and len(points.loss) > len(law.theta):
         law = bootstrap(law, args.bootstrap, args.seed)
-    print(fit_table(law, args.format))
+        law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
+    print(fit_table(law, args.format, excluded))
     return 0
 
 

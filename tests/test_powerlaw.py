@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import least_squares
+from scipy.special import fdtri
 
-from analysis.intervals import band, bootstrap
-from analysis.powerlaw import Fit, Points, fit
-from analysis.solver import Floats
+from analysis.intervals import band, bootstrap, profile
+from analysis.powerlaw import Fit, Model, Points, fit
+from analysis.solver import Floats, Loss
 
 # The constants of Chinchilla's published fit (arXiv 2203.15556, eq. 10), and of its correction (arXiv 2404.10102).
 PUBLISHED = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28}
@@ -87,6 +92,33 @@ def test_units_do_not_matter(scale: float, delta: float | None) -> None:
     assert law.values["A"] == pytest.approx(scale ** (1 + plain.values["alpha"]) * plain.values["A"], rel=1e-5)
     factor = 1 if delta else scale**2
     assert law.objective == pytest.approx(factor * plain.objective, rel=1e-6)
+
+
+@dataclass(frozen=True)
+class Scaled(Loss):
+    factor: float = 1.0
+
+    def __call__(self, f: Floats, log_y: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        value, first, second, stand_in = super().__call__(f, log_y)
+        return self.factor * value, self.factor * first, self.factor * second, self.factor * stand_in
+
+
+@pytest.mark.parametrize("delta", [1e-3, None])
+def test_the_size_of_the_objective_does_not_matter(delta: float | None) -> None:
+    """A mean instead of a sum, or any other factor, stops an optimiser with absolute tolerances early. A factor of 2^20
+    leaves every step the same to the bit; others the optimum to rounding."""
+    model = Model(grid(PUBLISHED, noise=0.01, n=8, d=6), "nd", delta, ("A", "B"))
+    starts = model.starts(60)
+    plain = model.problem.solve(starts, model.log_y)
+    best = int(plain.objective.argmin())
+    for factor in (2.0**-20, 2.0**20):
+        scaled = replace(model.problem, loss=Scaled(delta, factor)).solve(starts, model.log_y)
+        assert (scaled.theta == plain.theta).all()
+        assert (scaled.gradient == plain.gradient).all()
+    for factor in (1e-6, 1e6):
+        scaled = replace(model.problem, loss=Scaled(delta, factor)).solve(starts[[best]], model.log_y)
+        assert scaled.theta[0] == pytest.approx(plain.theta[best], rel=1e-6)
+        assert scaled.objective[0] == pytest.approx(factor * plain.objective[best], rel=1e-9)
 
 
 def test_the_objective_is_a_sum_and_no_neighbour_is_better() -> None:
@@ -181,6 +213,61 @@ def test_what_no_law_can_be_fitted_to_is_refused(loss: list[float], compute: lis
         fit(Points(np.array(loss), {"C": np.array(compute)}, ("a",) * len(loss), rows, "a"))
 
 
+def least(law: Fit, held: str, value: float) -> float:
+    """The least sum of squares with one parameter held, of a law written out afresh, by SciPy."""
+    points, x = law.points, law.points.x
+    names = [name for name in law.values if name not in (held, "A[dyn]")]
+    arm = np.array(points.arm) != points.baseline
+
+    def residual(theta: Floats) -> Floats:
+        v = {held: value} | dict(zip(names, np.exp(theta), strict=True))
+        if "C" in x:
+            return points.loss - v["E"] - v["A[base]"] * (np.where(arm, v["m[dyn]"], 1) * x["C"]) ** -v["alpha"]
+        return points.loss - v["E"] - v["A"] * x["N"] ** -v["alpha"] - v["B"] * x["D"] ** -v["beta"]
+
+    start = np.log([law.values[name] for name in names])
+    return float((least_squares(residual, start, xtol=1e-12, ftol=1e-12, gtol=1e-12, x_scale="jac").fun ** 2).sum())
+
+
+@pytest.mark.parametrize(
+    ("points", "form", "name"),
+    [
+        *((grid(PUBLISHED, noise=0.003, n=7, d=6), "nd", name) for name in ("E", "A", "alpha", "B", "beta")),
+        *((ladder(1.33, noise=0.001, sizes=12), "c", name) for name in ("E", "alpha", "A[base]", "m[dyn]")),
+    ],
+)
+def test_profiles_end_where_the_objective_has_grown_by_f(points: Points, form: str, name: str) -> None:
+    """Least squares, independent normal errors: by s^2 F(1, dof), which 400 resamples give to about a tenth."""
+    points = replace(points, cluster=tuple(map(str, range(len(points.loss)))))
+    law = profile(fit(points, form, delta=None, starts=300))
+    assert law.profile_ci is not None
+    low, high = law.profile_ci[name]
+    assert low < law.values[name] < high
+    grown = [least(law, name, end) - law.objective for end in (low, high)]
+    assert grown[0] == pytest.approx(grown[1], rel=0.02)
+    dof = len(points.loss) - (5 if form == "nd" else 4)
+    assert np.mean(grown) == pytest.approx(law.objective / dof * fdtri(1, dof, 0.95), rel=0.35)
+
+
+def test_a_floor_that_may_be_zero_has_a_profile_down_to_it() -> None:
+    law = profile(fit(ladder(1.33, 0.002, floor=0.05, sizes=5), "c", delta=None))
+    assert law.profile_ci is not None
+    assert law.profile_ci["E"][0] == 0
+    exact = profile(fit(ladder(1.33), "c"))
+    assert exact.profile_ci is not None
+    assert exact.profile_ci["E"] == pytest.approx((1.7, 1.7), rel=1e-6)
+
+
+def test_failed_resamples_are_counted_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    law = fit(grid(PUBLISHED, noise=0.01, n=8, d=6), "nd", delta=None)
+    monkeypatch.setattr("analysis.solver.SCHEDULE", ((None, 1), (1.0, 1)))
+    found = bootstrap(law, 200)
+    assert found.draws is not None
+    assert len(found.draws) == found.certificate["resamples"] == 200
+    assert found.certificate["resamples_failed"] > 100
+    assert "of the resamples failed" in found.status
+
+
 def test_resamples_are_reproducible_counted_and_cover_the_estimate() -> None:
     law = fit(ladder(1.33, noise=0.002, shared=0.005), "c", delta=None)
     once, again = bootstrap(law, 300, seed=3), bootstrap(law, 300, seed=3)
@@ -198,23 +285,34 @@ def test_resamples_are_reproducible_counted_and_cover_the_estimate() -> None:
     assert (high > law.predict({"C": compute}, "base")).all()
 
 
-def coverage(laws: list[Fit], truth: dict[str, float]) -> dict[str, float]:
-    hits = dict.fromkeys(truth, 0)
-    for number, law in enumerate(laws):
-        ci = bootstrap(law, 300, seed=number).ci
-        assert ci is not None
-        for name, value in truth.items():
-            hits[name] += ci[name][0] <= value <= ci[name][1]
-    return {name: hit / len(laws) for name, hit in hits.items()}
-
-
 @pytest.mark.slow
-def test_intervals_cover_the_truth() -> None:
-    """200 planted data sets each; a true 95% gives 0.91 to 0.985 with probability 0.99."""
-    ladders = [fit(ladder(1.33, 0.002, 0.005, seed=k), "c", delta=None, starts=300) for k in range(200)]
-    assert all(0.91 <= share <= 0.985 for share in coverage(ladders, {"m[dyn]": 1.33, "E": 1.7, "alpha": 0.1}).values())
-    grids = [fit(grid(PUBLISHED, 0.01, 8, 6, k), "nd", delta=None, starts=300) for k in range(200)]
-    assert all(0.91 <= share <= 0.985 for share in coverage(grids, PUBLISHED).values())
+@pytest.mark.parametrize(
+    ("make", "form", "delta", "truth"),
+    [
+        (
+            partial(ladder, 1.33, 0.002, 0.005),
+            "c",
+            None,
+            {"E": 1.7, "alpha": 0.1, "A[base]": 1e16**0.1, "m[dyn]": 1.33},
+        ),
+        (partial(grid, PUBLISHED, 0.01, 8, 6), "nd", None, PUBLISHED),
+        (partial(grid, PUBLISHED, 0.01, 8, 6), "nd", 1e-3, PUBLISHED),
+    ],
+)
+def test_intervals_cover_the_truth(
+    make: Callable[..., Points], form: str, delta: float | None, truth: dict[str, float]
+) -> None:
+    """150 planted data sets: a true 95% gives at least .90 with probability .99, a true 93% at least .875."""
+    hits = {kind: dict.fromkeys(truth, 0) for kind in ("ci", "profile_ci")}
+    for k in range(150):
+        law = fit(make(seed=k), form, delta=delta, starts=100, polished=8)
+        law = profile(bootstrap(law, 300, seed=k), 100, seed=k)
+        for kind, found in hits.items():
+            for name, value in truth.items():
+                low, high = getattr(law, kind)[name]
+                found[name] += low <= value <= high
+    print({kind: {name: hit / 150 for name, hit in found.items()} for kind, found in hits.items()})
+    assert all(hit / 150 >= 0.89 for found in hits.values() for hit in found.values())
 
 
 def test_speed() -> None:
@@ -226,7 +324,7 @@ def test_speed() -> None:
     bootstrap(law, 1000)
     resampled = time.process_time()
     print(f"{law.certificate['starts']} starts: {fitted - began:.2f} s; 1,000 resamples: {resampled - fitted:.2f} s")
-    assert law.certificate["starts"] > 4400
+    assert law.certificate["starts"] >= 4500
     assert fitted - began < 2
     assert resampled - fitted < 5
 
