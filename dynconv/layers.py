@@ -8,11 +8,12 @@ Every parameter carries the hint `optimizer_hint = {"weight_decay": 0.0, "muon":
 weight matrices those are meant for; generators go with them, so that all kinds of convolution are treated alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
@@ -52,8 +53,9 @@ class _ShortConv(nn.Module):
         x: Tensor,  # [B, T, D]; the fused forms: [B, T, D + generator_columns], the projection's output
         generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused forms do without
         cu_seqlens: Tensor | None = None,  # [N + 1]: where packed documents start in T, and T; needs B = 1
+        generated: Tensor | None = None,  # [B, T, columns] of `generate_together`, in place of generator_input
     ) -> Tensor:  # [B, T, D]
-        y: Tensor = self._convolve(x, generator_input, cu_seqlens=cu_seqlens)
+        y: Tensor = self._convolve(x, generator_input, generated, cu_seqlens=cu_seqlens)
         return y
 
     def prefill(
@@ -65,7 +67,7 @@ class _ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [N, W-1, D]
         """The outputs, and the state that `step` goes on from."""
         options = {"cu_seqlens": cu_seqlens, "initial_state": state, "return_final_state": True}
-        y, state = self._convolve(x, generator_input, **options)
+        y, state = self._convolve(x, generator_input, None, **options)
         return y, state
 
     def step(
@@ -77,11 +79,18 @@ class _ShortConv(nn.Module):
         """Decode from a state: the outputs, and the next state."""
         return self.prefill(x, generator_input, state)
 
-    def _convolve(self, x: Tensor, generator_input: Tensor | None, **options: Any) -> Any:
-        inputs = self._inputs(x, generator_input)
+    @property
+    def generator_map(self) -> nn.Linear | None:
+        """The map from the generator's input, where the module has its own."""
+        return None
+
+    def _convolve(self, x: Tensor, generator_input: Tensor | None, generated: Tensor | None, **options: Any) -> Any:
+        if generated is None and self.generator_map is not None:
+            generated = self.generator_map(generator_input)
+        inputs = self._inputs(x, generated)
         return self._function(*inputs, self.static_filter, self.residual, **options)
 
-    def _inputs(self, x: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         """What the function takes before the static filter: x, and what makes a token's own filters, if anything."""
         return (x,)
 
@@ -115,8 +124,12 @@ class HeadwiseDynamicConv(_ShortConv):
         nn.init.zeros_(self.generator.weight)
         self.static_filter = _static_filter(width, channels) if static_filter else None
 
-    def _inputs(self, x: Tensor, generator_input: Tensor | None) -> tuple[Tensor, ...]:
-        return x, self.generator(generator_input).unflatten(2, (self.heads, self.width))
+    @property
+    def generator_map(self) -> nn.Linear:
+        return self.generator
+
+    def _inputs(self, x: Tensor, generated: Any) -> tuple[Tensor, ...]:
+        return x, generated.unflatten(2, (self.heads, self.width))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, heads={self.heads}"
@@ -139,8 +152,12 @@ class LowRankDynamicConv(_ShortConv):
         self.up = _parameter(torch.zeros(rank, width * channels))  # [R, W*D]
         self.static_filter = _static_filter(width, channels) if static_filter else None
 
-    def _inputs(self, x: Tensor, generator_input: Tensor | None) -> tuple[Tensor, ...]:
-        return x, self.down(generator_input), self.up
+    @property
+    def generator_map(self) -> nn.Linear:
+        return self.down
+
+    def _inputs(self, x: Tensor, generated: Any) -> tuple[Tensor, ...]:
+        return x, generated, self.up
 
 
 class FusedLowRankConv(_ShortConv):
@@ -165,7 +182,7 @@ class FusedLowRankConv(_ShortConv):
         self.up = _parameter(torch.zeros(rank, width * self.channels))  # [R, W*D]
         self.static_filter = _static_filter(width, self.channels) if static_filter else None
 
-    def _inputs(self, x: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         x, z = x.split([self.channels, self.generator_columns], 2)
         return x, z, self.up
 
@@ -195,12 +212,21 @@ class FusedHeadwiseConv(_ShortConv):
         with torch.no_grad():
             weight[self.channels :].zero_()
 
-    def _inputs(self, x: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         x, weight = x.split([self.channels, self.generator_columns], 2)
         return x, weight.unflatten(2, (self.heads, self.width))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, heads={self.heads}"
+
+
+def generate_together(
+    convolutions: Sequence[HeadwiseDynamicConv | LowRankDynamicConv],
+    generator_input: Tensor,  # [B, T, G]
+) -> tuple[Tensor, ...]:  # [B, T, columns] each: `generated` of their `forward`
+    """What the generators make of one input, by one matrix product: a narrow one takes a pass over all of it."""
+    weights = [convolution.generator_map.weight for convolution in convolutions]
+    return F.linear(generator_input, torch.cat(weights)).split([len(weight) for weight in weights], 2)
 
 
 def _heads(channels: int, head_size: int) -> int:

@@ -14,6 +14,7 @@ from dynconv.layers import (
     HeadwiseDynamicConv,
     LowRankDynamicConv,
     StaticShortConv,
+    generate_together,
 )
 from dynconv.ops import static_convolution
 
@@ -122,3 +123,13 @@ def test_repr_says_what_it_is() -> None:
 def test_a_head_size_that_does_not_divide_raises() -> None:
     with pytest.raises(ValueError, match="head_size must divide the channels; got 5 and 12"):
         HeadwiseDynamicConv(12, 4, head_size=5)
+
+
+@pytest.mark.parametrize("kind", ["headwise", "lowrank"])
+def test_generating_together_is_as_each_alone(kind: str) -> None:
+    first, second = _module(kind), _module(kind)
+    nn.init.normal_(second.generator_map.weight)
+    x, generator_input = _inputs(first)
+    made = generate_together([first, second], generator_input)
+    for module, generated in zip((first, second), made, strict=True):
+        torch.testing.assert_close(module(x, generated=generated), module(x, generator_input))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv
 from experiments.config import SITES, ConvConfig, ModelConfig
+from experiments.models import transformer
 from experiments.models.transformer import Transformer
 
 SMALL = ModelConfig(layers=2, width=16, ffn=24, heads=4, kv_heads=2, vocabulary=50)
@@ -100,6 +101,22 @@ def test_logits_equal_a_second_implementation(kind: str, qk_norm: bool) -> None:
     got, want = model(torch.tensor([tokens]))[0], expected_logits(model, tokens)
     # RoPE's table is float32 by design: measured up to 1.4e-7 of the logits' size
     assert (got - want).norm() / want.norm() < 5e-7
+
+
+@pytest.mark.parametrize(
+    "conv", [CONVS["headwise"], CONVS["lowrank"], ConvConfig("lowrank", ("k", "up"), rank=3)], ids=str
+)
+def test_generators_that_share_a_product_make_the_same(conv: ConvConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    model = randomised(replace(SMALL, conv=conv))
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    outcomes = []
+    for shared in (False, True):
+        monkeypatch.setattr(transformer, "_shares_products", lambda x, shared=shared: shared)  # noqa: ARG005 - its signature
+        logits = model(tokens)
+        outcomes.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    for apart, together in zip(*outcomes, strict=True):
+        torch.testing.assert_close(together, apart)
 
 
 @pytest.mark.parametrize("kind", CONVS)

@@ -4,11 +4,13 @@ Shapes: B batch, T time, D width, H heads, K heads of keys and values, E head si
 Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes before QK-norm and RoPE.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv
+from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, generate_together
 from experiments.config import SITES, ConvConfig, ModelConfig
 
 
@@ -74,20 +76,34 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor],  # [T, E] each
     ) -> Tensor:  # [B, T, D]
         x = x + self._attend(self.attention_norm(x), rotation)
-        normed = self.ffn_norm(x)
-        hidden = F.silu(self.linears["gate"](normed)) * self.linears["up"](normed)  # [B, T, F]
-        return x + self.linears["down"](hidden)
+        gate, up = self._maps(("gate", "up"), self.ffn_norm(x))
+        return x + self.linears["down"](F.silu(gate) * up)
 
     def _attend(
         self,
         x: Tensor,  # [B, T, D]
         rotation: tuple[Tensor, Tensor],
     ) -> Tensor:  # [B, T, D]
-        q, k, v = (self._heads(self.linears[site](x)) for site in ("q", "k", "v"))
+        q, k, v = (self._heads(y) for y in self._maps(("q", "k", "v"), x))
         q, k = _rotate(self.q_norm(q), rotation), _rotate(self.k_norm(k), rotation)
         grouped = self.config.kv_heads != self.config.heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)  # [B, H, T, E]
         return self.linears["o"](y.transpose(1, 2).flatten(2))
+
+    def _maps(
+        self,
+        sites: Sequence[str],
+        x: Tensor,  # [B, T, inputs]
+    ) -> list[Tensor]:  # [B, T, outputs] each
+        """Maps of one input, whose convolutions' generators may share one matrix product."""
+        dynamic: dict[str, HeadwiseDynamicConv | LowRankDynamicConv] = {}
+        for site in sites:
+            conv = self.linears[site].conv
+            if isinstance(conv, HeadwiseDynamicConv | LowRankDynamicConv) and _shares_products(x):
+                dynamic[site] = conv
+        made = generate_together(list(dynamic.values()), x) if dynamic else ()
+        generated = dict(zip(dynamic, made, strict=True))
+        return [self.linears[site](x, generated.get(site)) for site in sites]
 
     def _heads(
         self,
@@ -108,9 +124,10 @@ class ConvLinear(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, inputs]
+        generated: Tensor | None = None,  # [B, T, columns]: what the convolution's generator makes of x, if known
     ) -> Tensor:  # [B, T, outputs]
         y = self.linear(x)
-        return y if self.conv is None else self.conv(y, x)
+        return y if self.conv is None else self.conv(y, x, generated=generated)
 
 
 def _convolution(conv: ConvConfig, inputs: int, outputs: int) -> nn.Module:
@@ -119,6 +136,11 @@ def _convolution(conv: ConvConfig, inputs: int, outputs: int) -> nn.Module:
     if conv.kind == "headwise":
         return HeadwiseDynamicConv(outputs, inputs, conv.width, conv.head_size, conv.residual, conv.static_filter)
     return LowRankDynamicConv(outputs, inputs, conv.width, conv.rank, conv.residual, conv.static_filter)
+
+
+def _shares_products(x: Tensor) -> bool:
+    """On a CPU each generator has its own product: sums in another order would change the last bits of a loss."""
+    return x.is_cuda
 
 
 def _rotation(time: int, config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
