@@ -167,7 +167,7 @@ def wall_clock(runs: pd.DataFrame, baseline: str) -> Figure:
         for axes, (x, y) in zip(panels, [("training FLOPs (exact)", time), (time, LOSS)], strict=True):
             for arm, mark in mark_of.items():
                 mine = table[table["arm"] == arm]
-                means = mine.groupby("size", dropna=False)[[x, y]].mean().sort_values(x)
+                means = mine.groupby(["size", "parameters"], dropna=False)[[x, y]].mean().sort_values(x)
                 axes.plot(mine[x], mine[y], **mark.dots(ms=4, mfc="none"))
                 axes.plot(means[x], means[y], **mark.line(lw=0.9))
             axes.set(xscale="log", xlabel=x, ylabel=y)

@@ -52,13 +52,13 @@ HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv
 def report(store: Store, baseline: str | None = None, convention: str | None = None) -> str:
     """The page. Raises ValueError on data that support no claim, and where there is no answer at all."""
     answer = answers(store, baseline, convention)
+    drawn = draw(store, answer)  # first: it may find problems with the evaluations
     title = f"Compute advantage over {answer.baseline}" if answer.found else f"Scaling of {store.path.name}"
     parts = [f"<h1>{escape(title)}</h1>"]
     if answer.found:
         parts += _multipliers(answer)
     parts.append(_left_out(answer.found, [*answer.notes, *store.problems]))
     command = code(_command("plot", store, answer, "-o", "figures"))
-    drawn = draw(store, answer)
     parts += [figure(name, one, CAPTIONS[name], f"From all finished runs: {command}.") for name, one in drawn.items()]
     parts.append(note("Click a figure to enlarge it; wheel or +, - zooms."))
     parts += _law(store, answer) + _optima(store, answer)

@@ -143,9 +143,9 @@ def check_cells(found: Sequence[Multiplier]) -> Table:
     names = dict.fromkeys(name for item in found for name in item.conventions)
     for name in names:
         cells[name] = [_m(item.conventions.get(name)) if item.n_sizes > 2 else None for item in found]
-    for row in found[0].floor_sensitivity if found[0].n_sizes < 3 else ():
+    for floor in sorted({row["E"] for item in found if item.n_sizes < 3 for row in item.floor_sensitivity}):
         for name in (found[0].convention, *names):
-            cells[f"E={row['E']:g} {name}"] = [_at_floor(item, row["E"], name) for item in found]
+            cells[f"E={floor:g} {name}"] = [_at_floor(item, floor, name) for item in found]
     cells["wall clock"] = [_m(item.wall_clock) for item in found]
     cells["GPU cost"] = [_m(item.gpu_cost) if item.gpu_cost != item.wall_clock else None for item in found]
     columns = [name for name, column in cells.items() if any(cell is not None for cell in column)]
@@ -166,7 +166,8 @@ def _at_floor(item: Multiplier, floor: float, convention: str) -> Cell:
     """m at a stated irreducible loss under a convention, of an arm with too few sizes to fit one."""
     for row in item.floor_sensitivity if item.n_sizes < 3 else ():
         if row["E"] == floor:
-            return ratio_text({item.convention: row["m"], **row["conventions"]}[convention])
+            m = {item.convention: row["m"], **row["conventions"]}.get(convention)
+            return None if m is None else ratio_text(m)
     return None
 
 

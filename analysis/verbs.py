@@ -6,9 +6,10 @@ Results go to standard output; problems with the data, which do not stop the wor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,21 @@ def _load(args: argparse.Namespace) -> Store:
     return store
 
 
+@contextlib.contextmanager
+def _reading(args: argparse.Namespace) -> Iterator[Store]:
+    """The store, for verbs that go on to read its steps or evaluations: what is torn in these is told at the end."""
+    store = _load(args)
+    known = len(store.problems)
+    yield store
+    _warn(*store.problems[known:])
+
+
+def _folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give a directory")
+    return path
+
+
 def _warn(*lines: str) -> None:
     for line in lines:
         print(f"dynconv: {line}", file=sys.stderr)
@@ -281,14 +297,15 @@ def _plot(args: argparse.Namespace) -> int:
     from analysis.store import read_kernels
     from analysis.style import save
 
+    _folder(args.out)
     kernels = read_kernels(args.store)
     if kernels is not None:
         drawn = {"kernels": kernel_bars(kernels)}
     else:
-        store = _load(args)
-        found = answers(store, args.baseline, args.convention)
-        _warn(*found.notes)
-        drawn = draw(store, found)
+        with _reading(args) as store:
+            found = answers(store, args.baseline, args.convention)
+            _warn(*found.notes)
+            drawn = draw(store, found)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = args.out / f"{name}.{args.type}"
@@ -301,7 +318,8 @@ def _query(args: argparse.Namespace) -> int:
     from analysis.query import sql
     from analysis.tables import value_table
 
-    print(value_table(*sql(_load(args), args.sql), args.format))
+    with _reading(args) as store:
+        print(value_table(*sql(store, args.sql), args.format))
     return 0
 
 
@@ -371,9 +389,10 @@ def _report(args: argparse.Namespace) -> int:
     from analysis.report import report
     from analysis.runlog import write_atomically
 
-    page = report(_load(args), args.baseline, args.convention)
     if not args.out.parent.is_dir() or args.out.is_dir():
         raise ValueError(f"{args.out} cannot be written: give a file in a directory that exists")
+    with _reading(args) as store:
+        page = report(store, args.baseline, args.convention)
     write_atomically(args.out, lambda temporary: temporary.write_text(page))
     print(args.out)
     return 0
@@ -382,8 +401,7 @@ def _report(args: argparse.Namespace) -> int:
 def _freeze(args: argparse.Namespace) -> int:
     from analysis.store import freeze
 
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"{args.out} is a file; give a directory")
-    for path in freeze(_load(args), args.out, args.steps):
-        print(path)
+    with _reading(args) as store:
+        written = freeze(store, _folder(args.out), args.steps)
+    print(*written, sep="\n")
     return 0

@@ -133,6 +133,27 @@ def test_it_paints(page: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.png").stat().st_size > 50_000
 
 
+def test_a_torn_log_is_named_on_the_page_and_by_every_verb_that_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_sweep(tmp_path / "sweep", {"dyn": 1.5}, sizes=3, seeds=1)
+    (store / "dyn-s1-0" / "evals.parquet").write_bytes(b"torn")
+    verbs = {
+        "report": ("-o", str(tmp_path / "r.html")),
+        "plot": ("-o", str(tmp_path / "figures")),
+        "query": ("select count(*) from evals",),
+        "freeze": ("-o", str(tmp_path / "frozen")),
+    }
+    for verb, options in verbs.items():
+        assert main([verb, str(store), *options]) == 0
+        assert re.search(r"dyn-s1-0/evals.parquet is unreadable .* left out", capsys.readouterr().err)
+    assert "dyn-s1-0/evals.parquet is unreadable" in (tmp_path / "r.html").read_text()
+    (tmp_path / "file").write_text("")
+    for verb in ("plot", "freeze"):
+        assert main([verb, str(store), "-o", str(tmp_path / "file")]) == 2
+        assert "is a file; give a directory" in capsys.readouterr().err
+
+
 def test_a_report_that_cannot_be_written_is_refused(
     page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
