@@ -156,7 +156,11 @@ def providers(compiled: bool, against: list[str]) -> list[Provider]:
         op = next((op for op in OPS if op in name.replace("_", "")), None)
         if op is None:
             raise ValueError(f"--against wants module:function whose name says {', '.join(OPS)}; got {target}")
-        found.append(Provider(target, {op: getattr(importlib.import_module(module), name)}))
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"--against {target}: {error}; put its folder on PYTHONPATH") from error
+        found.append(Provider(target, {op: function}))
     return found
 
 

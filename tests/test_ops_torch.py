@@ -57,6 +57,17 @@ def test_compiled_equals_eager(kind: str, variety: str) -> None:
         assert relative_error(got, want.double()) < BOUND[torch.float32]
 
 
+@pytest.mark.parametrize(("kind", "wanted"), [(kind, name) for kind in FUNCTIONS for name in Case(kind).inputs()])
+def test_a_compiled_gradient_needs_no_other(kind: str, wanted: str) -> None:
+    case = Case(kind)
+    inputs = {name: value.detach().requires_grad_(name == wanted) for name, value in case.inputs().items()}
+    outcomes = []
+    for run in (torch.compile(FUNCTIONS[kind], fullgraph=True, backend=BACKEND), FUNCTIONS[kind]):
+        (gradient,) = torch.autograd.grad(run(**inputs).square().sum(), [inputs[wanted]])
+        outcomes.append(gradient)
+    assert relative_error(outcomes[0], outcomes[1].double()) < BOUND[torch.float32]
+
+
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_other_lengths_do_not_compile_anew(kind: str) -> None:
     compiled = 0
