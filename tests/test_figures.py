@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 from planted import write_budgets, write_config, write_run, write_sweep
 
 from analysis import figures
-from analysis.drawing import Answers, ablations, answers, draw
+from analysis.ablations import ablations
+from analysis.drawing import Answers, answers, draw
 from analysis.store import Store, load
 from analysis.style import BLACK, Mark, marks, save
 from experiments.cli import main
@@ -187,7 +188,9 @@ def test_arms_that_differ_in_more_than_one_fact_are_not_joined(tmp_path: Path) -
     write("r16", 2.9, rank=16)
     write("r16-wide", 2.8, rank=16, width=6)
     write("r2-bare", 3.3, rank=2, residual=False)
-    table = ablations(load(tmp_path).runs)
+    runs = load(tmp_path).runs
+    assert len(ablations(runs.assign(size=pd.NA))) == len(ablations(runs[runs["arm"] == "r8"])) == 0
+    table = ablations(runs)
     assert set(table["size"]) == {"large"}
     found = {
         (factor, line): [*rows.groupby("setting", sort=False)["loss"].mean().round(3).items()]
