@@ -82,7 +82,7 @@ def test_a_rival_names_its_op() -> None:
     assert list(rival.functions) == ["lowrank"]
     with pytest.raises(ValueError, match="--against wants module:function"):
         kernels.providers(False, ["math:sqrt"])
-    with pytest.raises(ValueError, match="no_such_module.*; put its folder on PYTHONPATH"):
+    with pytest.raises(ValueError, match=r"no_such_module.*; put its folder on PYTHONPATH"):
         kernels.providers(False, ["no_such_module:static"])
 
 
