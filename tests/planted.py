@@ -91,9 +91,9 @@ def best_size(compute: float) -> float:
     return float((ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (compute / 6) ** (BETA / (ALPHA + BETA)))
 
 
-def write_budgets(path: Path, shifts: np.ndarray, noise: float = 0.0) -> Path:
+def write_budgets(path: Path, shifts: np.ndarray, noise: float = 0.0, seed: int = 0) -> Path:
     """Sizes at each budget around the optimum, moved by exp(shifts)."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     rows = []
     for compute in (1e18, 1e19, 1e20, 1e21):
         for size in best_size(compute) * np.exp(shifts):
