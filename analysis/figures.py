@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 LOSS = "held-out loss (nats/token)"
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+ACROSS = 4  # names in a line of a legend
 TALLEST = 2.5  # times the largest m is as far as the axis of m goes: an interval may go to infinity
 
 
@@ -138,7 +139,7 @@ def loss_curves(evals: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> Figur
     across = min(len(sizes), 3 if len(sizes) != 4 else 2)
     down = math.ceil(len(sizes) / across)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.4 + 2.3 * across, 0.3 + 2.2 * down), layout="constrained")
+        figure = Figure(figsize=(1.4 + 2.3 * across, 0.2 + 2.2 * down + _legend_height(mark_of)), layout="constrained")
         panels = np.ravel(figure.subplots(down, across, squeeze=False))
         for axes, size in zip(panels, sizes, strict=False):
             for (arm, _), rows in curves[curves["size"] == size].groupby(["arm", "run_id"], sort=True):
@@ -162,7 +163,7 @@ def wall_clock(runs: pd.DataFrame, baseline: str) -> Figure:
     table = runs.assign(**{"training FLOPs (exact)": runs["flops_exact"], time: seconds / length, LOSS: runs["loss"]})
     mark_of = marks(list(runs["arm"]), baseline)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.0 + _legend_height(mark_of)), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, (x, y) in zip(panels, [("training FLOPs (exact)", time), (time, LOSS)], strict=True):
             for arm, mark in mark_of.items():
@@ -324,7 +325,12 @@ def _legend(figure: Figure, mark_of: dict[str, Mark]) -> None:
         Line2D([], [], label=printable(arm), **mark.line(marker=mark.marker, ms=4, mfc="none"))
         for arm, mark in mark_of.items()
     ]
-    figure.legend(handles=lines, loc="outside upper left", ncols=4)
+    figure.legend(handles=lines, loc="outside upper left", ncols=ACROSS)
+
+
+def _legend_height(mark_of: dict[str, Mark]) -> float:
+    """Inches."""
+    return 0.17 * math.ceil(len(mark_of) / ACROSS)
 
 
 def _advantage(item: Multiplier | None) -> str:
