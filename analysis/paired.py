@@ -260,7 +260,8 @@ class _Noise:
         residual = (y0 + y1 - 2 * E - seen.reducible - a1 * (c1 / law.unit) ** -g) / 2
         shared = (residual**2).sum(axis=1) / max(sizes - 3, 1) - self.of_difference**2 / 4
         self.shared = np.sqrt(np.maximum(shared, 0.0))
-        self.laws = E + seen.reducible, E + law.a0[:, None] * (c1 * np.exp(mean) / law.unit) ** -g  # [K, S] each
+        constant = law.a0[:, None] * np.exp(-g * (np.log(c1 / law.unit) + mean))
+        self.laws = E + seen.reducible, E + constant  # [K, S] each
 
     def draw(self, rows: Indices, count: int, random: np.random.Generator) -> tuple[Floats, Floats]:
         """Losses of both arms, [len(rows) * count, S] each."""
