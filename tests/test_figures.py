@@ -255,12 +255,13 @@ def test_equal_figures_are_equal_files(drawn: Drawn, tmp_path: Path, kind: str) 
 
 
 def test_another_process_draws_the_same_bytes(drawn: Drawn, tmp_path: Path) -> None:
-    script = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from experiments.cli import main; plot = ['plot', *sys.argv[1:], '--type']; "
+    script += "sys.exit(main([*plot, 'svg']) or main([*plot, 'png']))"
     for seed in ("1", "2"):
-        command = [sys.executable, "-c", script, "plot", str(drawn[0].path), "-o", str(tmp_path / seed)]
+        command = [sys.executable, "-c", script, str(drawn[0].path), "-o", str(tmp_path / seed)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert len(names) == 5
+    assert names == sorted(f"{name}.{kind}" for name in drawn[2] for kind in ("png", "svg"))
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 

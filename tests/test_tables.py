@@ -184,16 +184,6 @@ def test_a_store_with_a_run_still_training_is_tabulated_without_it(
     assert "foreign is left out" in err
 
 
-def test_plot_writes_the_same_bytes_twice(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in ("svg", "png"):
-        code, out, _ = run(capsys, "plot", sweep, "-o", tmp_path / "one", "--type", kind)
-        run(capsys, "plot", sweep, "-o", tmp_path / "two", "--type", kind)
-        assert code == 0
-        for path in map(Path, out.split()):
-            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-            assert path.stat().st_size > 5000
-
-
 def test_the_analysis_starts_without_torch_or_pandas() -> None:
     heavy = "{'torch', 'pandas', 'numpy', 'scipy', 'pyarrow', 'matplotlib'}"
     script = f"import sys, analysis.verbs, analysis.runlog; print(sorted({heavy} & set(sys.modules)))"
