@@ -200,10 +200,12 @@ def _stated_floors(rows: pd.DataFrame) -> tuple[float, ...]:
 def _single(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: Sequence[float]) -> Multiplier:
     """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E."""
 
+    curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}
+    if len(curves[pairs.convention][0]) < 2:
+        raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
+
     def at(pairs: Pairs, floor: float) -> tuple[float, float]:
-        compute, loss = curve(rows, pairs.baseline, pairs.convention)
-        if len(compute) < 2:
-            raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
+        compute, loss = curves[pairs.convention]
         g = -np.polyfit(np.log(compute), np.log(loss - floor), 1)[0]
         share = (pairs.y0[0] - pairs.y1[0]) / (pairs.y0[0] - floor)
         return float(np.exp(-np.log1p(-share) / g) * pairs.c0[0] / pairs.c1[0]), float(g)

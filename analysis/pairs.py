@@ -50,9 +50,9 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
 
     Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
     """
-    unfinished = runs["status"] != "complete"
-    excluded = [Excluded(str(row.run_id), str(row.arm), str(row.status)) for row in runs[unfinished].itertuples()]
-    done = runs[~unfinished]
+    unfinished = runs[runs["status"] != "complete"]
+    excluded = _excluded(unfinished, unfinished["status"])
+    done = runs[runs["status"] == "complete"]
     if done.empty:
         raise ValueError(f"none of {len(runs)} runs has finished; `dynconv status` says where they stand")
     if done["loss"].isna().all():
@@ -89,19 +89,21 @@ def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     done, excluded = finished(runs)
     done = done.assign(_size=size_key(done))
     repeated = done.duplicated(["arm", "_size", "seed"])
-    return done[~repeated], excluded + _repeats(done[repeated], "repeats an arm, size and seed")
+    return done[~repeated], excluded + _excluded(done[repeated], "repeats an arm, size and seed")
 
 
 def without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """Finished rows of which no two are the same run: equal in arm, size, N, D, compute and seed, and without a seed in
-    the loss as well. A law needs no pairs, so rows of one size need not differ in their seeds."""
+    """Finished rows of which no two are the same run: equal in arm, size, N, D, compute and seed and, where arm or seed
+    is not known, in the loss. A law needs no pairs, so a size may have several runs that no seed tells apart."""
     same = ["arm", "size", "parameters", "tokens", "seed", *(name for name in CONVENTIONS.values() if name in done)]
-    repeated = done.duplicated(same) & (done["seed"].notna() | done.duplicated([*same, "loss"]))
-    return done[~repeated], _repeats(done[repeated], "repeats a run")
+    known = done["arm"].notna() & done["seed"].notna()
+    repeated = done.duplicated([*same, "loss"]) | (known & done.duplicated(same))
+    return done[~repeated], _excluded(done[repeated], "repeats a run")
 
 
-def _repeats(rows: pd.DataFrame, reason: str) -> list[Excluded]:
-    return [Excluded(str(row.run_id), str(row.arm), reason) for row in rows.itertuples()]
+def _excluded(rows: pd.DataFrame, reason: str | pd.Series) -> list[Excluded]:
+    named = rows.assign(_reason=reason, arm=rows["arm"].fillna(""))
+    return [Excluded(*map(str, row)) for row in named[["run_id", "arm", "_reason"]].itertuples(index=False)]
 
 
 def size_key(runs: pd.DataFrame) -> pd.Series:
@@ -151,7 +153,8 @@ def pair(runs: pd.DataFrame, arm: str, baseline: str, convention: str, excluded:
 
     column = CONVENTIONS[convention]
     mine = [item for item in excluded if item.arm in (arm, baseline)]
-    sides = [runs[runs["arm"] == name] for name in (baseline, arm)]
+    used = runs[["run_id", "arm", "_size", "seed", "loss", "device", "gpus", "train_seconds", column]]
+    sides = [used[used["arm"] == name] for name in (baseline, arm)]
     # A table without seeds holds one an arm and size; a merge would not match missing with missing on every version.
     keyed = [side.assign(_seed=side["seed"].astype("Float64").fillna(-1)) for side in sides]
     both = pd.merge(*keyed, on=["_size", "_seed"], suffixes=("_0", "_1"), validate="one_to_one")
