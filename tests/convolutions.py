@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,8 +161,8 @@ def assert_close(case: Case, slack: float = 1.0) -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    kind = draw(st.sampled_from(["static", "headwise", "lowrank"]))
+def cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(FUNCTIONS)) -> Case:
+    kind = draw(st.sampled_from(kinds))
     segmented = kind == "lowrank" and draw(st.booleans())
     packed = draw(st.booleans())
     documents = tuple(draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))) if packed else ()

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynconv import ops
 
 pytestmark = pytest.mark.usefixtures("implementation")
-FEW = settings(max_examples=8 if GPU else 15, derandomize=True)
+FEW = settings(max_examples=4 if GPU else 8, derandomize=True)
+EACH_KIND = pytest.mark.parametrize("kind", FUNCTIONS)
 CLOSE = 2 * BOUND[torch.float32]  # a sum of a few terms can be unlucky
 STEPS = {
     "static": ops.static_convolution_step,
@@ -26,9 +27,9 @@ STEPS = {
 }
 
 
-def exact_cases(**changes: Any) -> st.SearchStrategy[Case]:
+def exact_case(data: st.DataObject, kind: str, **changes: Any) -> Case:
     """In float32, where two ways to the same result differ by rounding alone."""
-    return cases().map(lambda case: replace(case, dtype=torch.float32, **changes))
+    return replace(data.draw(cases([kind])), dtype=torch.float32, **changes)
 
 
 def windows(lengths: Sequence[int]) -> list[slice]:
@@ -51,10 +52,11 @@ def assert_agree(got: Sequence[Tensor], want: Sequence[Tensor], inputs: dict[str
     assert max(measured) < CLOSE, measured
 
 
+@EACH_KIND
 @FEW
-@given(exact_cases(batch=1, segments=(), state=True), st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(sum))
-def test_packed_documents_are_as_each_alone(case: Case, lengths: list[int]) -> None:
-    case = replace(case, time=sum(lengths), documents=tuple(lengths))
+@given(st.data(), st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(sum))
+def test_packed_documents_are_as_each_alone(kind: str, data: st.DataObject, lengths: list[int]) -> None:
+    case = exact_case(data, kind, batch=1, time=sum(lengths), documents=tuple(lengths))
     inputs = case.inputs()
     parts, ends = [], []
     for index, window in enumerate(windows(lengths)):
@@ -68,10 +70,11 @@ def test_packed_documents_are_as_each_alone(case: Case, lengths: list[int]) -> N
     assert_agree(packed, [torch.cat(parts, 1), torch.cat(ends)], inputs)
 
 
+@EACH_KIND
 @FEW
-@given(exact_cases(documents=()), st.lists(st.integers(1, 12), min_size=1, max_size=5))
-def test_chunks_with_their_states_are_as_the_whole(case: Case, lengths: list[int]) -> None:
-    case = replace(case, time=sum(lengths))
+@given(st.data(), st.lists(st.integers(1, 12), min_size=1, max_size=5))
+def test_chunks_with_their_states_are_as_the_whole(kind: str, data: st.DataObject, lengths: list[int]) -> None:
+    case = exact_case(data, kind, time=sum(lengths), documents=())
     inputs = case.inputs()
     state = inputs.get("initial_state")
     parts = []
@@ -83,11 +86,14 @@ def test_chunks_with_their_states_are_as_the_whole(case: Case, lengths: list[int
     assert_agree([torch.cat(parts, 1), state], case.run(inputs, return_final_state=True), inputs)
 
 
+@EACH_KIND
 @FEW
-@given(exact_cases(documents=(), state=True), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1))
-def test_decoding_with_rejected_tokens_is_as_the_whole(case: Case, proposals: list[tuple[int, int]]) -> None:
-    """Of each proposal some tokens are accepted, and as many rejected ones follow them."""
-    case = replace(case, time=1 + sum(accepted for accepted, _ in proposals))
+@given(st.data(), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=6))
+def test_decoding_with_rejected_tokens_is_as_the_whole(
+    kind: str, data: st.DataObject, proposals: list[tuple[int, int]]
+) -> None:
+    """Of each proposal so many tokens are accepted, and so many rejected ones follow them."""
+    case = exact_case(data, kind, time=1 + sum(accepted for accepted, _ in proposals), documents=())
     inputs = {name: value.detach() for name, value in case.inputs().items()}
     before = torch.zeros(case.batch, case.width - 1, case.channels, device=DEVICE)
     state = inputs.get("initial_state", before)
@@ -111,9 +117,11 @@ def test_decoding_with_rejected_tokens_is_as_the_whole(case: Case, proposals: li
     assert torch.equal(state, end)
 
 
+@EACH_KIND
 @FEW
-@given(exact_cases(activation=None))
-def test_it_is_linear_in_the_inputs_and_the_state(case: Case) -> None:
+@given(st.data())
+def test_it_is_linear_in_the_inputs_and_the_state(kind: str, data: st.DataObject) -> None:
+    case = exact_case(data, kind, activation=None)
     first = {name: value.detach() for name, value in case.inputs().items()}
     linear = {"x", "initial_state"} & first.keys()
     second = first | {name: torch.randn_like(first[name]) for name in linear}
@@ -124,10 +132,12 @@ def test_it_is_linear_in_the_inputs_and_the_state(case: Case) -> None:
         assert relative_error(result, (3 * a - b).double()) < 2 * CLOSE
 
 
+@EACH_KIND
 @FEW
-@given(exact_cases(), st.data())
-def test_a_token_depends_on_its_window_alone(case: Case, data: st.DataObject) -> None:
+@given(st.data())
+def test_a_token_depends_on_its_window_alone(kind: str, data: st.DataObject) -> None:
     """Forward: on W inputs of its own sequence and its own filter. Backward: on as many later gradients."""
+    case = exact_case(data, kind)
     token = data.draw(st.integers(0, case.time - 1))
     own = next(w for w in windows(case.documents or [case.time]) if w.start <= token < w.stop)
     behind = slice(max(own.start, token - case.width + 1), token + 1)
@@ -177,17 +187,19 @@ def in_a_wider_buffer(value: Tensor) -> Tensor:
     return view.detach().requires_grad_()
 
 
+@EACH_KIND
 @FEW
-@given(cases(), st.data())
-def test_mixed_dtypes_strided_views_and_poisoned_memory(case: Case, data: st.DataObject) -> None:
+@given(st.data())
+def test_mixed_dtypes_strided_views_and_poisoned_memory(kind: str, data: st.DataObject) -> None:
     """Views of every input and of dy, each input in a dtype of its own, amid NaN, and outputs that start as NaN."""
+    case = exact_case(data, kind)
     dtypes = {name: data.draw(st.sampled_from(list(BOUND)), label=name) for name in case.inputs()}
 
     def prepared(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: in_a_wider_buffer(value.to(dtypes[name])) for name, value in inputs.items()}
 
     with poisoned_memory():
-        measured = errors(replace(case, dtype=torch.float32), prepare=prepared)
+        measured = errors(case, prepare=prepared)
     assert max(measured.values()) < 2 * max(BOUND[dtype] for dtype in dtypes.values()), measured
 
 
