@@ -9,7 +9,7 @@ from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, assert_close, case
 from hypothesis import given, settings
 from torch import Tensor
 
-from dynconv.ops import reference
+from dynconv.ops import headwise, reference, static
 
 CASES = 12 if GPU else 60  # on a GPU each compiles its kernels anew
 
@@ -43,6 +43,10 @@ def test_each_kind_and_dtype_agrees_with_the_oracle(kind: str, dtype: torch.dtyp
         Case(batch=1, time=200, heads=172, head_size=16, rank=16, width=3),  # D = 2752, a model's FFN
         Case(batch=2, time=150, rank=5, segments=(256, 128), width=2),
         Case(batch=1, time=90, rank=16, segments=(128, 128, 128)),
+        Case(batch=1, heads=12, head_size=16, rank=16, documents=(1, 40, 2, 3, 190, 64), time=300),
+        Case(batch=1, rank=9, segments=(256, 128), documents=(70, 0, 129), time=199, static=False, width=3),
+        Case(batch=2, time=130, heads=9, head_size=16, rank=40),
+        Case(batch=1, time=70, rank=32, segments=(128, 256), residual=False),
     ],
     ids=str,
 )
@@ -53,6 +57,35 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
     inputs = case.inputs()
     assert lowrank_mma.fits(inputs["x"].to(dtype), inputs["U"], case.segments or (case.channels,))
     assert_close(replace(case, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("headwise", batch=2, time=300, heads=40, head_size=16),
+        Case("headwise", batch=1, time=77, heads=12, head_size=8, static=False),
+        Case("headwise", batch=2, time=9, heads=48, head_size=1),
+        Case("headwise", batch=1, time=130, heads=80, head_size=4, residual=False),
+        Case("headwise", batch=3, time=1, heads=8, head_size=2, width=2),
+        Case("headwise", batch=1, time=300, heads=12, head_size=16, documents=(1, 40, 2, 3, 190, 64)),
+        Case("static", batch=2, time=555, heads=9, head_size=16),
+        Case("static", batch=1, time=300, heads=12, head_size=16, documents=(1, 40, 2, 3, 190, 64), residual=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    from dynconv.ops import ring
+
+    case = replace(case, dtype=dtype)
+    inputs = case.inputs()
+    assert ring.fits(inputs["x"], inputs["weight"] if case.kind == "headwise" else None, case.width)
+    with pytest.MonkeyPatch.context() as patch:  # wherever they fit, whether or not they are the faster there
+        patch.setattr(headwise, "_by_ring", lambda *_, **__: True)
+        patch.setattr(static, "_by_ring", lambda *_, **__: True)
+        assert_close(case)
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)

@@ -4,11 +4,13 @@ A tile's channels are HEADS whole heads of D/H channels, padded to HP, a power o
 load as one vector, W taps padded to WP, and split in registers.
 """
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynconv.ops.launch import launch
 from dynconv.ops.tiles import (
     ceil_div,
     drop_first,
@@ -16,9 +18,17 @@ from dynconv.ops.tiles import (
     load_slot,
     load_slots,
     multiprocessors,
+    new_like,
+    new_sums,
     power_of_two,
     sum_parts,
 )
+
+ring: Any
+try:  # Gluon is experimental, and its names move; without it the kernels below do
+    from dynconv.ops import ring
+except (AssertionError, AttributeError, ImportError):  # Triton < 3.6; the interpreter
+    ring = None
 
 
 @triton.jit
@@ -101,7 +111,7 @@ def _forward_kernel(
     time, channels, x_batch, weight_batch, tiles,
     x_time: tl.constexpr, weight_time: tl.constexpr, weight_head: tl.constexpr, y_time: tl.constexpr,
     head_size: tl.constexpr,
-    W: tl.constexpr, WP: tl.constexpr, STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr,
 ):  # fmt: skip
     heads = channels // head_size
@@ -123,10 +133,10 @@ def _forward_kernel(
         weight + rows[:, None] * weight_time + weight_at[None, :],
         0, SLOTS, weight_time, -start - rows, limit, coefficient_ok,
     )  # fmt: skip
-    if PACKED:
+    if positions is not None:
         position = load_positions(positions + start, rows, SLOTS, time - start)
     static = ()
-    if STATIC:
+    if static_w is not None:
         for tap in tl.static_range(W):
             value = tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0)
             static = static + (value.to(tl.float32)[None, :],)
@@ -139,10 +149,10 @@ def _forward_kernel(
             result = tl.zeros([ROWS, HEADS * HP], tl.float32)
         for tap in tl.static_range(W):
             values = _per_channel(taps[tap], ROWS, HEADS, HP)
-            if STATIC:
+            if static_w is not None:
                 values += static[tap]
             product = values * inputs[slot + W - 1 - tap].to(tl.float32)
-            if PACKED:
+            if positions is not None:
                 product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
             result += product
         tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
@@ -154,7 +164,7 @@ def _backward_kernel(
     time, channels, dy_batch, x_batch, weight_batch, chunks, tiles,
     dy_time: tl.constexpr, x_time: tl.constexpr, weight_time: tl.constexpr, weight_head: tl.constexpr,
     dx_time: tl.constexpr, head_size: tl.constexpr,
-    W: tl.constexpr, WP: tl.constexpr, STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr,
 ):  # fmt: skip
     heads = channels // head_size
@@ -168,13 +178,15 @@ def _backward_kernel(
     coefficient = tl.arange(0, HEADS * WP)
     coefficient_ok = (head + coefficient // WP < heads) & (coefficient % WP < W)
     static = ()
-    if STATIC:
+    if static_w is not None:
         for tap in tl.static_range(W):
             value = tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0)
             static = static + (value.to(tl.float32)[None, :],)
+    HEAD_TAPS: tl.constexpr = dx_time // head_size * W
     sums = ()
-    for _ in tl.static_range(W):
-        sums = sums + (tl.zeros([ROWS, HEADS * HP], tl.float32),)
+    if dstatic is not None:
+        for _ in tl.static_range(W):
+            sums = sums + (tl.zeros([ROWS, HEADS * HP], tl.float32),)
     for tile in range(chunk * tiles, chunk * tiles + tiles):
         start = tile * (ROWS * SLOTS)
         last = time - start
@@ -186,12 +198,13 @@ def _backward_kernel(
         weights += rows[:, None] * weight_time + weight_at[None, :]
         out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
         dweight_at = (head + coefficient // WP) * W + coefficient % WP
-        dweights = dweight + (batch * time + start) * (dx_time // head_size * W)
-        dweights += rows[:, None] * (dx_time // head_size * W) + dweight_at[None, :]
+        if dweight is not None:
+            dweights = dweight + (batch * time + start) * HEAD_TAPS
+            dweights += rows[:, None] * HEAD_TAPS + dweight_at[None, :]
         inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
         grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
         filters = load_slots(weights, 0, W - 1 + AHEAD, weight_time, -start - rows, limit, coefficient_ok)
-        if PACKED:
+        if positions is not None:
             position = load_positions(positions + start, rows, SLOTS + W - 1, last)
         for slot in tl.static_range(SLOTS):
             inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, limit, d_ok),)
@@ -207,20 +220,18 @@ def _backward_kernel(
             coefficients = ()
             for tap in tl.static_range(W):
                 values = _per_channel(_split_taps(filters[tap], ROWS, HEADS, WP)[tap], ROWS, HEADS, HP)
-                if STATIC:
+                if static_w is not None:
                     values += static[tap]
                 back = values * grads[tap].to(tl.float32)
                 product = gradient * inputs[W - 1 - tap].to(tl.float32)
-                if PACKED:
+                if positions is not None:
                     back = tl.where((position[slot + tap] >= tap)[:, None], back, 0.0)
                     product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
                 result += back
                 coefficients = coefficients + (_per_head(product, ROWS, HEADS, HP),)
-                if STATIC:
-                    product += sums[tap]
-                new_sums = new_sums + (product,)
-            if STATIC:
-                sums = new_sums
+                if dstatic is not None:
+                    new_sums = new_sums + (sums[tap] + product,)
+            sums = new_sums
             inputs = drop_first(inputs, W + AHEAD)
             grads = drop_first(grads, W + AHEAD)
             filters = drop_first(filters, W + AHEAD)
@@ -228,10 +239,10 @@ def _backward_kernel(
                 coefficients = coefficients + (tl.zeros([ROWS, HEADS], tl.float32),)
             time_ok = (slot < limit)[:, None]
             tl.store(out + slot * dx_time, result, mask=time_ok & d_ok[None, :])
-            flat = _join_taps(coefficients, ROWS, HEADS, WP)
-            dweight_slot = dweights + slot * (dx_time // head_size * W)
-            tl.store(dweight_slot, flat, mask=time_ok & coefficient_ok[None, :])
-    if STATIC:
+            if dweight is not None:
+                flat = _join_taps(coefficients, ROWS, HEADS, WP)
+                tl.store(dweights + slot * HEAD_TAPS, flat, mask=time_ok & coefficient_ok[None, :])
+    if dstatic is not None:
         for tap in tl.static_range(W):
             at = (program * W + tap).to(tl.int64) * channels + d
             tl.store(dstatic + at, tl.sum(sums[tap], 0), mask=d_ok)
@@ -244,6 +255,21 @@ def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
     return max(1, elements // (in_block * padded)), in_block, padded
 
 
+def _by_ring(x: Tensor, weight: Tensor, static_w: Tensor | None, positions: Tensor | None, backward: bool) -> bool:
+    """Whether the kernels with a ring take the inputs, and are the faster for them."""
+    if ring is None or not x.is_cuda or not ring.fits(x, weight, weight.shape[3]):
+        return False
+    return positions is not None or (static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2]))
+
+
+def _backward_shape(static: bool) -> tuple[int, int, int, int]:
+    """(elements of a tile, slots, slots loaded ahead, programs a multiprocessor; 0: a program a tile).
+
+    The static filter's sums want registers, and long chunks; without them, a program a tile does.
+    """
+    return (512, 8, 2, 6) if static else (1024, 4, 1, 0)
+
+
 def forward(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [B, T, H, W]
@@ -252,20 +278,25 @@ def forward(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
+    if _by_ring(x, weight, static_w, positions, backward=False):
+        return ring.forward(x, weight, static_w, positions, weight.shape[3], residual)
     batch, time, channels = x.shape
     heads, width = weight.shape[2:]
     rows, in_block, padded = _tile(channels // heads, heads, elements=512)
     slots = 4
     tiles = ceil_div(time, rows * slots)
-    y = x.new_empty(x.shape)
-    _forward_kernel[(ceil_div(heads, in_block) * batch * tiles,)](
-        x, weight, static_w, y, positions,
-        time, channels, x.stride(0), weight.stride(0), tiles,
-        x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2), y_time=channels,
-        head_size=channels // heads,
-        W=width, WP=power_of_two(width),
-        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
-        ROWS=rows, SLOTS=slots, HEADS=in_block, HP=padded, num_warps=4, enable_fp_fusion=True,
+    y = new_like(x)
+    launch(
+        _forward_kernel,
+        ceil_div(heads, in_block) * batch * tiles,
+        (x, weight, static_w, y, positions),
+        (time, channels, x.stride(0), weight.stride(0), tiles),
+        {
+            "x_time": x.stride(1), "weight_time": weight.stride(1), "weight_head": weight.stride(2),
+            "y_time": channels, "head_size": channels // heads, "W": width, "WP": power_of_two(width),
+            "RESIDUAL": residual,
+            "ROWS": rows, "SLOTS": slots, "HEADS": in_block, "HP": padded,
+        },
     )  # fmt: skip
     return y
 
@@ -277,37 +308,37 @@ def backward(
     static_w: Tensor | None,  # [W, D]
     positions: Tensor | None,  # [T] int32
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # [B, T, D], [B, T, H, W], [W, D]
+    needs: tuple[bool, bool],  # whether weight and static_w want gradients
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # [B, T, D], [B, T, H, W], [W, D]
     """The gradients of x, weight and static_w, in their dtypes."""
+    if _by_ring(x, weight, static_w, positions, backward=True):
+        return ring.backward(dy, x, weight, static_w, positions, weight.shape[3], residual, needs)
     batch, time, channels = x.shape
     heads, width = weight.shape[2:]
-    # The static filter's sums want registers, and long chunks; without them, a program a tile does.
-    elements, slots, ahead = (1024, 4, 1) if static_w is None else (512, 8, 2)
+    elements, slots, ahead, at_once = _backward_shape(static_w is not None)
     rows, in_block, padded = _tile(channels // heads, heads, elements)
     blocks = ceil_div(heads, in_block)
     tiles = ceil_div(time, rows * slots)
     chunks = tiles
-    if static_w is not None:
-        chunks = min(tiles, ceil_div(6 * multiprocessors(x), blocks * batch))
+    if at_once:
+        chunks = min(tiles, ceil_div(at_once * multiprocessors(x), blocks * batch))
     per_chunk = ceil_div(tiles, chunks)
     chunks = ceil_div(tiles, per_chunk)
-    dx = x.new_empty(x.shape)
-    dweight = weight.new_empty(weight.shape)
-    partial = None
-    if static_w is not None:
-        partial = x.new_empty((batch * chunks, width, channels), dtype=torch.float32)
-    _backward_kernel[(blocks * batch * chunks,)](
-        dy, x, weight, static_w, dx, dweight, partial, positions,
-        time, channels, dy.stride(0), x.stride(0), weight.stride(0), chunks, per_chunk,
-        dy_time=dy.stride(1), x_time=x.stride(1), weight_time=weight.stride(1), weight_head=weight.stride(2),
-        dx_time=channels, head_size=channels // heads,
-        W=width, WP=power_of_two(width),
-        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
-        ROWS=rows, SLOTS=slots, AHEAD=ahead, HEADS=in_block, HP=padded,
-        num_warps=4, enable_fp_fusion=True,
+    dx = new_like(x)
+    dweight = new_like(weight) if needs[0] else None
+    partial, dstatic = new_sums(static_w if needs[1] else None, batch * chunks)
+    launch(
+        _backward_kernel,
+        blocks * batch * chunks,
+        (dy, x, weight, static_w, dx, dweight, partial, positions),
+        (time, channels, dy.stride(0), x.stride(0), weight.stride(0), chunks, per_chunk),
+        {
+            "dy_time": dy.stride(1), "x_time": x.stride(1),
+            "weight_time": weight.stride(1), "weight_head": weight.stride(2),
+            "dx_time": channels, "head_size": channels // heads, "W": width, "WP": power_of_two(width),
+            "RESIDUAL": residual,
+            "ROWS": rows, "SLOTS": slots, "AHEAD": ahead, "HEADS": in_block, "HP": padded,
+        },
     )  # fmt: skip
-    if static_w is None or partial is None:
-        return dx, dweight, None
-    dstatic = torch.empty_like(static_w)
     sum_parts((partial, dstatic))
     return dx, dweight, dstatic

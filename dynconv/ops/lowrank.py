@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.tiles import ceil_div, multiprocessors, power_of_two, sum_parts
+from dynconv.ops.launch import launch
+from dynconv.ops.tiles import ceil_div, multiprocessors, new_like, new_sums, power_of_two, sum_parts
 
 mma: ModuleType | None
 try:  # Gluon is experimental, and its names move; without it the kernels below do
@@ -29,7 +30,7 @@ def _segment(block, SEGMENTS: tl.constexpr, BD: tl.constexpr):
     base = 0
     before = 0
     for index in tl.static_range(len(SEGMENTS)):
-        width: tl.constexpr = SEGMENTS[index]
+        width = SEGMENTS[index]
         if block >= before:
             segment = index
             first = base + (block - before) * BD
@@ -50,7 +51,7 @@ def _forward_kernel(
     x, z, up, static_w, y, positions,
     time, channels, x_batch, x_time, z_batch, z_time, tiles, blocks,
     SEGMENTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr,
-    STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     segment, first, end = _segment(tl.program_id(0) % blocks, SEGMENTS, BD)
@@ -68,17 +69,17 @@ def _forward_kernel(
     result = tl.zeros([BT, BD], tl.float32)
     if RESIDUAL:
         result = _load_tile(x, steps, x_time, d, d_ok, -start, time - start).to(tl.float32)
-    if PACKED:
+    if positions is not None:
         position = tl.load(positions + start + steps, mask=steps < time - start, other=0)
     for tap in tl.static_range(W):
         at = r[:, None] * (W * channels) + tap * channels + d[None, :]
         basis = tl.load(up + at, mask=(r < R)[:, None] & d_ok[None, :], other=0.0).to(dtype).to(DOT)
         filters = tl.dot(generator, basis, input_precision="ieee")
-        if STATIC:
+        if static_w is not None:
             filters += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
         shifted = _load_tile(x, steps - tap, x_time, d, d_ok, -start, time - start).to(tl.float32)
         product = filters * shifted
-        if PACKED:
+        if positions is not None:
             product = tl.where((position >= tap)[:, None], product, 0.0)
         result += product
     y += (batch * time + start) * channels
@@ -92,7 +93,7 @@ def _backward_kernel(
     time, channels, rows, dy_batch, x_batch, z_batch, chunks, tiles, blocks,
     dy_time: tl.constexpr, x_time: tl.constexpr, z_time: tl.constexpr,
     SEGMENTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr,
-    STATIC: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % blocks
@@ -117,10 +118,12 @@ def _backward_kernel(
         up_at = r[:, None] * (W * channels) + tap * channels + d[None, :]
         taps = tl.load(up + up_at, mask=(r < R)[:, None] & d_ok[None, :], other=0.0)
         basis = basis + (taps.to(dtype).to(DOT),)
-        if STATIC:
+        if static_w is not None:
             static = static + (tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32),)
-        up_sums = up_sums + (tl.zeros([RP, BD], tl.float32),)
-        static_sums = static_sums + (tl.zeros([BD], tl.float32),)
+        if dup is not None:
+            up_sums = up_sums + (tl.zeros([RP, BD], tl.float32),)
+        if dstatic is not None:
+            static_sums = static_sums + (tl.zeros([BD], tl.float32),)
     for tile in range(chunk * tiles, chunk * tiles + tiles):
         start = tile * BT
         last = time - start
@@ -133,39 +136,44 @@ def _backward_kernel(
         if RESIDUAL:
             result = gradient
         dgenerator = tl.zeros([BT, RP], tl.float32)
-        if PACKED:
+        if positions is not None:
             position = tl.load(positions + start + steps, mask=steps < last, other=0)
         new_up_sums = ()
         new_static_sums = ()
         for tap in tl.static_range(W):
             later_generator = _load_tile(zs, steps + tap, z_time, r, r < R, -start, last).to(dtype).to(DOT)
             filters = tl.dot(later_generator, basis[tap], input_precision="ieee")
-            if STATIC:
+            if static_w is not None:
                 filters += static[tap][None, :]
             back = filters * _load_tile(dys, steps + tap, dy_time, d, d_ok, -start, last).to(tl.float32)
             shifted = _load_tile(xs, steps - tap, x_time, d, d_ok, -start, last).to(tl.float32)
             product = gradient * shifted
-            if PACKED:
+            if positions is not None:
                 later = tl.load(positions + start + steps + tap, mask=steps + tap < last, other=0)
                 back = tl.where((later >= tap)[:, None], back, 0.0)
                 product = tl.where((position >= tap)[:, None], product, 0.0)
             result += back
-            new_static_sums = new_static_sums + (static_sums[tap] + tl.sum(product, 0),)
             rounded = product.to(dtype).to(DOT)
-            dgenerator = tl.dot(rounded, tl.trans(basis[tap]), dgenerator, input_precision="ieee")
-            dbasis = tl.dot(tl.trans(generator), rounded, up_sums[tap], input_precision="ieee")
-            new_up_sums = new_up_sums + (dbasis,)
+            if dz is not None:
+                dgenerator = tl.dot(rounded, tl.trans(basis[tap]), dgenerator, input_precision="ieee")
+            if dup is not None:
+                dbasis = tl.dot(tl.trans(generator), rounded, up_sums[tap], input_precision="ieee")
+                new_up_sums = new_up_sums + (dbasis,)
+            if dstatic is not None:
+                new_static_sums = new_static_sums + (static_sums[tap] + tl.sum(product, 0),)
         up_sums = new_up_sums
         static_sums = new_static_sums
         token = batch * time + start + steps[:, None]
         ok = (steps < last)[:, None]
         tl.store(dx + token * channels + d[None, :], result, mask=ok & d_ok[None, :])
-        at = (part.to(tl.int64) * rows + token) * (len(SEGMENTS) * R) + segment * R + r[None, :]
-        tl.store(dz + at, dgenerator, mask=ok & (r < R)[None, :])
+        if dz is not None:
+            at = (part.to(tl.int64) * rows + token) * (len(SEGMENTS) * R) + segment * R + r[None, :]
+            tl.store(dz + at, dgenerator, mask=ok & (r < R)[None, :])
     for tap in tl.static_range(W):
-        at = (program.to(tl.int64) * R + r[:, None]) * (W * channels) + tap * channels + d[None, :]
-        tl.store(dup + at, up_sums[tap], mask=(r < R)[:, None] & d_ok[None, :])
-        if STATIC:
+        if dup is not None:
+            at = (program.to(tl.int64) * R + r[:, None]) * (W * channels) + tap * channels + d[None, :]
+            tl.store(dup + at, up_sums[tap], mask=(r < R)[:, None] & d_ok[None, :])
+        if dstatic is not None:
             tl.store(dstatic + (program * W + tap).to(tl.int64) * channels + d, static_sums[tap], mask=d_ok)
 
 
@@ -192,20 +200,25 @@ def forward(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if mma is not None and x.is_cuda and positions is None and mma.fits(x, up, segments):
-        return mma.forward(x, z, up, static_w, segments, residual)
+    if mma is not None and x.is_cuda and mma.fits(x, up, segments) and up.shape[0] <= mma.RANKS:
+        return mma.forward(x, z, up, static_w, positions, segments, residual)
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(x, rank, backward=False)
     tiles = ceil_div(time, steps)
     blocks = sum(ceil_div(width, columns) for width in segments)
-    y = x.new_empty(x.shape)
-    _forward_kernel[(blocks * batch * tiles,)](
-        x, z, up, static_w, y, positions,
-        time, channels, x.stride(0), x.stride(1), z.stride(0), z.stride(1), tiles, blocks,
-        SEGMENTS=segments, R=rank, RP=padded, W=up.shape[1] // channels,
-        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
-        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, num_stages=1, enable_fp_fusion=True,
+    y = new_like(x)
+    launch(
+        _forward_kernel,
+        blocks * batch * tiles,
+        (x, z, up, static_w, y, positions),
+        (time, channels, x.stride(0), x.stride(1), z.stride(0), z.stride(1), tiles, blocks),
+        {
+            "SEGMENTS": segments, "R": rank, "RP": padded, "W": up.shape[1] // channels,
+            "RESIDUAL": residual,
+            "BT": steps, "BD": columns, "DOT": _dot_dtype(x),
+        },
+        num_stages=1,
     )  # fmt: skip
     return y
 
@@ -219,10 +232,11 @@ def backward(
     positions: Tensor | None,  # [T] int32
     segments: tuple[int, ...],
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
+    needs: tuple[bool, bool, bool],  # whether z, up and static_w want gradients
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
-    if mma is not None and x.is_cuda and positions is None and mma.fits(x, up, segments):
-        return mma.backward(dy, x, z, up, static_w, segments, residual)
+    if mma is not None and x.is_cuda and mma.fits(x, up, segments):
+        return mma.backward(dy, x, z, up, static_w, positions, segments, residual, needs)
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     steps, columns, padded = _tile(x, rank, backward=True)
@@ -232,27 +246,24 @@ def backward(
     chunks = min(tiles, ceil_div(4 * multiprocessors(x), blocks * batch))
     per_chunk = ceil_div(tiles, chunks)
     chunks = ceil_div(tiles, per_chunk)
-    dx = x.new_empty(x.shape)
-    dz, dup = z.new_empty(z.shape), up.new_empty(up.shape)
-    new_partial = x.new_zeros if min(in_segment) != max(in_segment) else x.new_empty
-    dz_partial = new_partial((max(in_segment), batch * time, z.shape[2]), dtype=torch.float32)
-    up_partial = x.new_empty((batch * chunks, rank, width * channels), dtype=torch.float32)
-    static_partial = None
-    if static_w is not None:
-        static_partial = x.new_empty((batch * chunks, width, channels), dtype=torch.float32)
-    _backward_kernel[(blocks * batch * chunks,)](
-        dy, x, z, up, static_w, dx, dz_partial, up_partial, static_partial, positions,
-        time, channels, batch * time,
-        dy.stride(0), x.stride(0), z.stride(0), chunks, per_chunk, blocks,
-        dy_time=dy.stride(1), x_time=x.stride(1), z_time=z.stride(1),
-        SEGMENTS=segments, R=rank, RP=padded, W=width,
-        STATIC=static_w is not None, RESIDUAL=residual, PACKED=positions is not None,
-        BT=steps, BD=columns, DOT=_dot_dtype(x), num_warps=4, num_stages=1, enable_fp_fusion=True,
+    dx = new_like(x)
+    # segments of fewer blocks than the widest leave parts of dz unwritten
+    uneven = min(in_segment) != max(in_segment)
+    dz_partial, dz = new_sums(z if needs[0] else None, max(in_segment), zero=uneven)
+    up_partial, dup = new_sums(up if needs[1] else None, batch * chunks)
+    static_partial, dstatic = new_sums(static_w if needs[2] else None, batch * chunks)
+    launch(
+        _backward_kernel,
+        blocks * batch * chunks,
+        (dy, x, z, up, static_w, dx, dz_partial, up_partial, static_partial, positions),
+        (time, channels, batch * time, dy.stride(0), x.stride(0), z.stride(0), chunks, per_chunk, blocks),
+        {
+            "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": z.stride(1),
+            "SEGMENTS": segments, "R": rank, "RP": padded, "W": width,
+            "RESIDUAL": residual,
+            "BT": steps, "BD": columns, "DOT": _dot_dtype(x),
+        },
+        num_stages=1,
     )  # fmt: skip
-    jobs = [(dz_partial, dz), (up_partial, dup)]
-    dstatic = None
-    if static_w is not None and static_partial is not None:
-        dstatic = static_w.new_empty(static_w.shape)
-        jobs.append((static_partial, dstatic))
-    sum_parts(*jobs)
+    sum_parts((dz_partial, dz), (up_partial, dup), (static_partial, dstatic))
     return dx, dz, dup, dstatic

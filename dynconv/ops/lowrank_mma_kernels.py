@@ -1,6 +1,7 @@
-"""The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, R <= 16, W <= 4.
+"""The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, W <= 4, at most 16 ranks a launch.
 
-Legend: B batch, T time, D channels, W taps, R rank (padded to 16), G segments.
+Legend: B batch, T time, D channels, W taps, R rank (padded to 16), G segments. A backward launch of a later 16 ranks
+ADDs to what the launches before it left in dx.
 
 Everything a thread needs stays in its registers. A warp owns 16 channels and 16 rows; row r, slot s stands for
 time r * RUN + s of the program's chunk, so the earlier inputs of a slot are the slots before it, of the same thread.
@@ -16,11 +17,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from dynconv.ops.gluon_pieces import allocate_ring, async_load, forget, load_history, load_position, load_positions
 from dynconv.ops.mma import (
-    allocate_ring,
-    async_load,
     axis,
     channel_of,
+    copy_layout,
     find_segment,
     load_basis,
     load_basis_transposed,
@@ -29,6 +30,8 @@ from dynconv.ops.mma import (
     mma_layout,
     multiply,
     own_layout,
+    read_layout,
+    read_slot,
     to_channels,
     to_columns,
     transpose,
@@ -37,19 +40,20 @@ from dynconv.ops.mma import (
 
 @gluon.jit
 def forward_kernel(
-    x, z, up, static_w, y,
+    x, z, up, static_w, y, positions,
     time, channels, x_batch, z_batch, chunks, blocks,
     x_time: gl.constexpr, z_time: gl.constexpr, y_time: gl.constexpr, SEGMENTS: gl.constexpr,
-    R: gl.constexpr, W: gl.constexpr, STATIC: gl.constexpr, RESIDUAL: gl.constexpr,
+    R: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr,
     RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = mma_layout(WARPS)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     OWN: gl.constexpr = own_layout(WARPS)
-    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
+    COPY: gl.constexpr = copy_layout(WARPS)
+    READ: gl.constexpr = read_layout(WARPS)
     Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
-    ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0])
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
     Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=4, max_phase=2, order=[1, 0])
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * (16 * WARPS)
@@ -65,8 +69,8 @@ def forward_kernel(
     d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
     d_ok = d < channels
     limit = time - start - row
-    copy_row = axis(16, 1, COPY) * RUN
-    copy_d = first + axis(WARPS, 0, COPY) * 16 + axis(16, 2, COPY)
+    copy_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, COPY)), 1) * RUN
+    copy_d = first + gl.expand_dims(gl.arange(0, 16 * WARPS, gl.SliceLayout(0, COPY)), 0)
     copy_ok = copy_d < channels
     copy_limit = time - start - copy_row
     x_from = copy_row * x_time + copy_d
@@ -74,7 +78,7 @@ def forward_kernel(
     z_column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, Z_COPY)), 0)
     z_from = z_row * z_time + z_column
     z_limit = time - start - z_row + z_column * 0
-    x_ring = allocate_ring(SLOTS, [STAGES, WARPS, 16, 16], ROWS, dtype)
+    x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         x_ok = (slot < copy_limit) & copy_ok
@@ -82,16 +86,18 @@ def forward_kernel(
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
-    xs = ()
-    for slot in gl.static_range(1 - W, 0):
-        ok = (slot >= -start - row) & (slot < limit) & d_ok
-        xs = xs + (gl.load(x + row * x_time + d + slot * x_time, mask=ok, other=0.0),)
+    xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
     basis = load_basis(up, first, channels, R, W, WARPS, RIGHT, dtype)
-    starts = load_starts(static_w, first, channels, W, STATIC, WARPS, MMA)
+    starts = load_starts(static_w, first, channels, W, WARPS, MMA)
 
+    if positions is not None:
+        places = load_positions(positions, start, row, limit, 0, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
+        if positions is not None:  # a group ahead, to hide their latency
+            position = places
+            places = load_positions(positions, start, row, limit, group + SLOTS, SLOTS)
         async_copy.wait_group(STAGES - 2)
         ahead = group + (STAGES - 1) * SLOTS
         place = ahead // SLOTS % STAGES
@@ -107,7 +113,9 @@ def forward_kernel(
         out = y + row * y_time + d
         y += SLOTS * y_time
         for slot in gl.static_range(SLOTS):
-            xs = xs + (x_ring[slot].index(place).load(OWN),)
+            if positions is not None:
+                xs = forget(xs, position[slot], W)
+            xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
             generator = load_generator(z_ring[slot].index(place), WARPS, LEFT)
             if RESIDUAL:
                 result = xs[W - 1].to(gl.float32)
@@ -125,21 +133,22 @@ def forward_kernel(
 
 @gluon.jit
 def backward_kernel(
-    dy, x, z, up, static_w, dx, dz, dup, dstatic,
+    dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
     time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks,
     dy_time: gl.constexpr, x_time: gl.constexpr, z_time: gl.constexpr, dx_time: gl.constexpr, SEGMENTS: gl.constexpr,
-    R: gl.constexpr, W: gl.constexpr, STATIC: gl.constexpr, RESIDUAL: gl.constexpr,
+    ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, ADD: gl.constexpr,
     RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = mma_layout(WARPS)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     OWN: gl.constexpr = own_layout(WARPS)
-    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
+    COPY: gl.constexpr = copy_layout(WARPS)
+    READ: gl.constexpr = read_layout(WARPS)
     Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
     SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 2, 16], [1, WARPS, 1], [2, 1, 0])
     OUT: gl.constexpr = gl.SliceLayout(0, SUM)
-    ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0])
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
     Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=4, max_phase=2, order=[1, 0])
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * (16 * WARPS)
@@ -152,15 +161,16 @@ def backward_kernel(
     z += batch * z_batch + start.to(gl.int64) * z_time + segment * 16
     dx += (batch * time + start) * dx_time
     part = (first - begin) // (16 * WARPS)
-    RANKS: gl.constexpr = R * len(SEGMENTS)
-    dz += (part.to(gl.int64) * tokens + batch * time + start) * RANKS + segment * R
+    RANKS: gl.constexpr = ALL_RANKS * len(SEGMENTS)
+    if dz is not None:
+        dz += (part.to(gl.int64) * tokens + batch * time + start) * RANKS + segment * ALL_RANKS
 
     row = axis(16, 1, OWN) * RUN
     d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
     d_ok = d < channels
     limit = time - start - row
-    copy_row = axis(16, 1, COPY) * RUN
-    copy_d = first + axis(WARPS, 0, COPY) * 16 + axis(16, 2, COPY)
+    copy_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, COPY)), 1) * RUN
+    copy_d = first + gl.expand_dims(gl.arange(0, 16 * WARPS, gl.SliceLayout(0, COPY)), 0)
     copy_ok = copy_d < channels
     copy_limit = time - start - copy_row
     x_from = copy_row * x_time + copy_d
@@ -169,8 +179,8 @@ def backward_kernel(
     z_column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, Z_COPY)), 0)
     z_from = z_row * z_time + z_column
     z_limit = time - start - z_row + z_column * 0
-    x_ring = allocate_ring(SLOTS, [STAGES, WARPS, 16, 16], ROWS, dtype)
-    dy_ring = allocate_ring(SLOTS, [STAGES, WARPS, 16, 16], ROWS, dtype)
+    x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
+    dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         early = (slot < copy_limit) & copy_ok
@@ -179,31 +189,37 @@ def backward_kernel(
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
-    xs = ()
+    xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
     partial = ()
-    for slot in gl.static_range(1 - W, 0):
-        ok = (slot >= -start - row) & (slot < limit) & d_ok
-        xs = xs + (gl.load(x + row * x_time + d + slot * x_time, mask=ok, other=0.0),)
+    for _ in gl.static_range(W - 1):
         partial = partial + (gl.zeros([WARPS, 16, 16], gl.float32, OWN),)
     basis = load_basis(up, first, channels, R, W, WARPS, RIGHT, dtype)
     basis_t = load_basis_transposed(up, first, channels, R, W, WARPS, RIGHT, dtype)
-    starts = load_starts(static_w, first, channels, W, STATIC, WARPS, MMA)
+    starts = load_starts(static_w, first, channels, W, WARPS, MMA)
     up_sums = ()
     static_sums = ()
     for _ in gl.static_range(W):
-        up_sums = up_sums + (gl.zeros([WARPS, 16, 16], gl.float32, MMA),)
-        static_sums = static_sums + (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
+        if dup is not None:
+            up_sums = up_sums + (gl.zeros([WARPS, 16, 16], gl.float32, MMA),)
+        if dstatic is not None:
+            static_sums = static_sums + (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
     ones = gl.full([WARPS, 16, 8], 1.0, dtype, RIGHT)
 
-    dz_shared = allocate_ring(SLOTS, [WARPS, 16, 16], ROWS, gl.float32)
+    SUMS: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0])
+    dz_shared = allocate_ring(SLOTS, [WARPS, 16, 16], SUMS, gl.float32)
     dz_time = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, OUT)), 1) * RUN
     dz_rank = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, OUT)), 0)
     dz_limit = time - start - dz_time
+    if positions is not None:
+        places = load_positions(positions, start, row, limit, 0, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     dy_ahead = dy + (STAGES - 1) * SLOTS * dy_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     dx += (1 - W) * dx_time
     for group in range(0, RUN, SLOTS):
+        if positions is not None:  # a group ahead, to hide their latency
+            position = places
+            places = load_positions(positions, start, row, limit, group + SLOTS, SLOTS)
         async_copy.wait_group(STAGES - 2)
         ahead = group + (STAGES - 1) * SLOTS
         place = ahead // SLOTS % STAGES
@@ -221,8 +237,10 @@ def backward_kernel(
         out = dx + row * dx_time + d
         dx += SLOTS * dx_time
         for slot in gl.static_range(SLOTS):
-            xs = xs + (x_ring[slot].index(place).load(OWN),)
-            dy_slot = dy_ring[slot].index(place).load(OWN)
+            if positions is not None:
+                xs = forget(xs, position[slot], W)
+            xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
+            dy_slot = read_slot(dy_ring[slot].index(place), WARPS, READ, OWN)
             gradient = dy_slot.to(gl.float32)
             generator = load_generator(z_ring[slot].index(place), WARPS, LEFT)
             generator_right = load_generator(z_ring[slot].index(place), WARPS, RIGHT)
@@ -232,24 +250,31 @@ def backward_kernel(
             backs = ()
             for tap in gl.static_range(W):
                 g = multiply(dy_slot, xs[W - 1 - tap])
-                dz_slot = mma_v2(to_columns(g, WARPS, LEFT), basis_t[tap], dz_slot)
+                if dz is not None:
+                    dz_slot = mma_v2(to_columns(g, WARPS, LEFT), basis_t[tap], dz_slot)
                 g_transposed = transpose(g, WARPS, LEFT)
-                new_up_sums = new_up_sums + (mma_v2(g_transposed, generator_right, up_sums[tap]),)
-                if STATIC:
+                if dup is not None:
+                    new_up_sums = new_up_sums + (mma_v2(g_transposed, generator_right, up_sums[tap]),)
+                if dstatic is not None:
                     new_static_sums = new_static_sums + (mma_v2(g_transposed, ones, static_sums[tap]),)
                 filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
                 back = filters * gradient
+                if positions is not None:
+                    back = gl.where(position[slot] >= tap, back, 0.0)
                 if tap > 0:
                     back += partial[W - 1 - tap]
                 elif RESIDUAL:
                     back += gradient
                 backs = backs + (back,)
             up_sums = new_up_sums
-            if STATIC:
-                static_sums = new_static_sums
-            dz_shared[slot].store(dz_slot)
+            static_sums = new_static_sums
+            if dz is not None:
+                dz_shared[slot].store(dz_slot)
             done = (group + slot + 1 - W < limit) & (group + slot >= W - 1) & d_ok
-            gl.store(out + slot * dx_time, backs[W - 1].to(dtype), mask=done)
+            result = backs[W - 1]
+            if ADD:
+                result += gl.load(out + slot * dx_time, mask=done, other=0.0).to(gl.float32)
+            gl.store(out + slot * dx_time, result.to(dtype), mask=done)
             # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
             partial = ()
             kept = ()
@@ -257,24 +282,33 @@ def backward_kernel(
                 partial = partial + (backs[W - 2 - index],)
                 kept = kept + (xs[index + 1],)
             xs = kept
-        for slot in gl.static_range(SLOTS):
-            total = gl.sum(dz_shared[slot].load(SUM), 0)
-            dz_ok = (group + slot < dz_limit) & (dz_rank < R)
-            gl.store(dz + slot * RANKS + dz_time * RANKS + dz_rank, total, mask=dz_ok)
-        dz += SLOTS * RANKS
+        if dz is not None:
+            for slot in gl.static_range(SLOTS):
+                total = gl.sum(dz_shared[slot].load(SUM), 0)
+                dz_ok = (group + slot < dz_limit) & (dz_rank < R)
+                gl.store(dz + slot * RANKS + dz_time * RANKS + dz_rank, total, mask=dz_ok)
+            dz += SLOTS * RANKS
 
     # the first steps of the next run still give to this run's last dx
     async_copy.wait_group(0)
     for slot in gl.static_range(W - 1):
         place = (RUN + slot) // SLOTS % STAGES
-        gradient = dy_ring[slot % SLOTS].index(place).load(OWN).to(gl.float32)
+        gradient = read_slot(dy_ring[slot % SLOTS].index(place), WARPS, READ, OWN).to(gl.float32)
         generator = load_generator(z_ring[slot % SLOTS].index(place), WARPS, LEFT)
         later = ()
+        if positions is not None:
+            after = load_position(positions, start, row, limit, RUN + slot)
         for index in gl.static_range(W - 1 - slot):
             filters = to_channels(mma_v2(generator, basis[W - 1 - index], starts[W - 1 - index]), WARPS, OWN)
-            later = later + (partial[index] + filters * gradient,)
+            back = filters * gradient
+            if positions is not None:
+                back = gl.where(after >= W - 1 - index, back, 0.0)
+            later = later + (partial[index] + back,)
         done = (RUN + slot + 1 - W < limit) & d_ok
-        gl.store(dx + row * dx_time + d + slot * dx_time, later[0].to(dtype), mask=done)
+        last = later[0]
+        if ADD:
+            last += gl.load(dx + row * dx_time + d + slot * dx_time, mask=done, other=0.0).to(gl.float32)
+        gl.store(dx + row * dx_time + d + slot * dx_time, last.to(dtype), mask=done)
         partial = ()
         for index in gl.static_range(W - 2 - slot):
             partial = partial + (later[index + 1],)
@@ -284,7 +318,8 @@ def backward_kernel(
     zero = axis(8, 2, MMA)
     for tap in gl.static_range(W):
         at = (program.to(gl.int64) * R + rank) * (W * channels) + tap * channels + channel
-        gl.store(dup + at, up_sums[tap], mask=(rank < R) & (channel < channels))
-        if STATIC:
+        if dup is not None:
+            gl.store(dup + at, up_sums[tap], mask=(rank < R) & (channel < channels))
+        if dstatic is not None:
             at = (program.to(gl.int64) * W + tap) * channels + channel + zero * 0
             gl.store(dstatic + at, static_sums[tap], mask=(zero == 0) & (channel < channels))

@@ -5,10 +5,6 @@ Tensors are [WARPS, 16 rows, 16 channels or ranks]; `lowrank_mma_kernels` says w
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-
-# Triton 3.9 renamed it.
-async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
@@ -27,6 +23,30 @@ def own_layout(warps):
         block_bases=[],
         shape=[warps, 16, 16],
     )
+
+
+@gluon.constexpr_function
+def read_layout(warps):
+    """[16 rows, channel]: `own_layout`, the warps' channels side by side as in memory."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0]],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[0, 16 * 2**bit] for bit in range(warps.bit_length() - 1)],
+        block_bases=[],
+        shape=[16, 16 * warps],
+    )
+
+
+@gluon.constexpr_function
+def copy_layout(warps):
+    """[16 rows, channel] on the way into a ring: neighbouring lanes copy whole cache lines."""
+    return gl.BlockedLayout([1, 8], [16 // warps, 2 * warps], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def read_slot(slot, WARPS: gl.constexpr, read: gl.constexpr, own: gl.constexpr):
+    """One slot of a ring [16 rows, channel] -> [WARPS, 16 rows, 16 channels]."""
+    return gl.convert_layout(slot.load(read).reshape([16, WARPS, 16]).permute([1, 0, 2]), own)
 
 
 @gluon.jit
@@ -92,15 +112,6 @@ def load_generator(z, WARPS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
-    """Shared memory for groups of SLOTS slots: a buffer each, lest Triton put barriers between their copies."""
-    ring = ()
-    for _ in gl.static_range(SLOTS):
-        ring = ring + (gl.allocate_shared_memory(dtype, shape, layout),)
-    return ring
-
-
-@gluon.jit
 def load_basis(
     up,
     first,
@@ -143,14 +154,12 @@ def load_basis_transposed(
 
 
 @gluon.jit
-def load_starts(
-    static_w, first, channels, W: gl.constexpr, STATIC: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr
-):
+def load_starts(static_w, first, channels, W: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
     """What the filters' sums start from: the static filter's taps, or zero."""
     d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 2, layout))
     starts = ()
     for tap in gl.static_range(W):
-        if STATIC:
+        if static_w is not None:
             value = gl.load(static_w + tap * channels + d, mask=d < channels, other=0.0).to(gl.float32)
             starts = starts + (value.broadcast_to([WARPS, 16, 16]),)
         else:

@@ -49,23 +49,26 @@ def _backward(
     positions: Tensor | None,
     segments: list[int] | tuple[int, ...],
     residual: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    needs: list[bool] | tuple[bool, ...],  # whether z, weight and static_w want gradients
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, z, weight and static_w."""
     if x.numel() == 0:
-        parameters = (z, weight, static_w)
-        return (torch.zeros_like(x), *(None if p is None else torch.zeros_like(p) for p in parameters))  # type: ignore[return-value]  # a star hides the length
+        return (torch.zeros_like(x), *(None if p is None else torch.zeros_like(p) for p in (z, weight, static_w)))
     dy, x = _rows_contiguous(dy), _rows_contiguous(x)
     static_w = None if static_w is None else static_w.contiguous()
+    z_needs, weight_needs, static_needs = needs
     if weight is None:
         assert static_w is not None
-        dx, dstatic = static.backward(dy, x, static_w, positions, residual)
+        dx, dstatic = static.backward(dy, x, static_w, positions, residual, static_needs)
         return dx, None, None, dstatic
     if z is None:
-        dx, dweight, dstatic_w = headwise.backward(dy, x, _rows_contiguous(weight), static_w, positions, residual)
-        return dx, None, dweight, dstatic_w
-    return lowrank.backward(
-        dy, x, _rows_contiguous(z), weight.contiguous(), static_w, positions, tuple(segments), residual
-    )
+        weight = _rows_contiguous(weight)
+        needed = (weight_needs, static_needs)
+        dx, dweight, dstatic = headwise.backward(dy, x, weight, static_w, positions, residual, needed)
+        return dx, None, dweight, dstatic
+    z, up = _rows_contiguous(z), weight.contiguous()
+    wanted = (z_needs, weight_needs, static_needs)
+    return lowrank.backward(dy, x, z, up, static_w, positions, tuple(segments), residual, wanted)
 
 
 class _Convolve(torch.autograd.Function):
@@ -88,7 +91,8 @@ class _Convolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, static_w, positions = ctx.saved_tensors
-        gradients = _backward(dy, x, z, weight, static_w, positions, ctx.segments, ctx.residual)
+        needs = ctx.needs_input_grad[1:4]
+        gradients = _backward(dy, x, z, weight, static_w, positions, ctx.segments, ctx.residual, needs)
         return (*gradients, None, None, None)
 
 
@@ -105,7 +109,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op(
     "dynconv::convolve_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_op(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(dy.new_empty(0) if g is None else g for g in _backward(dy, *inputs))
@@ -113,8 +117,8 @@ def _backward_op(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 @_backward_op.register_fake
 def _(dy: Tensor, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    parameters = (dy.new_empty(0) if p is None else p.new_empty(p.shape) for p in inputs[:3])
-    return (x.new_empty(x.shape), *parameters)
+    parameters = zip(inputs[:3], inputs[-1], strict=True)
+    return (x.new_empty(x.shape), *(p.new_empty(p.shape) if needed else dy.new_empty(0) for p, needed in parameters))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - the protocol's signature
@@ -124,9 +128,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    gradients = _backward_op(dy, *inputs, ctx.segments, ctx.residual)
-    present = (None if i is None else g for i, g in zip(inputs[:4], gradients, strict=True))
-    return (*present, None, None, None)
+    needs = ctx.needs_input_grad[:4]
+    gradients = _backward_op(dy, *inputs, ctx.segments, ctx.residual, list(needs[1:]))
+    wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    return (*wanted, None, None, None)
 
 
 def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature

@@ -1,10 +1,12 @@
 """The static convolution in Triton. Legend: B batch, T time, D channels, W taps."""
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynconv.ops.launch import launch
 from dynconv.ops.tiles import (
     ceil_div,
     drop_first,
@@ -12,16 +14,24 @@ from dynconv.ops.tiles import (
     load_slot,
     load_slots,
     multiprocessors,
+    new_like,
+    new_sums,
     power_of_two,
     sum_parts,
 )
+
+ring: Any
+try:  # Gluon is experimental, and its names move; without it the kernels below do
+    from dynconv.ops import ring
+except (AssertionError, AttributeError, ImportError):  # Triton < 3.6; the interpreter
+    ring = None
 
 
 @triton.jit
 def _forward_kernel(
     x, weight, y, positions,
     time, channels, x_batch, tiles, x_time: tl.constexpr, y_time: tl.constexpr,
-    W: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    W: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, BD)
@@ -34,7 +44,7 @@ def _forward_kernel(
     limit = time - start - rows
     x += batch * x_batch + start.to(tl.int64) * x_time
     inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok)
-    if PACKED:
+    if positions is not None:
         position = load_positions(positions + start, rows, SLOTS, time - start)
     taps = ()
     for tap in tl.static_range(W):
@@ -47,7 +57,7 @@ def _forward_kernel(
             result = tl.zeros([ROWS, BD], tl.float32)
         for tap in tl.static_range(W):
             product = taps[tap] * inputs[slot + W - 1 - tap].to(tl.float32)
-            if PACKED:
+            if positions is not None:
                 product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
             result += product
         tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
@@ -58,7 +68,7 @@ def _backward_kernel(
     dy, x, weight, dx, dweight, positions,
     time, channels, dy_batch, x_batch, chunks, tiles,
     dy_time: tl.constexpr, x_time: tl.constexpr, dx_time: tl.constexpr,
-    W: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr,
+    W: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, BD)
@@ -72,7 +82,8 @@ def _backward_kernel(
     taps = ()
     for tap in tl.static_range(W):
         taps = taps + (tl.load(weight + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :],)
-        sums = sums + (tl.zeros([ROWS, BD], tl.float32),)
+        if dweight is not None:
+            sums = sums + (tl.zeros([ROWS, BD], tl.float32),)
     for tile in range(chunk * tiles, chunk * tiles + tiles):
         start = tile * (ROWS * SLOTS)
         last = time - start
@@ -82,7 +93,7 @@ def _backward_kernel(
         out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
         inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
         grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
-        if PACKED:
+        if positions is not None:
             position = load_positions(positions + start, rows, SLOTS + W - 1, last)
         for slot in tl.static_range(SLOTS):
             inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, limit, d_ok),)
@@ -96,18 +107,27 @@ def _backward_kernel(
             for tap in tl.static_range(W):
                 back = taps[tap] * grads[tap].to(tl.float32)
                 product = gradient * inputs[W - 1 - tap].to(tl.float32)
-                if PACKED:
+                if positions is not None:
                     back = tl.where((position[slot + tap] >= tap)[:, None], back, 0.0)
                     product = tl.where((position[slot] >= tap)[:, None], product, 0.0)
                 result += back
-                new_sums = new_sums + (sums[tap] + product,)
+                if dweight is not None:
+                    new_sums = new_sums + (sums[tap] + product,)
             sums = new_sums
             tl.store(out + slot * dx_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
             inputs = drop_first(inputs, W + AHEAD)
             grads = drop_first(grads, W + AHEAD)
-    for tap in tl.static_range(W):
-        at = (program * W + tap).to(tl.int64) * channels + d
-        tl.store(dweight + at, tl.sum(sums[tap], 0), mask=d_ok)
+    if dweight is not None:
+        for tap in tl.static_range(W):
+            at = (program * W + tap).to(tl.int64) * channels + d
+            tl.store(dweight + at, tl.sum(sums[tap], 0), mask=d_ok)
+
+
+def _by_ring(x: Tensor, weight: Tensor, positions: Tensor | None, backward: bool) -> bool:
+    """Whether the kernels with a ring take the inputs, and are the faster for them."""
+    return (
+        ring is not None and x.is_cuda and ring.fits(x, None, weight.shape[0]) and (backward or positions is not None)
+    )
 
 
 def forward(
@@ -117,14 +137,22 @@ def forward(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
+    if _by_ring(x, weight, positions, backward=False):
+        return ring.forward(x, None, weight, positions, weight.shape[0], residual)
     batch, time, channels = x.shape
-    y = x.new_empty(x.shape)
+    y = new_like(x)
     rows, slots, columns = 2, 8, min(256, max(16, power_of_two(channels)))
     tiles = ceil_div(time, rows * slots)
-    _forward_kernel[(ceil_div(channels, columns) * batch * tiles,)](
-        x, weight, y, positions, time, channels, x.stride(0), tiles, x_time=x.stride(1), y_time=channels,
-        W=weight.shape[0], RESIDUAL=residual, PACKED=positions is not None,
-        ROWS=rows, SLOTS=slots, BD=columns, num_warps=4, enable_fp_fusion=True,
+    launch(
+        _forward_kernel,
+        ceil_div(channels, columns) * batch * tiles,
+        (x, weight, y, positions),
+        (time, channels, x.stride(0), tiles),
+        {
+            "x_time": x.stride(1), "y_time": channels,
+            "W": weight.shape[0], "RESIDUAL": residual,
+            "ROWS": rows, "SLOTS": slots, "BD": columns,
+        },
     )  # fmt: skip
     return y
 
@@ -135,8 +163,12 @@ def backward(
     weight: Tensor,  # [W, D]
     positions: Tensor | None,  # [T] int32
     residual: bool,
-) -> tuple[Tensor, Tensor]:  # [B, T, D], [W, D]
+    needs: bool,  # whether weight wants a gradient
+) -> tuple[Tensor, Tensor | None]:  # [B, T, D], [W, D]
     """The gradients of x and weight, in their dtypes."""
+    if _by_ring(x, weight, positions, backward=True):
+        dx, _, dweight = ring.backward(dy, x, None, weight, positions, weight.shape[0], residual, (False, needs))
+        return dx, dweight
     batch, time, channels = x.shape
     width = weight.shape[0]
     rows, slots, columns = 2, 16, min(256, max(16, power_of_two(channels)))
@@ -145,15 +177,18 @@ def backward(
     chunks = min(tiles, ceil_div(4 * multiprocessors(x), blocks * batch))
     per_chunk = ceil_div(tiles, chunks)
     chunks = ceil_div(tiles, per_chunk)
-    dx = x.new_empty(x.shape)
-    dweight = torch.empty_like(weight)
-    partial = x.new_empty((batch * chunks, width, channels), dtype=torch.float32)
-    _backward_kernel[(blocks * batch * chunks,)](
-        dy, x, weight, dx, partial, positions,
-        time, channels, dy.stride(0), x.stride(0), chunks, per_chunk,
-        dy_time=dy.stride(1), x_time=x.stride(1), dx_time=channels,
-        W=width, RESIDUAL=residual, PACKED=positions is not None,
-        ROWS=rows, SLOTS=slots, AHEAD=2, BD=columns, num_warps=4, enable_fp_fusion=True,
+    dx = new_like(x)
+    partial, dweight = new_sums(weight if needs else None, batch * chunks)
+    launch(
+        _backward_kernel,
+        blocks * batch * chunks,
+        (dy, x, weight, dx, partial, positions),
+        (time, channels, dy.stride(0), x.stride(0), chunks, per_chunk),
+        {
+            "dy_time": dy.stride(1), "x_time": x.stride(1), "dx_time": channels,
+            "W": width, "RESIDUAL": residual,
+            "ROWS": rows, "SLOTS": slots, "AHEAD": 2, "BD": columns,
+        },
     )  # fmt: skip
     sum_parts((partial, dweight))
     return dx, dweight

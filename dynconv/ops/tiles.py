@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynconv.ops.launch import launch
+
 
 @triton.jit
 def load_slot(pointers, slot, stride: tl.constexpr, limit, ok):
@@ -68,9 +70,8 @@ def _sum_block(block, partial, total, parts, size, BLOCK: tl.constexpr, UNROLL: 
 
 @triton.jit
 def _sum_kernel(
-    partial_a, total_a, parts_a, size_a,
-    partial_b, total_b, parts_b, size_b,
-    partial_c, total_c, parts_c, size_c,
+    partial_a, total_a, partial_b, total_b, partial_c, total_c,
+    parts_a, size_a, parts_b, size_b, parts_c, size_c,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -84,24 +85,43 @@ def _sum_kernel(
         _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, BLOCK, UNROLL)
 
 
-def sum_parts(
-    *jobs: tuple[Tensor, Tensor],  # (partial [P, ...] float32 contiguous, total [...])
-) -> None:
-    """Write each partial's sum over its first dimension into its total: up to three jobs, one launch.
+def new_like(tensor: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the same shape; new_empty takes twice the host time."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def new_sums(
+    like: Tensor | None,  # what wants a gradient, if anything does
+    parts: int,
+    zero: bool = False,  # where programs leave some of the parts out
+) -> tuple[Tensor | None, Tensor | None]:  # [parts, *like.shape] float32, like
+    """Where programs leave their shares of a gradient, and where `sum_parts` writes it."""
+    if like is None:
+        return None, None
+    new = like.new_zeros if zero else like.new_empty
+    return new((parts, *like.shape), dtype=torch.float32), new_like(like)
+
+
+def sum_parts(*sums: tuple[Tensor | None, Tensor | None]) -> None:
+    """Write each partial's sum over its first dimension into its total: up to three of `new_sums`, in one launch.
 
     The order of addition is fixed, so the sums are the same bits every time.
     """
+    jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
+    if not jobs:
+        return
     unroll = min(64, power_of_two(max(partial.shape[0] for partial, _ in jobs)))
     block = 4096 // unroll
-    arguments: list[Tensor | int] = []
-    programs = 0
+    tensors: tuple[Tensor, ...] = ()
+    sizes: tuple[int, ...] = ()
     for partial, total in jobs:
-        programs += ceil_div(total.numel(), block)
-        arguments += [partial, total, partial.shape[0], total.numel()]
+        tensors += (partial, total)
+        sizes += (partial.shape[0], total.numel())
     for _ in range(3 - len(jobs)):
-        arguments += [*jobs[0], 0, 0]
-    if programs:
-        _sum_kernel[(programs,)](*arguments, BLOCK=block, UNROLL=unroll, num_warps=4)
+        tensors += jobs[0]
+        sizes += (0, 0)
+    programs = sum(ceil_div(total.numel(), block) for _, total in jobs)
+    launch(_sum_kernel, programs, tensors, sizes, {"BLOCK": block, "UNROLL": unroll})
 
 
 def ceil_div(number: int, divisor: int) -> int:
@@ -112,6 +132,26 @@ def ceil_div(number: int, divisor: int) -> int:
 def power_of_two(number: int) -> int:
     """The least power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its rows do not start at multiples of 16 bytes, which cp.async needs."""
+    batch, time = tensor.stride()[:2]
+    return tensor if (tensor.data_ptr() | batch * 2 | time * 2) % 32 == 0 else tensor.contiguous()
+
+
+@functools.cache
+def run_length(time: int, rows: int, programs_a_chunk: int, at_once: int, shortest: int, longest: int) -> int:
+    """Slots of a row, for programs of so many rows of which a device runs `at_once`.
+
+    Long runs set up less often, which costs about 16 slots' worth of time; short ones fill the device.
+    """
+    runs = [longest >> halving for halving in range(longest.bit_length()) if longest >> halving >= shortest]
+
+    def cost(run: int) -> int:
+        return ceil_div(programs_a_chunk * ceil_div(time, rows * run), at_once) * (run + 16)
+
+    return min(runs, key=cost)
 
 
 @functools.cache

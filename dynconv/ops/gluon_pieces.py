@@ -1,0 +1,56 @@
+"""Pieces that the Gluon kernels share: rings in shared memory, and the inputs before a run.
+
+A row is a run of slots, one time step each; `ring_kernels` and `lowrank_mma_kernels` say how rows lie in a program.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+# Triton 3.9 renamed it.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
+    """Shared memory for groups of SLOTS slots: a buffer each, lest Triton put barriers between their copies."""
+    ring = ()
+    for _ in gl.static_range(SLOTS):
+        ring = ring + (gl.allocate_shared_memory(dtype, shape, layout),)
+    return ring
+
+
+@gluon.jit
+def load_position(positions, start, row, limit, slot):
+    """Each row's place in its document."""
+    return gl.load(positions + start + row + slot, mask=slot < limit, other=0)
+
+
+@gluon.jit
+def load_positions(positions, start, row, limit, first, SLOTS: gl.constexpr):
+    """`load_position` of SLOTS slots."""
+    places = ()
+    for slot in gl.static_range(SLOTS):
+        places = places + (load_position(positions, start, row, limit, first + slot),)
+    return places
+
+
+@gluon.jit
+def load_history(x, positions, start, row, limit, d_ok, x_time: gl.constexpr, W: gl.constexpr):
+    """The W - 1 slots before a run, oldest first; zero before the document's start."""
+    xs = ()
+    for slot in gl.static_range(1 - W, 0):
+        ok = (slot >= -start - row) & (slot < limit) & d_ok
+        if positions is not None:
+            ok &= load_position(positions, start, row, limit, 0) + slot >= 0
+        xs = xs + (gl.load(x + slot * x_time, mask=ok, other=0.0),)
+    return xs
+
+
+@gluon.jit
+def forget(xs, position, W: gl.constexpr):
+    """The W - 1 slots before this one; zero where this one starts a document."""
+    kept = ()
+    for index in gl.static_range(W - 1):
+        kept = kept + (gl.where(position == 0, gl.zeros_like(xs[index]), xs[index]),)
+    return kept

@@ -1,0 +1,113 @@
+"""The static and head-wise convolutions with a ring in shared memory: which inputs fit, and the launches.
+
+Legend: B batch, T time, D channels, H heads, W taps.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynconv.ops import ring_kernels as kernels
+from dynconv.ops.launch import launch
+from dynconv.ops.tiles import aligned, ceil_div, multiprocessors, new_like, new_sums, run_length, sum_parts
+
+_WARP = 128  # channels of a warp
+
+
+def fits(x: Tensor, weight: Tensor | None, width: int) -> bool:
+    """Whether these kernels take the inputs; `static` and `headwise` have kernels for any."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and width in (2, 4)
+        and x.shape[2] % 16 == 0
+        and (weight is None or _fits(x, weight, width))
+    )
+
+
+def _fits(x: Tensor, weight: Tensor, width: int) -> bool:
+    heads = weight.shape[2]
+    head_size = x.shape[2] // heads
+    return (
+        weight.dtype == x.dtype
+        and weight.stride(2) == width
+        and heads * width % 16 == 0  # cp.async wants aligned rows
+        and head_size & (head_size - 1) == 0
+        and head_size <= 4 * width  # and two coefficients a lane
+    )
+
+
+def _plan(
+    x: Tensor,  # [B, T, D]
+    weight: Tensor | None,  # [B, T, H, W]
+    width: int,
+    residual: bool,
+    slots: int,
+    stages: int,
+    at_once: int,  # programs of four warps that a multiprocessor holds
+) -> tuple[int, int, int, dict[str, Any]]:
+    """Blocks of channels, chunks of time, the weight's batch stride, and the constants both passes share."""
+    batch, time, channels = x.shape
+    warps = 4 if channels % (4 * _WARP) == 0 else 2 if channels % (2 * _WARP) == 0 else 1
+    blocks = ceil_div(channels, warps * _WARP)
+    run = run_length(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, slots * stages, 128)
+    constants = {
+        "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
+        "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual,
+        "RUN": run, "SLOTS": slots, "STAGES": stages, "WARPS": warps,
+    }  # fmt: skip
+    return blocks, ceil_div(time, run), 0 if weight is None else weight.stride(0), constants
+
+
+def forward(
+    x: Tensor,  # [B, T, D]
+    weight: Tensor | None,  # [B, T, H, W]; None: static
+    static_w: Tensor | None,  # [W, D]
+    positions: Tensor | None,  # [T] int32: each token's place in its document
+    width: int,
+    residual: bool,
+) -> Tensor:  # [B, T, D]
+    """The result, in x's dtype."""
+    batch, time, channels = x.shape
+    x, weight = aligned(x), None if weight is None else aligned(weight)
+    y = new_like(x)
+    blocks, chunks, weight_batch, constants = _plan(x, weight, width, residual, slots=2, stages=4, at_once=8)
+    launch(
+        kernels.forward_kernel,
+        blocks * batch * chunks,
+        (x, weight, static_w, y, positions),
+        (time, channels, x.stride(0), weight_batch, chunks, blocks),
+        constants | {"y_time": channels},
+        num_warps=constants["WARPS"],
+    )
+    return y
+
+
+def backward(
+    dy: Tensor,  # [B, T, D]
+    x: Tensor,  # [B, T, D]
+    weight: Tensor | None,  # [B, T, H, W]
+    static_w: Tensor | None,  # [W, D]
+    positions: Tensor | None,  # [T] int32
+    width: int,
+    residual: bool,
+    needs: tuple[bool, bool],  # whether weight and static_w want gradients
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # [B, T, D], [B, T, H, W], [W, D]
+    """The gradients of x, weight and static_w, in their dtypes."""
+    batch, time, channels = x.shape
+    dy, x, weight = aligned(dy), aligned(x), None if weight is None else aligned(weight)
+    slots = 8 if weight is not None and channels < 4 * weight.shape[2] else 4  # where a lane has many coefficients
+    blocks, chunks, weight_batch, constants = _plan(x, weight, width, residual, slots, stages=2, at_once=4)
+    dx = new_like(x)
+    dweight = None if weight is None or not needs[0] else new_like(weight)
+    partial, dstatic = new_sums(static_w if needs[1] else None, batch * chunks)
+    launch(
+        kernels.backward_kernel,
+        blocks * batch * chunks,
+        (dy, x, weight, static_w, dx, dweight, partial, positions),
+        (time, channels, dy.stride(0), x.stride(0), weight_batch, chunks, blocks),
+        constants | {"dy_time": dy.stride(1), "dx_time": channels},
+        num_warps=constants["WARPS"],
+    )
+    sum_parts((partial, dstatic))
+    return dx, dweight, dstatic

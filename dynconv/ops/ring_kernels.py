@@ -1,0 +1,357 @@
+"""The static and head-wise convolutions in Gluon: 16-bit inputs stream through a ring in shared memory.
+
+Legend: B batch, T time, D channels, H heads, W taps. Head sizes and W are powers of two.
+
+A program owns 128 * WARPS channels of RUN time steps, and takes one step, a slot, after the other. A lane holds four
+neighbouring channels, and the W coefficients of the head or heads they belong to, so that nothing but a head's sum
+crosses lanes. Registers hold the static filter and its sums; what is read (cp.async) waits in the ring.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from dynconv.ops.gluon_pieces import allocate_ring, async_load, forget, load_history, load_position, load_positions
+
+
+@gluon.constexpr_function
+def _bits(number):
+    return number.bit_length() - 1
+
+
+@gluon.constexpr_function
+def channel_layout(warps):
+    """[channel]: four neighbours a lane."""
+    return gl.BlockedLayout([4], [32], [warps], [0])
+
+
+@gluon.constexpr_function
+def head_layout(warps, head_size):
+    """[head, channel of the head]: `channel_layout`, the channels split."""
+
+    def basis(bit):
+        return [0, 2**bit] if 2**bit < head_size else [2**bit // head_size, 0]
+
+    return gl.DistributedLinearLayout(
+        reg_bases=[basis(bit) for bit in range(2)],
+        lane_bases=[basis(bit) for bit in range(2, 7)],
+        warp_bases=[basis(bit) for bit in range(7, 7 + _bits(warps))],
+        block_bases=[],
+        shape=[128 * warps // head_size, head_size],
+    )
+
+
+@gluon.constexpr_function
+def coefficient_layout(warps, head_size, width):
+    """[head * W + tap]: each lane holds all taps of the heads of its channels."""
+
+    def basis(bit):
+        return [2**bit // head_size * width]
+
+    return gl.DistributedLinearLayout(
+        reg_bases=[[2**bit] for bit in range(_bits(width))] + [basis(bit) for bit in range(2) if 2**bit >= head_size],
+        lane_bases=[basis(bit) for bit in range(2, 7)],
+        warp_bases=[basis(bit) for bit in range(7, 7 + _bits(warps))],
+        block_bases=[],
+        shape=[128 * warps // head_size * width],
+    )
+
+
+@gluon.constexpr_function
+def copy_layout(warps, columns):
+    """[head * W + tap] on the way into the ring."""
+    return gl.BlockedLayout([min(8, max(2, columns // (32 * warps)))], [32], [warps], [0])
+
+
+@gluon.jit
+def _split_taps(flat, HEADS: gl.constexpr, W: gl.constexpr):
+    """[HEADS * W] -> the W taps, each [HEADS]."""
+    if W == 2:
+        taps = gl.split(flat.reshape([HEADS, 2]))
+    else:
+        even, odd = gl.split(flat.reshape([HEADS, 2, 2]))
+        a, c = gl.split(even)
+        b, d = gl.split(odd)
+        taps = (a, b, c, d)
+    return taps
+
+
+@gluon.jit
+def _join_taps(taps, HEADS: gl.constexpr, W: gl.constexpr):
+    """The inverse."""
+    if W == 2:
+        flat = gl.join(taps[0], taps[1])
+    else:
+        flat = gl.join(gl.join(taps[0], taps[2]), gl.join(taps[1], taps[3]))
+    return flat.reshape([HEADS * W])
+
+
+@gluon.jit
+def _per_channel(tap, WARPS: gl.constexpr, HP: gl.constexpr):
+    """[head] -> [channel]: every channel gets its head's coefficient, in float32."""
+    HEAD: gl.constexpr = head_layout(WARPS, HP)
+    tap = gl.expand_dims(gl.convert_layout(tap.to(gl.float32), gl.SliceLayout(1, HEAD)), 1)
+    spread = tap.broadcast_to([128 * WARPS // HP, HP]).reshape([128 * WARPS])
+    return gl.convert_layout(spread, channel_layout(WARPS))
+
+
+@gluon.jit
+def _per_head(product, WARPS: gl.constexpr, HP: gl.constexpr):
+    """[channel] -> [head]: the sum over each head's channels."""
+    HEAD: gl.constexpr = head_layout(WARPS, HP)
+    return gl.sum(gl.convert_layout(product.reshape([128 * WARPS // HP, HP]), HEAD), 1)
+
+
+@gluon.jit
+def _filter(taps, static, tap: gl.constexpr, WARPS: gl.constexpr, HP: gl.constexpr):
+    """One tap of a slot's filters [channel]: dynamic, static, or their sum."""
+    if len(taps) == 0:
+        values = static[tap]
+    else:
+        values = _per_channel(taps[tap], WARPS, HP)
+        if len(static) > 0:
+            values += static[tap]
+    return values
+
+
+@gluon.jit
+def _load_static(static_w, d, channels, W: gl.constexpr):
+    """The static filter's taps, each [channel] in float32; none without one."""
+    static = ()
+    if static_w is not None:
+        for tap in gl.static_range(W):
+            value = gl.load(static_w + tap * channels + d, mask=d < channels, other=0.0)
+            static = static + (value.to(gl.float32),)
+    return static
+
+
+@gluon.jit
+def forward_kernel(
+    x, weight, static_w, y, positions,
+    time, channels, x_batch, weight_batch, chunks, blocks,
+    x_time: gl.constexpr, weight_time: gl.constexpr, y_time: gl.constexpr,
+    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr,
+    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    gl.static_assert(RUN % (SLOTS * STAGES) == 0)
+    BLOCK: gl.constexpr = 128 * WARPS
+    HEADS: gl.constexpr = BLOCK // HP
+    COLUMNS: gl.constexpr = HEADS * W
+    OWN: gl.constexpr = channel_layout(WARPS)
+    FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
+    COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
+    dtype: gl.constexpr = x.dtype.element_ty
+    first = (gl.program_id(0) % blocks) * BLOCK
+    program = gl.program_id(0) // blocks
+    batch = (program // chunks).to(gl.int64)
+    start = (program % chunks) * RUN
+    limit = time - start
+    d = first + gl.arange(0, BLOCK, OWN)
+    d_ok = d < channels
+    x_at = x + batch * x_batch + start.to(gl.int64) * x_time + d
+    y_at = y + (batch * time + start) * y_time + d
+    x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
+    if weight is not None:
+        column = first // HP * W + gl.arange(0, COLUMNS, COPY)
+        column_ok = column < channels // HP * W
+        weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
+        weight_ring = allocate_ring(SLOTS, [STAGES, COLUMNS], SHARED, dtype)
+    for slot in gl.static_range(AHEAD):
+        async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x_at + slot * x_time, mask=(slot < limit) & d_ok)
+        if weight is not None:
+            copied = (slot < limit) & column_ok
+            async_load(weight_ring[slot % SLOTS].index(slot // SLOTS), weight_at + slot * weight_time, mask=copied)
+        if slot % SLOTS == SLOTS - 1:
+            async_copy.commit_group()
+    xs = load_history(x_at, positions, start, 0, limit, d_ok, x_time, W)
+    static = _load_static(static_w, d, channels, W)
+    if positions is not None:
+        places = load_positions(positions, start, 0, limit, 0, SLOTS)
+    for begin in range(0, RUN, SLOTS * STAGES):
+        for stage in gl.static_range(STAGES):
+            if positions is not None:  # a stage ahead, to hide their latency
+                position = places
+                places = load_positions(positions, start, 0, limit, begin + (stage + 1) * SLOTS, SLOTS)
+            async_copy.wait_group(STAGES - 2)
+            for slot in gl.static_range(SLOTS):
+                far = AHEAD + stage * SLOTS + slot
+                place = (stage + STAGES - 1) % STAGES
+                inside = (begin + far < limit) & d_ok & (begin + far < RUN)
+                async_load(x_ring[slot].index(place), x_at + far * x_time, mask=inside)
+                if weight is not None:
+                    copied = (begin + far < limit) & column_ok & (begin + far < RUN)
+                    async_load(weight_ring[slot].index(place), weight_at + far * weight_time, mask=copied)
+            async_copy.commit_group()
+            for slot in gl.static_range(SLOTS):
+                now = stage * SLOTS + slot
+                if positions is not None:
+                    xs = forget(xs, position[slot], W)
+                xs = xs + (x_ring[slot].index(stage).load(OWN),)
+                taps = ()
+                if weight is not None:
+                    taps = _split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
+                if RESIDUAL:
+                    result = xs[W - 1].to(gl.float32)
+                else:
+                    result = gl.zeros([BLOCK], gl.float32, OWN)
+                for tap in gl.static_range(W):
+                    result += _filter(taps, static, tap, WARPS, HP) * xs[W - 1 - tap].to(gl.float32)
+                gl.store(y_at + now * y_time, result.to(dtype), mask=(begin + now < limit) & d_ok)
+                kept = ()
+                for index in gl.static_range(W - 1):
+                    kept = kept + (xs[index + 1],)
+                xs = kept
+        x_at += SLOTS * STAGES * x_time
+        y_at += SLOTS * STAGES * y_time
+        if weight is not None:
+            weight_at += SLOTS * STAGES * weight_time
+
+
+@gluon.jit
+def backward_kernel(
+    dy, x, weight, static_w, dx, dweight, dstatic, positions,
+    time, channels, dy_batch, x_batch, weight_batch, chunks, blocks,
+    dy_time: gl.constexpr, x_time: gl.constexpr, weight_time: gl.constexpr, dx_time: gl.constexpr,
+    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr,
+    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    gl.static_assert(RUN % (SLOTS * STAGES) == 0)
+    BLOCK: gl.constexpr = 128 * WARPS
+    HEADS: gl.constexpr = BLOCK // HP
+    COLUMNS: gl.constexpr = HEADS * W
+    OWN: gl.constexpr = channel_layout(WARPS)
+    FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
+    COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
+    dweight_time: gl.constexpr = dx_time // HP * W
+    dtype: gl.constexpr = x.dtype.element_ty
+    first = (gl.program_id(0) % blocks) * BLOCK
+    program = gl.program_id(0) // blocks
+    batch = (program // chunks).to(gl.int64)
+    start = (program % chunks) * RUN
+    limit = time - start
+    d = first + gl.arange(0, BLOCK, OWN)
+    d_ok = d < channels
+    x_at = x + batch * x_batch + start.to(gl.int64) * x_time + d
+    dy_at = dy + batch * dy_batch + start.to(gl.int64) * dy_time + d
+    dx_at = dx + (batch * time + start) * dx_time + d
+    x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
+    dy_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
+    if weight is not None:
+        column = first // HP * W + gl.arange(0, COLUMNS, COPY)
+        column_ok = column < channels // HP * W
+        weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
+        weight_ring = allocate_ring(SLOTS, [STAGES, COLUMNS], SHARED, dtype)
+    if dweight is not None:
+        filter_column = first // HP * W + gl.arange(0, COLUMNS, FILTER)
+        filter_ok = filter_column < channels // HP * W
+        dweight_at = dweight + (batch * time + start) * dweight_time + filter_column
+    for slot in gl.static_range(AHEAD):
+        early = (slot < limit) & d_ok
+        async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x_at + slot * x_time, mask=early)
+        async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy_at + slot * dy_time, mask=early)
+        if weight is not None:
+            copied = (slot < limit) & column_ok
+            async_load(weight_ring[slot % SLOTS].index(slot // SLOTS), weight_at + slot * weight_time, mask=copied)
+        if slot % SLOTS == SLOTS - 1:
+            async_copy.commit_group()
+    xs = load_history(x_at, positions, start, 0, limit, d_ok, x_time, W)
+    static = _load_static(static_w, d, channels, W)
+    partial = ()
+    for _ in gl.static_range(W - 1):
+        partial = partial + (gl.zeros([BLOCK], gl.float32, OWN),)
+    sums = ()
+    if dstatic is not None:
+        for _ in gl.static_range(W):
+            sums = sums + (gl.zeros([BLOCK], gl.float32, OWN),)
+    if positions is not None:
+        places = load_positions(positions, start, 0, limit, 0, SLOTS)
+    for begin in range(0, RUN, SLOTS * STAGES):
+        for stage in gl.static_range(STAGES):
+            if positions is not None:  # a stage ahead, to hide their latency
+                position = places
+                places = load_positions(positions, start, 0, limit, begin + (stage + 1) * SLOTS, SLOTS)
+            async_copy.wait_group(STAGES - 2)
+            for slot in gl.static_range(SLOTS):
+                far = AHEAD + stage * SLOTS + slot
+                place = (stage + STAGES - 1) % STAGES
+                inside = (begin + far < limit) & d_ok & (begin + far < RUN + W - 1)
+                async_load(x_ring[slot].index(place), x_at + far * x_time, mask=inside)
+                async_load(dy_ring[slot].index(place), dy_at + far * dy_time, mask=inside)
+                if weight is not None:
+                    copied = (begin + far < limit) & column_ok & (begin + far < RUN + W - 1)
+                    async_load(weight_ring[slot].index(place), weight_at + far * weight_time, mask=copied)
+            async_copy.commit_group()
+            for slot in gl.static_range(SLOTS):
+                now = stage * SLOTS + slot
+                if positions is not None:
+                    xs = forget(xs, position[slot], W)
+                xs = xs + (x_ring[slot].index(stage).load(OWN),)
+                gradient = dy_ring[slot].index(stage).load(OWN).to(gl.float32)
+                taps = ()
+                if weight is not None:
+                    taps = _split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
+                backs = ()
+                coefficients = ()
+                new_sums = ()
+                for tap in gl.static_range(W):
+                    back = _filter(taps, static, tap, WARPS, HP) * gradient
+                    if positions is not None:
+                        back = gl.where(position[slot] >= tap, back, 0.0)
+                    if tap > 0:
+                        back += partial[W - 1 - tap]
+                    elif RESIDUAL:
+                        back += gradient
+                    backs = backs + (back,)
+                    product = gradient * xs[W - 1 - tap].to(gl.float32)
+                    if dweight is not None:
+                        coefficients = coefficients + (_per_head(product, WARPS, HP).to(dtype),)
+                    if dstatic is not None:
+                        new_sums = new_sums + (sums[tap] + product,)
+                sums = new_sums
+                done = (begin + now + 1 - W < limit) & (begin + now >= W - 1) & d_ok
+                gl.store(dx_at + (now + 1 - W) * dx_time, backs[W - 1].to(dtype), mask=done)
+                if dweight is not None:
+                    flat = gl.convert_layout(_join_taps(coefficients, HEADS, W), FILTER)
+                    gl.store(dweight_at + now * dweight_time, flat, mask=(begin + now < limit) & filter_ok)
+                # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
+                partial = ()
+                kept = ()
+                for index in gl.static_range(W - 1):
+                    partial = partial + (backs[W - 2 - index],)
+                    kept = kept + (xs[index + 1],)
+                xs = kept
+        x_at += SLOTS * STAGES * x_time
+        dy_at += SLOTS * STAGES * dy_time
+        dx_at += SLOTS * STAGES * dx_time
+        if weight is not None:
+            weight_at += SLOTS * STAGES * weight_time
+        if dweight is not None:
+            dweight_at += SLOTS * STAGES * dweight_time
+
+    # the first steps of the next run still give to this run's last dx
+    async_copy.wait_group(0)
+    for slot in gl.static_range(W - 1):
+        gradient = dy_ring[slot % SLOTS].index(slot // SLOTS).load(OWN).to(gl.float32)
+        taps = ()
+        if weight is not None:
+            taps = _split_taps(weight_ring[slot % SLOTS].index(slot // SLOTS).load(FILTER), HEADS, W)
+        if positions is not None:
+            after = load_position(positions, start, 0, limit, RUN + slot)
+        later = ()
+        for index in gl.static_range(W - 1 - slot):
+            back = _filter(taps, static, W - 1 - index, WARPS, HP) * gradient
+            if positions is not None:
+                back = gl.where(after >= W - 1 - index, back, 0.0)
+            later = later + (partial[index] + back,)
+        gl.store(dx_at + (slot + 1 - W) * dx_time, later[0].to(dtype), mask=(RUN + slot + 1 - W < limit) & d_ok)
+        partial = ()
+        for index in gl.static_range(W - 2 - slot):
+            partial = partial + (later[index + 1],)
+
+    if dstatic is not None:
+        for tap in gl.static_range(W):
+            gl.store(dstatic + (program.to(gl.int64) * W + tap) * channels + d, sums[tap], mask=d_ok)
