@@ -38,12 +38,12 @@ class Answers:
 
 def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Excluded]]:
     """The finished rows of a store as points of a law, and the rows left out."""
-    runs = store.runs.assign(arm=store.runs["arm"].fillna("all"))
-    done, excluded = finished(runs)
+    done, excluded = finished(store.runs)
     done, repeated = without_repeats(done)
+    done = done.assign(arm=done["arm"].fillna("all"))
     columns = {"N": "parameters", "D": "tokens"}
     if form == "c":
-        columns = {"C": CONVENTIONS[choose_convention(runs, convention)]}
+        columns = {"C": CONVENTIONS[choose_convention(done, convention)]}
     for name, column in columns.items():
         if done[column].isna().all():
             raise ValueError(f"form {form} needs {name} in every row; add a column {name}, or name it with --columns")

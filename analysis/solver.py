@@ -24,7 +24,7 @@ SCHEDULE = ((None, 40), (1.0, 60))  # multiple of delta (None: reweighted at the
 HUBER_SCHEDULE = ((None, 30), (64.0, 10), (16.0, 15), (4.0, 20), (1.0, 80))
 GRADIENT_TOLERANCE = 1e-9  # of the gradient, over the sum of its points' absolute contributions: stop there
 ROUNDING = 1e-8  # relative residuals below this are taken for it: a fit to exact data has converged too
-TOGETHER = 32  # problems iterated at once: few enough for a processor's cache
+TOGETHER = 256  # problems iterated at once: many share an iteration's overhead, and still fit a processor's cache
 RIDGE = 1e-11  # of a system's unit diagonal, for parameters that the points do not tell apart
 CONVERGED = 1e-5  # the same: call it converged
 

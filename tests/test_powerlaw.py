@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from scipy.special import fdtri
 from analysis.intervals import band, bootstrap, profile
 from analysis.powerlaw import Fit, Model, Points, fit
 from analysis.solver import Floats, Loss
+from experiments.cli import main
 
 # The constants of Chinchilla's published fit (arXiv 2203.15556, eq. 10), and of its correction (arXiv 2404.10102).
 PUBLISHED = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28}
@@ -349,3 +352,21 @@ def test_noisy_fits_of_few_sizes_converge_wherever_their_floor_ends(delta: float
     assert law.certificate["starts_agree"] > 50
     assert law.certificate["resamples_failed"] < 30
     assert law.certificate["resamples_at_bound"] > 30
+
+
+def test_a_law_leaves_out_and_lists_what_repeats_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same arm, size and seed is a repeat whatever its loss; without an arm or a seed only the same loss is."""
+    compute = np.geomspace(1e18, 1e21, 6)
+    rows = [f"a,{i},0,{c},{1.7 + (c / 1e19) ** -0.15}" for i, c in enumerate(compute)]
+
+    def left_out(header: str, rows: list[str]) -> list[str]:
+        (tmp_path / "p.csv").write_text("\n".join([header, *rows]))
+        assert main(["fit", str(tmp_path / "p.csv"), "--bootstrap", "0", "--json"]) == 0
+        return [item["run_id"] for item in json.loads(capsys.readouterr().out)["excluded"]]
+
+    assert left_out("arm,size,seed,C,loss", [*rows, rows[2], "a,3,0,1e18,9.9", f"a,3,0,{compute[3]},9.9"]) == [
+        "row 7",
+        "row 9",
+    ]
+    armless = [row.removeprefix("a,") for row in rows]
+    assert left_out("size,seed,C,loss", [*armless, armless[2], f"3,0,{compute[3]},2.2"]) == ["row 7"]
