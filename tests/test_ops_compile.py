@@ -73,7 +73,7 @@ def test_the_gluon_kernels_fit(capability: int, packed: str) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 11  # six kernels, and the launches that pad z and add up partial sums
     # A few spilled loop invariants cost nothing measurable; the 264 bytes of an early version cost half its time.
-    spilled = 128 if packed == "packed" else 32
+    spilled = 192 if packed == "packed" else 32
     # Three low-rank forward programs share a multiprocessor's 64 K registers, and four of the ring's backward.
     ring = 170 if packed == "packed" else 128
     most = {"lowrank_mma_kernels.forward_kernel": 170, "ring_kernels.backward_kernel": ring}

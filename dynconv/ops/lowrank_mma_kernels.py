@@ -259,10 +259,10 @@ def backward_kernel(
                     new_static_sums = new_static_sums + (mma_v2(g_transposed, ones, static_sums[tap]),)
                 filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
                 back = filters * gradient
-                if positions is not None:
-                    back = gl.where(position[slot] >= tap, back, 0.0)
                 if tap > 0:
                     back += partial[W - 1 - tap]
+                    if positions is not None:
+                        back = gl.where(position[slot] >= tap, back, partial[W - 1 - tap])
                 elif RESIDUAL:
                     back += gradient
                 backs = backs + (back,)
@@ -300,10 +300,10 @@ def backward_kernel(
             after = load_position(positions, start, row, limit, RUN + slot)
         for index in gl.static_range(W - 1 - slot):
             filters = to_channels(mma_v2(generator, basis[W - 1 - index], starts[W - 1 - index]), WARPS, OWN)
-            back = filters * gradient
+            back = partial[index] + filters * gradient
             if positions is not None:
-                back = gl.where(after >= W - 1 - index, back, 0.0)
-            later = later + (partial[index] + back,)
+                back = gl.where(after >= W - 1 - index, back, partial[index])
+            later = later + (back,)
         done = (RUN + slot + 1 - W < limit) & d_ok
         last = later[0]
         if ADD:

@@ -299,10 +299,10 @@ def backward_kernel(
                 new_sums = ()
                 for tap in gl.static_range(W):
                     back = _filter(taps, static, tap, WARPS, HP) * gradient
-                    if positions is not None:
-                        back = gl.where(position[slot] >= tap, back, 0.0)
                     if tap > 0:
                         back += partial[W - 1 - tap]
+                        if positions is not None:
+                            back = gl.where(position[slot] >= tap, back, partial[W - 1 - tap])
                     elif RESIDUAL:
                         back += gradient
                     backs = backs + (back,)
@@ -343,10 +343,10 @@ def backward_kernel(
             after = load_position(positions, start, 0, limit, RUN + slot)
         later = ()
         for index in gl.static_range(W - 1 - slot):
-            back = _filter(taps, static, W - 1 - index, WARPS, HP) * gradient
+            back = partial[index] + _filter(taps, static, W - 1 - index, WARPS, HP) * gradient
             if positions is not None:
-                back = gl.where(after >= W - 1 - index, back, 0.0)
-            later = later + (partial[index] + back,)
+                back = gl.where(after >= W - 1 - index, back, partial[index])
+            later = later + (back,)
         gl.store(dx_at + (slot + 1 - W) * dx_time, later[0].to(dtype), mask=(RUN + slot + 1 - W < limit) & d_ok)
         partial = ()
         for index in gl.static_range(W - 2 - slot):
