@@ -120,10 +120,11 @@ class Local:
         """Ends of the 95% interval of ln m, [K] each.
 
         The law's error is left out. Simulated on 4 to 6 sizes with 1 and 3 seeds, coverage is .944 to .954 without it
-        at m = 1.05 and 1.33, and .934 to .950 at m = 2. Adding it (delta method, Welch's degrees of freedom) gains no
-        width at m up to 1.33 (within 4%, coverage .946 to .961), and at m = 2 makes the interval 8% to 21% wider for
-        a coverage of .964 to .978: the spread of the local values holds some of it already. Adding only the rest does
-        nothing over 100x of compute, and over 1,000x takes m = 2 from .942 to .955 for 4% to 6% more width.
+        at m = 1.05 and 1.33, and .93 to .95 at m = 2 (.915 with 6 sizes and an exponent of .3). Adding it (delta
+        method, Welch's degrees of freedom) gains no width at m up to 1.33 (within 4%, coverage .946 to .961), and at
+        m = 2 makes the interval 8% to 21% wider for a coverage of .964 to .978: the spread of the local values holds
+        some of it already. Adding only the rest does nothing over 100x of compute, and over 1,000x takes m = 2 from
+        .942 to .955 for 4% to 6% more width.
         """
         half = stdtrit(self.ln_m.shape[1] - 1, 0.975) * self.error
         return self.mean - half, self.mean + half
