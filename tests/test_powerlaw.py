@@ -288,34 +288,33 @@ def test_resamples_are_reproducible_counted_and_cover_the_estimate() -> None:
     assert (high > law.predict({"C": compute}, "base")).all()
 
 
+TWO_ARMS = {"E": 1.7, "A[base]": 1e16**0.1, "alpha": 0.1, "m[dyn]": 1.33}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "form", "delta", "truth"),
+    ("make", "form", "delta", "truth", "count"),
     [
-        (
-            partial(ladder, 1.33, 0.002, 0.005),
-            "c",
-            None,
-            {"E": 1.7, "alpha": 0.1, "A[base]": 1e16**0.1, "m[dyn]": 1.33},
-        ),
-        (partial(grid, PUBLISHED, 0.01, 8, 6), "nd", None, PUBLISHED),
-        (partial(grid, PUBLISHED, 0.01, 8, 6), "nd", 1e-3, PUBLISHED),
+        (partial(ladder, 1.33, 0.002, 0.005), "c", None, TWO_ARMS, 150),
+        (partial(grid, PUBLISHED, 0.01, 8, 6), "nd", None, PUBLISHED, 150),
+        (partial(grid, PUBLISHED, 0.01, 8, 6), "nd", 1e-3, PUBLISHED, 75),
     ],
 )
 def test_intervals_cover_the_truth(
-    make: Callable[..., Points], form: str, delta: float | None, truth: dict[str, float]
+    make: Callable[..., Points], form: str, delta: float | None, truth: dict[str, float], count: int
 ) -> None:
-    """150 planted data sets: a true 95% gives at least .90 with probability .99, a true 93% at least .875."""
+    """Planted data sets. What `intervals` says of coverage comes from 500 of each; these tell .93 from .85."""
     hits = {kind: dict.fromkeys(truth, 0) for kind in ("ci", "profile_ci")}
-    for k in range(150):
+    for k in range(count):
         law = fit(make(seed=k), form, delta=delta, starts=100, polished=8)
         law = profile(bootstrap(law, 300, seed=k), 100, seed=k)
         for kind, found in hits.items():
             for name, value in truth.items():
                 low, high = getattr(law, kind)[name]
                 found[name] += low <= value <= high
-    print({kind: {name: hit / 150 for name, hit in found.items()} for kind, found in hits.items()})
-    assert all(hit / 150 >= 0.89 for found in hits.values() for hit in found.values())
+    print({kind: {name: round(hit / count, 3) for name, hit in found.items()} for kind, found in hits.items()})
+    least = 0.93 - 2.6 * math.sqrt(0.93 * 0.07 / count)
+    assert all(hit / count >= least for found in hits.values() for hit in found.values())
 
 
 def test_speed() -> None:
