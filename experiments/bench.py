@@ -126,8 +126,11 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / statistics.median(times)
 
 
-def table(chosen: list[Case], found: list[Provider]) -> pd.DataFrame:
-    """One row a case, provider and pass: COLUMNS, and `case` and `transient` for `render`."""
+def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFrame], None]) -> pd.DataFrame:
+    """One row a case, provider and pass: COLUMNS, and `case` and `transient` for `render`.
+
+    After every case `save` gets the rows so far: a bench that is killed keeps what it measured.
+    """
     import pandas as pd
     import torch
     import triton
@@ -159,9 +162,11 @@ def table(chosen: list[Case], found: list[Provider]) -> pd.DataFrame:
             row = shape | {"pass": name, "us": us, "provider": provider.name} | where
             row |= {"case": str(case), "transient": transient}
             rows.append(row | {"bytes": count, "fraction": None if name == "host" else count / us / bandwidth})
+        frame = pd.DataFrame(rows)[[*COLUMNS, "case", "transient"]].astype({"R": "Int64", "H": "Int64"})
+        save(frame[COLUMNS])
     if not rows:
         raise WorkFailed("nothing could be timed; the lines above say why")
-    return pd.DataFrame(rows)[[*COLUMNS, "case", "transient"]].astype({"R": "Int64", "H": "Int64"})
+    return frame
 
 
 def render(rows: pd.DataFrame) -> str:
@@ -182,17 +187,30 @@ def render(rows: pd.DataFrame) -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "rev-parse", "--verify", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
+    """The commit that is measured, marked where the files differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", *arguments]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    commit = git("rev-parse", "--verify", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _write(rows: pd.DataFrame, path: Path) -> None:
-    writers = {".parquet": lambda to: rows.to_parquet(to, index=False), ".csv": lambda to: rows.to_csv(to, index=False)}
-    if path.suffix not in writers:
+def _saver(path: Path | None) -> Callable[[pd.DataFrame], None]:
+    """What writes rows to the path, whole or not at all."""
+    if path is None:
+        return lambda _: None
+    if path.suffix not in (".parquet", ".csv"):
         raise ValueError(f"-o wants a .parquet or .csv; got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, writers[path.suffix])
+
+    def save(rows: pd.DataFrame) -> None:
+        write = rows.to_parquet if path.suffix == ".parquet" else rows.to_csv
+        write_atomically(path, lambda to: write(to, index=False))
+
+    return save
 
 
 def run(args: argparse.Namespace) -> int:
@@ -200,7 +218,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise WorkFailed("bench kernels times a GPU, and none is visible here")
-    measured = table(cases(args.quick), providers(args.compiled, args.against))
+    save = _saver(args.output)
+    measured = table(cases(args.quick), providers(args.compiled, args.against), save)
     rows = measured[COLUMNS]
     if args.format == "text":
         print(render(measured))
@@ -208,8 +227,6 @@ def run(args: argparse.Namespace) -> int:
         print(rows.to_csv(index=False, float_format="%.4g"), end="")
     else:
         print(rows.to_json(orient="records", indent=1))
-    if args.output:
-        _write(rows, args.output)
     if args.figure:
         from analysis import figures
 

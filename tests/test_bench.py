@@ -59,7 +59,7 @@ def test_the_text_has_a_table_a_shape_and_a_line_a_kernel() -> None:
 
 @pytest.mark.parametrize("name", ["kernels.parquet", "kernels.csv"])
 def test_rows_survive_a_file(tmp_path: Path, name: str) -> None:
-    bench._write(_rows()[bench.COLUMNS], tmp_path / "new" / name)
+    bench._saver(tmp_path / "new" / name)(_rows()[bench.COLUMNS])
     read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}[Path(name).suffix](tmp_path / "new" / name)
     assert list(read.columns) == bench.COLUMNS
     assert read["us"].tolist() == pytest.approx(_rows()["us"].tolist())
@@ -133,4 +133,4 @@ def test_the_verb_times_what_it_finds(capsys: pytest.CaptureFixture[str], monkey
 
 def test_an_output_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"-o wants a .parquet or .csv; got"):
-        bench._write(_rows(), tmp_path / "kernels.xlsx")
+        bench._saver(tmp_path / "kernels.xlsx")
