@@ -152,9 +152,9 @@ def compare(
         p = float(constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], resamples, seed)[0])
         at_top = _answer(*trend(local, pairs.c0[-1]).estimate())
     varies = p is not None and p < SIGNIFICANCE
-    headline = _reported(local, varies)
+    headline = _reported(local, p)
     noise_floor = _noise_floor(pairs, local)
-    conventions = {name: _reported(_local(other, floor), varies) for name, other in (others or {}).items()}
+    conventions = {name: _reported(_local(other, floor), p) for name, other in (others or {}).items()}
     return Multiplier(
         arm=pairs.arm,
         baseline=pairs.baseline,
@@ -176,8 +176,8 @@ def compare(
         wild_cluster=wild_cluster_interval(local) if sizes >= 3 else None,
         floor_sensitivity=_floor_sensitivity(pairs, others or {}, local, floors),
         noise_floor=noise_floor,
-        wall_clock=_timed(local, pairs.rate_ratio, varies),
-        gpu_cost=_timed(local, pairs.gpu_rate_ratio, varies),
+        wall_clock=_timed(local, pairs.rate_ratio, p),
+        gpu_cost=_timed(local, pairs.gpu_rate_ratio, p),
         irreducible_loss=float(local.law.E[0]),
         exponent=float(local.law.g[0]),
         local=tuple(_local_rows(pairs, local)),
@@ -252,8 +252,8 @@ def _local(pairs: Pairs, floor: float | None) -> Local:
     return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], floor)
 
 
-def _reported(local: Local, varies: bool) -> Answer:
-    return _answer(*reported(local, np.array([varies])))
+def _reported(local: Local, p: float | None) -> Answer:
+    return _answer(*reported(local, np.array([1.0 if p is None else p])))
 
 
 def _answer(ln_m: Floats, low: Floats, high: Floats) -> Answer:
@@ -263,7 +263,7 @@ def _answer(ln_m: Floats, low: Floats, high: Floats) -> Answer:
 def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
     """m(C): the line of local ln m where m varies with compute, else the constant."""
     for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
-        answer = _answer(*trend(local, compute).estimate()) if varies else _reported(local, varies)
+        answer = _answer(*trend(local, compute).estimate()) if varies else _reported(local, None)
         assert answer.ci is not None
         yield At(float(compute), answer.m, answer.ci)
 
@@ -342,7 +342,7 @@ def _noise_floor(pairs: Pairs, local: Local) -> float | None:
     return ratio(seed_noise(local, np.array([variance]), np.array(pairs.seeds), dof)[0])
 
 
-def _timed(local: Local, rate_ratio: Floats, varies: bool) -> Answer | None:
+def _timed(local: Local, rate_ratio: Floats, p: float | None) -> Answer | None:
     """m in measured seconds: local m times the arm's FLOPs a second over the baseline's; None where not measured."""
     if np.isnan(rate_ratio).any():
         return None
@@ -350,7 +350,7 @@ def _timed(local: Local, rate_ratio: Floats, varies: bool) -> Answer | None:
     mean = (local.weight * ln_m).sum(axis=1)
     spread = (local.weight * (ln_m - mean[:, None]) ** 2).sum(axis=1)
     error = np.sqrt(spread / (ln_m.shape[1] - 1))
-    return _reported(replace(local, ln_m=ln_m, mean=mean, error=error), varies)
+    return _reported(replace(local, ln_m=ln_m, mean=mean, error=error), p)
 
 
 def _local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.paired import SIGNIFICANCE, constancy_p, local_multipliers, reported, seed_noise
+from analysis.paired import SIGNIFICANCE, constancy_p, local_multipliers, reported, seed_noise, trend
 from analysis.pairs import choose_convention, size_key
 from analysis.runlog import CONVENTIONS, RUN_COLUMNS
 from analysis.solver import Bools, Floats
@@ -87,8 +87,8 @@ def prospects(
 
 def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: int, seed: int) -> Prospect:
     asked = Simulated(ladder.compute, np.log(m), seeds, world, simulations, seed)
-    varies = asked.varies(np.ones(simulations, dtype=bool))
-    _, low, high = reported(asked.local, varies)
+    p = asked.constancy(np.ones(simulations, dtype=bool))
+    _, low, high = reported(asked.local, p)
 
     def power(ln_m: float) -> float:
         return Simulated(ladder.compute, ln_m, seeds, world, simulations, seed).power()
@@ -96,11 +96,11 @@ def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: i
     return Prospect(
         sizes=len(ladder.sizes),
         seeds=seeds,
-        power=float(asked.resolved(varies).mean()),
+        power=float(asked.resolved(p).mean()),
         smallest_m=_smallest(power),
         coverage=float(((low < np.log(m)) & (np.log(m) < high)).mean()),
         half_width=float(np.median(high - low) / 2),
-        called_varying=float(varies.mean()),
+        called_varying=float((p < SIGNIFICANCE).mean()),
         flops=float(2 * seeds * ladder.compute.sum()),
         gpu_hours=float(2 * seeds * ladder.gpu_hours.sum()),
     )
@@ -141,23 +141,22 @@ class Simulated:
             variance = 2 * world.seed_noise**2 * random.chisquare(dof, simulations) / dof
             self.noise_floor = seed_noise(self.local, variance, np.full(len(compute), seeds), dof)
 
-    def varies(self, asked: Bools) -> Bools:
-        """[K] whether m is called not constant; only decided where `asked` [K]."""
+    def constancy(self, asked: Bools) -> Floats:
+        """p [K] of the test that m is constant, not below SIGNIFICANCE unless rejected; 1 where not `asked` [K]."""
         y0, y1 = (losses[asked] for losses in self.losses)
-        result = np.zeros(len(asked), dtype=bool)
-        p = constancy_p(self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE)
-        result[asked] = p < SIGNIFICANCE
-        return result
+        p = np.ones(len(asked))
+        p[asked] = constancy_p(self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE)
+        return p
 
-    def resolved(self, varies: Bools) -> Bools:
+    def resolved(self, p: Floats) -> Bools:
         """[K] whether the reported interval leaves out 1, and m is beyond the seed noise."""
-        ln_m, low, high = reported(self.local, varies)
+        ln_m, low, high = reported(self.local, p)
         return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
 
     def power(self) -> float:
-        """A changing m only widens the interval: where that of a constant m holds 1, there is nothing to decide."""
-        low, high = self.local.interval()
-        return float(self.resolved(self.varies((low > 0) | (high < 0))).mean())
+        """The test is only asked where the answer may depend on it: where one of its two intervals leaves out 1."""
+        (low, high), (_, top_low, top_high) = self.local.interval(), trend(self.local, self.compute[-1]).estimate()
+        return float(self.resolved(self.constancy((low > 0) | (high < 0) | (top_low > 0) | (top_high < 0))).mean())
 
 
 def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float | None = None) -> Ladder:

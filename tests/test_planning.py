@@ -43,14 +43,14 @@ def test_what_is_simulated_is_what_is_reported(seeds: int) -> None:
     """Simulated sweeps through `compare`: the same number and interval; the same verdict on constancy but where its p,
     by other random numbers, is within .05 of the limit."""
     sweeps = Simulated(LADDER.compute, math.log(1.05), seeds, World(arm_noise=0.004), 30, seed=1)
-    varies = sweeps.varies(np.ones(30, dtype=bool))
-    ln_m, low, high = reported(sweeps.local, varies)
+    p = sweeps.constancy(np.ones(30, dtype=bool))
+    ln_m, low, high = reported(sweeps.local, p)
     agreed = 0
     for k, (y0, y1) in enumerate(zip(*sweeps.losses, strict=True)):
         found = compare(pairs_of(LADDER.compute, y0, y1))
         assert found.constant_m_p is not None
         assert found.ci is not None
-        if (found.constant_m_p < 0.05) == varies[k]:
+        if (found.constant_m_p < 0.05) == (p[k] < 0.05):
             agreed += 1
             assert (found.m, *found.ci) == pytest.approx(tuple(np.exp([ln_m[k], low[k], high[k]])), rel=1e-9)
         else:
@@ -78,7 +78,7 @@ def test_seeds_that_disagree_hide_what_their_means_show() -> None:
     sweeps = Simulated(LADDER.compute, math.log(1.05), 2, World(seed_noise=0.02), 400, seed=0)
     low, high = sweeps.local.interval()
     by_interval = (low > 0) | (high < 0)
-    resolved = sweeps.resolved(np.zeros(400, dtype=bool))
+    resolved = sweeps.resolved(np.ones(400))
     assert 0 < resolved.sum() < by_interval.sum()
     assert (np.abs(sweeps.local.mean[resolved]) >= sweeps.noise_floor[resolved]).all()
 
