@@ -188,7 +188,7 @@ class _Level:
         """[resamples, n]"""
         shape = (resamples, len(self.effects))
         unit = random.standard_normal(shape)
-        if len(self.effects) >= ENOUGH:
+        if len(self.effects) >= ENOUGH and self.spread > 0:
             drawn = random.choice(self.effects / np.sqrt((self.effects**2).mean()), shape)
             unit = (drawn + SMOOTHING * unit) / math.sqrt(1 + SMOOTHING**2)
         if self.parent is not None:

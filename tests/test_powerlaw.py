@@ -261,6 +261,18 @@ def test_a_floor_that_may_be_zero_has_a_profile_down_to_it() -> None:
     assert exact.profile_ci["E"] == pytest.approx((1.7, 1.7), rel=1e-6)
 
 
+def test_seeds_that_agree_exactly_are_no_error_of_the_data() -> None:
+    """36 rows in pairs of equal losses: their level has no spread to scale what is drawn by."""
+    compute = np.repeat(np.geomspace(1e17, 1e20, 9), 4)
+    arm = ("base", "base", "dyn", "dyn") * 9
+    own = np.repeat(np.random.default_rng(0).normal(0, 0.002, 18), 2)
+    loss = 1.7 + (compute * np.where(np.array(arm) == "dyn", 1.33, 1.0) / 1e18) ** -0.15 + own
+    found = bootstrap(fit(Points(loss, {"C": compute}, arm, tuple(map(str, compute)), "base"), "c"), 200)
+    assert found.ci is not None
+    assert found.ci["m[dyn]"][0] < 1.33 < found.ci["m[dyn]"][1]
+    assert found.ci["alpha"][0] < found.values["alpha"] < found.ci["alpha"][1]
+
+
 def test_failed_resamples_are_counted_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     law = fit(grid(PUBLISHED, noise=0.01, n=8, d=6), "nd", delta=None)
     monkeypatch.setattr("analysis.solver.SCHEDULE", ((None, 1), (1.0, 1)))
