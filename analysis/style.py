@@ -6,6 +6,7 @@ baseline is black, round and solid.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ STYLE: Any = {  # matplotlib types the keys as a union of literals
     "svg.hashsalt": "dynconv",  # else the ids in an SVG are random
     "path.simplify": False,
 }
-STEPS = (tuple(range(1, 10)), (1, 2, 5), (1, 3), (1,))  # labels a decade of a log axis, the densest first
+STEPS = (tuple(range(1, 10)), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # labels a decade of a log axis, densest first
 LABEL = (0.7, 0.2)  # inches that a tick's label takes, across and down
 METADATA: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
 
@@ -116,12 +117,20 @@ def settled(figure: Figure) -> Figure:
 def _space_ticks(axis: Axis, room: float) -> None:
     """At most `room` labels, plain numbers where these are short: matplotlib's own run into one another."""
     low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    steps = next((steps for steps in STEPS if len(steps) * decades <= room), STEPS[-1])
+    closest = math.log10(high / low) / room  # of two labels, in decades
+    steps = next((steps for steps in STEPS if _closest(steps, low, high) >= closest), STEPS[-1])
     axis.set_major_locator(LogLocator(subs=steps))
     powers = LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf))
     axis.set_major_formatter(StrMethodFormatter("{x:g}") if low > 1e-3 and high < 1e5 else powers)
     axis.set_minor_formatter(NullFormatter())
+
+
+def _closest(steps: Sequence[int], low: float, high: float) -> float:
+    """Decades between the two nearest ticks of a log axis; infinite where it has fewer."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [math.log10(step) + decade for decade in decades for step in steps]
+    shown = [tick for tick in ticks if math.log10(low) <= tick <= math.log10(high)]
+    return min((after - before for before, after in itertools.pairwise(shown)), default=math.inf)
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Mark]]) -> None:

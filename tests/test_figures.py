@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from analysis import figures
 from analysis.ablations import ablations
 from analysis.drawing import Answers, answers, draw
 from analysis.store import Store, load
-from analysis.style import BLACK, Mark, marks, save
+from analysis.style import BLACK, Mark, marks, save, settled
 from experiments.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     assert answer.law is not None
     assert answer.notes == []
     return store, answer, draw(store, answer)
+
+
+@pytest.mark.parametrize("low", [2.4e8, 6e9, 1e9, 0.3])
+@pytest.mark.parametrize("times", [4.0, 13.0, 100.0, 1e6])
+def test_the_labels_of_a_log_axis_do_not_overlap(low: float, times: float) -> None:
+    figure = Figure(figsize=(3, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(yscale="log", ylim=(low, low * times))
+    settled(figure)
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
+    boxes = sorted((box for box in boxes if axes.bbox.y0 <= (box.y0 + box.y1) / 2 <= axes.bbox.y1), key=lambda b: b.y0)
+    assert boxes
+    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
 
 
 def texts(figure: Figure) -> str:
