@@ -24,7 +24,6 @@ from dynconv.ops.mma import (
     copy_layout,
     find_segment,
     load_basis,
-    load_basis_transposed,
     load_generator,
     load_starts,
     mma_layout,
@@ -87,7 +86,7 @@ def forward_kernel(
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
-    basis = load_basis(up, first, channels, R, W, WARPS, RIGHT, dtype)
+    basis = load_basis(up, first, channels, 1, R, W, WARPS, RIGHT, dtype)
     starts = load_starts(static_w, first, channels, W, WARPS, MMA)
 
     if positions is not None:
@@ -193,8 +192,8 @@ def backward_kernel(
     partial = ()
     for _ in gl.static_range(W - 1):
         partial = partial + (gl.zeros([WARPS, 16, 16], gl.float32, OWN),)
-    basis = load_basis(up, first, channels, R, W, WARPS, RIGHT, dtype)
-    basis_t = load_basis_transposed(up, first, channels, R, W, WARPS, RIGHT, dtype)
+    basis = load_basis(up, first, channels, 1, R, W, WARPS, RIGHT, dtype)
+    basis_t = load_basis(up, first, channels, 2, R, W, WARPS, RIGHT, dtype)
     starts = load_starts(static_w, first, channels, W, WARPS, MMA)
     up_sums = ()
     static_sums = ()

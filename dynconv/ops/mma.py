@@ -116,36 +116,16 @@ def load_basis(
     up,
     first,
     channels,
+    ranks: gl.constexpr,  # the dimension that ranks lie along; columns lie along the other
     R: gl.constexpr,
     W: gl.constexpr,
     WARPS: gl.constexpr,
     layout: gl.constexpr,
     dtype: gl.constexpr,
 ):
-    """U's taps [rank, column] as the right operand of filters = z U."""
-    rank = axis(16, 1, layout)
-    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 2, layout))
-    ok = (rank < R) & (d < channels)
-    basis = ()
-    for tap in gl.static_range(W):
-        basis = basis + (gl.load(up + rank * (W * channels) + tap * channels + d, mask=ok, other=0.0).to(dtype),)
-    return basis
-
-
-@gluon.jit
-def load_basis_transposed(
-    up,
-    first,
-    channels,
-    R: gl.constexpr,
-    W: gl.constexpr,
-    WARPS: gl.constexpr,
-    layout: gl.constexpr,
-    dtype: gl.constexpr,
-):
-    """U's taps [column, rank] as the right operand of dz = g U^T."""
-    rank = axis(16, 2, layout)
-    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 1, layout))
+    """U's taps as a right operand: [rank, column] of z U (ranks 1), [column, rank] of dz = g U^T (ranks 2)."""
+    rank = axis(16, ranks, layout)
+    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 3 - ranks, layout))
     ok = (rank < R) & (d < channels)
     basis = ()
     for tap in gl.static_range(W):
