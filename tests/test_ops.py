@@ -86,6 +86,12 @@ def test_packed_documents_are_separate_sequences() -> None:
             r"U must be \[R, W\*D\]",
         ),
         (
+            lambda: lowrank_dynamic_convolution(X[..., :0], torch.ones(2, 5, 3), torch.ones(3, 8)),
+            r"U must be \[R, W\*D\] with D = 0",
+        ),
+        (lambda: static_convolution(X, torch.ones(0, 6)), "W must be at least 1"),
+        (lambda: headwise_dynamic_convolution(X, torch.ones(2, 5, 3, 0)), "W must be at least 1"),
+        (
             lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 2), torch.ones(3, 12)),
             r"z must be \[B, T, G\*R\]",
         ),

@@ -117,7 +117,7 @@ def lowrank_dynamic_convolution(
     _check_input(x)
     batch, time, channels = x.shape
     _check(U, (None, None), "U", "[R, W*D]", x)
-    if U.numel() == 0 or U.shape[1] % channels:
+    if U.numel() == 0 or channels == 0 or U.shape[1] % channels:
         raise ValueError(f"U must be [R, W*D] with D = {channels}; got {list(U.shape)}; pass U.reshape(R, W*D)")
     runs = (channels,) if segments is None else tuple(segments)
     if sum(runs) != channels or min(runs) < 1:
@@ -187,6 +187,8 @@ def _run(
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
     if activation not in (None, "silu"):
         raise ValueError(f'activation must be None or "silu"; got {activation!r}')
+    if filters.width == 0:
+        raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")
     document = positions = None
     sequences = x.shape[0]
     if cu_seqlens is not None:
@@ -228,7 +230,7 @@ def _continue(
 ) -> Tensor:  # [B, T, D]
     """The convolution of sequences that go on from a state, which reaches their first W-1 outputs only."""
     count = filters.width - 1
-    if count == 0:
+    if count == 0 or x.shape[1] == 0:
         return _convolve(x, filters, positions, residual)
     if cu_seqlens is None or document is None or positions is None:
         count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
@@ -253,8 +255,9 @@ def _final_state(
 ) -> Tensor:  # [N, W-1, D]
     """The last W-1 inputs of every sequence, oldest first."""
     count = width - 1
-    if cu_seqlens is None:
-        before = x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+    if cu_seqlens is None or x.shape[1] == 0:
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        before = x.new_zeros(sequences, count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
         recent = x[:, max(0, x.shape[1] - count) :]
         return torch.cat([before, recent], 1)[:, recent.shape[1] :]
     starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
