@@ -15,8 +15,15 @@ from dynconv.ops import headwise, lowrank, static
 _INPUTS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions, int[] segments, bool residual"
 
 
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+# The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,048 rows, or 4,096 heads.
+_FARTHEST = 2**19
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:  # [B, T, ...]
+    """The tensor, or a copy where its last dimension is strided, or its rows or heads lie too far apart."""
+    strides = tensor.stride()
+    near = max(strides[1:-1]) < _FARTHEST and (strides[-1] == 1 or tensor.shape[-1] == 1)
+    return tensor if near else tensor.contiguous()
 
 
 def _forward(
@@ -53,7 +60,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, z, weight and static_w."""
     if x.numel() == 0:
-        return (torch.zeros_like(x), *(None if p is None else torch.zeros_like(p) for p in (z, weight, static_w)))
+        parameters = zip((z, weight, static_w), needs, strict=True)
+        return (torch.zeros_like(x), *(torch.zeros_like(p) if p is not None and n else None for p, n in parameters))
     dy, x = _rows_contiguous(dy), _rows_contiguous(x)
     static_w = None if static_w is None else static_w.contiguous()
     z_needs, weight_needs, static_needs = needs
