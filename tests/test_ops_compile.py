@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 COMPILE = """
-import json, re, subprocess, sys, tempfile
+import json, math, re, subprocess, sys, tempfile
 from pathlib import Path
 import torch
 from triton.backends import nvidia
@@ -49,7 +49,9 @@ driver.set_active(Device())
 tiles.launch = lowrank_mma.launch = ring.launch = compile
 lowrank_mma.multiprocessors = ring.multiprocessors = lambda _: 132
 packed = sys.argv[2] == "packed"
-x, static_w = made(1 if packed else 4, 4096, 2048), made(4, 2048, dtype=torch.float32)
+shape = (1 if packed else 4, 4096, 2048)
+x = made(math.prod(shape) + 3)[3:].view(shape)  # contiguous, but at no multiple of 16 bytes: cp.async needs a copy
+static_w = made(4, 2048, dtype=torch.float32)
 positions = made(4096, dtype=torch.int32) if packed else None
 z, up, split = made(*x.shape[:2], 45), made(15, 4 * 2048, dtype=torch.float32), (1024, 512, 512)
 lowrank_mma.forward(x, z, up, static_w, positions, split, True)
@@ -80,4 +82,4 @@ def test_the_gluon_kernels_fit(capability: int, packed: str) -> None:
     for name, resources in found:
         assert resources["stack"] <= spilled, (name, resources)
         assert resources["registers"] <= most.get(name, 255), (name, resources)
-        assert resources["shared"] <= 163_000, (name, resources)  # sm_80's limit
+        assert resources["shared"] <= 101_376, (name, resources)  # what a program of sm_86 and sm_89 may have

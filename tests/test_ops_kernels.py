@@ -9,7 +9,7 @@ from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, assert_close, case
 from hypothesis import given, settings
 from torch import Tensor
 
-from dynconv.ops import headwise, reference, static
+from dynconv.ops import headwise, operator, reference, static, tiles
 
 CASES = 12 if GPU else 60  # on a GPU each compiles its kernels anew
 
@@ -285,6 +285,33 @@ def test_empty_inputs(kind: str) -> None:
         assert y.shape == (batch, time, case.channels)
         y.sum().backward()
         assert all(value.grad is not None and not value.grad.any() for value in inputs.values())
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_packed_documents_may_all_be_empty(kind: str) -> None:
+    case = Case(kind, batch=1, time=0, state=True)
+    inputs = case.inputs()
+    y, state = case.run(inputs, cu_seqlens=torch.zeros(2, dtype=torch.int32, device=DEVICE), return_final_state=True)
+    assert y.shape == (1, 0, case.channels)
+    assert torch.equal(state, inputs["initial_state"])
+
+
+def test_rows_that_cp_async_cannot_copy_are_moved() -> None:
+    buffer = torch.randn(2 * 5 * 32 + 8).bfloat16()
+    for offset, moved in ((0, False), (8, False), (1, True)):
+        view = buffer[offset : offset + 320].view(2, 5, 32)
+        rows = tiles.aligned(view)
+        assert torch.equal(rows, view)
+        assert rows.data_ptr() % 16 == 0
+        assert (rows is not view) == moved
+    odd = torch.randn(2, 5, 40).bfloat16()[..., :32]
+    assert tiles.aligned(odd).stride() == (160, 32, 1)
+
+
+def test_rows_beyond_32_bit_offsets_are_moved() -> None:
+    for channels, moved in ((2**9 - 1, False), (2**9, True)):
+        time_major = torch.empty(64, 2**10, channels, dtype=torch.bfloat16, device="meta").transpose(0, 1)
+        assert (operator._rows_contiguous(time_major) is not time_major) == moved
 
 
 def test_the_reference_agrees_with_the_oracle() -> None:

@@ -17,17 +17,19 @@ from dynconv.ops.tiles import (
     load_positions,
     load_slot,
     load_slots,
+    load_static,
     multiprocessors,
     new_like,
     new_sums,
     power_of_two,
+    runs_gluon,
     sum_parts,
 )
 
 ring: Any
 try:  # Gluon is experimental, and its names move; without it the kernels below do
     from dynconv.ops import ring
-except (AssertionError, AttributeError, ImportError):  # Triton < 3.6; the interpreter
+except (AssertionError, AttributeError, ImportError):  # a Triton with other names; the interpreter
     ring = None
 
 
@@ -137,9 +139,7 @@ def _forward_kernel(
         position = load_positions(positions + start, rows, SLOTS, time - start)
     static = ()
     if static_w is not None:
-        for tap in tl.static_range(W):
-            value = tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0)
-            static = static + (value.to(tl.float32)[None, :],)
+        static = load_static(static_w, channels, d, d_ok, W)
     out = y + (batch * time + start) * y_time + rows[:, None] * y_time + d[None, :]
     for slot in tl.static_range(SLOTS):
         taps = _split_taps(filters[slot], ROWS, HEADS, WP)
@@ -179,9 +179,7 @@ def _backward_kernel(
     coefficient_ok = (head + coefficient // WP < heads) & (coefficient % WP < W)
     static = ()
     if static_w is not None:
-        for tap in tl.static_range(W):
-            value = tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0)
-            static = static + (value.to(tl.float32)[None, :],)
+        static = load_static(static_w, channels, d, d_ok, W)
     HEAD_TAPS: tl.constexpr = dx_time // head_size * W
     sums = ()
     if dstatic is not None:
@@ -257,7 +255,7 @@ def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
 
 def _by_ring(x: Tensor, weight: Tensor, static_w: Tensor | None, positions: Tensor | None, backward: bool) -> bool:
     """Whether the kernels with a ring take the inputs, and are the faster for them."""
-    if ring is None or not x.is_cuda or not ring.fits(x, weight, weight.shape[3]):
+    if ring is None or not runs_gluon(x) or not ring.fits(x, weight, weight.shape[3]):
         return False
     return positions is not None or (static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2]))
 

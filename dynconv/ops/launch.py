@@ -41,7 +41,7 @@ def launch(
         *constants.values(),
     )
     compiled = _compiled.get(key)
-    if compiled is None:
+    if compiled is None or torch.version.hip:  # AMD's backend specialises on tensors' sizes, too
         _compiled[key] = kernel[(programs,)](*tensors, *integers, **constants, **options)
     else:
         compiled[programs, 1, 1](*tensors, *integers, *constants.values())

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from dynconv.ops.launch import launch
-from dynconv.ops.tiles import ceil_div, multiprocessors, new_like, new_sums, power_of_two, sum_parts
+from dynconv.ops.tiles import ceil_div, multiprocessors, new_like, new_sums, power_of_two, runs_gluon, sum_parts
 
 mma: ModuleType | None
 try:  # Gluon is experimental, and its names move; without it the kernels below do
@@ -187,7 +188,7 @@ def _tile(x: Tensor, rank: int, backward: bool) -> tuple[int, int, int]:
 def _dot_dtype(x: Tensor) -> tl.dtype:
     """x's dtype; float32 in Triton's interpreter, whose dot takes bfloat16's bits for integers."""
     names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    return names[x.dtype] if x.is_cuda else tl.float32
+    return names[x.dtype] if isinstance(_forward_kernel, JITFunction) else tl.float32
 
 
 def forward(
@@ -200,7 +201,7 @@ def forward(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if mma is not None and x.is_cuda and mma.fits(x, up, segments) and up.shape[0] <= mma.RANKS:
+    if mma is not None and runs_gluon(x) and mma.fits(x, up, segments) and up.shape[0] <= mma.RANKS:
         return mma.forward(x, z, up, static_w, positions, segments, residual)
     batch, time, channels = x.shape
     rank = up.shape[0]
@@ -235,7 +236,7 @@ def backward(
     needs: tuple[bool, bool, bool],  # whether z, up and static_w want gradients
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
-    if mma is not None and x.is_cuda and mma.fits(x, up, segments):
+    if mma is not None and runs_gluon(x) and mma.fits(x, up, segments):
         return mma.backward(dy, x, z, up, static_w, positions, segments, residual, needs)
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels

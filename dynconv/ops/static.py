@@ -13,17 +13,19 @@ from dynconv.ops.tiles import (
     load_positions,
     load_slot,
     load_slots,
+    load_static,
     multiprocessors,
     new_like,
     new_sums,
     power_of_two,
+    runs_gluon,
     sum_parts,
 )
 
 ring: Any
 try:  # Gluon is experimental, and its names move; without it the kernels below do
     from dynconv.ops import ring
-except (AssertionError, AttributeError, ImportError):  # Triton < 3.6; the interpreter
+except (AssertionError, AttributeError, ImportError):  # a Triton with other names; the interpreter
     ring = None
 
 
@@ -46,9 +48,7 @@ def _forward_kernel(
     inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok)
     if positions is not None:
         position = load_positions(positions + start, rows, SLOTS, time - start)
-    taps = ()
-    for tap in tl.static_range(W):
-        taps = taps + (tl.load(weight + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :],)
+    taps = load_static(weight, channels, d, d_ok, W)
     out = y + (batch * time + start) * y_time + rows[:, None] * y_time + d[None, :]
     for slot in tl.static_range(SLOTS):
         if RESIDUAL:
@@ -78,11 +78,10 @@ def _backward_kernel(
     batch = (program // chunks).to(tl.int64)
     chunk = program % chunks
     rows = tl.arange(0, ROWS) * SLOTS
+    taps = load_static(weight, channels, d, d_ok, W)
     sums = ()
-    taps = ()
-    for tap in tl.static_range(W):
-        taps = taps + (tl.load(weight + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :],)
-        if dweight is not None:
+    if dweight is not None:
+        for _ in tl.static_range(W):
             sums = sums + (tl.zeros([ROWS, BD], tl.float32),)
     for tile in range(chunk * tiles, chunk * tiles + tiles):
         start = tile * (ROWS * SLOTS)
@@ -126,7 +125,10 @@ def _backward_kernel(
 def _by_ring(x: Tensor, weight: Tensor, positions: Tensor | None, backward: bool) -> bool:
     """Whether the kernels with a ring take the inputs, and are the faster for them."""
     return (
-        ring is not None and x.is_cuda and ring.fits(x, None, weight.shape[0]) and (backward or positions is not None)
+        ring is not None
+        and runs_gluon(x)
+        and ring.fits(x, None, weight.shape[0])
+        and (backward or positions is not None)
     )
 
 

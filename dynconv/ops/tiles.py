@@ -47,6 +47,16 @@ def drop_first(slots, length: tl.constexpr):
 
 
 @triton.jit
+def load_static(static_w, channels, d, d_ok, W: tl.constexpr):
+    """The static filter's taps, each [1, BD] in float32, as a tuple."""
+    taps = ()
+    for tap in tl.static_range(W):
+        value = tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0)
+        taps = taps + (value.to(tl.float32)[None, :],)
+    return taps
+
+
+@triton.jit
 def load_positions(pointer, rows, last: tl.constexpr, highest):
     """Each time's position in its document for slots 0..last-1, as a tuple of [ROWS]."""
     slots = ()
@@ -135,9 +145,14 @@ def power_of_two(number: int) -> int:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its rows do not start at multiples of 16 bytes, which cp.async needs."""
+    """The 16-bit tensor, or a copy where its rows do not start at multiples of 16 bytes, which cp.async needs.
+
+    Of a stride, Triton knows only whether it is a multiple of 16.
+    """
     batch, time = tensor.stride()[:2]
-    return tensor if (tensor.data_ptr() | batch * 2 | time * 2) % 32 == 0 else tensor.contiguous()
+    if tensor.data_ptr() % 16 == 0 and (batch | time) % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() returns a view into a buffer as it is
 
 
 @functools.cache
@@ -162,3 +177,13 @@ def _multiprocessors(device: torch.device) -> int:
 def multiprocessors(tensor: Tensor) -> int:
     """How many multiprocessors the tensor's device has; 4 where the interpreter stands in for one."""
     return _multiprocessors(tensor.device) if tensor.is_cuda else 4
+
+
+@functools.cache
+def _has_async_copies(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def runs_gluon(tensor: Tensor) -> bool:
+    """Whether the tensor's device has what the Gluon kernels use, cp.async and mma.sync: NVIDIA's from sm_80 on."""
+    return tensor.is_cuda and _has_async_copies(tensor.device)
