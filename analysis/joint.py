@@ -24,8 +24,9 @@ SIGNIFICANCE = 0.05
 WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
 
 
-def joint_interval(pairs: Pairs) -> tuple[float, Interval | None]:
-    """m of the least-squares fit with E and exponent shared, and its F-profile interval; None below three sizes.
+def joint_interval(pairs: Pairs) -> tuple[float, Interval | None] | None:
+    """m of the least-squares fit with E and exponent shared, and its F-profile interval, None below three sizes; None
+    at all where every m fits alike, as to losses that do not fall with compute. Infinite or 0 beyond LN_M.
 
     The law of both arms is E + a (k C)^-g, with k = m for the arm and 1 for the baseline. The interval holds the m
     whose best residual sum of squares is at most RSS (1 + F / (n - 4)), n = 2 S.
@@ -35,17 +36,20 @@ def joint_interval(pairs: Pairs) -> tuple[float, Interval | None]:
     for _ in range(4):
         grid = np.linspace(low, high, 101)
         rss = _profile(pairs, grid)
+        if (low, high) == LN_M and np.ptp(rss) <= ROUNDING**2 * (pairs.y0**2 + pairs.y1**2).sum():
+            return None
         at = int(rss.argmin())
         low, high = grid[max(at - 1, 0)], grid[min(at + 1, 100)]
     best = float(grid[at])
+    m = {LN_M[0]: 0.0, LN_M[1]: math.inf}.get(best, math.exp(best))
     if points <= 4:
-        return math.exp(best), None
+        return m, None
     limit = rss[at] * (1 + fdtri(1, points - 4, 0.95) / (points - 4))
 
     def rejected(ln_m: float) -> bool:
         return bool(_profile(pairs, np.array([ln_m]))[0] > limit)
 
-    return math.exp(best), (math.exp(_edge(rejected, best, -1e-3)), math.exp(_edge(rejected, best, 1e-3)))
+    return m, (math.exp(_edge(rejected, best, -1e-3)), math.exp(_edge(rejected, best, 1e-3)))
 
 
 def _edge(rejected: Callable[[float], bool], inside: float, step: float) -> float:
@@ -79,6 +83,7 @@ def _profile(pairs: Pairs, ln_m: Floats) -> Floats:
         x_mean, y_mean = x.mean(axis=2, keepdims=True), y.mean()
         a = ((x - x_mean) * (y - y_mean)).sum(axis=2) / ((x - x_mean) ** 2).sum(axis=2)
         E = y_mean - a * x_mean[:, :, 0]
+        a, E = np.maximum(a, 0), np.where(a < 0, y_mean, E)
         from_zero = (x * y).sum(axis=2) / (x * x).sum(axis=2)  # E has its lower bound at 0
         a, E = np.where(E < 0, from_zero, a), np.maximum(E, 0)
         rss = ((y - E[:, :, None] - a[:, :, None] * x) ** 2).sum(axis=2)

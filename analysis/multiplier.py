@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.joint import Interval, aicc, joint_interval, wild_cluster_interval
-from analysis.paired import SIGNIFICANCE, Local, constancy_p, local_multipliers, ratio, reported, seed_noise, trend
+from analysis.paired import (
+    EXPONENTS,
+    ROUNDING,
+    SIGNIFICANCE,
+    Local,
+    constancy_p,
+    local_multipliers,
+    ratio,
+    reported,
+    seed_noise,
+    trend,
+)
 from analysis.pairs import Excluded, Pairs, choose_baseline, choose_convention, curve, pair, usable
 from analysis.runlog import CONVENTIONS
 from analysis.solver import Floats
@@ -144,8 +155,7 @@ def compare(
     if not floors and sizes == 2:
         floors = [floor for floor in ASSUMED_FLOORS if floor < least]
     floor = floors[0] if floors else None
-    if floors and not 0 <= max(floors) < least:
-        raise ValueError(f"the irreducible loss must be at least 0 and below every loss; got {max(floors)}, {least}")
+    _require_below(floors, least)
     local = _local(pairs, floor)
     p, at_top = None, Answer(ratio(local.ln_m[0, -1]), None)
     if sizes >= 3:
@@ -164,17 +174,17 @@ def compare(
         constant_m_p=p,
         m_at_cmax=at_top.m,
         m_at_cmax_ci=at_top.ci,
-        loso=_leave_one_out(pairs, floor if stated else None, float(local.law.E[0])),
+        loso=_leave_one_out(pairs, floor if stated else None, float(local.law.E[0]), varies),
         convention=pairs.convention,
         n_sizes=sizes,
         n_seeds=min(pairs.seeds),
-        status="; ".join(_remarks(pairs, headline, noise_floor, p, stated, conventions)) or "ok",
+        status="; ".join(_remarks(pairs, local, headline, noise_floor, p, stated, conventions)) or "ok",
         excluded=pairs.excluded,
         conventions=conventions,
-        joint=Answer(*joint_interval(pairs)) if sizes >= 3 else None,
+        joint=_joint(pairs) if sizes >= 3 else None,
         aicc=aicc(pairs),
         wild_cluster=wild_cluster_interval(local) if sizes >= 3 else None,
-        floor_sensitivity=_floor_sensitivity(pairs, others or {}, local, floors),
+        floor_sensitivity=_floor_sensitivity(pairs, others or {}, local, floors, varies),
         noise_floor=noise_floor,
         wall_clock=_timed(local, pairs.rate_ratio, p),
         gpu_cost=_timed(local, pairs.gpu_rate_ratio, p),
@@ -197,16 +207,25 @@ def _stated_floors(rows: pd.DataFrame) -> tuple[float, ...]:
         raise ValueError(f"column stated_E must hold the same numbers in every row; got {', '.join(texts)}") from None
 
 
+def _require_below(floors: Sequence[float], least: float) -> None:
+    wrong = [floor for floor in floors if not 0 <= floor < least]
+    if wrong:
+        raise ValueError(f"the irreducible loss must be at least 0 and below every loss ({least:g}); got {wrong[0]:g}")
+
+
 def _single(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: Sequence[float]) -> Multiplier:
     """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E."""
 
     curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}
     if len(curves[pairs.convention][0]) < 2:
         raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
+    _require_below(floors, float(min(pairs.y1[0], curves[pairs.convention][1].min())))
 
     def at(pairs: Pairs, floor: float) -> tuple[float, float]:
         compute, loss = curves[pairs.convention]
         g = -np.polyfit(np.log(compute), np.log(loss - floor), 1)[0]
+        if g <= 0:
+            raise ValueError(f"1 paired size, and the loss of {pairs.baseline} does not fall with compute; add sizes")
         share = (pairs.y0[0] - pairs.y1[0]) / (pairs.y0[0] - floor)
         return float(np.exp(-np.log1p(-share) / g) * pairs.c0[0] / pairs.c1[0]), float(g)
 
@@ -260,6 +279,11 @@ def _answer(ln_m: Floats, low: Floats, high: Floats) -> Answer:
     return Answer(ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
 
 
+def _joint(pairs: Pairs) -> Answer | None:
+    found = joint_interval(pairs)
+    return found and Answer(*found)
+
+
 def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
     """m(C): the line of local ln m where m varies with compute, else the constant."""
     for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
@@ -270,6 +294,7 @@ def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
 
 def _remarks(
     pairs: Pairs,
+    local: Local,
     headline: Answer,
     noise_floor: float | None,
     p: float | None,
@@ -279,7 +304,10 @@ def _remarks(
     """What a reader must know before the number, the gravest first."""
     assert headline.ci is not None
     low, high = headline.ci
-    if low <= 1 <= high:
+    exponent = float(local.law.g[0])
+    if not EXPONENTS[0] * (1 + ROUNDING) < exponent < EXPONENTS[1] * (1 - ROUNDING):
+        yield f"not resolved: the exponent is at its bound ({exponent:g}), the losses do not fall by a power of compute"
+    elif low <= 1 <= high:
         yield "not resolved: the interval holds 1"
     elif noise_floor is not None and abs(math.log(headline.m)) < math.log(noise_floor):
         yield f"not resolved: smaller than the seed noise ({noise_floor:.3f}x)"
@@ -298,22 +326,28 @@ def _remarks(
             yield f"depends on the FLOP convention: {other.m:.3f}x under {name}"
 
 
-def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float) -> Interval | None:
-    """The range of m with each size left out; E is fitted anew while three sizes remain."""
+def _headline(local: Local, varies: bool, top: float) -> float:
+    """m as the headline gives it: the constant, or that at compute `top` where it varies."""
+    return ratio((trend(local, top).at if varies else local.mean)[0])
+
+
+def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float, varies: bool) -> Interval | None:
+    """The range of the headline's m with each size left out; E is fitted anew while three sizes remain. None with
+    fewer than two sizes left, or three where m varies."""
     sizes = len(pairs.sizes)
-    if sizes < 3:
+    if sizes < (4 if varies else 3):
         return None
     floor = fitted if stated is None and sizes == 3 else stated
     values = []
     for out in range(sizes):
         keep = np.arange(sizes) != out
         part = (pairs.c0[keep], pairs.c1[keep], pairs.y0[None, keep], pairs.y1[None, keep])
-        values.append(ratio(local_multipliers(*part, floor).mean[0]))
+        values.append(_headline(local_multipliers(*part, floor), varies, pairs.c0[-1]))
     return min(values), max(values)
 
 
 def _floor_sensitivity(
-    pairs: Pairs, others: dict[str, Pairs], local: Local, stated: Sequence[float]
+    pairs: Pairs, others: dict[str, Pairs], local: Local, stated: Sequence[float], varies: bool
 ) -> tuple[dict[str, Any], ...]:
     """m at the stated irreducible losses, else with the fitted one moved; those at or above a loss are left out."""
     floors = stated or dict.fromkeys(shift * float(local.law.E[0]) for shift in FLOOR_SHIFTS)
@@ -321,7 +355,7 @@ def _floor_sensitivity(
     possible = [floor for floor in floors if floor < 0.999 * least]
 
     def m(pairs: Pairs, floor: float) -> float:
-        return ratio(_local(pairs, floor).mean[0])
+        return _headline(_local(pairs, floor), varies, pairs.c0[-1])
 
     return tuple(
         {

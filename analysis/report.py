@@ -39,7 +39,7 @@ HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv
     "m": ("the compute of the baseline that reaches the arm's loss, over the arm's", "m"),
     "95% interval": ("of m", "ci"),
     "sizes x seeds": ("paired sizes, and paired seeds at the size with fewest", "n_sizes, n_seeds"),
-    "joint fit": ("m by one law for both arms, a cross-check", "joint"),
+    "joint fit": ("the constant m of one law for both arms, a cross-check", "joint"),
     "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),

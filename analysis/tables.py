@@ -307,7 +307,7 @@ def _brief(value: Any) -> str:
 
 
 def ratio_text(value: float) -> str:
-    return f"{value:.3f}" if value < 100 else f"{value:.2g}"
+    return f"{value:.3f}" if 0.0005 <= value < 100 else f"{value:.2g}"
 
 
 def interval_text(interval: tuple[float, float] | None, number: str = "") -> Cell:

@@ -182,6 +182,17 @@ def test_arms_that_no_compute_makes_equal_get_a_finite_number_and_a_remark() -> 
     found = compare(pairs_of(compute, y0, y0 - 1.2), resamples=19)
     assert math.isfinite(found.m)
     assert "extrapolated: more than 10x apart" in found.status
+    assert found.joint is not None
+    assert found.joint.m == math.inf
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.1])
+def test_losses_that_do_not_fall_show_no_multiplier(growth: float) -> None:
+    compute = np.geomspace(1e18, 1e20, 4)
+    y0 = 3 + growth * np.log10(compute / 1e18)
+    found = compare(pairs_of(compute, y0, y0 - 0.001 * growth), resamples=19)
+    assert found.status.startswith("not resolved: the exponent is at its bound (0.005)")
+    assert found.joint is None  # every m fits them alike
 
 
 def test_equal_arms_are_not_resolved() -> None:
@@ -275,6 +286,10 @@ def test_a_changing_m_is_flagged_and_reported_at_the_largest_compute() -> None:
     assert found.ci is not None
     assert found.ci[0] < true_top < found.ci[1]
     assert found.curve[0].m < found.curve[-1].m
+    assert found.loso is not None
+    assert found.loso[0] < found.m < found.loso[1] < 1.1 * found.m  # of m at the largest compute as well
+    unmoved = next(row["m"] for row in found.floor_sensitivity if row["E"] == found.irreducible_loss)
+    assert unmoved == pytest.approx(found.m, rel=1e-3)
     assert found.curve[-1].compute == pytest.approx(10 * TOP)
 
 
@@ -300,6 +315,16 @@ def test_two_sizes_get_a_number_and_a_warning() -> None:
     stated = compare(pairs_of(compute, y0[0], y1[0]), floors=[1.7])
     assert stated.m == pytest.approx(1.33, rel=1e-6)
     assert "E = 0" not in stated.status
+
+
+@pytest.mark.parametrize("floor", ["2.45", "-1", "nan"])
+def test_a_stated_floor_must_be_below_every_loss(
+    floor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an arm with one size too, whose exponent comes from the baseline's sizes."""
+    (tmp_path / "p.csv").write_text("arm,size,C,loss\na,s,1e18,3\na,l,1e20,2.4\nb,s,1e18,2.9")
+    assert main(["table", str(tmp_path / "p.csv"), "--baseline", "a", "--floor", floor]) == 2
+    assert f"below every loss (2.4); got {floor}" in capsys.readouterr().err
 
 
 def test_one_size_is_refused() -> None:
