@@ -1,4 +1,11 @@
-"""Intervals around a fitted law: bootstrap at the levels at which its errors arise, and calibrated profiles."""
+"""Intervals around a fitted law: bootstrap at the levels at which its errors arise, and calibrated profiles.
+
+Coverage of the 95% intervals of E, A, alpha, B and beta, simulated on 200 to 500 data sets each (hence to .01 or .015):
+- the bootstrap's: .94 to .96 on grids of 48 (N, D) with 1% noise, by least squares and by Huber's loss with delta .001
+  (without the smoothing of its draws Huber's was .91 to .94); .95 to .97 on ladders of 5 to 8 sizes, shared errors or not;
+- the profiles': .93 to .96 in the same; .91 to .92 of A and alpha in the worst, 20 or 48 points.
+The multiplier m[arm] of a ladder with shared errors is covered in .98: the paired estimator (`paired`) is narrower.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ from analysis.solver import ROUNDING, Floats, Solution
 Interval = tuple[float, float]
 
 ENOUGH = 30  # residuals of a level to draw from; with fewer, a normal of their spread stands in
-SMOOTHING = 0.5  # sd of the normal that smooths the drawn ones, in units of theirs
+SMOOTHING = 1.0  # sd of the normal that smooths the drawn ones, in units of theirs
 CALIBRATION = 400  # resamples that calibrate a profile
 LEVEL = 0.95
 FAR = 50.0  # in the log of an amplitude or a multiplier: an end beyond is none

@@ -315,7 +315,7 @@ TWO_ARMS = {"E": 1.7, "A[base]": 1e16**0.1, "alpha": 0.1, "m[dyn]": 1.33}
 def test_intervals_cover_the_truth(
     make: Callable[..., Points], form: str, delta: float | None, truth: dict[str, float], count: int
 ) -> None:
-    """Planted data sets. What `intervals` says of coverage comes from 500 of each; these tell .93 from .85."""
+    """Planted data sets. What `intervals` says of coverage comes from more of each; these tell .93 from .85."""
     hits = {kind: dict.fromkeys(truth, 0) for kind in ("ci", "profile_ci")}
     for k in range(count):
         law = fit(make(seed=k), form, delta=delta, starts=100, polished=8)
