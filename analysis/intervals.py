@@ -1,9 +1,9 @@
 """Intervals around a fitted law: bootstrap at the levels at which its errors arise, and calibrated profiles.
 
-Coverage of the 95% intervals of E, A, alpha, B and beta, simulated on 200 to 500 data sets each (hence to .01 or .015):
-- the bootstrap's: .94 to .96 on grids of 48 (N, D) with 1% noise, by least squares and by Huber's loss with delta .001
-  (without the smoothing of its draws Huber's was .91 to .94); .95 to .97 on ladders of 5 to 8 sizes, shared errors or not;
-- the profiles': .93 to .96 in the same; .91 to .92 of A and alpha in the worst, 20 or 48 points.
+Coverage of the 95% intervals of E, A, alpha, B and beta, simulated on 200 to 800 data sets each (to .01 or .015):
+- the bootstrap's on grids of 48 (N, D) with 1% noise: .93 to .96 by least squares, .945 to .95 by Huber's loss with
+  delta .001 (.91 to .94 without the smoothing of its draws); on ladders of 5 to 8 sizes .95 to .97;
+- the profiles' in the same .93 to .96, but .91 to .92 of A and alpha in the worst, by least squares.
 The multiplier m[arm] of a ladder with shared errors is covered in .98: the paired estimator (`paired`) is narrower.
 """
 
