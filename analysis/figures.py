@@ -43,7 +43,11 @@ TALLEST = 2.5  # times the largest m is as far as the axis of m goes: an interva
 
 
 def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str) -> Figure:
-    """Loss of every run against training FLOPs, the law of each arm with its 95% band, and the residuals below."""
+    """Loss of every run against training FLOPs, the law of each arm with its 68% band, and the residuals below.
+
+    68%, because four sizes leave a law one degree of freedom, at which a 95% band is seven times as wide and hides
+    everything; the 95% intervals are the tables'.
+    """
     if law.form != "c":
         raise ValueError(f"loss against compute needs a law in C; got form {law.form}")
     with mpl.rc_context(STYLE):
@@ -59,7 +63,7 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
             curve = law.predict({"C": grid}, arm)
             top.plot(grid, curve, **mark.line())
             if law.draws is not None:
-                top.fill_between(grid, *band(law, {"C": grid}, arm), color=mark.colour, alpha=0.15, lw=0)
+                top.fill_between(grid, *band(law, {"C": grid}, arm, 0.68), color=mark.colour, alpha=0.15, lw=0)
             top.plot(compute[mine], law.points.loss[mine], **mark.dots())
             expected = law.predict({"C": compute[mine]}, arm)
             bottom.plot(compute[mine], 100 * np.log(law.points.loss[mine] / expected), **mark.dots())
@@ -76,7 +80,8 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
         delta = law.loss.delta
         loss = "least squares" if delta is None else f"Huber, delta {delta:g}"
         floor = law.parameter("E", law.points.baseline)
-        top.set_title(f"E = {floor:.3f}{', shared' if len(mark_of) > 1 else ''}, by {loss}; bands: 95%", loc="left")
+        floor_text = "E at its bound" if "E" in law.certificate["bounds_hit"] else f"E = {floor:.3f}"
+        top.set_title(f"{floor_text}{', shared' if len(mark_of) > 1 else ''}, by {loss}; bands: 68%", loc="left")
     return settled(figure)
 
 

@@ -79,11 +79,11 @@ def profile(
     return replace(fit, profile_ci={name: _Profile(fit, model, drawn, name).interval() for name in each(names)})
 
 
-def band(fit: Fit, x: Mapping[str, Floats], arm: str) -> tuple[Floats, Floats]:
-    """95% band of one arm's law at x ("C", or "N" and "D", each [n] in raw units), from a bootstrapped fit."""
+def band(fit: Fit, x: Mapping[str, Floats], arm: str, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """Band of one arm's law at x ("C", or "N" and "D", each [n] in raw units), from a bootstrapped fit."""
     assert fit.draws is not None
     curves = [replace(fit, values=draw).predict(x, arm) for draw in fit.draws]
-    low, high = np.quantile(curves, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
 
 

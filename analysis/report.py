@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CAPTIONS = {
     "loss-against-compute": "Held-out loss against training compute. Lines: one law with irreducible loss and exponent "
-    "shared; bands: 95%. Arrow, where resolved: the compute the baseline needs for the arm's loss. Below: residuals.",
+    "shared; bands: 68%. Arrow, where resolved: the compute the baseline needs for the arm's loss. Below: residuals.",
     "multiplier-against-compute": "The multiplier at each size, and the line of m(C) with its 95% band.",
     "multipliers": "Multipliers with 95% intervals; hollow where not resolved.",
     "isoflop": "Loss against size at equal compute, and the best size and tokens of each budget; hollow where the "
