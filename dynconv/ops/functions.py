@@ -12,6 +12,7 @@ activation: None or "silu"; y = silu(conv) (+ x).
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,19 +38,11 @@ class _Filters(NamedTuple):
     segments: tuple[int, ...]
     width: int
 
-    def at(self, tokens: Tensor) -> "_Filters":  # tokens [N, n], of a batch of one
-        """Those of some tokens, as a batch of N sequences."""
-        z = None if self.z is None else self.z[0, tokens]
-        per_token = self.z is None and self.weight is not None
-        weight = self.weight[0, tokens] if per_token and self.weight is not None else self.weight
-        return self._replace(z=z, weight=weight)
-
-    def first(self, count: int) -> "_Filters":
-        """Those of each sequence's first tokens."""
-        z = None if self.z is None else self.z[:, :count]
-        per_token = self.z is None and self.weight is not None
-        weight = self.weight[:, :count] if per_token and self.weight is not None else self.weight
-        return self._replace(z=z, weight=weight)
+    def of_tokens(self, take: Callable[[Tensor], Tensor]) -> "_Filters":
+        """Those of the tokens that `take` picks from a tensor [B, T, ...]."""
+        if self.z is not None:
+            return self._replace(z=take(self.z))
+        return self if self.weight is None else self._replace(weight=take(self.weight))
 
 
 def static_convolution(
@@ -234,15 +227,15 @@ def _continue(
         return _convolve(x, filters, positions, residual)
     if cu_seqlens is None or document is None or positions is None:
         count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
-        few = filters.first(count)
+        few = filters.of_tokens(lambda made: made[:, :count])
         heads = reference.convolve(x[:, :count], *few[:3], None, few.segments, residual, state)
         if count == x.shape[1]:
             return heads
         return torch.cat([heads, _convolve(x, filters, None, residual)[:, count:]], 1)
     tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)
-    few = filters.at(tokens.clamp(max=x.shape[1] - 1))
-    heads = x[0, tokens.clamp(max=x.shape[1] - 1)]  # [N, W-1, D]; those past a short document's end go unread
-    heads = reference.convolve(heads, *few[:3], None, few.segments, residual, state)
+    tokens = tokens.clamp(max=x.shape[1] - 1)  # [N, W-1]; those past a short document's end go unread
+    few = filters.of_tokens(lambda made: made[0, tokens])
+    heads = reference.convolve(x[0, tokens], *few[:3], None, few.segments, residual, state)
     y = _convolve(x, filters, positions, residual)
     return torch.where((positions < count)[:, None], heads[document, positions.clamp(max=count - 1)], y)
 
