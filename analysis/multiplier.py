@@ -2,9 +2,8 @@
 
 m is the baseline compute that reaches the arm's loss, over the arm's compute, under a named FLOP convention. The
 headline is the paired estimator (`analysis.paired`); a joint fit with profile likelihood cross-checks it. A trend of m
-with compute makes m at the largest compute the headline; E and the exponent are fitted under a constant m even then,
-which moves m at the top by about 1% where m grows by half over the range. The estimator's coverage and the checks'
-sizes are simulated in tests/test_multiplier.py.
+with compute makes m at the largest compute the headline, by a law in which m changes too. The
+estimator's coverage and the checks' sizes are simulated in tests/test_multiplier.py.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from analysis.paired import (
     ROUNDING,
     SIGNIFICANCE,
     Local,
+    changing_multipliers,
     constancy_p,
     local_multipliers,
     ratio,
@@ -157,11 +157,13 @@ def compare(
     floor = floors[0] if floors else None
     _require_below(floors, least)
     local = _local(pairs, floor)
-    p, at_top = None, Answer(ratio(local.ln_m[0, -1]), None)
+    p, changing, at_top = None, local, Answer(ratio(local.ln_m[0, -1]), None)
     if sizes >= 3:
+        changing = changing_multipliers(local)
         p = float(constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], resamples, seed)[0])
-        at_top = _answer(*trend(local, pairs.c0[-1]).estimate())
+        at_top = _answer(*trend(changing, pairs.c0[-1]).estimate())
     varies = p is not None and p < SIGNIFICANCE
+    shown = changing if varies else local
     headline = _reported(local, p)
     noise_floor = _noise_floor(pairs, local)
     conventions = {name: _reported(_local(other, floor), p) for name, other in (others or {}).items()}
@@ -184,14 +186,14 @@ def compare(
         joint=_joint(pairs) if sizes >= 3 else None,
         aicc=aicc(pairs),
         wild_cluster=wild_cluster_interval(local) if sizes >= 3 else None,
-        floor_sensitivity=_floor_sensitivity(pairs, others or {}, local, floors, varies),
+        floor_sensitivity=_floor_sensitivity(pairs, others or {}, shown, floors, varies),
         noise_floor=noise_floor,
         wall_clock=_timed(local, pairs.rate_ratio, p),
         gpu_cost=_timed(local, pairs.gpu_rate_ratio, p),
-        irreducible_loss=float(local.law.E[0]),
-        exponent=float(local.law.g[0]),
-        local=tuple(_local_rows(pairs, local)),
-        curve=tuple(_curve(pairs, local, varies)),
+        irreducible_loss=float(shown.law.E[0]),
+        exponent=float(shown.law.g[0]),
+        local=tuple(_local_rows(pairs, shown)),
+        curve=tuple(_curve(pairs, shown, varies)),
     )
 
 
@@ -271,8 +273,19 @@ def _local(pairs: Pairs, floor: float | None) -> Local:
     return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], floor)
 
 
-def _reported(local: Local, p: float | None) -> Answer:
-    return _answer(*reported(local, np.array([1.0 if p is None else p])))
+def _reported(local: Local, p: float | None, rates: Floats | float = 1.0) -> Answer:
+    """The headline, local m being multiplied by `rates` [S]."""
+    if p is None or p >= SIGNIFICANCE:
+        constant = _at_rates(local, rates)
+        return _answer(constant.mean, *constant.interval())
+    return _answer(*reported(_at_rates(local, rates), np.array([p]), _at_rates(changing_multipliers(local), rates)))
+
+
+def _at_rates(local: Local, rates: Floats | float) -> Local:
+    ln_m = local.ln_m + np.log(rates)
+    mean = (local.weight * ln_m).sum(axis=1)
+    spread = (local.weight * (ln_m - mean[:, None]) ** 2).sum(axis=1)
+    return replace(local, ln_m=ln_m, mean=mean, error=np.sqrt(spread / (ln_m.shape[1] - 1)))
 
 
 def _answer(ln_m: Floats, low: Floats, high: Floats) -> Answer:
@@ -328,7 +341,7 @@ def _remarks(
 
 def _headline(local: Local, varies: bool, top: float) -> float:
     """m as the headline gives it: the constant, or that at compute `top` where it varies."""
-    return ratio((trend(local, top).at if varies else local.mean)[0])
+    return ratio((trend(changing_multipliers(local), top).at if varies else local.mean)[0])
 
 
 def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float, varies: bool) -> Interval | None:
@@ -378,13 +391,7 @@ def _noise_floor(pairs: Pairs, local: Local) -> float | None:
 
 def _timed(local: Local, rate_ratio: Floats, p: float | None) -> Answer | None:
     """m in measured seconds: local m times the arm's FLOPs a second over the baseline's; None where not measured."""
-    if np.isnan(rate_ratio).any():
-        return None
-    ln_m = local.ln_m + np.log(rate_ratio)
-    mean = (local.weight * ln_m).sum(axis=1)
-    spread = (local.weight * (ln_m - mean[:, None]) ** 2).sum(axis=1)
-    error = np.sqrt(spread / (ln_m.shape[1] - 1))
-    return _reported(replace(local, ln_m=ln_m, mean=mean, error=error), p)
+    return None if np.isnan(rate_ratio).any() else _reported(local, p, rate_ratio)
 
 
 def _local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:

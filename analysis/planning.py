@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.paired import SIGNIFICANCE, constancy_p, local_multipliers, reported, seed_noise, trend
+from analysis.paired import (
+    SIGNIFICANCE,
+    changing_multipliers,
+    constancy_p,
+    local_multipliers,
+    reported,
+    seed_noise,
+    trend,
+)
 from analysis.pairs import choose_convention, size_key
 from analysis.runlog import CONVENTIONS, RUN_COLUMNS
 from analysis.solver import Bools, Floats
@@ -88,7 +96,7 @@ def prospects(
 def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: int, seed: int) -> Prospect:
     asked = Simulated(ladder.compute, np.log(m), seeds, world, simulations, seed)
     p = asked.constancy(np.ones(simulations, dtype=bool))
-    _, low, high = reported(asked.local, p)
+    _, low, high = reported(asked.local, p, asked.changing)
 
     def power(ln_m: float) -> float:
         return Simulated(ladder.compute, ln_m, seeds, world, simulations, seed).power()
@@ -135,6 +143,7 @@ class Simulated:
             losses.append(world.irreducible_loss + reducible * factor + shared + own)
         self.compute, self.losses, self.seed = compute, losses, seed
         self.local = local_multipliers(compute, compute, losses[0], losses[1])
+        self.changing = changing_multipliers(self.local)
         self.noise_floor = np.zeros(simulations)  # |ln m| that the seeds alone would let through
         if seeds > 1:
             dof = len(compute) * (seeds - 1)
@@ -150,12 +159,12 @@ class Simulated:
 
     def resolved(self, p: Floats) -> Bools:
         """[K] whether the reported interval leaves out 1, and m is beyond the seed noise."""
-        ln_m, low, high = reported(self.local, p)
+        ln_m, low, high = reported(self.local, p, self.changing)
         return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
 
     def power(self) -> float:
         """The test is only asked where the answer may depend on it: where one of its two intervals leaves out 1."""
-        (low, high), (_, top_low, top_high) = self.local.interval(), trend(self.local, self.compute[-1]).estimate()
+        (low, high), (_, top_low, top_high) = self.local.interval(), trend(self.changing, self.compute[-1]).estimate()
         return float(self.resolved(self.constancy((low > 0) | (high < 0) | (top_low > 0) | (top_high < 0))).mean())
 
 

@@ -44,7 +44,7 @@ def test_what_is_simulated_is_what_is_reported(seeds: int) -> None:
     by other random numbers, is within .05 of the limit."""
     sweeps = Simulated(LADDER.compute, math.log(1.05), seeds, World(arm_noise=0.004), 30, seed=1)
     p = sweeps.constancy(np.ones(30, dtype=bool))
-    ln_m, low, high = reported(sweeps.local, p)
+    ln_m, low, high = reported(sweeps.local, p, sweeps.changing)
     agreed = 0
     for k, (y0, y1) in enumerate(zip(*sweeps.losses, strict=True)):
         found = compare(pairs_of(LADDER.compute, y0, y1))
