@@ -9,6 +9,7 @@ import torch
 from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, relative_error
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from dynconv.layers import (
@@ -120,6 +121,17 @@ def test_the_custom_ops_pass_opcheck(kind: str) -> None:
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 leaf.requires_grad_(differentiable)
         torch.library.opcheck(op, leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fake_tensors_get_fake_results(kind: str) -> None:
+    case = KINDS[kind]
+    with FakeTensorMode():
+        inputs = case.inputs()
+        y = case.run(inputs)
+        gradients = torch.autograd.grad(y.sum(), list(inputs.values()))
+    assert y.shape == inputs["x"].shape
+    assert [g.shape for g in gradients] == [value.shape for value in inputs.values()]
 
 
 class Projected(nn.Module):

@@ -1,7 +1,7 @@
 """One differentiable operator over the kernels: an autograd function when eager, a custom op when compiled.
 
-The custom op `dynconv::convolve` is what torch.compile sees: functional, with fake kernels. Eager calls skip
-it, because the dispatch of a Python custom op costs more host time than the launches.
+The custom op `dynconv::convolve` is what torch.compile and tensor subclasses see: functional, with fake kernels. Other
+eager calls skip it, because the dispatch of a Python custom op costs more host time than the launches.
 """
 
 from typing import Any
@@ -160,6 +160,6 @@ def convolve(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """`reference.convolve` by kernels."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # fake tensors, say, have no memory to launch on
         return _convolve_op(x, z, weight, static_w, positions, segments, residual)
     return _Convolve.apply(x, z, weight, static_w, positions, segments, residual)
