@@ -283,6 +283,8 @@ def _renaming(path: Path, names: list[str], columns: Mapping[str, str]) -> dict[
             raise ValueError(f"--columns: no column {wanted!r} is known; known are N, D, C, {', '.join(RUN_COLUMNS)}")
         if theirs not in names:
             raise ValueError(f"{path} has no column {theirs!r}; it has {', '.join(names)}")
+        if theirs in renaming:
+            raise ValueError(f"--columns gives column {theirs!r} two names; give it one")
         renaming[theirs] = target
     for target, usual in POINT_NAMES.items():
         matches = [name for name in names if name.lower() in usual and name not in renaming]

@@ -214,6 +214,8 @@ def _load(args: argparse.Namespace) -> Store:
         ours, equals, theirs = item.partition("=")
         if not (ours and equals and theirs):
             raise ValueError(f"--columns takes NAME=COLUMN,...; got {item!r}")
+        if ours.strip() in columns:
+            raise ValueError(f"--columns names two columns for {ours.strip()}; give one")
         columns[ours.strip()] = theirs.strip()
     store = load(args.store, columns)
     _warn(*store.problems)
@@ -337,6 +339,11 @@ def _power(args: argparse.Namespace) -> int:
         raise ValueError(f"--seeds takes whole numbers, 1,2,3; got {args.seeds!r}") from None
     if min(seeds) < 1 or args.simulations < 100:
         raise ValueError(f"--seeds must be at least 1 and --simulations 100; got {args.seeds}, {args.simulations}")
+    for name in ("seed_noise", "arm_noise", "shared_noise", "exponent", "reducible", "gpu_flops"):
+        value, positive = getattr(args, name), not name.endswith("noise")
+        if value is not None and not (0 <= value < math.inf and (value or not positive)):
+            wanted = "positive" if positive else "at least 0"
+            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
     world = World(
         reducible_loss=args.reducible,
         exponent=args.exponent,

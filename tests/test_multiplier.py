@@ -327,6 +327,11 @@ def test_two_sizes_get_a_number_and_a_warning() -> None:
     assert "E = 0" not in stated.status
 
 
+def test_a_column_has_one_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", "p.csv", "--columns", "loss=a,loss=b"]) == 2
+    assert "--columns names two columns for loss; give one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("floor", ["2.45", "-1", "nan"])
 def test_a_stated_floor_must_be_below_every_loss(
     floor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

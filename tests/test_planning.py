@@ -135,6 +135,9 @@ def test_a_sweep_file_is_a_design(capsys: pytest.CaptureFixture[str]) -> None:
         ('[{"size": "s", "flops_exact": -1e19, "run_id": "r"}]', [], "compute must be positive; got -1e+19 in r"),
         ('[{"arm": "a", "size": "s", "flops_exact": 1e19}]', ["--seeds", "x"], "takes whole numbers"),
         ('[{"arm": "a", "size": "s", "flops_exact": 1e19}]', ["--baseline", "b"], "no arm 'b'; the arms are a"),
+        ("[]", ["--gpu-flops", "-1"], "--gpu-flops must be positive; got -1"),
+        ("[]", ["--exponent", "0"], "--exponent must be positive; got 0"),
+        ("[]", ["--arm-noise", "nan"], "--arm-noise must be at least 0; got nan"),
     ],
 )
 def test_designs_that_are_none_are_refused(

@@ -154,6 +154,7 @@ def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
         ("points.csv", "arm,C,loss,residual\na,1,2,much\n", {}, "column residual must hold true or false"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"C": "flop"}, "no column 'flop'; it has arm, C, loss"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"Q": "C"}, "no column 'Q' is known"),
+        ("points.csv", "arm,C,loss,N\na,1,2,3\n", {"loss": "N", "C": "N"}, "gives column 'N' two names"),
         ("points.csv", "arm,C,loss,convention\na,1,2,guess\n", {}, "no FLOP convention 'guess'"),
         ("points.parquet", "not parquet", {}, "unreadable"),
         ("points.txt", "arm,C,loss\n", {}, r"neither \.csv nor \.parquet"),
