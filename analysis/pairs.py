@@ -48,11 +48,12 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
 
     Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
     """
-    unfinished = runs[runs["status"] != "complete"]
-    excluded = _excluded(unfinished, unfinished["status"])
-    done = runs[runs["status"] == "complete"]
+    status = runs["status"].astype("string").fillna("no status")
+    unfinished, done = runs[status != "complete"], runs[status == "complete"]
+    excluded = _excluded(unfinished, status[unfinished.index])
     if done.empty:
-        raise ValueError(f"none of {len(runs)} runs has finished; `dynconv status` says where they stand")
+        stands = ", ".join(status.unique())
+        raise ValueError(f"none of {len(runs)} runs has finished, which is status complete; got {stands}")
     if done["loss"].isna().all():
         raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
     require_positive(done, "loss", "loss")

@@ -240,7 +240,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     renaming = _renaming(path, [str(name) for name in points.columns], columns)
     points = points.drop(columns=set(renaming.values()) - set(renaming), errors="ignore").rename(columns=renaming)
     if "convention" in points and points["convention"].nunique() == 1:
-        name = str(points["convention"].iloc[0])
+        name = str(points["convention"].dropna().iloc[0])
         if name not in CONVENTIONS:
             raise ValueError(f"{path}: no FLOP convention {name!r}; there are {', '.join(CONVENTIONS)}")
         points = points.rename(columns={"flops_given": CONVENTIONS[name]})

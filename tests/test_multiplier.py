@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -252,7 +253,8 @@ ROWS = [f"{arm},s{i},0,{10**i}e18,,,{3 - i / 4 - 0.05 * (arm == 'b')},x,complete
         ({3: "b,s1,0,1e19,,,2.7,y,complete"}, "the runs mix data"),
         ({3: "b,s1,0,1e19,,,inf,x,complete"}, "loss must be positive; got inf in row 4"),
         ({3: "b,s1,0,1e19,,,-1,x,complete"}, "loss must be positive; got -1.0 in row 4"),
-        ({k: row.replace("complete", "failed") for k, row in enumerate(ROWS)}, "none of 8 runs has finished"),
+        ({k: row.replace("complete", "failed") for k, row in enumerate(ROWS)}, "status complete; got failed"),
+        ({k: row.replace("complete", "") for k, row in enumerate(ROWS)}, "status complete; got no status"),
     ],
 )
 @pytest.mark.parametrize("verb", ["table", "fit"])
@@ -325,6 +327,15 @@ def test_two_sizes_get_a_number_and_a_warning() -> None:
     stated = compare(pairs_of(compute, y0[0], y1[0]), floors=[1.7])
     assert stated.m == pytest.approx(1.33, rel=1e-6)
     assert "E = 0" not in stated.status
+
+
+def test_a_row_without_a_status_is_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row.replace("complete", "") if k == 0 else row for k, row in enumerate(ROWS)]
+    (tmp_path / "p.csv").write_text("\n".join([HEADER, *rows]))
+    assert main(["table", str(tmp_path / "p.csv"), "--baseline", "a", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["n_sizes"] == 3
+    assert {"run_id": "row 1", "arm": "a", "reason": "no status"} in found["excluded"]
 
 
 def test_a_column_has_one_source(capsys: pytest.CaptureFixture[str]) -> None:
