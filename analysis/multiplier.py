@@ -298,8 +298,12 @@ def _joint(pairs: Pairs) -> Answer | None:
 
 
 def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
-    """m(C): the line of local ln m where m varies with compute, else the constant."""
-    for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
+    """m(C): the line of local ln m where m varies with compute, else the constant.
+
+    Below three sizes nothing says that it is constant, and it ends with the sizes.
+    """
+    reach = EXTRAPOLATED if len(pairs.sizes) > 2 else 1.0
+    for compute in np.geomspace(pairs.c0[0], reach * pairs.c0[-1], 40):
         answer = _answer(*trend(local, compute).estimate()) if varies else _reported(local, None)
         assert answer.ci is not None
         yield At(float(compute), answer.m, answer.ci)

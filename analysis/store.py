@@ -298,6 +298,19 @@ def _typed(path: Path, column: pd.Series, dtype: str) -> pd.Series:
 
     try:
         return (pd.to_numeric(column) if dtype == "float64" else column).astype(dtype)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError):
         what = {"float64": "numbers", "boolean": "true or false", "string": "text"}[dtype]
-        raise ValueError(f"{path}: column {column.name} must hold {what} ({error})") from None
+        wrong = [(row, cell) for row, cell in enumerate(column, 1) if not _is(cell, dtype)][:3]
+        got = ", ".join(f"{cell!r} in row {row}" for row, cell in wrong)
+        raise ValueError(f"{path}: column {column.name} must hold {what}; got {got}; correct the cells") from None
+
+
+def _is(cell: object, dtype: str) -> bool:
+    """Whether one cell alone passes for the type."""
+    import pandas as pd
+
+    try:
+        (pd.to_numeric(pd.Series([cell])) if dtype == "float64" else pd.Series([cell], dtype="object")).astype(dtype)
+    except (ValueError, TypeError):
+        return False
+    return True
