@@ -27,6 +27,15 @@ def load_position(positions, start, row, limit, slot):
 
 
 @gluon.jit
+def drop_first(values):
+    """A tuple without its first."""
+    rest = ()
+    for index in gl.static_range(1, len(values)):
+        rest = rest + (values[index],)
+    return rest
+
+
+@gluon.jit
 def load_positions(positions, start, row, limit, first, SLOTS: gl.constexpr):
     """`load_position` of SLOTS slots."""
     places = ()

@@ -4,13 +4,12 @@ A tile's channels are HEADS whole heads of D/H channels, padded to HP, a power o
 load as one vector, W taps padded to WP, and split in registers.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dynconv.ops.launch import launch
+from dynconv.ops.optional import ring
 from dynconv.ops.tiles import (
     ceil_div,
     drop_first,
@@ -25,12 +24,6 @@ from dynconv.ops.tiles import (
     runs_gluon,
     sum_parts,
 )
-
-ring: Any
-try:  # Gluon is experimental, and its names move; without it the kernels below do
-    from dynconv.ops import ring
-except (AssertionError, AttributeError, ImportError):  # a Triton with other names; the interpreter
-    ring = None
 
 
 @triton.jit

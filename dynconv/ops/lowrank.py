@@ -4,8 +4,6 @@ Legend: B batch, T time, D channels, W taps, R rank, G segments of the channels,
 The filters are made on chip, a tile at a time, as z U; they are never stored.
 """
 
-from types import ModuleType
-
 import torch
 import triton
 import triton.language as tl
@@ -13,13 +11,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from dynconv.ops.launch import launch
+from dynconv.ops.optional import lowrank_mma as mma
 from dynconv.ops.tiles import ceil_div, multiprocessors, new_like, new_sums, power_of_two, runs_gluon, sum_parts
-
-mma: ModuleType | None
-try:  # Gluon is experimental, and its names move; without it the kernels below do
-    from dynconv.ops import lowrank_mma as mma
-except (AssertionError, AttributeError, ImportError):  # Triton < 3.6; the interpreter
-    mma = None
 
 
 @triton.jit

@@ -17,7 +17,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from dynconv.ops.gluon_pieces import allocate_ring, async_load, forget, load_history, load_position, load_positions
+from dynconv.ops.gluon_pieces import (
+    allocate_ring,
+    async_load,
+    drop_first,
+    forget,
+    load_history,
+    load_position,
+    load_positions,
+)
 from dynconv.ops.mma import (
     axis,
     channel_of,
@@ -124,10 +132,7 @@ def forward_kernel(
                 filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
                 result += filters * xs[W - 1 - tap].to(gl.float32)
             gl.store(out + slot * y_time, result.to(dtype), mask=(group + slot < limit) & d_ok)
-            kept = ()
-            for index in gl.static_range(W - 1):
-                kept = kept + (xs[index + 1],)
-            xs = kept
+            xs = drop_first(xs)
 
 
 @gluon.jit
@@ -276,11 +281,9 @@ def backward_kernel(
             gl.store(out + slot * dx_time, result.to(dtype), mask=done)
             # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
             partial = ()
-            kept = ()
             for index in gl.static_range(W - 1):
                 partial = partial + (backs[W - 2 - index],)
-                kept = kept + (xs[index + 1],)
-            xs = kept
+            xs = drop_first(xs)
         if dz is not None:
             for slot in gl.static_range(SLOTS):
                 total = gl.sum(dz_shared[slot].load(SUM), 0)
@@ -308,9 +311,7 @@ def backward_kernel(
         if ADD:
             last += gl.load(dx + row * dx_time + d + slot * dx_time, mask=done, other=0.0).to(gl.float32)
         gl.store(dx + row * dx_time + d + slot * dx_time, last.to(dtype), mask=done)
-        partial = ()
-        for index in gl.static_range(W - 2 - slot):
-            partial = partial + (later[index + 1],)
+        partial = drop_first(later)
 
     channel = first + axis(WARPS, 0, MMA) * 16 + channel_of(axis(16, 1, MMA))
     rank = axis(16, 2, MMA)

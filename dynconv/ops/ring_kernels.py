@@ -11,7 +11,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from dynconv.ops.gluon_pieces import allocate_ring, async_load, forget, load_history, load_position, load_positions
+from dynconv.ops.gluon_pieces import (
+    allocate_ring,
+    async_load,
+    drop_first,
+    forget,
+    load_history,
+    load_position,
+    load_positions,
+)
 
 
 @gluon.constexpr_function
@@ -199,10 +207,7 @@ def forward_kernel(
                 for tap in gl.static_range(W):
                     result += _filter(taps, static, tap, WARPS, HP) * xs[W - 1 - tap].to(gl.float32)
                 gl.store(y_at + now * y_time, result.to(dtype), mask=(begin + now < limit) & d_ok)
-                kept = ()
-                for index in gl.static_range(W - 1):
-                    kept = kept + (xs[index + 1],)
-                xs = kept
+                xs = drop_first(xs)
         x_at += SLOTS * STAGES * x_time
         y_at += SLOTS * STAGES * y_time
         if weight is not None:
@@ -319,11 +324,9 @@ def backward_kernel(
                     gl.store(dweight_at + now * dweight_time, flat, mask=(begin + now < limit) & filter_ok)
                 # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
                 partial = ()
-                kept = ()
                 for index in gl.static_range(W - 1):
                     partial = partial + (backs[W - 2 - index],)
-                    kept = kept + (xs[index + 1],)
-                xs = kept
+                xs = drop_first(xs)
         x_at += SLOTS * STAGES * x_time
         dy_at += SLOTS * STAGES * dy_time
         dx_at += SLOTS * STAGES * dx_time
@@ -348,9 +351,7 @@ def backward_kernel(
                 back = gl.where(after >= W - 1 - index, back, partial[index])
             later = later + (back,)
         gl.store(dx_at + (slot + 1 - W) * dx_time, later[0].to(dtype), mask=(RUN + slot + 1 - W < limit) & d_ok)
-        partial = ()
-        for index in gl.static_range(W - 2 - slot):
-            partial = partial + (later[index + 1],)
+        partial = drop_first(later)
 
     if dstatic is not None:
         for tap in gl.static_range(W):

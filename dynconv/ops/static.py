@@ -1,12 +1,11 @@
 """The static convolution in Triton. Legend: B batch, T time, D channels, W taps."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dynconv.ops.launch import launch
+from dynconv.ops.optional import ring
 from dynconv.ops.tiles import (
     ceil_div,
     drop_first,
@@ -21,12 +20,6 @@ from dynconv.ops.tiles import (
     runs_gluon,
     sum_parts,
 )
-
-ring: Any
-try:  # Gluon is experimental, and its names move; without it the kernels below do
-    from dynconv.ops import ring
-except (AssertionError, AttributeError, ImportError):  # a Triton with other names; the interpreter
-    ring = None
 
 
 @triton.jit
