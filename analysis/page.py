@@ -43,8 +43,9 @@ for (const table of document.querySelectorAll("table")) {
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
     const rows = [...table.tBodies[0].rows].sort((a, b) => {
-      const [x, y] = [key(a), key(b)], difference = x - y;
-      return (Number.isNaN(difference) ? x.localeCompare(y) : difference) * (down ? -1 : 1);
+      const [x, y] = [key(a), key(b)], difference = x - y, missing = (x === "Infinity") - (y === "Infinity");
+      const order = Number.isNaN(difference) ? x.localeCompare(y, undefined, {numeric: true}) : difference;
+      return missing || order * (down ? -1 : 1);
     });
     table.tBodies[0].append(...rows);
   }));

@@ -153,7 +153,7 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
             if not error < SAME:
                 raise ValueError(f"its result is {error:.2g} off the reference's, relative; not timed")
             measured, transient = list(measure(case, provider)), transient_memory(case, provider)
-        except (RuntimeError, TypeError, ValueError) as problem:
+        except Exception as problem:  # a rival's code may raise anything, and the others are still to be timed
             bar.write(f"{provider.name}, {case}: {str(problem).splitlines()[0]}", file=sys.stderr)
             continue
         for name, us in measured:

@@ -121,8 +121,8 @@ def test_it_opens_without_errors_and_its_tables_sort(page: Path, tmp_path: Path,
     losses = [float(value) for value in data["up"].split(",") if value != "-"]
     assert len(losses) == 12
     assert losses == sorted(losses)
-    assert data["down"].split(",")[0] == "-"
-    assert [float(value) for value in data["down"].split(",")[1:]] == losses[::-1]
+    assert data["down"].split(",")[-1] == "-"
+    assert [float(value) for value in data["down"].split(",")[:-1]] == losses[::-1]
     assert (data["source"], data["stops"], data["wide"]) == ("m", "0", "0")
     assert (data["open"], data["zoom"]) == ("true", "115%")
 

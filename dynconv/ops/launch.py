@@ -20,7 +20,7 @@ def launch(
     tensors: tuple[Tensor | None, ...],  # the first is on the device to run on
     integers: tuple[int, ...],
     constants: dict[str, Any],
-    **options: Any,  # the compiler's, num_warps and so on: the same at every call with these constants
+    **options: Any,  # the compiler's, num_warps and so on
 ) -> None:
     """Run `programs` programs of the kernel on the tensors' device."""
     # Triton 3.9 warns that the default is about to change.
@@ -39,6 +39,7 @@ def launch(
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
         *[(n % 16 == 0, n == 1, n >> 31 != 0) for n in integers],
         *constants.values(),
+        *options.values(),
     )
     compiled = _compiled.get(key)
     if compiled is None or torch.version.hip:  # AMD's backend specialises on tensors' sizes, too
