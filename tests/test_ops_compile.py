@@ -1,4 +1,4 @@
-"""The tensor-core kernels compile without a GPU, and fit the chip: registers, spills and shared memory of their cubins.
+"""The kernels compile without a GPU: once for all lengths, and into what fits the chip.
 
 In a process of its own, for the kernels' other tests run Triton's interpreter in theirs.
 """
@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,68 +19,111 @@ pytestmark = [
 ]
 
 COMPILE = """
-import json, math, re, subprocess, sys, tempfile
+import collections, json, math, re, subprocess, sys, tempfile
 from pathlib import Path
 import torch
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from dynconv.ops import lowrank_mma, ring, tiles
+from dynconv.ops import headwise, lowrank, lowrank_mma, ring, static, tiles
 
 class Device:
     get_current_device = get_current_stream = lambda *_: 0
     get_current_target = lambda _: GPUTarget("cuda", int(sys.argv[1]), 32)
 
+variants = collections.defaultdict(set)
+
 def compile(kernel, programs, tensors, integers, constants, **options):
     arguments = constants | options | {"enable_fp_fusion": True}
     compiled = kernel.run(*tensors, *integers, grid=(programs,), warmup=True, **arguments)
+    name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.__name__}"
+    variants[name].add(compiled.hash)
+    if sys.argv[2] == "lengths":
+        return
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups())
-    name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.__name__}"
     print(json.dumps([name, {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}]))
 
 def made(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 driver.set_active(Device())
-tiles.launch = lowrank_mma.launch = ring.launch = compile
-lowrank_mma.multiprocessors = ring.multiprocessors = lambda _: 132
-packed = sys.argv[2] == "packed"
-shape = (1 if packed else 4, 4096, 2048)
-x = made(math.prod(shape) + 3)[3:].view(shape)  # contiguous, but at no multiple of 16 bytes: cp.async needs a copy
-static_w = made(4, 2048, dtype=torch.float32)
-positions = made(4096, dtype=torch.int32) if packed else None
-z, up, split = made(*x.shape[:2], 45), made(15, 4 * 2048, dtype=torch.float32), (1024, 512, 512)
-lowrank_mma.forward(x, z, up, static_w, positions, split, True)
-lowrank_mma.backward(x, x, z, up, static_w, positions, split, True, (True, True, True))
-weight = made(*x.shape[:2], 128, 4)
-for dynamic in (None, weight):
-    ring.forward(x, dynamic, static_w, positions, 4, True)
-    ring.backward(x, x, dynamic, static_w, positions, 4, True, (True, True))
+for module in (headwise, lowrank, lowrank_mma, ring, static, tiles):
+    module.launch = compile
+    module.multiprocessors = lambda _: 132
+
+# where no GPU is seen, the modules choose their kernels for any input
+def run(x, heads, rank, segments, positions):
+    z, up = made(*x.shape[:2], rank * len(segments)), made(rank, 4 * x.shape[2], dtype=torch.float32)
+    static_w = made(4, x.shape[2], dtype=torch.float32)
+    low = (z, up, static_w, positions, segments, True)
+    weight = made(*x.shape[:2], heads, 4)
+    if sys.argv[2] == "lengths":
+        for module in (lowrank, lowrank_mma):
+            module.forward(x, *low)
+            module.backward(x, x, *low, (True,) * 4)
+        static.forward(x, static_w, positions, True, False)
+        static.backward(x, x, static_w, positions, True, False, (True, True))
+        headwise.forward(x, weight, static_w, positions, True, False)
+        headwise.backward(x, x, weight, static_w, positions, True, False, (True, True, True))
+    else:
+        lowrank_mma.forward(x, *low)
+        lowrank_mma.backward(x, x, *low, (True,) * 4)
+    for dynamic in (None, weight):
+        for silu in (False, True):
+            ring.forward(x, dynamic, static_w, positions, 4, True, silu)
+            ring.backward(x, x, dynamic, static_w, positions, 4, True, silu, (True, True, True))
+
+if sys.argv[2] == "lengths":
+    for batch, time in ((1, 16), (1, 48), (4, 1024), (3, 4112), (1, 32768)):
+        run(made(batch, time, 512), 32, 16, (256, 256), None)
+    print(json.dumps({name: len(hashes) for name, hashes in variants.items()}))
+else:
+    packed = sys.argv[2] == "packed"
+    shape = (1 if packed else 4, 4096, 2048)
+    x = made(math.prod(shape) + 3)[3:].view(shape)  # contiguous, but at no multiple of 16 bytes: cp.async needs a copy
+    run(x, 128, 15, (1024, 512, 512), made(4096, dtype=torch.int32) if packed else None)
 """
 
 
-@pytest.mark.parametrize("packed", ["packed", "unpacked"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_gluon_kernels_fit(capability: int, packed: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability), packed]
+def compiled(*words: str) -> list[Any]:
+    """What the script prints, a JSON value a line."""
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, *words]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     if "ImportError" in done.stderr and "gluon" in done.stderr:
         pytest.skip("this Triton's Gluon lacks what the kernels use; the plain kernels run instead")
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 11  # six kernels, and the launches that pad z and add up partial sums
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("packed", ["packed", "unpacked"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_gluon_kernels_fit(capability: int, packed: str) -> None:
+    found = compiled(str(capability), packed)
+    assert len(found) == 17  # ten kernels, and the launches that pad z and add up partial sums
     # A few spilled loop invariants cost nothing measurable; the 264 bytes of an early version cost half its time.
     spilled = 192 if packed == "packed" else 32
-    # Three low-rank forward programs share a multiprocessor's 64 K registers, and four of the ring's backward.
-    ring = 170 if packed == "packed" else 128
-    most = {"lowrank_mma_kernels.forward_kernel": 170, "ring_kernels.backward_kernel": ring}
+    # Three low-rank forward programs share a multiprocessor's 64 K registers, and so do the ring's backward ones.
+    most = {"lowrank_mma_kernels.forward_kernel": 170, "ring_kernels.backward_kernel": 170}
     for name, resources in found:
         assert resources["stack"] <= spilled, (name, resources)
         assert resources["registers"] <= most.get(name, 255), (name, resources)
         assert resources["shared"] <= 101_376, (name, resources)  # what a program of sm_86 and sm_89 may have
+
+
+def test_lengths_share_a_kernel() -> None:
+    """Whatever the number of tokens, as long as it is a multiple of 16, or as long as it is not."""
+    (counts,) = compiled("90", "lengths")
+    several = {
+        "headwise._backward_kernel": 2,  # a tile a program, or a loop over tiles
+        "ring_kernels.forward_kernel": 4,  # static and head-wise, each with silu and without
+        "ring_kernels.backward_kernel": 4,
+        "tiles._sum_kernel": 6,  # one sum or three, of few parts or of many
+    }
+    assert counts == {name: several.get(name, 1) for name in counts}
+    assert len(counts) == 11

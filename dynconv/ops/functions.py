@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dynconv.ops import reference
@@ -190,26 +189,30 @@ def _run(
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])
         _check(initial_state, shape, "initial_state", "[N, W-1, D]", x)
-    inner_residual = residual and activation is None
+    silu = activation == "silu"
     if initial_state is None:
-        y = _convolve(x, filters, positions, inner_residual)
+        y = _convolve(x, filters, positions, residual, silu)
     else:
-        y = _continue(x, filters, document, positions, cu_seqlens, inner_residual, initial_state)
-    if activation is not None:
-        y = F.silu(y) + x if residual else F.silu(y)
+        y = _continue(x, filters, document, positions, cu_seqlens, residual, silu, initial_state)
     if not return_final_state:
         return y
     return y, _final_state(x, filters.width, cu_seqlens, initial_state)
 
 
-def _convolve(x: Tensor, filters: _Filters, positions: Tensor | None, residual: bool) -> Tensor:  # [B, T, D]
+def _convolve(
+    x: Tensor,  # [B, T, D]
+    filters: _Filters,
+    positions: Tensor | None,  # [T]
+    residual: bool,
+    silu: bool,
+) -> Tensor:  # [B, T, D]
     kernels = _HAS_TRITON and (x.is_cuda or _INTERPRET) and x.dtype in _KERNEL_DTYPES
     if kernels and filters.width <= _MAX_WIDTH:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
 
-        return convolve(x, *filters[:3], positions, filters.segments, residual)
-    return reference.convolve(x, *filters[:3], positions, filters.segments, residual)
+        return convolve(x, *filters[:3], positions, filters.segments, residual, silu)
+    return reference.convolve(x, *filters[:3], positions, filters.segments, residual, silu)
 
 
 def _continue(
@@ -219,24 +222,25 @@ def _continue(
     positions: Tensor | None,  # [T]
     cu_seqlens: Tensor | None,  # [N + 1]
     residual: bool,
+    silu: bool,
     state: Tensor,  # [N, W-1, D]
 ) -> Tensor:  # [B, T, D]
     """The convolution of sequences that go on from a state, which reaches their first W-1 outputs only."""
     count = filters.width - 1
     if count == 0 or x.shape[1] == 0:
-        return _convolve(x, filters, positions, residual)
+        return _convolve(x, filters, positions, residual, silu)
     if cu_seqlens is None or document is None or positions is None:
         count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
         few = filters.of_tokens(lambda made: made[:, :count])
-        heads = reference.convolve(x[:, :count], *few[:3], None, few.segments, residual, state)
+        heads = reference.convolve(x[:, :count], *few[:3], None, few.segments, residual, silu, state)
         if count == x.shape[1]:
             return heads
-        return torch.cat([heads, _convolve(x, filters, None, residual)[:, count:]], 1)
+        return torch.cat([heads, _convolve(x, filters, None, residual, silu)[:, count:]], 1)
     tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)
     tokens = tokens.clamp(max=x.shape[1] - 1)  # [N, W-1]; those past a short document's end go unread
     few = filters.of_tokens(lambda made: made[0, tokens])
-    heads = reference.convolve(x[0, tokens], *few[:3], None, few.segments, residual, state)
-    y = _convolve(x, filters, positions, residual)
+    heads = reference.convolve(x[0, tokens], *few[:3], None, few.segments, residual, silu, state)
+    y = _convolve(x, filters, positions, residual, silu)
     return torch.where((positions < count)[:, None], heads[document, positions.clamp(max=count - 1)], y)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from dynconv.ops.launch import launch
 from dynconv.ops.optional import ring
 from dynconv.ops.tiles import (
-    ceil_div,
     drop_first,
     load_positions,
     load_slot,
@@ -20,7 +19,6 @@ from dynconv.ops.tiles import (
     multiprocessors,
     new_like,
     new_sums,
-    power_of_two,
     runs_gluon,
     sum_parts,
 )
@@ -100,7 +98,7 @@ def _columns(head, head_size, channels, HEADS: tl.constexpr, HP: tl.constexpr):
     return d, d_ok
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _forward_kernel(
     x, weight, static_w, y, positions,
     time, channels, x_batch, weight_batch, tiles,
@@ -151,7 +149,7 @@ def _forward_kernel(
         tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _backward_kernel(
     dy, x, weight, static_w, dx, dweight, dstatic, positions,
     time, channels, dy_batch, x_batch, weight_batch, chunks, tiles,
@@ -187,7 +185,8 @@ def _backward_kernel(
         weight_at = (head + coefficient // WP) * weight_head + coefficient % WP
         weights = weight + batch * weight_batch + start.to(tl.int64) * weight_time
         weights += rows[:, None] * weight_time + weight_at[None, :]
-        out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
+        if dx is not None:
+            out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
         dweight_at = (head + coefficient // WP) * W + coefficient % WP
         if dweight is not None:
             dweights = dweight + (batch * time + start) * HEAD_TAPS
@@ -229,7 +228,8 @@ def _backward_kernel(
             for _ in tl.static_range(WP - W):
                 coefficients = coefficients + (tl.zeros([ROWS, HEADS], tl.float32),)
             time_ok = (slot < limit)[:, None]
-            tl.store(out + slot * dx_time, result, mask=time_ok & d_ok[None, :])
+            if dx is not None:
+                tl.store(out + slot * dx_time, result, mask=time_ok & d_ok[None, :])
             if dweight is not None:
                 flat = _join_taps(coefficients, ROWS, HEADS, WP)
                 tl.store(dweights + slot * HEAD_TAPS, flat, mask=time_ok & coefficient_ok[None, :])
@@ -241,16 +241,22 @@ def _backward_kernel(
 
 def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
     """(rows, heads, padded head size) of a tile of about so many elements."""
-    padded = power_of_two(head_size)
-    in_block = min(max(1, 256 // padded), power_of_two(heads))
+    padded = triton.next_power_of_2(head_size)
+    in_block = min(max(1, 256 // padded), triton.next_power_of_2(heads))
     return max(1, elements // (in_block * padded)), in_block, padded
 
 
-def _by_ring(x: Tensor, weight: Tensor, static_w: Tensor | None, positions: Tensor | None, backward: bool) -> bool:
-    """Whether the kernels with a ring take the inputs, and are the faster for them."""
-    if ring is None or not runs_gluon(x) or not ring.fits(x, weight, weight.shape[3]):
-        return False
-    return positions is not None or (static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2]))
+def fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels with a ring take the inputs; they put silu in."""
+    return ring is not None and runs_gluon(x) and ring.fits(x, weight, weight.shape[3])
+
+
+def _by_ring(
+    x: Tensor, weight: Tensor, static_w: Tensor | None, positions: Tensor | None, silu: bool, backward: bool
+) -> bool:
+    """Whether the kernels with a ring take the inputs, and have to or are the faster for them."""
+    large = static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2])
+    return fuses(x, weight) and (silu or positions is not None or large)
 
 
 def _backward_shape(static: bool) -> tuple[int, int, int, int]:
@@ -267,24 +273,25 @@ def forward(
     static_w: Tensor | None,  # [W, D]
     positions: Tensor | None,  # [T] int32: each token's place in its document
     residual: bool,
+    silu: bool,  # where `fuses`
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if _by_ring(x, weight, static_w, positions, backward=False):
-        return ring.forward(x, weight, static_w, positions, weight.shape[3], residual)
+    if _by_ring(x, weight, static_w, positions, silu, backward=False):
+        return ring.forward(x, weight, static_w, positions, weight.shape[3], residual, silu)
     batch, time, channels = x.shape
     heads, width = weight.shape[2:]
     rows, in_block, padded = _tile(channels // heads, heads, elements=512)
     slots = 4
-    tiles = ceil_div(time, rows * slots)
+    tiles = triton.cdiv(time, rows * slots)
     y = new_like(x)
     launch(
         _forward_kernel,
-        ceil_div(heads, in_block) * batch * tiles,
+        triton.cdiv(heads, in_block) * batch * tiles,
         (x, weight, static_w, y, positions),
         (time, channels, x.stride(0), weight.stride(0), tiles),
         {
             "x_time": x.stride(1), "weight_time": weight.stride(1), "weight_head": weight.stride(2),
-            "y_time": channels, "head_size": channels // heads, "W": width, "WP": power_of_two(width),
+            "y_time": channels, "head_size": channels // heads, "W": width, "WP": triton.next_power_of_2(width),
             "RESIDUAL": residual,
             "ROWS": rows, "SLOTS": slots, "HEADS": in_block, "HP": padded,
         },
@@ -299,25 +306,26 @@ def backward(
     static_w: Tensor | None,  # [W, D]
     positions: Tensor | None,  # [T] int32
     residual: bool,
-    needs: tuple[bool, bool],  # whether weight and static_w want gradients
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # [B, T, D], [B, T, H, W], [W, D]
+    silu: bool,
+    needs: tuple[bool, bool, bool],  # whether x, weight and static_w want gradients
+) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, H, W], [W, D]
     """The gradients of x, weight and static_w, in their dtypes."""
-    if _by_ring(x, weight, static_w, positions, backward=True):
-        return ring.backward(dy, x, weight, static_w, positions, weight.shape[3], residual, needs)
+    if _by_ring(x, weight, static_w, positions, silu, backward=True):
+        return ring.backward(dy, x, weight, static_w, positions, weight.shape[3], residual, silu, needs)
     batch, time, channels = x.shape
     heads, width = weight.shape[2:]
     elements, slots, ahead, at_once = _backward_shape(static_w is not None)
     rows, in_block, padded = _tile(channels // heads, heads, elements)
-    blocks = ceil_div(heads, in_block)
-    tiles = ceil_div(time, rows * slots)
+    blocks = triton.cdiv(heads, in_block)
+    tiles = triton.cdiv(time, rows * slots)
     chunks = tiles
     if at_once:
-        chunks = min(tiles, ceil_div(at_once * multiprocessors(x), blocks * batch))
-    per_chunk = ceil_div(tiles, chunks)
-    chunks = ceil_div(tiles, per_chunk)
-    dx = new_like(x)
-    dweight = new_like(weight) if needs[0] else None
-    partial, dstatic = new_sums(static_w if needs[1] else None, batch * chunks)
+        chunks = min(tiles, triton.cdiv(at_once * multiprocessors(x), blocks * batch))
+    per_chunk = triton.cdiv(tiles, chunks)
+    chunks = triton.cdiv(tiles, per_chunk)
+    dx = new_like(x) if needs[0] else None
+    dweight = new_like(weight) if needs[1] else None
+    partial, dstatic = new_sums(static_w if needs[2] else None, batch * chunks)
     launch(
         _backward_kernel,
         blocks * batch * chunks,
@@ -326,7 +334,7 @@ def backward(
         {
             "dy_time": dy.stride(1), "x_time": x.stride(1),
             "weight_time": weight.stride(1), "weight_head": weight.stride(2),
-            "dx_time": channels, "head_size": channels // heads, "W": width, "WP": power_of_two(width),
+            "dx_time": channels, "head_size": channels // heads, "W": width, "WP": triton.next_power_of_2(width),
             "RESIDUAL": residual,
             "ROWS": rows, "SLOTS": slots, "AHEAD": ahead, "HEADS": in_block, "HP": padded,
         },

@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from dynconv.ops.launch import launch
 from dynconv.ops.optional import lowrank_mma as mma
-from dynconv.ops.tiles import ceil_div, multiprocessors, new_like, new_sums, power_of_two, runs_gluon, sum_parts
+from dynconv.ops.tiles import multiprocessors, new_like, new_sums, runs_gluon, sum_parts
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _load_tile(pointer, time_steps, row_stride, columns, columns_ok, lowest, hig
     return tl.load(pointer + time_steps[:, None] * row_stride + columns[None, :], mask=ok, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "blocks"])
 def _forward_kernel(
     x, z, up, static_w, y, positions,
     time, channels, x_batch, x_time, z_batch, z_time, tiles, blocks,
@@ -81,7 +81,7 @@ def _forward_kernel(
     tl.store(y + steps[:, None] * channels + d[None, :], result, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "tiles", "blocks"])
 def _backward_kernel(
     dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
     time, channels, rows, dy_batch, x_batch, z_batch, chunks, tiles, blocks,
@@ -159,7 +159,8 @@ def _backward_kernel(
         static_sums = new_static_sums
         token = batch * time + start + steps[:, None]
         ok = (steps < last)[:, None]
-        tl.store(dx + token * channels + d[None, :], result, mask=ok & d_ok[None, :])
+        if dx is not None:
+            tl.store(dx + token * channels + d[None, :], result, mask=ok & d_ok[None, :])
         if dz is not None:
             at = (part.to(tl.int64) * rows + token) * (len(SEGMENTS) * R) + segment * R + r[None, :]
             tl.store(dz + at, dgenerator, mask=ok & (r < R)[None, :])
@@ -173,7 +174,7 @@ def _backward_kernel(
 
 def _tile(x: Tensor, rank: int, backward: bool) -> tuple[int, int, int]:
     """(time steps, channels, padded rank) of a tile: W bases of [R, channels], and W sums, are in registers."""
-    padded = max(16, power_of_two(rank))
+    padded = max(16, triton.next_power_of_2(rank))
     small = backward or padded > 32 or x.dtype == torch.float32
     return 32 if small else 64, 16 if padded > 64 else 32 if small else 64, padded
 
@@ -194,13 +195,13 @@ def forward(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if mma is not None and runs_gluon(x) and mma.fits(x, up, segments) and up.shape[0] <= mma.RANKS:
+    if mma is not None and runs_gluon(x) and mma.fits(x, up, segments):
         return mma.forward(x, z, up, static_w, positions, segments, residual)
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(x, rank, backward=False)
-    tiles = ceil_div(time, steps)
-    blocks = sum(ceil_div(width, columns) for width in segments)
+    tiles = triton.cdiv(time, steps)
+    blocks = sum(triton.cdiv(width, columns) for width in segments)
     y = new_like(x)
     launch(
         _forward_kernel,
@@ -226,26 +227,26 @@ def backward(
     positions: Tensor | None,  # [T] int32
     segments: tuple[int, ...],
     residual: bool,
-    needs: tuple[bool, bool, bool],  # whether z, up and static_w want gradients
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
+    needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w want gradients
+) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
     if mma is not None and runs_gluon(x) and mma.fits(x, up, segments):
         return mma.backward(dy, x, z, up, static_w, positions, segments, residual, needs)
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     steps, columns, padded = _tile(x, rank, backward=True)
-    tiles = ceil_div(time, steps)
-    in_segment = [ceil_div(length, columns) for length in segments]
+    tiles = triton.cdiv(time, steps)
+    in_segment = [triton.cdiv(length, columns) for length in segments]
     blocks = sum(in_segment)
-    chunks = min(tiles, ceil_div(4 * multiprocessors(x), blocks * batch))
-    per_chunk = ceil_div(tiles, chunks)
-    chunks = ceil_div(tiles, per_chunk)
-    dx = new_like(x)
+    chunks = min(tiles, triton.cdiv(4 * multiprocessors(x), blocks * batch))
+    per_chunk = triton.cdiv(tiles, chunks)
+    chunks = triton.cdiv(tiles, per_chunk)
+    dx = new_like(x) if needs[0] else None
     # segments of fewer blocks than the widest leave parts of dz unwritten
     uneven = min(in_segment) != max(in_segment)
-    dz_partial, dz = new_sums(z if needs[0] else None, max(in_segment), zero=uneven)
-    up_partial, dup = new_sums(up if needs[1] else None, batch * chunks)
-    static_partial, dstatic = new_sums(static_w if needs[2] else None, batch * chunks)
+    dz_partial, dz = new_sums(z if needs[1] else None, max(in_segment), zero=uneven)
+    up_partial, dup = new_sums(up if needs[2] else None, batch * chunks)
+    static_partial, dstatic = new_sums(static_w if needs[3] else None, batch * chunks)
     launch(
         _backward_kernel,
         blocks * batch * chunks,

@@ -1,7 +1,7 @@
-"""The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, W <= 4, at most 16 ranks a launch.
+"""The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, W <= 4.
 
-Legend: B batch, T time, D channels, W taps, R rank (padded to 16), G segments. A backward launch of a later 16 ranks
-ADDs to what the launches before it left in dx.
+Legend: B batch, T time, D channels, W taps, R rank (padded to 16 in z), G segments. Of ALL_RANKS a launch takes R, from
+first_rank on: at most 64 forward and 16 backward. Those of later ranks ADD to what the launches before left in y or dx.
 
 Everything a thread needs stays in its registers. A warp owns 16 channels and 16 rows; row r, slot s stands for
 time r * RUN + s of the program's chunk, so the earlier inputs of a slot are the slots before it, of the same thread.
@@ -46,12 +46,22 @@ from dynconv.ops.mma import (
 
 
 @gluon.jit
+def _load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLOTS: gl.constexpr):
+    """What earlier launches left of SLOTS slots from `first` on; the pointers are those of slot 0."""
+    before = ()
+    for slot in gl.static_range(first, first + SLOTS):
+        ok = (slot >= lowest) & (slot < limit) & d_ok
+        before = before + (gl.load(pointers + slot * stride, mask=ok, other=0.0),)
+    return before
+
+
+@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
 def forward_kernel(
     x, z, up, static_w, y, positions,
-    time, channels, x_batch, z_batch, chunks, blocks,
+    time, channels, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     x_time: gl.constexpr, z_time: gl.constexpr, y_time: gl.constexpr, SEGMENTS: gl.constexpr,
-    R: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr,
-    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, ADD: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = mma_layout(WARPS)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -59,9 +69,10 @@ def forward_kernel(
     OWN: gl.constexpr = own_layout(WARPS)
     COPY: gl.constexpr = copy_layout(WARPS)
     READ: gl.constexpr = read_layout(WARPS)
+    RANKS: gl.constexpr = (R + 15) // 16 * 16
     Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
     LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
-    Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=4, max_phase=2, order=[1, 0])
+    Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, per_phase=64 // RANKS, max_phase=RANKS // 8, order=[1, 0])
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * (16 * WARPS)
     segment, _ = find_segment(first, SEGMENTS)
@@ -70,7 +81,8 @@ def forward_kernel(
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
     y += (batch * time + start) * y_time
-    z += batch * z_batch + start.to(gl.int64) * z_time + segment * 16
+    z += batch * z_batch + start.to(gl.int64) * z_time + segment * ((ALL_RANKS + 15) // 16 * 16) + first_rank
+    up += first_rank * (W * channels)
 
     row = axis(16, 1, OWN) * RUN
     d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
@@ -82,11 +94,11 @@ def forward_kernel(
     copy_limit = time - start - copy_row
     x_from = copy_row * x_time + copy_d
     z_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, Z_COPY)), 1) * RUN
-    z_column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, Z_COPY)), 0)
+    z_column = gl.expand_dims(gl.arange(0, RANKS, gl.SliceLayout(0, Z_COPY)), 0)
     z_from = z_row * z_time + z_column
     z_limit = time - start - z_row + z_column * 0
     x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
-    z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
+    z_ring = allocate_ring(SLOTS, [STAGES, 16, RANKS], Z_ROWS, dtype)
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         x_ok = (slot < copy_limit) & copy_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
@@ -94,11 +106,16 @@ def forward_kernel(
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
-    basis = load_basis(up, first, channels, 1, R, W, WARPS, RIGHT, dtype)
+    basis = ()
+    for rank in gl.static_range(0, RANKS, 16):
+        basis = basis + load_basis(up, first, channels, 1, rank, R, W, WARPS, RIGHT, dtype)
     starts = load_starts(static_w, first, channels, W, WARPS, MMA)
 
     if positions is not None:
         places = load_positions(positions, start, row, limit, 0, SLOTS)
+    out = y + row * y_time + d
+    if ADD:
+        earlier = _load_before(out, 0, y_time, 0, limit, d_ok, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
@@ -117,31 +134,41 @@ def forward_kernel(
         x_ahead += SLOTS * x_time
         z_ahead += SLOTS * z_time
         place = group // SLOTS % STAGES
-        out = y + row * y_time + d
-        y += SLOTS * y_time
+        if ADD:  # a group ahead, too
+            before = earlier
+            inside = (group + SLOTS < RUN) & d_ok
+            earlier = _load_before(out, SLOTS, y_time, 0, limit - group, inside, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
                 xs = forget(xs, position[slot], W)
             xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
-            generator = load_generator(z_ring[slot].index(place), WARPS, LEFT)
+            generators = ()
+            for rank in gl.static_range(0, RANKS, 16):
+                of_ranks = z_ring[slot].index(place).slice(rank, 16, 1)
+                generators = generators + (load_generator(of_ranks, WARPS, LEFT),)
             if RESIDUAL:
                 result = xs[W - 1].to(gl.float32)
             else:
                 result = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
             for tap in gl.static_range(W):
-                filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
-                result += filters * xs[W - 1 - tap].to(gl.float32)
+                filters = starts[tap]
+                for index in gl.static_range(RANKS // 16):
+                    filters = mma_v2(generators[index], basis[index * W + tap], filters)
+                result += to_channels(filters, WARPS, OWN) * xs[W - 1 - tap].to(gl.float32)
+            if ADD:
+                result += before[slot].to(gl.float32)
             gl.store(out + slot * y_time, result.to(dtype), mask=(group + slot < limit) & d_ok)
             xs = drop_first(xs)
+        out += SLOTS * y_time
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
 def backward_kernel(
     dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
-    time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks,
+    time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     dy_time: gl.constexpr, x_time: gl.constexpr, z_time: gl.constexpr, dx_time: gl.constexpr, SEGMENTS: gl.constexpr,
     ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, ADD: gl.constexpr,
-    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = mma_layout(WARPS)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -162,12 +189,16 @@ def backward_kernel(
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
     dy += batch * dy_batch + start.to(gl.int64) * dy_time
-    z += batch * z_batch + start.to(gl.int64) * z_time + segment * 16
-    dx += (batch * time + start) * dx_time
+    z += batch * z_batch + start.to(gl.int64) * z_time + segment * ((ALL_RANKS + 15) // 16 * 16) + first_rank
+    if dx is not None:
+        dx += (batch * time + start + 1 - W) * dx_time  # of the slot W - 1 before the one that is read
     part = (first - begin) // (16 * WARPS)
     RANKS: gl.constexpr = ALL_RANKS * len(SEGMENTS)
+    up += first_rank * (W * channels)
     if dz is not None:
-        dz += (part.to(gl.int64) * tokens + batch * time + start) * RANKS + segment * ALL_RANKS
+        dz += (part.to(gl.int64) * tokens + batch * time + start) * RANKS + segment * ALL_RANKS + first_rank
+    if dup is not None:
+        dup += (program.to(gl.int64) * ALL_RANKS + first_rank) * (W * channels)
 
     row = axis(16, 1, OWN) * RUN
     d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
@@ -197,8 +228,8 @@ def backward_kernel(
     partial = ()
     for _ in gl.static_range(W - 1):
         partial = partial + (gl.zeros([WARPS, 16, 16], gl.float32, OWN),)
-    basis = load_basis(up, first, channels, 1, R, W, WARPS, RIGHT, dtype)
-    basis_t = load_basis(up, first, channels, 2, R, W, WARPS, RIGHT, dtype)
+    basis = load_basis(up, first, channels, 1, 0, R, W, WARPS, RIGHT, dtype)
+    basis_t = load_basis(up, first, channels, 2, 0, R, W, WARPS, RIGHT, dtype)
     starts = load_starts(static_w, first, channels, W, WARPS, MMA)
     up_sums = ()
     static_sums = ()
@@ -216,11 +247,13 @@ def backward_kernel(
     dz_limit = time - start - dz_time
     if positions is not None:
         places = load_positions(positions, start, row, limit, 0, SLOTS)
+    if dx is not None and ADD:
+        earlier = _load_before(dx + row * dx_time + d, 0, dx_time, W - 1, limit + W - 1, d_ok, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     dy_ahead = dy + (STAGES - 1) * SLOTS * dy_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
-    dx += (1 - W) * dx_time
     for group in range(0, RUN, SLOTS):
+        gl.assume(group >= 0)  # else the compiler corrects remainders for negative numbers
         if positions is not None:  # a group ahead, to hide their latency
             position = places
             places = load_positions(positions, start, row, limit, group + SLOTS, SLOTS)
@@ -238,8 +271,12 @@ def backward_kernel(
         dy_ahead += SLOTS * dy_time
         z_ahead += SLOTS * z_time
         place = group // SLOTS % STAGES
-        out = dx + row * dx_time + d
-        dx += SLOTS * dx_time
+        if dx is not None:
+            out = dx + row * dx_time + d
+            dx += SLOTS * dx_time
+            if ADD:  # a group ahead, too
+                before = earlier
+                earlier = _load_before(out, SLOTS, dx_time, W - 1 - group, limit + W - 1 - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
                 xs = forget(xs, position[slot], W)
@@ -274,11 +311,12 @@ def backward_kernel(
             static_sums = new_static_sums
             if dz is not None:
                 dz_shared[slot].store(dz_slot)
-            done = (group + slot + 1 - W < limit) & (group + slot >= W - 1) & d_ok
-            result = backs[W - 1]
-            if ADD:
-                result += gl.load(out + slot * dx_time, mask=done, other=0.0).to(gl.float32)
-            gl.store(out + slot * dx_time, result.to(dtype), mask=done)
+            if dx is not None:
+                done = (group + slot + 1 - W < limit) & (group + slot >= W - 1) & d_ok
+                result = backs[W - 1]
+                if ADD:
+                    result += before[slot].to(gl.float32)
+                gl.store(out + slot * dx_time, result.to(dtype), mask=done)
             # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
             partial = ()
             for index in gl.static_range(W - 1):
@@ -306,19 +344,20 @@ def backward_kernel(
             if positions is not None:
                 back = gl.where(after >= W - 1 - index, back, partial[index])
             later = later + (back,)
-        done = (RUN + slot + 1 - W < limit) & d_ok
-        last = later[0]
-        if ADD:
-            last += gl.load(dx + row * dx_time + d + slot * dx_time, mask=done, other=0.0).to(gl.float32)
-        gl.store(dx + row * dx_time + d + slot * dx_time, last.to(dtype), mask=done)
+        if dx is not None:
+            done = (RUN + slot + 1 - W < limit) & d_ok
+            last = later[0]
+            if ADD:
+                last += gl.load(dx + row * dx_time + d + slot * dx_time, mask=done, other=0.0).to(gl.float32)
+            gl.store(dx + row * dx_time + d + slot * dx_time, last.to(dtype), mask=done)
         partial = drop_first(later)
 
     channel = first + axis(WARPS, 0, MMA) * 16 + channel_of(axis(16, 1, MMA))
     rank = axis(16, 2, MMA)
     zero = axis(8, 2, MMA)
     for tap in gl.static_range(W):
-        at = (program.to(gl.int64) * R + rank) * (W * channels) + tap * channels + channel
         if dup is not None:
+            at = rank * (W * channels) + tap * channels + channel
             gl.store(dup + at, up_sums[tap], mask=(rank < R) & (channel < channels))
         if dstatic is not None:
             at = (program.to(gl.int64) * W + tap) * channels + channel + zero * 0

@@ -117,14 +117,15 @@ def load_basis(
     first,
     channels,
     ranks: gl.constexpr,  # the dimension that ranks lie along; columns lie along the other
+    first_rank: gl.constexpr,
     R: gl.constexpr,
     W: gl.constexpr,
     WARPS: gl.constexpr,
     layout: gl.constexpr,
     dtype: gl.constexpr,
 ):
-    """U's taps as a right operand: [rank, column] of z U (ranks 1), [column, rank] of dz = g U^T (ranks 2)."""
-    rank = axis(16, ranks, layout)
+    """16 ranks of U's taps as a right operand: [rank, column] of z U (ranks 1) or [column, rank] of g U^T (ranks 2)."""
+    rank = first_rank + axis(16, ranks, layout)
     d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 3 - ranks, layout))
     ok = (rank < R) & (d < channels)
     basis = ()

@@ -7,13 +7,15 @@ eager calls skip it, because the dispatch of a Python custom op costs more host 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dynconv.ops import headwise, lowrank, static
+from dynconv.ops.launch import repeated
 
-_INPUTS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions, int[] segments, bool residual"
-
+_TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
+_INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
 
 # The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,048 rows, or 4,096 heads.
 _FARTHEST = 2**19
@@ -32,19 +34,21 @@ def _forward(
     weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
     static_w: Tensor | None,  # [W, D]
     positions: Tensor | None,  # [T] int32
-    segments: list[int] | tuple[int, ...],
+    segments: tuple[int, ...],
     residual: bool,
-) -> Tensor:  # [B, T, D]
+    silu: bool,  # where `_fuses`
+) -> tuple[Tensor]:  # [B, T, D]
     if x.numel() == 0:
-        return x.new_empty(x.shape)
+        return (x.new_empty(x.shape),)
     x = _rows_contiguous(x)
     static_w = None if static_w is None else static_w.contiguous()
     if weight is None:
         assert static_w is not None
-        return static.forward(x, static_w, positions, residual)
+        return (static.forward(x, static_w, positions, residual, silu),)
     if z is None:
-        return headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual)
-    return lowrank.forward(x, _rows_contiguous(z), weight.contiguous(), static_w, positions, tuple(segments), residual)
+        return (headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual, silu),)
+    z, up = _rows_contiguous(z), weight.contiguous()
+    return (lowrank.forward(x, z, up, static_w, positions, segments, residual),)
 
 
 def _backward(
@@ -54,29 +58,69 @@ def _backward(
     weight: Tensor | None,
     static_w: Tensor | None,
     positions: Tensor | None,
-    segments: list[int] | tuple[int, ...],
+    segments: tuple[int, ...],
     residual: bool,
-    needs: list[bool] | tuple[bool, ...],  # whether z, weight and static_w want gradients
+    silu: bool,
+    needs: tuple[bool, ...],  # whether x, z, weight and static_w want gradients
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, z, weight and static_w."""
     if x.numel() == 0:
-        parameters = zip((z, weight, static_w), needs, strict=True)
-        return (torch.zeros_like(x), *(torch.zeros_like(p) if p is not None and n else None for p, n in parameters))
+        inputs = zip((x, z, weight, static_w), needs, strict=True)
+        return tuple(torch.zeros_like(t) if t is not None and needed else None for t, needed in inputs)
     dy, x = _rows_contiguous(dy), _rows_contiguous(x)
     static_w = None if static_w is None else static_w.contiguous()
-    z_needs, weight_needs, static_needs = needs
+    x_needs, z_needs, weight_needs, static_needs = needs
     if weight is None:
         assert static_w is not None
-        dx, dstatic = static.backward(dy, x, static_w, positions, residual, static_needs)
+        dx, dstatic = static.backward(dy, x, static_w, positions, residual, silu, (x_needs, static_needs))
         return dx, None, None, dstatic
     if z is None:
         weight = _rows_contiguous(weight)
-        needed = (weight_needs, static_needs)
-        dx, dweight, dstatic = headwise.backward(dy, x, weight, static_w, positions, residual, needed)
+        needed = (x_needs, weight_needs, static_needs)
+        dx, dweight, dstatic = headwise.backward(dy, x, weight, static_w, positions, residual, silu, needed)
         return dx, None, dweight, dstatic
     z, up = _rows_contiguous(z), weight.contiguous()
-    wanted = (z_needs, weight_needs, static_needs)
-    return lowrank.backward(dy, x, z, up, static_w, positions, tuple(segments), residual, wanted)
+    wanted = (x_needs, z_needs, weight_needs, static_needs)
+    return lowrank.backward(dy, x, z, up, static_w, positions, segments, residual, wanted)
+
+
+def _fuses(x: Tensor, z: Tensor | None, weight: Tensor | None, static_w: Tensor | None) -> bool:
+    """Whether the kernels for these inputs put silu in; else it is PyTorch's."""
+    if z is not None:
+        return False
+    return static.fuses(x, static_w) if weight is None else headwise.fuses(x, weight)  # type: ignore[arg-type]
+
+
+def _run_forward(
+    inputs: tuple[Tensor | None, ...],  # x, z, weight, static_w, positions
+    segments: tuple[int, ...],
+    residual: bool,
+    silu: bool,
+) -> Tensor:  # [B, T, D]
+    x: Any = inputs[0]
+    apart = silu and not _fuses(*inputs[:4])  # type: ignore[arg-type]
+    (y,) = repeated(_forward, inputs, (segments, residual and not apart, silu and not apart))
+    if apart:
+        y = F.silu(y)
+        y = y + x if residual else y
+    return y
+
+
+def _run_backward(
+    dy: Tensor,  # [B, T, D]
+    inputs: tuple[Tensor | None, ...],  # x, z, weight, static_w, positions
+    segments: tuple[int, ...],
+    residual: bool,
+    silu: bool,
+    needs: tuple[bool, ...],  # whether the first four want gradients
+) -> tuple[Tensor | None, ...]:
+    """Their gradients."""
+    if not silu or _fuses(*inputs[:4]):  # type: ignore[arg-type]
+        return repeated(_backward, (dy, *inputs), (segments, residual, silu, needs))
+    (inner,) = repeated(_forward, inputs, (segments, False, False))  # again, rather than kept: it is as large as x
+    dinner = torch.ops.aten.silu_backward(dy, inner)
+    dx, *others = repeated(_backward, (dinner, *inputs), (segments, False, False, needs))
+    return dx + dy if residual and needs[0] else dx, *others
 
 
 class _Convolve(torch.autograd.Function):
@@ -88,25 +132,25 @@ class _Convolve(torch.autograd.Function):
         weight: Tensor | None,
         static_w: Tensor | None,
         positions: Tensor | None,
-        segments: tuple[int, ...],
-        residual: bool,
+        *options: Any,  # segments, residual, silu
     ) -> Tensor:
-        ctx.save_for_backward(x, z, weight, static_w, positions)
-        ctx.segments, ctx.residual = segments, residual
-        return _forward(x, z, weight, static_w, positions, segments, residual)
+        inputs = (x, z, weight, static_w, positions)
+        ctx.save_for_backward(*inputs)
+        ctx.options = options
+        return _run_forward(inputs, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, weight, static_w, positions = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:4]
-        gradients = _backward(dy, x, z, weight, static_w, positions, ctx.segments, ctx.residual, needs)
-        return (*gradients, None, None, None)
+        segments, residual, silu = ctx.options
+        gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, ctx.needs_input_grad[:4])
+        return (*gradients, None, None, None, None)
 
 
 @torch.library.custom_op("dynconv::convolve", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _convolve_op(*inputs: Any) -> Tensor:
-    return _forward(*inputs)
+    segments, residual, silu = inputs[5:]
+    return _run_forward(inputs[:5], tuple(segments), residual, silu)
 
 
 @_convolve_op.register_fake
@@ -120,26 +164,27 @@ def _(x: Tensor, *_: Any) -> Tensor:
     schema=f"(Tensor dy, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_op(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(dy.new_empty(0) if g is None else g for g in _backward(dy, *inputs))
+    segments, residual, silu, needs = inputs[5:]
+    gradients = _run_backward(dy, inputs[:5], tuple(segments), residual, silu, tuple(needs))
+    return tuple(dy.new_empty(0) if g is None else g for g in gradients)
 
 
 @_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    parameters = zip(inputs[:3], inputs[-1], strict=True)
-    return (x.new_empty(x.shape), *(p.new_empty(p.shape) if needed else dy.new_empty(0) for p, needed in parameters))
+def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    wanted = zip(inputs[:4], inputs[-1], strict=True)
+    return tuple(t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in wanted)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - the protocol's signature
     ctx.save_for_backward(*inputs[:5])
-    ctx.segments, ctx.residual = inputs[5:]
+    ctx.options = inputs[5:]
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
-    gradients = _backward_op(dy, *inputs, ctx.segments, ctx.residual, list(needs[1:]))
+    gradients = _backward_op(dy, *ctx.saved_tensors, *ctx.options, list(needs))
     wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None)
+    return (*wanted, None, None, None, None)
 
 
 def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
@@ -158,8 +203,9 @@ def convolve(
     positions: Tensor | None,  # [T] int32
     segments: tuple[int, ...],
     residual: bool,
+    silu: bool,
 ) -> Tensor:  # [B, T, D]
     """`reference.convolve` by kernels."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:  # fake tensors, say, have no memory to launch on
-        return _convolve_op(x, z, weight, static_w, positions, segments, residual)
-    return _Convolve.apply(x, z, weight, static_w, positions, segments, residual)
+        return _convolve_op(x, z, weight, static_w, positions, segments, residual, silu)
+    return _Convolve.apply(x, z, weight, static_w, positions, segments, residual, silu)

@@ -20,10 +20,12 @@ def convolve(
     positions: Tensor | None,  # [T] int32: each token's place in its document, where B = 1 holds several
     segments: tuple[int, ...],  # widths of the G segments of D: low-rank; (): one segment
     residual: bool,
+    silu: bool = False,
     history: Tensor | None = None,  # [B, W-1, D]: the inputs before x, oldest first; zeros by default
 ) -> Tensor:  # [B, T, D], x's dtype
     """y[b,t,d] = sum_w filter[b,t,w,d] x[b,t-w,d] (+ x[b,t,d]), with zeros before a document's start.
 
+    With `silu` the sum goes through it, before x is added.
     The filter is weight[b,t,d//(D/H),w] (head-wise), or z[b,t,segment of d] @ weight viewed [W, D]
     (low-rank), or absent (static); plus static_w[w,d].
     """
@@ -36,13 +38,15 @@ def convolve(
     assert taps is not None
     time, width = x.shape[1], taps.shape[-2]
     padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], 1)
-    y = x if residual else None
+    y = x if residual and not silu else None
     for tap in range(width):
         term = taps[..., tap, :] * padded[:, width - 1 - tap :][:, :time]
         if positions is not None and tap > 0:
             term = torch.where((positions >= tap)[:, None], term, 0.0)
         y = term if y is None else y + term
     assert y is not None
+    if silu:
+        y = F.silu(y) + x if residual else F.silu(y)
     return y.to(x.dtype)
 
 

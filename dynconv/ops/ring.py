@@ -6,11 +6,12 @@ Legend: B batch, T time, D channels, H heads, W taps.
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from dynconv.ops import ring_kernels as kernels
 from dynconv.ops.launch import launch
-from dynconv.ops.tiles import aligned, ceil_div, multiprocessors, new_like, new_sums, run_length, sum_parts
+from dynconv.ops.tiles import aligned, multiprocessors, new_like, new_sums, run_length, sum_parts
 
 _WARP = 128  # channels of a warp
 
@@ -42,21 +43,22 @@ def _plan(
     weight: Tensor | None,  # [B, T, H, W]
     width: int,
     residual: bool,
+    silu: bool,
     slots: int,
     stages: int,
     at_once: int,  # programs of four warps that a multiprocessor holds
-) -> tuple[int, int, int, dict[str, Any]]:
-    """Blocks of channels, chunks of time, the weight's batch stride, and the constants both passes share."""
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The weight's batch stride, chunks of time, blocks of channels and RUN; and the constants both passes share."""
     batch, time, channels = x.shape
     warps = 4 if channels % (4 * _WARP) == 0 else 2 if channels % (2 * _WARP) == 0 else 1
-    blocks = ceil_div(channels, warps * _WARP)
+    blocks = triton.cdiv(channels, warps * _WARP)
     run = run_length(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, slots * stages, 128)
     constants = {
         "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
-        "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual,
-        "RUN": run, "SLOTS": slots, "STAGES": stages, "WARPS": warps,
+        "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual, "SILU": silu,
+        "SLOTS": slots, "STAGES": stages, "WARPS": warps,
     }  # fmt: skip
-    return blocks, ceil_div(time, run), 0 if weight is None else weight.stride(0), constants
+    return (0 if weight is None else weight.stride(0), triton.cdiv(time, run), blocks, run), constants
 
 
 def forward(
@@ -66,17 +68,19 @@ def forward(
     positions: Tensor | None,  # [T] int32: each token's place in its document
     width: int,
     residual: bool,
+    silu: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
     batch, time, channels = x.shape
     x, weight = aligned(x), None if weight is None else aligned(weight)
     y = new_like(x)
-    blocks, chunks, weight_batch, constants = _plan(x, weight, width, residual, slots=2, stages=4, at_once=8)
+    plan, constants = _plan(x, weight, width, residual, silu, slots=2, stages=4, at_once=8)
+    _, chunks, blocks, _ = plan
     launch(
         kernels.forward_kernel,
         blocks * batch * chunks,
         (x, weight, static_w, y, positions),
-        (time, channels, x.stride(0), weight_batch, chunks, blocks),
+        (time, channels, x.stride(0), *plan),
         constants | {"y_time": channels},
         num_warps=constants["WARPS"],
     )
@@ -91,23 +95,29 @@ def backward(
     positions: Tensor | None,  # [T] int32
     width: int,
     residual: bool,
-    needs: tuple[bool, bool],  # whether weight and static_w want gradients
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # [B, T, D], [B, T, H, W], [W, D]
+    silu: bool,
+    needs: tuple[bool, bool, bool],  # whether x, weight and static_w want gradients
+) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, H, W], [W, D]
     """The gradients of x, weight and static_w, in their dtypes."""
     batch, time, channels = x.shape
     dy, x, weight = aligned(dy), aligned(x), None if weight is None else aligned(weight)
-    slots = 8 if weight is not None and channels < 4 * weight.shape[2] else 4  # where a lane has many coefficients
-    blocks, chunks, weight_batch, constants = _plan(x, weight, width, residual, slots, stages=2, at_once=4)
-    dx = new_like(x)
-    dweight = None if weight is None or not needs[0] else new_like(weight)
-    partial, dstatic = new_sums(static_w if needs[1] else None, batch * chunks)
+    if weight is not None and channels < 4 * weight.shape[2]:  # a lane has many coefficients
+        slots, registers = 8, None  # memory allows two programs a multiprocessor, so registers need not be few
+    else:
+        slots, registers = 4, 128 if weight is None or not silu else 168  # four programs, or three
+    plan, constants = _plan(x, weight, width, residual, silu, slots, stages=2, at_once=4)
+    _, chunks, blocks, _ = plan
+    dx = new_like(x) if needs[0] else None
+    dweight = None if weight is None or not needs[1] else new_like(weight)
+    partial, dstatic = new_sums(static_w if needs[2] else None, batch * chunks)
     launch(
         kernels.backward_kernel,
         blocks * batch * chunks,
         (dy, x, weight, static_w, dx, dweight, partial, positions),
-        (time, channels, dy.stride(0), x.stride(0), weight_batch, chunks, blocks),
+        (time, channels, dy.stride(0), x.stride(0), *plan),
         constants | {"dy_time": dy.stride(1), "dx_time": channels},
         num_warps=constants["WARPS"],
+        maxnreg=registers,
     )
     sum_parts((partial, dstatic))
     return dx, dweight, dstatic

@@ -123,6 +123,30 @@ def _filter(taps, static, tap: gl.constexpr, WARPS: gl.constexpr, HP: gl.constex
 
 
 @gluon.jit
+def _sigmoid(value):
+    return 1.0 / (1.0 + gl.exp(-value))
+
+
+@gluon.jit
+def _through_silu(gradient, xs, filters, W: gl.constexpr):
+    """The gradient of a slot's sum from that of silu of it. xs: its W inputs, oldest first."""
+    inner = filters[0] * xs[W - 1].to(gl.float32)
+    for tap in gl.static_range(1, W):
+        inner += filters[tap] * xs[W - 1 - tap].to(gl.float32)
+    sigmoid = _sigmoid(inner)
+    return gradient * sigmoid * (1.0 + inner * (1.0 - sigmoid))
+
+
+@gluon.jit
+def _filters(taps, static, W: gl.constexpr, WARPS: gl.constexpr, HP: gl.constexpr):
+    """All taps of a slot's filters."""
+    filters = ()
+    for tap in gl.static_range(W):
+        filters = filters + (_filter(taps, static, tap, WARPS, HP),)
+    return filters
+
+
+@gluon.jit
 def _load_static(static_w, d, channels, W: gl.constexpr):
     """The static filter's taps, each [channel] in float32; none without one."""
     static = ()
@@ -133,15 +157,14 @@ def _load_static(static_w, d, channels, W: gl.constexpr):
     return static
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
 def forward_kernel(
     x, weight, static_w, y, positions,
-    time, channels, x_batch, weight_batch, chunks, blocks,
+    time, channels, x_batch, weight_batch, chunks, blocks, RUN,
     x_time: gl.constexpr, weight_time: gl.constexpr, y_time: gl.constexpr,
-    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr,
-    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    gl.static_assert(RUN % (SLOTS * STAGES) == 0)
     BLOCK: gl.constexpr = 128 * WARPS
     HEADS: gl.constexpr = BLOCK // HP
     COLUMNS: gl.constexpr = HEADS * W
@@ -200,12 +223,15 @@ def forward_kernel(
                 taps = ()
                 if weight is not None:
                     taps = _split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
-                if RESIDUAL:
+                result = gl.zeros([BLOCK], gl.float32, OWN)
+                if RESIDUAL and not SILU:
                     result = xs[W - 1].to(gl.float32)
-                else:
-                    result = gl.zeros([BLOCK], gl.float32, OWN)
                 for tap in gl.static_range(W):
                     result += _filter(taps, static, tap, WARPS, HP) * xs[W - 1 - tap].to(gl.float32)
+                if SILU:
+                    result = result * _sigmoid(result)
+                    if RESIDUAL:
+                        result += xs[W - 1].to(gl.float32)
                 gl.store(y_at + now * y_time, result.to(dtype), mask=(begin + now < limit) & d_ok)
                 xs = drop_first(xs)
         x_at += SLOTS * STAGES * x_time
@@ -214,15 +240,14 @@ def forward_kernel(
             weight_at += SLOTS * STAGES * weight_time
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
 def backward_kernel(
     dy, x, weight, static_w, dx, dweight, dstatic, positions,
-    time, channels, dy_batch, x_batch, weight_batch, chunks, blocks,
+    time, channels, dy_batch, x_batch, weight_batch, chunks, blocks, RUN,
     dy_time: gl.constexpr, x_time: gl.constexpr, weight_time: gl.constexpr, dx_time: gl.constexpr,
-    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr,
-    RUN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    gl.static_assert(RUN % (SLOTS * STAGES) == 0)
     BLOCK: gl.constexpr = 128 * WARPS
     HEADS: gl.constexpr = BLOCK // HP
     COLUMNS: gl.constexpr = HEADS * W
@@ -242,7 +267,8 @@ def backward_kernel(
     d_ok = d < channels
     x_at = x + batch * x_batch + start.to(gl.int64) * x_time + d
     dy_at = dy + batch * dy_batch + start.to(gl.int64) * dy_time + d
-    dx_at = dx + (batch * time + start) * dx_time + d
+    if dx is not None:
+        dx_at = dx + (batch * time + start) * dx_time + d
     x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     dy_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     if weight is not None:
@@ -299,17 +325,21 @@ def backward_kernel(
                 taps = ()
                 if weight is not None:
                     taps = _split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
+                filters = _filters(taps, static, W, WARPS, HP)
+                outer = gradient
+                if SILU:
+                    gradient = _through_silu(gradient, xs, filters, W)
                 backs = ()
                 coefficients = ()
                 new_sums = ()
                 for tap in gl.static_range(W):
-                    back = _filter(taps, static, tap, WARPS, HP) * gradient
+                    back = filters[tap] * gradient
                     if tap > 0:
                         back += partial[W - 1 - tap]
                         if positions is not None:
                             back = gl.where(position[slot] >= tap, back, partial[W - 1 - tap])
                     elif RESIDUAL:
-                        back += gradient
+                        back += outer
                     backs = backs + (back,)
                     product = gradient * xs[W - 1 - tap].to(gl.float32)
                     if dweight is not None:
@@ -317,8 +347,9 @@ def backward_kernel(
                     if dstatic is not None:
                         new_sums = new_sums + (sums[tap] + product,)
                 sums = new_sums
-                done = (begin + now + 1 - W < limit) & (begin + now >= W - 1) & d_ok
-                gl.store(dx_at + (now + 1 - W) * dx_time, backs[W - 1].to(dtype), mask=done)
+                if dx is not None:
+                    done = (begin + now + 1 - W < limit) & (begin + now >= W - 1) & d_ok
+                    gl.store(dx_at + (now + 1 - W) * dx_time, backs[W - 1].to(dtype), mask=done)
                 if dweight is not None:
                     flat = gl.convert_layout(_join_taps(coefficients, HEADS, W), FILTER)
                     gl.store(dweight_at + now * dweight_time, flat, mask=(begin + now < limit) & filter_ok)
@@ -329,7 +360,8 @@ def backward_kernel(
                 xs = drop_first(xs)
         x_at += SLOTS * STAGES * x_time
         dy_at += SLOTS * STAGES * dy_time
-        dx_at += SLOTS * STAGES * dx_time
+        if dx is not None:
+            dx_at += SLOTS * STAGES * dx_time
         if weight is not None:
             weight_at += SLOTS * STAGES * weight_time
         if dweight is not None:
@@ -344,13 +376,22 @@ def backward_kernel(
             taps = _split_taps(weight_ring[slot % SLOTS].index(slot // SLOTS).load(FILTER), HEADS, W)
         if positions is not None:
             after = load_position(positions, start, 0, limit, RUN + slot)
+        filters = _filters(taps, static, W, WARPS, HP)
+        if SILU:
+            if positions is not None:
+                xs = forget(xs, after, W)
+            xs = xs + (x_ring[slot % SLOTS].index(slot // SLOTS).load(OWN),)
+            gradient = _through_silu(gradient, xs, filters, W)
+            xs = drop_first(xs)
         later = ()
         for index in gl.static_range(W - 1 - slot):
-            back = partial[index] + _filter(taps, static, W - 1 - index, WARPS, HP) * gradient
+            back = partial[index] + filters[W - 1 - index] * gradient
             if positions is not None:
                 back = gl.where(after >= W - 1 - index, back, partial[index])
             later = later + (back,)
-        gl.store(dx_at + (slot + 1 - W) * dx_time, later[0].to(dtype), mask=(RUN + slot + 1 - W < limit) & d_ok)
+        if dx is not None:
+            done = (RUN + slot + 1 - W < limit) & d_ok
+            gl.store(dx_at + (slot + 1 - W) * dx_time, later[0].to(dtype), mask=done)
         partial = drop_first(later)
 
     if dstatic is not None:

@@ -7,7 +7,6 @@ from torch import Tensor
 from dynconv.ops.launch import launch
 from dynconv.ops.optional import ring
 from dynconv.ops.tiles import (
-    ceil_div,
     drop_first,
     load_positions,
     load_slot,
@@ -16,13 +15,12 @@ from dynconv.ops.tiles import (
     multiprocessors,
     new_like,
     new_sums,
-    power_of_two,
     runs_gluon,
     sum_parts,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _forward_kernel(
     x, weight, y, positions,
     time, channels, x_batch, tiles, x_time: tl.constexpr, y_time: tl.constexpr,
@@ -56,7 +54,7 @@ def _forward_kernel(
         tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "tiles"])
 def _backward_kernel(
     dy, x, weight, dx, dweight, positions,
     time, channels, dy_batch, x_batch, chunks, tiles,
@@ -82,7 +80,8 @@ def _backward_kernel(
         limit = last - rows
         xs = x + batch * x_batch + start.to(tl.int64) * x_time + rows[:, None] * x_time + d[None, :]
         dys = dy + batch * dy_batch + start.to(tl.int64) * dy_time + rows[:, None] * dy_time + d[None, :]
-        out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
+        if dx is not None:
+            out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
         inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
         grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
         if positions is not None:
@@ -106,7 +105,8 @@ def _backward_kernel(
                 if dweight is not None:
                     new_sums = new_sums + (sums[tap] + product,)
             sums = new_sums
-            tl.store(out + slot * dx_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
+            if dx is not None:
+                tl.store(out + slot * dx_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
             inputs = drop_first(inputs, W + AHEAD)
             grads = drop_first(grads, W + AHEAD)
     if dweight is not None:
@@ -115,14 +115,9 @@ def _backward_kernel(
             tl.store(dweight + at, tl.sum(sums[tap], 0), mask=d_ok)
 
 
-def _by_ring(x: Tensor, weight: Tensor, positions: Tensor | None, backward: bool) -> bool:
-    """Whether the kernels with a ring take the inputs, and are the faster for them."""
-    return (
-        ring is not None
-        and runs_gluon(x)
-        and ring.fits(x, None, weight.shape[0])
-        and (backward or positions is not None)
-    )
+def fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels with a ring take the inputs; they put silu in."""
+    return ring is not None and runs_gluon(x) and ring.fits(x, None, weight.shape[0])
 
 
 def forward(
@@ -130,17 +125,18 @@ def forward(
     weight: Tensor,  # [W, D]
     positions: Tensor | None,  # [T] int32: each token's place in its document
     residual: bool,
+    silu: bool,  # where `fuses`
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if _by_ring(x, weight, positions, backward=False):
-        return ring.forward(x, None, weight, positions, weight.shape[0], residual)
+    if fuses(x, weight) and (silu or positions is not None):
+        return ring.forward(x, None, weight, positions, weight.shape[0], residual, silu)
     batch, time, channels = x.shape
     y = new_like(x)
-    rows, slots, columns = 2, 8, min(256, max(16, power_of_two(channels)))
-    tiles = ceil_div(time, rows * slots)
+    rows, slots, columns = 2, 8, min(256, max(16, triton.next_power_of_2(channels)))
+    tiles = triton.cdiv(time, rows * slots)
     launch(
         _forward_kernel,
-        ceil_div(channels, columns) * batch * tiles,
+        triton.cdiv(channels, columns) * batch * tiles,
         (x, weight, y, positions),
         (time, channels, x.stride(0), tiles),
         {
@@ -158,22 +154,24 @@ def backward(
     weight: Tensor,  # [W, D]
     positions: Tensor | None,  # [T] int32
     residual: bool,
-    needs: bool,  # whether weight wants a gradient
-) -> tuple[Tensor, Tensor | None]:  # [B, T, D], [W, D]
+    silu: bool,
+    needs: tuple[bool, bool],  # whether x and weight want gradients
+) -> tuple[Tensor | None, Tensor | None]:  # [B, T, D], [W, D]
     """The gradients of x and weight, in their dtypes."""
-    if _by_ring(x, weight, positions, backward=True):
-        dx, _, dweight = ring.backward(dy, x, None, weight, positions, weight.shape[0], residual, (False, needs))
+    if fuses(x, weight):
+        wanted = (needs[0], False, needs[1])
+        dx, _, dweight = ring.backward(dy, x, None, weight, positions, weight.shape[0], residual, silu, wanted)
         return dx, dweight
     batch, time, channels = x.shape
     width = weight.shape[0]
-    rows, slots, columns = 2, 16, min(256, max(16, power_of_two(channels)))
-    blocks = ceil_div(channels, columns)
-    tiles = ceil_div(time, rows * slots)
-    chunks = min(tiles, ceil_div(4 * multiprocessors(x), blocks * batch))
-    per_chunk = ceil_div(tiles, chunks)
-    chunks = ceil_div(tiles, per_chunk)
-    dx = new_like(x)
-    partial, dweight = new_sums(weight if needs else None, batch * chunks)
+    rows, slots, columns = 2, 16, min(256, max(16, triton.next_power_of_2(channels)))
+    blocks = triton.cdiv(channels, columns)
+    tiles = triton.cdiv(time, rows * slots)
+    chunks = min(tiles, triton.cdiv(4 * multiprocessors(x), blocks * batch))
+    per_chunk = triton.cdiv(tiles, chunks)
+    chunks = triton.cdiv(tiles, per_chunk)
+    dx = new_like(x) if needs[0] else None
+    partial, dweight = new_sums(weight if needs[1] else None, batch * chunks)
     launch(
         _backward_kernel,
         blocks * batch * chunks,

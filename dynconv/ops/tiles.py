@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.launch import launch
+from dynconv.ops.launch import launch, new
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _sum_block(block, partial, total, parts, size, BLOCK: tl.constexpr, UNROLL: 
     tl.store(total + at, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts_a", "parts_b", "parts_c"])
 def _sum_kernel(
     partial_a, total_a, partial_b, total_b, partial_c, total_c,
     parts_a, size_a, parts_b, size_b, parts_c, size_c,
@@ -96,8 +96,8 @@ def _sum_kernel(
 
 
 def new_like(tensor: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of the same shape; new_empty takes twice the host time."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    """An uninitialised contiguous tensor of the same shape and dtype."""
+    return new(tensor, tensor.shape, tensor.dtype)
 
 
 def new_sums(
@@ -108,8 +108,7 @@ def new_sums(
     """Where programs leave their shares of a gradient, and where `sum_parts` writes it."""
     if like is None:
         return None, None
-    new = like.new_zeros if zero else like.new_empty
-    return new((parts, *like.shape), dtype=torch.float32), new_like(like)
+    return new(like, (parts, *like.shape), torch.float32, zero), new_like(like)
 
 
 def sum_parts(*sums: tuple[Tensor | None, Tensor | None]) -> None:
@@ -120,7 +119,7 @@ def sum_parts(*sums: tuple[Tensor | None, Tensor | None]) -> None:
     jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
     if not jobs:
         return
-    unroll = min(64, power_of_two(max(partial.shape[0] for partial, _ in jobs)))
+    unroll = 64 if max(partial.shape[0] for partial, _ in jobs) > 16 else 16
     block = 4096 // unroll
     tensors: tuple[Tensor, ...] = ()
     sizes: tuple[int, ...] = ()
@@ -130,18 +129,8 @@ def sum_parts(*sums: tuple[Tensor | None, Tensor | None]) -> None:
     for _ in range(3 - len(jobs)):
         tensors += jobs[0]
         sizes += (0, 0)
-    programs = sum(ceil_div(total.numel(), block) for _, total in jobs)
+    programs = sum(triton.cdiv(total.numel(), block) for _, total in jobs)
     launch(_sum_kernel, programs, tensors, sizes, {"BLOCK": block, "UNROLL": unroll})
-
-
-def ceil_div(number: int, divisor: int) -> int:
-    """The quotient, rounded up. Triton's own is callable from kernels too, and costs the host 3 us a call for it."""
-    return -(-number // divisor)
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -164,7 +153,7 @@ def run_length(time: int, rows: int, programs_a_chunk: int, at_once: int, shorte
     runs = [longest >> halving for halving in range(longest.bit_length()) if longest >> halving >= shortest]
 
     def cost(run: int) -> int:
-        return ceil_div(programs_a_chunk * ceil_div(time, rows * run), at_once) * (run + 16)
+        return triton.cdiv(programs_a_chunk * triton.cdiv(time, rows * run), at_once) * (run + 16)
 
     return min(runs, key=cost)
 
