@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
 
+_LINE = 64  # 16-bit values of a cache line of 128 bytes: rows of so many start at one
 OPTIMIZER_HINT = {"weight_decay": 0.0, "muon": False}
 
 
@@ -53,7 +54,7 @@ class _ShortConv(nn.Module):
         x: Tensor,  # [B, T, D]; the fused forms: [B, T, D + generator_columns], the projection's output
         generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused forms do without
         cu_seqlens: Tensor | None = None,  # [N + 1]: where packed documents start in T, and T; needs B = 1
-        generated: Tensor | None = None,  # [B, T, columns] of `generate_together`, in place of generator_input
+        generated: Tensor | None = None,  # [B, T, columns] of `project_together`, in place of generator_input
     ) -> Tensor:  # [B, T, D]
         y: Tensor = self._convolve(x, generator_input, generated, cu_seqlens=cu_seqlens)
         return y
@@ -220,13 +221,20 @@ class FusedHeadwiseConv(_ShortConv):
         return f"{super().extra_repr()}, heads={self.heads}"
 
 
-def generate_together(
+def project_together(
+    weight: Tensor,  # [D, G], as in nn.Linear
     convolutions: Sequence[HeadwiseDynamicConv | LowRankDynamicConv],
     generator_input: Tensor,  # [B, T, G]
-) -> tuple[Tensor, ...]:  # [B, T, columns] each: `generated` of their `forward`
-    """What the generators make of one input, by one matrix product: a narrow one takes a pass over all of it."""
-    weights = [convolution.generator_map.weight for convolution in convolutions]
-    return F.linear(generator_input, torch.cat(weights)).split([len(weight) for weight in weights], 2)
+) -> tuple[Tensor, ...]:  # [B, T, D]; then [B, T, columns] each, `generated` of a convolution's `forward`
+    """A linear map of one input, and what generators make of it, by one matrix product.
+
+    A narrow product of its own takes a pass over all of the input, and its gradient is one more term of the input's.
+    """
+    weights = [weight, *(convolution.generator_map.weight for convolution in convolutions)]
+    widths = [len(part) for part in weights]
+    widths.append(-sum(widths) % _LINE)
+    together = torch.cat([*weights, weight.new_zeros(widths[-1], weight.shape[1])])
+    return F.linear(generator_input, together).split(widths, 2)[:-1]
 
 
 def _heads(channels: int, head_size: int) -> int:

@@ -104,7 +104,7 @@ def test_logits_equal_a_second_implementation(kind: str, qk_norm: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "conv", [CONVS["headwise"], CONVS["lowrank"], ConvConfig("lowrank", ("k", "up"), rank=3)], ids=str
+    "conv", [CONVS["headwise"], CONVS["lowrank"], ConvConfig("lowrank", ("k", "o", "up", "down"), rank=3)], ids=str
 )
 def test_generators_that_share_a_product_make_the_same(conv: ConvConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""

@@ -5,12 +5,13 @@ Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes befo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, generate_together
+from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, project_together
 from experiments.config import SITES, ConvConfig, ModelConfig
 
 
@@ -77,7 +78,8 @@ class Block(nn.Module):
     ) -> Tensor:  # [B, T, D]
         x = x + self._attend(self.attention_norm(x), rotation)
         gate, up = self._maps(("gate", "up"), self.ffn_norm(x))
-        return x + self.linears["down"](F.silu(gate) * up)
+        (y,) = self._maps(("down",), F.silu(gate) * up)
+        return x + y
 
     def _attend(
         self,
@@ -88,22 +90,23 @@ class Block(nn.Module):
         q, k = _rotate(self.q_norm(q), rotation), _rotate(self.k_norm(k), rotation)
         grouped = self.config.kv_heads != self.config.heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)  # [B, H, T, E]
-        return self.linears["o"](y.transpose(1, 2).flatten(2))
+        (y,) = self._maps(("o",), y.transpose(1, 2).flatten(2))
+        return y
 
     def _maps(
         self,
         sites: Sequence[str],
         x: Tensor,  # [B, T, inputs]
     ) -> list[Tensor]:  # [B, T, outputs] each
-        """Maps of one input, whose convolutions' generators may share one matrix product."""
-        dynamic: dict[str, HeadwiseDynamicConv | LowRankDynamicConv] = {}
-        for site in sites:
-            conv = self.linears[site].conv
-            if isinstance(conv, HeadwiseDynamicConv | LowRankDynamicConv) and _shares_products(x):
-                dynamic[site] = conv
-        made = generate_together(list(dynamic.values()), x) if dynamic else ()
+        """Maps of one input, whose convolutions' generators may ride in the product of the first map that has one."""
+        linears: dict[str, Any] = {site: self.linears[site] for site in sites}  # ConvLinear each
+        dynamic = {s: m for s, m in linears.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
+        if not dynamic or not _shares_products(x):
+            return [linear(x) for linear in linears.values()]
+        first = next(iter(dynamic))
+        y, *made = project_together(dynamic[first].linear.weight, [m.conv for m in dynamic.values()], x)
         generated = dict(zip(dynamic, made, strict=True))
-        return [self.linears[site](x, generated.get(site)) for site in sites]
+        return [m.convolve(y if s == first else m.linear(x), x, generated.get(s)) for s, m in linears.items()]
 
     def _heads(
         self,
@@ -124,9 +127,15 @@ class ConvLinear(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, inputs]
+    ) -> Tensor:  # [B, T, outputs]
+        return self.convolve(self.linear(x), x)
+
+    def convolve(
+        self,
+        y: Tensor,  # [B, T, outputs]: what the map makes of x
+        x: Tensor,  # [B, T, inputs]
         generated: Tensor | None = None,  # [B, T, columns]: what the convolution's generator makes of x, if known
     ) -> Tensor:  # [B, T, outputs]
-        y = self.linear(x)
         return y if self.conv is None else self.conv(y, x, generated=generated)
 
 
