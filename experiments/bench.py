@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 COLUMNS = ["op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "static", "us", "bytes", "fraction"]
 COLUMNS += ["provider", "device", "versions", "commit"]
-SAME = 0.02  # relative RMS between two results of one op: bfloat16 rounds by 0.005; another function is far above
+SAME = 0.02  # relative RMS between two results or gradients of one op: bfloat16 rounds by 0.005, others are far above
 _CALLS_A_GRAPH, _REPLAYS, _HOST_CALLS = 10, 30, 50
 
 
@@ -151,7 +151,7 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
         try:
             error = provider.error(case)
             if not error < SAME:
-                raise ValueError(f"its result is {error:.2g} off the reference's, relative; not timed")
+                raise ValueError(f"its result or a gradient is {error:.2g} off the reference's, relative; not timed")
             measured, transient = list(measure(case, provider)), transient_memory(case, provider)
         except Exception as problem:  # a rival's code may raise anything, and the others are still to be timed
             bar.write(f"{provider.name}, {case}: {str(problem).splitlines()[0]}", file=sys.stderr)

@@ -109,14 +109,23 @@ class Provider:
         return inputs, partial(self.functions[case.op], **inputs, **case.options())
 
     def error(self, case: Case, device: str = "cuda") -> float:
-        """How far from the reference's result its own is, in root mean square, relative to that."""
+        """How far its result and gradients are from the reference's: the largest relative root mean square."""
         import torch
 
-        inputs = case.inputs(device)
-        calls = [of.bind(case, inputs)[1] for of in (self, Provider("reference", {case.op: plain}))]
-        with torch.no_grad():
-            got, want = (call().float() for call in calls)
-            return float((got - want).norm() / want.norm())
+        made = case.inputs(device)
+        dy = torch.randn_like(made["x"])
+
+        def outcome(provider: Provider) -> list[Tensor]:
+            inputs, call = provider.bind(case, made)
+            y = call()
+            gradients = dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy), strict=True))
+            if provider.taps_last:
+                gradients["weight"] = gradients["weight"].t().flip(0)
+            return [y.detach(), *gradients.values()]
+
+        pairs = zip(outcome(self), outcome(Provider("reference", {case.op: plain})), strict=True)
+        errors = [(got.float() - want.float()).norm() / want.float().norm() for got, want in pairs]
+        return float(torch.stack(errors).max())  # NaN where one is
 
 
 def plain(
