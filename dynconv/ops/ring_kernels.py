@@ -20,94 +20,15 @@ from dynconv.ops.gluon_pieces import (
     load_position,
     load_positions,
 )
-
-
-@gluon.constexpr_function
-def _bits(number):
-    return number.bit_length() - 1
-
-
-@gluon.constexpr_function
-def channel_layout(warps):
-    """[channel]: four neighbours a lane."""
-    return gl.BlockedLayout([4], [32], [warps], [0])
-
-
-@gluon.constexpr_function
-def head_layout(warps, head_size):
-    """[head, channel of the head]: `channel_layout`, the channels split."""
-
-    def basis(bit):
-        return [0, 2**bit] if 2**bit < head_size else [2**bit // head_size, 0]
-
-    return gl.DistributedLinearLayout(
-        reg_bases=[basis(bit) for bit in range(2)],
-        lane_bases=[basis(bit) for bit in range(2, 7)],
-        warp_bases=[basis(bit) for bit in range(7, 7 + _bits(warps))],
-        block_bases=[],
-        shape=[128 * warps // head_size, head_size],
-    )
-
-
-@gluon.constexpr_function
-def coefficient_layout(warps, head_size, width):
-    """[head * W + tap]: each lane holds all taps of the heads of its channels."""
-
-    def basis(bit):
-        return [2**bit // head_size * width]
-
-    return gl.DistributedLinearLayout(
-        reg_bases=[[2**bit] for bit in range(_bits(width))] + [basis(bit) for bit in range(2) if 2**bit >= head_size],
-        lane_bases=[basis(bit) for bit in range(2, 7)],
-        warp_bases=[basis(bit) for bit in range(7, 7 + _bits(warps))],
-        block_bases=[],
-        shape=[128 * warps // head_size * width],
-    )
-
-
-@gluon.constexpr_function
-def copy_layout(warps, columns):
-    """[head * W + tap] on the way into the ring."""
-    return gl.BlockedLayout([min(8, max(2, columns // (32 * warps)))], [32], [warps], [0])
-
-
-@gluon.jit
-def _split_taps(flat, HEADS: gl.constexpr, W: gl.constexpr):
-    """[HEADS * W] -> the W taps, each [HEADS]."""
-    if W == 2:
-        taps = gl.split(flat.reshape([HEADS, 2]))
-    else:
-        even, odd = gl.split(flat.reshape([HEADS, 2, 2]))
-        a, c = gl.split(even)
-        b, d = gl.split(odd)
-        taps = (a, b, c, d)
-    return taps
-
-
-@gluon.jit
-def _join_taps(taps, HEADS: gl.constexpr, W: gl.constexpr):
-    """The inverse."""
-    if W == 2:
-        flat = gl.join(taps[0], taps[1])
-    else:
-        flat = gl.join(gl.join(taps[0], taps[2]), gl.join(taps[1], taps[3]))
-    return flat.reshape([HEADS * W])
-
-
-@gluon.jit
-def _per_channel(tap, WARPS: gl.constexpr, HP: gl.constexpr):
-    """[head] -> [channel]: every channel gets its head's coefficient, in float32."""
-    HEAD: gl.constexpr = head_layout(WARPS, HP)
-    tap = gl.expand_dims(gl.convert_layout(tap.to(gl.float32), gl.SliceLayout(1, HEAD)), 1)
-    spread = tap.broadcast_to([128 * WARPS // HP, HP]).reshape([128 * WARPS])
-    return gl.convert_layout(spread, channel_layout(WARPS))
-
-
-@gluon.jit
-def _per_head(product, WARPS: gl.constexpr, HP: gl.constexpr):
-    """[channel] -> [head]: the sum over each head's channels."""
-    HEAD: gl.constexpr = head_layout(WARPS, HP)
-    return gl.sum(gl.convert_layout(product.reshape([128 * WARPS // HP, HP]), HEAD), 1)
+from dynconv.ops.ring_layouts import (
+    channel_layout,
+    coefficient_layout,
+    copy_layout,
+    join_taps,
+    per_channel,
+    per_head,
+    split_taps,
+)
 
 
 @gluon.jit
@@ -116,7 +37,7 @@ def _filter(taps, static, tap: gl.constexpr, WARPS: gl.constexpr, HP: gl.constex
     if len(taps) == 0:
         values = static[tap]
     else:
-        values = _per_channel(taps[tap], WARPS, HP)
+        values = per_channel(taps[tap], WARPS, HP)
         if len(static) > 0:
             values += static[tap]
     return values
@@ -222,7 +143,7 @@ def forward_kernel(
                 xs = xs + (x_ring[slot].index(stage).load(OWN),)
                 taps = ()
                 if weight is not None:
-                    taps = _split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
+                    taps = split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
                 result = gl.zeros([BLOCK], gl.float32, OWN)
                 if RESIDUAL and not SILU:
                     result = xs[W - 1].to(gl.float32)
@@ -324,7 +245,7 @@ def backward_kernel(
                 gradient = dy_ring[slot].index(stage).load(OWN).to(gl.float32)
                 taps = ()
                 if weight is not None:
-                    taps = _split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
+                    taps = split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
                 filters = _filters(taps, static, W, WARPS, HP)
                 outer = gradient
                 if SILU:
@@ -343,7 +264,7 @@ def backward_kernel(
                     backs = backs + (back,)
                     product = gradient * xs[W - 1 - tap].to(gl.float32)
                     if dweight is not None:
-                        coefficients = coefficients + (_per_head(product, WARPS, HP).to(dtype),)
+                        coefficients = coefficients + (per_head(product, WARPS, HP).to(dtype),)
                     if dstatic is not None:
                         new_sums = new_sums + (sums[tap] + product,)
                 sums = new_sums
@@ -351,7 +272,7 @@ def backward_kernel(
                     done = (begin + now + 1 - W < limit) & (begin + now >= W - 1) & d_ok
                     gl.store(dx_at + (now + 1 - W) * dx_time, backs[W - 1].to(dtype), mask=done)
                 if dweight is not None:
-                    flat = gl.convert_layout(_join_taps(coefficients, HEADS, W), FILTER)
+                    flat = gl.convert_layout(join_taps(coefficients, HEADS, W), FILTER)
                     gl.store(dweight_at + now * dweight_time, flat, mask=(begin + now < limit) & filter_ok)
                 # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
                 partial = ()
@@ -373,7 +294,7 @@ def backward_kernel(
         gradient = dy_ring[slot % SLOTS].index(slot // SLOTS).load(OWN).to(gl.float32)
         taps = ()
         if weight is not None:
-            taps = _split_taps(weight_ring[slot % SLOTS].index(slot // SLOTS).load(FILTER), HEADS, W)
+            taps = split_taps(weight_ring[slot % SLOTS].index(slot // SLOTS).load(FILTER), HEADS, W)
         if positions is not None:
             after = load_position(positions, start, 0, limit, RUN + slot)
         filters = _filters(taps, static, W, WARPS, HP)
