@@ -230,7 +230,9 @@ def project_together(
 
     A narrow product of its own takes a pass over all of the input, and its gradient is one more term of the input's.
     """
-    weights = [weight, *(convolution.generator_map.weight for convolution in convolutions)]
+    generators = [convolution.generator_map for convolution in convolutions]
+    assert all(generator.bias is None for generator in generators)
+    weights = [weight, *(generator.weight for generator in generators)]
     widths = [len(part) for part in weights]
     widths.append(-sum(widths) % _LINE)
     together = torch.cat([*weights, weight.new_zeros(widths[-1], weight.shape[1])])

@@ -246,17 +246,17 @@ def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
     return max(1, elements // (in_block * padded)), in_block, padded
 
 
-def fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels with a ring take the inputs; they put silu in."""
+def ring_fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels with a ring take the inputs; they apply silu, too."""
     return ring is not None and runs_gluon(x) and ring.fits(x, weight, weight.shape[3])
 
 
 def _by_ring(
     x: Tensor, weight: Tensor, static_w: Tensor | None, positions: Tensor | None, silu: bool, backward: bool
 ) -> bool:
-    """Whether the kernels with a ring take the inputs, and have to or are the faster for them."""
+    """Whether the kernels with a ring run: where they fit, and silu wants them or they are the faster."""
     large = static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2])
-    return fuses(x, weight) and (silu or positions is not None or large)
+    return ring_fits(x, weight) and (silu or positions is not None or large)
 
 
 def _backward_shape(static: bool) -> tuple[int, int, int, int]:
@@ -273,7 +273,7 @@ def forward(
     static_w: Tensor | None,  # [W, D]
     positions: Tensor | None,  # [T] int32: each token's place in its document
     residual: bool,
-    silu: bool,  # where `fuses`
+    silu: bool,  # where `ring_fits`
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
     if _by_ring(x, weight, static_w, positions, silu, backward=False):

@@ -88,7 +88,7 @@ def _fuses(x: Tensor, z: Tensor | None, weight: Tensor | None, static_w: Tensor 
     """Whether the kernels for these inputs put silu in; else it is PyTorch's."""
     if z is not None:
         return False
-    return static.fuses(x, static_w) if weight is None else headwise.fuses(x, weight)  # type: ignore[arg-type]
+    return static.ring_fits(x, static_w) if weight is None else headwise.ring_fits(x, weight)  # type: ignore[arg-type]
 
 
 def _run_forward(

@@ -47,8 +47,8 @@ def _plan(
     slots: int,
     stages: int,
     at_once: int,  # programs of four warps that a multiprocessor holds
-) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The weight's batch stride, chunks of time, blocks of channels and RUN; and the constants both passes share."""
+) -> tuple[int, int, int, dict[str, Any]]:
+    """Chunks of time, blocks of channels and RUN; and the constants both passes share."""
     batch, time, channels = x.shape
     warps = 4 if channels % (4 * _WARP) == 0 else 2 if channels % (2 * _WARP) == 0 else 1
     blocks = triton.cdiv(channels, warps * _WARP)
@@ -58,7 +58,7 @@ def _plan(
         "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual, "SILU": silu,
         "SLOTS": slots, "STAGES": stages, "WARPS": warps,
     }  # fmt: skip
-    return (0 if weight is None else weight.stride(0), triton.cdiv(time, run), blocks, run), constants
+    return triton.cdiv(time, run), blocks, run, constants
 
 
 def forward(
@@ -74,13 +74,12 @@ def forward(
     batch, time, channels = x.shape
     x, weight = aligned(x), None if weight is None else aligned(weight)
     y = new_like(x)
-    plan, constants = _plan(x, weight, width, residual, silu, slots=2, stages=4, at_once=8)
-    _, chunks, blocks, _ = plan
+    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, slots=2, stages=4, at_once=8)
     launch(
         kernels.forward_kernel,
         blocks * batch * chunks,
         (x, weight, static_w, y, positions),
-        (time, channels, x.stride(0), *plan),
+        (time, channels, x.stride(0), 0 if weight is None else weight.stride(0), chunks, blocks, run),
         constants | {"y_time": channels},
         num_warps=constants["WARPS"],
     )
@@ -102,11 +101,12 @@ def backward(
     batch, time, channels = x.shape
     dy, x, weight = aligned(dy), aligned(x), None if weight is None else aligned(weight)
     if weight is not None and channels < 4 * weight.shape[2]:  # a lane has many coefficients
-        slots, registers = 8, None  # memory allows two programs a multiprocessor, so registers need not be few
+        slots, registers, at_once = 8, None, 2  # as shared memory allows
+    elif weight is not None and silu:
+        slots, registers, at_once = 4, 168, 3
     else:
-        slots, registers = 4, 128 if weight is None or not silu else 168  # four programs, or three
-    plan, constants = _plan(x, weight, width, residual, silu, slots, stages=2, at_once=4)
-    _, chunks, blocks, _ = plan
+        slots, registers, at_once = 4, 128, 4
+    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, slots, stages=2, at_once=at_once)
     dx = new_like(x) if needs[0] else None
     dweight = None if weight is None or not needs[1] else new_like(weight)
     partial, dstatic = new_sums(static_w if needs[2] else None, batch * chunks)
@@ -114,10 +114,12 @@ def backward(
         kernels.backward_kernel,
         blocks * batch * chunks,
         (dy, x, weight, static_w, dx, dweight, partial, positions),
-        (time, channels, dy.stride(0), x.stride(0), *plan),
+        (
+            time, channels, dy.stride(0), x.stride(0), 0 if weight is None else weight.stride(0), chunks, blocks, run,
+        ),
         constants | {"dy_time": dy.stride(1), "dx_time": channels},
         num_warps=constants["WARPS"],
         maxnreg=registers,
-    )
+    )  # fmt: skip
     sum_parts((partial, dstatic))
     return dx, dweight, dstatic

@@ -115,8 +115,8 @@ def _backward_kernel(
             tl.store(dweight + at, tl.sum(sums[tap], 0), mask=d_ok)
 
 
-def fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels with a ring take the inputs; they put silu in."""
+def ring_fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels with a ring take the inputs; they apply silu, too."""
     return ring is not None and runs_gluon(x) and ring.fits(x, None, weight.shape[0])
 
 
@@ -125,10 +125,10 @@ def forward(
     weight: Tensor,  # [W, D]
     positions: Tensor | None,  # [T] int32: each token's place in its document
     residual: bool,
-    silu: bool,  # where `fuses`
+    silu: bool,  # where `ring_fits`
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if fuses(x, weight) and (silu or positions is not None):
+    if ring_fits(x, weight) and (silu or positions is not None):
         return ring.forward(x, None, weight, positions, weight.shape[0], residual, silu)
     batch, time, channels = x.shape
     y = new_like(x)
@@ -158,7 +158,7 @@ def backward(
     needs: tuple[bool, bool],  # whether x and weight want gradients
 ) -> tuple[Tensor | None, Tensor | None]:  # [B, T, D], [W, D]
     """The gradients of x and weight, in their dtypes."""
-    if fuses(x, weight):
+    if ring_fits(x, weight):
         wanted = (needs[0], False, needs[1])
         dx, _, dweight = ring.backward(dy, x, None, weight, positions, weight.shape[0], residual, silu, wanted)
         return dx, dweight
