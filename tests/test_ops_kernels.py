@@ -1,8 +1,10 @@
 """The kernels against a float64 oracle: on the GPU where there is one, else in Triton's interpreter."""
 
+import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -195,6 +197,47 @@ def test_repeated_launches_give_the_same_bits(case: Case) -> None:
         for run in ("_forward", "_backward"):  # known no more, so nothing is repeated
             patch.setattr(operator, run, functools.partial(getattr(operator, run)))
         assert all(torch.equal(a, b) for a, b in zip(got, results(others), strict=True))
+
+
+def expanded(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return inputs, dy[:1, :1, :1].expand_as(dy)
+
+
+def of_one_projection(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    x, z = inputs["x"].detach(), inputs["z"].detach()
+    x, z = torch.cat([x, z], 2).split([x.shape[2], z.shape[2]], 2)  # rows at no multiple of 16 bytes
+    return inputs | {"x": x.requires_grad_(), "z": z.requires_grad_()}, dy
+
+
+def wider_generators(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return inputs | {"z": inputs["z"].detach().float().requires_grad_()}, dy
+
+
+def transposed(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return inputs | {n: inputs[n].detach().t().clone().t().requires_grad_() for n in ("U", "static_w")}, dy
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [15, 16])
+@pytest.mark.parametrize("change", [expanded, of_one_projection, wider_generators, transposed])
+def test_passes_that_copy_inputs_are_repeated(change: Callable[..., Any], rank: int) -> None:
+    case = Case(heads=9, head_size=16, rank=rank, dtype=torch.bfloat16)
+    plain = case.inputs()
+    gradient = torch.randn_like(plain["x"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_repeats", {})
+        outcomes = []
+        for inputs, dy in 3 * [change(plain, gradient)]:
+            y = case.run(inputs)
+            outcomes.append([y, *torch.autograd.grad(y, list(inputs.values()), dy)])
+        assert [callable(again) for again in launch._repeats.values()] == [True, True]
+    first, *later = outcomes
+    assert all(torch.equal(a, b) for outcome in later for a, b in zip(first, outcome, strict=True))
+    y = case.run(plain)
+    _, dy = change(plain, gradient)
+    exact = [y, *torch.autograd.grad(y, list(plain.values()), dy.contiguous())]
+    assert all(relative_error(a, b.double()) < BOUND[torch.bfloat16] for a, b in zip(first, exact, strict=True))
 
 
 @pytest.mark.gpu

@@ -16,8 +16,8 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with kernels():
         from dynconv.ops import launch
 
-        monkeypatch.setattr(launch, "JITFunction", Kernel)
         monkeypatch.setattr(launch.driver, "_active", Kernel)
+        monkeypatch.setattr(launch, "_repeats", {})
         yield launch
 
 
@@ -45,18 +45,13 @@ class Kernel:
         return 0
 
 
-def record(launch: Any, run: Callable[..., Any], *inputs: Tensor | None) -> tuple[Any, Any]:
-    """The pass's results, and what repeats it."""
-    launch._state.record = recorded = launch._Record()
-    results = run(*inputs)
-    launch._state.record = None
-    return results, recorded.repeat(inputs, results)
-
-
 def test_a_repeated_pass_is_as_the_pass(launch: Any) -> None:
     kernel = Kernel()
+    runs = 0
 
     def run(x: Tensor, absent: None, y: Tensor) -> tuple[Tensor | None, ...]:
+        nonlocal runs
+        runs += 1
         scratch, zeros = launch.new(x, (7,), torch.float32), launch.new(x, (7,), torch.float32, zero=True)
         a, b, c = (launch.new(x, (7,), torch.float32) for _ in range(3))
         launch.launch(kernel, 1, (x, y, scratch), (7,), {"SCALE": 2.0})
@@ -70,20 +65,78 @@ def test_a_repeated_pass_is_as_the_pass(launch: Any) -> None:
         for got, want in zip(results, wanted, strict=True):
             assert (got is want) if want is None else torch.allclose(got, want)  # type: ignore[arg-type]
 
-    x, y = torch.randn(2, 7)
-    results, again = record(launch, run, x, None, y)
-    check(results, x, y)
-    for _ in range(3):
+    for _ in range(4):
         x, y = torch.randn(2, 7)
-        check(again(x, None, y), x, y)
-    assert kernel.runs == 16
+        check(launch._repeated(run, (x, None, y), ()), x, y)
+    assert (runs, kernel.runs) == (1, 16)
+
+
+def test_copies_of_inputs_are_made_again(launch: Any) -> None:
+    kernel = Kernel()
+
+    def run(x: Tensor, y: Tensor) -> tuple[Tensor]:
+        total = launch.new(x, (4,), torch.float32)
+        rows = launch.copied(x)
+        launch.launch(kernel, 1, (launch.copied(rows), launch.copied(y, torch.float32), total), (4,), {"SCALE": 2.0})
+        return (total,)
+
+    for _ in range(3):
+        x, y = torch.randn(8)[::2], torch.randn(4, dtype=torch.float64)
+        (total,) = launch._repeated(run, (x, y), ())
+        assert torch.allclose(total, x + 2 * y.float())
+    (again,) = launch._repeats.values()
+    assert again is not None
+
+
+def test_other_signatures_run_the_pass(launch: Any) -> None:
+    runs = 0
+
+    def run(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor]:
+        nonlocal runs
+        runs += 1
+        total: Tensor = launch.new(x, x.shape, x.dtype)
+        launch.launch(Kernel(), 1, (x, y, total), (x.shape[0],), {"SCALE": scale})
+        return (total,)
+
+    def check(x: Tensor, y: Tensor, scale: float, known: int) -> None:
+        for _ in range(2):
+            (total,) = launch._repeated(run, (x, y), (scale,))
+            assert torch.allclose(total, x + scale * y)
+        assert runs == known
+
+    x, y = torch.randn(4), torch.randn(4)
+    check(x, y, 1.0, known=1)
+    check(torch.randn(5), torch.randn(5), 1.0, known=2)
+    check(x, y, 3.0, known=3)
+    check(torch.randn(5)[1:], y, 3.0, known=4)  # at no multiple of 16 bytes
+    check(y, y.clone(), 3.0, known=4)
+    check(x, x, 2.0, known=6)  # one tensor twice: neither recorded nor repeated
+    check(x, y, 2.0, known=7)
+
+
+def test_old_signatures_go_and_new_ones_stay(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_MOST", 4)
+
+    def run(x: Tensor, _: int) -> tuple[Tensor]:
+        return (launch.new(x, x.shape, x.dtype),)
+
+    for option in range(5):
+        launch._repeated(run, (torch.ones(4),), (option,))
+    assert [key[2] for key in launch._repeats] == [(2,), (3,), (4,)]
 
 
 def test_a_pass_that_makes_tensors_of_its_own_is_not_repeated(launch: Any) -> None:
-    def copies(x: Tensor) -> tuple[Tensor]:
+    def clones(x: Tensor) -> tuple[Tensor]:
         result: Tensor = launch.new(x, x.shape, x.dtype)
         launch.launch(Kernel(), 1, (x.clone(), None, result), (4,), {"SCALE": 1.0})
         return (result,)
 
-    for run in (copies, lambda x: (torch.zeros_like(x),), lambda x: (x,)):
-        assert record(launch, run, torch.ones(4))[1] is None
+    def copies(x: Tensor) -> tuple[Tensor]:
+        result: Tensor = launch.new(x, x.shape, x.dtype)
+        launch.launch(Kernel(), 1, (launch.copied(x.clone()), None, result), (4,), {"SCALE": 1.0})
+        return (result,)
+
+    for run in (clones, copies, lambda x: (torch.zeros_like(x),), lambda x: (x,)):
+        for _ in range(2):
+            launch._repeated(run, (torch.ones(4),), ())
+    assert list(launch._repeats.values()) == [None] * 4

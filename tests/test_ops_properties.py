@@ -219,7 +219,7 @@ class Clones(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             self.shapes.append(result.shape)
         return result
 

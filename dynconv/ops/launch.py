@@ -4,7 +4,6 @@ What a pass allocates and launches depends on its inputs' signature alone: their
 So its Python runs once for a signature, and what it does is recorded; later calls do that again, by addresses.
 """
 
-import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 _ALIGNED = 512  # bytes, as PyTorch's allocator aligns
 _MOST = 4096  # signatures kept, of a few KB each
@@ -21,48 +19,55 @@ _repeats: dict[tuple[Any, ...], Callable[..., tuple[Any, ...]] | None] = {}
 
 
 class _Record:
-    """What one run of a pass allocates and launches: all that it does to tensors."""
+    """What one run of a pass allocates, copies and launches: all that it does to tensors."""
 
     def __init__(self) -> None:
-        self.allocated: list[tuple[Tensor, bool]] = []  # and whether with zeros
+        self.made: list[tuple[Tensor, Any]] = []  # and torch.empty, torch.zeros, or the tensor that it is a copy of
         self.launched: list[tuple[Any, int, tuple[Tensor | None, ...], tuple[Any, ...]]] = []
-        self.interpreted = False
 
     def repeat(
         self, inputs: tuple[Tensor | None, ...], results: tuple[Tensor | None, ...]
     ) -> Callable[..., tuple[Any, ...]] | None:
         """A function of other inputs that does the same; None if the pass used a tensor of unknown origin."""
         kept = {id(r) for r in results if r is not None}
-        alone = [(t, zero) for t, zero in self.allocated if zero or id(t) in kept]
-        shared = [t for t, zero in self.allocated if not zero and id(t) not in kept]  # one buffer for all of them
+        alone = [(t, how) for t, how in self.made if how is not torch.empty or id(t) in kept]
+        shared = [t for t, how in self.made if how is torch.empty and id(t) not in kept]  # one buffer for all of them
         number = {id(t): n for n, t in enumerate([*inputs, *(t for t, _ in alone), *shared, None])}
-        used = [t for _, _, tensors, _ in self.launched for t in tensors]
-        if self.interpreted or not kept <= {id(t) for t, _ in alone} or not all(id(t) in number for t in used):
+        copied = {id(how) for _, how in alone if isinstance(how, Tensor)}
+        used = copied | {id(t) for _, _, tensors, _ in self.launched for t in tensors}
+        interpreted = any(compiled is None for compiled, *_ in self.launched)
+        if interpreted or not kept <= {id(t) for t, _ in alone} or not used <= number.keys():
             return None
         device = next(t.device for t in inputs if t is not None)
-        makers = [(torch.zeros if zero else torch.empty, t.shape, t.dtype) for t, zero in alone]
+        makers = [
+            (torch.zeros if how is torch.zeros else torch.empty, t.shape, t.dtype, number.get(id(how)))
+            for t, how in alone
+        ]
         offsets = [0]
         for t in shared:
             offsets.append(offsets[-1] + -(-t.nbytes // _ALIGNED) * _ALIGNED)
         size = offsets.pop()
         launches = [
-            (compiled[programs, 1, 1], operator.itemgetter(*(number[id(t)] for t in tensors)), rest)
+            (compiled[programs, 1, 1], [number[id(t)] for t in tensors], rest)
             for compiled, programs, tensors, rest in self.launched
         ]
-        returned = [None if r is None else number[id(r)] - len(inputs) for r in results]
+        returned = [None if r is None else number[id(r)] for r in results]
 
         def again(*inputs: Tensor | None) -> tuple[Any, ...]:  # of Tensor and None
-            made = [make(shape, dtype=dtype, device=device) for make, shape, dtype in makers]
-            addresses = [None if t is None else t.data_ptr() for t in (*inputs, *made)]
-            if size:
+            tensors: list[Any] = [*inputs]
+            for make, shape, dtype, source in makers:
+                tensor = make(shape, dtype=dtype, device=device)
+                tensors.append(tensor if source is None else tensor.copy_(tensors[source]))
+            addresses = [None if t is None else t.data_ptr() for t in tensors]
+            if shared:
                 scratch = torch.empty(size, dtype=torch.uint8, device=device)  # ours until this stream has passed it
                 start = scratch.data_ptr()
                 addresses += [start + offset for offset in offsets]
             addresses.append(None)
             stream = driver.active.get_current_stream(device.index)
-            for run, pick, rest in launches:
-                run(*pick(addresses), *rest, stream=stream)
-            return tuple([None if n is None else made[n] for n in returned])
+            for run, numbers, rest in launches:
+                run(*[addresses[n] for n in numbers], *rest, stream=stream)
+            return tuple([None if n is None else tensors[n] for n in returned])
 
         return again
 
@@ -77,10 +82,17 @@ def repeated(
     assert first is not None
     if not first.is_cuda or torch.version.hip:  # AMD's backend specialises kernels on more than the signature
         return run(*inputs, *options)
-    device = first.device.index
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return repeated(run, inputs, options)
+    if first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            return _repeated(run, inputs, options)
+    return _repeated(run, inputs, options)
+
+
+def _repeated(
+    run: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor | None, ...], options: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """`repeated` on the current device."""
+    device = inputs[0].device.index  # type: ignore[union-attr]
     facts = [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in inputs]
     key = (run, device, options, *facts)
     again = _repeats.get(key)
@@ -90,7 +102,8 @@ def repeated(
     if key in _repeats or len(set(given)) < len(given):  # of one tensor given twice it is unclear which is used where
         return run(*inputs, *options)
     if len(_repeats) >= _MOST:
-        _repeats.clear()
+        for oldest in list(_repeats)[: _MOST // 2]:
+            _repeats.pop(oldest, None)  # another thread may be at it, too
     _state.record = record = _Record()
     try:
         results = run(*inputs, *options)
@@ -102,11 +115,21 @@ def repeated(
 
 def new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, zero: bool = False) -> Tensor:
     """A contiguous tensor on a tensor's device: zeros, or uninitialised."""
-    tensor = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=like.device)
+    make: Any = torch.zeros if zero else torch.empty
+    return _recorded(make(shape, dtype=dtype, device=like.device), make)
+
+
+def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy of an input of the pass, or of such a copy."""
+    copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device).copy_(tensor)
+    return _recorded(copy, tensor)
+
+
+def _recorded(made: Tensor, how: Any) -> Tensor:
     record = getattr(_state, "record", None)
     if record is not None:
-        record.allocated.append((tensor, zero))
-    return tensor
+        record.made.append((made, how))
+    return made
 
 
 def launch(
@@ -123,5 +146,4 @@ def launch(
     compiled = kernel[(programs,)](*tensors, *integers, **constants, **options)
     record = getattr(_state, "record", None)
     if record is not None:
-        record.interpreted |= not isinstance(kernel, JITFunction)
         record.launched.append((compiled, programs, tensors, (*integers, *constants.values())))

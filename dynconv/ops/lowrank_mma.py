@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynconv.ops import lowrank_mma_kernels as kernels
-from dynconv.ops.launch import launch, new
+from dynconv.ops.launch import copied, launch, new
 from dynconv.ops.tiles import aligned, multiprocessors, new_like, new_sums, run_length, sum_parts
 
 MAX_WIDTH = 4
@@ -60,7 +60,7 @@ def _padded(
 ) -> Tensor:  # [B, T, G*RP]
     """Each segment's columns, padded with zeros to RP, the next multiple of 16."""
     if rank % 16 == 0:
-        return aligned(z.to(dtype))
+        return aligned(z if z.dtype == dtype else copied(z, dtype))
     batch, time, ranks = z.shape
     segments, whole = ranks // rank, triton.cdiv(rank, 16) * 16
     padded = new(z, (batch, time, segments * whole), dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dynconv.ops import headwise, lowrank, static
-from dynconv.ops.launch import repeated
+from dynconv.ops.launch import copied, repeated
 
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
@@ -25,7 +25,11 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:  # [B, T, ...]
     """The tensor, or a copy where its last dimension is strided, or its rows or heads lie too far apart."""
     strides = tensor.stride()
     near = max(strides[1:-1]) < _FARTHEST and (strides[-1] == 1 or tensor.shape[-1] == 1)
-    return tensor if near else tensor.contiguous()
+    return tensor if near else copied(tensor)
+
+
+def _contiguous(parameter: Tensor) -> Tensor:
+    return parameter if parameter.is_contiguous() else copied(parameter)
 
 
 def _forward(
@@ -41,13 +45,13 @@ def _forward(
     if x.numel() == 0:
         return (x.new_empty(x.shape),)
     x = _rows_contiguous(x)
-    static_w = None if static_w is None else static_w.contiguous()
+    static_w = None if static_w is None else _contiguous(static_w)
     if weight is None:
         assert static_w is not None
         return (static.forward(x, static_w, positions, residual, silu),)
     if z is None:
         return (headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual, silu),)
-    z, up = _rows_contiguous(z), weight.contiguous()
+    z, up = _rows_contiguous(z), _contiguous(weight)
     return (lowrank.forward(x, z, up, static_w, positions, segments, residual),)
 
 
@@ -68,7 +72,7 @@ def _backward(
         inputs = zip((x, z, weight, static_w), needs, strict=True)
         return tuple(torch.zeros_like(t) if t is not None and needed else None for t, needed in inputs)
     dy, x = _rows_contiguous(dy), _rows_contiguous(x)
-    static_w = None if static_w is None else static_w.contiguous()
+    static_w = None if static_w is None else _contiguous(static_w)
     x_needs, z_needs, weight_needs, static_needs = needs
     if weight is None:
         assert static_w is not None
@@ -79,7 +83,7 @@ def _backward(
         needed = (x_needs, weight_needs, static_needs)
         dx, dweight, dstatic = headwise.backward(dy, x, weight, static_w, positions, residual, silu, needed)
         return dx, None, dweight, dstatic
-    z, up = _rows_contiguous(z), weight.contiguous()
+    z, up = _rows_contiguous(z), _contiguous(weight)
     wanted = (x_needs, z_needs, weight_needs, static_needs)
     return lowrank.backward(dy, x, z, up, static_w, positions, segments, residual, wanted)
 

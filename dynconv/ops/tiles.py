@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.launch import launch, new
+from dynconv.ops.launch import copied, launch, new
 
 
 @triton.jit
