@@ -1,6 +1,7 @@
 """The kernel bench: what it counts, compares, writes and refuses; on a GPU, what it measures."""
 
 import argparse
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -122,6 +123,23 @@ def test_what_is_kept_and_allocated_on_the_way_is_bounded(case: kernels.Case) ->
     """The bar: nothing but outputs, and transient partials of at most 65% of x."""
     (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
     assert bench.transient_memory(case, ours) <= 0.65
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("case", "bound"),
+    [
+        (kernels.Case("static"), 0.65),
+        (kernels.Case("headwise", H=128, static=True), 0.65),
+        (kernels.Case("lowrank", R=16, static=True), 1.65),  # the sum that silu is of
+    ],
+    ids=str,
+)
+def test_silu_is_applied_in_place(case: kernels.Case, bound: float) -> None:
+    (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
+    silu = {case.op: functools.partial(ours.functions[case.op], activation="silu")}
+    assert bench.transient_memory(case, kernels.Provider("silu", silu)) <= bound
 
 
 @pytest.mark.gpu

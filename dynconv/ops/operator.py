@@ -105,8 +105,8 @@ def _run_forward(
     apart = silu and not _fuses(*inputs[:4])  # type: ignore[arg-type]
     (y,) = repeated(_forward, inputs, (segments, residual and not apart, silu and not apart))
     if apart:
-        y = F.silu(y)
-        y = y + x if residual else y
+        F.silu(y, inplace=True)
+        y = y.add_(x) if residual else y
     return y
 
 
@@ -122,9 +122,9 @@ def _run_backward(
     if not silu or _fuses(*inputs[:4]):  # type: ignore[arg-type]
         return repeated(_backward, (dy, *inputs), (segments, residual, silu, needs))
     (inner,) = repeated(_forward, inputs, (segments, False, False))  # again, rather than kept: it is as large as x
-    dinner = torch.ops.aten.silu_backward(dy, inner)
+    dinner = torch.ops.aten.silu_backward.grad_input(dy, inner, grad_input=inner)
     dx, *others = repeated(_backward, (dinner, *inputs), (segments, False, False, needs))
-    return dx + dy if residual and needs[0] else dx, *others
+    return dx.add_(dy) if residual and needs[0] else dx, *others
 
 
 class _Convolve(torch.autograd.Function):
