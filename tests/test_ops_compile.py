@@ -46,7 +46,8 @@ def compile(kernel, programs, tensors, integers, constants, **options):
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups())
-    print(json.dumps([name, {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}]))
+    found = {"rank": constants.get("R"), "registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    print(json.dumps([name, found]))
 
 def made(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
@@ -56,37 +57,45 @@ for module in (headwise, lowrank, lowrank_mma, ring, static, tiles):
     module.launch = compile
     module.multiprocessors = lambda _: 132
 
-# where no GPU is seen, the modules choose their kernels for any input
-def run(x, heads, rank, segments, positions):
+def run_lowrank(module, x, rank, segments, positions):
     z, up = made(*x.shape[:2], rank * len(segments)), made(rank, 4 * x.shape[2], dtype=torch.float32)
+    low = (z, up, made(4, x.shape[2], dtype=torch.float32), positions, segments, True)
+    module.forward(x, *low)
+    module.backward(x, x, *low, (True,) * 4)
+
+def run_ring(x, heads, positions):
+    weight = made(*x.shape[:2], heads, 4) if heads else None
     static_w = made(4, x.shape[2], dtype=torch.float32)
-    low = (z, up, static_w, positions, segments, True)
-    weight = made(*x.shape[:2], heads, 4)
-    if sys.argv[2] == "lengths":
-        for module in (lowrank, lowrank_mma):
-            module.forward(x, *low)
-            module.backward(x, x, *low, (True,) * 4)
-        static.forward(x, static_w, positions, True, False)
-        static.backward(x, x, static_w, positions, True, False, (True, True))
-        headwise.forward(x, weight, static_w, positions, True, False)
-        headwise.backward(x, x, weight, static_w, positions, True, False, (True, True, True))
-    else:
-        lowrank_mma.forward(x, *low)
-        lowrank_mma.backward(x, x, *low, (True,) * 4)
-    for dynamic in (None, weight):
-        for silu in (False, True):
-            ring.forward(x, dynamic, static_w, positions, 4, True, silu)
-            ring.backward(x, x, dynamic, static_w, positions, 4, True, silu, (True, True, True))
+    for silu in (False, True):
+        ring.forward(x, weight, static_w, positions, 4, True, silu)
+        ring.backward(x, x, weight, static_w, positions, 4, True, silu, (True, True, True))
+
+def run_plain(x, heads):
+    weight, static_w = made(*x.shape[:2], heads, 4), made(4, x.shape[2], dtype=torch.float32)
+    static.forward(x, static_w, None, True, False)
+    static.backward(x, x, static_w, None, True, False, (True, True))
+    headwise.forward(x, weight, static_w, None, True, False)
+    headwise.backward(x, x, weight, static_w, None, True, False, (True, True, True))
 
 if sys.argv[2] == "lengths":
-    for batch, time in ((1, 16), (1, 48), (4, 1024), (3, 4112), (1, 32768)):
-        run(made(batch, time, 512), 32, 16, (256, 256), None)
+    static.ring = headwise.ring = lowrank.mma = None  # for the modules' own kernels
+    for batch, time in ((1, 1), (1, 16), (1, 37), (1, 48), (4, 1024), (3, 4100), (1, 4101), (1, 32768)):
+        x = made(batch, time, 512)
+        run_lowrank(lowrank, x, 16, (256, 256), None)
+        run_lowrank(lowrank_mma, x, 15, (256, 256), None)
+        run_plain(x, 32)
+        for heads in (None, 32):
+            run_ring(x, heads, None)
     print(json.dumps({name: len(hashes) for name, hashes in variants.items()}))
 else:
     packed = sys.argv[2] == "packed"
     shape = (1 if packed else 4, 4096, 2048)
     x = made(math.prod(shape) + 3)[3:].view(shape)  # contiguous, but at no multiple of 16 bytes: cp.async needs a copy
-    run(x, 128, 15, (1024, 512, 512), made(4096, dtype=torch.int32) if packed else None)
+    positions = made(4096, dtype=torch.int32) if packed else None
+    for rank in (15, 96):
+        run_lowrank(lowrank_mma, x, rank, (1024, 512, 512), positions)
+    for heads in (None, 128, 2048):
+        run_ring(x, heads, positions)
 """
 
 
@@ -105,19 +114,20 @@ def compiled(*words: str) -> list[Any]:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_gluon_kernels_fit(capability: int, packed: str) -> None:
     found = compiled(str(capability), packed)
-    assert len(found) == 17  # ten kernels, and the launches that pad z and add up partial sums
-    # A few spilled loop invariants cost nothing measurable; the 264 bytes of an early version cost half its time.
-    spilled = 192 if packed == "packed" else 32
-    # Three low-rank forward programs share a multiprocessor's 64 K registers, and so do the ring's backward ones.
-    most = {"lowrank_mma_kernels.forward_kernel": 170, "ring_kernels.backward_kernel": 170}
+    assert len({name for name, _ in found}) == 6  # two passes each, and the launches that pad z and add up partial sums
+    # A few spilled loop invariants cost nothing measurable; the 264 bytes of an early version cost half its time. The
+    # most that Triton 3.6 and 3.9 left, and a little more. Registers are capped in ring.backward, so only spills tell.
+    spilled = {"ring_kernels": 48, "lowrank_mma_kernels": 96}
     for name, resources in found:
-        assert resources["stack"] <= spilled, (name, resources)
-        assert resources["registers"] <= most.get(name, 255), (name, resources)
+        rank = resources["rank"]
+        wide = name == "lowrank_mma_kernels.forward_kernel" and rank > 32
+        assert resources["stack"] <= (128 if wide else spilled.get(name.split(".")[0], 0)), (name, resources)
         assert resources["shared"] <= 101_376, (name, resources)  # what a program of sm_86 and sm_89 may have
+        if name == "lowrank_mma_kernels.forward_kernel" and rank <= 16:
+            assert resources["registers"] <= 170, resources  # three programs share a multiprocessor's 64 K
 
 
 def test_lengths_share_a_kernel() -> None:
-    """Whatever the number of tokens, as long as it is a multiple of 16, or as long as it is not."""
     (counts,) = compiled("90", "lengths")
     several = {
         "headwise._backward_kernel": 2,  # a tile a program, or a loop over tiles
@@ -126,4 +136,4 @@ def test_lengths_share_a_kernel() -> None:
         "tiles._sum_kernel": 6,  # one sum or three, of few parts or of many
     }
     assert counts == {name: several.get(name, 1) for name in counts}
-    assert len(counts) == 11
+    assert len(counts) == 12

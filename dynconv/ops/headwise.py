@@ -98,7 +98,7 @@ def _columns(head, head_size, channels, HEADS: tl.constexpr, HP: tl.constexpr):
     return d, d_ok
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["time", "tiles"])
 def _forward_kernel(
     x, weight, static_w, y, positions,
     time, channels, x_batch, weight_batch, tiles,
@@ -149,7 +149,7 @@ def _forward_kernel(
         tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["time", "chunks"], do_not_specialize_on_alignment=["tiles"])
 def _backward_kernel(
     dy, x, weight, static_w, dx, dweight, dstatic, positions,
     time, channels, dy_batch, x_batch, weight_batch, chunks, tiles,

@@ -40,7 +40,7 @@ def _load_tile(pointer, time_steps, row_stride, columns, columns_ok, lowest, hig
     return tl.load(pointer + time_steps[:, None] * row_stride + columns[None, :], mask=ok, other=0.0)
 
 
-@triton.jit(do_not_specialize=["tiles", "blocks"])
+@triton.jit(do_not_specialize=["time", "tiles", "blocks"])
 def _forward_kernel(
     x, z, up, static_w, y, positions,
     time, channels, x_batch, x_time, z_batch, z_time, tiles, blocks,
@@ -81,7 +81,7 @@ def _forward_kernel(
     tl.store(y + steps[:, None] * channels + d[None, :], result, mask=ok)
 
 
-@triton.jit(do_not_specialize=["chunks", "tiles", "blocks"])
+@triton.jit(do_not_specialize=["time", "rows", "chunks", "tiles", "blocks"])
 def _backward_kernel(
     dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
     time, channels, rows, dy_batch, x_batch, z_batch, chunks, tiles, blocks,

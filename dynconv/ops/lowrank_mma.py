@@ -41,7 +41,7 @@ def _launches(rank: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         first += size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "time", "z_batch", "z_time"])
 def _pad_kernel(
     z, out, size, time, z_batch, z_time,
     R: tl.constexpr, SEGMENTS: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,

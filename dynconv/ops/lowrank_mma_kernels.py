@@ -55,7 +55,7 @@ def _load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLO
     return before
 
 
-@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
+@gluon.jit(do_not_specialize=["time", "chunks", "blocks", "RUN"])
 def forward_kernel(
     x, z, up, static_w, y, positions,
     time, channels, x_batch, z_batch, chunks, blocks, RUN, first_rank,
@@ -162,7 +162,7 @@ def forward_kernel(
         out += SLOTS * y_time
 
 
-@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
+@gluon.jit(do_not_specialize=["time", "tokens", "chunks", "blocks", "RUN"])
 def backward_kernel(
     dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
     time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks, RUN, first_rank,

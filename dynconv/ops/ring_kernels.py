@@ -78,7 +78,7 @@ def _load_static(static_w, d, channels, W: gl.constexpr):
     return static
 
 
-@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
+@gluon.jit(do_not_specialize=["time", "chunks", "blocks", "RUN"])
 def forward_kernel(
     x, weight, static_w, y, positions,
     time, channels, x_batch, weight_batch, chunks, blocks, RUN,
@@ -161,7 +161,7 @@ def forward_kernel(
             weight_at += SLOTS * STAGES * weight_time
 
 
-@gluon.jit(do_not_specialize=["chunks", "blocks", "RUN"])
+@gluon.jit(do_not_specialize=["time", "chunks", "blocks", "RUN"])
 def backward_kernel(
     dy, x, weight, static_w, dx, dweight, dstatic, positions,
     time, channels, dy_batch, x_batch, weight_batch, chunks, blocks, RUN,

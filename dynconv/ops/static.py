@@ -20,7 +20,7 @@ from dynconv.ops.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["time", "tiles"])
 def _forward_kernel(
     x, weight, y, positions,
     time, channels, x_batch, tiles, x_time: tl.constexpr, y_time: tl.constexpr,
@@ -54,7 +54,7 @@ def _forward_kernel(
         tl.store(out + slot * y_time, result, mask=(slot < limit)[:, None] & d_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["chunks", "tiles"])
+@triton.jit(do_not_specialize=["time", "chunks", "tiles"])
 def _backward_kernel(
     dy, x, weight, dx, dweight, positions,
     time, channels, dy_batch, x_batch, chunks, tiles,

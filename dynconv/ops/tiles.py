@@ -78,7 +78,7 @@ def _sum_block(block, partial, total, parts, size, BLOCK: tl.constexpr, UNROLL: 
     tl.store(total + at, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts_a", "parts_b", "parts_c"])
+@triton.jit(do_not_specialize=["parts_a", "size_a", "parts_b", "size_b", "parts_c", "size_c"])
 def _sum_kernel(
     partial_a, total_a, partial_b, total_b, partial_c, total_c,
     parts_a, size_a, parts_b, size_b, parts_c, size_c,
