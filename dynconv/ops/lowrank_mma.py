@@ -1,6 +1,6 @@
 """The low-rank convolution on NVIDIA tensor cores: which inputs fit, how the work is cut, and the launches.
 
-Legend: B batch, T time, D channels, W taps, R rank (padded to 16), G segments.
+Legend: B batch, T time, D channels, W taps, R rank (in z to a multiple of 16), G segments.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ from dynconv.ops.launch import copied, launch, new
 from dynconv.ops.tiles import aligned, multiprocessors, new_like, new_sums, run_length, sum_parts
 
 MAX_WIDTH = 4
-BLOCK = 128  # channels of a backward program; segments must be a multiple
 _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
+BLOCK = 16 * _BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
 _FORWARD_RANKS, _BACKWARD_RANKS = (64, 32, 16), (16,)  # that a launch may take
 _ROWS = 16
+_SLOTS = 4  # a run is a multiple of
 
 
 def fits(x: Tensor, up: Tensor, segments: tuple[int, ...]) -> bool:
@@ -90,10 +91,12 @@ def forward(
     x = aligned(x)
     y = new_like(x)
     blocks = triton.cdiv(channels, 16 * _FORWARD_WARPS)
-    run = run_length(time, _ROWS, blocks * batch, 3 * multiprocessors(x), shortest=8, longest=32)
-    chunks = triton.cdiv(time, _ROWS * run)
     padded = _padded(z, rank, x.dtype)
     for first, ranks in _launches(rank, _FORWARD_RANKS):
+        # registers hold so many programs a multiprocessor; each starts by loading its ranks of U
+        at_once, longest = (3, 32) if ranks <= 16 else (2, 128)
+        run = run_length(time, _ROWS, blocks * batch, at_once * multiprocessors(x), _SLOTS, longest)
+        chunks = triton.cdiv(time, _ROWS * run)
         launch(
             kernels.forward_kernel,
             blocks * batch * chunks,
@@ -103,7 +106,7 @@ def forward(
                 "x_time": x.stride(1), "z_time": padded.stride(1), "y_time": channels, "SEGMENTS": segments,
                 "ALL_RANKS": rank, "R": ranks, "W": width,
                 "RESIDUAL": residual and first == 0, "ADD": first > 0,
-                "SLOTS": 4, "STAGES": 3, "WARPS": _FORWARD_WARPS,
+                "SLOTS": _SLOTS, "STAGES": 3, "WARPS": _FORWARD_WARPS,
             },
             num_warps=_FORWARD_WARPS,
         )  # fmt: skip
@@ -125,13 +128,13 @@ def backward(
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     dy, x = aligned(dy), aligned(x)
-    blocks = triton.cdiv(channels, 16 * _BACKWARD_WARPS)
-    run = run_length(time, _ROWS, blocks * batch, multiprocessors(x), shortest=8, longest=128)
+    blocks = triton.cdiv(channels, BLOCK)
+    run = run_length(time, _ROWS, blocks * batch, multiprocessors(x), _SLOTS, longest=160)
     chunks = triton.cdiv(time, _ROWS * run)
     dx = new_like(x) if needs[0] else None
     # segments of fewer blocks than the widest leave parts of dz unwritten
     uneven = min(segments) != max(segments)
-    dz_partial, dz = new_sums(z if needs[1] else None, triton.cdiv(max(segments), 16 * _BACKWARD_WARPS), zero=uneven)
+    dz_partial, dz = new_sums(z if needs[1] else None, triton.cdiv(max(segments), BLOCK), zero=uneven)
     up_partial, dup = new_sums(up if needs[2] else None, batch * chunks)
     static_partial, dstatic = new_sums(static_w if needs[3] else None, batch * chunks)
     padded = _padded(z, rank, x.dtype)

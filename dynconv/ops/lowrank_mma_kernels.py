@@ -1,7 +1,8 @@
 """The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, W <= 4.
 
-Legend: B batch, T time, D channels, W taps, R rank (padded to 16 in z), G segments. Of ALL_RANKS a launch takes R, from
-first_rank on: at most 64 forward and 16 backward. Those of later ranks ADD to what the launches before left in y or dx.
+Legend: B batch, T time, D channels, W taps, R rank (in z to a multiple of 16), G segments. Of ALL_RANKS a launch takes
+R, from first_rank on: at most 64 forward and 16 backward. Those of later ranks ADD to what the launches before left in
+y or dx, rounded to its dtype.
 
 Everything a thread needs stays in its registers. A warp owns 16 channels and 16 rows; row r, slot s stands for
 time r * RUN + s of the program's chunk, so the earlier inputs of a slot are the slots before it, of the same thread.
@@ -115,7 +116,8 @@ def forward_kernel(
         places = load_positions(positions, start, row, limit, 0, SLOTS)
     out = y + row * y_time + d
     if ADD:
-        earlier = _load_before(out, 0, y_time, 0, limit, d_ok, SLOTS)
+        reach = gl.minimum(limit, RUN)
+        earlier = _load_before(out, 0, y_time, 0, reach, d_ok, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
@@ -136,8 +138,7 @@ def forward_kernel(
         place = group // SLOTS % STAGES
         if ADD:  # a group ahead, too
             before = earlier
-            inside = (group + SLOTS < RUN) & d_ok
-            earlier = _load_before(out, SLOTS, y_time, 0, limit - group, inside, SLOTS)
+            earlier = _load_before(out, SLOTS, y_time, 0, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
                 xs = forget(xs, position[slot], W)
@@ -248,7 +249,8 @@ def backward_kernel(
     if positions is not None:
         places = load_positions(positions, start, row, limit, 0, SLOTS)
     if dx is not None and ADD:
-        earlier = _load_before(dx + row * dx_time + d, 0, dx_time, W - 1, limit + W - 1, d_ok, SLOTS)
+        reach = gl.minimum(limit + W - 1, RUN)
+        earlier = _load_before(dx + row * dx_time + d, 0, dx_time, W - 1, reach, d_ok, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     dy_ahead = dy + (STAGES - 1) * SLOTS * dy_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
@@ -276,7 +278,7 @@ def backward_kernel(
             dx += SLOTS * dx_time
             if ADD:  # a group ahead, too
                 before = earlier
-                earlier = _load_before(out, SLOTS, dx_time, W - 1 - group, limit + W - 1 - group, d_ok, SLOTS)
+                earlier = _load_before(out, SLOTS, dx_time, W - 1 - group, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
                 xs = forget(xs, position[slot], W)

@@ -17,7 +17,7 @@ from dynconv.ops.launch import copied, repeated
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
 
-# The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,048 rows, or 4,096 heads.
+# The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,560 rows, or 4,096 heads.
 _FARTHEST = 2**19
 
 

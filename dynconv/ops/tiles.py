@@ -119,7 +119,7 @@ def sum_parts(*sums: tuple[Tensor | None, Tensor | None]) -> None:
     jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
     if not jobs:
         return
-    unroll = 64 if max(partial.shape[0] for partial, _ in jobs) > 16 else 16
+    unroll = 64 if max(partial.shape[0] for partial, _ in jobs) > 32 else 16
     block = 4096 // unroll
     tensors: tuple[Tensor, ...] = ()
     sizes: tuple[int, ...] = ()
@@ -141,21 +141,19 @@ def aligned(tensor: Tensor) -> Tensor:
     batch, time = tensor.stride()[:2]
     if tensor.data_ptr() % 16 == 0 and (batch | time) % 16 == 0:
         return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() returns a view into a buffer as it is
+    return copied(tensor)
 
 
-@functools.cache
-def run_length(time: int, rows: int, programs_a_chunk: int, at_once: int, shortest: int, longest: int) -> int:
-    """Slots of a row, for programs of so many rows of which a device runs `at_once`.
+def run_length(time: int, rows: int, programs_a_chunk: int, at_once: int, step: int, longest: int) -> int:
+    """Slots of a row, a multiple of `step` from 8 on, for programs of so many rows of which a device runs `at_once`.
 
     Long runs set up less often, which costs about 16 slots' worth of time; short ones fill the device.
     """
-    runs = [longest >> halving for halving in range(longest.bit_length()) if longest >> halving >= shortest]
 
     def cost(run: int) -> int:
         return triton.cdiv(programs_a_chunk * triton.cdiv(time, rows * run), at_once) * (run + 16)
 
-    return min(runs, key=cost)
+    return min(range(longest, 7, -step), key=cost)
 
 
 @functools.cache
