@@ -51,6 +51,10 @@ def test_each_kind_and_dtype_agrees_with_the_oracle(kind: str, dtype: torch.dtyp
         Case(batch=2, time=130, heads=9, head_size=16, rank=40),
         Case(batch=1, time=90, rank=20, segments=(256, 128, 128)),
         Case(batch=1, time=70, rank=32, segments=(128, 256), residual=False),
+        Case(batch=2, time=300, rank=64, segments=(128, 256)),
+        Case(batch=1, time=131, rank=80, heads=9, head_size=16, static=False),
+        Case(batch=1, time=199, rank=100, segments=(256, 128), documents=(70, 0, 129), residual=False),
+        Case(batch=1, time=90, rank=128, heads=12, head_size=16),
     ],
     ids=str,
 )
@@ -91,6 +95,35 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
         patch.setattr(headwise, "_by_ring", lambda *_, **__: True)
         for activation in (None, "silu"):
             assert_close(replace(case, activation=activation))
+
+
+@dataclass(frozen=True)
+class Poisoned(Case):
+    """The output, or the gradient of an input, is NaN at one place."""
+
+    where: str = "y"
+
+    def inputs(self) -> dict[str, Tensor]:
+        made = super().inputs()
+        if self.where in made:
+            made[self.where].register_hook(self.spoiled)
+        return made
+
+    def run(self, inputs: dict[str, Tensor], **more: Any) -> Any:
+        y = super().run(inputs, **more)
+        return self.spoiled(y) if self.where == "y" else y
+
+    @staticmethod
+    def spoiled(value: Tensor) -> Tensor:
+        poison = torch.zeros_like(value)
+        poison.view(-1)[3] = torch.nan
+        return value + poison
+
+
+@pytest.mark.parametrize("where", ["", "y", "x", "z", "U", "static_w"])
+def test_the_bound_rejects_nan(where: str) -> None:
+    with pytest.raises(AssertionError) if where else contextlib.nullcontext():
+        assert_close(Poisoned(where=where))
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
@@ -158,13 +191,28 @@ def test_two_runs_give_the_same_bits(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("kind", FUNCTIONS)
-def test_gradients_only_where_asked(kind: str) -> None:
-    case = Case(kind)
-    for wanted in case.inputs():
-        inputs = {name: value.detach().requires_grad_(name == wanted) for name, value in case.inputs().items()}
-        case.run(inputs).sum().backward()
-        assert [name for name, value in inputs.items() if value.grad is not None] == [wanted]
+SUBSETS = [*(Case(kind) for kind in FUNCTIONS), Case(static=False), Case("headwise", static=False)]
+if GPU:  # the kernels that a GPU alone runs
+    of_gpu = {"heads": 9, "head_size": 16, "dtype": torch.bfloat16}
+    SUBSETS += [Case(kind, rank=20, **of_gpu) for kind in FUNCTIONS]
+    SUBSETS += [Case(kind, activation="silu", **of_gpu) for kind in FUNCTIONS]
+
+
+@pytest.mark.parametrize("case", SUBSETS, ids=str)
+def test_gradients_only_where_asked(case: Case) -> None:
+    """Each alone, and all but each; as they are with all of them."""
+    full = case.inputs()
+    y = case.run(full)
+    dy = torch.randn_like(y)
+    gradients = dict(zip(full, torch.autograd.grad(y, list(full.values()), dy), strict=True))
+    for name in full:
+        for wanted in ({name}, full.keys() - {name}):
+            inputs = {n: value.detach().requires_grad_(n in wanted) for n, value in full.items()}
+            case.run(inputs).backward(dy)
+            assert {n for n, value in inputs.items() if value.grad is not None} == wanted
+            for n in wanted:
+                error = relative_error(inputs[n].grad, gradients[n].double())  # type: ignore[arg-type]
+                assert error < BOUND[case.dtype], (n, wanted, error)
 
 
 @pytest.mark.gpu
