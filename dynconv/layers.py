@@ -39,12 +39,18 @@ def _static_filter(width: int, channels: int) -> nn.Parameter:
     return _parameter(torch.empty(width, channels).uniform_(-bound, bound))
 
 
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}; the paper's is {4 if name == 'width' else 16}")
+
+
 class _ShortConv(nn.Module):
     """What the modules share: training, prefill and decoding are one function of `dynconv.ops`."""
 
     static_filter: nn.Parameter | None  # [W, D]
 
     def __init__(self, function: Callable[..., Any], channels: int, width: int, residual: bool) -> None:
+        _check_positive("width", width)
         super().__init__()
         self._function = function
         self.channels, self.width, self.residual = channels, width, residual
@@ -87,6 +93,10 @@ class _ShortConv(nn.Module):
 
     def _convolve(self, x: Tensor, generator_input: Tensor | None, generated: Tensor | None, **options: Any) -> Any:
         if generated is None and self.generator_map is not None:
+            if generator_input is None:
+                raise ValueError(
+                    "a dynamic filter needs generator_input [B, T, G]; got None; pass what makes the filters"
+                )
             generated = self.generator_map(generator_input)
         inputs = self._inputs(x, generated)
         return self._function(*inputs, self.static_filter, self.residual, **options)
@@ -149,6 +159,7 @@ class LowRankDynamicConv(_ShortConv):
         static_filter: bool = True,
     ) -> None:
         super().__init__(lowrank_dynamic_convolution, channels, width, residual)
+        _check_positive("rank", rank)
         self.down = _generator(generator_width, rank)
         self.up = _parameter(torch.zeros(rank, width * channels))  # [R, W*D]
         self.static_filter = _static_filter(width, channels) if static_filter else None
@@ -178,6 +189,7 @@ class FusedLowRankConv(_ShortConv):
     ) -> None:
         function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
         super().__init__(function, sum(branches), width, residual)
+        _check_positive("rank", rank)
         self.branches = tuple(branches)
         self.generator_columns = len(branches) * rank
         self.up = _parameter(torch.zeros(rank, width * self.channels))  # [R, W*D]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dynconv.layers import LowRankDynamicConv, StaticShortConv
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
 
 X = torch.randn(2, 5, 6)
@@ -62,12 +63,12 @@ def test_packed_documents_are_separate_sequences() -> None:
     ("call", "message"),
     [
         (lambda: static_convolution(X[0], X), r"x must be \[B, T, D\]; got"),
-        (lambda: static_convolution(X.long(), torch.ones(4, 6)), "x must be floating point; got torch.int64"),
+        (lambda: static_convolution(X.long(), torch.ones(4, 6)), "x must be bfloat16, .*; got torch.int64; convert it"),
         (
             lambda: static_convolution(X, torch.ones(4, 7)),
             r"weight must be \[W, D\] = .*6\]; got \[4, 7\]; reshape",
         ),
-        (lambda: static_convolution(X, torch.ones(4, 6).long()), "weight must be floating point"),
+        (lambda: static_convolution(X, torch.ones(4, 6).long()), "weight must be bfloat16, .*; got torch.int64"),
         (
             lambda: static_convolution(X, torch.ones(4, 6, device="meta")),
             "weight must be on cpu like x; got meta",
@@ -107,6 +108,45 @@ def test_packed_documents_are_separate_sequences() -> None:
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0, 3, 2, 5])),
             "cu_seqlens must rise from 0 to T = 5; got",
         ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.arange(100)),
+            "got 100 values from 0 to 99; pass",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=[0, 5]),
+            "cu_seqlens must be a tensor; got a list",
+        ),
+        (lambda: static_convolution(X.tolist(), torch.ones(4, 6)), "x must be a tensor; got a list"),
+        (
+            lambda: static_convolution(X.to(torch.float8_e4m3fn), torch.ones(4, 6)),
+            "x must be bfloat16, .*; got torch.float8",
+        ),
+        (
+            lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), True),
+            "static_w must be a tensor; got a bool",
+        ),
+        (lambda: static_convolution(X, torch.ones(4, 6), X), "residual must be True or False; got a Tensor"),
+        (
+            lambda: static_convolution(X, torch.ones(4, 6), return_final_state=1),
+            "return_final_state must be True or False; got a int",
+        ),
+        (lambda: static_convolution(X, torch.ones(4, 6), activation="relu"), "got 'relu'; apply another one to"),
+        (lambda: static_convolution(X, torch.ones(4, 6), activation=X), "got a Tensor; apply another one to"),
+        (
+            lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), segments=6),
+            "segments must be a tuple of widths, integers; got a int",
+        ),
+        (
+            lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), segments=(2.0, 4.0)),
+            "segments must be a tuple of widths, integers",
+        ),
+        (
+            lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 0), torch.ones(0, 12)),
+            "choose R and W of at least 1",
+        ),
+        (lambda: StaticShortConv(6, width=0), "width must be at least 1; got 0"),
+        (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),
+        (lambda: LowRankDynamicConv(6, 6)(X), "needs generator_input"),
         (
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0.0, 5.0])),
             r"cu_seqlens must be \[N \+ 1\] int32 or int64",

@@ -24,6 +24,7 @@ from dynconv.ops import reference
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (*_KERNEL_DTYPES, torch.float64)
 _MAX_WIDTH = 8  # of the kernels; the reference takes any
 _FEW_TOKENS = 8  # a decoding step: fewer launches through the reference than through the kernels
 
@@ -110,10 +111,11 @@ def lowrank_dynamic_convolution(
     batch, time, channels = x.shape
     _check(U, (None, None), "U", "[R, W*D]", x)
     if U.numel() == 0 or channels == 0 or U.shape[1] % channels:
-        raise ValueError(f"U must be [R, W*D] with D = {channels}; got {list(U.shape)}; pass U.reshape(R, W*D)")
-    runs = (channels,) if segments is None else tuple(segments)
-    if sum(runs) != channels or min(runs) < 1:
-        raise ValueError(f"segments must be positive and add up to D = {channels}; got {runs}")
+        remedy = (
+            "choose R and W of at least 1" if U.numel() == 0 else "pass a basis of R rows, for W taps of D channels"
+        )
+        raise ValueError(f"U must be [R, W*D] with D = {channels}; got {list(U.shape)}; {remedy}")
+    runs = (channels,) if segments is None else _segments(segments, channels)
     _check(z, (batch, time, len(runs) * U.shape[0]), "z", "[B, T, G*R]", x)
     width = U.shape[1] // channels
     if static_w is not None:
@@ -177,8 +179,12 @@ def _run(
     return_final_state: bool,
     activation: str | None,
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
-    if activation not in (None, "silu"):
-        raise ValueError(f'activation must be None or "silu"; got {activation!r}')
+    for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False; got {_kind(flag)}; pass tensors by their names")
+    if activation is not None and (not isinstance(activation, str) or activation != "silu"):
+        got = repr(activation) if isinstance(activation, str) else _kind(activation)
+        raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
     if filters.width == 0:
         raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")
     document = positions = None
@@ -274,6 +280,8 @@ def _documents(
 ) -> tuple[Tensor, Tensor]:  # [T] int64, [T] int32
     """Each token's document, and its place in it."""
     batch, time, _ = x.shape
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor; got {_kind(cu_seqlens)}; pass torch.tensor(cu_seqlens)")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs B = 1; got B = {batch}; pass x.reshape(1, B*T, D)")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -286,20 +294,43 @@ def _documents(
     if not cu_seqlens.is_cuda and not torch.compiler.is_compiling():  # reading a GPU's values would stall it
         edges = cu_seqlens.tolist()
         if len(edges) < 2 or edges[0] != 0 or edges[-1] != time or sorted(edges) != edges:
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {time}; got {edges}; pass the starts and T")
+            got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}"
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {time}; got {got}; pass the starts and T")
     steps = torch.arange(time, dtype=cu_seqlens.dtype, device=x.device)
     document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
     return document, (steps - cu_seqlens[document]).int()
 
 
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _segments(segments: Any, channels: int) -> tuple[int, ...]:
+    """The widths, if they are what they must be."""
+    if not isinstance(segments, tuple | list) or not all(isinstance(width, int) for width in segments):
+        raise ValueError(f"segments must be a tuple of widths, integers; got {_kind(segments)}; pass Q's, K's and V's")
+    if sum(segments) != channels or min(segments) < 1:
+        raise ValueError(f"segments must be positive and add up to D = {channels}; got {segments}; pass all the widths")
+    return tuple(segments)
+
+
 def _check_input(x: Tensor) -> None:
+    _check_floating(x, "x")
     if x.dim() != 3:
         raise ValueError(f"x must be [B, T, D]; got {list(x.shape)}; add or merge dimensions")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point; got {x.dtype}; convert it")
+
+
+def _check_floating(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor; got {_kind(tensor)}; the arguments are x, filters, static_w, residual"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}; convert it")
 
 
 def _check(tensor: Tensor, shape: tuple[int | None, ...], name: str, letters: str, x: Tensor) -> None:
+    _check_floating(tensor, name)
     fits = tensor.dim() == len(shape) and all(
         want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
     )
@@ -308,5 +339,3 @@ def _check(tensor: Tensor, shape: tuple[int | None, ...], name: str, letters: st
         raise ValueError(f"{name} must be {letters} = {want}; got {list(tensor.shape)}; reshape or transpose it")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x; got {tensor.device}; move it")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point; got {tensor.dtype}; convert it")
