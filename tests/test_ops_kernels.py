@@ -10,6 +10,7 @@ import pytest
 import torch
 from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, assert_close, cases, errors, kernels, relative_error
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dynconv.ops import headwise, launch, operator, reference, tiles
@@ -35,6 +36,15 @@ def test_each_kind_and_dtype_agrees_with_the_oracle(kind: str, dtype: torch.dtyp
     assert_close(Case(kind, heads=9, time=70, rank=16, dtype=dtype))
 
 
+@contextlib.contextmanager
+def longer_runs(module: Any) -> Iterator[None]:
+    """Programs of as many time steps as on a device of one multiprocessor, where small inputs fill it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_repeats", {})
+        patch.setattr(module, "multiprocessors", lambda _: 1)
+        yield
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize(
@@ -51,6 +61,7 @@ def test_each_kind_and_dtype_agrees_with_the_oracle(kind: str, dtype: torch.dtyp
         Case(batch=2, time=130, heads=9, head_size=16, rank=40),
         Case(batch=1, time=90, rank=20, segments=(256, 128, 128)),
         Case(batch=1, time=70, rank=32, segments=(128, 256), residual=False),
+        Case(batch=1, rank=15, segments=(256, 128), documents=(70, 0, 129), time=199),
         Case(batch=2, time=300, rank=64, segments=(128, 256)),
         Case(batch=1, time=131, rank=80, heads=9, head_size=16, static=False),
         Case(batch=1, time=199, rank=100, segments=(256, 128), documents=(70, 0, 129), residual=False),
@@ -62,9 +73,12 @@ def test_each_kind_and_dtype_agrees_with_the_oracle(kind: str, dtype: torch.dtyp
 def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) -> None:
     from dynconv.ops import lowrank_mma
 
+    case = replace(case, dtype=dtype)
     inputs = case.inputs()
-    assert lowrank_mma.fits(inputs["x"].to(dtype), inputs["U"], case.segments or (case.channels,))
-    assert_close(replace(case, dtype=dtype))
+    assert lowrank_mma.fits(inputs["x"], inputs["U"], case.segments or (case.channels,))
+    assert_close(case)
+    with longer_runs(lowrank_mma):
+        assert_close(case)
 
 
 @pytest.mark.gpu
@@ -95,6 +109,8 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
         patch.setattr(headwise, "_by_ring", lambda *_, **__: True)
         for activation in (None, "silu"):
             assert_close(replace(case, activation=activation))
+            with longer_runs(ring):
+                assert_close(replace(case, activation=activation))
 
 
 @dataclass(frozen=True)
@@ -191,11 +207,13 @@ def test_two_runs_give_the_same_bits(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-SUBSETS = [*(Case(kind) for kind in FUNCTIONS), Case(static=False), Case("headwise", static=False)]
+SUBSETS = [Case(kind, activation=activation) for kind in FUNCTIONS for activation in (None, "silu")]
+SUBSETS += [Case(kind, static=False) for kind in ("headwise", "lowrank")]
 if GPU:  # the kernels that a GPU alone runs
     of_gpu = {"heads": 9, "head_size": 16, "dtype": torch.bfloat16}
-    SUBSETS += [Case(kind, rank=20, **of_gpu) for kind in FUNCTIONS]
-    SUBSETS += [Case(kind, activation="silu", **of_gpu) for kind in FUNCTIONS]
+    SUBSETS += [Case(kind, activation=a, **of_gpu) for kind in ("static", "headwise") for a in (None, "silu")]
+    SUBSETS += [Case(rank=rank, **of_gpu) for rank in (15, 16, 20)]
+    SUBSETS += [Case(activation="silu", **of_gpu)]
 
 
 @pytest.mark.parametrize("case", SUBSETS, ids=str)
@@ -252,40 +270,57 @@ def expanded(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], 
 
 
 def of_one_projection(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    x, z = inputs["x"].detach(), inputs["z"].detach()
-    x, z = torch.cat([x, z], 2).split([x.shape[2], z.shape[2]], 2)  # rows at no multiple of 16 bytes
-    return inputs | {"x": x.requires_grad_(), "z": z.requires_grad_()}, dy
+    rows = torch.cat([inputs["x"], inputs["z"], inputs["z"][..., :1]], 2).detach()  # at no multiple of 16 bytes
+    channels, ranks = inputs["x"].shape[2], inputs["z"].shape[2]
+    return inputs | {"x": rows[..., :channels], "z": rows[..., channels : channels + ranks]}, dy
 
 
 def wider_generators(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    return inputs | {"z": inputs["z"].detach().float().requires_grad_()}, dy
+    return inputs | {"z": inputs["z"].float()}, dy
 
 
 def transposed(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    return inputs | {n: inputs[n].detach().t().clone().t().requires_grad_() for n in ("U", "static_w")}, dy
+    return inputs | {name: inputs[name].t().contiguous().t() for name in ("U", "static_w")}, dy
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("rank", [15, 16])
 @pytest.mark.parametrize("change", [expanded, of_one_projection, wider_generators, transposed])
-def test_passes_that_copy_inputs_are_repeated(change: Callable[..., Any], rank: int) -> None:
-    case = Case(heads=9, head_size=16, rank=rank, dtype=torch.bfloat16)
-    plain = case.inputs()
-    gradient = torch.randn_like(plain["x"])
+def test_passes_that_copy_inputs_are_repeated(change: Callable[..., Any]) -> None:
+    from dynconv.ops import lowrank_mma
+
+    case = Case(heads=9, head_size=16, rank=16, dtype=torch.bfloat16)
+    copies = 0
+
+    def copied(*arguments: Any) -> Tensor:
+        nonlocal copies
+        copies += 1
+        return launch.copied(*arguments)
+
+    def results(inputs: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
+        inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+        y = case.run(inputs)
+        return [y, *torch.autograd.grad(y, list(inputs.values()), dy)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_repeats", {})
-        outcomes = []
-        for inputs, dy in 3 * [change(plain, gradient)]:
-            y = case.run(inputs)
-            outcomes.append([y, *torch.autograd.grad(y, list(inputs.values()), dy)])
+        for module in (operator, tiles, lowrank_mma):
+            patch.setattr(module, "copied", copied)
+        made = 0
+        for _ in range(3):
+            inputs = {name: torch.randn_like(value) for name, value in case.inputs().items()}
+            dy = torch.randn_like(inputs["x"])
+            changed, changed_dy = change(inputs, dy)
+            got = results(changed, changed_dy)
+            made = made or copies  # by Python, at the first call only
+            assert copies == made > 0
+            with pytest.MonkeyPatch.context() as apart:
+                apart.setattr(launch, "_repeats", {})
+                want = results(inputs, changed_dy.contiguous())
+            assert copies == made
+            measured = [relative_error(g, w.double()) for g, w in zip(got, want, strict=True)]
+            assert all(error < BOUND[torch.bfloat16] for error in measured), measured
         assert [callable(again) for again in launch._repeats.values()] == [True, True]
-    first, *later = outcomes
-    assert all(torch.equal(a, b) for outcome in later for a, b in zip(first, outcome, strict=True))
-    y = case.run(plain)
-    _, dy = change(plain, gradient)
-    exact = [y, *torch.autograd.grad(y, list(plain.values()), dy.contiguous())]
-    assert all(relative_error(a, b.double()) < BOUND[torch.bfloat16] for a, b in zip(first, exact, strict=True))
 
 
 @pytest.mark.gpu
@@ -346,6 +381,26 @@ def test_packed_documents_may_all_be_empty(kind: str) -> None:
     y, state = case.run(inputs, cu_seqlens=torch.zeros(2, dtype=torch.int32, device=DEVICE), return_final_state=True)
     assert y.shape == (1, 0, case.channels)
     assert torch.equal(state, inputs["initial_state"])
+
+
+@given(
+    time=st.integers(1, 10_000),
+    rows=st.sampled_from([1, 16]),
+    programs_a_chunk=st.integers(1, 300),
+    at_once=st.integers(1, 2_000),
+    step=st.sampled_from([4, 8, 16]),
+    longest=st.sampled_from([32, 128, 160]),
+)
+def test_runs_are_what_the_kernels_take(**asked: int) -> None:
+    run = tiles.run_length(**asked)
+    assert run % asked["step"] == 0
+    assert 8 <= run <= asked["longest"]
+
+
+@pytest.mark.parametrize(("time", "run"), [(1, 8), (3000, 96), (4096, 128), (4099, 132)])
+def test_runs_fill_the_device(time: int, run: int) -> None:
+    """B=4 D=2048 on an H100, whose 132 multiprocessors run a low-rank backward program each: two chunks are 128."""
+    assert tiles.run_length(time, rows=16, programs_a_chunk=64, at_once=132, step=4, longest=160) == run
 
 
 def test_rows_that_cp_async_cannot_copy_are_moved() -> None:

@@ -114,6 +114,34 @@ def test_other_signatures_run_the_pass(launch: Any) -> None:
     check(x, y, 2.0, known=7)
 
 
+def test_strides_and_dtypes_tell_signatures_apart(launch: Any) -> None:
+    copies = 0
+
+    def run(x: Tensor) -> tuple[Tensor]:
+        nonlocal copies
+        copies += not x.is_contiguous() or x.dtype != torch.float32
+        rows = launch.copied(x, torch.float32) if not x.is_contiguous() or x.dtype != torch.float32 else x
+        total: Tensor = launch.new(x, x.shape, torch.float32)
+        launch.launch(Kernel(), 1, (rows, rows, total), (4,), {"SCALE": 1.0})
+        return (total,)
+
+    for x in (torch.randn(4), torch.randn(8)[::2], torch.randn(4).double(), torch.randn(12)[::3]) * 2:
+        (total,) = launch._repeated(run, (x,), ())
+        assert torch.allclose(total, 2 * x.float())
+    assert copies == 3
+
+
+def test_a_pass_that_raises_leaves_nothing_recorded(launch: Any) -> None:
+    def run(x: Tensor) -> tuple[Tensor]:
+        launch.new(x, (4,), torch.float32)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        launch._repeated(run, (torch.ones(4),), ())
+    assert launch._state.record is None
+    assert not launch._repeats
+
+
 def test_old_signatures_go_and_new_ones_stay(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST", 4)
 
@@ -136,7 +164,23 @@ def test_a_pass_that_makes_tensors_of_its_own_is_not_repeated(launch: Any) -> No
         launch.launch(Kernel(), 1, (launch.copied(x.clone()), None, result), (4,), {"SCALE": 1.0})
         return (result,)
 
-    for run in (clones, copies, lambda x: (torch.zeros_like(x),), lambda x: (x,)):
+    def copies_results(x: Tensor) -> tuple[Tensor]:  # which the launches of a repeated pass would come too late for
+        result: Tensor = launch.new(x, x.shape, x.dtype)
+        launch.launch(Kernel(), 1, (x, None, result), (4,), {"SCALE": 1.0})
+        return (launch.copied(result),)
+
+    runs = (clones, copies, copies_results, lambda x: (torch.zeros_like(x),), lambda x: (x,))
+    for run in runs:
         for _ in range(2):
             launch._repeated(run, (torch.ones(4),), ())
-    assert list(launch._repeats.values()) == [None] * 4
+    assert list(launch._repeats.values()) == [None] * len(runs)
+
+
+def test_interpreted_kernels_are_not_repeated(launch: Any) -> None:
+    def run(x: Tensor) -> tuple[Tensor]:
+        result: Tensor = launch.new(x, x.shape, x.dtype)
+        launch.launch({(1,): lambda *_, **__: None}, 1, (x, result), (4,), {})
+        return (result,)
+
+    launch._repeated(run, (torch.ones(4),), ())
+    assert list(launch._repeats.values()) == [None]

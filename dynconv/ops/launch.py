@@ -1,7 +1,7 @@
 """Launching kernels at a fraction of the host time that PyTorch's and Triton's Python takes.
 
-What a pass allocates and launches depends on its inputs' signature alone: their shapes, strides, dtypes and alignment.
-So its Python runs once for a signature, and what it does is recorded; later calls do that again, by addresses.
+What a pass allocates, copies and launches depends on its inputs' signature alone: their shapes, strides, dtypes and
+alignment. So its Python runs once for a signature, and what it does is recorded; later calls repeat that, by addresses.
 """
 
 import threading
@@ -33,10 +33,12 @@ class _Record:
         alone = [(t, how) for t, how in self.made if how is not torch.empty or id(t) in kept]
         shared = [t for t, how in self.made if how is torch.empty and id(t) not in kept]  # one buffer for all of them
         number = {id(t): n for n, t in enumerate([*inputs, *(t for t, _ in alone), *shared, None])}
-        copied = {id(how) for _, how in alone if isinstance(how, Tensor)}
-        used = copied | {id(t) for _, _, tensors, _ in self.launched for t in tensors}
+        used = {id(t) for _, _, tensors, _ in self.launched for t in tensors}
+        copies = [(t, how) for t, how in alone if isinstance(how, Tensor)]
+        copyable = {id(t) for t in (*inputs, *(copy for copy, _ in copies))}  # before any launch
+        known = used <= number.keys() and {id(source) for _, source in copies} <= copyable
         interpreted = any(compiled is None for compiled, *_ in self.launched)
-        if interpreted or not kept <= {id(t) for t, _ in alone} or not used <= number.keys():
+        if interpreted or not known or not kept <= {id(t) for t, _ in alone}:
             return None
         device = next(t.device for t in inputs if t is not None)
         makers = [

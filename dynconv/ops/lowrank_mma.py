@@ -19,7 +19,7 @@ _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
 BLOCK = 16 * _BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
 _FORWARD_RANKS, _BACKWARD_RANKS = (64, 32, 16), (16,)  # that a launch may take
 _ROWS = 16
-_SLOTS = 4  # a run is a multiple of
+_SLOTS = 4  # of the forward ring; runs are multiples of it, and so of the backward ring's 2
 
 
 def fits(x: Tensor, up: Tensor, segments: tuple[int, ...]) -> bool:
@@ -42,7 +42,7 @@ def _launches(rank: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         first += size
 
 
-@triton.jit(do_not_specialize=["size", "time", "z_batch", "z_time"])
+@triton.jit(do_not_specialize=["time", "z_batch", "z_time"])
 def _pad_kernel(
     z, out, size, time, z_batch, z_time,
     R: tl.constexpr, SEGMENTS: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
@@ -155,5 +155,5 @@ def backward(
             },
             num_warps=_BACKWARD_WARPS,
         )  # fmt: skip
-    sum_parts((up_partial, dup), (dz_partial, dz), (static_partial, dstatic))
+    sum_parts((dz_partial, dz), (up_partial, dup), (static_partial, dstatic))
     return dx, dz, dup, dstatic

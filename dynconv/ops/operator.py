@@ -22,10 +22,10 @@ _FARTHEST = 2**19
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:  # [B, T, ...]
-    """The tensor, or a copy where its last dimension is strided, or its rows or heads lie too far apart."""
+    """The tensor, or a copy where its last dimension is strided, or views put its rows or heads too far apart."""
     strides = tensor.stride()
     near = max(strides[1:-1]) < _FARTHEST and (strides[-1] == 1 or tensor.shape[-1] == 1)
-    return tensor if near else copied(tensor)
+    return tensor if near or tensor.is_contiguous() else copied(tensor)
 
 
 def _contiguous(parameter: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _backward(
 
 
 def _fuses(x: Tensor, z: Tensor | None, weight: Tensor | None, static_w: Tensor | None) -> bool:
-    """Whether the kernels for these inputs put silu in; else it is PyTorch's."""
+    """Whether the kernels for these inputs apply silu; else PyTorch does, in place."""
     if z is not None:
         return False
     return static.ring_fits(x, static_w) if weight is None else headwise.ring_fits(x, weight)  # type: ignore[arg-type]
