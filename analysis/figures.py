@@ -293,20 +293,28 @@ def kernel_bars(rows: pd.DataFrame) -> Figure:
     shown = both[(both[shape] == list(common)).all(axis=1)]
     shown = shown.assign(label=[_kernel(row) for row in shown.to_dict("records")])
     labels, providers = list(dict.fromkeys(shown["label"])), list(dict.fromkeys(shown["provider"]))
+    of_label = {label: list(dict.fromkeys(rows["provider"])) for label, rows in shown.groupby("label")}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.9 + (0.12 + 0.2 * len(providers)) * len(labels)), layout="constrained")
         axes = figure.subplots()
         height = 0.8 / len(providers)
         for place, provider in enumerate(providers):
-            times = shown[shown["provider"] == provider].groupby("label")["us"].median().reindex(labels)
-            at = np.arange(len(labels)) + (place - (len(providers) - 1) / 2) * height
+            times = shown[shown["provider"] == provider].groupby("label", sort=False)["us"].median()
+            beside = [of_label[label] for label in times.index]
+            at = [labels.index(label) for label in times.index]
+            at += np.array([(names.index(provider) - (len(names) - 1) / 2) * height for names in beside])
             look: Any = {"color": COLOURS[place % len(COLOURS)], "hatch": HATCHES[place % len(HATCHES)], "ec": "white"}
             bars = axes.barh(at, times, height, label=provider, **look)
-            axes.bar_label(bars, [f"{us:.0f}" if us == us else "" for us in times], fontsize=7, padding=2)
+            axes.bar_label(bars, [f"{us:.0f}" for us in times], fontsize=7, padding=2)
         if "fraction" in shown and shown["fraction"].notna().any():
             floor = (shown["us"] * shown["fraction"]).groupby(shown["label"]).median().reindex(labels)
-            rows_at = np.arange(len(labels))
-            axes.vlines(floor, rows_at - 0.45, rows_at + 0.45, color=BLACK, lw=1.5, label="floor")
+            middles, reach = (
+                np.arange(len(labels)),
+                np.array([height * len(of_label[label]) / 2 + 0.05 for label in labels]),
+            )
+            axes.vlines(
+                floor, middles - reach, middles + reach, color=BLACK, lw=1.5, label="floor: bytes at the copy bandwidth"
+            )
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         axes.set_xlabel("forward and backward (µs)")

@@ -397,7 +397,8 @@ def _report(args: argparse.Namespace) -> int:
     from analysis.runlog import write_atomically
 
     if not args.out.parent.is_dir() or args.out.is_dir():
-        raise ValueError(f"{args.out} cannot be written: give a file in a directory that exists")
+        got = "is a folder" if args.out.is_dir() else "is in no folder"
+        raise ValueError(f"{args.out} {got}; give a file in a folder that exists")
     with _reading(args) as store:
         page = report(store, args.baseline, args.convention)
     write_atomically(args.out, lambda temporary: temporary.write_text(page))

@@ -154,7 +154,8 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
                 raise ValueError(f"its result or a gradient is {error:.2g} off the reference's, relative; not timed")
             measured, transient = list(measure(case, provider)), transient_memory(case, provider)
         except Exception as problem:  # a rival's code may raise anything, and the others are still to be timed
-            bar.write(f"{provider.name}, {case}: {str(problem).splitlines()[0]}", file=sys.stderr)
+            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            bar.write(f"{provider.name}, {case}: {reason}", file=sys.stderr)
             continue
         for name, us in measured:
             count = case.bytes(backward=name != "fwd")
@@ -198,28 +199,34 @@ def _commit() -> str | None:
     return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _saver(path: Path | None) -> Callable[[pd.DataFrame], None]:
-    """What writes rows to the path, whole or not at all."""
+def _check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None:
+    """Refuse a file that could not be written, before minutes of measuring; make its folder."""
     if path is None:
-        return lambda _: None
-    if path.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"-o wants a .parquet or .csv; got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        return
+    if path.suffix not in kinds or path.is_dir():
+        what = "a folder" if path.is_dir() else path
+        raise ValueError(f"{option} wants a file {', '.join(kinds)}; got {what}; give it such a name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}; give a file in a folder that you can write to") from None
 
-    def save(rows: pd.DataFrame) -> None:
+
+def _save(rows: pd.DataFrame, path: Path | None) -> None:
+    if path is not None:
         write = rows.to_parquet if path.suffix == ".parquet" else rows.to_csv
         write_atomically(path, lambda to: write(to, index=False))
-
-    return save
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise WorkFailed("bench kernels times a GPU, and none is visible here")
-    save = _saver(args.output)
-    measured = table(cases(args.quick), providers(args.compiled, args.against), save)
+        raise WorkFailed("bench kernels times a GPU, and none is visible here; run it where nvidia-smi shows one")
+    found = providers(args.compiled, args.against)
+    _check_target("-o", args.output, (".parquet", ".csv"))
+    _check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
+    measured = table(cases(args.quick), found, lambda rows: _save(rows, args.output))
     rows = measured[COLUMNS]
     if args.format == "text":
         print(render(measured))

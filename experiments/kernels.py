@@ -161,16 +161,25 @@ def providers(compiled: bool, against: list[str]) -> list[Provider]:
         found.append(Provider("torch.compile", dict.fromkeys(OPS, torch.compile(plain, dynamic=False, fullgraph=True))))
     found += _installed_peers()
     for target in against:
-        module, _, name = target.partition(":")
-        op = next((op for op in OPS if op in name.replace("_", "")), None)
-        if op is None:
-            raise ValueError(f"--against wants module:function whose name says {', '.join(OPS)}; got {target}")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"--against {target}: {error}; put its folder on PYTHONPATH") from error
-        found.append(Provider(target, {op: function}))
+        found.append(_named(target))
     return found
+
+
+def _named(target: str) -> Provider:
+    """module:function of a user."""
+    module, _, name = target.partition(":")
+    op = next((op for op in OPS if op in name.replace("_", "")), None)
+    if op is None or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"--against wants module:function whose name says {', '.join(OPS)}; got {target}")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a module may raise anything when it is imported
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--against {target}: {reason}; mend {module}, or put its folder on PYTHONPATH") from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        raise ValueError(f"--against {target}: {module} has no function {name}; see {found.__file__}")
+    return Provider(target, {op: function})
 
 
 def _installed_peers() -> Iterator[Provider]:

@@ -21,7 +21,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Raises ValueError where the file is missing, cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder; give the path of a .toml file in it") from None
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file; give the path of a .toml file") from None
     except OSError as error:
         raise ValueError(f"{path}: must be readable; got {error.strerror}; give the path of a .toml file") from None

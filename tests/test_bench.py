@@ -60,7 +60,8 @@ def test_the_text_has_a_table_a_shape_and_a_line_a_kernel() -> None:
 
 @pytest.mark.parametrize("name", ["kernels.parquet", "kernels.csv"])
 def test_rows_survive_a_file(tmp_path: Path, name: str) -> None:
-    bench._saver(tmp_path / "new" / name)(_rows()[bench.COLUMNS])
+    bench._check_target("-o", tmp_path / "new" / name, (".parquet", ".csv"))
+    bench._save(_rows()[bench.COLUMNS], tmp_path / "new" / name)
     read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}[Path(name).suffix](tmp_path / "new" / name)
     assert list(read.columns) == bench.COLUMNS
     assert read["us"].tolist() == pytest.approx(_rows()["us"].tolist())
@@ -83,8 +84,30 @@ def test_a_rival_names_its_op() -> None:
     assert list(rival.functions) == ["lowrank"]
     with pytest.raises(ValueError, match="--against wants module:function"):
         kernels.providers(False, ["math:sqrt"])
-    with pytest.raises(ValueError, match=r"no_such_module.*; put its folder on PYTHONPATH"):
-        kernels.providers(False, ["no_such_module:static"])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_such_module:static", r"no_such_module.*; mend no_such_module, or put its folder on PYTHONPATH"),
+        ("./mine.py:static", "--against wants module:function"),
+        (".mine:static", "--against wants module:function"),
+        (":static", "--against wants module:function"),
+        ("mine:static", "mine:static: unexpected indent"),
+        ("raising:static", "raising:static: AssertionError; mend raising"),
+        ("lacking:static_convolution", "lacking has no function static_convolution; see .*lacking.py"),
+        ("lacking:static_value", "lacking has no function static_value"),
+    ],
+)
+def test_a_rival_that_is_none_is_refused(
+    target: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("  x = 1")
+    (tmp_path / "raising.py").write_text("assert False")
+    (tmp_path / "lacking.py").write_text("static_value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        kernels.providers(False, [target])
 
 
 SMALL = [
@@ -131,12 +154,13 @@ def test_what_is_kept_and_allocated_on_the_way_is_bounded(case: kernels.Case) ->
     ("case", "bound"),
     [
         (kernels.Case("static"), 0.65),
+        (kernels.Case("static", dtype="float32"), 1.65),  # PyTorch's silu is in place, of a sum made again for backward
         (kernels.Case("headwise", H=128, static=True), 0.65),
-        (kernels.Case("lowrank", R=16, static=True), 1.65),  # the sum that silu is of
+        (kernels.Case("lowrank", R=16, static=True), 1.65),
     ],
     ids=str,
 )
-def test_silu_is_applied_in_place(case: kernels.Case, bound: float) -> None:
+def test_silu_allocates_no_more_than_the_sum_that_it_is_of(case: kernels.Case, bound: float) -> None:
     (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
     silu = {case.op: functools.partial(ours.functions[case.op], activation="silu")}
     assert bench.transient_memory(case, kernels.Provider("silu", silu)) <= bound
@@ -153,6 +177,37 @@ def test_the_verb_times_what_it_finds(capsys: pytest.CaptureFixture[str], monkey
     assert list(rows[0]) == bench.COLUMNS
 
 
-def test_an_output_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"-o wants a .parquet or .csv; got"):
-        bench._saver(tmp_path / "kernels.xlsx")
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("-o", "kernels.xlsx", "-o wants a file .parquet, .csv; got .*kernels.xlsx"),
+        ("-o", "folder.csv", "got a folder"),
+        ("-o", "taken/kernels.csv", "taken/kernels.csv: File exists; give a file in a folder"),
+        ("--figure", "kernels.jpg", "--figure wants a file .svg, .pdf, .png; got"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_measuring(
+    option: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match=message):
+        bench.run(_arguments("--no-compiled", option, str(tmp_path / name)))
+
+
+def test_a_rival_that_raises_costs_its_own_rows_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising() -> float:
+        raise AssertionError
+
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: COPY)
+    monkeypatch.setattr(bench, "measure", lambda *_: [("fwd", 1.0), ("fwd+bwd", 2.0), ("host", 3.0)])
+    monkeypatch.setattr(bench, "transient_memory", lambda *_: 0.5)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a device")
+    monkeypatch.setattr(kernels.Provider, "error", lambda self, case: self.functions[case.op]())
+    found = [kernels.Provider("ours", {"static": lambda: 0.0}), kernels.Provider("rival", {"static": raising})]
+    rows = bench.table(SMALL[:1], found, lambda _: None)
+    assert set(rows["provider"]) == {"ours"}
+    assert "rival, static: AssertionError" in capsys.readouterr().err

@@ -158,4 +158,4 @@ def test_a_report_that_cannot_be_written_is_refused(
     page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "no" / "r.html")]) == 2
-    assert "a directory that exists" in capsys.readouterr().err
+    assert "give a file in a folder that exists" in capsys.readouterr().err
