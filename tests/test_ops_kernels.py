@@ -390,6 +390,7 @@ def test_packed_documents_may_all_be_empty(kind: str) -> None:
     at_once=st.integers(1, 2_000),
     step=st.sampled_from([4, 8, 16]),
     longest=st.sampled_from([32, 128, 160]),
+    alone=st.booleans(),
 )
 def test_runs_are_what_the_kernels_take(**asked: int) -> None:
     run = tiles.run_length(**asked)
@@ -400,7 +401,7 @@ def test_runs_are_what_the_kernels_take(**asked: int) -> None:
 @pytest.mark.parametrize(("time", "run"), [(1, 8), (3000, 96), (4096, 128), (4099, 132)])
 def test_runs_fill_the_device(time: int, run: int) -> None:
     """B=4 D=2048 on an H100, whose 132 multiprocessors run a low-rank backward program each: two chunks are 128."""
-    assert tiles.run_length(time, rows=16, programs_a_chunk=64, at_once=132, step=4, longest=160) == run
+    assert tiles.run_length(time, rows=16, programs_a_chunk=64, at_once=132, step=4, longest=160, alone=True) == run
 
 
 def test_rows_that_cp_async_cannot_copy_are_moved() -> None:

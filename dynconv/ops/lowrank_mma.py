@@ -129,7 +129,7 @@ def backward(
     rank, width = up.shape[0], up.shape[1] // channels
     dy, x = aligned(dy), aligned(x)
     blocks = triton.cdiv(channels, BLOCK)
-    run = run_length(time, _ROWS, blocks * batch, multiprocessors(x), _SLOTS, longest=160)
+    run = run_length(time, _ROWS, blocks * batch, multiprocessors(x), _SLOTS, longest=160, alone=True)
     chunks = triton.cdiv(time, _ROWS * run)
     dx = new_like(x) if needs[0] else None
     # segments of fewer blocks than the widest leave parts of dz unwritten

@@ -144,16 +144,25 @@ def aligned(tensor: Tensor) -> Tensor:
     return copied(tensor)
 
 
-def run_length(time: int, rows: int, programs_a_chunk: int, at_once: int, step: int, longest: int) -> int:
-    """Slots of a row, a multiple of `step` from 8 on, for programs of so many rows of which a device runs `at_once`.
+def run_length(
+    time: int,
+    rows: int,
+    programs_a_chunk: int,
+    at_once: int,  # programs that the device runs
+    step: int,
+    longest: int,
+    alone: bool = False,  # whether a program has a multiprocessor to itself
+) -> int:
+    """Slots of a row, a multiple of `step` from 8 on, for programs of so many rows.
 
     Long runs set up less often, which costs about 16 slots' worth of time; short ones fill the device. The last
-    programs take some .8 of the others' time where they have the device to themselves (measured on an H100).
+    programs take some .8 of the others' time where they share a multiprocessor with fewer (measured on an H100).
     """
 
     def cost(run: int) -> float:
         full, rest = divmod(programs_a_chunk * triton.cdiv(time, rows * run), at_once)
-        return (full + max(0.8, rest / at_once) * (rest > 0)) * (run + 16)
+        last = 0.0 if rest == 0 else 1.0 if alone else max(0.8, rest / at_once)
+        return (full + last) * (run + 16)
 
     return min(range(longest, 7, -step), key=cost)
 
