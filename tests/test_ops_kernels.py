@@ -383,6 +383,21 @@ def test_packed_documents_may_all_be_empty(kind: str) -> None:
     assert torch.equal(state, inputs["initial_state"])
 
 
+@pytest.mark.parametrize("parts", [3, 70])
+@pytest.mark.parametrize(("first", "rank"), [(0, 40), (16, 40), (32, 40), (32, 48)])
+def test_sums_go_to_their_place(parts: int, first: int, rank: int) -> None:
+    """16 columns of each row: into those from `first` on, of which the last may not exist; the other sums whole."""
+    columns = torch.randn(parts, 37, 16, device=DEVICE)
+    total, others = torch.full((37, rank), 7.0, device=DEVICE), torch.randn(5, 300, device=DEVICE)
+    other = torch.empty(300, device=DEVICE)
+    tiles.sum_parts((columns, total), (others, other), place=(16, rank, first))
+    last = min(first + 16, rank)
+    assert relative_error(total[:, first:last], columns.double().sum(0)[:, : last - first]) < BOUND[torch.float32]
+    assert (total[:, :first] == 7).all()
+    assert (total[:, last:] == 7).all()
+    assert relative_error(other, others.double().sum(0)) < BOUND[torch.float32]
+
+
 @given(
     time=st.integers(1, 10_000),
     rows=st.sampled_from([1, 16]),

@@ -132,9 +132,12 @@ def backward(
     run = run_length(time, _ROWS, blocks * batch, multiprocessors(x), _SLOTS, longest=160, alone=True)
     chunks = triton.cdiv(time, _ROWS * run)
     dx = new_like(x) if needs[0] else None
-    # segments of fewer blocks than the widest leave parts of dz unwritten
-    uneven = min(segments) != max(segments)
-    dz_partial, dz = new_sums(z if needs[1] else None, triton.cdiv(max(segments), BLOCK), zero=uneven)
+    dz_partial, dz, columns = None, None, min(rank, 16)  # of a launch's dz, whose memory the next one takes
+    if needs[1]:
+        # segments of fewer blocks than the widest leave parts of dz unwritten
+        parts, uneven = triton.cdiv(max(segments), BLOCK), min(segments) != max(segments)
+        dz_partial = new(z, (parts, batch, time, len(segments) * columns), torch.float32, zero=uneven)
+        dz = new_like(z)
     up_partial, dup = new_sums(up if needs[2] else None, batch * chunks)
     static_partial, dstatic = new_sums(static_w if needs[3] else None, batch * chunks)
     padded = _padded(z, rank, x.dtype)
@@ -155,5 +158,6 @@ def backward(
             },
             num_warps=_BACKWARD_WARPS,
         )  # fmt: skip
-    sum_parts((dz_partial, dz), (up_partial, dup), (static_partial, dstatic))
+        others = [(up_partial, dup), (static_partial, dstatic)] if first + ranks == rank else []
+        sum_parts((dz_partial, dz), *others, place=(columns, rank, first) if rank > 16 else None)
     return dx, dz, dup, dstatic

@@ -194,10 +194,11 @@ def backward_kernel(
     if dx is not None:
         dx += (batch * time + start + 1 - W) * dx_time  # of the slot W - 1 before the one that is read
     part = (first - begin) // (16 * WARPS)
-    RANKS: gl.constexpr = ALL_RANKS * len(SEGMENTS)
+    COLUMNS: gl.constexpr = min(ALL_RANKS, 16)
+    RANKS: gl.constexpr = COLUMNS * len(SEGMENTS)
     up += first_rank * (W * channels)
     if dz is not None:
-        dz += (part.to(gl.int64) * tokens + batch * time + start) * RANKS + segment * ALL_RANKS + first_rank
+        dz += (part.to(gl.int64) * tokens + batch * time + start) * RANKS + segment * COLUMNS
     if dup is not None:
         dup += (program.to(gl.int64) * ALL_RANKS + first_rank) * (W * channels)
 

@@ -67,32 +67,38 @@ def load_positions(pointer, rows, last: tl.constexpr, highest):
 
 
 @triton.jit
-def _sum_block(block, partial, total, parts, size, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+def _sum_block(
+    block, partial, total, parts, size, columns, width, first,
+    PLACED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     sums = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, parts, UNROLL):
-        part = first + tl.arange(0, UNROLL)
+    for begin in range(0, parts, UNROLL):
+        part = begin + tl.arange(0, UNROLL)
         ok = (part < parts)[:, None] & inside[None, :]
         sums += tl.sum(tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0), 0)
+    if PLACED:
+        inside &= first + at % columns < width
+        at = at // columns * width + first + at % columns
     tl.store(total + at, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts_a", "size_a", "parts_b", "size_b", "parts_c", "size_c"])
+@triton.jit(do_not_specialize=[*range(6, 15)])
 def _sum_kernel(
     partial_a, total_a, partial_b, total_b, partial_c, total_c,
-    parts_a, size_a, parts_b, size_b, parts_c, size_c,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    parts_a, size_a, parts_b, size_b, parts_c, size_c, columns, width, first,
+    PLACED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     blocks_a = tl.cdiv(size_a, BLOCK)
     blocks_b = tl.cdiv(size_b, BLOCK)
     if program < blocks_a:
-        _sum_block(program, partial_a, total_a, parts_a, size_a, BLOCK, UNROLL)
+        _sum_block(program, partial_a, total_a, parts_a, size_a, columns, width, first, PLACED, BLOCK, UNROLL)
     elif program < blocks_a + blocks_b:
-        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, BLOCK, UNROLL)
+        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 1, 0, False, BLOCK, UNROLL)
     else:
-        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, BLOCK, UNROLL)
+        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 1, 0, False, BLOCK, UNROLL)
 
 
 def new_like(tensor: Tensor) -> Tensor:
@@ -111,7 +117,10 @@ def new_sums(
     return new(like, (parts, *like.shape), torch.float32, zero), new_like(like)
 
 
-def sum_parts(*sums: tuple[Tensor | None, Tensor | None]) -> None:
+def sum_parts(
+    *sums: tuple[Tensor | None, Tensor | None],
+    place: tuple[int, int, int] | None = None,  # where the first's columns belong: their number, the total's, and from
+) -> None:
     """Write each partial's sum over its first dimension into its total: up to three of `new_sums`, in one launch.
 
     The order of addition is fixed, so the sums are the same bits every time.
@@ -119,18 +128,20 @@ def sum_parts(*sums: tuple[Tensor | None, Tensor | None]) -> None:
     jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
     if not jobs:
         return
+    placed = place is not None and sums[0][0] is not None
     unroll = 64 if max((partial for partial, _ in jobs), key=Tensor.numel).shape[0] > 32 else 16
     block = 4096 // unroll
     tensors: tuple[Tensor, ...] = ()
     sizes: tuple[int, ...] = ()
     for partial, total in jobs:
         tensors += (partial, total)
-        sizes += (partial.shape[0], total.numel())
+        sizes += (partial.shape[0], partial[0].numel())
     for _ in range(3 - len(jobs)):
         tensors += jobs[0]
         sizes += (0, 0)
-    programs = sum(triton.cdiv(total.numel(), block) for _, total in jobs)
-    launch(_sum_kernel, programs, tensors, sizes, {"BLOCK": block, "UNROLL": unroll})
+    programs = sum(triton.cdiv(size, block) for size in sizes[1::2])
+    sizes += place if place is not None else (1, 1, 0)
+    launch(_sum_kernel, programs, tensors, sizes, {"PLACED": placed, "BLOCK": block, "UNROLL": unroll})
 
 
 def aligned(tensor: Tensor) -> Tensor:
