@@ -301,20 +301,16 @@ def kernel_bars(rows: pd.DataFrame) -> Figure:
         for place, provider in enumerate(providers):
             times = shown[shown["provider"] == provider].groupby("label", sort=False)["us"].median()
             beside = [of_label[label] for label in times.index]
-            at = [labels.index(label) for label in times.index]
-            at += np.array([(names.index(provider) - (len(names) - 1) / 2) * height for names in beside])
+            middles = np.array([labels.index(label) for label in times.index])
+            at = middles + [(names.index(provider) - (len(names) - 1) / 2) * height for names in beside]
             look: Any = {"color": COLOURS[place % len(COLOURS)], "hatch": HATCHES[place % len(HATCHES)], "ec": "white"}
             bars = axes.barh(at, times, height, label=provider, **look)
             axes.bar_label(bars, [f"{us:.0f}" for us in times], fontsize=7, padding=2)
         if "fraction" in shown and shown["fraction"].notna().any():
             floor = (shown["us"] * shown["fraction"]).groupby(shown["label"]).median().reindex(labels)
-            middles, reach = (
-                np.arange(len(labels)),
-                np.array([height * len(of_label[label]) / 2 + 0.05 for label in labels]),
-            )
-            axes.vlines(
-                floor, middles - reach, middles + reach, color=BLACK, lw=1.5, label="floor: bytes at the copy bandwidth"
-            )
+            reach = np.array([height * len(of_label[label]) / 2 + 0.05 for label in labels])
+            ends = np.arange(len(labels)) - reach, np.arange(len(labels)) + reach
+            axes.vlines(floor, *ends, color=BLACK, lw=1.5, label="floor: bytes at the copy bandwidth")
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         axes.set_xlabel("forward and backward (µs)")

@@ -69,7 +69,7 @@ def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
         holds = runs.eval(where, local_dict={}, global_dict={})
     except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--where {where!r}: {reason}; quote texts, as in 'size != \"25k\"'") from None
+        raise ValueError(f"--where {where!r}: {reason}; write conditions as in 'size != \"25k\"'") from None
     if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
         raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
     kept = runs[holds.fillna(False)]

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -208,6 +209,7 @@ def _check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> Non
         raise ValueError(f"{option} wants a file {', '.join(kinds)}; got {what}; give it such a name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ValueError(f"{option} {path}: {error.strerror}; give a file in a folder that you can write to") from None
 

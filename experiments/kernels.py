@@ -178,7 +178,9 @@ def _named(target: str) -> Provider:
         raise ValueError(f"--against {target}: {reason}; mend {module}, or put its folder on PYTHONPATH") from error
     function = getattr(found, name, None)
     if not callable(function):
-        raise ValueError(f"--against {target}: {module} has no function {name}; see {found.__file__}")
+        raise ValueError(
+            f"--against {target}: {module} has no function {name}; see {getattr(found, '__file__', None) or module}"
+        )
     return Provider(target, {op: function})
 
 

@@ -96,6 +96,7 @@ def test_a_rival_names_its_op() -> None:
         ("mine:static", "mine:static: unexpected indent"),
         ("raising:static", "raising:static: AssertionError; mend raising"),
         ("lacking:static_convolution", "lacking has no function static_convolution; see .*lacking.py"),
+        ("sys:static", "sys has no function static; see sys"),
         ("lacking:static_value", "lacking has no function static_value"),
     ],
 )
@@ -183,6 +184,7 @@ def test_the_verb_times_what_it_finds(capsys: pytest.CaptureFixture[str], monkey
         ("-o", "kernels.xlsx", "-o wants a file .parquet, .csv; got .*kernels.xlsx"),
         ("-o", "folder.csv", "got a folder"),
         ("-o", "taken/kernels.csv", "taken/kernels.csv: File exists; give a file in a folder"),
+        ("-o", "/proc/kernels.csv", "-o /proc/kernels.csv: .*; give a file in a folder that you can write to"),
         ("--figure", "kernels.jpg", "--figure wants a file .svg, .pdf, .png; got"),
     ],
 )

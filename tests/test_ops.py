@@ -1,9 +1,12 @@
 """The convolution functions on CPU tensors, where the reference runs: their meaning and their errors."""
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from dynconv.layers import LowRankDynamicConv, StaticShortConv
+from dynconv.layers import FusedLowRankConv, LowRankDynamicConv, StaticShortConv
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
 
 X = torch.randn(2, 5, 6)
@@ -113,6 +116,10 @@ def test_packed_documents_are_separate_sequences() -> None:
             "got 100 values from 0 to 99; pass",
         ),
         (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0, 1, 1, 1, 4, 3, 5, 5, 5])),
+            "got 9 values from 0 to 5, 3 after 4; pass",
+        ),
+        (
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=[0, 5]),
             "cu_seqlens must be a tensor; got a list",
         ),
@@ -125,20 +132,16 @@ def test_packed_documents_are_separate_sequences() -> None:
             lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), True),
             "static_w must be a tensor; got a bool",
         ),
-        (lambda: static_convolution(X, torch.ones(4, 6), X), "residual must be True or False; got a Tensor"),
-        (
-            lambda: static_convolution(X, torch.ones(4, 6), return_final_state=1),
-            "return_final_state must be True or False; got a int",
-        ),
+        (lambda: static_convolution(X, torch.ones(4, 6), X), "residual must be True or False; got a tensor"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation="relu"), "got 'relu'; apply another one to"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation=X), "got a Tensor; apply another one to"),
         (
             lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), segments=6),
-            "segments must be a tuple of widths, integers; got a int",
+            "segments must be whole numbers; got 6; pass a tuple of widths",
         ),
         (
             lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), segments=(2.0, 4.0)),
-            "segments must be a tuple of widths, integers",
+            r"segments must be whole numbers; got \(2.0, 4.0\)",
         ),
         (
             lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 0), torch.ones(0, 12)),
@@ -146,6 +149,7 @@ def test_packed_documents_are_separate_sequences() -> None:
         ),
         (lambda: StaticShortConv(6, width=0), "width must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),
+        (lambda: FusedLowRankConv((4, 2), rank=0), "rank must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6)(X), "needs generator_input"),
         (
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0.0, 5.0])),
@@ -156,3 +160,19 @@ def test_packed_documents_are_separate_sequences() -> None:
 def test_errors_say_got_wanted_and_remedy(call, message: str) -> None:  # type: ignore[no-untyped-def]  # a lambda
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_widths_and_flags_may_be_of_other_whole_types() -> None:
+    z, basis = torch.randn(2, 5, 6), torch.randn(3, 12)
+    want = lowrank_dynamic_convolution(X, z, basis, residual=True, segments=(2, 4))
+    for segments in ([2, 4], torch.Size([2, 4]), np.array([2, 4]), torch.tensor([2, 4]), iter((2, 4))):
+        assert torch.equal(lowrank_dynamic_convolution(X, z, basis, residual=np.bool_(True), segments=segments), want)
+
+
+def test_widths_and_flags_may_be_symbols() -> None:
+    def run(q: Tensor, k: Tensor, z: Tensor, basis: Tensor) -> Tensor:
+        x = torch.cat([q, k], 2)
+        return lowrank_dynamic_convolution(x, z, basis, residual=q.shape[1] > 2, segments=(q.shape[2], k.shape[2]))
+
+    inputs = torch.randn(2, 5, 2), torch.randn(2, 5, 4), torch.randn(2, 5, 6), torch.randn(3, 12)
+    assert torch.allclose(make_fx(run, tracing_mode="symbolic")(*inputs)(*inputs), run(*inputs))

@@ -127,7 +127,7 @@ def test_the_gluon_kernels_fit(capability: int, packed: str) -> None:
 
 
 def test_lengths_share_a_kernel() -> None:
-    """Whatever T, where D and R are multiples of 16, or R is padded; the plain kernels' loads are aligned or not."""
+    """Whatever T, where D is a multiple of 16, and R one or padded to one; else two do, as rows are aligned or not."""
     (counts,) = compiled("90", "lengths")
     several = {
         "headwise._backward_kernel": 2,  # a tile a program, or a loop over tiles

@@ -60,7 +60,7 @@ def test_filters_and_groups(store: Store) -> None:
     assert dyn[1:5] == ("s1", 2, pytest.approx(mine.mean()), pytest.approx(mine.std()))
     with pytest.raises(ValueError, match="leaves no row of 17"):
         chosen(store.runs, "loss > 99")
-    with pytest.raises(ValueError, match="name 'los' is not defined"):
+    with pytest.raises(ValueError, match="name 'los' is not defined; write conditions as in"):
         chosen(store.runs, "los > 99")
     for wrong in ("loss", "size = 3", "@runs", "1 +", "", "__import__('os')"):
         with pytest.raises(ValueError, match="--where") as refused:

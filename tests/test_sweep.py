@@ -230,6 +230,8 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, name: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.toml: no such file"):
         load_sweep(tmp_path / "nothing.toml")
+    with pytest.raises(ValueError, match=r"a folder; give the path of a \.toml file in it"):
+        load_sweep(tmp_path)
 
 
 def test_a_file_that_cannot_be_read_is_named() -> None:

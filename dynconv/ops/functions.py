@@ -11,6 +11,8 @@ activation: None or "silu"; y = silu(conv) (+ x).
 """
 
 import importlib.util
+import itertools
+import operator
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -180,8 +182,8 @@ def _run(
     activation: str | None,
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
     for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
-        if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False; got {_kind(flag)}; pass tensors by their names")
+        if isinstance(flag, Tensor):  # one argument too many, or too few
+            raise ValueError(f"{name} must be True or False; got a tensor; pass tensors by their names")
     if activation is not None and (not isinstance(activation, str) or activation != "silu"):
         got = repr(activation) if isinstance(activation, str) else _kind(activation)
         raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
@@ -294,7 +296,8 @@ def _documents(
     if not cu_seqlens.is_cuda and not torch.compiler.is_compiling():  # reading a GPU's values would stall it
         edges = cu_seqlens.tolist()
         if len(edges) < 2 or edges[0] != 0 or edges[-1] != time or sorted(edges) != edges:
-            got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}"
+            falls = next((f", {b} after {a}" for a, b in itertools.pairwise(edges) if b < a), "")
+            got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}{falls}"
             raise ValueError(f"cu_seqlens must rise from 0 to T = {time}; got {got}; pass the starts and T")
     steps = torch.arange(time, dtype=cu_seqlens.dtype, device=x.device)
     document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
@@ -307,11 +310,15 @@ def _kind(value: object) -> str:
 
 def _segments(segments: Any, channels: int) -> tuple[int, ...]:
     """The widths, if they are what they must be."""
-    if not isinstance(segments, tuple | list) or not all(isinstance(width, int) for width in segments):
-        raise ValueError(f"segments must be a tuple of widths, integers; got {_kind(segments)}; pass Q's, K's and V's")
-    if sum(segments) != channels or min(segments) < 1:
-        raise ValueError(f"segments must be positive and add up to D = {channels}; got {segments}; pass all the widths")
-    return tuple(segments)
+    try:
+        widths: tuple[Any, ...] = tuple(
+            n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in segments
+        )
+    except TypeError:
+        raise ValueError(f"segments must be whole numbers; got {segments!r}; pass a tuple of widths") from None
+    if sum(widths) != channels or min(widths) < 1:
+        raise ValueError(f"segments must be positive and add up to D = {channels}; got {widths}; pass all the widths")
+    return widths
 
 
 def _check_input(x: Tensor) -> None:
@@ -322,9 +329,7 @@ def _check_input(x: Tensor) -> None:
 
 def _check_floating(tensor: Tensor, name: str) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(
-            f"{name} must be a tensor; got {_kind(tensor)}; the arguments are x, filters, static_w, residual"
-        )
+        raise ValueError(f"{name} must be a tensor; got {_kind(tensor)}; mind the order of the arguments")
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}; convert it")
 
