@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis.errors import first_line
 from analysis.tables import multiplier_rows
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def sql(store: Store, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
             result = connection.execute(statements[0])
             return [str(column[0]) for column in result.description or ()], result.fetchall()
         except duckdb.Error as error:
-            raise ValueError(f"{str(error).splitlines()[0]}; the views are {', '.join(VIEWS)}") from None
+            raise ValueError(f"{first_line(error)}; the views are {', '.join(VIEWS)}") from None
 
 
 def _view(store: Store, view: str) -> pa.Table:
@@ -68,8 +69,7 @@ def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
     try:
         holds = runs.eval(where, local_dict={}, global_dict={})
     except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--where {where!r}: {reason}; write conditions as in 'size != \"25k\"'") from None
+        raise ValueError(f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"'") from None
     if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
         raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
     kept = runs[holds.fillna(False)]

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.errors import first_line
+
 if TYPE_CHECKING:  # pandas and pyarrow cost up to a second, and `status` needs neither
     import pyarrow as pa
 
@@ -392,7 +394,7 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
         except (OSError, pa.ArrowException) as error:
             if not complete and (run_dir / "run.json").exists():  # it finished while we read: the parts are gone
                 return read_rows(run_dir, kind)
-            problems.append(f"{path} is unreadable ({str(error).splitlines()[0]}); left out")
+            problems.append(f"{path} is unreadable ({first_line(error)}); left out")
             continue
         if table.schema.equals(schema):
             tables.append(table)

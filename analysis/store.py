@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.errors import first_line
 from analysis.runlog import (
     ARM_FACTS,
     CLOCKS,
@@ -220,7 +221,7 @@ def _whole(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
     except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-        raise ValueError(f"{path} is unreadable ({str(error).splitlines()[0]}); freeze the store again") from None
+        raise ValueError(f"{path} is unreadable ({first_line(error)}); freeze the store again") from None
 
 
 def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -234,7 +235,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     try:
         points = readers[path.suffix](path)
     except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise ValueError(f"{path} is unreadable ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
     if points.empty:
         raise ValueError(f"{path} has no rows")
     renaming = _renaming(path, [str(name) for name in points.columns], columns)

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.errors import WorkFailed
+from analysis.errors import WorkFailed, first_line
 from analysis.runlog import write_atomically
 from experiments.kernels import Case, Provider, cases, providers
 from experiments.terminal import align
@@ -155,8 +155,7 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
                 raise ValueError(f"its result or a gradient is {error:.2g} off the reference's, relative; not timed")
             measured, transient = list(measure(case, provider)), transient_memory(case, provider)
         except Exception as problem:  # a rival's code may raise anything, and the others are still to be timed
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            bar.write(f"{provider.name}, {case}: {reason}", file=sys.stderr)
+            bar.write(f"{provider.name}, {case}: {first_line(problem)}", file=sys.stderr)
             continue
         for name, us in measured:
             count = case.bytes(backward=name != "fwd")

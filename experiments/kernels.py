@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from analysis.errors import first_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -174,8 +176,9 @@ def _named(target: str) -> Provider:
     try:
         found = importlib.import_module(module)
     except Exception as error:  # a module may raise anything when it is imported
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--against {target}: {reason}; mend {module}, or put its folder on PYTHONPATH") from error
+        raise ValueError(
+            f"--against {target}: {first_line(error)}; mend {module}, or put its folder on PYTHONPATH"
+        ) from error
     function = getattr(found, name, None)
     if not callable(function):
         raise ValueError(

@@ -24,8 +24,8 @@ from experiments.run import write_config
 
 importlib.import_module("dynconv.ops.functions")  # before the variable is set: CPU tensors stay with the reference
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    # Triton decides at its first import, which torch may do at any time, whether to interpret. test_ops_kernels.py
-    # needs it to; no other test runs a kernel.
+    # Triton decides at its first import, which torch may do at any time, whether to interpret. The kernels'
+    # tests need it to.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("dynconv.ops.operator")
     del os.environ["TRITON_INTERPRET"]
@@ -95,4 +95,10 @@ def submitted(dataset: Dataset) -> Callable[..., Path]:
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     """What the functions of `dynconv.ops` run on."""
     with kernels() if request.param == "kernels" else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(scope="module")
+def by_kernels() -> Iterator[None]:
+    with kernels():
         yield

@@ -120,9 +120,19 @@ def test_repr_says_what_it_is() -> None:
     assert "channels=12, width=4, residual=True, branches=(8, 4)" in repr(_module("fused lowrank"))
 
 
-def test_a_head_size_that_does_not_divide_raises() -> None:
-    with pytest.raises(ValueError, match="head_size must divide the channels; got 5 and 12"):
-        HeadwiseDynamicConv(12, 4, head_size=5)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: HeadwiseDynamicConv(12, 4, head_size=5), "head_size must divide the channels; got 5 and 12"),
+        (lambda: StaticShortConv(6, width=0), "width must be at least 1; got 0"),
+        (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),
+        (lambda: FusedLowRankConv((4, 2), rank=0), "rank must be at least 1; got 0"),
+        (lambda: LowRankDynamicConv(6, 6)(torch.ones(2, 5, 6)), "needs generator_input"),
+    ],
+)
+def test_errors_say_what_was_got(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("kind", ["headwise", "lowrank"])

@@ -206,5 +206,5 @@ def test_double_backward_says_that_there_is_none(kind: str, compiled: bool) -> N
     inputs, function = case.inputs(), FUNCTIONS[kind]
     run = torch.compile(function, fullgraph=True, backend=BACKEND) if compiled else function
     (dx,) = torch.autograd.grad(run(**inputs).square().sum(), [inputs["x"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward" if compiled else "twice|once"):
+    with pytest.raises(RuntimeError, match="double backward" if compiled else "differentiate twice"):
         dx.sum().backward()

@@ -184,7 +184,7 @@ def _run(
     for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
         if isinstance(flag, Tensor):  # one argument too many, or too few
             raise ValueError(f"{name} must be True or False; got a tensor; pass tensors by their names")
-    if activation is not None and (not isinstance(activation, str) or activation != "silu"):
+    if activation not in (None, "silu"):
         got = repr(activation) if isinstance(activation, str) else _kind(activation)
         raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
     if filters.width == 0:

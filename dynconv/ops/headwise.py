@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynconv.ops.launch import launch
-from dynconv.ops.optional import ring
+from dynconv.ops.optional import ring, ring_fits
 from dynconv.ops.tiles import (
     drop_first,
     load_positions,
@@ -19,7 +19,6 @@ from dynconv.ops.tiles import (
     multiprocessors,
     new_like,
     new_sums,
-    runs_gluon,
     sum_parts,
 )
 
@@ -246,17 +245,12 @@ def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
     return max(1, elements // (in_block * padded)), in_block, padded
 
 
-def ring_fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels with a ring take the inputs; they apply silu, too."""
-    return ring is not None and runs_gluon(x) and ring.fits(x, weight, weight.shape[3])
-
-
 def _by_ring(
     x: Tensor, weight: Tensor, static_w: Tensor | None, positions: Tensor | None, silu: bool, backward: bool
 ) -> bool:
     """Whether the kernels with a ring run: where they fit, and silu wants them or they are the faster."""
     large = static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2])
-    return ring_fits(x, weight) and (silu or positions is not None or large)
+    return ring_fits(x, weight, weight.shape[3]) and (silu or positions is not None or large)
 
 
 def _backward_shape(static: bool) -> tuple[int, int, int, int]:

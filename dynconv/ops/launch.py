@@ -4,6 +4,7 @@ What a pass allocates, copies and launches depends on its inputs' signature alon
 alignment. So its Python runs once for a signature, and what it does is recorded; later calls repeat that, by addresses.
 """
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -37,18 +38,17 @@ class _Record:
         copies = [(t, how) for t, how in alone if isinstance(how, Tensor)]
         copyable = {id(t) for t in (*inputs, *(copy for copy, _ in copies))}  # before any launch
         known = used <= number.keys() and {id(source) for _, source in copies} <= copyable
+        known &= kept <= {id(t) for t, _ in alone}
         interpreted = any(compiled is None for compiled, *_ in self.launched)
-        if interpreted or not known or not kept <= {id(t) for t, _ in alone}:
+        if interpreted or not known:
             return None
         device = next(t.device for t in inputs if t is not None)
         makers = [
             (torch.zeros if how is torch.zeros else torch.empty, t.shape, t.dtype, number.get(id(how)))
             for t, how in alone
         ]
-        offsets = [0]
-        for t in shared:
-            offsets.append(offsets[-1] + -(-t.nbytes // _ALIGNED) * _ALIGNED)
-        size = offsets.pop()
+        sizes = (-(-t.nbytes // _ALIGNED) * _ALIGNED for t in shared)
+        *offsets, size = itertools.accumulate(sizes, initial=0)
         launches = [
             (compiled[programs, 1, 1], [number[id(t)] for t in tensors], rest)
             for compiled, programs, tensors, rest in self.launched

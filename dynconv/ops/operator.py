@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dynconv.ops import headwise, lowrank, static
 from dynconv.ops.launch import copied, repeated
+from dynconv.ops.optional import ring_fits
 
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
@@ -92,7 +93,8 @@ def _fuses(x: Tensor, z: Tensor | None, weight: Tensor | None, static_w: Tensor 
     """Whether the kernels for these inputs apply silu; else PyTorch does, in place."""
     if z is not None:
         return False
-    return static.ring_fits(x, static_w) if weight is None else headwise.ring_fits(x, weight)  # type: ignore[arg-type]
+    width = static_w.shape[0] if weight is None else weight.shape[3]  # type: ignore[union-attr]
+    return ring_fits(x, weight, width)
 
 
 def _run_forward(

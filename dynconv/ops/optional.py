@@ -3,6 +3,10 @@
 import importlib
 from typing import Any
 
+from torch import Tensor
+
+from dynconv.ops.tiles import runs_gluon
+
 
 def _module(name: str) -> Any:
     try:  # Gluon is experimental, and its names move
@@ -13,3 +17,12 @@ def _module(name: str) -> Any:
 
 lowrank_mma = _module("lowrank_mma")
 ring = _module("ring")
+
+
+def ring_fits(
+    x: Tensor,  # [B, T, D]
+    weight: Tensor | None,  # [B, T, H, W]; None: static
+    width: int,
+) -> bool:
+    """Whether the kernels with a ring take the inputs; they apply silu, too."""
+    return ring is not None and runs_gluon(x) and ring.fits(x, weight, width)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynconv.ops.launch import launch
-from dynconv.ops.optional import ring
+from dynconv.ops.optional import ring, ring_fits
 from dynconv.ops.tiles import (
     drop_first,
     load_positions,
@@ -15,7 +15,6 @@ from dynconv.ops.tiles import (
     multiprocessors,
     new_like,
     new_sums,
-    runs_gluon,
     sum_parts,
 )
 
@@ -115,11 +114,6 @@ def _backward_kernel(
             tl.store(dweight + at, tl.sum(sums[tap], 0), mask=d_ok)
 
 
-def ring_fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels with a ring take the inputs; they apply silu, too."""
-    return ring is not None and runs_gluon(x) and ring.fits(x, None, weight.shape[0])
-
-
 def forward(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [W, D]
@@ -128,7 +122,7 @@ def forward(
     silu: bool,  # where `ring_fits`
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if ring_fits(x, weight) and (silu or positions is not None):
+    if ring_fits(x, None, weight.shape[0]) and (silu or positions is not None):
         return ring.forward(x, None, weight, positions, weight.shape[0], residual, silu)
     batch, time, channels = x.shape
     y = new_like(x)
@@ -158,7 +152,7 @@ def backward(
     needs: tuple[bool, bool],  # whether x and weight want gradients
 ) -> tuple[Tensor | None, Tensor | None]:  # [B, T, D], [W, D]
     """The gradients of x and weight, in their dtypes."""
-    if ring_fits(x, weight):
+    if ring_fits(x, None, weight.shape[0]):
         wanted = (needs[0], False, needs[1])
         dx, _, dweight = ring.backward(dy, x, None, weight, positions, weight.shape[0], residual, silu, wanted)
         return dx, dweight

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from analysis.errors import first_line
 from experiments.data.spec import DataConfig
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -150,9 +151,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[bytes | None]:
                 for text in batch.column(0).cast(pa.large_binary()).to_pylist():
                     yield _utf8_or_none(text or b"")
     except pa.ArrowException as error:
-        raise ValueError(
-            f"{path} must be a readable parquet file; got {str(error).splitlines()[0]}; write it again"
-        ) from error
+        raise ValueError(f"{path} must be a readable parquet file; got {first_line(error)}; write it again") from error
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -1,0 +1,190 @@
+"""What a GPU alone runs: the Gluon kernels, and launches that are repeated."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from convolutions import BOUND, GPU, Case, assert_close, relative_error
+from torch import Tensor
+
+from dynconv.ops import headwise, launch, operator, tiles
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not GPU, reason="needs a CUDA device"),
+    pytest.mark.usefixtures("by_kernels"),
+]
+
+
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No signature is known yet; what the test patches goes with it."""
+    monkeypatch.setattr(launch, "_repeats", {})
+    return monkeypatch
+
+
+def results(case: Case, inputs: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
+    """The output, and the gradient of every input."""
+    inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    y = case.run(inputs)
+    return [y, *torch.autograd.grad(y, list(inputs.values()), dy)]
+
+
+@contextlib.contextmanager
+def longer_runs(module: Any) -> Iterator[None]:
+    """Programs of as many time steps as on a device of one multiprocessor, where small inputs fill it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_repeats", {})
+        patch.setattr(module, "multiprocessors", lambda _: 1)
+        yield
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=1, time=300, heads=4, head_size=16, rank=16),
+        Case(batch=2, time=77, heads=3, head_size=16, rank=15, static=False),
+        Case(batch=3, time=1, heads=1, head_size=16, rank=1, width=1, residual=False),
+        Case(batch=1, time=200, heads=172, head_size=16, rank=16, width=3),  # D = 2752, a model's FFN
+        Case(batch=2, time=150, rank=5, segments=(256, 128), width=2),
+        Case(batch=1, time=190, rank=16, segments=(128, 128, 128)),
+        Case(batch=1, heads=12, head_size=16, rank=16, documents=(1, 40, 2, 3, 190, 64), time=300),
+        Case(batch=1, rank=9, segments=(256, 128), documents=(70, 0, 129), time=199, static=False, width=3),
+        Case(batch=2, time=130, heads=9, head_size=16, rank=40),
+        Case(batch=1, time=190, rank=20, segments=(256, 128, 128)),
+        Case(batch=1, time=170, rank=32, segments=(128, 256), residual=False),
+        Case(batch=1, rank=15, segments=(256, 128), documents=(70, 0, 129), time=199),
+        Case(batch=2, time=300, rank=64, segments=(128, 256)),
+        Case(batch=1, time=131, rank=80, heads=9, head_size=16, static=False),
+        Case(batch=1, time=199, rank=100, segments=(256, 128), documents=(70, 0, 129), residual=False),
+        Case(batch=1, time=190, rank=128, heads=12, head_size=16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    from dynconv.ops import lowrank_mma
+
+    case = replace(case, dtype=dtype)
+    inputs = case.inputs()
+    assert lowrank_mma.fits(inputs["x"], inputs["U"], case.segments or (case.channels,))
+    assert_close(case)
+    with longer_runs(lowrank_mma):
+        assert_close(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("headwise", batch=2, time=300, heads=40, head_size=16),
+        Case("headwise", batch=1, time=77, heads=12, head_size=8, static=False),
+        Case("headwise", batch=2, time=9, heads=48, head_size=1),
+        Case("headwise", batch=1, time=130, heads=80, head_size=4, residual=False),
+        Case("headwise", batch=3, time=1, heads=8, head_size=2, width=2),
+        Case("headwise", batch=1, time=300, heads=12, head_size=16, documents=(1, 40, 2, 3, 190, 64)),
+        Case("static", batch=2, time=555, heads=9, head_size=16),
+        Case("static", batch=1, time=300, heads=12, head_size=16, documents=(1, 40, 2, 3, 190, 64), residual=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    from dynconv.ops import ring
+
+    case = replace(case, dtype=dtype)
+    inputs = case.inputs()
+    assert ring.fits(inputs["x"], inputs["weight"] if case.kind == "headwise" else None, case.width)
+    with pytest.MonkeyPatch.context() as patch:  # wherever they fit, whether or not they are the faster there
+        patch.setattr(launch, "_repeats", {})
+        patch.setattr(headwise, "_by_ring", lambda *_, **__: True)
+        for activation in (None, "silu"):
+            assert_close(replace(case, activation=activation))
+            with longer_runs(ring):
+                assert_close(replace(case, activation=activation))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("static", heads=9, head_size=16, dtype=torch.bfloat16),
+        Case("headwise", heads=9, head_size=16, dtype=torch.bfloat16),
+        Case("headwise", heads=9, head_size=7),
+        Case("lowrank", rank=15, segments=(256, 128), dtype=torch.bfloat16),
+        Case("lowrank", rank=40, segments=(128, 128), dtype=torch.bfloat16),
+        Case("lowrank", rank=16, heads=2),
+    ],
+    ids=str,
+)
+def test_repeated_launches_give_the_same_bits(case: Case, unknown: pytest.MonkeyPatch) -> None:
+    """Of the calls after the first one with a signature only launches are repeated."""
+    inputs = case.inputs()
+    dy = torch.ones_like(inputs["x"])
+    results(case, inputs, dy)
+    assert [callable(again) for again in launch._repeats.values()] == [True, True]
+    others = {name: torch.randn_like(value) for name, value in inputs.items()}
+    got = results(case, others, dy)
+    for run in ("_forward", "_backward"):  # known no more, so nothing is repeated
+        unknown.setattr(operator, run, functools.partial(getattr(operator, run)))
+    assert all(torch.equal(a, b) for a, b in zip(got, results(case, others, dy), strict=True))
+
+
+def expanded(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return inputs, dy[:1, :1, :1].expand_as(dy)
+
+
+def of_one_projection(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    rows = torch.cat([inputs["x"], inputs["z"], inputs["z"][..., :1]], 2).detach()  # at no multiple of 16 bytes
+    channels, ranks = inputs["x"].shape[2], inputs["z"].shape[2]
+    return inputs | {"x": rows[..., :channels], "z": rows[..., channels : channels + ranks]}, dy
+
+
+def wider_generators(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return inputs | {"z": inputs["z"].float()}, dy
+
+
+def transposed(inputs: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return inputs | {name: inputs[name].t().contiguous().t() for name in ("U", "static_w")}, dy
+
+
+@pytest.mark.parametrize("change", [expanded, of_one_projection, wider_generators, transposed])
+def test_passes_that_copy_inputs_are_repeated(change: Callable[..., Any], unknown: pytest.MonkeyPatch) -> None:
+    from dynconv.ops import lowrank_mma
+
+    case = Case(heads=9, head_size=16, rank=16, dtype=torch.bfloat16)
+    made = copies = 0
+
+    def copied(*arguments: Any) -> Tensor:
+        nonlocal copies
+        copies += 1
+        return launch.copied(*arguments)
+
+    for module in (operator, tiles, lowrank_mma):
+        unknown.setattr(module, "copied", copied)
+    for _ in range(3):
+        inputs = {name: torch.randn_like(value) for name, value in case.inputs().items()}
+        changed, dy = change(inputs, torch.randn_like(inputs["x"]))
+        got = results(case, changed, dy)
+        made = made or copies  # by Python, at the first call only
+        assert copies == made > 0
+        with pytest.MonkeyPatch.context() as apart:
+            apart.setattr(launch, "_repeats", {})
+            want = results(case, inputs, dy.contiguous())
+        assert copies == made
+        measured = [relative_error(g, w.double()) for g, w in zip(got, want, strict=True)]
+        assert all(error < BOUND[torch.bfloat16] for error in measured), measured
+    assert [callable(again) for again in launch._repeats.values()] == [True, True]
+
+
+@pytest.mark.usefixtures("unknown")
+def test_one_tensor_given_twice_is_told_from_two() -> None:
+    case = Case("static", heads=9, head_size=16, dtype=torch.bfloat16)
+    inputs = case.inputs()
+    alike = torch.autograd.grad(case.run(inputs), list(inputs.values()), inputs["x"])
+    apart = torch.autograd.grad(case.run(inputs), list(inputs.values()), inputs["x"].detach().clone())
+    other = torch.autograd.grad(case.run(inputs), list(inputs.values()), 2 * inputs["x"].detach())
+    assert all(torch.equal(a, b) for a, b in zip(alike, apart, strict=True))
+    assert all(torch.equal(2 * a, b) for a, b in zip(alike, other, strict=True))

@@ -1,0 +1,77 @@
+"""How work is cut: runs of time steps, inputs that have to be moved, and the sums of what programs leave."""
+
+import pytest
+import torch
+from convolutions import BOUND, DEVICE, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynconv.ops import operator, tiles
+
+pytestmark = pytest.mark.usefixtures("by_kernels")
+
+
+@pytest.mark.parametrize("parts", [3, 70])
+@pytest.mark.parametrize(("first", "rank"), [(0, 40), (16, 40), (32, 40), (32, 48)])
+def test_sums_go_to_their_place(parts: int, first: int, rank: int) -> None:
+    """16 columns of each row: into those from `first` on, of which the last may not exist; the other sums whole."""
+    columns = torch.randn(parts, 37, 16, device=DEVICE)
+    total, others = torch.full((37, rank), 7.0, device=DEVICE), torch.randn(5, 300, device=DEVICE)
+    other = torch.empty(300, device=DEVICE)
+    tiles.sum_parts((columns, total), (others, other), place=(16, rank, first))
+    last = min(first + 16, rank)
+    assert relative_error(total[:, first:last], columns.double().sum(0)[:, : last - first]) < BOUND[torch.float32]
+    assert (total[:, :first] == 7).all()
+    assert (total[:, last:] == 7).all()
+    assert relative_error(other, others.double().sum(0)) < BOUND[torch.float32]
+    tiles.sum_parts((None, None), (others, other.zero_()), place=(16, rank, first))
+    assert relative_error(other, others.double().sum(0)) < BOUND[torch.float32]
+
+
+@given(
+    time=st.integers(1, 10_000),
+    rows=st.sampled_from([1, 16]),
+    programs_a_chunk=st.integers(1, 300),
+    at_once=st.integers(1, 2_000),
+    step=st.sampled_from([4, 8, 16]),
+    longest=st.sampled_from([32, 128, 160]),
+    alone=st.booleans(),
+)
+def test_runs_are_what_the_kernels_take(**asked: int) -> None:
+    run = tiles.run_length(**asked)
+    assert run % asked["step"] == 0
+    assert 8 <= run <= asked["longest"]
+
+
+@pytest.mark.parametrize(("time", "run"), [(1, 8), (3000, 96), (4096, 128), (4099, 132)])
+def test_runs_fill_the_device(time: int, run: int) -> None:
+    """B=4 D=2048 on an H100, whose 132 multiprocessors run a low-rank backward program each: two chunks are 128."""
+    assert tiles.run_length(time, rows=16, programs_a_chunk=64, at_once=132, step=4, longest=160, alone=True) == run
+
+
+def test_runs_reckon_with_programs_that_share() -> None:
+    """On an H100: with fewer beside them the last programs are faster, if any were beside them at all."""
+    asked = {"rows": 16, "step": 4}
+    assert tiles.run_length(5000, programs_a_chunk=16, at_once=132, longest=160, alone=True, **asked) == 40
+    assert tiles.run_length(5000, programs_a_chunk=16, at_once=132, longest=160, **asked) == 48
+    assert tiles.run_length(1024, programs_a_chunk=128, at_once=396, longest=32, **asked) == 32
+    assert tiles.run_length(1024, programs_a_chunk=128, at_once=396, longest=32, alone=True, **asked) == 24
+    assert tiles.run_length(4096, programs_a_chunk=64, at_once=396, longest=32, **asked) == 24
+
+
+def test_rows_that_cp_async_cannot_copy_are_moved() -> None:
+    buffer = torch.randn(2 * 5 * 32 + 8).bfloat16()
+    for offset, moved in ((0, False), (8, False), (1, True)):
+        view = buffer[offset : offset + 320].view(2, 5, 32)
+        rows = tiles.aligned(view)
+        assert torch.equal(rows, view)
+        assert rows.data_ptr() % 16 == 0
+        assert (rows is not view) == moved
+    odd = torch.randn(2, 5, 40).bfloat16()[..., :32]
+    assert tiles.aligned(odd).stride() == (160, 32, 1)
+
+
+def test_rows_beyond_32_bit_offsets_are_moved() -> None:
+    for channels, moved in ((2**9 - 1, False), (2**9, True)):
+        time_major = torch.empty(64, 2**10, channels, dtype=torch.bfloat16, device="meta").transpose(0, 1)
+        assert (operator._rows_contiguous(time_major) is not time_major) == moved
