@@ -294,6 +294,8 @@ def kernel_bars(rows: pd.DataFrame) -> Figure:
     shown = shown.assign(label=[_kernel(row) for row in shown.to_dict("records")])
     labels, providers = list(dict.fromkeys(shown["label"])), list(dict.fromkeys(shown["provider"]))
     of_label = {label: list(dict.fromkeys(rows["provider"])) for label, rows in shown.groupby("label")}
+    fractions = shown.get("fraction", math.nan)
+    floor = (shown["us"] * fractions).groupby(shown["label"]).median().reindex(labels)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.9 + (0.12 + 0.2 * len(providers)) * len(labels)), layout="constrained")
         axes = figure.subplots()
@@ -304,10 +306,13 @@ def kernel_bars(rows: pd.DataFrame) -> Figure:
             middles = np.array([labels.index(label) for label in times.index])
             at = middles + [(names.index(provider) - (len(names) - 1) / 2) * height for names in beside]
             look: Any = {"color": COLOURS[place % len(COLOURS)], "hatch": HATCHES[place % len(HATCHES)], "ec": "white"}
-            bars = axes.barh(at, times, height, label=provider, **look)
-            axes.bar_label(bars, [f"{us:.0f}" for us in times], fontsize=7, padding=2)
-        if "fraction" in shown and shown["fraction"].notna().any():
-            floor = (shown["us"] * shown["fraction"]).groupby(shown["label"]).median().reindex(labels)
+            axes.barh(at, times, height, label=provider, **look)
+            for us, end, y in zip(
+                times, np.fmax(times, floor[times.index]), at, strict=True
+            ):  # clear of the floor's line
+                offset: Any = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+                axes.annotate(f"{us:.0f}", (end, y), **offset)
+        if floor.notna().any():
             reach = np.array([height * len(of_label[label]) / 2 + 0.05 for label in labels])
             ends = np.arange(len(labels)) - reach, np.arange(len(labels)) + reach
             axes.vlines(floor, *ends, color=BLACK, lw=1.5, label="floor: bytes at the copy bandwidth")

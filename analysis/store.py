@@ -238,6 +238,10 @@ def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
     if points.empty:
         raise ValueError(f"{path} has no rows")
+    if set(points.columns) >= KERNEL_COLUMNS:  # whose D are channels, not tokens
+        raise ValueError(
+            f"{path} holds times of kernels, not runs; `dynconv plot` draws them, pandas and DuckDB read them"
+        )
     renaming = _renaming(path, [str(name) for name in points.columns], columns)
     points = points.drop(columns=set(renaming.values()) - set(renaming), errors="ignore").rename(columns=renaming)
     if "convention" in points and points["convention"].nunique() == 1:

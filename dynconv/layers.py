@@ -39,9 +39,9 @@ def _static_filter(width: int, channels: int) -> nn.Parameter:
     return _parameter(torch.empty(width, channels).uniform_(-bound, bound))
 
 
-def _check_positive(name: str, value: int, papers: int) -> None:
+def _check_positive(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}; the paper's is {papers}")
+        raise ValueError(f"{name} must be at least 1; got {value}; choose another")
 
 
 class _ShortConv(nn.Module):
@@ -50,7 +50,8 @@ class _ShortConv(nn.Module):
     static_filter: nn.Parameter | None  # [W, D]
 
     def __init__(self, function: Callable[..., Any], channels: int, width: int, residual: bool) -> None:
-        _check_positive("width", width, 4)
+        _check_positive("channels", channels)
+        _check_positive("width", width)
         super().__init__()
         self._function = function
         self.channels, self.width, self.residual = channels, width, residual
@@ -159,7 +160,7 @@ class LowRankDynamicConv(_ShortConv):
         static_filter: bool = True,
     ) -> None:
         super().__init__(lowrank_dynamic_convolution, channels, width, residual)
-        _check_positive("rank", rank, 16)
+        _check_positive("rank", rank)
         self.down = _generator(generator_width, rank)
         self.up = _parameter(torch.zeros(rank, width * channels))  # [R, W*D]
         self.static_filter = _static_filter(width, channels) if static_filter else None
@@ -189,7 +190,7 @@ class FusedLowRankConv(_ShortConv):
     ) -> None:
         function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
         super().__init__(function, sum(branches), width, residual)
-        _check_positive("rank", rank, 16)
+        _check_positive("rank", rank)
         self.branches = tuple(branches)
         self.generator_columns = len(branches) * rank
         self.up = _parameter(torch.zeros(rank, width * self.channels))  # [R, W*D]

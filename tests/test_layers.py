@@ -124,6 +124,7 @@ def test_repr_says_what_it_is() -> None:
     ("call", "message"),
     [
         (lambda: HeadwiseDynamicConv(12, 4, head_size=5), "head_size must divide the channels; got 5 and 12"),
+        (lambda: StaticShortConv(-6), "channels must be at least 1; got -6"),
         (lambda: StaticShortConv(6, width=0), "width must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),
         (lambda: FusedLowRankConv((4, 2), rank=0), "rank must be at least 1; got 0"),
