@@ -56,6 +56,11 @@ class _ShortConv(nn.Module):
         self._function = function
         self.channels, self.width, self.residual = channels, width, residual
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for parameter in self.parameters():  # whose attributes copy.deepcopy drops
+            parameter.optimizer_hint = OPTIMIZER_HINT  # type: ignore[attr-defined]
+
     def forward(
         self,
         x: Tensor,  # [B, T, D]; the fused forms: [B, T, D + generator_columns], the projection's output
@@ -106,8 +111,17 @@ class _ShortConv(nn.Module):
         """What the function takes before the static filter: x, and what makes a token's own filters, if anything."""
         return (x,)
 
+    def _split(self, projected: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """The channels and the generator columns of a fused form's input."""
+        if projected.shape[-1] != self.channels + columns:
+            wanted = f"{self.channels} channels and {columns} generator columns"
+            raise ValueError(f"x must have {wanted}; got {projected.shape[-1]} in all; widen the projection")
+        x, made = projected.split([self.channels, columns], -1)
+        return x, made
+
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, width={self.width}, residual={self.residual}"
+        static = self.static_filter is not None
+        return f"channels={self.channels}, width={self.width}, residual={self.residual}, static_filter={static}"
 
 
 class StaticShortConv(_ShortConv):
@@ -172,6 +186,9 @@ class LowRankDynamicConv(_ShortConv):
     def _inputs(self, x: Tensor, generated: Any) -> tuple[Tensor, ...]:
         return x, generated, self.up
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={len(self.up)}"
+
 
 class FusedLowRankConv(_ShortConv):
     """The low-rank convolutions of several branches side by side (Q, K and V, say) in one launch.
@@ -188,6 +205,8 @@ class FusedLowRankConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
     ) -> None:
+        for channels in branches:
+            _check_positive("a branch", channels)
         function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
         super().__init__(function, sum(branches), width, residual)
         _check_positive("rank", rank)
@@ -197,11 +216,11 @@ class FusedLowRankConv(_ShortConv):
         self.static_filter = _static_filter(width, self.channels) if static_filter else None
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
-        x, z = x.split([self.channels, self.generator_columns], 2)
+        x, z = self._split(x, self.generator_columns)
         return x, z, self.up
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, branches={self.branches}"
+        return f"{super().extra_repr()}, rank={len(self.up)}, branches={self.branches}"
 
 
 class FusedHeadwiseConv(_ShortConv):
@@ -223,11 +242,14 @@ class FusedHeadwiseConv(_ShortConv):
         weight: Tensor,  # [D + generator_columns, inputs], as in nn.Linear
     ) -> None:
         """Zero the rows that make the coefficients: the convolution starts as its static filter."""
+        if len(weight) != self.channels + self.generator_columns:
+            wanted = self.channels + self.generator_columns
+            raise ValueError(f"weight must have {wanted} rows; got {len(weight)}; widen the projection")
         with torch.no_grad():
             weight[self.channels :].zero_()
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
-        x, weight = x.split([self.channels, self.generator_columns], 2)
+        x, weight = self._split(x, self.generator_columns)
         return x, weight.unflatten(2, (self.heads, self.width))
 
     def extra_repr(self) -> str:
@@ -253,6 +275,7 @@ def project_together(
 
 
 def _heads(channels: int, head_size: int) -> int:
+    _check_positive("head_size", head_size)
     if channels % head_size:
-        raise ValueError(f"head_size must divide the channels; got {head_size} and {channels}")
+        raise ValueError(f"head_size must divide the channels; got {head_size} and {channels}; choose a divisor")
     return channels // head_size

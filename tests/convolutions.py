@@ -37,6 +37,19 @@ def kernels() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN until they are written: PyTorch does so where algorithms must be deterministic."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, matrix products are refused
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty(1).isnan().all()
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 @dataclass(frozen=True)
 class Case:
     kind: str = "lowrank"  # "static", "headwise" or "lowrank"

@@ -124,6 +124,7 @@ def test_what_is_timed_computes_the_same(case: kernels.Case) -> None:
     assert ours.error(case, device="cpu") < bench.SAME
     scaled = kernels.Provider("another", {case.op: lambda **given: 1.05 * ours.functions[case.op](**given)})
     assert scaled.error(case, device="cpu") > bench.SAME
+    assert case.options()["residual"], "the bars are of convolutions with the residual"
     broken = {case.op: lambda x, **given: ours.functions[case.op](x, **given) + 0 * (x - x.detach()).sqrt()}
     assert not kernels.Provider("another", broken).error(case, device="cpu") < bench.SAME
     without_gradient = {case.op: lambda x, **given: ours.functions[case.op](x.detach() + 0 * x, **given)}

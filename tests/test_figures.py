@@ -235,7 +235,7 @@ def test_kernel_bars_are_one_a_kernel_and_provider_with_the_floor_where_it_is_kn
     assert "floor: bytes at the copy bandwidth" in [text.get_text() for text in axes.get_legend().get_texts()]
     assert main(["plot", str(measured), "-o", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'kernels.svg'}\n"
-    with pytest.raises(ValueError, match="kernels.parquet holds times of kernels, not runs; `dynconv plot` draws them"):
+    with pytest.raises(ValueError, match="holds times of kernels, not runs; `dynconv plot` draws them"):
         load(measured)
     with pytest.raises(ValueError, match="need rows with pass fwd"):
         figures.kernel_bars(pd.read_csv(paper).assign(**{"pass": "fwd"}))

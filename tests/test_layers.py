@@ -74,6 +74,8 @@ def test_packed_documents_are_separate(kind: str) -> None:
     packed = module(x, generator_input, cu_seqlens=torch.tensor([0, 4, 10]))
     apart = [module(a, b) for a, b in zip(x.split([4, 6], 1), generator_input.split([4, 6], 1), strict=True)]
     torch.testing.assert_close(packed, torch.cat(apart, 1))
+    prefilled, _ = module.prefill(x, generator_input, cu_seqlens=torch.tensor([0, 4, 10]))
+    assert torch.equal(prefilled, packed)
 
 
 def test_fused_low_rank_is_each_branch_alone() -> None:
@@ -113,17 +115,32 @@ def test_copies_and_pickles_are_the_same_module(kind: str) -> None:
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(again(*inputs), module(*inputs))
         assert repr(again) == repr(module)
+        assert all(p.optimizer_hint == {"weight_decay": 0.0, "muon": False} for p in again.parameters())
 
 
 def test_repr_says_what_it_is() -> None:
-    assert "channels=12, width=4, residual=True, heads=4" in repr(_module("headwise"))
-    assert "channels=12, width=4, residual=True, branches=(8, 4)" in repr(_module("fused lowrank"))
+    assert "channels=12, width=4, residual=True, static_filter=True, heads=4" in repr(_module("headwise"))
+    assert "residual=True, static_filter=True, rank=2" in repr(_module("lowrank"))
+    assert "residual=True, static_filter=True, rank=3, branches=(8, 4)" in repr(_module("fused lowrank"))
+    assert "static_filter=False, rank=16" in repr(FusedLowRankConv((8, 4), static_filter=False))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: HeadwiseDynamicConv(12, 4, head_size=5), "head_size must divide the channels; got 5 and 12"),
+        (lambda: HeadwiseDynamicConv(12, 4, head_size=0), "head_size must be at least 1; got 0"),
+        (lambda: FusedLowRankConv(()), "channels must be at least 1; got 0"),
+        (lambda: FusedLowRankConv((8, -4)), "a branch must be at least 1; got -4"),
+        (
+            lambda: FusedLowRankConv((8, 4), rank=3)(torch.ones(2, 5, 12)),
+            "x must have 12 channels and 6 generator columns; got 12 in all; widen",
+        ),
+        (
+            lambda: FusedHeadwiseConv(12, head_size=3)(torch.ones(2, 5, 12)),
+            "and 16 generator columns; got 12",
+        ),
+        (lambda: FusedHeadwiseConv(12, head_size=3).init_projection(torch.ones(12, 5)), "must have 28 rows; got 12"),
         (lambda: StaticShortConv(-6), "channels must be at least 1; got -6"),
         (lambda: StaticShortConv(6, width=0), "width must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),

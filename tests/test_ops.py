@@ -1,5 +1,10 @@
 """The convolution functions on CPU tensors, where the reference runs: their meaning and their errors."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +160,32 @@ def test_packed_documents_are_separate_sequences() -> None:
 def test_errors_say_got_wanted_and_remedy(call, message: str) -> None:  # type: ignore[no-untyped-def]  # a lambda
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("without", ["triton", ""])
+def test_the_kernels_run_where_the_variable_says_so_and_triton_is(without: str) -> None:
+    """In a process of its own, for both are read once. Without Triton the reference runs, by the same call."""
+    script = f"""
+import sys
+without = {without!r}
+if without:
+    import importlib.util
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == without else find(name, *rest)
+import torch, dynconv
+x = torch.arange(24.0).reshape(1, 4, 6)
+print(dynconv.static_convolution(x, torch.ones(2, 6)).sum().item(), "dynconv.ops.operator" in sys.modules)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    x = torch.arange(24.0).reshape(1, 4, 6)
+    expected = float(x.sum() + x[:, :-1].sum())
+    assert done.stdout.split() == [str(expected), str(not without and has_triton())]
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def test_widths_and_flags_may_be_of_other_whole_types() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import BOUND, GPU, Case, assert_close, relative_error
+from convolutions import BOUND, GPU, Case, assert_close, errors, poisoned_memory, relative_error
 from torch import Tensor
 
 from dynconv.ops import headwise, launch, operator, tiles
@@ -32,6 +32,22 @@ def results(case: Case, inputs: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
     inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     y = case.run(inputs)
     return [y, *torch.autograd.grad(y, list(inputs.values()), dy)]
+
+
+def amid_nan(value: Tensor) -> Tensor:
+    """The same values as a view of rows that need no copy, amid NaN on all sides."""
+    flat = value.detach().flatten(2) if value.dim() > 2 else value.detach()
+    buffer = flat.new_full([size + 32 for size in flat.shape], torch.nan)
+    view = buffer[tuple(slice(16, size + 16) for size in flat.shape)]
+    view.copy_(flat)
+    return (view.unflatten(2, value.shape[2:]) if value.dim() > 3 else view).requires_grad_()
+
+
+def assert_close_amid_nan(case: Case) -> None:
+    """Inputs and dy amid NaN, and what the kernels are to fill full of it."""
+    with poisoned_memory():
+        measured = errors(case, prepare=lambda inputs: {name: amid_nan(value) for name, value in inputs.items()})
+    assert all(value < BOUND[case.dtype] for value in measured.values()), measured
 
 
 @contextlib.contextmanager
@@ -75,6 +91,7 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
     assert_close(case)
     with longer_runs(lowrank_mma):
         assert_close(case)
+        assert_close_amid_nan(case)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +122,7 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
             assert_close(replace(case, activation=activation))
             with longer_runs(ring):
                 assert_close(replace(case, activation=activation))
+                assert_close_amid_nan(replace(case, activation=activation))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """What every convolution keeps to over random cases, by the reference and by the kernels."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
-from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, cases, errors, relative_error
+from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, cases, errors, poisoned_memory, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -164,19 +163,6 @@ def test_a_token_depends_on_its_window_alone(kind: str, data: st.DataObject) -> 
         strict=True,
     ):
         assert torch.equal(got[-1, token], want[-1, token])
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors hold NaN until they are written: PyTorch does so where algorithms must be deterministic."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, matrix products are refused
-        torch.use_deterministic_algorithms(True)
-        try:
-            assert torch.empty(1).isnan().all()
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 def in_a_wider_buffer(value: Tensor) -> Tensor:

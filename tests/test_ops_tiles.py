@@ -1,5 +1,9 @@
 """How work is cut: runs of time steps, inputs that have to be moved, and the sums of what programs leave."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from convolutions import BOUND, DEVICE, relative_error
@@ -75,3 +79,26 @@ def test_rows_beyond_32_bit_offsets_are_moved() -> None:
     for channels, moved in ((2**9 - 1, False), (2**9, True)):
         time_major = torch.empty(64, 2**10, channels, dtype=torch.bfloat16, device="meta").transpose(0, 1)
         assert (operator._rows_contiguous(time_major) is not time_major) == moved
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2^18 values apart, of which the last lie beyond 2^31; in a process of its own, for a wrong one may crash."""
+    script = """
+import torch
+from dynconv import lowrank_dynamic_convolution, static_convolution
+from dynconv.ops import reference
+torch.manual_seed(0)
+rows, apart, channels = 2**13 + 64, 2**18, 16
+x = torch.empty(rows * apart, dtype=torch.bfloat16).as_strided((1, rows, channels), (0, apart, 1))
+x.copy_(torch.randn(1, rows, channels))
+static, z, U = torch.randn(4, channels), torch.randn(1, rows, 3), torch.randn(3, 4 * channels)
+by_rank = lowrank_dynamic_convolution(x, z, U)
+for got, filters in ((static_convolution(x, static), (None, None, static)), (by_rank, (z, U, None))):
+    want = reference.convolve(x.contiguous().double(), *filters, None, (channels,), False)
+    print(float((got.double() - want)[:, -64:].norm() / want[:, -64:].norm()))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert [float(line) < 1e-2 for line in done.stdout.split()] == [True, True]

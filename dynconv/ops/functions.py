@@ -1,10 +1,13 @@
 """The convolution functions: they check their arguments and run on the best implementation for the device.
 
 Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments, N sequences: B, or
-as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype; the kernels' arithmetic
-is in float32. Keywords of all three functions:
+as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype. The kernels' sums are in
+float32; in the low-rank ones, z, U and the gradients' products are rounded to x's dtype first, as in a matrix product.
+Rows of views are read where they lie if their last dimension is contiguous; on a GPU some kernels copy 16-bit rows
+whose strides are no multiples of 16. Keywords of all three functions:
 
 cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds documents that start at these places; nothing crosses them.
+They rise from 0 to T, which is checked on a CPU only: on a GPU it is the caller's duty, as reading them would stall it.
 initial_state [N, W-1, D]: the inputs before x, oldest first; zeros by default.
 return_final_state: the result is (y, state [N, W-1, D]), the state to go on from.
 activation: None or "silu"; y = silu(conv) (+ x).
@@ -196,7 +199,7 @@ def _run(
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])
-        _check(initial_state, shape, "initial_state", "[N, W-1, D]", x)
+        _check(initial_state, shape, "the state", "[N, W-1, D]", x)
     silu = activation == "silu"
     if initial_state is None:
         y = _convolve(x, filters, positions, residual, silu)
