@@ -143,7 +143,16 @@ def test_published_static_convolutions_get_the_filter_their_way() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("case", [*kernels.cases(quick=True), kernels.Case("lowrank", R=64, static=True)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *kernels.cases(quick=True),
+        kernels.Case("lowrank", R=64, static=True),
+        kernels.Case("lowrank", R=16, static=True, B=128, T=128),
+        kernels.Case("lowrank", R=16, B=31, T=511),
+    ],
+    ids=str,
+)
 def test_what_is_kept_and_allocated_on_the_way_is_bounded(case: kernels.Case) -> None:
     """The bar: nothing but outputs, and transient partials of at most 65% of x."""
     (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")

@@ -88,10 +88,10 @@ if sys.argv[2] == "lengths":
     print(json.dumps({name: len(hashes) for name, hashes in variants.items()}))
 else:
     packed = sys.argv[2] == "packed"
-    shape = (1 if packed else 4, 4096, 2048)
+    shape = {"packed": (1, 4096, 2048), "unpacked": (4, 4096, 2048), "short": (128, 128, 2048)}[sys.argv[2]]
     x = made(math.prod(shape) + 3)[3:].view(shape)  # contiguous, but at no multiple of 16 bytes: cp.async needs a copy
     positions = made(4096, dtype=torch.int32) if packed else None
-    for rank in (15, 16, 96):
+    for rank in (15, 16, 40, 96):
         run_lowrank(lowrank_mma, x, rank, (1024, 512, 512), positions)
     for heads in (None, 128, 2048):
         run_ring(x, heads, positions)

@@ -78,6 +78,7 @@ def longer_runs(module: Any) -> Iterator[None]:
         Case(batch=1, time=131, rank=80, heads=9, head_size=16, static=False),
         Case(batch=1, time=199, rank=100, segments=(256, 128), documents=(70, 0, 129), residual=False),
         Case(batch=1, time=190, rank=128, heads=12, head_size=16),
+        Case(batch=9, time=37, rank=48, heads=9, head_size=16),
     ],
     ids=str,
 )
@@ -92,6 +93,37 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
     with longer_runs(lowrank_mma):
         assert_close(case)
         assert_close_amid_nan(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=90, time=33, heads=9, head_size=16, rank=16),
+        Case(batch=70, time=1, heads=9, head_size=16, rank=3, static=False),
+        Case(batch=30, time=3, rank=16, segments=(128, 256), residual=False),
+        Case(batch=20, time=33, rank=40, heads=8, head_size=16, width=3),
+        Case(batch=7, time=130, rank=15, segments=(256, 128)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_sequences_share_programs(case: Case, dtype: torch.dtype, unknown: pytest.MonkeyPatch) -> None:
+    from dynconv.ops import lowrank_mma
+
+    case = replace(case, dtype=dtype)
+    cuts = []
+
+    def spied(*arguments: Any, **named: Any) -> Any:
+        cuts.append(original(*arguments, **named))
+        return cuts[-1]
+
+    original = lowrank_mma._cut
+    unknown.setattr(lowrank_mma, "_cut", spied)
+    unknown.setattr(lowrank_mma, "multiprocessors", lambda _: 1)
+    assert_close(case)
+    assert cuts
+    assert {(cut.batch, cut.time, cut.length) for cut in cuts} == {(1, case.batch * case.time, (case.time,))}
+    assert_close_amid_nan(case)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_sums_go_to_their_place(parts: int, first: int, rank: int) -> None:
     alone=st.booleans(),
 )
 def test_runs_are_what_the_kernels_take(**asked: int) -> None:
-    run = tiles.run_length(**asked)
+    _, run = tiles.cheapest_run(**asked)
     assert run % asked["step"] == 0
     assert 8 <= run <= asked["longest"]
 
@@ -50,17 +50,26 @@ def test_runs_are_what_the_kernels_take(**asked: int) -> None:
 @pytest.mark.parametrize(("time", "run"), [(1, 8), (3000, 96), (4096, 128), (4099, 132)])
 def test_runs_fill_the_device(time: int, run: int) -> None:
     """B=4 D=2048 on an H100, whose 132 multiprocessors run a low-rank backward program each: two chunks are 128."""
-    assert tiles.run_length(time, rows=16, programs_a_chunk=64, at_once=132, step=4, longest=160, alone=True) == run
+    asked = {"rows": 16, "programs_a_chunk": 64, "at_once": 132, "step": 4, "longest": 160, "alone": True}
+    assert tiles.cheapest_run(time, **asked)[1] == run
 
 
-def test_runs_reckon_with_programs_that_share() -> None:
+@pytest.mark.parametrize(
+    ("time", "programs", "at_once", "longest", "alone", "run"),
+    [
+        (5000, 16, 132, 160, True, 40),
+        (5000, 16, 132, 160, False, 48),
+        (1024, 128, 396, 32, False, 32),
+        (1024, 128, 396, 32, True, 24),
+        (4096, 64, 396, 32, False, 24),
+    ],
+)
+def test_runs_reckon_with_programs_that_share(
+    time: int, programs: int, at_once: int, longest: int, alone: bool, run: int
+) -> None:
     """On an H100: with fewer beside them the last programs are faster, if any were beside them at all."""
-    asked = {"rows": 16, "step": 4}
-    assert tiles.run_length(5000, programs_a_chunk=16, at_once=132, longest=160, alone=True, **asked) == 40
-    assert tiles.run_length(5000, programs_a_chunk=16, at_once=132, longest=160, **asked) == 48
-    assert tiles.run_length(1024, programs_a_chunk=128, at_once=396, longest=32, **asked) == 32
-    assert tiles.run_length(1024, programs_a_chunk=128, at_once=396, longest=32, alone=True, **asked) == 24
-    assert tiles.run_length(4096, programs_a_chunk=64, at_once=396, longest=32, **asked) == 24
+    found = tiles.cheapest_run(time, 16, programs, at_once, step=4, longest=longest, alone=alone)
+    assert found[1] == run
 
 
 def test_rows_that_cp_async_cannot_copy_are_moved() -> None:

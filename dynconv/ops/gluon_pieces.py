@@ -22,8 +22,12 @@ def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr
 
 @gluon.jit
 def load_position(positions, start, row, limit, slot):
-    """Each row's place in its document."""
-    return gl.load(positions + start + row + slot, mask=slot < limit, other=0)
+    """Each row's place in its document, as loaded; or where `positions` is the length of all documents."""
+    if positions.dtype.is_ptr():
+        place = gl.load(positions + start + row + slot, mask=slot < limit, other=0)
+    else:
+        place = ((start + row + slot).to(gl.uint32) % positions.to(gl.uint32)).to(gl.int32)
+    return place
 
 
 @gluon.jit

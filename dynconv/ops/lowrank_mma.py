@@ -3,7 +3,7 @@
 Legend: B batch, T time, D channels, W taps, R rank (in z to a multiple of 16), G segments.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
-from dynconv.ops.tiles import aligned, multiprocessors, new_like, new_sums, run_length, sum_parts
+from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
 MAX_WIDTH = 4
 _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
 BLOCK = 16 * _BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
-_FORWARD_RANKS, _BACKWARD_RANKS = (64, 32, 16), (16,)  # that a launch may take
+_FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # that a launch may take
 _ROWS = 16
+_DOCUMENTS = 1.25  # times as long as without, measured on an H100
 _SLOTS = 4  # of the forward ring; runs are multiples of it, and so of the backward ring's 2
 
 
@@ -30,16 +31,6 @@ def fits(x: Tensor, up: Tensor, segments: tuple[int, ...]) -> bool:
         and x.shape[2] % 16 == 0
         and (len(segments) == 1 or all(width % BLOCK == 0 for width in segments))
     )
-
-
-def _launches(rank: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The first rank and the number of ranks of each launch: the largest of the sizes with less than 16 of padding."""
-    first = 0
-    while first < rank:
-        left = rank - first
-        size = next(size for size in sizes if left > size - 16)
-        yield first, min(size, left)
-        first += size
 
 
 @triton.jit(do_not_specialize=["time", "z_batch", "z_time"])
@@ -76,6 +67,37 @@ def _padded(
     return padded
 
 
+class _Cut(NamedTuple):
+    """How the kernels are to take [B, T, ...]: as it is, or as one sequence of B documents that are T long."""
+
+    batch: int
+    time: int
+    positions: tuple[Tensor | None, ...]  # of one; none where `length` says it all
+    length: tuple[int, ...]
+    run: int  # slots of a row
+    chunks: int  # that programs make of the time
+
+
+def _cut(
+    inputs: tuple[Tensor, ...],  # each [B, T, ...]
+    positions: Tensor | None,  # [T] int32
+    blocks: int,  # of channels
+    at_once: int,  # programs that a multiprocessor runs
+    longest: int,
+) -> _Cut:
+    """The faster way: many sequences too short for a program take more programs, and leave more partial sums."""
+    batch, time = inputs[0].shape[:2]
+    by_device = (at_once * multiprocessors(inputs[0]), _SLOTS, longest, at_once == 1)
+    cost, run = cheapest_run(time, _ROWS, blocks * batch, *by_device)
+    apart = _Cut(batch, time, (positions,), (), run, triton.cdiv(time, _ROWS * run))
+    if positions is not None or any(t.stride(0) != time * t.stride(1) for t in inputs) or batch * time >= 2**31:
+        return apart
+    cost_joined, run = cheapest_run(batch * time, _ROWS, blocks, *by_device)
+    if cost <= _DOCUMENTS * cost_joined:
+        return apart
+    return _Cut(1, batch * time, (), (time,), run, triton.cdiv(batch * time, _ROWS * run))
+
+
 def forward(
     x: Tensor,  # [B, T, D]
     z: Tensor,  # [B, T, G*R]
@@ -86,25 +108,24 @@ def forward(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    batch, time, channels = x.shape
-    rank, width = up.shape[0], up.shape[1] // channels
+    channels, rank = x.shape[2], up.shape[0]
     x = aligned(x)
     y = new_like(x)
     blocks = triton.cdiv(channels, 16 * _FORWARD_WARPS)
     padded = _padded(z, rank, x.dtype)
-    for first, ranks in _launches(rank, _FORWARD_RANKS):
+    for first in range(0, rank, _FORWARD_RANKS):
+        ranks = min(rank - first, _FORWARD_RANKS)
         # registers hold so many programs a multiprocessor; each starts by loading its ranks of U
         at_once, longest = (3, 32) if ranks <= 16 else (2, 128)
-        run = run_length(time, _ROWS, blocks * batch, at_once * multiprocessors(x), _SLOTS, longest)
-        chunks = triton.cdiv(time, _ROWS * run)
+        cut = _cut((x, padded), positions, blocks, at_once, longest)
         launch(
             kernels.forward_kernel,
-            blocks * batch * chunks,
-            (x, padded, up, None if first else static_w, y, positions),
-            (time, channels, x.stride(0), padded.stride(0), chunks, blocks, run, first),
+            blocks * cut.batch * cut.chunks,
+            (x, padded, up, None if first else static_w, y, *cut.positions),
+            (*cut.length, cut.time, channels, x.stride(0), padded.stride(0), cut.chunks, blocks, cut.run, first),
             {
                 "x_time": x.stride(1), "z_time": padded.stride(1), "y_time": channels, "SEGMENTS": segments,
-                "ALL_RANKS": rank, "R": ranks, "W": width,
+                "ALL_RANKS": rank, "R": ranks, "W": up.shape[1] // channels,
                 "RESIDUAL": residual and first == 0, "ADD": first > 0,
                 "SLOTS": _SLOTS, "STAGES": 3, "WARPS": _FORWARD_WARPS,
             },
@@ -129,8 +150,8 @@ def backward(
     rank, width = up.shape[0], up.shape[1] // channels
     dy, x = aligned(dy), aligned(x)
     blocks = triton.cdiv(channels, BLOCK)
-    run = run_length(time, _ROWS, blocks * batch, multiprocessors(x), _SLOTS, longest=160, alone=True)
-    chunks = triton.cdiv(time, _ROWS * run)
+    padded = _padded(z, rank, x.dtype)
+    cut = _cut((dy, x, padded), positions, blocks, at_once=1, longest=160)
     dx = new_like(x) if needs[0] else None
     dz_partial, dz, columns = None, None, min(rank, 16)  # of a launch's dz, whose memory the next one takes
     if needs[1]:
@@ -138,18 +159,21 @@ def backward(
         parts, uneven = triton.cdiv(max(segments), BLOCK), min(segments) != max(segments)
         dz_partial = new(z, (parts, batch, time, len(segments) * columns), torch.float32, zero=uneven)
         dz = new_like(z)
-    up_partial, dup = new_sums(up if needs[2] else None, batch * chunks)
-    static_partial, dstatic = new_sums(static_w if needs[3] else None, batch * chunks)
-    padded = _padded(z, rank, x.dtype)
-    for first, ranks in _launches(rank, _BACKWARD_RANKS):
+    up_partial, dup = new_sums(up if needs[2] else None, cut.batch * cut.chunks)
+    static_partial, dstatic = new_sums(static_w if needs[3] else None, cut.batch * cut.chunks)
+    for first in range(0, rank, _BACKWARD_RANKS):
+        ranks = min(rank - first, _BACKWARD_RANKS)
         launch(
             kernels.backward_kernel,
-            blocks * batch * chunks,
+            blocks * cut.batch * cut.chunks,
             (
                 dy, x, padded, up, None if first else static_w,
-                dx, dz_partial, up_partial, None if first else static_partial, positions,
+                dx, dz_partial, up_partial, None if first else static_partial, *cut.positions,
             ),
-            (time, channels, batch * time, dy.stride(0), x.stride(0), padded.stride(0), chunks, blocks, run, first),
+            (
+                *cut.length, cut.time, channels, batch * time, dy.stride(0), x.stride(0), padded.stride(0),
+                cut.chunks, blocks, cut.run, first,
+            ),
             {
                 "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": padded.stride(1), "dx_time": channels,
                 "SEGMENTS": segments, "ALL_RANKS": rank, "R": ranks, "W": width,

@@ -56,7 +56,7 @@ def _load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLO
     return before
 
 
-@gluon.jit(do_not_specialize=["time", "chunks", "blocks", "RUN"])
+@gluon.jit(do_not_specialize=["positions", "time", "chunks", "blocks", "RUN"])
 def forward_kernel(
     x, z, up, static_w, y, positions,
     time, channels, x_batch, z_batch, chunks, blocks, RUN, first_rank,
@@ -70,7 +70,8 @@ def forward_kernel(
     OWN: gl.constexpr = own_layout(WARPS)
     COPY: gl.constexpr = copy_layout(WARPS)
     READ: gl.constexpr = read_layout(WARPS)
-    RANKS: gl.constexpr = (R + 15) // 16 * 16
+    RANKS: gl.constexpr = 16 if R <= 16 else 32 if R <= 32 else 64  # in the ring, of which some are not read
+    BLOCKS: gl.constexpr = (R + 15) // 16
     Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
     LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
     Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, per_phase=64 // RANKS, max_phase=RANKS // 8, order=[1, 0])
@@ -97,7 +98,7 @@ def forward_kernel(
     z_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, Z_COPY)), 1) * RUN
     z_column = gl.expand_dims(gl.arange(0, RANKS, gl.SliceLayout(0, Z_COPY)), 0)
     z_from = z_row * z_time + z_column
-    z_limit = time - start - z_row + z_column * 0
+    z_limit = gl.where(z_column < 16 * BLOCKS, time - start - z_row, 0)
     x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, RANKS], Z_ROWS, dtype)
     for slot in gl.static_range((STAGES - 1) * SLOTS):
@@ -108,8 +109,8 @@ def forward_kernel(
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
     basis = ()
-    for rank in gl.static_range(0, RANKS, 16):
-        basis = basis + load_basis(up, first, channels, 1, rank, R, W, WARPS, RIGHT, dtype)
+    for block in gl.static_range(BLOCKS):
+        basis = basis + load_basis(up, first, channels, 1, 16 * block, R, W, WARPS, RIGHT, dtype)
     starts = load_starts(static_w, first, channels, W, WARPS, MMA)
 
     if positions is not None:
@@ -144,8 +145,8 @@ def forward_kernel(
                 xs = forget(xs, position[slot], W)
             xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
             generators = ()
-            for rank in gl.static_range(0, RANKS, 16):
-                of_ranks = z_ring[slot].index(place).slice(rank, 16, 1)
+            for block in gl.static_range(BLOCKS):
+                of_ranks = z_ring[slot].index(place).slice(16 * block, 16, 1)
                 generators = generators + (load_generator(of_ranks, WARPS, LEFT),)
             if RESIDUAL:
                 result = xs[W - 1].to(gl.float32)
@@ -153,8 +154,8 @@ def forward_kernel(
                 result = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
             for tap in gl.static_range(W):
                 filters = starts[tap]
-                for index in gl.static_range(RANKS // 16):
-                    filters = mma_v2(generators[index], basis[index * W + tap], filters)
+                for block in gl.static_range(BLOCKS):
+                    filters = mma_v2(generators[block], basis[block * W + tap], filters)
                 result += to_channels(filters, WARPS, OWN) * xs[W - 1 - tap].to(gl.float32)
             if ADD:
                 result += before[slot].to(gl.float32)
@@ -163,7 +164,7 @@ def forward_kernel(
         out += SLOTS * y_time
 
 
-@gluon.jit(do_not_specialize=["time", "tokens", "chunks", "blocks", "RUN"])
+@gluon.jit(do_not_specialize=["positions", "time", "tokens", "chunks", "blocks", "RUN"])
 def backward_kernel(
     dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
     time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks, RUN, first_rank,

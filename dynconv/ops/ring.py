@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynconv.ops import ring_kernels as kernels
 from dynconv.ops.launch import launch
-from dynconv.ops.tiles import aligned, multiprocessors, new_like, new_sums, run_length, sum_parts
+from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
 _WARP = 128  # channels of a warp
 
@@ -52,7 +52,7 @@ def _plan(
     batch, time, channels = x.shape
     warps = 4 if channels % (4 * _WARP) == 0 else 2 if channels % (2 * _WARP) == 0 else 1
     blocks = triton.cdiv(channels, warps * _WARP)
-    run = run_length(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, slots * stages, 128)
+    _, run = cheapest_run(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, slots * stages, 128)
     constants = {
         "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
         "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual, "SILU": silu,

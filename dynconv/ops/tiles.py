@@ -155,7 +155,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return copied(tensor)
 
 
-def run_length(
+def cheapest_run(
     time: int,
     rows: int,
     programs_a_chunk: int,
@@ -163,8 +163,8 @@ def run_length(
     step: int,
     longest: int,
     alone: bool = False,  # whether a program has a multiprocessor to itself
-) -> int:
-    """Slots of a row, a multiple of `step` from 8 on, for programs of so many rows.
+) -> tuple[float, int]:
+    """The time it takes, in slots, and the slots of a row, a multiple of `step` from 8 on.
 
     Long runs set up less often, which costs about 16 slots' worth of time; short ones fill the device. The last
     programs take some .8 of the others' time where they share a multiprocessor with fewer (measured on an H100).
@@ -175,7 +175,8 @@ def run_length(
         last = 0.0 if rest == 0 else 1.0 if alone else max(0.8, rest / at_once)
         return (full + last) * (run + 16)
 
-    return min(range(longest, 7, -step), key=cost)
+    run = min(range(longest, 7, -step), key=cost)
+    return cost(run), run
 
 
 @functools.cache
