@@ -88,11 +88,12 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
 
     case = replace(case, dtype=dtype)
     inputs = case.inputs()
-    assert lowrank_mma.fits(inputs["x"], inputs["U"], case.segments or (case.channels,))
-    assert_close(case)
-    with longer_runs(lowrank_mma):
-        assert_close(case)
-        assert_close_amid_nan(case)
+    assert lowrank_mma.fits(inputs["x"], inputs["U"], case.segments or (case.channels,), silu=case.rank <= 16)
+    for activation in (None, "silu"):
+        assert_close(replace(case, activation=activation))
+        with longer_runs(lowrank_mma):
+            assert_close(replace(case, activation=activation))
+            assert_close_amid_nan(replace(case, activation=activation))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def test_short_sequences_share_programs(case: Case, dtype: torch.dtype, unknown:
     unknown.setattr(lowrank_mma, "_cut", spied)
     unknown.setattr(lowrank_mma, "multiprocessors", lambda _: 1)
     assert_close(case)
+    assert_close(replace(case, activation="silu"))
     assert cuts
     assert {(cut.batch, cut.time, cut.length) for cut in cuts} == {(1, case.batch * case.time, (case.time,))}
     assert_close_amid_nan(case)

@@ -67,3 +67,21 @@ def forget(xs, position, W: gl.constexpr):
     for index in gl.static_range(W - 1):
         kept = kept + (gl.where(position == 0, gl.zeros_like(xs[index]), xs[index]),)
     return kept
+
+
+@gluon.jit
+def sigmoid(value):
+    """The logistic function, by the hardware's approximate exponential and reciprocal: to a few units in 2^22."""
+    asm: gl.constexpr = """{ .reg .f32 e;
+        mul.f32 e, $1, 0fBFB8AA3B;  // -1 / ln 2
+        ex2.approx.ftz.f32 e, e;
+        add.f32 e, e, 0f3F800000;  // 1
+        rcp.approx.ftz.f32 $0, e; }"""
+    return gl.inline_asm_elementwise(asm, "=f,f", [value], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def through_silu(gradient, inner):
+    """The gradient of `inner` from that of silu of it."""
+    share = sigmoid(inner)
+    return gradient * share * (1.0 + inner * (1.0 - share))

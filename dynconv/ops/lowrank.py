@@ -12,7 +12,8 @@ from triton.runtime.jit import JITFunction
 
 from dynconv.ops.launch import launch
 from dynconv.ops.optional import lowrank_mma as mma
-from dynconv.ops.tiles import multiprocessors, new_like, new_sums, runs_gluon, sum_parts
+from dynconv.ops.optional import mma_fits
+from dynconv.ops.tiles import multiprocessors, new_like, new_sums, sum_parts
 
 
 @triton.jit
@@ -193,10 +194,11 @@ def forward(
     positions: Tensor | None,  # [T] int32: each token's place in its document
     segments: tuple[int, ...],
     residual: bool,
+    silu: bool,  # where `mma_fits` with it
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if mma is not None and runs_gluon(x) and mma.fits(x, up, segments):
-        return mma.forward(x, z, up, static_w, positions, segments, residual)
+    if mma_fits(x, up, segments):
+        return mma.forward(x, z, up, static_w, positions, segments, residual, silu)
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(x, rank, backward=False)
@@ -227,11 +229,12 @@ def backward(
     positions: Tensor | None,  # [T] int32
     segments: tuple[int, ...],
     residual: bool,
+    silu: bool,
     needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w want gradients
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
-    if mma is not None and runs_gluon(x) and mma.fits(x, up, segments):
-        return mma.backward(dy, x, z, up, static_w, positions, segments, residual, needs)
+    if mma_fits(x, up, segments):
+        return mma.backward(dy, x, z, up, static_w, positions, segments, residual, silu, needs)
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     steps, columns, padded = _tile(x, rank, backward=True)

@@ -23,12 +23,13 @@ _DOCUMENTS = 1.25  # times as long as without, measured on an H100
 _SLOTS = 4  # of the forward ring; runs are multiples of it, and so of the backward ring's 2
 
 
-def fits(x: Tensor, up: Tensor, segments: tuple[int, ...]) -> bool:
-    """Whether these kernels take the inputs; `lowrank` has kernels for any."""
+def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -> bool:
+    """Whether these kernels take the inputs, and apply silu; `lowrank` has kernels for any, without silu."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and up.shape[1] <= MAX_WIDTH * x.shape[2]
         and x.shape[2] % 16 == 0
+        and not (silu and up.shape[0] > _BACKWARD_RANKS)  # launches that add up see no whole sum
         and (len(segments) == 1 or all(width % BLOCK == 0 for width in segments))
     )
 
@@ -106,6 +107,7 @@ def forward(
     positions: Tensor | None,  # [T] int32: each token's place in its document
     segments: tuple[int, ...],
     residual: bool,
+    silu: bool,  # where it `fits`
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
     channels, rank = x.shape[2], up.shape[0]
@@ -126,7 +128,7 @@ def forward(
             {
                 "x_time": x.stride(1), "z_time": padded.stride(1), "y_time": channels, "SEGMENTS": segments,
                 "ALL_RANKS": rank, "R": ranks, "W": up.shape[1] // channels,
-                "RESIDUAL": residual and first == 0, "ADD": first > 0,
+                "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
                 "SLOTS": _SLOTS, "STAGES": 3, "WARPS": _FORWARD_WARPS,
             },
             num_warps=_FORWARD_WARPS,
@@ -143,6 +145,7 @@ def backward(
     positions: Tensor | None,  # [T] int32
     segments: tuple[int, ...],
     residual: bool,
+    silu: bool,
     needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w want gradients
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
@@ -177,8 +180,9 @@ def backward(
             {
                 "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": padded.stride(1), "dx_time": channels,
                 "SEGMENTS": segments, "ALL_RANKS": rank, "R": ranks, "W": width,
-                "RESIDUAL": residual and first == 0, "ADD": first > 0,
-                "SLOTS": 2, "STAGES": 4, "WARPS": _BACKWARD_WARPS,
+                "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
+                "SLOTS": 1 if silu else 2, "STAGES": 8 if silu else 4,  # two at a time want more registers
+                "WARPS": _BACKWARD_WARPS,
             },
             num_warps=_BACKWARD_WARPS,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Legend: B batch, T time, D channels, W taps, R rank (in z to a multiple of 16), G segments. Of ALL_RANKS a launch takes
 R, from first_rank on: at most 64 forward and 16 backward. Those of later ranks ADD to what the launches before left in
-y or dx, rounded to its dtype.
+y or dx, rounded to its dtype. `positions` are each token's place in its document, or the length of all documents.
 
 Everything a thread needs stays in its registers. A warp owns 16 channels and 16 rows; row r, slot s stands for
 time r * RUN + s of the program's chunk, so the earlier inputs of a slot are the slots before it, of the same thread.
@@ -26,6 +26,8 @@ from dynconv.ops.gluon_pieces import (
     load_history,
     load_position,
     load_positions,
+    sigmoid,
+    through_silu,
 )
 from dynconv.ops.mma import (
     axis,
@@ -40,6 +42,7 @@ from dynconv.ops.mma import (
     own_layout,
     read_layout,
     read_slot,
+    renewed,
     to_channels,
     to_columns,
     transpose,
@@ -56,12 +59,23 @@ def _load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLO
     return before
 
 
+@gluon.jit
+def _through_silu(gradient, xs, generator, basis, starts, W: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr):
+    """The gradient of a slot's sum from that of silu of it. xs: its W inputs, oldest first."""
+    inner = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
+    for tap in gl.static_range(W):
+        filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
+        inner += filters * xs[W - 1 - tap].to(gl.float32)
+    return through_silu(gradient, inner)
+
+
 @gluon.jit(do_not_specialize=["positions", "time", "chunks", "blocks", "RUN"])
 def forward_kernel(
     x, z, up, static_w, y, positions,
     time, channels, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     x_time: gl.constexpr, z_time: gl.constexpr, y_time: gl.constexpr, SEGMENTS: gl.constexpr,
-    ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, ADD: gl.constexpr,
+    ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
+    RESIDUAL: gl.constexpr, SILU: gl.constexpr, ADD: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = mma_layout(WARPS)
@@ -148,15 +162,18 @@ def forward_kernel(
             for block in gl.static_range(BLOCKS):
                 of_ranks = z_ring[slot].index(place).slice(16 * block, 16, 1)
                 generators = generators + (load_generator(of_ranks, WARPS, LEFT),)
-            if RESIDUAL:
+            result = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
+            if RESIDUAL and not SILU:
                 result = xs[W - 1].to(gl.float32)
-            else:
-                result = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
             for tap in gl.static_range(W):
                 filters = starts[tap]
                 for block in gl.static_range(BLOCKS):
                     filters = mma_v2(generators[block], basis[block * W + tap], filters)
                 result += to_channels(filters, WARPS, OWN) * xs[W - 1 - tap].to(gl.float32)
+            if SILU:
+                result = result * sigmoid(result)
+                if RESIDUAL:
+                    result += xs[W - 1].to(gl.float32)
             if ADD:
                 result += before[slot].to(gl.float32)
             gl.store(out + slot * y_time, result.to(dtype), mask=(group + slot < limit) & d_ok)
@@ -169,7 +186,8 @@ def backward_kernel(
     dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
     time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     dy_time: gl.constexpr, x_time: gl.constexpr, z_time: gl.constexpr, dx_time: gl.constexpr, SEGMENTS: gl.constexpr,
-    ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, ADD: gl.constexpr,
+    ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
+    RESIDUAL: gl.constexpr, SILU: gl.constexpr, ADD: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = mma_layout(WARPS)
@@ -289,6 +307,11 @@ def backward_kernel(
             gradient = dy_slot.to(gl.float32)
             generator = load_generator(z_ring[slot].index(place), WARPS, LEFT)
             generator_right = load_generator(z_ring[slot].index(place), WARPS, RIGHT)
+            outer = gradient
+            if SILU:
+                gradient = _through_silu(gradient, xs, generator, basis, starts, W, WARPS, OWN)
+                dy_slot = gradient.to(dtype)
+                generator = renewed(generator, time >> 31, WARPS, LEFT)  # time is positive
             dz_slot = gl.zeros([WARPS, 16, 16], gl.float32, MMA)
             new_up_sums = ()
             new_static_sums = ()
@@ -309,7 +332,7 @@ def backward_kernel(
                     if positions is not None:
                         back = gl.where(position[slot] >= tap, back, partial[W - 1 - tap])
                 elif RESIDUAL:
-                    back += gradient
+                    back += outer
                 backs = backs + (back,)
             up_sums = new_up_sums
             static_sums = new_static_sums
@@ -342,6 +365,12 @@ def backward_kernel(
         later = ()
         if positions is not None:
             after = load_position(positions, start, row, limit, RUN + slot)
+        if SILU:
+            if positions is not None:
+                xs = forget(xs, after, W)
+            xs = xs + (read_slot(x_ring[slot % SLOTS].index(place), WARPS, READ, OWN),)
+            gradient = _through_silu(gradient, xs, generator, basis, starts, W, WARPS, OWN)
+            xs = drop_first(xs)
         for index in gl.static_range(W - 1 - slot):
             filters = to_channels(mma_v2(generator, basis[W - 1 - index], starts[W - 1 - index]), WARPS, OWN)
             back = partial[index] + filters * gradient

@@ -112,6 +112,15 @@ def load_generator(z, WARPS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def renewed(generator, zero, WARPS: gl.constexpr, layout: gl.constexpr):
+    """The same, unknown to the compiler: what is made of it is made again, where keeping it would spill registers."""
+    zeros = gl.full([WARPS, 16, 16], zero, gl.int32, layout)
+    return gl.inline_asm_elementwise(
+        "xor.b32 $0, $1, $2;", "=r,r,r,r", [generator, zeros], dtype=generator.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def load_basis(
     up,
     first,

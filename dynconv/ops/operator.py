@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dynconv.ops import headwise, lowrank, static
 from dynconv.ops.launch import copied, repeated
-from dynconv.ops.optional import ring_fits
+from dynconv.ops.optional import mma_fits, ring_fits
 
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
@@ -53,7 +53,7 @@ def _forward(
     if z is None:
         return (headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual, silu),)
     z, up = _rows_contiguous(z), _contiguous(weight)
-    return (lowrank.forward(x, z, up, static_w, positions, segments, residual),)
+    return (lowrank.forward(x, z, up, static_w, positions, segments, residual, silu),)
 
 
 def _backward(
@@ -86,14 +86,15 @@ def _backward(
         return dx, None, dweight, dstatic
     z, up = _rows_contiguous(z), _contiguous(weight)
     wanted = (x_needs, z_needs, weight_needs, static_needs)
-    return lowrank.backward(dy, x, z, up, static_w, positions, segments, residual, wanted)
+    return lowrank.backward(dy, x, z, up, static_w, positions, segments, residual, silu, wanted)
 
 
-def _fuses(x: Tensor, z: Tensor | None, weight: Tensor | None, static_w: Tensor | None) -> bool:
+def _fuses(inputs: tuple[Any, ...], segments: tuple[int, ...]) -> bool:
     """Whether the kernels for these inputs apply silu; else PyTorch does, in place."""
+    x, z, weight, static_w, _ = inputs
     if z is not None:
-        return False
-    width = static_w.shape[0] if weight is None else weight.shape[3]  # type: ignore[union-attr]
+        return mma_fits(x, weight, segments, silu=True)
+    width = static_w.shape[0] if weight is None else weight.shape[3]
     return ring_fits(x, weight, width)
 
 
@@ -104,7 +105,7 @@ def _run_forward(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     x: Any = inputs[0]
-    apart = silu and not _fuses(*inputs[:4])  # type: ignore[arg-type]
+    apart = silu and not _fuses(inputs, segments)
     (y,) = repeated(_forward, inputs, (segments, residual and not apart, silu and not apart))
     if apart:
         F.silu(y, inplace=True)
@@ -121,7 +122,7 @@ def _run_backward(
     needs: tuple[bool, ...],  # whether the first four want gradients
 ) -> tuple[Tensor | None, ...]:
     """Their gradients."""
-    if not silu or _fuses(*inputs[:4]):  # type: ignore[arg-type]
+    if not silu or _fuses(inputs, segments):
         return repeated(_backward, (dy, *inputs), (segments, residual, silu, needs))
     (inner,) = repeated(_forward, inputs, (segments, False, False))  # again, rather than kept: it is as large as x
     dinner = torch.ops.aten.silu_backward.grad_input(dy, inner, grad_input=inner)

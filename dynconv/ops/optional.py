@@ -26,3 +26,13 @@ def ring_fits(
 ) -> bool:
     """Whether the kernels with a ring take the inputs; they apply silu, too."""
     return ring is not None and runs_gluon(x) and ring.fits(x, weight, width)
+
+
+def mma_fits(
+    x: Tensor,  # [B, T, D]
+    up: Tensor,  # [R, W*D]
+    segments: tuple[int, ...],
+    silu: bool = False,
+) -> bool:
+    """Whether the low-rank kernels on tensor cores take the inputs, and are to apply silu."""
+    return lowrank_mma is not None and runs_gluon(x) and lowrank_mma.fits(x, up, segments, silu)

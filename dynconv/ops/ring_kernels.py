@@ -19,6 +19,8 @@ from dynconv.ops.gluon_pieces import (
     load_history,
     load_position,
     load_positions,
+    sigmoid,
+    through_silu,
 )
 from dynconv.ops.ring_layouts import (
     channel_layout,
@@ -44,18 +46,12 @@ def _filter(taps, static, tap: gl.constexpr, WARPS: gl.constexpr, HP: gl.constex
 
 
 @gluon.jit
-def _sigmoid(value):
-    return 1.0 / (1.0 + gl.exp(-value))
-
-
-@gluon.jit
 def _through_silu(gradient, xs, filters, W: gl.constexpr):
     """The gradient of a slot's sum from that of silu of it. xs: its W inputs, oldest first."""
     inner = filters[0] * xs[W - 1].to(gl.float32)
     for tap in gl.static_range(1, W):
         inner += filters[tap] * xs[W - 1 - tap].to(gl.float32)
-    sigmoid = _sigmoid(inner)
-    return gradient * sigmoid * (1.0 + inner * (1.0 - sigmoid))
+    return through_silu(gradient, inner)
 
 
 @gluon.jit
@@ -150,7 +146,7 @@ def forward_kernel(
                 for tap in gl.static_range(W):
                     result += _filter(taps, static, tap, WARPS, HP) * xs[W - 1 - tap].to(gl.float32)
                 if SILU:
-                    result = result * _sigmoid(result)
+                    result = result * sigmoid(result)
                     if RESIDUAL:
                         result += xs[W - 1].to(gl.float32)
                 gl.store(y_at + now * y_time, result.to(dtype), mask=(begin + now < limit) & d_ok)
