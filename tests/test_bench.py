@@ -120,7 +120,7 @@ SMALL = [
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_what_is_timed_computes_the_same(case: kernels.Case) -> None:
-    (ours,) = kernels.providers(False, [])
+    (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
     assert ours.error(case, device="cpu") < bench.SAME
     scaled = kernels.Provider("another", {case.op: lambda **given: 1.05 * ours.functions[case.op](**given)})
     assert scaled.error(case, device="cpu") > bench.SAME

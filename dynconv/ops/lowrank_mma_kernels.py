@@ -25,7 +25,6 @@ from dynconv.ops.gluon_pieces import (
     forget,
     load_history,
     load_position,
-    load_positions,
     sigmoid,
     through_silu,
 )
@@ -47,6 +46,25 @@ from dynconv.ops.mma import (
     to_columns,
     transpose,
 )
+
+
+@gluon.jit
+def _copy_positions(slot, positions, start, time, step, RUN, last, WARPS: gl.constexpr):
+    """The rows' places in their documents on the way into a slot of a ring, where they are in memory."""
+    if positions is not None and positions.dtype.is_ptr():
+        row = gl.arange(0, 16, gl.BlockedLayout([1], [32], [WARPS], [0])) * RUN
+        async_load(slot, positions + start + row + step, mask=(step < time - start - row) & (step < last))
+
+
+@gluon.jit
+def _position(slot, positions, start, row, limit, step, own: gl.constexpr):
+    """A slot's places [1, 16 rows, 1]."""
+    if positions.dtype.is_ptr():
+        rows = slot.load(gl.SliceLayout(0, gl.SliceLayout(2, own)))
+        place = gl.expand_dims(gl.expand_dims(rows, 0), 2)
+    else:
+        place = load_position(positions, start, row, limit, step)
+    return place
 
 
 @gluon.jit
@@ -89,6 +107,7 @@ def forward_kernel(
     Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
     LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
     Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, per_phase=64 // RANKS, max_phase=RANKS // 8, order=[1, 0])
+    PLACES: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * (16 * WARPS)
     segment, _ = find_segment(first, SEGMENTS)
@@ -115,10 +134,12 @@ def forward_kernel(
     z_limit = gl.where(z_column < 16 * BLOCKS, time - start - z_row, 0)
     x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, RANKS], Z_ROWS, dtype)
+    place_ring = allocate_ring(SLOTS, [STAGES, 16], PLACES, gl.int32)
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         x_ok = (slot < copy_limit) & copy_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
+        _copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, RUN, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
@@ -127,8 +148,6 @@ def forward_kernel(
         basis = basis + load_basis(up, first, channels, 1, 16 * block, R, W, WARPS, RIGHT, dtype)
     starts = load_starts(static_w, first, channels, W, WARPS, MMA)
 
-    if positions is not None:
-        places = load_positions(positions, start, row, limit, 0, SLOTS)
     out = y + row * y_time + d
     if ADD:
         reach = gl.minimum(limit, RUN)
@@ -136,9 +155,6 @@ def forward_kernel(
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
-        if positions is not None:  # a group ahead, to hide their latency
-            position = places
-            places = load_positions(positions, start, row, limit, group + SLOTS, SLOTS)
         async_copy.wait_group(STAGES - 2)
         ahead = group + (STAGES - 1) * SLOTS
         place = ahead // SLOTS % STAGES
@@ -147,6 +163,7 @@ def forward_kernel(
             async_load(x_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
             z_inside = (ahead + slot < z_limit) & (ahead < RUN)
             async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
+            _copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, RUN, WARPS)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
         z_ahead += SLOTS * z_time
@@ -156,7 +173,8 @@ def forward_kernel(
             earlier = _load_before(out, SLOTS, y_time, 0, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
-                xs = forget(xs, position[slot], W)
+                position = _position(place_ring[slot].index(place), positions, start, row, limit, group + slot, OWN)
+                xs = forget(xs, position, W)
             xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
             generators = ()
             for block in gl.static_range(BLOCKS):
@@ -201,6 +219,7 @@ def backward_kernel(
     OUT: gl.constexpr = gl.SliceLayout(0, SUM)
     LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
     Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=4, max_phase=2, order=[1, 0])
+    PLACES: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * (16 * WARPS)
     segment, begin = find_segment(first, SEGMENTS)
@@ -238,11 +257,14 @@ def backward_kernel(
     x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
+    place_ring = allocate_ring(SLOTS, [STAGES, 16], PLACES, gl.int32)
+    last = RUN + W - 1  # the next run's first steps give to this run's last dx
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         early = (slot < copy_limit) & copy_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=early)
         async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + dy_from + slot * dy_time, mask=early)
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
+        _copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, last, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
@@ -266,8 +288,6 @@ def backward_kernel(
     dz_time = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, OUT)), 1) * RUN
     dz_rank = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, OUT)), 0)
     dz_limit = time - start - dz_time
-    if positions is not None:
-        places = load_positions(positions, start, row, limit, 0, SLOTS)
     if dx is not None and ADD:
         reach = gl.minimum(limit + W - 1, RUN)
         earlier = _load_before(dx + row * dx_time + d, 0, dx_time, W - 1, reach, d_ok, SLOTS)
@@ -276,18 +296,16 @@ def backward_kernel(
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
         gl.assume(group >= 0)  # else the compiler corrects remainders for negative numbers
-        if positions is not None:  # a group ahead, to hide their latency
-            position = places
-            places = load_positions(positions, start, row, limit, group + SLOTS, SLOTS)
         async_copy.wait_group(STAGES - 2)
         ahead = group + (STAGES - 1) * SLOTS
         place = ahead // SLOTS % STAGES
         for slot in gl.static_range(SLOTS):
-            inside = (ahead + slot < copy_limit) & copy_ok & (ahead < RUN + W - 1)
+            inside = (ahead + slot < copy_limit) & copy_ok & (ahead < last)
             async_load(x_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
             async_load(dy_ring[slot].index(place), dy_ahead + dy_from + slot * dy_time, mask=inside)
-            z_inside = (ahead + slot < z_limit) & (ahead < RUN + W - 1)
+            z_inside = (ahead + slot < z_limit) & (ahead < last)
             async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
+            _copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, last, WARPS)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
         dy_ahead += SLOTS * dy_time
@@ -301,7 +319,8 @@ def backward_kernel(
                 earlier = _load_before(out, SLOTS, dx_time, W - 1 - group, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
-                xs = forget(xs, position[slot], W)
+                position = _position(place_ring[slot].index(place), positions, start, row, limit, group + slot, OWN)
+                xs = forget(xs, position, W)
             xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
             dy_slot = read_slot(dy_ring[slot].index(place), WARPS, READ, OWN)
             gradient = dy_slot.to(gl.float32)
@@ -330,7 +349,7 @@ def backward_kernel(
                 if tap > 0:
                     back += partial[W - 1 - tap]
                     if positions is not None:
-                        back = gl.where(position[slot] >= tap, back, partial[W - 1 - tap])
+                        back = gl.where(position >= tap, back, partial[W - 1 - tap])
                 elif RESIDUAL:
                     back += outer
                 backs = backs + (back,)
@@ -364,7 +383,7 @@ def backward_kernel(
         generator = load_generator(z_ring[slot % SLOTS].index(place), WARPS, LEFT)
         later = ()
         if positions is not None:
-            after = load_position(positions, start, row, limit, RUN + slot)
+            after = _position(place_ring[slot % SLOTS].index(place), positions, start, row, limit, RUN + slot, OWN)
         if SILU:
             if positions is not None:
                 xs = forget(xs, after, W)
