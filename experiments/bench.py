@@ -60,10 +60,11 @@ def transient_memory(case: Case, provider: Provider) -> float:
     for _ in range(2):  # the first may compile, and keep what that takes
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         y = forward()
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
-        excess = torch.cuda.max_memory_allocated() - before - sum(made.nbytes for made in (y, *gradients))
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]  # not what the allocator rounds it to
+        excess = peak - before - sum(made.nbytes for made in (y, *gradients))
         del y, gradients
     return excess / inputs["x"].nbytes
 

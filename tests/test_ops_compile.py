@@ -101,9 +101,9 @@ else:
 """
 
 
-def compiled(*words: str) -> list[Any]:
+def compiled(*words: str, script: str = COMPILE) -> list[Any]:
     """What the script prints, a JSON value a line."""
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, *words]
+    command = [sys.executable, "-W", "ignore", "-c", script, *words]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     if "ImportError" in done.stderr and "gluon" in done.stderr:
@@ -119,13 +119,46 @@ def test_the_gluon_kernels_fit(capability: int, packed: str) -> None:
     assert len({name for name, _ in found}) == 6  # two passes each, and the launches that pad z and add up partial sums
     # A few spilled loop invariants cost nothing measurable; the 264 bytes of an early version cost half its time. The
     # most that Triton 3.6 and 3.9 left, and a little more. Registers are capped in ring.backward, so only spills tell.
-    spilled = {"ring_kernels": 48, "lowrank_mma_kernels": 128}
     for name, resources in found:
-        silu = 32 if name.startswith("lowrank_mma") and resources["silu"] else 0
-        assert resources["stack"] <= spilled.get(name.split(".")[0], 0) + silu, (name, resources)
+        most = 48 if name.startswith("ring_kernels") else 0
+        if name == "lowrank_mma_kernels.backward_kernel":
+            most = 136 if resources["silu"] else 80
+        if name == "lowrank_mma_kernels.forward_kernel" and resources["r"] > 32:
+            most = 104
+        assert resources["stack"] <= most, (name, resources)
         assert resources["shared"] <= 101_376, (name, resources)  # what a program of sm_86 and sm_89 may have
-        if name == "lowrank_mma_kernels.forward_kernel" and resources["r"] <= 16 and not resources["silu"]:
+        if name == "lowrank_mma_kernels.forward_kernel" and resources["r"] <= 16:
             assert resources["registers"] <= 170, resources  # three programs share a multiprocessor's 64 K
+
+
+CUTS = """
+import json, torch
+from dynconv.ops import lowrank_mma
+lowrank_mma.multiprocessors = lambda _: 132
+
+def made(*shape):
+    return torch.empty(*shape, device="meta")
+
+def joins(batch, time, *inputs, channels=2048):
+    cut = lowrank_mma._cut(inputs or (made(batch, time, channels),), None, -(-channels // 128), at_once=1, longest=160)
+    assert 16 * cut.run * cut.chunks >= cut.time and cut.batch * cut.time == batch * time, cut
+    return cut.length == (time,)
+
+rows = made(128, 128, 2048 + 64)
+print(json.dumps([
+    joins(128, 128), joins(32, 512), joins(90, 33, channels=144), joins(4, 4096), joins(1, 37),
+    joins(128, 128, rows[..., :2048], rows[..., 2048:]),
+    joins(128, 128, made(128, 128, 2048), made(1, 1, 2048).expand(128, 128, 2048)),
+    joins(128, 128, made(128, 160, 2048)[:, :128]),
+    joins(128, 128, made(128, 128, 2048).transpose(0, 1)),
+    joins(2**20, 2048, channels=16),
+]))
+"""
+
+
+def test_short_sequences_that_lie_one_after_the_other_are_joined() -> None:
+    (joined,) = compiled(script=CUTS)
+    assert joined == [True, True, True, False, False, True, True, False, False, False]
 
 
 def test_lengths_share_a_kernel() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import BOUND, GPU, Case, assert_close, errors, poisoned_memory, relative_error
+from convolutions import BOUND, DEVICE, GPU, Case, assert_close, errors, poisoned_memory, relative_error
 from torch import Tensor
 
 from dynconv.ops import headwise, launch, operator, tiles
@@ -34,19 +34,21 @@ def results(case: Case, inputs: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, list(inputs.values()), dy)]
 
 
-def amid_nan(value: Tensor) -> Tensor:
-    """The same values as a view of rows that need no copy, amid NaN on all sides."""
+def amid_nan(value: Tensor, joined: bool = False) -> Tensor:
+    """The same values as a view of rows that need no copy, amid NaN on all sides; of all sequences, or of each."""
     flat = value.detach().flatten(2) if value.dim() > 2 else value.detach()
+    flat = flat.flatten(0, 1) if joined and value.dim() > 2 else flat
     buffer = flat.new_full([size + 32 for size in flat.shape], torch.nan)
     view = buffer[tuple(slice(16, size + 16) for size in flat.shape)]
     view.copy_(flat)
+    view = view.unflatten(0, value.shape[:2]) if joined and value.dim() > 2 else view
     return (view.unflatten(2, value.shape[2:]) if value.dim() > 3 else view).requires_grad_()
 
 
-def assert_close_amid_nan(case: Case) -> None:
+def assert_close_amid_nan(case: Case, joined: bool = False) -> None:
     """Inputs and dy amid NaN, and what the kernels are to fill full of it."""
     with poisoned_memory():
-        measured = errors(case, prepare=lambda inputs: {name: amid_nan(value) for name, value in inputs.items()})
+        measured = errors(case, prepare=lambda given: {name: amid_nan(value, joined) for name, value in given.items()})
     assert all(value < BOUND[case.dtype] for value in measured.values()), measured
 
 
@@ -100,7 +102,7 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
     "case",
     [
         Case(batch=90, time=33, heads=9, head_size=16, rank=16),
-        Case(batch=70, time=1, heads=9, head_size=16, rank=3, static=False),
+        Case(batch=70, time=2, heads=9, head_size=16, rank=3, static=False),
         Case(batch=30, time=3, rank=16, segments=(128, 256), residual=False),
         Case(batch=20, time=33, rank=40, heads=8, head_size=16, width=3),
         Case(batch=7, time=130, rank=15, segments=(256, 128)),
@@ -121,11 +123,35 @@ def test_short_sequences_share_programs(case: Case, dtype: torch.dtype, unknown:
     original = lowrank_mma._cut
     unknown.setattr(lowrank_mma, "_cut", spied)
     unknown.setattr(lowrank_mma, "multiprocessors", lambda _: 1)
-    assert_close(case)
-    assert_close(replace(case, activation="silu"))
+    for activation in (None, "silu"):
+        assert_close(replace(case, activation=activation))
+        assert_close_amid_nan(replace(case, activation=activation), joined=True)
+    inputs = case.inputs()
+    dy = torch.randn(case.channels, device=DEVICE, dtype=dtype).expand(case.batch, case.time, -1)
+    got, want = results(case, inputs, dy), results(case, inputs, dy.contiguous())
+    assert all(relative_error(g, w.double()) < BOUND[dtype] for g, w in zip(got, want, strict=True))
     assert cuts
     assert {(cut.batch, cut.time, cut.length) for cut in cuts} == {(1, case.batch * case.time, (case.time,))}
-    assert_close_amid_nan(case)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_sequences_that_share_programs_are_apart(activation: str | None, unknown: pytest.MonkeyPatch) -> None:
+    """NaN in the second of them, and in its gradient, is in no result of the others, to the bit."""
+    from dynconv.ops import lowrank_mma
+
+    unknown.setattr(lowrank_mma, "multiprocessors", lambda _: 1)
+    case = Case(batch=50, time=9, heads=9, head_size=16, rank=16, dtype=torch.bfloat16, activation=activation)
+    inputs = case.inputs()
+    dy = torch.randn_like(inputs["x"])
+    want = dict(zip(["y", *inputs], results(case, inputs, dy), strict=True))
+    spoiled = {name: value.detach().clone() for name, value in (inputs | {"dy": dy}).items()}
+    for name in ("x", "z", "dy"):
+        spoiled[name][1] = torch.nan
+    got = dict(zip(["y", *inputs], results(case, spoiled, spoiled.pop("dy")), strict=True))
+    for name in ("y", "x", "z"):
+        assert got[name][1].isnan().all()
+        assert torch.equal(got[name][2:], want[name][2:])
+        assert torch.equal(got[name][0], want[name][0])
 
 
 @pytest.mark.parametrize(
@@ -168,6 +194,7 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
         Case("lowrank", rank=15, segments=(256, 128), dtype=torch.bfloat16),
         Case("lowrank", rank=40, segments=(128, 128), dtype=torch.bfloat16),
         Case("lowrank", rank=16, heads=2),
+        Case("lowrank", batch=90, time=33, rank=16, heads=9, head_size=16, dtype=torch.bfloat16),  # joined
     ],
     ids=str,
 )

@@ -92,9 +92,14 @@ def test_the_bound_rejects_a_wrong_tap_and_a_shift(kind: str) -> None:
         assert all(measured[name] > 2e-2 for name in spoiled & measured.keys()), measured
 
 
-@pytest.mark.parametrize("kind", FUNCTIONS)
-def test_nothing_reads_the_future_or_another_document(kind: str) -> None:
-    case = Case(kind, batch=1, documents=(9, 1, 27))
+PACKED = [Case(kind, batch=1, documents=(9, 1, 27)) for kind in FUNCTIONS]
+if GPU:  # the kernels that a GPU alone runs
+    ways = [{"activation": activation, "dtype": torch.bfloat16} for activation in (None, "silu")]
+    PACKED += [replace(case, heads=12, head_size=16, rank=16, **way) for case in PACKED for way in ways]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_nothing_reads_the_future_or_another_document(case: Case) -> None:
     inputs = {name: value.detach() for name, value in case.inputs().items()}
     before = case.run(inputs)
     poisoned = dict(inputs, x=inputs["x"].clone())
@@ -105,9 +110,8 @@ def test_nothing_reads_the_future_or_another_document(kind: str) -> None:
     assert torch.equal(after[:, 10:20], before[:, 10:20])
 
 
-@pytest.mark.parametrize("kind", FUNCTIONS)
-def test_gradients_do_not_leak_across_documents(kind: str) -> None:
-    case = Case(kind, batch=1, documents=(9, 28))
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_gradients_do_not_leak_across_documents(case: Case) -> None:
     inputs = case.inputs()
     dy = torch.zeros(1, 37, case.channels, device=DEVICE)
     dy[:, 9:] = torch.nan

@@ -2,7 +2,8 @@
 
 Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments, N sequences: B, or
 as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype. The kernels' sums are in
-float32; in the low-rank ones, z, U and the gradients' products are rounded to x's dtype first, as in a matrix product.
+float32; in the low-rank ones, z, U, the gradient of a sum that silu is of, and the gradients' products are rounded to
+x's dtype first, as in a matrix product.
 Rows of views are read where they lie if their last dimension is contiguous; on a GPU some kernels copy 16-bit rows
 whose strides are no multiples of 16. Keywords of all three functions:
 

@@ -1,4 +1,4 @@
-"""Pieces that the Gluon kernels share: rings in shared memory, and the inputs before a run.
+"""Pieces that the Gluon kernels share: rings in shared memory, the inputs before a run, documents, and silu.
 
 A row is a run of slots, one time step each; `ring_kernels` and `lowrank_mma_kernels` say how rows lie in a program.
 """
@@ -22,7 +22,7 @@ def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr
 
 @gluon.jit
 def load_position(positions, start, row, limit, slot):
-    """Each row's place in its document, as loaded; or where `positions` is the length of all documents."""
+    """Each row's place in its document: loaded, 0 beyond the end; or, of documents all `positions` long, reckoned."""
     if positions.dtype.is_ptr():
         place = gl.load(positions + start + row + slot, mask=slot < limit, other=0)
     else:
@@ -71,7 +71,7 @@ def forget(xs, position, W: gl.constexpr):
 
 @gluon.jit
 def sigmoid(value):
-    """The logistic function, by the hardware's approximate exponential and reciprocal: to a few units in 2^22."""
+    """The logistic function, by the hardware's approximate exponential and reciprocal: to 1e-6."""
     asm: gl.constexpr = """{ .reg .f32 e;
         mul.f32 e, $1, 0fBFB8AA3B;  // -1 / ln 2
         ex2.approx.ftz.f32 e, e;

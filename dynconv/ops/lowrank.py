@@ -199,6 +199,7 @@ def forward(
     """The result, in x's dtype."""
     if mma_fits(x, up, segments):
         return mma.forward(x, z, up, static_w, positions, segments, residual, silu)
+    assert not silu, "the caller applies it"
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(x, rank, backward=False)
@@ -235,6 +236,7 @@ def backward(
     """The gradients of x, z, up and static_w, in their dtypes."""
     if mma_fits(x, up, segments):
         return mma.backward(dy, x, z, up, static_w, positions, segments, residual, silu, needs)
+    assert not silu, "the caller applies it"
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     steps, columns, padded = _tile(x, rank, backward=True)

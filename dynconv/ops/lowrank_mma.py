@@ -20,7 +20,7 @@ BLOCK = 16 * _BACKWARD_WARPS  # channels of a backward program; segments must be
 _FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # that a launch may take
 _ROWS = 16
 _DOCUMENTS = 1.25  # times as long as without, measured on an H100
-_SLOTS = 4  # of the forward ring; runs are multiples of it, and so of the backward ring's 2
+_SLOTS = 4  # of the forward ring; runs are multiples of it, and so of the backward ring's 2 or 1
 
 
 def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -> bool:
@@ -86,7 +86,10 @@ def _cut(
     at_once: int,  # programs that a multiprocessor runs
     longest: int,
 ) -> _Cut:
-    """The faster way: many sequences too short for a program take more programs, and leave more partial sums."""
+    """The faster way: sequences too short for a program are better joined, which wants them to lie one after the other.
+
+    It leaves fewer partial sums, too.
+    """
     batch, time = inputs[0].shape[:2]
     by_device = (at_once * multiprocessors(inputs[0]), _SLOTS, longest, at_once == 1)
     cost, run = cheapest_run(time, _ROWS, blocks * batch, *by_device)

@@ -11,7 +11,8 @@ Two identities make the matrix unit's layouts fit without moving data:
   `mma.channel_of(c)` and each thread's four channels lie side by side in memory;
 - the transpose of an 8 x 8 block across a warp is one instruction, so g = dy * x serves both as the left operand of
   dz = g U^T (summed over channels) and, transposed, of dU^T = g^T z (summed over time).
-x, dy and z stream through a ring in shared memory (cp.async); the static filter is what the filters' sums start from.
+x, dy, z and positions stream through a ring in shared memory (cp.async); the static filter is what the filters' sums
+start from.
 """
 
 from triton.experimental import gluon
@@ -49,11 +50,11 @@ from dynconv.ops.mma import (
 
 
 @gluon.jit
-def _copy_positions(slot, positions, start, time, step, RUN, last, WARPS: gl.constexpr):
+def _copy_positions(slot, positions, start, time, step, RUN, end, WARPS: gl.constexpr):
     """The rows' places in their documents on the way into a slot of a ring, where they are in memory."""
     if positions is not None and positions.dtype.is_ptr():
         row = gl.arange(0, 16, gl.BlockedLayout([1], [32], [WARPS], [0])) * RUN
-        async_load(slot, positions + start + row + step, mask=(step < time - start - row) & (step < last))
+        async_load(slot, positions + start + row + step, mask=(step < time - start - row) & (step < end))
 
 
 @gluon.jit
@@ -258,13 +259,13 @@ def backward_kernel(
     dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
     place_ring = allocate_ring(SLOTS, [STAGES, 16], PLACES, gl.int32)
-    last = RUN + W - 1  # the next run's first steps give to this run's last dx
+    end = RUN + W - 1  # the next run's first steps give to this run's last dx
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         early = (slot < copy_limit) & copy_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=early)
         async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + dy_from + slot * dy_time, mask=early)
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
-        _copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, last, WARPS)
+        _copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, end, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
@@ -300,12 +301,12 @@ def backward_kernel(
         ahead = group + (STAGES - 1) * SLOTS
         place = ahead // SLOTS % STAGES
         for slot in gl.static_range(SLOTS):
-            inside = (ahead + slot < copy_limit) & copy_ok & (ahead < last)
+            inside = (ahead + slot < copy_limit) & copy_ok & (ahead < end)
             async_load(x_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
             async_load(dy_ring[slot].index(place), dy_ahead + dy_from + slot * dy_time, mask=inside)
-            z_inside = (ahead + slot < z_limit) & (ahead < last)
+            z_inside = (ahead + slot < z_limit) & (ahead < end)
             async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
-            _copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, last, WARPS)
+            _copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, end, WARPS)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
         dy_ahead += SLOTS * dy_time
