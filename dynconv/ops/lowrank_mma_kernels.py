@@ -25,7 +25,6 @@ from dynconv.ops.gluon_pieces import (
     drop_first,
     forget,
     load_history,
-    load_position,
     sigmoid,
     through_silu,
 )
@@ -33,49 +32,23 @@ from dynconv.ops.mma import (
     axis,
     channel_of,
     copy_layout,
+    copy_positions,
     find_segment,
     load_basis,
+    load_before,
     load_generator,
     load_starts,
     mma_layout,
     multiply,
     own_layout,
     read_layout,
+    read_position,
     read_slot,
     renewed,
     to_channels,
     to_columns,
     transpose,
 )
-
-
-@gluon.jit
-def _copy_positions(slot, positions, start, time, step, RUN, end, WARPS: gl.constexpr):
-    """The rows' places in their documents on the way into a slot of a ring, where they are in memory."""
-    if positions is not None and positions.dtype.is_ptr():
-        row = gl.arange(0, 16, gl.BlockedLayout([1], [32], [WARPS], [0])) * RUN
-        async_load(slot, positions + start + row + step, mask=(step < time - start - row) & (step < end))
-
-
-@gluon.jit
-def _position(slot, positions, start, row, limit, step, own: gl.constexpr):
-    """A slot's places [1, 16 rows, 1]."""
-    if positions.dtype.is_ptr():
-        rows = slot.load(gl.SliceLayout(0, gl.SliceLayout(2, own)))
-        place = gl.expand_dims(gl.expand_dims(rows, 0), 2)
-    else:
-        place = load_position(positions, start, row, limit, step)
-    return place
-
-
-@gluon.jit
-def _load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLOTS: gl.constexpr):
-    """What earlier launches left of SLOTS slots from `first` on; the pointers are those of slot 0."""
-    before = ()
-    for slot in gl.static_range(first, first + SLOTS):
-        ok = (slot >= lowest) & (slot < limit) & d_ok
-        before = before + (gl.load(pointers + slot * stride, mask=ok, other=0.0),)
-    return before
 
 
 @gluon.jit
@@ -140,7 +113,7 @@ def forward_kernel(
         x_ok = (slot < copy_limit) & copy_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
-        _copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, RUN, WARPS)
+        copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, RUN, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
@@ -152,7 +125,7 @@ def forward_kernel(
     out = y + row * y_time + d
     if ADD:
         reach = gl.minimum(limit, RUN)
-        earlier = _load_before(out, 0, y_time, 0, reach, d_ok, SLOTS)
+        earlier = load_before(out, 0, y_time, 0, reach, d_ok, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
@@ -164,17 +137,17 @@ def forward_kernel(
             async_load(x_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
             z_inside = (ahead + slot < z_limit) & (ahead < RUN)
             async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
-            _copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, RUN, WARPS)
+            copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, RUN, WARPS)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
         z_ahead += SLOTS * z_time
         place = group // SLOTS % STAGES
         if ADD:  # a group ahead, too
             before = earlier
-            earlier = _load_before(out, SLOTS, y_time, 0, reach - group, d_ok, SLOTS)
+            earlier = load_before(out, SLOTS, y_time, 0, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
-                position = _position(place_ring[slot].index(place), positions, start, row, limit, group + slot, OWN)
+                position = read_position(place_ring[slot].index(place), positions, start, row, limit, group + slot, OWN)
                 xs = forget(xs, position, W)
             xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
             generators = ()
@@ -265,7 +238,7 @@ def backward_kernel(
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=early)
         async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + dy_from + slot * dy_time, mask=early)
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
-        _copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, end, WARPS)
+        copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, end, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
@@ -291,7 +264,7 @@ def backward_kernel(
     dz_limit = time - start - dz_time
     if dx is not None and ADD:
         reach = gl.minimum(limit + W - 1, RUN)
-        earlier = _load_before(dx + row * dx_time + d, 0, dx_time, W - 1, reach, d_ok, SLOTS)
+        earlier = load_before(dx + row * dx_time + d, 0, dx_time, W - 1, reach, d_ok, SLOTS)
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     dy_ahead = dy + (STAGES - 1) * SLOTS * dy_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
@@ -306,7 +279,7 @@ def backward_kernel(
             async_load(dy_ring[slot].index(place), dy_ahead + dy_from + slot * dy_time, mask=inside)
             z_inside = (ahead + slot < z_limit) & (ahead < end)
             async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
-            _copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, end, WARPS)
+            copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, end, WARPS)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
         dy_ahead += SLOTS * dy_time
@@ -317,10 +290,10 @@ def backward_kernel(
             dx += SLOTS * dx_time
             if ADD:  # a group ahead, too
                 before = earlier
-                earlier = _load_before(out, SLOTS, dx_time, W - 1 - group, reach - group, d_ok, SLOTS)
+                earlier = load_before(out, SLOTS, dx_time, W - 1 - group, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
-                position = _position(place_ring[slot].index(place), positions, start, row, limit, group + slot, OWN)
+                position = read_position(place_ring[slot].index(place), positions, start, row, limit, group + slot, OWN)
                 xs = forget(xs, position, W)
             xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
             dy_slot = read_slot(dy_ring[slot].index(place), WARPS, READ, OWN)
@@ -384,7 +357,7 @@ def backward_kernel(
         generator = load_generator(z_ring[slot % SLOTS].index(place), WARPS, LEFT)
         later = ()
         if positions is not None:
-            after = _position(place_ring[slot % SLOTS].index(place), positions, start, row, limit, RUN + slot, OWN)
+            after = read_position(place_ring[slot % SLOTS].index(place), positions, start, row, limit, RUN + slot, OWN)
         if SILU:
             if positions is not None:
                 xs = forget(xs, after, W)

@@ -1,10 +1,12 @@
-"""Pieces of the tensor-core kernels, in Gluon: layouts, changes of layout that move nothing, and what is loaded once.
+"""Pieces of the tensor-core kernels, in Gluon: layouts, changes of layout that move nothing, and loads.
 
 Tensors are [WARPS, 16 rows, 16 channels or ranks]; `lowrank_mma_kernels` says what a row is.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from dynconv.ops.gluon_pieces import async_load, load_position
 
 
 @gluon.constexpr_function
@@ -155,6 +157,35 @@ def load_starts(static_w, first, channels, W: gl.constexpr, WARPS: gl.constexpr,
         else:
             starts = starts + (gl.zeros([WARPS, 16, 16], gl.float32, layout),)
     return starts
+
+
+@gluon.jit
+def copy_positions(slot, positions, start, time, step, RUN, end, WARPS: gl.constexpr):
+    """The rows' places in their documents on the way into a slot of a ring, where they are in memory."""
+    if positions is not None and positions.dtype.is_ptr():
+        row = gl.arange(0, 16, gl.BlockedLayout([1], [32], [WARPS], [0])) * RUN
+        async_load(slot, positions + start + row + step, mask=(step < time - start - row) & (step < end))
+
+
+@gluon.jit
+def read_position(slot, positions, start, row, limit, step, own: gl.constexpr):
+    """A slot's places [1, 16 rows, 1]."""
+    if positions.dtype.is_ptr():
+        rows = slot.load(gl.SliceLayout(0, gl.SliceLayout(2, own)))
+        place = gl.expand_dims(gl.expand_dims(rows, 0), 2)
+    else:
+        place = load_position(positions, start, row, limit, step)
+    return place
+
+
+@gluon.jit
+def load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLOTS: gl.constexpr):
+    """What earlier launches left of SLOTS slots from `first` on; the pointers are those of slot 0."""
+    before = ()
+    for slot in gl.static_range(first, first + SLOTS):
+        ok = (slot >= lowest) & (slot < limit) & d_ok
+        before = before + (gl.load(pointers + slot * stride, mask=ok, other=0.0),)
+    return before
 
 
 @gluon.jit
