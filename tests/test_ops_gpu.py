@@ -61,6 +61,16 @@ def longer_runs(module: Any) -> Iterator[None]:
         yield
 
 
+def assert_close_in_all_runs(case: Case, module: Any) -> None:
+    """In short and longer ones, with silu and without."""
+    for activation in (None, "silu"):
+        way = replace(case, activation=activation)
+        assert_close(way)
+        with longer_runs(module):
+            assert_close(way)
+            assert_close_amid_nan(way)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -91,11 +101,7 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
     case = replace(case, dtype=dtype)
     inputs = case.inputs()
     assert lowrank_mma.fits(inputs["x"], inputs["U"], case.segments or (case.channels,), silu=case.rank <= 16)
-    for activation in (None, "silu"):
-        assert_close(replace(case, activation=activation))
-        with longer_runs(lowrank_mma):
-            assert_close(replace(case, activation=activation))
-            assert_close_amid_nan(replace(case, activation=activation))
+    assert_close_in_all_runs(case, lowrank_mma)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +184,7 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
     with pytest.MonkeyPatch.context() as patch:  # wherever they fit, whether or not they are the faster there
         patch.setattr(launch, "_repeats", {})
         patch.setattr(headwise, "_by_ring", lambda *_, **__: True)
-        for activation in (None, "silu"):
-            assert_close(replace(case, activation=activation))
-            with longer_runs(ring):
-                assert_close(replace(case, activation=activation))
-                assert_close_amid_nan(replace(case, activation=activation))
+        assert_close_in_all_runs(case, ring)
 
 
 @pytest.mark.parametrize(

@@ -194,10 +194,10 @@ def forward(
     positions: Tensor | None,  # [T] int32: each token's place in its document
     segments: tuple[int, ...],
     residual: bool,
-    silu: bool,  # where `mma_fits` with it
+    silu: bool,  # where `mma_fits`
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
-    if mma_fits(x, up, segments):
+    if mma_fits(x, up, segments, silu):
         return mma.forward(x, z, up, static_w, positions, segments, residual, silu)
     assert not silu, "the caller applies it"
     batch, time, channels = x.shape
@@ -234,7 +234,7 @@ def backward(
     needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w want gradients
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
-    if mma_fits(x, up, segments):
+    if mma_fits(x, up, segments, silu):
         return mma.backward(dy, x, z, up, static_w, positions, segments, residual, silu, needs)
     assert not silu, "the caller applies it"
     batch, time, channels = x.shape

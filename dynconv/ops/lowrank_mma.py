@@ -19,7 +19,7 @@ _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
 BLOCK = 16 * _BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
 _FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # that a launch may take
 _ROWS = 16
-_DOCUMENTS = 1.25  # times as long as without, measured on an H100
+_DOCUMENTS = 1.25  # times as long as without, measured on an H200
 _SLOTS = 4  # of the forward ring; runs are multiples of it, and so of the backward ring's 2 or 1
 
 

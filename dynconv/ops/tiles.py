@@ -164,10 +164,11 @@ def cheapest_run(
     longest: int,
     alone: bool = False,  # whether a program has a multiprocessor to itself
 ) -> tuple[float, int]:
-    """The time it takes, in slots, and the slots of a row, a multiple of `step` from 8 on.
+    """The least time that programs of so many rows take, in slots, and the slots of a row that take it.
 
-    Long runs set up less often, which costs about 16 slots' worth of time; short ones fill the device. The last
-    programs take some .8 of the others' time where they share a multiprocessor with fewer (measured on an H100).
+    These are a multiple of `step`, from 8 on. Long runs set up less often, which costs about 16 slots' worth of time;
+    short ones fill the device. The last programs take some .8 of the others' time where they share a multiprocessor
+    with fewer (measured on an H100).
     """
 
     def cost(run: int) -> float:
