@@ -60,10 +60,10 @@ def transient_memory(case: Case, provider: Provider) -> float:
     for _ in range(2):  # the first may compile, and keep what that takes
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]  # not what the allocator rounds it to
         y = forward()
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
-        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]  # not what the allocator rounds it to
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
         excess = peak - before - sum(made.nbytes for made in (y, *gradients))
         del y, gradients
     return excess / inputs["x"].nbytes
@@ -223,11 +223,11 @@ def _save(rows: pd.DataFrame, path: Path | None) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    _check_target("-o", args.output, (".parquet", ".csv"))
+    _check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
     if not torch.cuda.is_available():
         raise WorkFailed("bench kernels times a GPU, and none is visible here; run it where nvidia-smi shows one")
     found = providers(args.compiled, args.against)
-    _check_target("-o", args.output, (".parquet", ".csv"))
-    _check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
     measured = table(cases(args.quick), found, lambda rows: _save(rows, args.output))
     rows = measured[COLUMNS]
     if args.format == "text":

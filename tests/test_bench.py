@@ -118,9 +118,14 @@ SMALL = [
 ]
 
 
+def own_provider() -> kernels.Provider:
+    (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
+    return ours
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_what_is_timed_computes_the_same(case: kernels.Case) -> None:
-    (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
+    ours = own_provider()
     assert ours.error(case, device="cpu") < bench.SAME
     scaled = kernels.Provider("another", {case.op: lambda **given: 1.05 * ours.functions[case.op](**given)})
     assert scaled.error(case, device="cpu") > bench.SAME
@@ -155,7 +160,7 @@ def test_published_static_convolutions_get_the_filter_their_way() -> None:
 )
 def test_what_is_kept_and_allocated_on_the_way_is_bounded(case: kernels.Case) -> None:
     """The bar: nothing but outputs, and transient partials of at most 65% of x."""
-    (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
+    ours = own_provider()
     assert bench.transient_memory(case, ours) <= 0.65
 
 
@@ -173,7 +178,7 @@ def test_what_is_kept_and_allocated_on_the_way_is_bounded(case: kernels.Case) ->
     ids=str,
 )
 def test_silu_allocates_no_more_than_the_sum_that_it_is_of(case: kernels.Case, bound: float) -> None:
-    (ours,) = (provider for provider in kernels.providers(False, []) if provider.name == "dynconv")
+    ours = own_provider()
     silu = {case.op: functools.partial(ours.functions[case.op], activation="silu")}
     assert bench.transient_memory(case, kernels.Provider("silu", silu)) <= bound
 

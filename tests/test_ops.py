@@ -137,6 +137,7 @@ def test_packed_documents_are_separate_sequences() -> None:
             "static_w must be a tensor; got a bool",
         ),
         (lambda: static_convolution(X, torch.ones(4, 6), X), "residual must be True or False; got a tensor"),
+        (lambda: static_convolution(X, torch.ones(4, 6), "no"), "residual must be True or False; got 'no'"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation="relu"), "got 'relu'; apply another one to"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation=X), "got a Tensor; apply another one to"),
         (

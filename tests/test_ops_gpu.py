@@ -27,6 +27,23 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.fixture
+def cuts(unknown: pytest.MonkeyPatch) -> list[Any]:
+    """How the low-rank kernels' work was cut in the test, on a device of one multiprocessor."""
+    from dynconv.ops import lowrank_mma
+
+    found: list[Any] = []
+
+    def spied(*arguments: Any, **named: Any) -> Any:
+        found.append(original(*arguments, **named))
+        return found[-1]
+
+    original = lowrank_mma._cut
+    unknown.setattr(lowrank_mma, "_cut", spied)
+    unknown.setattr(lowrank_mma, "multiprocessors", lambda _: 1)
+    return found
+
+
 def results(case: Case, inputs: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
     """The output, and the gradient of every input."""
     inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
@@ -116,19 +133,8 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_short_sequences_share_programs(case: Case, dtype: torch.dtype, unknown: pytest.MonkeyPatch) -> None:
-    from dynconv.ops import lowrank_mma
-
+def test_short_sequences_share_programs(case: Case, dtype: torch.dtype, cuts: list[Any]) -> None:
     case = replace(case, dtype=dtype)
-    cuts = []
-
-    def spied(*arguments: Any, **named: Any) -> Any:
-        cuts.append(original(*arguments, **named))
-        return cuts[-1]
-
-    original = lowrank_mma._cut
-    unknown.setattr(lowrank_mma, "_cut", spied)
-    unknown.setattr(lowrank_mma, "multiprocessors", lambda _: 1)
     for activation in (None, "silu"):
         assert_close(replace(case, activation=activation))
         assert_close_amid_nan(replace(case, activation=activation), joined=True)
@@ -136,16 +142,12 @@ def test_short_sequences_share_programs(case: Case, dtype: torch.dtype, unknown:
     dy = torch.randn(case.channels, device=DEVICE, dtype=dtype).expand(case.batch, case.time, -1)
     got, want = results(case, inputs, dy), results(case, inputs, dy.contiguous())
     assert all(relative_error(g, w.double()) < BOUND[dtype] for g, w in zip(got, want, strict=True))
-    assert cuts
     assert {(cut.batch, cut.time, cut.length) for cut in cuts} == {(1, case.batch * case.time, (case.time,))}
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_sequences_that_share_programs_are_apart(activation: str | None, unknown: pytest.MonkeyPatch) -> None:
+def test_sequences_that_share_programs_are_apart(activation: str | None, cuts: list[Any]) -> None:
     """NaN in the second of them, and in its gradient, is in no result of the others, to the bit."""
-    from dynconv.ops import lowrank_mma
-
-    unknown.setattr(lowrank_mma, "multiprocessors", lambda _: 1)
     case = Case(batch=50, time=9, heads=9, head_size=16, rank=16, dtype=torch.bfloat16, activation=activation)
     inputs = case.inputs()
     dy = torch.randn_like(inputs["x"])
@@ -158,6 +160,7 @@ def test_sequences_that_share_programs_are_apart(activation: str | None, unknown
         assert got[name][1].isnan().all()
         assert torch.equal(got[name][2:], want[name][2:])
         assert torch.equal(got[name][0], want[name][0])
+    assert {cut.length for cut in cuts} == {(case.time,)}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments, N sequences: B, or
 as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype. The kernels' sums are in
-float32; in the low-rank ones, z, U, the gradient of a sum that silu is of, and the gradients' products are rounded to
+float32; in the low-rank ones, z, U, the gradient of what silu is applied to, and the gradients' products are rounded to
 x's dtype first, as in a matrix product.
 Rows of views are read where they lie if their last dimension is contiguous; on a GPU some kernels copy 16-bit rows
 whose strides are no multiples of 16. Keywords of all three functions:
@@ -188,6 +188,8 @@ def _run(
     for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
         if isinstance(flag, Tensor):  # one argument too many, or too few
             raise ValueError(f"{name} must be True or False; got a tensor; pass tensors by their names")
+        if isinstance(flag, str):
+            raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
     if activation not in (None, "silu"):
         got = repr(activation) if isinstance(activation, str) else _kind(activation)
         raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')

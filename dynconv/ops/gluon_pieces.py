@@ -22,7 +22,7 @@ def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr
 
 @gluon.jit
 def load_position(positions, start, row, limit, slot):
-    """Each row's place in its document: loaded, 0 beyond the end; or, of documents all `positions` long, reckoned."""
+    """Each row's place in its document: loaded, 0 beyond the end; or, of documents `positions` long, computed."""
     if positions.dtype.is_ptr():
         place = gl.load(positions + start + row + slot, mask=slot < limit, other=0)
     else:
@@ -71,7 +71,7 @@ def forget(xs, position, W: gl.constexpr):
 
 @gluon.jit
 def sigmoid(value):
-    """The logistic function, by the hardware's approximate exponential and reciprocal: to 1e-6."""
+    """The logistic function, by the hardware's approximate exponential and reciprocal."""
     asm: gl.constexpr = """{ .reg .f32 e;
         mul.f32 e, $1, 0fBFB8AA3B;  // -1 / ln 2
         ex2.approx.ftz.f32 e, e;

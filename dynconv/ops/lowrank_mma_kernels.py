@@ -2,7 +2,7 @@
 
 Legend: B batch, T time, D channels, W taps, R rank (in z to a multiple of 16), G segments. Of ALL_RANKS a launch takes
 R, from first_rank on: at most 64 forward and 16 backward. Those of later ranks ADD to what the launches before left in
-y or dx, rounded to its dtype. `positions` are each token's place in its document, or the length of all documents.
+y or dx, rounded to its dtype. `positions` are each token's place in its document, or every document's length.
 
 Everything a thread needs stays in its registers. A warp owns 16 channels and 16 rows; row r, slot s stands for
 time r * RUN + s of the program's chunk, so the earlier inputs of a slot are the slots before it, of the same thread.
@@ -52,7 +52,7 @@ from dynconv.ops.mma import (
 
 
 @gluon.jit
-def _through_silu(gradient, xs, generator, basis, starts, W: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr):
+def _gradient_of_sum(gradient, xs, generator, basis, starts, W: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr):
     """The gradient of a slot's sum from that of silu of it. xs: its W inputs, oldest first."""
     inner = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
     for tap in gl.static_range(W):
@@ -302,7 +302,7 @@ def backward_kernel(
             generator_right = load_generator(z_ring[slot].index(place), WARPS, RIGHT)
             outer = gradient
             if SILU:
-                gradient = _through_silu(gradient, xs, generator, basis, starts, W, WARPS, OWN)
+                gradient = _gradient_of_sum(gradient, xs, generator, basis, starts, W, WARPS, OWN)
                 dy_slot = gradient.to(dtype)
                 generator = renewed(generator, time >> 31, WARPS, LEFT)  # time is positive
             dz_slot = gl.zeros([WARPS, 16, 16], gl.float32, MMA)
@@ -362,7 +362,7 @@ def backward_kernel(
             if positions is not None:
                 xs = forget(xs, after, W)
             xs = xs + (read_slot(x_ring[slot % SLOTS].index(place), WARPS, READ, OWN),)
-            gradient = _through_silu(gradient, xs, generator, basis, starts, W, WARPS, OWN)
+            gradient = _gradient_of_sum(gradient, xs, generator, basis, starts, W, WARPS, OWN)
             xs = drop_first(xs)
         for index in gl.static_range(W - 1 - slot):
             filters = to_channels(mma_v2(generator, basis[W - 1 - index], starts[W - 1 - index]), WARPS, OWN)

@@ -34,5 +34,5 @@ def mma_fits(
     segments: tuple[int, ...],
     silu: bool = False,
 ) -> bool:
-    """Whether the low-rank kernels on tensor cores take the inputs, and are to apply silu."""
+    """Whether the low-rank kernels on tensor cores take the inputs, and with `silu` apply it, too."""
     return lowrank_mma is not None and runs_gluon(x) and lowrank_mma.fits(x, up, segments, silu)

@@ -46,7 +46,7 @@ def _filter(taps, static, tap: gl.constexpr, WARPS: gl.constexpr, HP: gl.constex
 
 
 @gluon.jit
-def _through_silu(gradient, xs, filters, W: gl.constexpr):
+def _gradient_of_sum(gradient, xs, filters, W: gl.constexpr):
     """The gradient of a slot's sum from that of silu of it. xs: its W inputs, oldest first."""
     inner = filters[0] * xs[W - 1].to(gl.float32)
     for tap in gl.static_range(1, W):
@@ -245,7 +245,7 @@ def backward_kernel(
                 filters = _filters(taps, static, W, WARPS, HP)
                 outer = gradient
                 if SILU:
-                    gradient = _through_silu(gradient, xs, filters, W)
+                    gradient = _gradient_of_sum(gradient, xs, filters, W)
                 backs = ()
                 coefficients = ()
                 new_sums = ()
@@ -298,7 +298,7 @@ def backward_kernel(
             if positions is not None:
                 xs = forget(xs, after, W)
             xs = xs + (x_ring[slot % SLOTS].index(slot // SLOTS).load(OWN),)
-            gradient = _through_silu(gradient, xs, filters, W)
+            gradient = _gradient_of_sum(gradient, xs, filters, W)
             xs = drop_first(xs)
         later = ()
         for index in gl.static_range(W - 1 - slot):
