@@ -16,11 +16,11 @@ import pytest
 import torch
 from convolutions import kernels
 
-from experiments.config import ConvConfig, Execution, ModelConfig, RunConfig, TrainConfig
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
-from experiments.data.spec import DataConfig
-from experiments.run import write_config
+from experiments.design.config import ConvConfig, Execution, ModelConfig, RunConfig, TrainConfig
+from experiments.design.data import DataConfig
+from experiments.training.run import write_config
 
 importlib.import_module("dynconv.ops.functions")  # before the variable is set: CPU tensors stay with the reference
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.pairs import Pairs
-from analysis.runlog import RunLog, next_attempt, write_json
-from analysis.solver import Floats
+from analysis.advantage.pairs import Pairs
+from analysis.laws.solver import Floats
+from analysis.logs.files import write_json
+from analysis.logs.writer import RunLog, next_attempt
 
 E, A, ALPHA, B, BETA = 1.69, 406.4, 0.34, 410.7, 0.28  # of L = E + A N^-ALPHA + B D^-BETA, for isoFLOP budgets
 ABOUT = {"device": "cpu", "gpus": 0, "dtype": "float32", "torch": "2.13.0", "job_id": None}

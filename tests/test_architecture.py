@@ -28,10 +28,16 @@ def modules_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import experiments.cli; experiments.cli.parser()", {"torch", "pandas", "scipy", "matplotlib", "tokenizers"}),
-        ("import experiments.sweep, experiments.plan", {"torch", "pandas", "numpy"}),
-        ("import analysis.runlog", {"torch", "pandas", "pyarrow"}),
-        ("import analysis.powerlaw, analysis.multiplier, analysis.tables", {"torch", "matplotlib"}),
+        (
+            "from experiments.cli.main import parser; parser()",
+            {"torch", "pandas", "scipy", "matplotlib", "tokenizers"},
+        ),
+        ("import experiments.design.sweep, experiments.design.plan", {"torch", "pandas", "numpy"}),
+        ("import analysis.logs.writer, analysis.logs.reader", {"torch", "pandas", "pyarrow"}),
+        (
+            "import analysis.laws.powerlaw, analysis.advantage.multiplier, analysis.pages.tables",
+            {"torch", "matplotlib"},
+        ),
     ],
 )
 def test_starting_loads_no_more_than_it_needs(statement: str, absent: set[str]) -> None:

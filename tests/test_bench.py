@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from analysis.errors import WorkFailed
-from experiments import bench, kernels
+from experiments.bench import cases as kernels
+from experiments.bench import kernels as bench
+from experiments.cli import bench as bench_verb
 
 COPY = 4.25e6  # bytes a microsecond: the H200 of the table below
 
@@ -69,7 +71,7 @@ def test_rows_survive_a_file(tmp_path: Path, name: str) -> None:
 
 def _arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    bench.register(parser.add_subparsers(dest="verb"))
+    bench_verb.register(parser.add_subparsers(dest="verb"))
     return parser.parse_args(["bench", "kernels", *words])
 
 

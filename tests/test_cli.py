@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from texts import CHEAP_SWEEP
 
-from experiments import states
-from experiments.cli import main, parser
-from experiments.states import RunState
-from experiments.sweep import load_sweep
+from experiments.cli.main import main, parser
+from experiments.design.sweep import load_sweep
+from experiments.launching import states
+from experiments.launching.states import RunState
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "experiments" / "sweeps" / "demo.toml"
@@ -78,7 +78,7 @@ def test_plan_writes_nothing(tmp_path: Path) -> None:
     """Neither a store nor data: from an empty folder with an empty home."""
     home = tmp_path / "home"
     home.mkdir()
-    command = [sys.executable, "-m", "experiments.cli", "plan", str(DEMO), "--profile", str(LOCAL)]
+    command = [sys.executable, "-m", "experiments.cli.main", "plan", str(DEMO), "--profile", str(LOCAL)]
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("DYNCONV_CACHE", None)
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
@@ -125,7 +125,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m experiments.cli plan {DEMO} --profile {LOCAL} | head -n 1"
+    command = f"{sys.executable} -m experiments.cli.main plan {DEMO} --profile {LOCAL} | head -n 1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("run ")
@@ -171,7 +171,7 @@ def test_watch_looks_again_until_nothing_is_under_way(
 ) -> None:
     store = Path(cheap[-1])
     seen = iter(["running", "queued", "failed"])
-    monkeypatch.setattr("experiments.cli.WATCH_SECONDS", 0.0)
+    monkeypatch.setattr("experiments.cli.runs.WATCH_SECONDS", 0.0)
     monkeypatch.setattr(states, "read", lambda *_: [RunState("a-run", next(seen))])
     assert main(["status", *cheap, "--watch"]) == 0
     assert re.findall("1 runs: 1 (.*)", capsys.readouterr().out) == ["running", "queued", "failed"]
@@ -201,7 +201,7 @@ def test_ctrl_c_is_exit_code_130(cheap: list[str], tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with (tmp_path / "store" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-m", "experiments.cli", "submit", *cheap]
+        command = [sys.executable, "-m", "experiments.cli.main", "submit", *cheap]
         with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen(command, stderr=stderr, cwd=ROOT) as submit:
             end = time.monotonic() + 60
             while not (told := (tmp_path / "stderr").read_text()) and time.monotonic() < end:
@@ -213,7 +213,7 @@ def test_ctrl_c_is_exit_code_130(cheap: list[str], tmp_path: Path) -> None:
 
 
 def test_a_failing_file_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"{sys.executable} -m experiments.cli plan {DEMO} > /dev/full"
+    command = f"{sys.executable} -m experiments.cli.main plan {DEMO} > /dev/full"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "dynconv plan: No space left on device\n")
     run_dir = tmp_path / load_sweep(DEMO)[0].run_id

@@ -31,7 +31,7 @@ from experiments.data.build import build
 from experiments.data.corpus import find_files
 from experiments.data.dataset import Dataset
 from experiments.data.inspect import inspect, to_dict
-from experiments.data.spec import SPLITS, DataConfig, default_cache
+from experiments.design.data import SPLITS, DataConfig, default_cache
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def start_builder(spec: DataConfig, cache: Path, **environment: str) -> subproce
     code = (
         "import sys, json; from pathlib import Path\n"
         "from experiments.data.build import build\n"
-        "from experiments.data.spec import DataConfig\n"
+        "from experiments.design.data import DataConfig\n"
         "print(build(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, json.dumps(vars(spec)), str(cache)]
@@ -309,7 +309,7 @@ def test_embedded_corpus_is_what_every_installation_has(tmp_path: Path, monkeypa
 
 def test_the_room_starts_without_torch_and_a_planner_without_numpy() -> None:
     code = (
-        "import sys, experiments.data.spec; assert 'numpy' not in sys.modules\n"
+        "import sys, experiments.design.data; assert 'numpy' not in sys.modules\n"
         "import experiments.data.build, experiments.data.batches, experiments.data.inspect\n"
         "assert 'torch' not in sys.modules"
     )

@@ -14,13 +14,13 @@ import pytest
 from pyarrow import parquet
 from texts import make_texts, specify, visible, write_txt
 
-from experiments.cli import main
+from experiments.cli.main import main
 from experiments.data import build as build_module
 from experiments.data import shards, tokenizer
 from experiments.data.build import build
 from experiments.data.dataset import MANIFEST, Dataset
 from experiments.data.inspect import inspect
-from experiments.data.spec import DataConfig
+from experiments.design.data import DataConfig
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.runlog import read_json
-from experiments.cli import main
+from analysis.logs.files import read_json
+from experiments.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 SWEEP = """

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from planted import write_budgets, write_config, write_run, write_sweep
 
-from analysis import figures
-from analysis.ablations import ablations
-from analysis.drawing import Answers, answers, draw
-from analysis.store import Store, load
-from analysis.style import BLACK, Mark, marks, save, settled
-from experiments.cli import main
+from analysis.logs.store import Store, load
+from analysis.pages import figures
+from analysis.pages.ablations import ablations
+from analysis.pages.drawing import Answers, answers, draw
+from analysis.pages.style import BLACK, Mark, marks, save, settled
+from experiments.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 Drawn = tuple[Store, Answers, dict[str, Figure]]
@@ -289,7 +289,7 @@ def test_equal_figures_are_equal_files(drawn: Drawn, tmp_path: Path, kind: str) 
 
 
 def test_another_process_draws_the_same_bytes(drawn: Drawn, tmp_path: Path) -> None:
-    script = "import sys; from experiments.cli import main; plot = ['plot', *sys.argv[1:], '--type']; "
+    script = "import sys; from experiments.cli.main import main; plot = ['plot', *sys.argv[1:], '--type']; "
     script += "sys.exit(main([*plot, 'svg']) or main([*plot, 'png']))"
     for seed in ("1", "2"):
         command = [sys.executable, "-c", script, str(drawn[0].path), "-o", str(tmp_path / seed)]

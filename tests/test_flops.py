@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import flops
-from experiments.config import SITES, ConvConfig, ModelConfig
-from experiments.ladder import LADDERS
-from experiments.models.transformer import Transformer
+from experiments.design import flops
+from experiments.design.config import SITES, ConvConfig, ModelConfig
+from experiments.design.ladder import LADDERS
+from experiments.models.decoder import Transformer
 
 PAPER_VOCABULARY = 100_352
 SMALL = ModelConfig(layers=2, width=32, ffn=48, heads=4, kv_heads=2, vocabulary=300)

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from planted import ALPHA, BETA, A, B, E, best_size, write_budgets
 
-from analysis.isoflop import isoflop
-from analysis.store import load
-from experiments.cli import main
+from analysis.laws.isoflop import isoflop
+from analysis.logs.store import load
+from experiments.cli.main import main
 
 
 def test_planted_optima_and_exponents_come_back(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from analysis.runlog import read_json, read_rows
-from experiments import launch, local, slurm, snapshot, states
-from experiments.config import RunConfig
+from analysis.logs.files import read_json
+from analysis.logs.reader import read_rows
 from experiments.data.dataset import Dataset
-from experiments.profile import Job, Profile, Slurm
+from experiments.design.config import RunConfig
+from experiments.launching import local, slurm, snapshot, states
+from experiments.launching import submit as launch
+from experiments.launching.profile import Job, Profile, Slurm
 
 HERE = Profile("local", max_parallel=2, default=Job(device="cpu"))
 Submit = Callable[..., launch.Outcome]
@@ -90,7 +92,7 @@ def test_jobs_run_the_code_that_was_submitted_on_the_gpu_of_their_slot(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4")
     code = snapshot.take(tmp_path)
     assert snapshot.take(tmp_path) == code
-    with (code / "experiments" / "run.py").open("a") as file:
+    with (code / "experiments" / "training" / "run.py").open("a") as file:
         file.write('\nprint("from the snapshot, with GPUs", os.environ["CUDA_VISIBLE_DEVICES"])\n')
     outcome = submit([tiny_run], tmp_path, Profile("local"))
     assert outcome.unsuccessful == []
@@ -123,7 +125,7 @@ def in_another_process(dataset: Dataset, tmp_path: Path) -> Callable[[list[RunCo
         arguments = tmp_path / "arguments.pkl"
         arguments.write_bytes(pickle.dumps((runs, HERE, store, dataset.path.parent)))
         code = (
-            "import pickle, sys; from experiments import launch; "
+            "import pickle, sys; from experiments.launching import submit as launch; "
             "runs, profile, store, cache = pickle.load(open(sys.argv[1], 'rb')); "
             "sys.exit(len(launch.submit(runs, profile, store, cache=cache).unsuccessful))"
         )

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import pairs_of
 
-from analysis.joint import joint_interval, wild_cluster_interval
-from analysis.multiplier import Multiplier, compare
-from analysis.paired import changing_multipliers, constancy_p, local_multipliers, reported, trend
-from analysis.solver import Floats
-from experiments.cli import main
+from analysis.advantage.joint import joint_interval, wild_cluster_interval
+from analysis.advantage.multiplier import Multiplier, compare
+from analysis.advantage.paired import changing_multipliers, constancy_p, local_multipliers, reported, trend
+from analysis.laws.solver import Floats
+from experiments.cli.main import main
 
 TOP = 1e21
 EXPONENT = 0.15

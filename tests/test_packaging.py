@@ -37,7 +37,7 @@ def test_shipped_data(wheel: zipfile.ZipFile) -> None:
     assert {"experiments/sweeps/demo.toml", "dynconv/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry,) = [name for name in names if name.endswith("entry_points.txt")]
-    assert "dynconv = experiments.cli:main" in wheel.read(entry).decode()
+    assert "dynconv = experiments.cli.main:main" in wheel.read(entry).decode()
 
 
 def test_every_direct_requirement_is_pinned() -> None:

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from planted import pairs_of, write_sweep
 
-from analysis.multiplier import compare
-from analysis.paired import reported
-from analysis.planning import Ladder, Simulated, World, cheapest, ladder_of, prospects
-from analysis.store import load
-from experiments.cli import main
+from analysis.advantage.multiplier import compare
+from analysis.advantage.paired import reported
+from analysis.advantage.planning import Ladder, Simulated, World, cheapest, ladder_of, prospects
+from analysis.logs.store import load
+from experiments.cli.main import main
 
 LADDER = Ladder(("a", "b", "c", "d", "e"), np.geomspace(1e19, 1e21, 5), np.array([1.0, 2.0, 4.0, 8.0, 16.0]))
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from scipy.optimize import least_squares
 from scipy.special import fdtri
 
-from analysis.intervals import band, bootstrap, profile
-from analysis.powerlaw import Fit, Model, Points, fit
-from analysis.solver import Floats, Loss
-from experiments.cli import main
+from analysis.laws.intervals import band, bootstrap, profile
+from analysis.laws.powerlaw import Fit, Model, Points, fit
+from analysis.laws.solver import Floats, Loss
+from experiments.cli.main import main
 
 # The constants of Chinchilla's published fit (arXiv 2203.15556, eq. 10), and of its correction (arXiv 2404.10102).
 PUBLISHED = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28}
@@ -275,7 +275,7 @@ def test_seeds_that_agree_exactly_are_no_error_of_the_data() -> None:
 
 def test_failed_resamples_are_counted_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     law = fit(grid(PUBLISHED, noise=0.01, n=8, d=6), "nd", delta=None)
-    monkeypatch.setattr("analysis.solver.SCHEDULE", ((None, 1), (1.0, 1)))
+    monkeypatch.setattr("analysis.laws.solver.SCHEDULE", ((None, 1), (1.0, 1)))
     found = bootstrap(law, 200)
     assert found.draws is not None
     assert len(found.draws) == found.certificate["resamples"] == 200

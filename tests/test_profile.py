@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import slurm
-from experiments.profile import load_profile
+from experiments.launching import slurm
+from experiments.launching.profile import load_profile
 
 PROFILES = Path(__file__).parent.parent / "slurm" / "profiles"
 

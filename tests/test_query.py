@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from planted import write_config, write_run, write_sweep
 
-from analysis.query import chosen, grouped, sql
-from analysis.store import Store, load
-from analysis.tables import value_table
-from experiments.cli import main
+from analysis.logs.store import Store, load
+from analysis.pages.query import chosen, grouped, sql
+from analysis.pages.tables import value_table
+from experiments.cli.main import main
 
 
 @pytest.fixture(scope="module")

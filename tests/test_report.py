@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from planted import write_budgets, write_config, write_sweep
 
-from experiments.cli import main
+from experiments.cli.main import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (

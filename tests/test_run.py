@@ -19,10 +19,10 @@ import torch
 from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor, LocalJob
 
-from analysis.runlog import read_rows
-from experiments import checkpoint
-from experiments.config import RunConfig
-from experiments.run import Run, RunFailed
+from analysis.logs.reader import read_rows
+from experiments.design.config import RunConfig
+from experiments.training import checkpoints as checkpoint
+from experiments.training.run import Run, RunFailed
 
 Submitted = Callable[..., Path]
 
@@ -163,8 +163,8 @@ def test_a_failure_on_a_full_disk_names_the_failure(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("analysis.runlog._write_parquet", full)
-    monkeypatch.setattr("experiments.run.record_failure", full)
+    monkeypatch.setattr("analysis.logs.writer.write_parquet", full)
+    monkeypatch.setattr("experiments.training.run.record_failure", full)
     with pytest.raises(RunFailed, match="No space left on device"):
         Run(run_dir)()
     assert not (run_dir / "run.json").exists()

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from planted import ABOUT, write_config, write_run
 
-from analysis.runlog import RunLog, next_attempt, progress, read_json, read_rows, record_failure, status
+from analysis.logs.files import read_json
+from analysis.logs.reader import progress, read_rows, status
+from analysis.logs.writer import RunLog, next_attempt, record_failure
 
 LAST_STEP = 40
 

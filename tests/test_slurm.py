@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 from texts import CHEAP_SWEEP
 
-from analysis.runlog import read_json, read_rows
-from experiments import launch, slurm, states
-from experiments.cli import main
-from experiments.config import RunConfig
+from analysis.logs.files import read_json
+from analysis.logs.reader import read_rows
+from experiments.cli.main import main
 from experiments.data.dataset import Dataset
-from experiments.profile import Job, Profile, Slurm
-from experiments.run import Run
+from experiments.design.config import RunConfig
+from experiments.launching import slurm, states
+from experiments.launching import submit as launch
+from experiments.launching.profile import Job, Profile, Slurm
+from experiments.training.run import Run
 
 pytestmark = [
     pytest.mark.slurm,

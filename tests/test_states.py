@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import launch, slurm, snapshot, states
-from experiments.config import RunConfig
 from experiments.data.dataset import Dataset
-from experiments.profile import Profile
+from experiments.design.config import RunConfig
+from experiments.launching import slurm, snapshot, states
+from experiments.launching import submit as launch
+from experiments.launching.profile import Profile
 
 
 def test_status_of_a_hundred_runs_loads_nothing_slow(
@@ -26,7 +27,7 @@ def test_status_of_a_hundred_runs_loads_nothing_slow(
         shutil.copytree(run_dir, tmp_path / f"copy-{copy}")
     (tmp_path / "foreign").mkdir()
     code = (
-        "import sys; from pathlib import Path; from experiments import states; "
+        "import sys; from pathlib import Path; from experiments.launching import states; "
         "store = Path(sys.argv[1]); rows = states.read(store, states.find(store)); "
         "assert not {'torch', 'pandas', 'numpy'} & set(sys.modules); print(len(rows), rows[0].progress)"
     )

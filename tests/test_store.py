@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from planted import ABOUT, write_config, write_run
 
-from analysis.runlog import ARM_FACTS, RUN_COLUMNS, RunLog
-from analysis.store import freeze, load
+from analysis.logs.schema import ARM_FACTS, RUN_COLUMNS
+from analysis.logs.store import freeze, load
+from analysis.logs.writer import RunLog
 
 
 def mixed_store(store: Path) -> Path:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import flops, strict
-from experiments.config import RunConfig
-from experiments.sweep import Sweep, epochs, expand, load_sweep
+from experiments.design import flops, strict
+from experiments.design.config import RunConfig
+from experiments.design.sweep import Sweep, epochs, expand, load_sweep
 
 SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "sweeps").glob("*.toml"))
 TEXT = """

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from experiments import checkpoint
-from experiments.config import SITES, ConvConfig, Execution, Kind, RunConfig
 from experiments.data.dataset import Dataset
-from experiments.train import NonFiniteLoss, Step, Trainer, World, learning_rate, parameter_groups
+from experiments.design.config import SITES, ConvConfig, Execution, Kind, RunConfig
+from experiments.training import checkpoints as checkpoint
+from experiments.training.trainer import NonFiniteLoss, Step, Trainer, World, learning_rate, parameter_groups
 
 ALONE = World(0, 1, torch.device("cpu"))
 CPU = Execution(device="cpu")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv
-from experiments.config import SITES, ConvConfig, ModelConfig
-from experiments.models import transformer
-from experiments.models.transformer import Transformer
+from experiments.design.config import SITES, ConvConfig, ModelConfig
+from experiments.models import decoder as transformer
+from experiments.models.decoder import Transformer
 
 SMALL = ModelConfig(layers=2, width=16, ffn=24, heads=4, kv_heads=2, vocabulary=50)
 CONVS = {

@@ -23,7 +23,7 @@ from experiments.data.bar import bar
 from experiments.data.corpus import CorpusFile, find_files, fingerprint, read_documents
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, seal
 from experiments.data.documents import Documents
-from experiments.data.spec import SPLITS, DataConfig
+from experiments.design.data import SPLITS, DataConfig
 
 
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:

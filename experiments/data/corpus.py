@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from analysis.errors import first_line
-from experiments.data.spec import DataConfig
+from experiments.design.data import DataConfig
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 ROWS_AT_A_TIME = 1024

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.data.bar import bar
-from experiments.data.spec import SPLITS
+from experiments.design.data import SPLITS
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

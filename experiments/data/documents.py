@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from experiments.data.spec import SPLITS
+from experiments.design.data import SPLITS
 
 # One document in twenty: enough of the 10 MB embedded corpus for a held-out set of 250,000 tokens, while the
 # loss of text to train on stays small. Both splits are further cut to the tokens that the specification asks.

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.data.dataset import TOKENIZER, Dataset, reads_manifest
-from experiments.data.spec import SPLITS
+from experiments.design.data import SPLITS
 
 SAMPLE_TOKENS = 48
 

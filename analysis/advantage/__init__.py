@@ -1,0 +1,1 @@
+"""Compute advantage: which runs may be compared, the estimators, and planning."""

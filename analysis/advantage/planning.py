@@ -1,0 +1,216 @@
+"""Before a sweep is paid for: which advantage its sizes and seeds could resolve, by simulation of what is reported.
+
+Every simulated sweep goes the way of `multiplier.compare`: the paired estimator, the bootstrapped test that m is
+constant, the switch to m at the largest compute where it fails, and the seed noise below which nothing is resolved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.advantage.paired import (
+    SIGNIFICANCE,
+    changing_multipliers,
+    constancy_p,
+    local_multipliers,
+    reported,
+    seed_noise,
+    trend,
+)
+from analysis.advantage.pairs import size_key
+from analysis.laws.solver import Bools, Floats
+from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS
+from analysis.logs.selection import choose_convention
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEWEST_SIZES = 3
+SIMULATIONS = 1000
+RESAMPLES = 199  # of the test that m is constant
+POWER = 0.8
+LN_M = np.log(np.array([1.01, 1.02, 1.03, 1.04, 1.05, 1.07, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0]))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a design would train: the baseline's FLOPs at each size, smallest first, and one arm's GPU hours."""
+
+    sizes: tuple[str, ...]
+    compute: Floats  # [S]
+    gpu_hours: Floats  # [S] of one run; NaN where unknown
+
+
+@dataclass(frozen=True)
+class World:
+    """The truth that is simulated. Losses in nats a token; standard deviations of the errors."""
+
+    irreducible_loss: float = 1.7
+    reducible_loss: float = 1.3  # at the geometric middle of the ladder's compute
+    exponent: float = 0.15
+    seed_noise: float = 0.002  # of each run
+    arm_noise: float = 0.002  # of each arm at a size, which more seeds do not average out
+    shared_noise: float = 0.005  # of a size, shared by the arms
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What the first `sizes` of the ladder with `seeds` seeds would tell about one arm of a constant m."""
+
+    sizes: int
+    seeds: int
+    power: float  # chance to resolve the asked m
+    smallest_m: float | None  # the least m resolved with 80% power, by interpolation; None beyond 2
+    coverage: float  # of the asked m by the reported 95% interval
+    half_width: float  # median, of the reported interval of ln m
+    called_varying: float  # how often the constant m would be called not constant
+    flops: float  # of both arms
+    gpu_hours: float  # of both arms; NaN where unknown
+
+
+def cheapest(found: Sequence[Prospect]) -> Prospect | None:
+    """The least hours, or FLOPs where these are not known, that resolve the asked m with 80% power."""
+    able = [item for item in found if item.power >= POWER]
+    return min(able, key=lambda item: item.flops if np.isnan(item.gpu_hours) else item.gpu_hours, default=None)
+
+
+def prospects(
+    ladder: Ladder, m: float, seeds: Sequence[int], world: World, simulations: int = SIMULATIONS, seed: int = 0
+) -> Iterator[Prospect]:
+    """Each number of sizes from three, the cheap ones first, with each number of seeds."""
+    if len(ladder.sizes) < FEWEST_SIZES:
+        raise ValueError(f"a design needs {FEWEST_SIZES} sizes; got {len(ladder.sizes)}")
+    if not 0 < m < np.inf or m == 1:
+        raise ValueError(f"--m must be positive and not 1; got {m}")
+    for sizes in range(FEWEST_SIZES, len(ladder.sizes) + 1):
+        for repeats in seeds:
+            part = Ladder(ladder.sizes[:sizes], ladder.compute[:sizes], ladder.gpu_hours[:sizes])
+            yield _prospect(part, m, repeats, world, simulations, seed)
+
+
+def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: int, seed: int) -> Prospect:
+    asked = Simulated(ladder.compute, np.log(m), seeds, world, simulations, seed)
+    p = asked.constancy(np.ones(simulations, dtype=bool))
+    _, low, high = reported(asked.local, p, asked.changing)
+
+    def power(ln_m: float) -> float:
+        return Simulated(ladder.compute, ln_m, seeds, world, simulations, seed).power()
+
+    return Prospect(
+        sizes=len(ladder.sizes),
+        seeds=seeds,
+        power=float(asked.resolved(p).mean()),
+        smallest_m=_smallest(power),
+        coverage=float(((low < np.log(m)) & (np.log(m) < high)).mean()),
+        half_width=float(np.median(high - low) / 2),
+        called_varying=float((p < SIGNIFICANCE).mean()),
+        flops=float(2 * seeds * ladder.compute.sum()),
+        gpu_hours=float(2 * seeds * ladder.gpu_hours.sum()),
+    )
+
+
+def _smallest(power: Callable[[float], float]) -> float | None:
+    """The m whose power is POWER, between two of LN_M found by bisection; None if the last of these has less."""
+    below, above = -1, len(LN_M) - 1
+    powers = {-1: 0.0, above: power(LN_M[above])}
+    if powers[above] < POWER:
+        return None
+    while above - below > 1:
+        middle = (below + above) // 2
+        powers[middle] = power(LN_M[middle])
+        below, above = (middle, above) if powers[middle] < POWER else (below, middle)
+    ends = (LN_M[below] if below >= 0 else 0.0), LN_M[above]
+    return float(np.exp(np.interp(POWER, (powers[below], powers[above]), ends)))
+
+
+class Simulated:
+    """K sweeps with a constant ln m."""
+
+    def __init__(self, compute: Floats, ln_m: float, seeds: int, world: World, simulations: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        shape = (simulations, len(compute))
+        reducible = world.reducible_loss * (compute / np.exp(np.log(compute).mean())) ** -world.exponent
+        shared = world.shared_noise * random.standard_normal(shape)
+        losses = []
+        for factor in (1.0, np.exp(-world.exponent * ln_m)):
+            own = world.arm_noise * random.standard_normal(shape)
+            own += world.seed_noise / np.sqrt(seeds) * random.standard_normal(shape)
+            losses.append(world.irreducible_loss + reducible * factor + shared + own)
+        self.compute, self.losses, self.seed = compute, losses, seed
+        self.local = local_multipliers(compute, compute, losses[0], losses[1])
+        self.changing = changing_multipliers(self.local)
+        self.noise_floor = np.zeros(simulations)  # |ln m| that the seeds alone would let through
+        if seeds > 1:
+            dof = len(compute) * (seeds - 1)
+            variance = 2 * world.seed_noise**2 * random.chisquare(dof, simulations) / dof
+            self.noise_floor = seed_noise(self.local, variance, np.full(len(compute), seeds), dof)
+
+    def constancy(self, asked: Bools) -> Floats:
+        """p [K] of the test that m is constant, not below SIGNIFICANCE unless rejected; 1 where not `asked` [K]."""
+        y0, y1 = (losses[asked] for losses in self.losses)
+        p = np.ones(len(asked))
+        p[asked] = constancy_p(self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE)
+        return p
+
+    def resolved(self, p: Floats) -> Bools:
+        """[K] whether the reported interval leaves out 1, and m is beyond the seed noise."""
+        ln_m, low, high = reported(self.local, p, self.changing)
+        return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
+
+    def power(self) -> float:
+        """The test is only asked where the answer may depend on it: where one of its two intervals leaves out 1."""
+        (low, high), (_, top_low, top_high) = self.local.interval(), trend(self.changing, self.compute[-1]).estimate()
+        return float(self.resolved(self.constancy((low > 0) | (high < 0) | (top_low > 0) | (top_high < 0))).mean())
+
+
+def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float | None = None) -> Ladder:
+    """The ladder of planned or finished runs, by one of their arms: the asked, else the sweep's baseline.
+
+    GPU hours are FLOPs over `gpu_flops` a second, else the plan's forecast or the measured train seconds.
+    """
+    table = table.assign(**{name: None for name in ("run_id", *RUN_COLUMNS) if name not in table})
+    table = table.assign(
+        arm=table["arm"].fillna("all"), run_id=table["run_id"].fillna("a run"), status="complete"
+    )  # planned or not, a run counts
+    column = CONVENTIONS[choose_convention(table)]
+    arms = list(dict.fromkeys(table["arm"]))
+    named = table["baseline"].dropna().unique()
+    arm = baseline or (str(named[0]) if len(named) else arms[0])
+    if arm not in arms:
+        raise ValueError(f"no arm {arm!r}; the arms are {', '.join(arms)}")
+    rows = table[table["arm"] == arm]
+    if gpu_flops:
+        hours = rows[column] / gpu_flops / 3600
+    elif _any(rows, "hours"):
+        hours = rows["hours"] * rows["gpus"]
+    elif _any(rows, "train_seconds") and _any(rows, "gpus"):
+        hours = rows["train_seconds"] / 3600 * rows["gpus"]
+    else:
+        hours = rows[column] * np.nan
+    sizes = rows.assign(_hours=hours, _size=size_key(rows)).groupby("_size")[[column, "_hours"]].mean()
+    sizes = sizes.sort_values(column)
+    return Ladder(tuple(map(str, sizes.index)), sizes[column].to_numpy(float), sizes["_hours"].astype(float).to_numpy())
+
+
+def _any(table: pd.DataFrame, name: str) -> bool:
+    return name in table and bool(table[name].notna().any())
+
+
+def read_plan(path: Path) -> list[dict[str, Any]]:
+    try:
+        plan = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is unreadable ({error}); give what `dynconv plan SWEEP --format json` prints"
+        ) from None
+    if not (isinstance(plan, list) and plan and all(isinstance(run, dict) for run in plan)):
+        raise ValueError(
+            f"{path} is no plan: it must hold a list of runs, as `dynconv plan SWEEP --format json` prints"
+        )
+    return plan

@@ -1,0 +1,279 @@
+"""Fit L = E + A C^-alpha ("c") or L = E + A N^-alpha + B D^-beta ("nd"), alone or for several arms at once.
+
+Parameters not in `per_arm` are shared by all arms. With only the amplitudes per arm, form nd is the rho form: an arm
+acts as if its N and D were multiplied by rho_N = (A_baseline / A_arm)^(1/alpha), rho_D likewise, and form c gives the
+compute multiplier m = (A_baseline / A_arm)^(1/alpha) by the joint fit.
+
+Objectives are sums over the points: Huber of log prediction minus log loss (Chinchilla's, arXiv 2203.15556, D.2), or
+squared residuals of the raw loss. For each point of a grid of exponents the rest of the model is linear, and solved
+(variable projection); the best of these starts and an even spread of the others are then descended from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from analysis.laws.solver import ROUNDING, Floats, Indices, Loss, Problem, Solution
+
+FORMS = {"c": (("A", "alpha", "C"),), "nd": (("A", "alpha", "N"), ("B", "beta", "D"))}
+STARTS = 4500
+POLISHED = 64  # half of them the best starts, half spread over the others
+EXPONENTS = (0.01, 3.0)  # bounds
+GRID = (0.02, 2.0)  # of the starts
+LOG_LEVELS = (-16.0, 6.0)  # bounds of log E and of log A C^-alpha mid-way, the losses' geometric mean being 1
+SAME = 1e-6  # relative difference of objectives that are the same optimum
+
+
+@dataclass(frozen=True)
+class Points:
+    """What is fitted: n points, each of one arm."""
+
+    loss: Floats  # [n] nats a token
+    x: Mapping[str, Floats]  # "C", or "N" and "D": [n], raw units
+    arm: tuple[str, ...]  # [n]
+    cluster: tuple[str, ...]  # [n] points with a common error, such as the arms and seeds of a size
+    baseline: str  # the arm whose amplitudes are reported first
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law, its certificate and status. `values` are in raw units, by name: "E", "A[arm]", "m[arm]"."""
+
+    form: str
+    loss: Loss
+    per_arm: tuple[str, ...]
+    points: Points
+    values: dict[str, float]
+    objective: float  # a sum over the points
+    certificate: dict[str, Any]
+    status: str  # "ok", or what is wrong with it
+    theta: Floats  # [P] the solver's parameters: logs of levels mid-way, exponents
+    ci: dict[str, tuple[float, float]] | None = None  # 95%, by bootstrap
+    profile_ci: dict[str, tuple[float, float]] | None = None  # 95%
+    draws: tuple[dict[str, float], ...] | None = None  # `values` of each resample
+
+    def parameter(self, name: str, arm: str) -> float:
+        """E, A, alpha, B or beta of one arm."""
+        return self.values[_key(name, arm, self.per_arm)]
+
+    def predict(self, x: Mapping[str, Floats], arm: str) -> Floats:
+        """The law's loss at x ("C", or "N" and "D", each [n] in raw units) for one arm."""
+        terms = [self.parameter(a, arm) * x[v] ** -self.parameter(e, arm) for a, e, v in FORMS[self.form]]
+        return self.parameter("E", arm) + np.sum(terms, axis=0)
+
+
+def _key(name: str, arm: str, per_arm: Sequence[str]) -> str:
+    return f"{name}[{arm}]" if name in per_arm else name
+
+
+def ratios(values: Mapping[str, float], form: str, per_arm: Sequence[str], arm: str, baseline: str) -> dict[str, float]:
+    """What `arm` multiplies the baseline's C (m), or its N and D (rho_N, rho_D; m is their product, 6 N D when every
+    arm trains at its own optimum), by name; none where the exponents are not shared."""
+    found = {}
+    for amplitude, exponent, variable in FORMS[form]:
+        if amplitude not in per_arm or exponent in per_arm:
+            return {}
+        log_ratio = math.log(values[f"{amplitude}[{baseline}]"] / values[f"{amplitude}[{arm}]"]) / values[exponent]
+        # A resample's exponent may be near 0, and the ratio then beyond what a float holds.
+        found["m" if form == "c" else f"rho_{variable}"] = math.exp(min(max(log_ratio, -300), 300))
+    return found if form == "c" else found | {"m": math.prod(found.values())}
+
+
+def fit(
+    points: Points,
+    form: str = "c",
+    *,
+    delta: float | None = 1e-3,
+    per_arm: Sequence[str] = ("A", "B"),
+    starts: int = STARTS,
+    polished: int = POLISHED,
+) -> Fit:
+    """Fit by Huber with `delta`, or by least squares (None), descending from `polished` of the `starts`.
+
+    Raises ValueError where no fit can exist.
+    """
+    _refuse_undetermined(points, form)
+    model = Model(points, form, delta, per_arm)
+    if len(points.loss) < len(model.names):
+        raise ValueError(f"{len(points.loss)} points cannot determine {len(model.names)} parameters; add points")
+    candidates = model.starts(starts)
+    value = model.problem.objective(candidates, model.log_y)
+    order = np.argsort(value)
+    half = max(1, polished // 2)
+    spread = order[half:][:: max(1, (len(order) - half) // half)]
+    chosen = np.concatenate([order[:half], spread])
+    solution = model.problem.solve(candidates[chosen], model.log_y)
+    best = int(np.argmin(solution.objective))
+    certificate = model.certificate(solution, best) | {"starts": len(candidates), "polished": len(chosen)}
+    theta = solution.theta[best]
+    return Fit(
+        form,
+        model.problem.loss,
+        model.per_arm,
+        points,
+        model.raw(theta),
+        model.raw_objective(float(solution.objective[best])),
+        certificate,
+        _status(certificate, points, model),
+        theta,
+    )
+
+
+def _refuse_undetermined(points: Points, form: str) -> None:
+    for _, _, variable in FORMS[form]:
+        values = points.x[variable]
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise ValueError(f"{variable} must be positive in every row; got {values.min()}")
+        if len(np.unique(values)) < 3:
+            raise ValueError(
+                f"form {form} needs 3 different {variable} to tell E, amplitude and exponent apart; "
+                f"got {len(np.unique(values))}"
+            )
+
+
+def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str:
+    faults = [f"{name} is at a bound" for name in certificate["bounds_hit"]]
+    if not certificate["converged"]:
+        faults.append("not converged")
+    if certificate["starts_agree"] < 3:
+        faults.append("fewer than 3 starts agree")
+    if (certificate["condition_number"] or 0) > 1e10:
+        faults.append("the parameters are not told apart")
+    if len(points.loss) <= len(model.names):
+        faults.append("as many parameters as points")
+    return "; ".join(faults) or "ok"
+
+
+class Model:
+    """A law as the solver sees it: logs of levels and points relative to their middle, so that units drop out."""
+
+    def __init__(self, points: Points, form: str, delta: float | None, per_arm: Sequence[str]) -> None:
+        laws = FORMS[form]
+        known = ["E", *(name for amplitude, exponent, _ in laws for name in (amplitude, exponent))]
+        unknown = sorted({*per_arm} - {"E", *(name for form in FORMS.values() for law in form for name in law[:2])})
+        if unknown:
+            raise ValueError(f"no parameter {unknown[0]!r} to have for each arm; there are E, A, alpha, B, beta")
+        arms = sorted(set(points.arm), key=lambda arm: (arm != points.baseline, arm))
+        self.per_arm = tuple(name for name in known if name in per_arm) if len(arms) > 1 else ()
+        for amplitude, exponent, _ in laws:
+            if exponent in self.per_arm and amplitude not in self.per_arm:
+                raise ValueError(f"{exponent} per arm needs {amplitude} per arm: a shared one would depend on the unit")
+        self.form, self.laws, self.arms = form, laws, arms
+        self.names = list(dict.fromkeys(_key(name, arm, self.per_arm) for name in known for arm in arms))
+        self.levels = [i for i, name in enumerate(self.names) if name[0] in "EAB"]
+        self.middle_loss = float(np.log(points.loss).mean())
+        self.middle = {variable: float(np.log(points.x[variable]).mean()) for _, _, variable in laws}
+        self.log_y = np.log(points.loss) - self.middle_loss
+
+        def index(name: str) -> Indices:  # [n] the place in theta of each point's own
+            return np.array([self.names.index(_key(name, arm, self.per_arm)) for arm in points.arm])
+
+        # Of each term: its level's place in theta, its exponent's, and the points' log x. E is a term at x = 1.
+        self.terms = [(index("E"), index(laws[0][1]), np.zeros(len(points.loss)))]
+        self.terms += [(index(a), index(e), np.log(points.x[v]) - self.middle[v]) for a, e, v in laws]
+        matrix = np.zeros((len(self.terms), len(self.names), len(points.loss)))
+        each = np.arange(len(points.loss))
+        for t, (level, power, log_x) in enumerate(self.terms):
+            matrix[t, level, each] = 1
+            matrix[t, power, each] -= log_x
+        low = [LOG_LEVELS[0] if i in self.levels else EXPONENTS[0] for i in range(len(self.names))]
+        high = [LOG_LEVELS[1] if i in self.levels else EXPONENTS[1] for i in range(len(self.names))]
+        is_level = np.isin(np.arange(len(self.names)), self.levels)
+        self.problem = Problem(matrix, np.array(low), np.array(high), is_level, Loss(delta))
+
+    def holding(self, name: str, value: float) -> Problem:
+        """The problem with one of the raw `values` held, E, A, alpha, B, beta, m (form c) or rho of an arm.
+
+        Held, each is a linear condition weights @ theta = total, by which one parameter, the pivot, is expressed by the
+        others; the pivot's place keeps the constant.
+        """
+        kind, _, arm = name.removesuffix("]").partition("[")
+        arm = arm or self.arms[0]
+        weights = np.zeros(len(self.names))
+
+        def place(parameter: str, arm: str) -> int:
+            return self.names.index(_key(parameter, arm, self.per_arm))
+
+        amplitudes = {a: (e, self.middle[v]) for a, e, v in self.laws}
+        if kind in ("m", *(f"rho_{v}" for _, _, v in self.laws)):  # ln(A_baseline / A_arm) = alpha ln m
+            amplitude, exponent, _ = next(law for law in self.laws if kind in ("m", f"rho_{law[2]}"))
+            pivot, total = place(amplitude, arm), 0.0
+            weights[[place(amplitude, self.arms[0]), place(exponent, arm)]] = -1.0, math.log(value)
+        elif kind in amplitudes:
+            exponent, middle = amplitudes[kind]
+            pivot, total = place(kind, arm), math.log(value) - self.middle_loss
+            weights[place(exponent, arm)] = middle
+        else:
+            pivot = place(kind, arm)
+            total = value if pivot not in self.levels else math.log(value) - self.middle_loss
+        terms = self.problem.terms - weights[:, None] * self.problem.terms[:, [pivot]]
+        low, high = self.problem.low.copy(), self.problem.high.copy()
+        low[pivot] = high[pivot] = total
+        return replace(self.problem, terms=terms, low=low, high=high)
+
+    def starts(self, count: int) -> Floats:
+        """[at least count, P]: a grid of exponents, equal in all arms, with levels by weighted linear least squares."""
+        axis = np.geomspace(*GRID, max(2, math.ceil(count ** (1 / len(self.laws)))))
+        grid = np.stack(np.meshgrid(*[axis] * len(self.laws), indexing="ij"), axis=-1).reshape(-1, len(self.laws))
+        theta = np.zeros((len(grid), len(self.names)))
+        for column, (_, exponent, _) in enumerate(self.laws):
+            places = [i for i, name in enumerate(self.names) if name.partition("[")[0] == exponent]
+            theta[:, places] = grid[:, [column]]
+        for part in np.array_split(np.arange(len(grid)), max(1, len(grid) // 500)):
+            theta[part[:, None], self.levels] = self._solve_levels(theta[part])
+        return theta
+
+    def _solve_levels(self, theta: Floats) -> Floats:
+        """Logs of the levels [K, levels] given the exponents in `theta`; those not positive become a small share."""
+        place = np.zeros(len(self.names), dtype=int)
+        place[self.levels] = np.arange(len(self.levels))
+        features = np.zeros((len(theta), len(self.levels), len(self.log_y)))
+        weight = np.exp(-self.log_y)  # a relative residual is near the log residual
+        for level, exponent, log_x in self.terms:
+            features[:, place[level], np.arange(len(level))] = np.exp(-theta[:, exponent] * log_x) * weight
+        gram = features @ features.transpose(0, 2, 1)
+        gram += 1e-12 * np.eye(len(self.levels)) * np.trace(gram, axis1=1, axis2=2)[:, None, None]
+        solved = np.linalg.solve(gram, features.sum(axis=2)[:, :, None])[:, :, 0]
+        return np.log(np.maximum(solved, 1e-3))
+
+    def raw(self, theta: Floats) -> dict[str, float]:
+        """Parameters [P] in raw units of loss, N, D and C, by name."""
+        values = dict(zip(self.names, theta.tolist(), strict=True))
+        for arm in self.arms:
+            values[_key("E", arm, self.per_arm)] = self._level(theta, "E", arm)
+            for amplitude, exponent, variable in self.laws:
+                power = theta[self.names.index(_key(exponent, arm, self.per_arm))] * self.middle[variable]
+                values[_key(amplitude, arm, self.per_arm)] = self._level(theta, amplitude, arm) * math.exp(power)
+        for arm in self.arms[1:]:
+            found = ratios(values, self.form, self.per_arm, arm, self.arms[0])
+            values |= {f"{name}[{arm}]": value for name, value in found.items()}
+        return values
+
+    def _level(self, theta: Floats, name: str, arm: str) -> float:
+        return math.exp(theta[self.names.index(_key(name, arm, self.per_arm))] + self.middle_loss)
+
+    def raw_objective(self, value: float) -> float:
+        """The sum of Huber's function of log residuals, or of squared raw residuals."""
+        return value if self.problem.loss.delta is not None else 2 * value * math.exp(2 * self.middle_loss)
+
+    def certificate(self, solution: Solution, best: int) -> dict[str, Any]:
+        """What a reader needs to trust the optimum, or not to."""
+        theta, least = solution.theta[best], float(solution.objective[best])
+        limit = least * (1 + SAME) + len(self.log_y) * ROUNDING**2
+        others = solution.objective[(solution.objective > limit) & solution.converged]
+        held = (theta <= self.problem.low) | (theta >= self.problem.high)
+        curvature = self.problem.curvature(theta[None], self.log_y)[0][np.ix_(~held, ~held)]
+        unit = np.sqrt(np.diag(curvature))
+        return {
+            "gradient": float(solution.gradient[best]),
+            "converged": bool(solution.converged[best]),
+            "bounds_hit": [name for name, at in zip(self.names, held, strict=True) if at],
+            "starts_agree": int((solution.objective <= limit).sum()),
+            "runner_up": self.raw_objective(float(others.min())) if len(others) else None,
+            "condition_number": float(np.linalg.cond(curvature / np.outer(unit, unit))) if len(unit) else None,
+        }

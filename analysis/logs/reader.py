@@ -1,0 +1,132 @@
+"""Reads the log of a run: where it stands, and its rows, each step once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.errors import first_line
+from analysis.logs.files import read_json
+from analysis.logs.schema import arrow_schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stood when it last flushed; None where nothing is logged yet.
+
+    An attempt that has logged no step yet shows where the one before it came to.
+    """
+
+    attempt: int
+    first_step: int  # of this attempt
+    step: int | None
+    tokens: int | None
+    loss: float | None  # of the last training step, nats a token
+    started_at: float  # of this attempt, unix seconds
+    updated_at: float  # unix seconds
+
+
+def progress(run_dir: Path) -> Progress | None:
+    """The run's state from one or two small files, for `status`; None before the first attempt."""
+    numbers = attempt_numbers(run_dir)
+    if not numbers:
+        return None
+    latest = read_json(run_dir / f"attempt-{numbers[-1]:04d}.json")
+    logged = latest
+    for number in reversed(numbers[:-1]):
+        if logged["step"] is not None:
+            break
+        logged = read_json(run_dir / f"attempt-{number:04d}.json")
+    return Progress(
+        numbers[-1],
+        latest["first_step"],
+        **{key: logged[key] for key in ("step", "tokens", "loss")},
+        started_at=latest["started_at"],
+        updated_at=latest["updated_at"],
+    )
+
+
+def status(run_dir: Path) -> str:
+    """ "complete", "cancelled", "failed" or "unfinished"."""
+    marks = {"run.json": "complete", "cancelled": "cancelled", "failure.json": "failed"}
+    return next((name for mark, name in marks.items() if (run_dir / mark).exists()), "unfinished")
+
+
+def attempt_numbers(run_dir: Path) -> list[int]:
+    names = [path.stem.removeprefix("attempt-") for path in run_dir.glob("attempt-*.json")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_attempts(run_dir: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The readable attempts by number, and what was wrong with the others."""
+    attempts, problems = {}, []
+    for number in attempt_numbers(run_dir):
+        try:
+            attempts[number] = read_json(run_dir / f"attempt-{number:04d}.json")
+        except ValueError as error:
+            problems.append(f"{error}; its rows are left out")
+    return attempts, problems
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The steps or the evaluations of one run, in order, each step once."""
+
+    table: pa.Table
+    lost_seconds: float = 0.0  # spent on rows that a later attempt repeated
+    problems: list[str] = field(default_factory=list)
+
+
+def read_rows(run_dir: Path, kind: str) -> Rows:
+    """The rows of `kind` ("steps" or "evals"): of the merged file if the run is complete, else of the parts."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = arrow_schema(kind)
+    complete = (run_dir / "run.json").exists()
+    readable, problems = read_attempts(run_dir)
+    paths = [run_dir / f"{kind}.parquet"] if complete else sorted(run_dir.glob(f"{kind}-*.parquet"))
+    tables = []
+    for path in paths:
+        number = path.stem.split("-")[1] if not complete else ""
+        if not complete and not (number.isdigit() and int(number) in readable):
+            problems.append(f"{path} belongs to no readable attempt; left out")
+            continue
+        try:
+            table = parquet.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            if not complete and (run_dir / "run.json").exists():  # it finished while we read: the parts are gone
+                return read_rows(run_dir, kind)
+            problems.append(f"{path} is unreadable ({first_line(error)}); left out")
+            continue
+        if table.schema.equals(schema):
+            tables.append(table)
+        else:
+            problems.append(f"{path} has columns {table.schema.names}, not {schema.names}; left out")
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    if complete:
+        return Rows(table, problems=problems)
+    kept, lost_seconds = _each_step_once(table, {n: attempt["first_step"] for n, attempt in readable.items()})
+    return Rows(kept, lost_seconds, problems)
+
+
+def _each_step_once(table: pa.Table, first_steps: Mapping[int, int]) -> tuple[pa.Table, float]:
+    """Drop the rows that a later attempt started over, and return the seconds that they had taken."""
+    import numpy as np
+
+    attempt, step = table["attempt"].to_numpy(), table["step"].to_numpy()
+    keep = np.ones(len(step), dtype=bool)
+    for number, first_step in first_steps.items():
+        keep &= (attempt >= number) | (step < first_step)
+    order = np.lexsort((attempt, step))
+    order = order[keep[order]]
+    # An evaluation before the first step can occur in two attempts that start alike: the later one stands.
+    last_of_step = np.append(np.diff(step[order]) != 0, True)[: len(order)]
+    order = order[last_of_step]
+    seconds = table["seconds"].to_numpy()
+    return table.take(order), float(seconds.sum() - seconds[order].sum())

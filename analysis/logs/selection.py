@@ -1,0 +1,110 @@
+"""What every claim asks of a table of runs: finished rows with positive numbers, one convention, one baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.logs.schema import CONVENTIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A row that was left out."""
+
+    run_id: str
+    arm: str
+    reason: str
+
+
+def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
+    """The finished rows, and those left out because they are not.
+
+    Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
+    """
+    status = runs["status"].astype("string").fillna("no status")
+    unfinished, done = runs[status != "complete"], runs[status == "complete"]
+    excluded = excluded_rows(unfinished, status[unfinished.index])
+    if done.empty:
+        stands = ", ".join(status.unique())
+        raise ValueError(f"none of {len(runs)} runs has finished, which is status complete; got {stands}")
+    if done["loss"].isna().all():
+        raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
+    require_positive(done, "loss", "loss")
+    for name, noun in (
+        ("tokenizer_sha256", "tokenizers"),
+        ("data_sha256", "data"),
+        ("convention", "FLOP conventions"),
+    ):
+        if name in done and done[name].nunique(dropna=False) > 1:
+            groups = done.assign(_of=done[name].astype("string").fillna("unknown")).groupby("_of")
+            counts = "; ".join(f"{str(value)[:12]}: {some(rows['run_id'])}" for value, rows in groups)
+            raise ValueError(f"the runs mix {noun} ({counts}) and cannot be compared; split the table")
+    return done, excluded
+
+
+def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
+    """Raises ValueError with the rows at fault unless a column holds positive numbers only."""
+    values = rows[column].to_numpy(float, na_value=np.nan)
+    wrong = rows[~(np.isfinite(values) & (values > 0))]
+    if len(wrong):
+        raise ValueError(
+            f"{name} must be positive; got {some(wrong[column])} in {some(wrong['run_id'])}; "
+            "correct these rows, remove them, or mark them unfinished in a column status"
+        )
+
+
+def without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
+    """Finished rows of which no two are the same run: equal in arm, size, N, D, compute and seed and, where arm or seed
+    is not known, in the loss. A law needs no pairs, so a size may have several runs that no seed tells apart."""
+    same = ["arm", "size", "parameters", "tokens", "seed", *(name for name in CONVENTIONS.values() if name in done)]
+    known = done["arm"].notna() & done["seed"].notna()
+    repeated = done.duplicated([*same, "loss"]) | (known & done.duplicated(same))
+    return done[~repeated], excluded_rows(done[repeated], "repeats a run")
+
+
+def excluded_rows(rows: pd.DataFrame, reason: str | pd.Series) -> list[Excluded]:
+    named = rows.assign(_reason=reason, arm=rows["arm"].fillna(""))
+    return [Excluded(*map(str, row)) for row in named[["run_id", "arm", "_reason"]].itertuples(index=False)]
+
+
+def choose_convention(runs: pd.DataFrame, wanted: str | None = None) -> str:
+    """The convention asked for, else the first of exact, given, 6ND, 6N_nonemb D that the finished rows have.
+
+    Raises ValueError, with the rows at fault, where some of them lack it: another would be chosen in silence.
+    """
+    done = runs[runs["status"] == "complete"]
+    have = [name for name, column in CONVENTIONS.items() if column in done and done[column].notna().any()]
+    if wanted is not None and wanted not in CONVENTIONS:
+        raise ValueError(f"no FLOP convention {wanted!r}; there are {', '.join(CONVENTIONS)}")
+    if wanted is not None and wanted not in have:
+        raise ValueError(f"the table lacks {CONVENTIONS[wanted]}; it has compute by {', '.join(have) or 'none'}")
+    chosen = wanted or next((name for name in ("exact", "given", "6ND", "6N_nonemb D") if name in have), None)
+    if chosen is None:
+        raise ValueError("the table has no compute in every row; add a column C in FLOPs, or columns N and D")
+    require_positive(done, CONVENTIONS[chosen], "compute")
+    return chosen
+
+
+def choose_baseline(runs: pd.DataFrame, wanted: str | None = None) -> str:
+    """The baseline asked for, else the sweep's."""
+    arms = sorted(runs["arm"].dropna().unique())
+    if wanted is None:
+        named = runs["baseline"].dropna().unique()
+        if len(named) != 1:
+            raise ValueError(f"the table names {len(named)} baselines; choose one of {', '.join(arms)} with --baseline")
+        wanted = str(named[0])
+    if wanted not in arms:
+        raise ValueError(f"no arm {wanted!r} to be the baseline; the arms are {', '.join(arms)}")
+    return wanted
+
+
+def some(values: Iterable[object], most: int = 4) -> str:
+    shown = [str(value) for value in values]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

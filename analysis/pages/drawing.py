@@ -1,0 +1,151 @@
+"""From a store to its laws, answers and figures: what the verbs plot and report share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from analysis.advantage.multiplier import Multiplier, multipliers
+from analysis.laws.intervals import bootstrap
+from analysis.laws.isoflop import Allocation, Optimum, isoflop
+from analysis.laws.powerlaw import Fit, Points, fit
+from analysis.logs.schema import CONVENTIONS
+from analysis.logs.selection import (
+    Excluded,
+    choose_baseline,
+    choose_convention,
+    finished,
+    require_positive,
+    without_repeats,
+)
+from analysis.logs.store import Store
+from analysis.pages.ablations import ablations
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Answers:
+    """What a store has answers for, and a line in `notes` for what it has none for."""
+
+    baseline: str
+    convention: str
+    found: list[Multiplier] = field(default_factory=list)
+    law: Fit | None = None
+    optima: list[Optimum] = field(default_factory=list)
+    allocations: list[Allocation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Excluded]]:
+    """The finished rows of a store as points of a law, and the rows left out."""
+    done, excluded = finished(store.runs)
+    done, repeated = without_repeats(done)
+    done = done.assign(arm=done["arm"].fillna("all"))
+    columns = {"N": "parameters", "D": "tokens"}
+    if form == "c":
+        columns = {"C": CONVENTIONS[choose_convention(done, convention)]}
+    for name, column in columns.items():
+        if done[column].isna().all():
+            raise ValueError(f"form {form} needs {name} in every row; add a column {name}, or name it with --columns")
+        require_positive(done, column, name)
+    several = done["arm"].nunique() > 1
+    if baseline is not None or done["baseline"].notna().any():
+        baseline = choose_baseline(done, baseline)
+    cells = ["size"] if several and done["size"].notna().all() else ["size", *columns.values()]
+    cluster = done[cells].astype("string").fillna("").agg(" ".join, axis=1)
+    points = Points(
+        loss=done["loss"].to_numpy(float),
+        x={name: done[column].to_numpy(float) for name, column in columns.items()},
+        arm=tuple(done["arm"]),
+        cluster=tuple(cluster),
+        baseline=baseline or str(done["arm"].iloc[0]),
+    )
+    return points, excluded + repeated
+
+
+def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:
+    """Multipliers, the law of loss in compute as `dynconv fit` gives it, isoFLOP optima.
+
+    Raises ValueError on data that support no claim, and where there is no answer at all.
+    """
+    runs, _ = finished(store.runs.assign(arm=store.runs["arm"].fillna("all")))
+    convention = choose_convention(runs, convention)
+    if baseline is not None:
+        choose_baseline(runs, baseline)
+    with tqdm(total=2, desc="fitting", delay=1, leave=False) as bar:
+        found, notes = _multipliers(store.runs, baseline, convention)
+        answer = Answers(found[0].baseline if found else baseline or str(runs["arm"].iloc[0]), convention, found)
+        answer.notes = notes
+        bar.update()
+        with contextlib.suppress(ValueError):  # most stores are no isoFLOP design
+            optima, allocations = isoflop(store.runs, convention)
+            if any(item.N for item in optima):
+                answer.optima, answer.allocations = optima, allocations
+        if answer.optima:
+            notes.append("no law of loss in compute: a budget has several sizes; `dynconv fit --form nd` has one")
+        else:
+            answer.law = _law(store, answer)
+        bar.update()
+    if not (found or answer.law or answer.optima):
+        raise ValueError("; ".join(notes))
+    return answer
+
+
+def _multipliers(runs: pd.DataFrame, baseline: str | None, convention: str) -> tuple[list[Multiplier], list[str]]:
+    if runs["arm"].nunique() < 2:
+        return [], ["no multipliers: there is one arm"]
+    try:
+        found, refused = multipliers(runs, baseline=baseline, convention=convention)
+    except ValueError as error:
+        return [], [f"no multipliers: {error}"]
+    return found, [f"no answer for {line}" for line in refused]
+
+
+def _law(store: Store, answer: Answers) -> Fit | None:
+    """The law of the arms that have an answer from three sizes; of all arms where none has an answer."""
+    shown = [answer.baseline, *(item.arm for item in answer.found if item.n_sizes > 2)]
+    if answer.found and len(shown) == 1:
+        answer.notes.append("no law of loss in compute: no arm has three sizes")
+        return None
+    part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
+    try:
+        points, _ = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
+        return bootstrap(fit(points, "c"))
+    except ValueError as error:
+        answer.notes.append(f"no law of loss in compute: {error}")
+        return None
+
+
+def draw(store: Store, answer: Answers) -> dict[str, Figure]:
+    """Every figure that the store has the data for, by name."""
+    from analysis.pages import figures as f
+
+    done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
+    evals = store.evals()
+    ablated = ablations(done)
+    law, found = answer.law, answer.found
+    todo: dict[str, Callable[[], Figure]] = {}
+    if found:
+        todo["multipliers"] = lambda: f.forest(found)
+    if law is not None:
+        todo["loss-against-compute"] = lambda: f.loss_against_compute(law, found, answer.convention)
+    if local := [item for item in found if item.local]:
+        todo["multiplier-against-compute"] = lambda: f.local_multipliers(local)
+    if answer.optima:
+        points = done.assign(C=done[CONVENTIONS[answer.convention]])
+        todo["isoflop"] = lambda: f.isoflop_panels(points, answer.optima, answer.allocations, answer.convention)
+    if done["train_seconds"].gt(0).all() and done["flops_exact"].notna().all():
+        todo["wall-clock"] = lambda: f.wall_clock(done, answer.baseline)
+    if len(ablated):
+        same = done[(done["arm"] == answer.baseline) & (done["size"] == ablated["size"].iloc[0])]["loss"]
+        todo["ablations"] = lambda: f.ablation_panels(ablated, float(same.mean()) if len(same) else None)
+    if len(evals):
+        todo["loss-curves"] = lambda: f.loss_curves(evals, done, answer.baseline)
+    return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}

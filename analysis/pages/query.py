@@ -1,0 +1,95 @@
+"""SQL over a store, and runs summed up by group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from analysis.errors import first_line
+from analysis.pages.tables import multiplier_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from analysis.logs.store import Store
+
+VIEWS = ("runs", "steps", "evals", "multipliers")
+SUMMED = ("loss", "tokens_per_second")  # columns of `grouped` that are also the run table's
+SEALED = {  # a query sees the views and nothing else: no file, no network, no variable of this program
+    "enable_external_access": "false",
+    "autoload_known_extensions": "false",
+    "autoinstall_known_extensions": "false",
+    "python_enable_replacements": "false",
+    "lock_configuration": "true",
+}
+
+
+def sql(store: Store, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Columns and rows of a query over the views runs, steps, evals and multipliers (DuckDB's dialect).
+
+    Only the views that the query names are read. Raises ValueError with DuckDB's first line if it is not valid.
+    """
+    import duckdb
+
+    with duckdb.connect(config=SEALED) as connection:
+        try:
+            statements = connection.extract_statements(query)
+            if len(statements) != 1:
+                raise ValueError(f"one SQL statement is wanted; got {len(statements)}")
+            for view in VIEWS:
+                if re.search(rf"\b{view}\b", query, re.IGNORECASE):
+                    connection.register(view, _view(store, view))
+            result = connection.execute(statements[0])
+            return [str(column[0]) for column in result.description or ()], result.fetchall()
+        except duckdb.Error as error:
+            raise ValueError(f"{first_line(error)}; the views are {', '.join(VIEWS)}") from None
+
+
+def _view(store: Store, view: str) -> pa.Table:
+    import pyarrow as pa
+
+    if view in ("steps", "evals"):
+        return store.rows(view)
+    if view == "runs":
+        return pa.Table.from_pandas(store.runs, preserve_index=False)
+    from analysis.advantage.multiplier import multipliers
+
+    columns, rows = multiplier_rows(multipliers(store.runs)[0])
+    return pa.table({name: [row[place] for row in rows] for place, name in enumerate(columns)})
+
+
+def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
+    """The rows for which a condition on the run table's columns holds, in pandas' notation: `size != "25k"`."""
+    if where is None:
+        return runs
+    import pandas as pd
+
+    try:
+        holds = runs.eval(where, local_dict={}, global_dict={})
+    except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
+        raise ValueError(f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"'") from None
+    if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
+        raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
+    kept = runs[holds.fillna(False)]
+    if kept.empty:
+        raise ValueError(f"--where {where!r} leaves no row of {len(runs)}")
+    return kept
+
+
+def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Finished runs by group: how many, loss (mean, and standard deviation where repeated), tokens a second, hours."""
+    for name in by:
+        if name not in runs or name in SUMMED:
+            raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")
+    done = runs[runs["status"] == "complete"].sort_values(["arm", "parameters"], kind="stable")
+    groups = done.assign(train_hours=done["train_seconds"] / 3600).groupby(list(by), sort=False, dropna=False)
+    table = groups.agg(
+        runs=("loss", "size"),
+        loss=("loss", "mean"),
+        loss_sd=("loss", "std"),
+        tokens_per_second=("tokens_per_second", "mean"),
+        train_hours=("train_hours", lambda hours: hours.sum(min_count=1)),
+    ).reset_index()
+    return [str(name) for name in table.columns], [tuple(row) for row in table.itertuples(index=False)]

@@ -1,0 +1,153 @@
+"""What figures share: the marks of arms, ticks, labels beside curves, and how a figure becomes a file.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell arms apart in grey print. The
+baseline is black, round and solid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, StrMethodFormatter
+
+from analysis.logs.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+BLACK = "#000000"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", "h")  # as many as have no factor in common with the colours
+DASHES = ("--", "-.", (0, (1, 1)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
+HATCHES = ("", "//", "..", "xx", "--", "oo")
+STYLE: Any = {  # matplotlib types the keys as a union of literals
+    "font.family": "DejaVu Sans",  # matplotlib brings it along
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "figure.dpi": 150,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "dynconv",  # else the ids in an SVG are random
+    "path.simplify": False,
+}
+STEPS = (tuple(range(1, 10)), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # labels a decade of a log axis, densest first
+LABEL = (0.7, 0.2)  # inches that a tick's label takes, across and down
+METADATA: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one arm is drawn everywhere."""
+
+    colour: str
+    marker: str
+    dash: Any  # as matplotlib's linestyle
+
+    def line(self, **changes: Any) -> dict[str, Any]:
+        return {"color": self.colour, "ls": self.dash, "lw": 1.2} | changes
+
+    def dots(self, **changes: Any) -> dict[str, Any]:
+        """The baseline's are hollow, so that they show under the others'."""
+        face = "none" if self.marker == "o" else self.colour
+        return {"color": self.colour, "marker": self.marker, "ls": "", "ms": 4.5, "mfc": face} | changes
+
+
+def printable(name: object, longest: int = 28) -> str:
+    """A name as matplotlib can draw it: bounded, in the font's characters, no mathematics, not hidden from legends."""
+    font = get_font(findfont(STYLE["font.family"]))
+    text = str(name) if len(str(name)) <= longest else f"{str(name)[: longest - 1]}…"
+    text = "".join(char if font.get_char_index(ord(char)) else "?" for char in text)
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def marks(arms: Sequence[str], baseline: str) -> dict[str, Mark]:
+    """The mark of each arm, baseline first, the others by name; no two alike below 57 arms."""
+    others = enumerate(sorted(set(arms) - {baseline}))
+    cycle = {arm: Mark(_of(COLOURS, i), _of(MARKERS, i), _of(DASHES, i)) for i, arm in others}
+    return {baseline: Mark(BLACK, "o", "-"), **cycle}
+
+
+def _of(choices: Sequence[Any], place: int) -> Any:
+    return choices[place % len(choices)]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as path's suffix says."""
+    kind = path.suffix.lstrip(".")
+    if kind not in METADATA:
+        raise ValueError(f"{path}: figures are written as {', '.join(METADATA)}")
+    write_atomically(path, lambda temporary: write(figure, temporary, kind))
+
+
+def write(figure: Figure, target: Path | BytesIO, kind: str) -> None:
+    """Write a figure as svg, pdf or png, without a date, so that equal figures are equal bytes."""
+    with mpl.rc_context(STYLE):
+        figure.savefig(target, format=kind, metadata=METADATA[kind])
+
+
+def settled(figure: Figure) -> Figure:
+    """Lay the figure out once and for all: each saving would lay it out anew, a little differently."""
+    with mpl.rc_context(STYLE):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            box = axes.get_window_extent()
+            for axis, length, label in ((axes.xaxis, box.width, LABEL[0]), (axes.yaxis, box.height, LABEL[1])):
+                if axis.get_scale() == "log":
+                    _space_ticks(axis, length / figure.dpi / label)
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def _space_ticks(axis: Axis, room: float) -> None:
+    """At most `room` labels, plain numbers where these are short: matplotlib's own run into one another."""
+    low, high = axis.get_view_interval()
+    closest = math.log10(high / low) / room  # of two labels, in decades
+    steps = next((steps for steps in STEPS if _closest(steps, low, high) >= closest), STEPS[-1])
+    axis.set_major_locator(LogLocator(subs=steps))
+    powers = LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}") if low > 1e-3 and high < 1e5 else powers)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _closest(steps: Sequence[int], low: float, high: float) -> float:
+    """Decades between the two nearest ticks of a log axis; infinite where it has fewer."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [math.log10(step) + decade for decade in decades for step in steps]
+    shown = [tick for tick in ticks if math.log10(low) <= tick <= math.log10(high)]
+    return min((after - before for before, after in itertools.pairwise(shown)), default=math.inf)
+
+
+def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Mark]]) -> None:
+    """Name curves to the right of the axes by (height, text, mark), moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    labels = sorted(labels, key=lambda label: label[0])
+    line = 0.045 * (high - low)
+    half = [line * (1 + text.count("\n")) / 2 + 0.2 * line for _, text, _ in labels]
+    at = [y for y, _, _ in labels]
+    for _ in range(50):  # neighbours that overlap push each other apart by equal parts
+        for i in range(len(at) - 1):
+            overlap = at[i] + half[i] + half[i + 1] - at[i + 1]
+            if overlap > 0:
+                at[i], at[i + 1] = at[i] - overlap / 2, at[i + 1] + overlap / 2
+    beyond = max(low + half[0] - at[0], 0) or min(high - half[-1] - at[-1], 0)
+    for y, (_, text, mark) in zip(at, labels, strict=True):
+        place: Any = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+        axes.plot(1.035, y + beyond, **mark.dots(), **place)
+        axes.text(1.06, y + beyond, text, fontsize=8, va="center", **place)
+    axes.set_ylim(low, high)

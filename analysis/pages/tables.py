@@ -1,0 +1,318 @@
+"""Answers as text: Markdown that also reads in a terminal, CSV, LaTeX, JSON. No number is computed here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from analysis.logs.schema import CONVENTIONS
+
+if TYPE_CHECKING:
+    from analysis.advantage.multiplier import Answer, Multiplier
+    from analysis.laws.powerlaw import Fit
+    from analysis.logs.selection import Excluded
+
+FORMATS = ("md", "csv", "latex", "json")
+NONE = "-"  # how a number that does not exist is printed; CSV leaves it empty, JSON has null
+UNRESOLVED = "not resolved: "  # how the status of a multiplier begins that the data do not tell from 1
+
+Cell = str | None
+Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]
+
+
+def to_json(value: Any) -> str:
+    """JSON of dataclasses, mappings and sequences; what is not finite becomes null."""
+    return json.dumps(_plain(value), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):  # NumPy's integers
+        return value.item()
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    return None if is_missing(value) else str(value)  # dates and the like, from SQL
+
+
+def render(columns: Sequence[str], rows: Sequence[Sequence[Cell]], form: str) -> str:
+    """A table of text cells as md, csv or latex (which needs the package booktabs)."""
+    if form == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([columns, *rows])
+        return out.getvalue().rstrip("\n")
+    mark = _latex if form == "latex" else _markdown
+    lines = [[mark(NONE if cell is None else " ".join(cell.split())) for cell in line] for line in [columns, *rows]]
+    if form == "latex":
+        # A line that begins with [ would be read as an option of the line break before it.
+        text = [("{}" if line[0].startswith("[") else "") + " & ".join(line) + r" \\" for line in lines]
+        body = "\n".join([r"\toprule", text[0], r"\midrule", *text[1:], r"\bottomrule"])
+        return rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}" + f"\n{body}\n" + r"\end{tabular}"
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
+
+
+def _markdown(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+LATEX = {
+    **{char: "\\" + char for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(char, char) for char in text)
+
+
+def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
+    """Multipliers against one baseline: the answers, and what checks them. JSON holds everything."""
+    if form == "json":
+        return to_json(found)
+    if form == "csv":
+        return value_table(*multiplier_rows(found), form)
+    notes = numbered_notes(found)
+    (columns, answers), (check_columns, checks) = answer_cells(found, notes), check_cells(found)
+    if form == "latex":
+        rows = [[*row, *check[1:]] for row, check in zip(answers, checks, strict=True)]
+        remarks = "".join(f"\n% {line}" for line in _legend(found, notes))
+        return render([*columns, *check_columns[1:]], rows, form) + remarks
+    tables = [
+        render(columns, answers, form),
+        *([render(check_columns, checks, form)] if len(check_columns) > 1 else []),
+    ]
+    return "\n\n".join([*tables, "\n".join(_legend(found, notes))])
+
+
+def answer_cells(found: Sequence[Multiplier], notes: Mapping[str, int]) -> Table:
+    """What a reader wants first, a row an arm."""
+    columns = ["arm", "m", "95% interval", "sizes x seeds", "status"]
+    return columns, [
+        (item.arm, ratio_text(item.m), interval_text(item.ci), f"{item.n_sizes} x {item.n_seeds}", verdict(item, notes))
+        for item in found
+    ]
+
+
+def numbered_notes(found: Sequence[Multiplier]) -> dict[str, int]:
+    """The remarks of every status, each once, by number."""
+    remarks = dict.fromkeys(remark for item in found if item.status != "ok" for remark in item.status.split("; "))
+    return {remark.removeprefix(UNRESOLVED): number for number, remark in enumerate(remarks, 1)}
+
+
+def verdict(item: Multiplier, notes: Mapping[str, int]) -> str:
+    """The status in two words and the numbers of its notes."""
+    if item.status == "ok":
+        return "ok"
+    numbers = ", ".join(str(notes[remark.removeprefix(UNRESOLVED)]) for remark in item.status.split("; "))
+    return f"{'not resolved' if item.status.startswith(UNRESOLVED) else 'see'} [{numbers}]"
+
+
+def check_cells(found: Sequence[Multiplier]) -> Table:
+    """m by other estimators, conventions, floors and clocks, a row an arm; columns without a value are left out."""
+    cells: dict[str, list[Cell]] = {
+        "arm": [item.arm for item in found],
+        "joint fit": [_m(item.joint) for item in found],
+        "at Cmax": [ratio_text(item.m_at_cmax) if item.n_sizes > 2 else None for item in found],
+        "leave one out": [interval_text(item.loso) for item in found],
+        "p(constant)": [None if item.constant_m_p is None else f"{item.constant_m_p:.3f}" for item in found],
+        "other E": [_over_floors(item) for item in found],
+    }
+    names = dict.fromkeys(name for item in found for name in item.conventions)
+    for name in names:
+        cells[name] = [_m(item.conventions.get(name)) if item.n_sizes > 2 else None for item in found]
+    for floor in sorted({row["E"] for item in found if item.n_sizes < 3 for row in item.floor_sensitivity}):
+        for name in (found[0].convention, *names):
+            cells[f"E={floor:g} {name}"] = [_at_floor(item, floor, name) for item in found]
+    cells["wall clock"] = [_m(item.wall_clock) for item in found]
+    cells["GPU cost"] = [_m(item.gpu_cost) if item.gpu_cost != item.wall_clock else None for item in found]
+    columns = [name for name, column in cells.items() if any(cell is not None for cell in column)]
+    return columns, list(zip(*(cells[name] for name in columns), strict=True))
+
+
+def _m(answer: Answer | None) -> Cell:
+    return None if answer is None else ratio_text(answer.m)
+
+
+def _over_floors(item: Multiplier) -> Cell:
+    """The range of m as the irreducible loss is moved."""
+    values = [row["m"] for row in item.floor_sensitivity]
+    return interval_text((min(values), max(values))) if values and item.n_sizes > 2 else None
+
+
+def _at_floor(item: Multiplier, floor: float, convention: str) -> Cell:
+    """m at a stated irreducible loss under a convention, of an arm with too few sizes to fit one."""
+    for row in item.floor_sensitivity if item.n_sizes < 3 else ():
+        if row["E"] == floor:
+            m = {item.convention: row["m"], **row["conventions"]}.get(convention)
+            return None if m is None else ratio_text(m)
+    return None
+
+
+def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
+    lines = [
+        f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
+        "paired by size and seed.",
+        *(f"[{number}] {remark}" for remark, number in notes.items()),
+    ]
+    left_out = {item.run_id: item.reason for answer in found for item in answer.excluded}
+    if left_out:
+        shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out.items())[:5])
+        lines.append(f"Left out: {len(left_out)} rows: {shown}{' ...' if len(left_out) > 5 else ''}")
+    return [" ".join(line.split()) for line in lines]
+
+
+def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the numbers that fit one line an arm; what does not exist is None."""
+
+    def ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
+        low, high = interval or (None, None)
+        return {f"{name}_low": low, f"{name}_high": high}
+
+    def by_convention(item: Multiplier) -> dict[str, float | None]:
+        answers = {item.convention: item.m} | {name: answer.m for name, answer in item.conventions.items()}
+        return {f"m_{column.removeprefix('flops_')}": answers.get(name) for name, column in CONVENTIONS.items()}
+
+    rows = [
+        {
+            "arm": item.arm,
+            "baseline": item.baseline,
+            "convention": item.convention,
+            "m": item.m,
+            **ends("ci", item.ci),
+            "method": item.method,
+            "constant_m_p": item.constant_m_p,
+            "m_at_cmax": item.m_at_cmax,
+            **ends("loso", item.loso),
+            **by_convention(item),
+            "joint_m": item.joint.m if item.joint else None,
+            **ends("joint", item.joint.ci if item.joint else None),
+            **ends("wild_cluster", item.wild_cluster),
+            "noise_floor": item.noise_floor,
+            "wall_clock_m": item.wall_clock.m if item.wall_clock else None,
+            "gpu_cost_m": item.gpu_cost.m if item.gpu_cost else None,
+            "irreducible_loss": item.irreducible_loss,
+            "exponent": item.exponent,
+            "n_sizes": item.n_sizes,
+            "n_seeds": item.n_seeds,
+            "excluded": len(item.excluded),
+            "status": item.status,
+        }
+        for item in found
+    ]
+    return list(rows[0]), [list(row.values()) for row in rows]
+
+
+def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:
+    """Any table of values; numbers are shortened in md and latex only."""
+    if form == "json":
+        repeated = [name for name, count in Counter(columns).items() if count > 1]
+        if repeated:
+            raise ValueError(f"two columns are named {repeated[0]!r}, which JSON cannot hold; name one with AS")
+        return to_json([dict(zip(columns, row, strict=True)) for row in rows])
+    cell = str if form == "csv" else short
+    return render(columns, [[None if is_missing(value) else cell(value) for value in row] for row in rows], form)
+
+
+def fit_table(fit: Fit, form: str = "md", excluded: Sequence[Excluded] = ()) -> str:
+    """A law's parameters in raw units with intervals, and its certificate; `excluded` rows are listed in JSON."""
+    if form == "json":
+        return to_json(fit_object(fit) | {"excluded": excluded})
+    text = render(*fit_cells(fit), form)
+    if form != "md":
+        return text
+    certificate = ", ".join(f"{key} {_brief(value)}" for key, value in fit.certificate.items())
+    objective = f"objective: {fit.objective:.6g} over {len(fit.points.loss)} points"
+    return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}"
+
+
+def fit_cells(fit: Fit) -> Table:
+    """Columns and rows of a law's parameters."""
+    intervals = {"95% interval": fit.ci} | ({"by profile": fit.profile_ci} if fit.profile_ci else {})
+    rows = [
+        [name, f"{value:.6g}", *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values())]
+        for name, value in fit.values.items()
+    ]
+    return ["parameter", "value", *intervals], rows
+
+
+def fit_object(fit: Fit) -> dict[str, Any]:
+    """The JSON object of `dynconv fit`: with several arms, A (and B) at the top are the baseline's."""
+    names = [name for name in ("E", "A", "alpha", "B", "beta") if name in "EAalpha" or fit.form == "nd"]
+    arms = list(dict.fromkeys(fit.points.arm))
+    base = {name: fit.parameter(name, fit.points.baseline) for name in names}
+
+    def of(arm: str, keys: Iterable[str]) -> dict[str, dict[str, tuple[float, float] | None] | None]:
+        """Both kinds of intervals of one arm's parameters."""
+        both = {"ci": fit.ci, "profile_ci": fit.profile_ci}
+        return {
+            kind: {key: ci.get(f"{key}[{arm}]") or ci.get(key) for key in keys} if ci else None
+            for kind, ci in both.items()
+        }
+
+    per_arm = {}
+    for arm in arms if len(arms) > 1 else []:
+        own = {name: fit.parameter(name, arm) for name in names}
+        own |= {key: fit.values[f"{key}[{arm}]"] for key in ("m", "rho_N", "rho_D") if f"{key}[{arm}]" in fit.values}
+        per_arm[arm] = own | of(arm, own)
+    return base | {
+        "objective": fit.objective,
+        **of(fit.points.baseline, names),
+        "certificate": fit.certificate,
+        "status": fit.status,
+        "form": fit.form,
+        "loss": "lsq" if fit.loss.delta is None else "huber",
+        "delta": fit.loss.delta,
+        "points": len(fit.points.loss),
+        "baseline": fit.points.baseline if len(arms) > 1 else None,
+        "arms": per_arm,
+    }
+
+
+def short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(short, value))}]"
+    return NONE if is_missing(value) else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def is_missing(value: Any) -> bool:
+    """None, and what pandas and databases have for it."""
+    return value is None or (not isinstance(value, str) and str(value) in ("nan", "<NA>", "NaT"))
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def ratio_text(value: float) -> str:
+    return f"{value:.3f}" if 0.0005 <= value < 100 else f"{value:.2g}"
+
+
+def interval_text(interval: tuple[float, float] | None, number: str = "") -> Cell:
+    """[low, high], as ratios unless `number` formats them."""
+    if interval is None:
+        return None
+    low, high = (number.format(end) if number else ratio_text(end) for end in interval)
+    return f"[{low}, {high}]"

@@ -1,0 +1,1 @@
+"""What the convolutions cost on a GPU."""

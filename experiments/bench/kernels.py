@@ -1,0 +1,242 @@
+"""`dynconv bench kernels`: what the convolutions cost on this GPU, beside the fewest microseconds their bytes allow.
+
+A row is one op, pass and shape: `us`, the median over replays of a CUDA graph (pass "host": host time of one eager
+forward and backward); `bytes` that must move, every input read and every output written once; `fraction` of the
+device's copy bandwidth, measured here, that these bytes in that time come to. As text it says, too, what a forward and
+backward allocate at their peak beyond inputs, output and gradients, in sizes of x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.errors import WorkFailed, first_line
+from analysis.logs.files import write_atomically
+from experiments.bench.cases import Case, Provider, cases, providers
+from experiments.terminal import align
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ["op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "static", "us", "bytes", "fraction"]
+COLUMNS += ["provider", "device", "versions", "commit"]
+SAME = 0.02  # relative RMS between two results or gradients of one op: bfloat16 rounds by 0.005, others are far above
+_CALLS_A_GRAPH, _REPLAYS, _HOST_CALLS = 10, 30, 50
+
+
+def measure(case: Case, provider: Provider) -> Iterator[tuple[str, float]]:
+    """(pass, microseconds) of one implementation of a case's op."""
+    import torch
+
+    inputs, forward = provider.bind(case, case.inputs())
+    dy = torch.randn_like(inputs["x"])
+
+    def both() -> None:
+        torch.autograd.grad(forward(), list(inputs.values()), dy)
+
+    with torch.no_grad():
+        yield "fwd", replay_time(forward)
+    yield "fwd+bwd", replay_time(both)
+    yield "host", host_time(both)
+
+
+def transient_memory(case: Case, provider: Provider) -> float:
+    """What a forward and backward allocate at their peak beyond inputs, output and gradients, in sizes of x."""
+    import torch
+
+    inputs, forward = provider.bind(case, case.inputs())
+    dy = torch.randn_like(inputs["x"])
+    excess = 0
+    for _ in range(2):  # the first may compile, and keep what that takes
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]  # not what the allocator rounds it to
+        y = forward()
+        gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+        excess = peak - before - sum(made.nbytes for made in (y, *gradients))
+        del y, gradients
+    return excess / inputs["x"].nbytes
+
+
+def replay_time(work: Callable[[], object]) -> float:
+    """Median microseconds of one call, from replays of a CUDA graph of several."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compile and allocate outside the capture
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS_A_GRAPH):
+            work()
+    graph.replay()
+    times = []
+    for _ in range(_REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / _CALLS_A_GRAPH)
+    return statistics.median(times)
+
+
+def host_time(work: Callable[[], object]) -> float:
+    """Median microseconds until an eager call returns, the GPU being idle."""
+    import torch
+
+    times = []
+    for _ in range(_HOST_CALLS + 10):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - begin) * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times[10:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes a microsecond of a large copy on the device, reading and writing.
+
+    By a kernel, timed eagerly: a copy_ replayed in a graph read 2.8 TB/s on an H200 that copies 4.25.
+    """
+    import torch
+
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(_REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        torch.neg(source, out=target)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return 2 * source.numel() * source.element_size() / statistics.median(times)
+
+
+def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFrame], None]) -> pd.DataFrame:
+    """One row a case, provider and pass: COLUMNS, and `case` and `transient` for `render`.
+
+    After every case `save` gets the rows so far: a bench that is killed keeps what it measured.
+    """
+    import pandas as pd
+    import torch
+    import triton
+    from tqdm import tqdm
+
+    bandwidth = copy_bandwidth()
+    where = {
+        "device": torch.cuda.get_device_name(),
+        "versions": f"torch {torch.__version__}, triton {triton.__version__}",
+        "commit": _commit(),
+    }
+    rows = []
+    work = [(case, provider) for case in chosen for provider in found if case.op in provider.functions]
+    bar = tqdm(work, desc="bench", file=sys.stderr)
+    for case, provider in bar:
+        bar.set_postfix_str(f"{case} {provider.name}")
+        torch.compiler.reset()  # past 8 shapes of a function it would run them uncompiled
+        try:
+            error = provider.error(case)
+            if not error < SAME:
+                raise ValueError(f"its result or a gradient is {error:.2g} off the reference's, relative; not timed")
+            measured, transient = list(measure(case, provider)), transient_memory(case, provider)
+        except Exception as problem:  # a rival's code may raise anything, and the others are still to be timed
+            bar.write(f"{provider.name}, {case}: {first_line(problem)}", file=sys.stderr)
+            continue
+        for name, us in measured:
+            count = case.bytes(backward=name != "fwd")
+            shape = {key: value for key, value in asdict(case).items() if key != "segments"}
+            row = shape | {"pass": name, "us": us, "provider": provider.name} | where
+            row |= {"case": str(case), "transient": transient}
+            rows.append(row | {"bytes": count, "fraction": None if name == "host" else count / us / bandwidth})
+        frame = pd.DataFrame(rows)[[*COLUMNS, "case", "transient"]].astype({"R": "Int64", "H": "Int64"})
+        save(frame[COLUMNS])
+    if not rows:
+        raise WorkFailed("nothing could be timed; the lines above say why")
+    return frame
+
+
+def render(rows: pd.DataFrame) -> str:
+    """For a person: a table a shape, a line a kernel and provider."""
+    headings = ["kernel", "provider", "fwd us", "MB", "of copy", "fwd+bwd us", "MB", "of copy", "host us", "memory"]
+    text = [f"{rows['device'].iloc[0]}, {rows['versions'].iloc[0]}"]
+    for (b, t, d, w, dtype), same_shape in rows.groupby(["B", "T", "D", "W", "dtype"], sort=False):
+        lines = []
+        for (case, provider), part in same_shape.groupby(["case", "provider"], sort=False):
+            passes = part.set_index("pass")
+            cells = [case, provider]
+            for name in ("fwd", "fwd+bwd"):
+                us, count, fraction = passes.loc[name, ["us", "bytes", "fraction"]]
+                cells += [f"{us:.1f}", f"{count / 1e6:.0f}", f"{fraction:.0%}"]
+            lines.append([*cells, f"{passes.loc['host', 'us']:.0f}", f"{part['transient'].iloc[0]:.2f}"])
+        text.append(f"\nB={b} T={t} D={d} W={w} {dtype}\n{align(headings, lines)}")
+    return "\n".join(text)
+
+
+def _commit() -> str | None:
+    """The commit that is measured, marked where the files differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", *arguments]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    commit = git("rev-parse", "--verify", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None:
+    """Refuse a file that could not be written, before minutes of measuring; make its folder."""
+    if path is None:
+        return
+    if path.suffix not in kinds or path.is_dir():
+        what = "a folder" if path.is_dir() else path
+        raise ValueError(f"{option} wants a file {', '.join(kinds)}; got {what}; give it such a name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}; give a file in a folder that you can write to") from None
+
+
+def _save(rows: pd.DataFrame, path: Path | None) -> None:
+    if path is not None:
+        write = rows.to_parquet if path.suffix == ".parquet" else rows.to_csv
+        write_atomically(path, lambda to: write(to, index=False))
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    _check_target("-o", args.output, (".parquet", ".csv"))
+    _check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
+    if not torch.cuda.is_available():
+        raise WorkFailed("bench kernels times a GPU, and none is visible here; run it where nvidia-smi shows one")
+    found = providers(args.compiled, args.against)
+    measured = table(cases(args.quick), found, lambda rows: _save(rows, args.output))
+    rows = measured[COLUMNS]
+    if args.format == "text":
+        print(render(measured))
+    elif args.format == "csv":
+        print(rows.to_csv(index=False, float_format="%.4g"), end="")
+    else:
+        print(rows.to_json(orient="records", indent=1))
+    if args.figure:
+        from analysis.pages import figures
+
+        figures.save(figures.kernel_bars(rows), args.figure)
+    return 0

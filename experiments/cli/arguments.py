@@ -1,0 +1,99 @@
+"""What the verbs' parsers share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from analysis.logs.store import Store
+
+STORES = Path("results/runs")
+Subparsers = argparse._SubParsersAction  # argparse has no public name for it
+STORE_LEGEND = (
+    "STORE is a live store, a frozen one (dynconv freeze), or a .csv or .parquet of points with columns arm, size, "
+    "seed, N, D, C, loss (others by --columns)."
+)
+
+
+def add_verb(
+    subparsers: Subparsers, verb: str, run: Callable[..., int], text: str, *examples: str
+) -> argparse.ArgumentParser:
+    result: argparse.ArgumentParser = subparsers.add_parser(
+        verb,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog="examples:\n" + "\n".join(f"  dynconv {verb} {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.set_defaults(run=run)
+    return result
+
+
+def add_reading_verb(
+    subparsers: Subparsers, verb: str, run: Callable[[argparse.Namespace], int], text: str, *examples: str
+) -> argparse.ArgumentParser:
+    """A verb that reads a store or a table of points."""
+    result = add_verb(subparsers, verb, run, text, *examples)
+    result.description = f"{result.description} {STORE_LEGEND}"
+    result.add_argument("store", type=Path, metavar="STORE")
+    result.add_argument("--columns", metavar="NAME=COLUMN,...", help="names of the columns of a table of points")
+    return result
+
+
+def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    text = "a sweep file, e.g. experiments/sweeps/demo.toml"
+    verb.add_argument("sweep", type=Path, metavar="SWEEP", nargs=nargs, help=text)
+
+
+def store_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--store", type=Path, metavar="DIR", help=f"where the runs are (default {STORES}/<sweep name>)")
+
+
+def profile_argument(verb: argparse.ArgumentParser) -> None:
+    text = "where runs execute, e.g. slurm/profiles/local.toml (default: this machine, one run for each GPU or core)"
+    verb.add_argument("--profile", type=Path, metavar="FILE", help=text)
+
+
+def format_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--format", choices=("text", "json"), default="text", help="json for scripts (default text)")
+    verb.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+
+
+def table_format_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md")
+    parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+
+
+def load_store(args: argparse.Namespace) -> Store:
+    from analysis.logs.store import load
+
+    columns = {}
+    for item in args.columns.split(",") if args.columns else []:
+        ours, equals, theirs = item.partition("=")
+        if not (ours and equals and theirs):
+            raise ValueError(f"--columns takes NAME=COLUMN,...; got {item!r}")
+        if ours.strip() in columns:
+            raise ValueError(f"--columns names two columns for {ours.strip()}; give one")
+        columns[ours.strip()] = theirs.strip()
+    store = load(args.store, columns)
+    warn(*store.problems)
+    return store
+
+
+@contextlib.contextmanager
+def reading_store(args: argparse.Namespace) -> Iterator[Store]:
+    """The store, for verbs that go on to read its steps or evaluations: what is torn in these is told at the end."""
+    store = load_store(args)
+    known = len(store.problems)
+    yield store
+    warn(*store.problems[known:])
+
+
+def warn(*lines: str) -> None:
+    for line in lines:
+        print(f"dynconv: {line}", file=sys.stderr)

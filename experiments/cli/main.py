@@ -1,0 +1,76 @@
+"""`dynconv VERB`: parse, dispatch, and turn errors into one line and an exit code.
+
+0 done; 1 the work failed; 2 the request was wrong. Results go to standard output, all else to standard error.
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from analysis.errors import WorkFailed
+from experiments.cli import bench, claims, data, pages, runs
+
+if TYPE_CHECKING:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except (ValueError, WorkFailed) as error:
+        if args.debug:
+            raise
+        print(f"dynconv {args.verb}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, WorkFailed) else 2
+    except KeyboardInterrupt:
+        print(f"dynconv {args.verb}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `dynconv plan ... | head`
+        _close_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if args.debug:
+            raise
+        reason = error.strerror or str(error)
+        print(f"dynconv {args.verb}: {f'{error.filename}: ' if error.filename else ''}{reason}", file=sys.stderr)
+        _close_output()
+        return 1
+
+
+def _close_output() -> None:
+    """Where standard output takes no more, close it, or the interpreter complains once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs, each with `run(args) -> int`."""
+    top = argparse.ArgumentParser(
+        prog="dynconv",
+        description="Compute-matched scaling experiments on dynamic short convolutions (arXiv 2606.03825).",
+        epilog="STORE is the folder that `submit` fills. The verbs that read one also take a frozen store, or a CSV "
+        "or parquet table of points.",
+    )
+    subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    runs.register(subparsers)
+    claims.register(subparsers)
+    pages.register(subparsers)
+    bench.register(subparsers)
+    data.register(subparsers)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for verb in subparsers.choices.values():  # after the verb as well: there it must not reset what came before
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The verbs that show logs: plot, report, query, freeze."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.cli.arguments import (
+    Subparsers,
+    add_reading_verb,
+    reading_store,
+    table_format_argument,
+    warn,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    _add_plot(subparsers)
+    _add_report(subparsers)
+    _add_query(subparsers)
+    _add_freeze(subparsers)
+
+
+def _add_plot(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "plot",
+        _plot,
+        "draw what a store or a table of kernel times has the data for",
+        "results/runs/demo -o figures",
+        "results/measured/h200/kernels.parquet -o figures --type png",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg")
+
+
+def _add_freeze(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "freeze",
+        _freeze,
+        "write a store's runs.parquet and evals.parquet, for committing and sharing",
+        "results/runs/demo -o results/measured/laptop/demo",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--steps", action="store_true", help="steps.parquet as well")
+
+
+def _add_query(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "query",
+        _query,
+        "run SQL over the views runs, steps, evals and multipliers (DuckDB)",
+        """results/runs/demo "select arm, size, avg(loss) from runs group by all order by all" """,
+        """results/runs/demo "select * from multipliers" --format csv""",
+    )
+    parser.add_argument("sql", metavar="SQL")
+    table_format_argument(parser)
+
+
+def _add_report(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "report",
+        _report,
+        "write one self-contained HTML page: answers, figures, and where every number comes from",
+        "results/runs/demo -o report.html",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from analysis.logs.points import read_kernels
+    from analysis.pages.drawing import answers, draw
+    from analysis.pages.figures import kernel_bars
+    from analysis.pages.style import save
+
+    _folder(args.out)
+    kernels = read_kernels(args.store)
+    if kernels is not None:
+        drawn = {"kernels": kernel_bars(kernels)}
+    else:
+        with reading_store(args) as store:
+            found = answers(store, args.baseline, args.convention)
+            warn(*found.notes)
+            drawn = draw(store, found)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        path = args.out / f"{name}.{args.type}"
+        save(figure, path)
+        print(path)
+    return 0
+
+
+def _query(args: argparse.Namespace) -> int:
+    from analysis.pages.query import sql
+    from analysis.pages.tables import value_table
+
+    with reading_store(args) as store:
+        print(value_table(*sql(store, args.sql), args.format))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from analysis.logs.files import write_atomically
+    from analysis.pages.report import report
+
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        got = "is a folder" if args.out.is_dir() else "is in no folder"
+        raise ValueError(f"{args.out} {got}; give a file in a folder that exists")
+    with reading_store(args) as store:
+        page = report(store, args.baseline, args.convention)
+    write_atomically(args.out, lambda temporary: temporary.write_text(page))
+    print(args.out)
+    return 0
+
+
+def _freeze(args: argparse.Namespace) -> int:
+    from analysis.logs.store import freeze
+
+    with reading_store(args) as store:
+        written = freeze(store, _folder(args.out), args.steps)
+    print(*written, sep="\n")
+    return 0
+
+
+def _folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give a directory")
+    return path

@@ -1,0 +1,226 @@
+"""The verbs on a sweep's runs: plan, submit, retry, status, cancel."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.cli.arguments import (
+    STORES,
+    Subparsers,
+    add_verb,
+    format_argument,
+    profile_argument,
+    store_argument,
+    sweep_argument,
+)
+from experiments.design import strict
+from experiments.design.config import RunConfig
+
+if TYPE_CHECKING:
+    from experiments.launching.profile import Profile
+
+WATCH_SECONDS = 5.0
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    _add_plan(subparsers)
+    _add_submit(subparsers)
+    _add_status(subparsers)
+    _add_cancel(subparsers)
+    _add_retry(subparsers)
+
+
+def _add_plan(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "plan",
+        _plan,
+        "list every run of a sweep with its size, tokens, FLOPs and forecast hours; submits nothing",
+        "experiments/sweeps/demo.toml",
+        "experiments/sweeps/paper-scaling.toml --profile slurm/profiles/example-gpu.toml",
+        "experiments/sweeps/demo.toml --format json",
+    )
+    sweep_argument(verb)
+    profile_argument(verb)
+    format_argument(verb)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from experiments.design import plan
+    from experiments.design.sweep import load_sweep
+
+    rows = _planned(load_sweep(args.sweep), _profile(args))
+    print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
+    return 0
+
+
+def _planned(runs: list[RunConfig], profile: "Profile") -> list[dict[str, Any]]:
+    from experiments.design import plan
+
+    jobs = {run.size: profile.job(run.size) for run in runs}
+    return plan.rows(runs, {size: plan.Hardware(job.gpus, job.teraflops_per_second) for size, job in jobs.items()})
+
+
+def planned(sweep: Path) -> list[dict[str, Any]]:
+    """The runs of a sweep file as `plan --format json` prints them without a profile."""
+    from experiments.design.sweep import load_sweep
+    from experiments.launching.profile import Profile
+
+    return _planned(load_sweep(sweep), Profile("local"))
+
+
+def _add_submit(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "submit",
+        _submit,
+        "build the data if it is missing and submit the runs of a sweep that are not done or under way",
+        "experiments/sweeps/demo.toml",
+        "experiments/sweeps/paper-scaling.toml --profile slurm/profiles/my-cluster.toml",
+        "experiments/sweeps/demo.toml --profile slurm/profiles/one-node.toml --wait",
+    )
+    sweep_argument(verb)
+    profile_argument(verb)
+    store_argument(verb)
+    verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
+
+
+def _submit(args: argparse.Namespace) -> int:
+    runs, store = _runs(args)
+    return _launch(args, runs, store, "submit")
+
+
+def _add_retry(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "retry",
+        _retry,
+        "submit failed, cancelled and lost runs again, from their last checkpoint",
+        "experiments/sweeps/demo.toml",
+        "experiments/sweeps/demo.toml transformer-25k-s0-dc2578b9ae --profile slurm/profiles/my-cluster.toml",
+    )
+    sweep_argument(verb)
+    verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
+    profile_argument(verb)
+    store_argument(verb)
+    verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
+
+
+def _retry(args: argparse.Namespace) -> int:
+    runs, store = _runs(args)
+    return _launch(args, _chosen(args, runs), store, "retry")
+
+
+def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: str) -> int:
+    """Submit or retry, then say what happened: a line for each run that did not get to its end.
+
+    Whoever waits wants the runs complete: one that had failed before, or cannot be read, counts as well.
+    """
+    from experiments.design.data import default_cache
+    from experiments.launching import submit as launch
+
+    launcher = {"submit": launch.submit, "retry": launch.retry}[verb]
+    profile = _profile(args)
+    outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait)
+    for state in outcome.unsuccessful:
+        log = f"; log: {state.log}" if state.log else ""
+        print(f"{state.run_id} {state.state}: {state.cause or 'no cause known'}{log}", file=sys.stderr)
+    waited = args.wait or profile.executor != "slurm"
+    return 1 if outcome.unsuccessful or (waited and {"failed", "unreadable"} & outcome.skipped.keys()) else 0
+
+
+def _add_status(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "status",
+        _status,
+        "show where each run stands",
+        "experiments/sweeps/demo.toml --watch",
+        "--store results/runs/demo --format json",
+        f"            (every store in {STORES})",
+    )
+    sweep_argument(verb, nargs="?")
+    store_argument(verb)
+    verb.add_argument("--watch", action="store_true", help="refresh until no run is queued or running")
+    format_argument(verb)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from experiments.launching import states
+
+    while True:
+        rows = [state for store, run_ids in _stores(args) for state in states.read(store, run_ids)]
+        if args.format == "json":
+            text = json.dumps([dataclasses.asdict(state) for state in rows], indent=1)
+        else:
+            text = states.render(rows) if rows else "no runs here; `dynconv submit SWEEP` makes them"
+        clear = "\x1b[H\x1b[2J" if args.watch and sys.stdout.isatty() else ""
+        print(clear + text, flush=True)
+        if not args.watch or not any(state.state in states.ACTIVE for state in rows):
+            return 0
+        time.sleep(WATCH_SECONDS)
+
+
+def _stores(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
+    """(store, run ids) to report on: a sweep's runs, or all runs of one store, or of all stores."""
+    from experiments.launching import states
+
+    if args.sweep is not None:
+        runs, store = _runs(args)
+        return [(store, [run.run_id for run in runs])]
+    if args.store is not None:
+        return [(args.store, states.find(args.store))]
+    stores = sorted(path for path in STORES.glob("*") if path.is_dir())
+    if not stores:
+        raise ValueError(f"no store in {STORES}; name a sweep file or --store, or submit a sweep first")
+    return [(store, states.find(store)) for store in stores]
+
+
+def _add_cancel(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "cancel",
+        _cancel,
+        "cancel the runs of a sweep that have not ended; retry takes them up again",
+        "experiments/sweeps/demo.toml",
+        "experiments/sweeps/demo.toml transformer-25k-s0-dc2578b9ae",
+    )
+    sweep_argument(verb)
+    verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
+    store_argument(verb)
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from experiments.launching import submit as launch
+
+    runs, store = _runs(args)
+    cancelled = launch.cancel(store, [run.run_id for run in _chosen(args, runs)])
+    print(f"{store}: {len(cancelled)} runs cancelled", file=sys.stderr)
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> "Profile":
+    from experiments.launching.profile import Profile, load_profile
+
+    return Profile("local") if args.profile is None else load_profile(args.profile)
+
+
+def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
+    """The sweep's runs and the store they live in."""
+    from experiments.design.sweep import load_sweep
+
+    runs = load_sweep(args.sweep)
+    return runs, args.store or STORES / runs[0].sweep
+
+
+def _chosen(args: argparse.Namespace, runs: list[RunConfig]) -> list[RunConfig]:
+    """The runs named on the command line; all of the sweep where none is."""
+    ids = [run.run_id for run in runs]
+    for run_id in args.run_ids:
+        strict.choose(run_id, ids, "the sweep has no such run")
+    return [run for run in runs if not args.run_ids or run.run_id in args.run_ids]

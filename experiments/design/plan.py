@@ -1,0 +1,81 @@
+"""What a sweep will cost, before anything runs: a row for every run, from its configuration alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from experiments.design import flops
+from experiments.design.config import RunConfig
+from experiments.design.sweep import epochs
+from experiments.terminal import align, short, span
+
+HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run of one size gets, as a profile says."""
+
+    gpus: int = 1
+    teraflops_per_second: float | None = None  # sustained, of one GPU; None: not known, and no forecast
+
+
+def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[dict[str, Any]]:
+    """One object a run, for `--format json`.
+
+    `hours` is the forecast of the run's training: exact FLOPs at the sustained rate of the GPUs that `hardware` gives
+    its size; None where the rate is not known.
+    """
+    result = []
+    for run in runs:
+        counts = flops.count(run.model, run.train.tokens, run.train.sequence_length)
+        given = hardware[run.size]
+        rate = given.teraflops_per_second
+        result.append(
+            {
+                "run_id": run.run_id,
+                "arm": run.arm,
+                "baseline": run.baseline,
+                "size": run.size,
+                "seed": run.seed,
+                **asdict(counts),
+                "steps": run.train.steps,
+                "epochs": epochs(run),
+                "learning_rate": run.train.learning_rate,
+                "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
+                "gpus": given.gpus,
+                "teraflops_per_second": rate,
+                "hours": None if rate is None else counts.flops_exact / (given.gpus * rate * 1e12) / 3600,
+            }
+        )
+    return result
+
+
+def render(plan: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table for people, with totals."""
+    cells = [
+        (
+            row["run_id"],
+            short(row["parameters"]),
+            short(row["parameters_nonembedding"]),
+            short(row["tokens"]),
+            str(row["steps"]),
+            f"{row['epochs']:.2f}",
+            f"{row['flops_exact']:.3e}",
+            str(row["gpus"]),
+            "" if row["hours"] is None else span(row["hours"]),
+        )
+        for row in plan
+    ]
+    total = sum(row["flops_exact"] for row in plan)
+    summary = f"{len(plan)} runs, {total:.3e} FLOPs; {_forecast(plan)}; nothing was submitted"
+    return f"{align(HEADINGS, cells)}\n\n{summary}"
+
+
+def _forecast(plan: Sequence[dict[str, Any]]) -> str:
+    if any(row["hours"] is None for row in plan):
+        return "for a forecast give --profile with teraflops_per_second"
+    hours = sum(row["gpus"] * row["hours"] for row in plan)
+    rates = sorted({row["teraflops_per_second"] for row in plan})
+    rate = " to ".join(f"{rate:g}" for rate in {rates[0]: None, rates[-1]: None})
+    return f"forecast {span(hours)} of one device at {rate} TFLOP/s"

@@ -1,0 +1,1 @@
+"""Where runs go, and where they stand: submission, this machine, Slurm."""

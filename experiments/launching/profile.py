@@ -1,0 +1,102 @@
+"""Profiles: where runs execute. A new machine or cluster is a new TOML file (see slurm/profiles), never new code."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from experiments.design import strict
+from experiments.design.config import Execution
+from experiments.design.ladder import LADDERS
+
+
+@dataclass(frozen=True)
+class Job(Execution):
+    """What one run gets: how it executes, and what it asks of the scheduler."""
+
+    hours: float = 24.0  # the time limit of one attempt: a run that reaches it is saved, and goes on in another
+    gpus_per_node: int = 8
+    cpus_per_gpu: int = 1  # cores of each process
+    memory_gb: float | None = None  # a node; the cluster's default where it is left out
+    teraflops_per_second: float | None = None  # that one device sustains, for the forecast of `plan` alone
+
+    def __post_init__(self) -> None:
+        counts = ("gpus", "gpus_per_node", "cpus_per_gpu", "threads", "max_attempts")
+        for name in ("hours", "memory_gb", "teraflops_per_second", *counts):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be finite and above zero; got {value}")
+        for name in ("micro_batch", "checkpoint_minutes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative; got {getattr(self, name)}")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise ValueError(
+                f"gpus must fill whole nodes of gpus_per_node = {self.gpus_per_node}; got {self.gpus}; "
+                "change one of the two"
+            )
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def execution(self) -> Execution:
+        """The part that the run itself needs, which is frozen into its config.json."""
+        return Execution(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Execution)})
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What every job of this cluster says to sbatch."""
+
+    partition: str
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    setup: tuple[str, ...] = ()  # shell lines before the run, e.g. "module load cuda"
+    signal_seconds: int = 120  # warning before the time limit: room for a step, an evaluation and a checkpoint
+    options: Mapping[str, str] = field(default_factory=dict)  # other long options of sbatch: name -> value
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One file of slurm/profiles. `default` holds for every size that has no table of its own."""
+
+    executor: Literal["local", "debug", "slurm"]
+    max_parallel: int = 0  # runs at once; 0: as many as there are GPUs or cores (local), no limit (slurm)
+    slurm: Slurm | None = None
+    default: Job = field(default_factory=Job)
+    size: Mapping[str, Job] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_parallel < 0:
+            raise ValueError(f"max_parallel must not be negative; got {self.max_parallel}")
+        if (self.executor == "slurm") != (self.slurm is not None):
+            need = "needs" if self.executor == "slurm" else "does not go with"
+            raise ValueError(f"executor {self.executor!r} {need} a table [slurm]")
+        if self.slurm is not None:
+            hours = min(job.hours for job in (self.default, *self.size.values()))
+            if not 0 < self.slurm.signal_seconds < 3600 * hours:
+                raise ValueError(
+                    f"signal_seconds must be above zero and shorter than the shortest hours = {hours:g}; "
+                    f"got {self.slurm.signal_seconds}"
+                )
+        for size in self.size:
+            strict.choose(size, [name for ladder in LADDERS.values() for name in ladder.sizes], "table size")
+
+    def job(self, size: str) -> Job:
+        return self.size.get(size, self.default)
+
+
+def load_profile(path: Path) -> Profile:
+    """Raises ValueError naming the file, the key, the legal values and the nearest match.
+
+    A table [size.NAME] holds only what differs from [default].
+    """
+    table = strict.read_toml(path)
+    default, sizes = table.get("default", {}), table.get("size", {})
+    if isinstance(default, dict) and isinstance(sizes, dict):
+        table["size"] = {n: default | own if isinstance(own, dict) else own for n, own in sizes.items()}
+    return strict.parse(table, Profile, str(path))

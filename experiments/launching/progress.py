@@ -1,0 +1,57 @@
+"""The bar on standard error while runs are waited for: weighted by FLOPs, so that its ETA means something."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from tqdm import tqdm
+
+from experiments.design import flops
+from experiments.design.config import RunConfig
+from experiments.launching import states
+
+QUIET_SECONDS = 2.0
+
+
+class Progress:
+    """A context in which `update` draws where the runs stand."""
+
+    def __init__(self, store: Path, runs: Sequence[RunConfig]) -> None:
+        self._store = store
+        self._weights = {
+            run.run_id: flops.count(run.model, run.train.tokens, run.train.sequence_length).flops_exact for run in runs
+        }
+
+    def __enter__(self) -> Self:
+        share, _ = self._share()
+        self._bar = tqdm(
+            total=100.0,
+            initial=share,
+            delay=QUIET_SECONDS,
+            smoothing=0.0,  # the ETA from the mean speed: runs differ
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} to go; {desc}",
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.update()
+        self._bar.close()
+
+    def update(self) -> list[states.RunState]:
+        """Read the runs' states and redraw."""
+        share, here = self._share()
+        counts = Counter(state.state for state in here)
+        parts = [f"{counts[name]} {name}" for name in reversed(states.STATES) if counts[name]]
+        self._bar.set_description_str(f"runs: {', '.join(parts)}", refresh=False)
+        self._bar.update(share - self._bar.n)
+        return here
+
+    def _share(self) -> tuple[float, list[states.RunState]]:
+        """Percent of the FLOPs that are done or, with their run, given up."""
+        here = states.read(self._store, self._weights)
+        open_ = {"pending", *states.ACTIVE}
+        done = sum(self._weights[s.run_id] * (s.progress if s.state in open_ else 1.0) for s in here)
+        return 100.0 * done / sum(self._weights.values()), here

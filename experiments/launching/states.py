@@ -1,0 +1,217 @@
+"""Where each run of a store stands. The truth is, in this order: the run's own markers, the queue, the accounting.
+
+Reads small files only and imports no torch, so that `status` answers at once.
+"""
+
+import contextlib
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from analysis.logs import reader
+from analysis.logs.files import read_json
+from experiments.launching import slurm
+from experiments.terminal import align, duration
+
+ACTIVE = ("queued", "running", "requeued", "unknown")  # a second job of such a run could meet the first
+STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
+JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One row of `status`. None: not known, or not yet."""
+
+    run_id: str
+    state: str  # one of STATES
+    progress: float = 0.0  # share of the tokens trained on
+    loss: float | None = None  # held-out when complete, of the last logged training step before
+    attempts: int = 0
+    elapsed: float | None = None  # seconds of this attempt, or of all of a complete run
+    eta: float | None = None  # seconds
+    job_id: str | None = None
+    cause: str | None = None  # of a failure, or of our not knowing
+    log: str | None = None  # path of the job's output
+
+
+def find(store: Path) -> list[str]:
+    """Ids of all runs in a store. A folder without config.json is none of ours."""
+    if not store.is_dir():
+        raise ValueError(f"{store} is not a folder; give the store that `dynconv submit` made")
+    return sorted(path.parent.name for path in store.glob("*/config.json") if not path.parent.name.startswith("."))
+
+
+def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
+    """Where the named runs stand; one that has no folder is pending, one whose files are not ours unreadable.
+
+    The queue is asked before the markers are read: a run that ends in between is then seen as complete.
+    """
+    run_ids = list(run_ids)
+    jobs, found = dict[str, dict[str, Any] | None](), dict[str, RunState]()
+    for run_id in run_ids:
+        try:
+            jobs[run_id] = job_of(store / run_id)
+        except ValueError as error:
+            found[run_id] = RunState(run_id, "unreadable", cause=str(error))
+    unfinished = {run_id: job for run_id, job in jobs.items() if reader.status(store / run_id) == "unfinished"}
+    present = _present(store, unfinished)
+    for run_id, job in jobs.items():
+        try:
+            found[run_id] = _state(store / run_id, job, present.get(run_id))
+        except ValueError as error:
+            found[run_id] = RunState(run_id, "unreadable", cause=str(error))
+    lost = {
+        run_id: job["job_id"]
+        for run_id, job in jobs.items()
+        if found[run_id].state == "lost" and job is not None and job["executor"] == "slurm"
+    }
+    ended = slurm.accounting(list(lost.values())) if lost else {}
+    found |= {run_id: _explained(found[run_id], ended) for run_id in lost}
+    return [found[run_id] for run_id in run_ids]
+
+
+def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
+    """Run id -> "queued", "running" or "unknown", for runs whose last job has not ended, whatever their markers say."""
+    present = _present(store, {run_id: job_of(store / run_id) for run_id in run_ids})
+    return {run_id: where for run_id, where in present.items() if where != "gone"}
+
+
+def job_of(run_dir: Path) -> dict[str, Any] | None:
+    """What the launcher noted when it submitted the run, or None. Raises ValueError where it noted no such thing."""
+    path = run_dir / "job.json"
+    if not path.exists():
+        return None
+    with _reading(path):
+        job = read_json(path)
+        return {key: job[key] for key in JOB_KEYS}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names the file that does not hold what we write there: another program's, or another version's."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not as `dynconv` writes it ({type(error).__name__}: {error})") from None
+
+
+def _present(store: Path, jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
+    """Run id -> "queued", "running", "gone" or "unknown", for the runs that have a job."""
+    submitted = {run_id: job for run_id, job in jobs.items() if job is not None}
+    in_slurm = [job["job_id"] for job in submitted.values() if job["executor"] == "slurm"]
+    queue = slurm.queue(store, in_slurm) if in_slurm else {}
+    present = {}
+    for run_id, job in submitted.items():
+        if job["executor"] == "slurm":
+            state = "unknown" if queue is None else queue.get(job["job_id"], "gone")
+            present[run_id] = {"PENDING": "queued", "gone": "gone", "unknown": "unknown"}.get(state, "running")
+        elif job["host"] != socket.gethostname():
+            present[run_id] = "unknown"
+        else:
+            alive = job["started"] is not None and job["started"] == process_started(job["job_id"])
+            present[run_id] = "running" if alive else "gone"
+    return present
+
+
+def process_started(pid: str) -> int | None:
+    """When a process of this machine began, in clock ticks since boot: with it a process id names one process only."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()  # the command's name, in brackets, may hold anything
+    return None if state == "Z" else int(fields[18])
+
+
+def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> RunState:
+    where = reader.status(run_dir)
+    if where == "unfinished":
+        where = "pending" if job is None else "lost" if present in ("gone", None) else present
+    known: dict[str, Any] = {"job_id": job["job_id"], "log": job["log"]} if job else {}
+    if where == "complete":
+        with _reading(run_dir / "run.json"):
+            run = read_json(run_dir / "run.json")
+            elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
+            return RunState(run_dir.name, where, 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
+    known["cause"] = _cause(run_dir, job, where)
+    with _reading(run_dir / "attempt-*.json"):
+        latest = reader.progress(run_dir)
+    if latest is None:
+        return RunState(run_dir.name, where, **known)
+    if where == "queued":
+        where = "requeued"
+    with _reading(run_dir / "config.json"):
+        tokens = read_json(run_dir / "config.json")["tokens"]
+        share = (latest.tokens or 0) / tokens
+    if where == "running":
+        known |= _times(latest, tokens)
+    return RunState(run_dir.name, where, share, latest.loss, latest.attempt, **known)
+
+
+def _times(latest: reader.Progress, tokens: int) -> dict[str, float]:
+    """Seconds that this attempt has taken, and those that the run will take yet at the attempt's own speed."""
+    times = {"elapsed": time.time() - latest.started_at}
+    if latest.step is not None and latest.tokens and latest.step >= latest.first_step:
+        seconds_per_step = (latest.updated_at - latest.started_at) / (latest.step - latest.first_step + 1)
+        steps = latest.step * tokens / latest.tokens
+        times["eta"] = seconds_per_step * (steps - latest.step)
+    return times
+
+
+def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
+    if where == "failed":
+        with _reading(run_dir / "failure.json"):
+            failure = read_json(run_dir / "failure.json")
+            return f"{failure['cause']} (step {failure['step']})"
+    if where == "unknown" and job is not None:
+        return "squeue does not answer" if job["executor"] == "slurm" else f"started on {job['host']}; ask there"
+    if where == "lost" and job is not None:
+        return _last_line(Path(job["log"])) if job["log"] else "its process ended"
+    return None
+
+
+def _last_line(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        lines = []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its process ended without a word")
+
+
+def _explained(state: RunState, ended: Mapping[str, str]) -> RunState:
+    """A run that Slurm lost, with what the accounting says of its end."""
+    end = ended.get(str(state.job_id))
+    if end is None or end.startswith(("RUNNING", "PENDING", "REQUEUED")):  # unknown, or not up to date
+        return replace(state, cause="it left the queue without a result")
+    where = "cancelled" if end.startswith("CANCELLED") else "lost"  # by scancel, past `dynconv cancel`
+    return replace(state, state=where, cause=f"Slurm says {end}")
+
+
+HEADINGS = ("run", "state", "done", "loss", "attempts", "elapsed", "to go", "job")
+
+
+def render(states: Sequence[RunState]) -> str:
+    """The rows as a table for people, what went wrong below it, and a count of each state."""
+    cells = [
+        (
+            state.run_id,
+            state.state,
+            f"{state.progress:.0%}",
+            "" if state.loss is None else f"{state.loss:.4f}",
+            str(state.attempts or ""),
+            duration(state.elapsed),
+            duration(state.eta),
+            state.job_id or "",
+        )
+        for state in states
+    ]
+    causes = [f"{state.run_id} {state.state}: {state.cause}" for state in states if state.cause]
+    counts = Counter(state.state for state in states)
+    summary = f"{len(states)} runs: " + ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+    return "\n".join([align(HEADINGS, cells), "", *causes, summary])

@@ -1,0 +1,1 @@
+"""One run: the trainer, optimizers, schedules, parallelism, checkpoints."""

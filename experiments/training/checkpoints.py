@@ -1,0 +1,52 @@
+"""Checkpoints of a run: written whole or not at all, read without unpickling code, newest complete one first."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.logs.files import write_atomically
+
+KEPT = 2  # the one before the newest stands in should the newest be unreadable
+
+
+def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
+    """Write the checkpoint of `step`, and remove what it makes useless: older ones, and later ones of a course that
+    could not be resumed."""
+    folder = run_dir / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:010d}.pt"
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    earlier = [other for other in _newest_first(run_dir) if other.name < path.name]
+    for other in folder.iterdir():
+        if other not in (path, *earlier[: KEPT - 1]):
+            other.unlink(missing_ok=True)
+
+
+def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
+    """The newest readable checkpoint of this run, or None before the first.
+
+    An unreadable one is named on standard error and passed over. Raises ValueError for a checkpoint of another run.
+    """
+    for path in _newest_first(run_dir):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a different type for each way in which a file can be torn
+            print(f"{path} is unreadable ({type(error).__name__}); trying the one before it", file=sys.stderr)
+            continue
+        if not isinstance(state, dict) or state.get("run_id") != run_id:
+            got = state.get("run_id") if isinstance(state, dict) else None
+            raise ValueError(f"{path} is a checkpoint of run {got}; wanted {run_id}; move it away and retry")
+        return state
+    return None
+
+
+def remove(run_dir: Path) -> None:
+    """Remove a finished run's checkpoints; its weights stay in model.pt."""
+    shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoint").glob("step-*.pt"), reverse=True)

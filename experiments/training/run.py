@@ -1,0 +1,340 @@
+"""One run, from its directory alone: train, log, checkpoint; resume where it stopped; leave when told to.
+
+`Run(run_dir)` is what a scheduler pickles. It holds no state: a job that is requeued, by a preemption or after a
+node's failure, finds the newest complete checkpoint itself, and one that is already complete returns at once.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import submitit
+from submitit.helpers import DelayedSubmission
+
+from analysis.logs.files import read_json, write_atomically, write_json
+from analysis.logs.reader import progress
+from analysis.logs.schema import SCHEMA
+from analysis.logs.writer import RunLog, next_attempt, record_failure
+from experiments.design import flops, strict
+from experiments.design.config import Execution, RunConfig
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
+    from experiments.data.dataset import Dataset
+    from experiments.training.trainer import Trainer, World
+
+
+class RunFailed(RuntimeError):
+    """The run gave up; failure.json in its directory says at which step and why."""
+
+
+class Run:
+    """Callable that brings the run in `run_dir` to its end, whatever state it finds it in."""
+
+    def __init__(self, run_dir: Path | str) -> None:
+        self.run_dir = Path(run_dir)
+
+    def __call__(self) -> None:
+        """Raises RunFailed, with the cause also in failure.json."""
+        called_at = time.time()
+        if (self.run_dir / "run.json").exists() or (self.run_dir / "cancelled").exists():
+            return
+        attempt = _Attempt(self.run_dir, called_at)
+        with attempt.alone():
+            try:
+                finished = attempt.go()
+            except Exception as error:  # whatever it is, a person has to look at it before the run is tried again
+                raise RunFailed(f"{self.run_dir.name}: {attempt.fail(error)}") from error
+        if not finished:
+            attempt.stop.act()
+
+    def checkpoint(self) -> DelayedSubmission | None:
+        """Called by submitit when the state has been saved: requeue, unless the run was cancelled on purpose."""
+        return None if (self.run_dir / "cancelled").exists() else DelayedSubmission(Run(self.run_dir))
+
+
+def write_config(
+    run: RunConfig,
+    store: Path,
+    dataset: "Dataset",
+    execution: Execution,
+    *,
+    code_commit: str | None,
+    submitted_at: float,  # unix seconds
+) -> Path:
+    """Freeze everything a run needs as STORE/<run_id>/config.json; the run's directory."""
+    counts = flops.count(run.model, run.train.tokens, run.train.sequence_length)
+    named = {key: getattr(run, key) for key in ("run_id", "sweep", "arm", "size", "seed", "baseline")}
+    config = {
+        "schema": SCHEMA,
+        **named,
+        **asdict(counts),
+        "config": asdict(run),
+        "execution": asdict(execution),
+        "data_dir": str(dataset.path),
+        "data_sha256": dataset.sha256,
+        "tokenizer_sha256": dataset.tokenizer_sha256,
+        "code_commit": code_commit,
+        "submitted_at": submitted_at,
+    }
+    run_dir = store / run.run_id
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", config)
+    return run_dir
+
+
+def read_config(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
+    """The frozen config of a run. Raises ValueError where it was edited after it was submitted."""
+    path = run_dir / "config.json"
+    config = read_json(path)
+    run = strict.parse(config["config"], RunConfig, f"{path}: config")
+    if not run.run_id == config["run_id"] == run_dir.name:
+        raise ValueError(
+            f"{path} describes run {run.run_id}; wanted {run_dir.name}, as its folder is named; "
+            "it was edited after it was submitted: submit the sweep again"
+        )
+    return config, run, strict.parse(config["execution"], Execution, f"{path}: execution")
+
+
+class StopSignal:
+    """Notes the scheduler's signal and leaves acting on it to the training loop.
+
+    submitit would requeue from inside its signal handler, with the step half done. Its handler is put aside here,
+    and called by `act` once the state is saved.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._signal = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
+        handler = signal.getsignal(self._signal)
+        self._handler = handler if callable(handler) else None
+        if self._handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(self._signal, self._note)
+
+    def _note(self, _signum: int, _frame: FrameType | None) -> None:
+        self.raised = True
+
+    def act(self) -> None:
+        """Requeue through submitit, which ends the process of rank 0."""
+        assert self._handler is not None, "only a noted signal is acted on"
+        self._handler(self._signal, None)
+
+
+class _Attempt:
+    """One process's go at a run. Rank 0 alone writes the log and the checkpoints."""
+
+    def __init__(self, run_dir: Path, called_at: float) -> None:
+        self._run_dir, self._called_at = run_dir, called_at
+        self.stop = StopSignal()
+        self._task = _task()
+        self._number = next_attempt(run_dir)
+        self._log: RunLog | None = None
+        self._step = 0
+        self._saved_at = time.monotonic()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the run's directory: two processes that train one run would interleave their logs."""
+        if self._task.rank > 0:
+            yield
+            return
+        with (self._run_dir / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFailed(f"{self._run_dir.name}: another process has this run; leave it to that one") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def go(self) -> bool:
+        """Whether the run is complete; if not it was told to stop, and its state is saved."""
+        config, run, self._execution = read_config(self._run_dir)
+        if self._task.rank == 0:
+            (self._run_dir / "failure.json").unlink(missing_ok=True)
+        if self._number > self._execution.max_attempts:  # the same in all processes: none waits for the others
+            raise RuntimeError(
+                f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
+                "allowed; raise it in the profile, then retry"
+            )
+        with _world(self._run_dir, self._execution, self._task) as world:
+            trainer = self._prepare(config, run, world)
+            finished = self._train(trainer, world)
+            if finished:
+                self._finish(trainer)
+        return finished
+
+    def fail(self, error: Exception) -> str:
+        """Record the cause and return it. The disk may be what failed, so that nothing here may raise."""
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        with contextlib.suppress(OSError):
+            if self._log is not None:
+                self._log.fail(self._step, cause)
+            else:
+                record_failure(self._run_dir, attempt=self._number, step=self._step, cause=cause, time=time.time())
+        return f"step {self._step}: {cause}"
+
+    def _prepare(self, config: dict[str, Any], run: RunConfig, world: "World") -> "Trainer":
+        """The trainer, resumed from the newest checkpoint, and the attempt's log."""
+        from experiments.data.dataset import Dataset
+        from experiments.training import checkpoints as checkpoint
+        from experiments.training.trainer import Trainer
+
+        waiting_since = _waiting_since(self._run_dir, config)
+        dataset = Dataset.open(config["data_dir"])
+        if dataset.sha256 != config["data_sha256"]:
+            raise ValueError(
+                f"{config['data_dir']} holds data {dataset.sha256[:12]}; the run was submitted with "
+                f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
+            )
+        trainer = Trainer(run, dataset, self._execution, world)
+        state = checkpoint.load_newest(self._run_dir, run.run_id)
+        if state is not None:
+            trainer.load_state_dict(state)
+        if not world.agree(trainer.steps_done):
+            raise RuntimeError(
+                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and others another one; "
+                "retry when the file system shows the same files everywhere"
+            )
+        self._step = trainer.steps_done + 1
+        if world.rank == 0:
+            self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=_about(world))
+            self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
+            self._log.add_seconds("startup", time.time() - self._called_at)
+        if world.device.type == "cuda":
+            start = time.monotonic()
+            trainer.warm_up()
+            self._add_seconds("compile", start)
+        self._saved_at = time.monotonic()
+        return trainer
+
+    def _train(self, trainer: "Trainer", world: "World") -> bool:
+        """Steps and evaluations until the end; False if the run was told to stop, with its state saved."""
+
+        def stopping() -> bool:
+            return world.any(self.stop.raised)
+
+        while trainer.evaluation_due or not trainer.finished:
+            if stopping():
+                self._save(trainer)
+                return False
+            if trainer.evaluation_due:
+                evaluation = trainer.evaluate(stopping)
+                if evaluation is not None and self._log is not None:
+                    self._log.evaluation(**asdict(evaluation))
+                    done = f"{evaluation.step}/{trainer.config.steps}"
+                    print(f"step {done}  held-out loss {evaluation.loss:.4f}", flush=True)
+            else:
+                step = trainer.step()
+                self._step = step.step + 1
+                if self._log is not None:
+                    self._log.step(**asdict(step))
+            if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
+                self._save(trainer)
+        return True
+
+    def _save(self, trainer: "Trainer") -> None:
+        """A checkpoint, after the log that covers it."""
+        from experiments.training import checkpoints as checkpoint
+
+        if self._log is not None:
+            start = time.monotonic()
+            self._log.flush()
+            checkpoint.save(self._run_dir, trainer.steps_done, trainer.state_dict())
+            self._add_seconds("checkpoint", start)
+            self._log.flush()
+        self._saved_at = time.monotonic()
+
+    def _finish(self, trainer: "Trainer") -> None:
+        """The trained weights, the merged log, run.json; then the checkpoints may go."""
+        import torch
+
+        from experiments.training import checkpoints as checkpoint
+
+        if self._log is not None:
+            weights = trainer.model.state_dict()
+            write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
+            self._log.finish({})
+            checkpoint.remove(self._run_dir)
+
+    def _add_seconds(self, clock: str, since: float) -> None:
+        if self._log is not None:
+            self._log.add_seconds(clock, time.monotonic() - since)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """This process's place in its job, as the scheduler says."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    job: str = ""
+
+
+def _task() -> _Task:
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return _Task()
+    environment = submitit.JobEnvironment()
+    return _Task(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
+
+
+@contextmanager
+def _world(run_dir: Path, execution: Execution, task: _Task) -> Iterator["World"]:
+    """The processes of this job, joined where there are several."""
+    import torch
+    import torch.distributed as dist
+
+    from experiments.training.trainer import World
+
+    cuda = torch.cuda.is_available()
+    if execution.device == "cuda" and not cuda:
+        raise ValueError("device = 'cuda' was asked for and torch sees no GPU; set device = 'auto' or 'cpu'")
+    if cuda and execution.device != "cpu":
+        device = torch.device("cuda", task.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(execution.threads)
+    world = World(task.rank, task.size, device)
+    if world.size == 1:
+        yield world
+        return
+    # A file all processes see: a port picked from the ephemeral range may be taken.
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    meeting = run_dir.absolute() / f".rendezvous-{task.job}-{restart}"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=world.rank, world_size=world.size)
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+        meeting.unlink(missing_ok=True)
+
+
+def _about(world: "World") -> dict[str, Any]:
+    import torch
+
+    cuda = world.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "gpus": world.size,
+        "dtype": "bfloat16" if cuda else "float32",
+        "torch": torch.__version__,
+    }
+
+
+def _waiting_since(run_dir: Path, config: dict[str, Any]) -> float:
+    """When the time in the queue began: at the submission, the resubmission, or the end of the last attempt."""
+    job = run_dir / "job.json"
+    resubmitted = read_json(job)["submitted_at"] if job.exists() else 0.0
+    last = progress(run_dir)
+    return max(config["submitted_at"], resubmitted, last.updated_at if last else 0.0)
