@@ -74,8 +74,16 @@ class World:
         return tensor
 
     def agree(self, number: int) -> bool:
-        """Whether all processes have the same number. Where they do not, at least one of them gets False."""
-        return self.sum(torch.tensor(float(number), device=self.device)).item() == number * self.size
+        """Whether all processes have the same number: all of them get the same answer."""
+        if self.size == 1:
+            return True
+        bounds = torch.tensor([number, -number], dtype=torch.int64, device=self.device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)  # the largest number, and the smallest with its sign turned
+        return bounds[0].item() == -bounds[1].item()
+
+    def wait_for_all(self) -> None:
+        """Return once every process has come here."""
+        self.any(False)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process: all processes get the same answer."""
