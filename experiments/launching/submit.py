@@ -21,7 +21,8 @@ from experiments.design.data import DataConfig
 from experiments.launching import local, slurm, snapshot, states
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
-from experiments.training.run import Run, RunFailed, write_config
+from experiments.training.record import check_store, write_record
+from experiments.training.run import Run, RunFailed
 
 if TYPE_CHECKING:
     import submitit
@@ -77,6 +78,8 @@ def _launch(
         datasets = _build(runs, cache)  # may take hours, so not under the lock
         with _locked(store):
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
+            for spec, dataset in datasets.items():
+                check_store([run for run in todo if run.data == spec], store, dataset.sha256)
             code = _freeze(todo, datasets, profile, store)
             with _unmarked([store / run.run_id for run in todo]):
                 if profile.executor == "slurm":
@@ -175,7 +178,7 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
     commit = snapshot.commit(code)
     for run in runs:
         execution = profile.job(run.size).execution
-        write_config(run, store, datasets[run.data], execution, code_commit=commit, submitted_at=time.time())
+        write_record(run, store, datasets[run.data], execution, code_commit=commit, submitted_at=time.time())
     return code
 
 
