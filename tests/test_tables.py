@@ -232,10 +232,10 @@ def test_the_published_counts_are_those_of_the_described_models() -> None:
     ladder = LADDERS["paper"]
     for row in csv.DictReader((PUBLISHED / "points.csv").read_text().splitlines()):
         shape = ladder.shape(row["size"])
-        keys = ("width", *{"lowrank": ("rank",), "headwise": ("head_size",)}.get(row["kind"], ()))
-        numbers = {name: int(row[name]) for name in keys if row[name]}
-        sites = {"all-linear": ALL_LINEAR}.get(row["site"], tuple(row["site"]))
-        (kind,) = [kind for kind in CONVOLUTIONS if kind.kind == row["kind"]]
+        keys = ("width", *{"lowrank": ("rank",), "headwise": ("head_size",)}.get(row["conv.kind"], ()))
+        numbers = {name: int(row[f"conv.{name}"]) for name in keys if row[f"conv.{name}"]}
+        sites = {"all-linear": ALL_LINEAR}.get(row["conv.sites"], tuple(row["conv.sites"]))
+        (kind,) = [kind for kind in CONVOLUTIONS if kind.kind == row["conv.kind"]]
         model = ModelConfig(
             ladder.sizes[row["size"]].layers,
             width=shape.width,

@@ -61,7 +61,8 @@ def _view(store: Store, view: str) -> pa.Table:
 
 
 def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
-    """The rows for which a condition on the run table's columns holds, in pandas' notation: `size != "25k"`."""
+    """The rows for which a condition on the run table's columns holds, in pandas' notation: size != "25k"; names with
+    a dot stand in backquotes: `conv.width` == 4. Raises ValueError where it is no condition, or no row is left."""
     if where is None:
         return runs
     import pandas as pd
@@ -69,7 +70,10 @@ def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
     try:
         holds = runs.eval(where, local_dict={}, global_dict={})
     except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
-        raise ValueError(f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"'") from None
+        raise ValueError(
+            f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"', and a name with a dot "
+            "in backquotes, as in '`conv.width` == 4'"
+        ) from None
     if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
         raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
     kept = runs[holds.fillna(False)]
@@ -83,6 +87,9 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
     for name in by:
         if name not in runs or name in SUMMED:
             raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")
+    repeated = [name for name in dict.fromkeys(by) if by.count(name) > 1]
+    if repeated:
+        raise ValueError(f"--by names {', '.join(repeated)} more than once; name each column once")
     done = runs[runs["status"] == "complete"].sort_values(["arm", "parameters"], kind="stable")
     groups = done.assign(train_hours=done["train_seconds"] / 3600).groupby(list(by), sort=False, dropna=False)
     table = groups.agg(
