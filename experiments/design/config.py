@@ -48,10 +48,14 @@ class RunConfig:
         return self.model.count(self.train.tokens, self.train.sequence_length)
 
     @property
+    def own_tokens(self) -> int:
+        """Tokens of the steps that the run takes itself: a branch takes up where its trunk stood."""
+        return self.train.tokens - self.branch_step * self.train.batch_sequences * self.train.sequence_length
+
+    @property
     def own_flops(self) -> int:
-        """Exact FLOPs of the steps that the run takes itself: a branch takes up where its trunk stood."""
-        shared = self.branch_step * self.train.batch_sequences * self.train.sequence_length
-        return self.model.count(self.train.tokens - shared, self.train.sequence_length).flops_exact
+        """Exact FLOPs of the steps that the run takes itself."""
+        return self.model.count(self.own_tokens, self.train.sequence_length).flops_exact
 
     @property
     def epochs(self) -> float:

@@ -35,6 +35,7 @@ def write_record(
         **{key: getattr(run, key) for key in NAMES},
         "task": "text",
         **asdict(run.counts),
+        "tokens_own": run.own_tokens,
         "facts": run.facts(),
         "vary": dict(run.vary),
         "config": to_dict(run),
@@ -66,23 +67,22 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
 
 
 def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> None:
-    """Raises ValueError where the store holds runs that cannot stand beside the new ones: runs of another schema, runs
-    trained on other data, or another configuration of the same arm, size, budget, seed and place on the axes."""
+    """Raises ValueError where the store holds runs that cannot stand beside the new ones: runs trained on other data,
+    or another configuration of the same arm, size, budget, seed and place on the axes."""
     new = [run for run in runs if run.budget != TRUNK]  # a trunk is no result
     cells = {_cell({name: getattr(run, name) for name in (*CELL, "vary")}): run for run in new}
     for path in sorted(store.glob("*/config.json")):
-        record = read_json(path)
-        if record.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{store} holds runs of schema {record.get('schema')}, as {path.parent.name}; this version writes "
-                f"{SCHEMA}; submit to another store: the old one stays readable"
-            )
+        try:
+            record = read_json(path)
+            cell = _cell(record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # none of ours: `status` names it
         if record["data_sha256"] != data_sha256:
             raise ValueError(
                 f"{path.parent.name} in {store} was submitted with data {record['data_sha256'][:12]}; the data is now "
                 f"{data_sha256[:12]}; restore it, or submit to another store: runs on different data cannot be compared"
             )
-        other = cells.get(_cell(record))
+        other = cells.get(cell)
         if other is not None and other.run_id != record["run_id"]:
             changed = differences(record["config"], to_dict(other))
             what = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in list(changed.items())[:4])
