@@ -25,8 +25,8 @@ from analysis.logs.reader import read_rows, status
 from analysis.logs.writer import record_failure
 from experiments.design.config import RunConfig
 from experiments.training import checkpoints as checkpoint
+from experiments.training.parallel import World
 from experiments.training.run import Run, RunFailed, _Place
-from experiments.training.trainer import World
 
 Submitted = Callable[..., Path]
 
@@ -212,7 +212,7 @@ def test_two_processes_do_not_train_one_run(tiny_run: RunConfig, submitted: Subm
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunFailed, match="another process has this run"):
             Run(run_dir)()
-    assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "config.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "config.json", "tokenizer.json"]
     Run(run_dir)()
     assert result(run_dir)["attempts"] == 1
 
@@ -247,7 +247,7 @@ def test_a_cancelled_run_is_neither_started_nor_requeued(
     (run_dir / "cancelled").touch()
     assert Run(run_dir).checkpoint() is None
     Run(run_dir)()
-    assert sorted(path.name for path in run_dir.iterdir()) == ["cancelled", "config.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["cancelled", "config.json", "tokenizer.json"]
 
 
 def test_divergence_is_recorded_with_step_and_cause(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:

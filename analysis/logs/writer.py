@@ -155,7 +155,9 @@ class RunLog:
         """
         self.flush()
         steps, evals = (read_rows(self._run_dir, kind) for kind in ("steps", "evals"))
-        gaps = steps.table["step"].to_pylist() != list(range(1, steps.table.num_rows + 1))
+        before = self._config.get("branch_step", 0)  # steps of its trunk, in whose log they are
+        last = before + steps.table.num_rows
+        gaps = steps.table["step"].to_pylist() != list(range(before + 1, last + 1))
         if problems := [*steps.problems, *evals.problems, *(["steps are missing"] if gaps else [])]:
             raise ValueError(
                 f"{self._run_dir} has a torn log: {problems[0]}; nothing was removed; mend it, or remove the folder "
@@ -165,11 +167,15 @@ class RunLog:
         attempts = [attempt for _, attempt in sorted(read_attempts(self._run_dir)[0].items())]
         seconds = _clocks(attempts, steps, evals)
         run = {key: self._config.get(key) for key in ("schema", *RECORDED, "facts", "vary")}
-        run |= {"loss": final["loss"], "bits_per_byte": final.get("bits_per_byte"), "steps": steps.table.num_rows}
+        run |= {"loss": final["loss"], "bits_per_byte": final.get("bits_per_byte"), "steps": last}
         run |= {"attempts": self._attempt["attempt"], "seconds": seconds}
         if seconds["train"] > 0:
-            run["tokens_per_second"] = self._config["tokens"] / seconds["train"]
-        run |= {**summarize(attempts), "attempts_made": attempts, "finished_at": self._clock(), **summary}
+            own = self._config.get("tokens_own", self._config["tokens"])  # a branch's without its trunk's
+            run["tokens_per_second"] = own / seconds["train"]
+        provenance = summarize(attempts)
+        if before:
+            provenance["clock"] = "mixed"  # a branch's seconds lack its trunk's
+        run |= {**provenance, "attempts_made": attempts, "finished_at": self._clock(), **summary}
         write_parquet(self._run_dir / "steps.parquet", steps.table)
         write_parquet(self._run_dir / "evals.parquet", evals.table)
         write_json(self._run_dir / "run.json", run)

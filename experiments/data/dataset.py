@@ -13,7 +13,7 @@ All numbers are little-endian.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +29,11 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 TOKEN_BYTES = "token-bytes.bin"
 REMEDY = "remove the folder and build the data again"
+
+
+def _content_sha256(seals: Mapping[str, tuple[int, str]]) -> str:
+    """Of the files' names, lengths and checksums: two folders with equal text give equal data."""
+    return hashlib.sha256(json.dumps(sorted(seals.items())).encode()).hexdigest()
 
 
 def token_type(vocabulary: int) -> np.dtype[Any]:
@@ -54,7 +59,7 @@ def sync_and_hash(path: Path) -> dict[str, Any]:
 class Dataset:
     """A dataset to read from; make one with `Dataset.open`.
 
-    `sha256` is the manifest's hash. The manifest lists every file's hash, so it identifies every byte of the dataset.
+    `sha256` identifies every byte of the shards and the tokenizer, wherever the text lay.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], sha256: str) -> None:
@@ -94,7 +99,7 @@ class Dataset:
         for name, (length, _) in expected.items():
             _check_length(path / name, length)
         with manifest_errors(path):
-            dataset = cls(path, manifest, hashlib.sha256(raw).hexdigest())
+            dataset = cls(path, manifest, _content_sha256(expected))
         for split, parts in dataset._shards.items():
             if (got := sum(map(len, parts))) != dataset.tokens(split):
                 raise ValueError(

@@ -8,7 +8,6 @@ from typing import Self
 
 from tqdm import tqdm
 
-from experiments.design import flops
 from experiments.design.config import RunConfig
 from experiments.launching import states
 from experiments.terminal import QUIET_SECONDS
@@ -19,9 +18,7 @@ class Progress:
 
     def __init__(self, store: Path, runs: Sequence[RunConfig]) -> None:
         self._store = store
-        self._weights = {
-            run.run_id: flops.count(run.model, run.train.tokens, run.train.sequence_length).flops_exact for run in runs
-        }
+        self._weights = {run.run_id: run.own_flops for run in runs}
 
     def __enter__(self) -> Self:
         share, _ = self._share()

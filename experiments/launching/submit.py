@@ -18,7 +18,8 @@ from experiments.launching import jobs, local, local_loop, slurm, snapshot, stat
 from experiments.launching.locks import signals_deferred, store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
-from experiments.training.run import Run, write_config
+from experiments.training.record import check_store, write_record
+from experiments.training.run import Run
 
 if TYPE_CHECKING:
     import submitit
@@ -74,6 +75,8 @@ def _launch(
         datasets = _build(runs, cache)  # not under the lock, which others would wait for
         with store_lock(store):
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
+            for spec, dataset in datasets.items():
+                check_store([run for run in todo if run.data == spec], store, dataset.sha256)
             code = _freeze(todo, datasets, profile, store)
             with _markers_removed([store / run.run_id for run in todo]):
                 if profile.executor == "slurm":
@@ -184,7 +187,7 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
     commit = snapshot.commit(code)
     for run in runs:
         execution = profile.job(run.size).execution
-        write_config(run, store, datasets[run.data], execution, code_commit=commit, submitted_at=time.time())
+        write_record(run, store, datasets[run.data], execution, code_commit=commit, submitted_at=time.time())
     return code
 
 

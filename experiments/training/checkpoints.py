@@ -45,6 +45,26 @@ def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
     return None
 
 
+def keep_branch_point(run_dir: Path, step: int, state: dict[str, Any]) -> None:
+    """Keep a trunk's state after `step` for good: its branches begin there."""
+    folder = run_dir / "branch-points"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"step-{step:010d}.pt", lambda temporary: torch.save(state, temporary))
+
+
+def load_branch_point(trunk_dir: Path, step: int) -> dict[str, Any]:
+    """The state of a trunk after `step`. Raises ValueError where it has not come so far, or is unreadable."""
+    path = trunk_dir / "branch-points" / f"step-{step:010d}.pt"
+    if not path.exists():
+        raise ValueError(f"the trunk {trunk_dir.name} has kept no state after step {step}; retry when it has")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each way in which a file can be torn
+        raise ValueError(f"{path} is unreadable ({type(error).__name__}); train the trunk anew") from None
+    assert isinstance(state, dict)
+    return state
+
+
 def remove(run_dir: Path) -> None:
     """Remove a finished run's checkpoints; its weights stay in model.pt."""
     shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)

@@ -22,23 +22,15 @@ from typing import TYPE_CHECKING, Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from analysis.logs import schema1
 from analysis.logs.files import read_json, write_atomically
-from analysis.logs.files import write_json as _write_json
 from analysis.logs.reader import progress
-from analysis.logs.schema import SCHEMA
 from analysis.logs.writer import RunLog, next_attempt, record_failure
-from experiments.design import flops, strict
 from experiments.design.config import Execution, RunConfig
+from experiments.training.record import read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
-    from experiments.data.dataset import Dataset
-    from experiments.training.trainer import Trainer, World
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """TEMPORARY: the keys of schema 2 until `write_config` writes them itself; delete it with its two imports then."""
-    _write_json(path, schema1.upgrade_record(value) | {"budget": "not recorded"} | value)
+    from experiments.training.parallel import World
+    from experiments.training.trainer import Trainer
 
 
 SHARING_VARIABLE = "DYNCONV_SHARING"  # set by the launcher: how many runs share this one's device, empty if not known
@@ -71,49 +63,6 @@ class Run:
     def checkpoint(self) -> DelayedSubmission | None:
         """Called by submitit when the state has been saved: requeue, unless the run was cancelled on purpose."""
         return None if (self.run_dir / "cancelled").exists() else DelayedSubmission(Run(self.run_dir))
-
-
-def write_config(
-    run: RunConfig,
-    store: Path,
-    dataset: "Dataset",
-    execution: Execution,
-    *,
-    code_commit: str | None,
-    submitted_at: float,  # unix seconds
-) -> Path:
-    """Freeze everything a run needs as STORE/<run_id>/config.json; the run's directory."""
-    counts = flops.count(run.model, run.train.tokens, run.train.sequence_length)
-    named = {key: getattr(run, key) for key in ("run_id", "sweep", "arm", "size", "seed", "baseline")}
-    config = {
-        "schema": SCHEMA,
-        **named,
-        **asdict(counts),
-        "config": asdict(run),
-        "execution": asdict(execution),
-        "data_dir": str(dataset.path),
-        "data_sha256": dataset.sha256,
-        "tokenizer_sha256": dataset.tokenizer_sha256,
-        "code_commit": code_commit,
-        "submitted_at": submitted_at,
-    }
-    run_dir = store / run.run_id
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", config)
-    return run_dir
-
-
-def read_config(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
-    """The frozen config of a run. Raises ValueError where it was edited after it was submitted."""
-    path = run_dir / "config.json"
-    config = read_json(path)
-    run = strict.parse(config["config"], RunConfig, f"{path}: config")
-    if not run.run_id == config["run_id"] == run_dir.name:
-        raise ValueError(
-            f"{path} describes run {run.run_id}; wanted {run_dir.name}, as its folder is named; "
-            "it was edited after it was submitted: submit the sweep again"
-        )
-    return config, run, strict.parse(config["execution"], Execution, f"{path}: execution")
 
 
 class StopSignal:
@@ -171,7 +120,7 @@ class _Attempt:
         """Whether the run is complete; if not it was told to stop, and its state is saved."""
         if self._place.size == 1:
             self._remove_failure()
-        config, run, self._execution = read_config(self._run_dir)
+        config, run, self._execution = read_record(self._run_dir)
         if self._number > self._execution.max_attempts:  # the same in all processes: none waits for the others
             raise RuntimeError(
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
@@ -205,8 +154,8 @@ class _Attempt:
     def _prepare(self, config: dict[str, Any], run: RunConfig, world: "World") -> "Trainer":
         """The trainer, resumed from the newest checkpoint, and the attempt's log."""
         from experiments.data.dataset import Dataset
-        from experiments.training import checkpoints as checkpoint
-        from experiments.training.trainer import Trainer
+        from experiments.training import checkpoints
+        from experiments.training.assembly import assemble
 
         waiting_since = _waiting_since(self._run_dir, config)
         dataset = Dataset.open(config["data_dir"])
@@ -215,9 +164,10 @@ class _Attempt:
                 f"{config['data_dir']} holds data {dataset.sha256[:12]}; the run was submitted with "
                 f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
-        trainer = Trainer(run, dataset, self._execution, world)
-        self._task_name = config["task"]
-        state = checkpoint.load_newest(self._run_dir, run.run_id)
+        trainer = assemble(run, dataset, self._execution, world)
+        state = checkpoints.load_newest(self._run_dir, run.run_id)
+        if state is None and run.trunk is not None:
+            state = checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step)
         if state is not None:
             trainer.load_state_dict(state)
         if not world.agree(trainer.steps_done):
@@ -240,6 +190,7 @@ class _Attempt:
 
     def _train(self, trainer: "Trainer", world: "World") -> bool:
         """Steps and evaluations until the end; False if the run was told to stop, with its state saved."""
+        from experiments.training import checkpoints
 
         def stopping() -> bool:
             return world.any(self.stop.raised)
@@ -251,15 +202,14 @@ class _Attempt:
             if trainer.evaluation_due:
                 evaluation = trainer.evaluate(stopping)
                 if evaluation is not None and self._log is not None:
-                    metrics = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
-                    self._log.evaluation(
-                        evaluation.step, evaluation.tokens, self._task_name, metrics, evaluation.seconds
-                    )
+                    self._log.evaluation(**asdict(evaluation))
                     done = f"{evaluation.step}/{trainer.config.steps}"
-                    print(f"step {done}  held-out loss {evaluation.loss:.4f}", flush=True)
+                    print(f"step {done}  held-out loss {evaluation.metrics['loss']:.4f}", flush=True)
             else:
                 step = trainer.step()
                 self._step = step.step + 1
+                if step.step in trainer.config.branch_steps and self._log is not None:
+                    checkpoints.keep_branch_point(self._run_dir, step.step, trainer.state_dict())
                 if self._log is not None:
                     self._log.step(**asdict(step))
             if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
@@ -268,12 +218,12 @@ class _Attempt:
 
     def _save(self, trainer: "Trainer") -> None:
         """A checkpoint, after the log that covers it."""
-        from experiments.training import checkpoints as checkpoint
+        from experiments.training import checkpoints
 
         if self._log is not None:
             start = time.monotonic()
             self._log.flush()
-            checkpoint.save(self._run_dir, trainer.steps_done, trainer.state_dict())
+            checkpoints.save(self._run_dir, trainer.steps_done, trainer.state_dict())
             self._add_seconds("checkpoint", start)
             self._log.flush()
         self._saved_at = time.monotonic()
@@ -282,13 +232,13 @@ class _Attempt:
         """The trained weights, the merged log, run.json; then the checkpoints may go."""
         import torch
 
-        from experiments.training import checkpoints as checkpoint
+        from experiments.training import checkpoints
 
         if self._log is not None:
             weights = trainer.model.state_dict()
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
             self._log.finish({})
-            checkpoint.remove(self._run_dir)
+            checkpoints.remove(self._run_dir)
 
     def _add_seconds(self, clock: str, since: float) -> None:
         if self._log is not None:
@@ -318,7 +268,7 @@ def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["Worl
     import torch
     import torch.distributed as dist
 
-    from experiments.training.trainer import World
+    from experiments.training.parallel import World
 
     cuda = torch.cuda.is_available()
     if execution.device == "cuda" and not cuda:
