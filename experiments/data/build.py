@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 
 from experiments.data import shards
 from experiments.data import tokenizer as bpe
-from experiments.data.bar import bar
 from experiments.data.corpus import CorpusFile, find_files, fingerprint, read_documents
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, seal
 from experiments.data.documents import Documents
 from experiments.design.data import SPLITS, DataConfig
+from experiments.terminal import bar
 
 
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:

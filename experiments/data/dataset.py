@@ -21,8 +21,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.data.bar import bar
 from experiments.design.data import SPLITS
+from experiments.terminal import bar
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from experiments.design.config import RunConfig
 from experiments.launching import states
-
-QUIET_SECONDS = 2.0
+from experiments.terminal import QUIET_SECONDS
 
 
 class Progress:

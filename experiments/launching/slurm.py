@@ -17,6 +17,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from experiments.design import strict
 from experiments.launching.profile import Job, Slurm
+from experiments.training.run import SHARING_VARIABLE
 
 ANSWER_SECONDS = 20  # a controller that takes longer is taken to be down
 
@@ -113,19 +114,29 @@ def executor(
         stderr_to_stdout=True,
         # Node failures and preemptions requeue. TERM warns before the time limit, as it does before a preemption.
         additional_parameters={"requeue": True, "signal": f"TERM@{slurm.signal_seconds}", **options},
-        setup=[*slurm.setup, *_setup(snapshot)],
+        setup=[*slurm.setup, *_setup(snapshot, _sharing(job, slurm))],
         # From 22.05 on, srun no longer takes --cpus-per-task over from sbatch.
         srun_args=["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none", f"--cpus-per-task={job.cpus_per_gpu}"],
     )
     return result
 
 
-def _setup(snapshot: Path) -> list[str]:
+def _sharing(job: Job, slurm: Slurm) -> str:
+    """How many runs share the devices, as text; empty where it is not known.
+
+    Slurm gives a GPU to one job, unless the profile asks for shared ones; cores and their memory may be shared.
+    """
+    may_share = any(name in slurm.options for name in ("oversubscribe", "overcommit", "gres"))
+    return "" if job.device == "cpu" or may_share else "1"
+
+
+def _setup(snapshot: Path, sharing: str) -> list[str]:
     scratch = '"${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
     return [
         "export SUBMITIT_PREEMPT_SIGNAL=TERM",
         f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot",
+        f"export {SHARING_VARIABLE}={sharing}",
         f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches do not stand shared file systems",
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
         """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",

@@ -3,11 +3,10 @@
 Reads small files only and imports no torch, so that `status` answers at once.
 """
 
-import contextlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 from analysis.logs import reader
 from analysis.logs.files import read_json
 from experiments.launching import slurm
+from experiments.launching.jobs import errors_naming, job_of, process_started
 from experiments.terminal import align, duration
 
 ACTIVE = ("queued", "running", "requeued", "unknown")  # a second job of such a run could meet the first
 STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
-JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+SUBMITTABLE = ("pending", "lost")
+RETRYABLE = ("failed", "cancelled", "lost")
 
 
 @dataclass(frozen=True)
@@ -80,25 +81,6 @@ def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
     return {run_id: where for run_id, where in present.items() if where != "gone"}
 
 
-def job_of(run_dir: Path) -> dict[str, Any] | None:
-    """What the launcher noted when it submitted the run, or None. Raises ValueError where it noted no such thing."""
-    path = run_dir / "job.json"
-    if not path.exists():
-        return None
-    with _reading(path):
-        job = read_json(path)
-        return {key: job[key] for key in JOB_KEYS}
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Names the file that does not hold what we write there: another program's, or another version's."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path} is not as `dynconv` writes it ({type(error).__name__}: {error})") from None
-
-
 def _present(store: Path, jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
     """Run id -> "queued", "running", "gone" or "unknown", for the runs that have a job."""
     submitted = {run_id: job for run_id, job in jobs.items() if job is not None}
@@ -117,34 +99,24 @@ def _present(store: Path, jobs: Mapping[str, dict[str, Any] | None]) -> dict[str
     return present
 
 
-def process_started(pid: str) -> int | None:
-    """When a process of this machine began, in clock ticks since boot: with it a process id names one process only."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the command's name, in brackets, may hold anything
-    return None if state == "Z" else int(fields[18])
-
-
 def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> RunState:
     where = reader.status(run_dir)
     if where == "unfinished":
         where = "pending" if job is None else "lost" if present in ("gone", None) else present
     known: dict[str, Any] = {"job_id": job["job_id"], "log": job["log"]} if job else {}
     if where == "complete":
-        with _reading(run_dir / "run.json"):
+        with errors_naming(run_dir / "run.json"):
             run = read_json(run_dir / "run.json")
             elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
             return RunState(run_dir.name, where, 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
     known["cause"] = _cause(run_dir, job, where)
-    with _reading(run_dir / "attempt-*.json"):
+    with errors_naming(run_dir / "attempt-*.json"):
         latest = reader.progress(run_dir)
     if latest is None:
         return RunState(run_dir.name, where, **known)
     if where == "queued":
         where = "requeued"
-    with _reading(run_dir / "config.json"):
+    with errors_naming(run_dir / "config.json"):
         tokens = read_json(run_dir / "config.json")["tokens"]
         share = (latest.tokens or 0) / tokens
     if where == "running":
@@ -164,7 +136,7 @@ def _times(latest: reader.Progress, tokens: int) -> dict[str, float]:
 
 def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
     if where == "failed":
-        with _reading(run_dir / "failure.json"):
+        with errors_naming(run_dir / "failure.json"):
             failure = read_json(run_dir / "failure.json")
             return f"{failure['cause']} (step {failure['step']})"
     if where == "unknown" and job is not None:
