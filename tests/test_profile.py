@@ -104,7 +104,7 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot\n"
         "export DYNCONV_SHARING=1\n"
         'export DYNCONV_SCRATCH="${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
-        "  # on the node: compilers' caches do not stand shared file systems\n"
+        "  # on the node: compilers' caches break on shared file systems\n"
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
         "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
         "\n"

@@ -51,7 +51,7 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
                                 jobs.write_job(run_dir, "local", running[slot].job_id, running[slot].paths.stdout, code)
                 progress.update()
                 time.sleep(POLL_SECONDS)
-        except BaseException:  # Ctrl-C, a full disk, our own mistake: no run outlives its launcher
+        except BaseException:  # whatever ends the launcher, Ctrl-C or a full disk: no run may outlive it
             _stop([job for job in running.values() if not job.done()])
             raise
 
@@ -64,11 +64,12 @@ def _next(waiting: deque[RunConfig], store: Path) -> RunConfig | None:
     return chosen
 
 
-def _stop(jobs: Sequence["submitit.Job[None]"]) -> None:
-    print(f"\nstopping {len(jobs)} runs; their state is being saved", file=sys.stderr)
+def _stop(running: Sequence["submitit.Job[None]"]) -> None:
+    """Tell the runs to save their state and stop, and wait STOP_SECONDS at most until they have."""
+    print(f"\nstopping {len(running)} runs; their state is being saved", file=sys.stderr)
     end = time.monotonic() + STOP_SECONDS
-    while (living := [job for job in jobs if not job.done()]) and time.monotonic() < end:
-        for job in living:  # again and again: a controller that has just begun has nobody to pass it on to
+    while (living := [job for job in running if not job.done()]) and time.monotonic() < end:
+        for job in living:  # repeatedly: submitit's controller, just after its start, has no process to pass it on to
             local.stop(job.job_id)
         time.sleep(POLL_SECONDS)
 

@@ -1,4 +1,4 @@
-"""The bar on standard error while runs are waited for: weighted by FLOPs, so that its ETA means something."""
+"""The bar on standard error while runs are waited for. It counts FLOPs, not runs, so that large runs weigh more."""
 
 import sys
 from collections import Counter
@@ -26,7 +26,7 @@ class Progress:
             total=100.0,
             initial=share,
             delay=QUIET_SECONDS,
-            smoothing=0.0,  # the ETA from the mean speed: runs differ
+            smoothing=0.0,  # the ETA comes from the mean speed so far, since runs differ in theirs
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} to go; {desc}",
         )

@@ -19,7 +19,7 @@ from experiments.design import strict
 from experiments.launching.profile import Job, Slurm
 from experiments.training.run import SHARING_VARIABLE
 
-ANSWER_SECONDS = 20  # a controller that takes longer is taken to be down
+ANSWER_SECONDS = 20  # if the controller takes longer, it counts as down
 
 
 def check(slurm: Slurm) -> None:
@@ -142,7 +142,7 @@ def _setup(snapshot: Path, sharing: str) -> list[str]:
         f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot",
         f"export {SHARING_VARIABLE}={sharing}",
-        f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches do not stand shared file systems",
+        f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches break on shared file systems",
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
         """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",
     ]
@@ -150,7 +150,7 @@ def _setup(snapshot: Path, sharing: str) -> list[str]:
 
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Without the variables of a job that we may be running in: sbatch would take them for options."""
+    """Remove the variables of the Slurm job that we may be running in: sbatch would take them for options."""
     kept = dict(os.environ)
     for key in list(os.environ):
         if key.startswith(("SLURM_", "SRUN_", "SUBMITIT_")) and key != "SLURM_CONF":

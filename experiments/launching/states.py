@@ -1,4 +1,4 @@
-"""Where each run of a store stands. The truth is, in this order: the run's own markers, the queue, the accounting.
+"""Where each run of a store stands. What decides is, in this order: the run's own markers, the queue, the accounting.
 
 Reads small files only and imports no torch, so that `status` answers at once.
 """
@@ -18,7 +18,7 @@ from experiments.launching.branches import trunk_failure
 from experiments.launching.jobs import errors_naming, job_of, process_started
 from experiments.terminal import align, duration
 
-ACTIVE = ("queued", "running", "requeued", "unknown")  # a second job of such a run could meet the first
+ACTIVE = ("queued", "running", "requeued", "unknown")  # such a run may still have a job, so it gets no second one
 STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
 SUBMITTABLE = ("pending", "lost")
 RETRYABLE = ("failed", "cancelled", "lost")
@@ -41,14 +41,14 @@ class RunState:
 
 
 def find(store: Path) -> list[str]:
-    """Ids of all runs in a store. A folder without config.json is none of ours."""
+    """Ids of all runs in a store. A folder without config.json is not a run."""
     if not store.is_dir():
         raise ValueError(f"{store} is not a folder; give the store that `dynconv submit` made")
     return sorted(path.parent.name for path in store.glob("*/config.json") if not path.parent.name.startswith("."))
 
 
 def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
-    """Where the named runs stand; one that has no folder is pending, one whose files are not ours unreadable.
+    """Where the named runs stand. A run without a folder is pending; one whose files have another form is unreadable.
 
     The queue is asked before the markers are read: a run that ends in between is then seen as complete.
     """
@@ -126,7 +126,7 @@ def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> Ru
 
 
 def _times(latest: reader.Progress, tokens: int) -> dict[str, float]:
-    """Seconds that this attempt has taken, and those that the run will take yet at the attempt's own speed."""
+    """Seconds that this attempt has taken so far, and that the rest of the run will take at the attempt's speed."""
     times = {"elapsed": time.time() - latest.started_at}
     if latest.step is not None and latest.tokens and latest.step >= latest.first_step:
         seconds_per_step = (latest.updated_at - latest.started_at) / (latest.step - latest.first_step + 1)
