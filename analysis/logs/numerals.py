@@ -30,7 +30,9 @@ def decimal_mark(cells: Mapping[str, Sequence[Any]]) -> str:
     open_cell = ""
     for name, column in cells.items():
         for row, cell in enumerate(column, 1):
-            if not isinstance(cell, str) or not ("," in cell or "." in cell):
+            if not isinstance(cell, str) or (
+                "," not in cell and ("." not in cell or ("." in told and cell.count(".") == 1))
+            ):
                 continue
             mark, where = _mark_of(cell), f"{cell!r} in row {row} of column {name}"
             if mark:

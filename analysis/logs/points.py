@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KERNEL_COLUMNS = {"op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "us", "provider"}
-STATES = {  # how W&B, MLflow, Optuna, Ray Tune, ClearML and Slurm say where a run stands -> our word
-    "complete": ("complete", "completed", "finished", "succeeded", "success", "terminated", "published", "true"),
+# Our word for where a run stands -> what W&B, MLflow, Optuna, ClearML and Slurm call it. Ray Tune's "terminated" is not
+# among them: a trial that a scheduler stopped early is called so, too.
+STATES = {
+    "complete": ("complete", "completed", "finished", "succeeded", "success", "published", "true"),
     "failed": ("failed", "fail", "crashed", "error", "errored", "diverged", "out_of_memory", "node_fail", "timeout"),
     "cancelled": ("cancelled", "canceled", "killed", "aborted", "stopped", "interrupted", "pruned"),
     "unfinished": (
@@ -50,7 +52,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
     unit = next((unit_of(path, theirs) for theirs, ours in names.items() if ours == "loss"), NATS)
     if unit != NATS and "loss_unit" not in points:
         points["loss_unit"] = unit
-    points = _typed(path, _name_compute(path, points))
+    points = _typed(path, _name_compute(path, points), {ours: theirs for theirs, ours in names.items()})
     states_given = "status" in points
     points["status"] = _states(points)
     points, notes = last_of_each_run(path, points, states_given)
@@ -109,19 +111,19 @@ def _name_compute(path: Path, points: pd.DataFrame) -> pd.DataFrame:
     return points if CONVENTIONS[name] in points else points.rename(columns={"flops_given": CONVENTIONS[name]})
 
 
-def _typed(path: Path, points: pd.DataFrame) -> pd.DataFrame:
-    """The columns that we know by their types, the others by what they hold."""
+def _typed(path: Path, points: pd.DataFrame, theirs: Mapping[str, str]) -> pd.DataFrame:
+    """The columns that we know by their types, the others by what they hold. `theirs` are the file's names for ours."""
     import pandas as pd
 
     types = {name: POINT_COLUMNS.get(str(name), "") for name in points}
     counted = [name for name, dtype in types.items() if dtype in ("Int64", "float64") and name != "seed"]
     try:
-        mark = decimal_mark({str(name): list(points[name]) for name in counted})
+        mark = decimal_mark({theirs.get(name, name): list(points[name]) for name in counted})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     typed: dict[Any, pd.Series] = {}
     for name, dtype in types.items():
-        cells = points[name]
+        cells = points[name].rename(theirs.get(name, name))
         if name == "seed":
             typed[name] = pd.Series(_seeds(path, cells), index=points.index, dtype="Int64")
         elif dtype in ("Int64", "float64"):
@@ -175,16 +177,22 @@ def _guessed(cells: pd.Series, mark: str) -> pd.Series:
     if cells.dtype != object:
         return cells
     present = cells.dropna()
-    texts = present.map(str).str.lower()
-    if len(present) and texts.isin(("true", "false")).all():
+    if len(present) and present.map(lambda cell: str(cell).lower() in ("true", "false")).all():
         return cells.map(lambda cell: str(cell).lower() == "true", na_action="ignore").astype("boolean")
     try:
-        if not len(present) or texts.str.contains(r"[a-df-z_\s]").any():
+        if not len(present) or present.map(lambda cell: isinstance(cell, str) and cell[:1].isalpha()).any():
             raise ValueError("no plain numbers")
-        values = pd.Series([number(cell, mark) for cell in cells], index=cells.index, dtype="float64")
+        values = pd.Series([_plain_number(cell, mark) for cell in cells], index=cells.index, dtype="float64")
     except (ValueError, TypeError):
         return cells.map(_text, na_action="ignore").astype("string")
     return values.astype("Int64") if is_whole(values) else values
+
+
+def _plain_number(cell: Any, mark: str) -> float:
+    """A cell as a number if it has no letter for a scale, which in a column that we do not know may be a name."""
+    if isinstance(cell, str) and cell[-1:].isalpha():
+        raise ValueError(f"{cell!r} is no plain number")
+    return number(cell, mark)
 
 
 def _seeds(path: Path, cells: pd.Series) -> list[int | None]:

@@ -6,7 +6,9 @@ tells (numerals.py). A table whose cells do not line up with its header is refus
 
 from __future__ import annotations
 
+import ast
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -154,7 +156,7 @@ def _lined_up(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], list[li
 def _frame(path: Path, names: list[str], rows: list[list[str]]) -> pd.DataFrame:
     import pandas as pd
 
-    columns: dict[str, list[str | None]] = {}
+    columns: dict[str, list[Any]] = {}
     for place, name in enumerate(names):
         if not name and place:
             raise ValueError(f"{path}: column {place + 1} has no name; give it one, or remove it")
@@ -163,7 +165,21 @@ def _frame(path: Path, names: list[str], rows: list[list[str]]) -> pd.DataFrame:
         if label in columns and columns[label] != cells:
             raise ValueError(f"{path} has two columns {label!r} that differ; rename or remove one")
         columns[label] = cells
-    return pd.DataFrame(columns, dtype=object)
+    nested = [label for label in ("config", "summary") if label in columns]  # mappings, by W&B's recipe for an export
+    for label in nested:
+        columns[label] = [_mapping(cell) for cell in columns[label]]
+    frame = pd.DataFrame(columns, dtype=object)
+    return _plain(frame) if nested else frame
+
+
+def _mapping(cell: str | None) -> Any:
+    """The mapping that a cell spells out as JSON or as a Python literal, else the cell."""
+    if cell is None or not cell.startswith("{"):
+        return cell
+    for read in (json.loads, ast.literal_eval):  # neither runs anything
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(cell)
+    return cell
 
 
 def _read_json_lines(path: Path, content: bytes) -> pd.DataFrame:

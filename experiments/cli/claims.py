@@ -88,8 +88,8 @@ def _add_power(subparsers: Subparsers) -> None:
         help="simulate which advantage a design's sizes and seeds could resolve",
         description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost, with the "
         "estimator, the tests and the intervals that `dynconv table` reports. DESIGN is a sweep file, a plan "
-        "(dynconv plan SWEEP --profile P --format json; P for the hours), or stores and tables of points: its sizes and "
-        "their compute count.",
+        "(dynconv plan SWEEP --profile P --format json; P for the hours), or stores and tables of points: their sizes "
+        "and their compute count.",
         epilog="examples:\n"
         "  dynconv power experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14\n"
         "  dynconv power plan.json --m 1.05\n"
