@@ -224,6 +224,7 @@ def test_names_and_seeds_in_any_spelling(tmp_path: Path) -> None:
     row = read(tmp_path, text + "base,S,91M,1.3B,3.6,seed 1,1e-3\n").iloc[1]
     assert (row["arm"], row["size"], row["parameters"], row["tokens"]) == ("base", "S", 91e6, 1.3e9)
     assert (row["loss"], row["seed"], row["train.learning_rate"]) == (3.6, 1, 1e-3)
+    assert read(tmp_path, "arm,C,loss,seed\na,1,2,-1\na,1,2,1\n")["seed"].tolist() == [-1, 1]
     seeds = read(tmp_path, "arm,C,loss,seed\na,1,2,alpha\nb,1,2,beta\nb,1,2,alpha\n")["seed"].tolist()
     assert seeds[0] == seeds[2] != seeds[1]
     assert seeds[1] == read(tmp_path, "arm,C,loss,seed\na,1,2,beta\n")["seed"].item()
@@ -303,6 +304,11 @@ def test_a_history_without_ids_is_one_run_only_where_that_is_certain(tmp_path: P
         read(tmp_path, header + "a,S,1e8,2e9,10,5,complete\na,S,1e8,2e9,20,4,complete\na,S,1e8,2e9,20,3,complete\n")
     with pytest.raises(ValueError, match="has its last loss at step 10 of 20, which is not its final one"):
         read(tmp_path, header + "a,S,1e8,2e9,10,5,complete\na,S,1e8,2e9,20,,complete\n")
+    with pytest.raises(ValueError, match="one run on its way, or two runs"):
+        read(tmp_path, "lr," + header + "1e-3,a,S,1e8,2e9,10,5,complete\n2e-3,a,S,1e8,2e9,20,4,complete\n")
+    rates = "run_id,lr," + header + "x,1e-3,a,S,1e8,2e9,10,5,complete\nx,1e-5,a,S,1e8,2e9,20,4,complete\n"
+    (rate,) = read(tmp_path, rates)["train.learning_rate"]
+    assert pd.isna(rate), "where the schedule came to is no setting"
     budgets = read(tmp_path, "arm,size,N,D,loss\na,S,1e8,2e9,3.5\na,S,1e8,8e9,3.2\n")
     assert len(budgets) == 2, "several budgets of a size are several runs"
 
@@ -310,6 +316,8 @@ def test_a_history_without_ids_is_one_run_only_where_that_is_certain(tmp_path: P
 def test_rows_of_one_id_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows 1 and 2 are both of run x and differ in loss"):
         read(tmp_path, "run_id,arm,C,loss\nx,a,1,2\nx,a,1,3\n")
+    with pytest.raises(ValueError, match="rows 1 and 2 are both of run 1 and differ in arm"):
+        read(tmp_path, "id,arm,D,loss\n1,a,2,10\n1,b,3,20\n")
     assert len(read(tmp_path, "run_id,arm,C,loss\nx,a,1,2\nx,a,1,2\n")) == 2, "equal rows are the comparison's matter"
 
 

@@ -20,10 +20,10 @@ SETTINGS = (  # what a run keeps from its first step to its last, and which tell
     "seed",
     "parameters",
     "parameters_nonembedding",
-    "train.learning_rate",
     "data_sha256",
     "tokenizer_sha256",
 )
+RATE = "train.learning_rate"  # a setting of a run, or logged at each step while it decays
 END = 0.99  # of a run's steps: a loss measured later than this is its final one
 
 
@@ -32,9 +32,9 @@ def last_of_each_run(path: Path, points: pd.DataFrame, states_given: bool) -> tu
 
     Rows of one run_id at several steps (at several counts of tokens, where no column holds steps) are one run. Without
     a run_id, rows equal in every setting and in the tokens or compute that the run was given are one run; rows that
-    differ in these may be one run on its way or several runs, and are refused. The last row is the run's result only if
-    the run has finished, so a table without a column of states is refused. `points` are typed, with our names, and
-    their index is 0, 1, ... Raises ValueError with the rows at fault.
+    differ in these, or in the learning rate, may be one run on its way or several runs, and are refused. The last row
+    is the run's result only if the run has finished, so a table without a column of states is refused. `points` are
+    typed, with our names, and their index is 0, 1, ... Raises ValueError with the rows at fault.
     """
     named = "run_id" in points and bool(points["run_id"].notna().any())
     weak = None if named else _first(points, RUN_NAMES)
@@ -45,17 +45,21 @@ def last_of_each_run(path: Path, points: pd.DataFrame, states_given: bool) -> tu
     kept, runs, rows_of_runs = set(points.index), 0, 0
     repeated = points[points.duplicated(keys, keep=False)] if keys else points[:0]
     for _, rows in repeated.groupby(keys, sort=False, dropna=False):
-        if order is None or rows[order].nunique() < 2:
-            if named:
-                _refuse_differing(path, rows)
+        several = order is not None and rows[order].nunique() > 1
+        if named:
+            _refuse_differing(path, rows, [name for name in SETTINGS if name in rows] if several else list(rows))
+        if order is None or not several:
             continue
         last, state = _last(path, rows, order, named, states_given)
         kept -= set(rows.index) - {last}
         points.loc[last, "status"] = state
+        if RATE in rows and rows[RATE].nunique() > 1:
+            points.loc[last, RATE] = float("nan")  # where a schedule came to is not what the run was given
         runs, rows_of_runs = runs + 1, rows_of_runs + len(rows)
     if not runs:
         return points, []
-    note = f"{path}: {rows_of_runs} rows are {runs} runs at several values of {order}; of each run its last row is used"
+    counted = f"{rows_of_runs} rows are {runs} run{'s' if runs > 1 else ''}"
+    note = f"{path}: {counted} at several values of {order}; of each run its last row is used"
     last_rows = points.loc[sorted(kept)].reset_index(drop=True)
     if weak and labels is not None and labels[sorted(kept)].is_unique:
         last_rows["run_id"] = labels[sorted(kept)].reset_index(drop=True).fillna(last_rows["run_id"])
@@ -82,7 +86,8 @@ def _last(path: Path, rows: pd.DataFrame, order: str, named: bool, states_given:
     """The index of the row that holds the result of a run at several steps, and the run's last state."""
     shown = f"rows {rows.index[0] + 1} and {rows.index[1] + 1}"
     given = next((name for name in ("tokens", "flops_given") if name in rows), None)
-    if not named and (given is None or rows[given].nunique(dropna=False) > 1):
+    settings = [given or order, *([RATE] if RATE in rows else [])]
+    if not named and any(rows[name].nunique(dropna=False) > 1 for name in settings):
         raise ValueError(
             f"{path}: {shown} differ in {order} and agree in arm, size and seed: they may be one run on its way, or "
             "two runs; add a column run_id"
@@ -106,12 +111,12 @@ def _last(path: Path, rows: pd.DataFrame, order: str, named: bool, states_given:
     return int(measured.index[-1]), str(state.iloc[-1])
 
 
-def _refuse_differing(path: Path, rows: pd.DataFrame) -> None:
-    """Refuse rows of one run_id that no step tells apart, unless they are equal."""
-    if len(rows.drop_duplicates()) > 1:
-        first, other = rows.drop_duplicates().index[:2]
-        names = [name for name in rows if rows[name].nunique(dropna=False) > 1]
+def _refuse_differing(path: Path, rows: pd.DataFrame, names: list[str]) -> None:
+    """Refuse rows of one run_id that differ in what is one thing throughout a run."""
+    distinct = rows.drop_duplicates(names)
+    if len(distinct) > 1:
+        different = [str(name) for name in names if rows[name].nunique(dropna=False) > 1]
         raise ValueError(
-            f"{path}: rows {first + 1} and {other + 1} are both of run {rows['run_id'].iloc[0]} and differ in "
-            f"{', '.join(map(str, names[:3]))}; give every run an id of its own"
+            f"{path}: rows {distinct.index[0] + 1} and {distinct.index[1] + 1} are both of run "
+            f"{rows['run_id'].iloc[0]} and differ in {', '.join(different[:3])}; give every run an id of its own"
         )

@@ -37,7 +37,7 @@ def decimal_mark(cells: Mapping[str, Sequence[Any]]) -> str:
             mark, where = _mark_of(cell), f"{cell!r} in row {row} of column {name}"
             if mark:
                 told.setdefault(mark, where)
-            elif "," in cell:
+            elif mark is None:
                 open_cell = open_cell or where
     if len(told) == 2:
         raise ValueError(f"decimals are points in {told['.']} and commas in {told[',']}; write them in one way")
@@ -49,10 +49,10 @@ def decimal_mark(cells: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _mark_of(cell: str) -> str | None:
-    """The decimal mark that a number cannot do without; None if either would do, or if it is no number."""
+    """The decimal mark that a number cannot do without; None if either would do, "" if it is no number."""
     form = _FORM.fullmatch(cell.strip())
     if not form:
-        return None
+        return ""
     digits, exponent = form[2], form[3]
     points, commas = digits.count("."), digits.count(",")
     if points and commas:  # the last sign is the decimal mark, the other one separates thousands

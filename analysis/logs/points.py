@@ -21,7 +21,7 @@ KERNEL_COLUMNS = {"op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "us", "pr
 # Our word for where a run stands -> what W&B, MLflow, Optuna, ClearML and Slurm call it. Ray Tune's "terminated" is not
 # among them: a trial that a scheduler stopped early is called so, too.
 STATES = {
-    "complete": ("complete", "completed", "finished", "succeeded", "success", "published", "true"),
+    "complete": ("complete", "completed", "finished", "done", "succeeded", "success", "published", "true"),
     "failed": ("failed", "fail", "crashed", "error", "errored", "diverged", "out_of_memory", "node_fail", "timeout"),
     "cancelled": ("cancelled", "canceled", "killed", "aborted", "stopped", "interrupted", "pruned"),
     "unfinished": (
@@ -206,13 +206,14 @@ def _seeds(path: Path, cells: pd.Series) -> list[int | None]:
     for row, label in enumerate(labels, 1):
         if label is None or label in numbers:
             continue
-        ending = re.fullmatch(r"[A-Za-z]*[\s_=:-]?(\d{1,18})(\.0*)?", label)
+        whole = re.fullmatch(r"(-?\d{1,18})(\.0*)?", label)
+        ending = whole or re.fullmatch(r"[A-Za-z]+[\s_=:-]*(\d{1,18})", label)
         if not ending and not re.search(r"[A-Za-z]", label):
             raise _refusal(path, cells, "whole numbers or names", [(row, label)])
         numbers[label] = int(ending[1]) if ending else zlib.crc32(label.encode())
     if len(set(numbers.values())) < len(numbers):  # "a1" and "b1"
         numbers = {
-            label: int(label) if re.fullmatch(r"\d{1,18}", label) else zlib.crc32(label.encode()) for label in numbers
+            label: int(label) if re.fullmatch(r"-?\d{1,18}", label) else zlib.crc32(label.encode()) for label in numbers
         }
     if len(set(numbers.values())) < len(numbers):
         raise ValueError(f"{path}: the seeds {', '.join(sorted(numbers))} cannot be told apart as numbers; number them")

@@ -147,6 +147,7 @@ def _lined_up(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], list[li
         extra = [cell for cell in row[len(names) :] if cell]
         if extra or len(row) < len(names):
             cause = "quote decimal commas, or use semicolons" if extra else "fill it up with empty cells"
+            cause = cause if len(names) > 1 else "the first line must name the columns"
             shown = "; ".join(row[:12])
             raise ValueError(f"{path}: row {number} has {len(row)} cells for {len(names)} columns ({shown}); {cause}")
         kept.append(row[: len(names)])
