@@ -369,6 +369,19 @@ def test_a_job_out_of_reach_is_not_called_cancelled(
     assert state_of(tmp_path, runs[1]).state == "cancelled"
 
 
+def test_nothing_is_submitted_into_a_store_of_an_older_log(
+    runs: list[RunConfig], submitted: Callable[..., Path], dataset: Dataset, tmp_path: Path
+) -> None:
+    old = submitted(runs[0], tmp_path)
+    (old / "config.json").write_text(json.dumps(read_json(old / "config.json") | {"schema": 1}))
+    message = f"holds runs of schema 1 of the log, such as {old.name}; runs of schema 2 are wanted; choose"
+    for verb in (launch.submit, launch.retry):
+        with pytest.raises(ValueError, match=message):
+            verb(runs[1:], HERE, tmp_path, cache=dataset.path.parent)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [old.name]
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_store_that_takes_no_files_is_refused(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

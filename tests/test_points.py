@@ -262,6 +262,9 @@ def test_the_runs_table_of_a_tracker(tmp_path: Path) -> None:
     )
     runs = read(tmp_path, mlflow, N="params.N")
     assert runs[["run_id", "status"]].values.tolist() == [["f00", "complete"], ["f01", "failed"]]
+    facts = read(tmp_path, "arm,C,metrics.loss,metrics.bleu,config.width,tags.x\na,1,2,3,4,5\n")
+    assert facts.columns[facts.columns.str.contains(".", regex=False)].tolist() == ["config.width"]
+    assert (facts["loss"].item(), facts["metrics/bleu"].item()) == (2, 3)
     optuna = "number,value,params_arm,params_seed,state\n0,3.5,a,1,COMPLETE\n1,3.6,a,2,PRUNED\n"
     runs = read(tmp_path, optuna, loss="value")
     assert runs["status"].tolist() == ["complete", "cancelled"]

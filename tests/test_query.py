@@ -33,7 +33,9 @@ def test_sql_sees_the_four_views(store: Store) -> None:
     assert columns[:2] == ["arm", "n"]
     assert [row[:2] for row in rows] == [("dyn", 9), ("transformer", 8)]
     assert sql(store, "SELECT count(*), max(step) FROM steps")[1] == [(16 * 4, 4)]
-    joined = "select count(*) from evals e join runs r using (run_id) where abs(e.loss - r.loss) < 1e-12"
+    joined = (
+        "select count(*) from evals join runs using (run_id, task) where metric = 'loss' and abs(value - loss) < 1e-12"
+    )
     assert sql(store, joined)[1] == [(16,)]
     ((m, low, high),) = sql(store, "select m, ci_low, ci_high from multipliers where arm = 'dyn'")[1]
     assert low < m < high
@@ -106,16 +108,29 @@ def test_filters_and_groups(store: Store) -> None:
 
 
 def test_groups_by_site_keep_the_runs_that_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arm, sites in {"base": [], "kq": ["k", "q"], "all": [*"qkvo", "down", "up", "gate"]}.items():
-        conv = {"kind": "lowrank" if sites else "none", "sites": sites, "width": 4, "rank": 8, "head_size": 16}
-        write_run(write_config(tmp_path, arm, config={"model": {"conv": conv}}), 3.0)
-    assert main(["table", str(tmp_path), "--by", "site,rank", "--json"]) == 0
+    for arm, sites in {"base": None, "kq": "qk", "all": "all-linear"}.items():
+        facts = {"conv.kind": "lowrank", "conv.sites": sites, "conv.rank": 8} if sites else {"conv.kind": "none"}
+        write_run(write_config(tmp_path, arm, facts=facts), 3.0)
+    assert main(["table", str(tmp_path), "--by", "conv.sites,conv.rank", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [(row["site"], row["rank"], row["runs"]) for row in found] == [
+    assert [(row["conv.sites"], row["conv.rank"], row["runs"]) for row in found] == [
         ("all-linear", 8, 1),
         (None, None, 1),
         ("qk", 8, 1),
     ]
+
+
+def test_facts_are_named_with_their_dots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for width in (2, 4):
+        write_run(write_config(tmp_path, f"w{width}", facts={"conv.width": width}, vary={"rate": 0.5}), 1.0 + width)
+    store = load(tmp_path)
+    assert sql(store, 'select arm from runs where "conv.width" = 4 and "vary.rate" = 0.5')[1] == [("w4",)]
+    assert list(chosen(store.runs, "`conv.width` == 4 and `vary.rate` < 1")["arm"]) == ["w4"]
+    assert [row[:3] for row in grouped(store.runs, ["conv.width", "size"])[1]] == [(2, "1M", 1), (4, "1M", 1)]
+    assert main(["table", str(tmp_path), "--where", "conv.width == 4"]) == 2
+    assert "a name with a dot in backquotes, as in '`conv.width` == 4'" in capsys.readouterr().err
+    assert main(["table", str(tmp_path), "--by", "arm,size,arm"]) == 2
+    assert capsys.readouterr().err == "dynconv table: --by names arm more than once; name each column once\n"
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def expect_whole(run_dir: Path, reference: Path) -> None:
     """The same steps and evaluations, once each and bit for bit, as an uninterrupted run."""
     steps, evals = (pq.read_table(run_dir / f"{kind}.parquet") for kind in ("steps", "evals"))
     want_steps, want_evals = (pq.read_table(reference / f"{kind}.parquet") for kind in ("steps", "evals"))
-    for got, want in ((steps, want_steps), (evals, want_evals)):
-        for column in ("step", "tokens", "loss"):
+    for got, want, value in ((steps, want_steps, "loss"), (evals, want_evals, "value")):
+        for column in ("step", "tokens", value):
             assert got[column].to_pylist() == want[column].to_pylist()
     got, want = torch.load(run_dir / "model.pt"), torch.load(reference / "model.pt")
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -58,8 +58,11 @@ def test_a_run_goes_to_its_end_and_is_not_run_again(reference: Path, tiny_run: R
     assert run["steps"] == 25 == len(losses(reference))
     assert run["tokens"] == tiny_run.train.tokens
     evals = pq.read_table(reference / "evals.parquet")
-    assert evals["step"].to_pylist() == [8, 16, 24, 25]
-    assert evals["loss"].to_pylist()[-1] == run["loss"]
+    assert evals["step"].to_pylist() == [step for step in (8, 16, 24, 25) for _ in ("loss", "bits_per_byte")]
+    assert evals["metric"].to_pylist() == ["loss", "bits_per_byte"] * 4
+    assert evals["value"].to_pylist()[-2:] == [run["loss"], run["bits_per_byte"]]
+    assert run["seconds"]["eval"] == pytest.approx(sum(evals["seconds"].to_pylist()[::2]))
+    assert evals["seconds"].to_pylist()[1::2] == [None] * 4
     assert 0 < run["seconds"]["train"] < 60
     assert run["tokens_per_second"] == pytest.approx(tiny_run.train.tokens / run["seconds"]["train"])
     assert not (reference / "checkpoint").exists()
@@ -90,7 +93,7 @@ def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(
         child.join()
         for kind in ("steps", "evals"):  # readable at any instant
             rows = read_rows(run_dir, kind)
-            logged = rows.table["step"].to_pylist()
+            logged = rows.table["step"].to_pylist()[:: 1 if kind == "steps" else 2]  # an evaluation has two metrics
             assert rows.problems == []
             assert logged == sorted(set(logged))
     assert kills >= 5

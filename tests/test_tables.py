@@ -229,9 +229,9 @@ def test_the_published_counts_are_those_of_the_described_models() -> None:
     rung = LADDERS["paper"].sizes
     for row in csv.DictReader((PUBLISHED / "points.csv").read_text().splitlines()):
         shape = rung[row["size"]]
-        sites = {"": "", "all-linear": SITES}.get(row["site"], row["site"])
-        numbers = {name: int(row[name]) for name in ("width", "rank", "head_size") if row[name]}
-        conv = ConvConfig(row["kind"], tuple(sites), **numbers)
+        sites = {"": "", "all-linear": SITES}.get(row["conv.sites"], row["conv.sites"])
+        numbers = {name: int(row[f"conv.{name}"]) for name in ("width", "rank", "head_size") if row[f"conv.{name}"]}
+        conv = ConvConfig(row["conv.kind"], tuple(sites), **numbers)
         model = ModelConfig(
             shape.layers, shape.width, shape.ffn, shape.heads, shape.heads, vocabulary=100_352, conv=conv
         )

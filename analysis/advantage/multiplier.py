@@ -31,8 +31,7 @@ from analysis.advantage.paired import (
 )
 from analysis.advantage.pairs import Pairs, curve, pair, usable
 from analysis.laws.solver import Floats
-from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import Excluded, choose_baseline, choose_convention
+from analysis.logs.selection import Excluded, choose_baseline, choose_convention, conventions_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,11 +119,7 @@ def multipliers(
     for arm in arms:
         try:
             pairs = pair(rows, arm, baseline, convention, excluded)
-            others = {
-                name: pair(rows, arm, baseline, name)
-                for name, column in CONVENTIONS.items()
-                if name != convention and column in rows and (rows[column] > 0).all()
-            }
+            others = {name: pair(rows, arm, baseline, name) for name in conventions_in(rows) if name != convention}
             if floors and len(pairs.sizes) == 1:
                 found.append(_single(pairs, others, rows, floors))
             else:

@@ -27,8 +27,6 @@ SHORT_NAMES = {
 }
 POINT_COLUMNS = {  # the columns of a table of points, and their types
     **RUN_COLUMNS,
-    "budget": "string",
-    "parameters_active": "Int64",
     "train.learning_rate": "float64",
     "flops_given": "float64",
     "loss_unit": "string",
@@ -76,6 +74,8 @@ _PREFIX = re.compile(
     r"(config|summary|summary_metrics|params?|parameters|metrics|hparams|hyperparameters|user_attrs|cfg|args)[./_]",
     re.I,
 )
+# What trackers put before what a run came to: no facts of the run, though their names have a dot.
+_MEASURED = re.compile(r"(summary|summary_metrics|metrics|tags|system|eval|val|valid|validation|test)\.", re.IGNORECASE)
 UNITS = {  # of a loss, by the name of the column that holds it
     r"bits?_per_byte|bpb": "bits/byte",
     r"bits?_per_(char|character)|bpc": "bits/character",
@@ -96,6 +96,11 @@ def without_prefix(name: str) -> str:
     return bare.removesuffix(".value")
 
 
+def measured(name: str) -> str:
+    """ "metrics.accuracy" as "metrics/accuracy", since a name with a dot is that of a fact (schema.fact_columns)."""
+    return name.replace(".", "/") if _MEASURED.match(name) else name
+
+
 def renaming(path: Path, raw: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
     """The table's column names to ours: as `columns` says (N, D, C or our name -> theirs), else by their usual names.
 
@@ -105,9 +110,9 @@ def renaming(path: Path, raw: pd.DataFrame, columns: Mapping[str, str]) -> dict[
     chosen: dict[str, str] = {}
     for wanted, theirs in columns.items():
         target = SHORT_NAMES.get(wanted, wanted)
-        if target not in POINT_COLUMNS:
+        if target not in POINT_COLUMNS and "." not in target:
             known = ", ".join((*SHORT_NAMES, *POINT_COLUMNS))
-            raise ValueError(f"--columns: no column {wanted!r} is known; known are {known}")
+            raise ValueError(f"--columns: no column {wanted!r} is known; known are {known}, and facts as conv.width")
         if theirs not in names:
             raise ValueError(f"{path} has no column {theirs!r}; it has {', '.join(names)}")
         if theirs in chosen:

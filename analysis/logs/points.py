@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.logs.columns import NATS, POINT_COLUMNS, renaming, unit_of
+from analysis.logs.columns import NATS, POINT_COLUMNS, measured, renaming, unit_of
 from analysis.logs.histories import last_of_each_run
 from analysis.logs.numerals import decimal_mark, number, wrong_cells
 from analysis.logs.rawtables import read_raw
@@ -30,15 +30,20 @@ STATES = {
     ),
 }
 STATE_OF = {word: state for state, words in STATES.items() for word in words}
-BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+SIX_N_D = {  # a convention that N and D alone decide -> the N that it counts
+    "flops_6nd": "parameters",
+    "flops_6n_nonemb_d": "parameters_nonembedding",
+    "flops_6nactive_d": "parameters_active",
+}
 
 
 def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
     """A table of points as a run table, and what is to be said about how it was read.
 
-    Compute given without a named convention becomes `flops_given`; with N and D there are also flops_6nd = 6 N D and
-    flops_6n_nonemb_d, by their definitions. Counts that are not whole (D as C / 6 N) stay as they are, in a float64
-    column. Raises ValueError with the file, the row and the column at fault.
+    Compute given without a named convention becomes `flops_given`; 6 N D, 6 N_nonemb D and 6 N_active D follow from N
+    and D where the table has these. Columns with a dot are facts or [vary] axes, unless a tracker's prefix says that
+    they were measured. Counts that are not whole (D as C / 6 N) stay as they are, in a float64 column. Raises
+    ValueError with the file, the row and the column at fault.
     """
     raw = read_raw(path)
     if set(raw.columns) >= KERNEL_COLUMNS:  # whose D are channels, not tokens
@@ -49,6 +54,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
         raise ValueError(f"{path} is a chart's export, with a column for each run; export the table of runs instead")
     names = renaming(path, raw, columns)
     points = raw.drop(columns=set(names.values()) - set(names), errors="ignore").rename(columns=names)
+    points = points.rename(columns={name: measured(name) for name in points if name not in names.values()})
     unit = next((unit_of(path, theirs) for theirs, ours in names.items() if ours == "loss"), NATS)
     if unit != NATS and "loss_unit" not in points:
         points["loss_unit"] = unit
@@ -59,10 +65,9 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
     if "loss_unit" in points and points["loss_unit"].fillna(NATS).nunique() > 1:
         units = ", ".join(points["loss_unit"].fillna(NATS).unique())
         raise ValueError(f"{path}: the losses are in several units ({units}); split the table")
-    if {"parameters", "tokens"} <= set(points) and "flops_6nd" not in points:
-        points["flops_6nd"] = 6.0 * points["parameters"] * points["tokens"]
-    if {"parameters_nonembedding", "tokens"} <= set(points) and "flops_6n_nonemb_d" not in points:
-        points["flops_6n_nonemb_d"] = 6.0 * points["parameters_nonembedding"] * points["tokens"]
+    for flops, count in SIX_N_D.items():
+        if {count, "tokens"} <= set(points) and flops not in points:
+            points[flops] = 6.0 * points[count] * points["tokens"]
     return run_types(points), notes
 
 
@@ -128,8 +133,6 @@ def _typed(path: Path, points: pd.DataFrame, theirs: Mapping[str, str]) -> pd.Da
             typed[name] = pd.Series(_seeds(path, cells), index=points.index, dtype="Int64")
         elif dtype in ("Int64", "float64"):
             typed[name] = _numbers(path, cells, mark)
-        elif dtype == "boolean":
-            typed[name] = _booleans(path, cells)
         elif dtype == "string":
             typed[name] = cells.map(_text, na_action="ignore").astype("string")
         else:
@@ -146,18 +149,6 @@ def _numbers(path: Path, cells: pd.Series, mark: str) -> pd.Series:
         return pd.Series([number(cell, mark) for cell in cells.astype(object)], index=cells.index, dtype="float64")
     except (ValueError, TypeError):
         raise _refusal(path, cells, "numbers", wrong_cells(cells, mark)) from None
-
-
-def _booleans(path: Path, cells: pd.Series) -> pd.Series:
-    texts = cells.map(lambda cell: str(cell).strip().lower(), na_action="ignore")
-    wrong = [(row, cell) for row, (cell, text) in enumerate(zip(cells, texts, strict=True), 1) if _unclear(text)]
-    if wrong:
-        raise _refusal(path, cells, "true or false", wrong)
-    return texts.map(BOOLEANS, na_action="ignore").astype("boolean")
-
-
-def _unclear(text: Any) -> bool:
-    return isinstance(text, str) and text not in BOOLEANS
 
 
 def _refusal(path: Path, cells: pd.Series, wanted: str, wrong: list[tuple[int, Any]]) -> ValueError:

@@ -74,6 +74,18 @@ def excluded_rows(rows: pd.DataFrame, reason: str | pd.Series) -> list[Excluded]
     return [Excluded(*map(str, row)) for row in named[["run_id", "arm", "_reason"]].itertuples(index=False)]
 
 
+def conventions_in(rows: pd.DataFrame) -> dict[str, str]:
+    """The conventions under which every row has its compute, each with its column.
+
+    6 N_active D is left out where it is 6 N D in every row: without experts the two say the same.
+    """
+    found = {name: column for name, column in CONVENTIONS.items() if column in rows and (rows[column] > 0).all()}
+    active, total = (CONVENTIONS[name] for name in ("6N_active D", "6ND"))
+    if {active, total} <= {*found.values()} and (rows[active] == rows[total]).all():
+        del found["6N_active D"]
+    return found
+
+
 def choose_convention(runs: pd.DataFrame, wanted: str | None = None) -> str:
     """The convention asked for, else the first of exact, given, 6ND, 6N_nonemb D that the finished rows have.
 

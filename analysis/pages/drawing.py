@@ -128,7 +128,7 @@ def draw(store: Store, answer: Answers) -> dict[str, Figure]:
     from analysis.pages import figures as f
 
     done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
-    evals = store.evals()
+    evals = store.loss_curves()
     ablated = ablations(done)
     law, found = answer.law, answer.found
     todo: dict[str, Callable[[], Figure]] = {}

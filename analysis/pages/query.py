@@ -82,9 +82,10 @@ def with_short_names(runs: pd.DataFrame, convention: str | None = None) -> pd.Da
 
 
 def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None) -> pd.DataFrame:
-    """The rows for which a condition on the run table's columns holds, in pandas' notation: `size != "25k"`, `N > 1e8`.
+    """The rows for which a condition on the run table's columns holds, in pandas' notation: size != "25k", N > 1e8;
+    names with a dot stand in backquotes: `conv.width` == 4. N, D and C stand for their columns, C by `convention`.
 
-    N, D and C may stand for their columns; C is by `convention` (`with_short_names`).
+    Raises ValueError where it is no condition, or no row is left.
     """
     if where is None:
         return runs
@@ -93,7 +94,10 @@ def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None)
     try:
         holds = with_short_names(runs, convention).eval(where, local_dict={}, global_dict={})
     except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
-        raise ValueError(f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"'") from None
+        raise ValueError(
+            f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"', and a name with a dot "
+            "in backquotes, as in '`conv.width` == 4'"
+        ) from None
     if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
         raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
     kept = runs[holds.fillna(False)]
@@ -107,6 +111,9 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
     for name in by:
         if name not in runs or name in SUMMED:
             raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")
+    repeated = [name for name in dict.fromkeys(by) if by.count(name) > 1]
+    if repeated:
+        raise ValueError(f"--by names {', '.join(repeated)} more than once; name each column once")
     done = runs[runs["status"] == "complete"].sort_values(["arm", "parameters"], kind="stable")
     groups = done.assign(train_hours=done["train_seconds"] / 3600).groupby(list(by), sort=False, dropna=False)
     table = groups.agg(

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.logs.files import write_json
+from analysis.logs.record import schema_of
+from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
 from experiments.launching import local, slurm, snapshot, states
@@ -71,6 +73,7 @@ def _launch(
     wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path, wait: bool
 ) -> Outcome:
     _check(runs, profile)
+    _check_schema(store)
     with _locked(store):  # it takes files: better known before the data is built
         todo, skipped = _choose(wanted, runs, store)
     if todo:
@@ -144,6 +147,17 @@ def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
         slurm.check(profile.slurm)
     if profile.executor == "local":
         local.Slots(profile, [profile.job(run.size) for run in runs])
+
+
+def _check_schema(store: Path) -> None:
+    """Raises ValueError where the store has runs of another schema: they lack columns that a comparison needs."""
+    for run_dir in sorted(path.parent for path in store.glob("*/config.json")):
+        schema = schema_of(run_dir)
+        if schema is not None and schema != SCHEMA:
+            raise ValueError(
+                f"{store} holds runs of schema {schema} of the log, such as {run_dir.name}; runs of schema {SCHEMA} "
+                "are wanted; choose another store with --store"
+            )
 
 
 def _choose(

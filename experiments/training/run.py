@@ -6,7 +6,9 @@ node's failure, finds the newest complete checkpoint itself, and one that is alr
 
 import contextlib
 import fcntl
+import importlib.metadata
 import os
+import platform
 import signal
 import threading
 import time
@@ -20,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from analysis.logs.files import read_json, write_atomically, write_json
+from analysis.logs import schema1
+from analysis.logs.files import read_json, write_atomically
+from analysis.logs.files import write_json as _write_json
 from analysis.logs.reader import progress
 from analysis.logs.schema import SCHEMA
 from analysis.logs.writer import RunLog, next_attempt, record_failure
@@ -30,6 +34,14 @@ from experiments.design.config import Execution, RunConfig
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     from experiments.data.dataset import Dataset
     from experiments.training.trainer import Trainer, World
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """TEMPORARY: the keys of schema 2 until `write_config` writes them itself; delete it with its two imports then."""
+    _write_json(path, schema1.upgrade_record(value) | {"budget": "not recorded"} | value)
+
+
+SHARING_VARIABLE = "DYNCONV_SHARING"  # set by the launcher: how many runs share this one's device, empty if not known
 
 
 class RunFailed(RuntimeError):
@@ -134,7 +146,7 @@ class _Attempt:
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
         self.stop = StopSignal()
-        self._task = _task()
+        self._place = _place()
         self._number = next_attempt(run_dir)
         self._log: RunLog | None = None
         self._step = 0
@@ -143,7 +155,7 @@ class _Attempt:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the run's directory: two processes that train one run would interleave their logs."""
-        if self._task.rank > 0:
+        if self._place.rank > 0:
             yield
             return
         with (self._run_dir / ".lock").open("w") as lock:
@@ -158,14 +170,14 @@ class _Attempt:
     def go(self) -> bool:
         """Whether the run is complete; if not it was told to stop, and its state is saved."""
         config, run, self._execution = read_config(self._run_dir)
-        if self._task.rank == 0:
+        if self._place.rank == 0:
             (self._run_dir / "failure.json").unlink(missing_ok=True)
         if self._number > self._execution.max_attempts:  # the same in all processes: none waits for the others
             raise RuntimeError(
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
                 "allowed; raise it in the profile, then retry"
             )
-        with _world(self._run_dir, self._execution, self._task) as world:
+        with _world(self._run_dir, self._execution, self._place) as world:
             trainer = self._prepare(config, run, world)
             finished = self._train(trainer, world)
             if finished:
@@ -196,6 +208,7 @@ class _Attempt:
                 f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
         trainer = Trainer(run, dataset, self._execution, world)
+        self._task_name = config["task"]
         state = checkpoint.load_newest(self._run_dir, run.run_id)
         if state is not None:
             trainer.load_state_dict(state)
@@ -206,7 +219,8 @@ class _Attempt:
             )
         self._step = trainer.steps_done + 1
         if world.rank == 0:
-            self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=_about(world))
+            about = _about(world, self._place.job, config["code_commit"])
+            self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=about)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -229,7 +243,10 @@ class _Attempt:
             if trainer.evaluation_due:
                 evaluation = trainer.evaluate(stopping)
                 if evaluation is not None and self._log is not None:
-                    self._log.evaluation(**asdict(evaluation))
+                    metrics = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
+                    self._log.evaluation(
+                        evaluation.step, evaluation.tokens, self._task_name, metrics, evaluation.seconds
+                    )
                     done = f"{evaluation.step}/{trainer.config.steps}"
                     print(f"step {done}  held-out loss {evaluation.loss:.4f}", flush=True)
             else:
@@ -271,7 +288,7 @@ class _Attempt:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Place:
     """This process's place in its job, as the scheduler says."""
 
     rank: int = 0
@@ -280,15 +297,15 @@ class _Task:
     job: str = ""
 
 
-def _task() -> _Task:
+def _place() -> _Place:
     if "SUBMITIT_EXECUTOR" not in os.environ:
-        return _Task()
+        return _Place()
     environment = submitit.JobEnvironment()
-    return _Task(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
+    return _Place(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
 
 
 @contextmanager
-def _world(run_dir: Path, execution: Execution, task: _Task) -> Iterator["World"]:
+def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["World"]:
     """The processes of this job, joined where there are several."""
     import torch
     import torch.distributed as dist
@@ -299,18 +316,18 @@ def _world(run_dir: Path, execution: Execution, task: _Task) -> Iterator["World"
     if execution.device == "cuda" and not cuda:
         raise ValueError("device = 'cuda' was asked for and torch sees no GPU; set device = 'auto' or 'cpu'")
     if cuda and execution.device != "cpu":
-        device = torch.device("cuda", task.local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(execution.threads)
-    world = World(task.rank, task.size, device)
+    world = World(place.rank, place.size, device)
     if world.size == 1:
         yield world
         return
     # A file all processes see: a port picked from the ephemeral range may be taken.
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    meeting = run_dir.absolute() / f".rendezvous-{task.job}-{restart}"
+    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{meeting}", rank=world.rank, world_size=world.size)
     try:
@@ -320,16 +337,30 @@ def _world(run_dir: Path, execution: Execution, task: _Task) -> Iterator["World"
         meeting.unlink(missing_ok=True)
 
 
-def _about(world: "World") -> dict[str, Any]:
+def _about(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
+    """The provenance of this attempt, as the log keeps it."""
     import torch
 
     cuda = world.device.type == "cuda"
+    sharing = os.environ.get(SHARING_VARIABLE, "")
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "gpus": world.size,
         "dtype": "bfloat16" if cuda else "float32",
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "job_id": job_id or None,
+        "code_commit": code_commit,
+        "sharing": int(sharing) if sharing.isdigit() else None,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _waiting_since(run_dir: Path, config: dict[str, Any]) -> float:
