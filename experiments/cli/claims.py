@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from experiments.cli.arguments import (
     Subparsers,
     add_reading_verb,
+    columns_argument,
     load_store,
     table_format_argument,
     warn,
@@ -87,7 +88,7 @@ def _add_power(subparsers: Subparsers) -> None:
         help="simulate which advantage a design's sizes and seeds could resolve",
         description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost, with the "
         "estimator, the tests and the intervals that `dynconv table` reports. DESIGN is a sweep file, a plan "
-        "(dynconv plan SWEEP --profile P --format json; P for the hours), a store, or a table of points: its sizes "
+        "(dynconv plan SWEEP --profile P --format json; P for the hours), or stores and tables of points: their sizes "
         "and their compute count.",
         epilog="examples:\n"
         "  dynconv power experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14\n"
@@ -95,7 +96,8 @@ def _add_power(subparsers: Subparsers) -> None:
         "  dynconv power results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("design", type=Path, metavar="DESIGN")
+    parser.add_argument("stores", type=Path, metavar="DESIGN", nargs="+")
+    columns_argument(parser)
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
     parser.add_argument("--seeds", default="1,2,3", help="numbers of seeds to try (default 1,2,3)")
     parser.add_argument("--baseline", help="the arm whose ladder it is (default: the sweep's)")
@@ -158,7 +160,7 @@ def _table(args: argparse.Namespace) -> int:
     from analysis.pages.query import chosen, grouped
     from analysis.pages.tables import multiplier_table, value_table
 
-    runs = chosen(load_store(args).runs, args.where)
+    runs = chosen(load_store(args).runs, args.where, args.convention)
     if args.by is not None:
         print(value_table(*grouped(runs, args.by.split(",")), args.format))
         return 0
@@ -217,10 +219,14 @@ def _design(args: argparse.Namespace) -> pd.DataFrame:
     import pandas as pd
 
     from analysis.advantage.planning import read_plan
-    from analysis.logs.store import load
 
-    read = {".toml": planned, ".json": read_plan}.get(args.design.suffix)
-    return pd.DataFrame.from_records(read(args.design)) if read else load(args.design).runs
+    first, *others = args.stores
+    read = {".toml": planned, ".json": read_plan}.get(first.suffix)
+    if not read:
+        return load_store(args).runs
+    if others or args.columns:
+        raise ValueError(f"{first} is a whole design; give it alone, without --columns")
+    return pd.DataFrame.from_records(read(first))
 
 
 def _isoflop(args: argparse.Namespace) -> int:

@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="dynconv",
         description="Compute-matched scaling experiments on dynamic short convolutions (arXiv 2606.03825).",
-        epilog="STORE is the folder that `submit` fills. The verbs that read one also take a frozen store, or a CSV "
-        "or parquet table of points.",
+        epilog="STORE is the folder that `submit` fills. The verbs that read one also take a frozen store, a "
+        "table of points or a tracker's export, and several of them.",
     )
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     runs.register(subparsers)
