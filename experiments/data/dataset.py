@@ -59,7 +59,7 @@ def sync_and_hash(path: Path) -> dict[str, Any]:
 class Dataset:
     """A dataset to read from; make one with `Dataset.open`.
 
-    `sha256` identifies every byte of the shards and of the tokenizer, wherever the text lay: equal text gives equal data.
+    `sha256` identifies every byte of the shards and of the tokenizer, wherever the text lay.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], sha256: str) -> None:
