@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dynconv.layers import optimizer_groups
 from experiments.config import Execution, RunConfig, TrainConfig
 from experiments.data.batches import Batches, held_out
 from experiments.data.dataset import Dataset
@@ -264,9 +265,10 @@ def learning_rate(index: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of linear maps and embeddings decay. Gains do not, nor does what hints against it: all of a short
-    convolution's parameters."""
-    hinted = {id(p) for p in model.parameters() if hasattr(p, "optimizer_hint")}
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in hinted]
-    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in hinted]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Matrices of linear maps and embeddings decay. Gains do not, nor do the parameters of a short convolution."""
+    undecayed = optimizer_groups(model)["undecayed"]
+    decayed = [p for name, p in model.named_parameters() if name not in undecayed]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": list(undecayed.values()), "weight_decay": 0.0},
+    ]
