@@ -4,6 +4,7 @@ Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R
 as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype. The kernels' sums are in
 float32; in the low-rank ones, z, U, the gradient of what silu is applied to, and the gradients' products are rounded to
 x's dtype first, as in a matrix product.
+All tensors may be DTensors; see `sharded` for how they may lie, which each function checks.
 Rows of views are read where they lie if their last dimension is contiguous; on a GPU some kernels copy 16-bit rows
 whose strides are no multiples of 16. Keywords of all three functions:
 
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynconv.ops import reference
+from dynconv.ops import reference, sharded
 
 # Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the same variable.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -203,6 +204,15 @@ def _run(
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])
         _check(initial_state, shape, "the state", "[N, W-1, D]", x)
+    if sharded.any_sharded((x, *filters[:3], initial_state)):
+        one = len(filters.segments) == 1
+
+        def share(x: Tensor, z: Any, weight: Any, static_w: Any, state: Any) -> Any:
+            own = _Filters(z, weight, static_w, (x.shape[2],) if one else filters.segments, filters.width)
+            return _run(x, own, residual, cu_seqlens, state, return_final_state, activation)
+
+        packed = cu_seqlens is not None
+        return sharded.run(share, x, *filters[:3], initial_state, filters.segments, packed)
     silu = activation == "silu"
     if initial_state is None:
         y = _convolve(x, filters, positions, residual, silu)
@@ -336,6 +346,8 @@ def _check_input(x: Tensor) -> None:
 def _check_floating(tensor: Tensor, name: str) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor; got {_kind(tensor)}; mind the order of the arguments")
+    if tensor.is_nested:
+        raise ValueError(f"{name} must be dense; got a nested tensor; pass values()[None], and offsets() as cu_seqlens")
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}; convert it")
 

@@ -18,6 +18,8 @@ from dynconv.ops.optional import mma_fits, ring_fits
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
 # The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,560 rows, or 4,096 heads.
 _FARTHEST = 2**19
 
@@ -213,6 +215,8 @@ def convolve(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     """`reference.convolve` by kernels."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:  # fake tensors, say, have no memory to launch on
-        return _convolve_op(x, z, weight, static_w, positions, segments, residual, silu)
-    return _Convolve.apply(x, z, weight, static_w, positions, segments, residual, silu)
+    inputs = (x, z, weight, static_w, positions)
+    plain = all(type(t) in _PLAIN for t in inputs)  # fake tensors and wrapper subclasses have no memory to launch on
+    if torch.compiler.is_compiling() or not plain:
+        return _convolve_op(*inputs, segments, residual, silu)
+    return _Convolve.apply(*inputs, segments, residual, silu)
