@@ -203,12 +203,27 @@ def test_checkpointing_under_autocast_gives_the_same_bits(kind: str, reentrant: 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_double_backward_says_that_there_is_none(kind: str, compiled: bool) -> None:
+    """Whether the output's gradient wants one itself or not: there, the second derivative was zero without a word."""
     case = Case(kind, activation="silu")
     inputs, function = case.inputs(), FUNCTIONS[kind]
     run = torch.compile(function, fullgraph=True, backend=BACKEND) if compiled else function
-    (dx,) = torch.autograd.grad(run(**inputs).square().sum(), [inputs["x"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward" if compiled else "differentiate twice"):
-        dx.sum().backward()
+    message = "double backward" if compiled else "first derivatives only; got a backward through .* float64"
+    for loss in (Tensor.sum, lambda y: y.square().sum()):
+        for wanted in inputs.values():
+            (first,) = torch.autograd.grad(loss(run(**inputs)), [wanted], create_graph=True)
+            assert first.requires_grad
+            with pytest.raises(RuntimeError, match=message):
+                torch.autograd.grad(first.sum(), list(inputs.values()), allow_unused=True)
+            with pytest.raises(RuntimeError, match=message):
+                (first.sum() + wanted.sum()).backward()
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_second_derivatives_of_float64(kind: str) -> None:
+    """As the message has it: there the reference runs."""
+    case = Case(kind, time=3, heads=1, head_size=2, rank=1, activation="silu", dtype=torch.float64)
+    inputs = case.inputs()
+    assert torch.autograd.gradgradcheck(lambda *v: case.run(dict(zip(inputs, v, strict=True))), tuple(inputs.values()))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dynconv.ops import headwise, lowrank, static
 from dynconv.ops.launch import copied, repeated
@@ -149,11 +148,33 @@ class _Convolve(torch.autograd.Function):
         return _run_forward(inputs, *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        segments, residual, silu = ctx.options
-        gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, ctx.needs_input_grad[:4])
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # by create_graph: somebody may ask for the gradients' gradients
+            gradients = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
+        else:
+            segments, residual, silu = ctx.options
+            gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, needs)
         return (*gradients, None, None, None, None)
+
+
+def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
+    raise RuntimeError(
+        "the convolutions' kernels have first derivatives only; got a backward through their backward; "
+        "for second derivatives pass float64 tensors, which run in plain PyTorch"
+    )
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass where its results take part in a graph. `once_differentiable` would not do: it refuses only
+    where dy itself wants a gradient, and elsewhere leaves the inputs' share of a second derivative out."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        *inputs, segments, residual, silu, needs = arguments
+        return _run_backward(dy, tuple(inputs), segments, residual, silu, needs)
+
+    backward = staticmethod(_refuse)
 
 
 @torch.library.custom_op("dynconv::convolve", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
@@ -194,10 +215,6 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gradients = _backward_op(dy, *ctx.saved_tensors, *ctx.options, list(needs))
     wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     return (*wanted, None, None, None, None)
-
-
-def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
-    raise RuntimeError("the convolutions are differentiable once; got a backward through their backward")
 
 
 _convolve_op.register_autograd(_differentiate, setup_context=_save)
