@@ -11,6 +11,7 @@ from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, cases, errors, poi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynconv import ops
@@ -163,6 +164,69 @@ def test_a_token_depends_on_its_window_alone(kind: str, data: st.DataObject) -> 
         strict=True,
     ):
         assert torch.equal(got[-1, token], want[-1, token])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in Triton's interpreter
+@pytest.mark.parametrize(("state", "activation"), [(False, None), (True, None), (True, "silu")])
+@EACH_KIND
+def test_what_is_not_finite_stays_in_its_document(kind: str, activation: str | None, state: bool) -> None:
+    """All of a document is spoilt, and its output's gradient. Some are shorter than W - 1, and one is empty."""
+    lengths = (2, 5, 1, 0, 6)
+    case = Case(kind, batch=1, time=14, documents=lengths, state=state, activation=activation)
+    inputs = case.inputs()
+    dy, dstate = torch.randn_like(inputs["x"]), torch.randn(5, 3, case.channels, device=DEVICE)
+
+    def results(inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+        y, end = case.run(inputs, return_final_state=True)
+        names = [name for name in inputs if name in case.per_token | {"initial_state"}]
+        gradients = torch.autograd.grad([y, end], [inputs[name] for name in names], [dy, dstate])
+        return {"y": y, "end": end} | dict(zip(names, gradients, strict=True))
+
+    def with_infinity(name: str, value: Tensor, document: int, own: slice) -> Tensor:
+        value = value.detach().clone()
+        spoilt = torch.nan if document % 2 else torch.inf
+        if name == "initial_state":
+            value[document] = spoilt
+        elif name in case.per_token:
+            value[:, own] = spoilt
+        return value.requires_grad_()
+
+    want = results(inputs, dy)
+    for document, own in enumerate(windows(lengths)):
+        spoilt = {name: with_infinity(name, value, document, own) for name, value in inputs.items()}
+        got = results(spoilt, with_infinity("x", dy, document, own).detach())
+        for name, value in got.items():
+            by_document = name in ("end", "initial_state")
+            rows, expected = (v.detach() if by_document else v.detach()[0] for v in (value, want[name]))
+            others = torch.ones(len(rows), dtype=torch.bool, device=DEVICE)
+            others[document if by_document else own] = False
+            assert torch.equal(rows[others], expected[others]), (name, document)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@EACH_KIND
+def test_packed_documents_may_all_be_empty(kind: str, state: bool) -> None:
+    case = Case(kind, batch=1, time=0, documents=(0, 0, 0), state=state)
+    inputs = case.inputs()
+    y, end = case.run(inputs, return_final_state=True)
+    assert y.shape == (1, 0, case.channels)
+    before = inputs.get("initial_state", torch.zeros(3, case.width - 1, case.channels, device=DEVICE))
+    assert torch.equal(end, before)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@EACH_KIND
+def test_packed_documents_of_tensors_without_memory(kind: str, state: bool) -> None:
+    """Of the meta device, or fake: nothing can be read of where documents start."""
+    case = Case(kind, batch=1, documents=(9, 28), state=state)
+    options = case.options() | {"return_final_state": True}
+    edges = options.pop("cu_seqlens")
+    there = {name: value.to("meta") for name, value in case.inputs().items()}
+    y, end = FUNCTIONS[kind](**there, cu_seqlens=edges.to("meta"), **options)
+    with FakeTensorMode() as mode:
+        fake = FUNCTIONS[kind](**case.inputs(), cu_seqlens=mode.from_tensor(edges), **options)
+    for results in ((y, end), fake):
+        assert [r.shape for r in results] == [(1, 37, case.channels), (2, 3, case.channels)]
 
 
 def in_a_wider_buffer(value: Tensor) -> Tensor:

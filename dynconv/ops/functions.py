@@ -230,7 +230,7 @@ def _convolve(
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    kernels = _HAS_TRITON and (x.is_cuda or _INTERPRET) and x.dtype in _KERNEL_DTYPES
+    kernels = _HAS_TRITON and (x.is_cuda or (_INTERPRET and x.is_cpu)) and x.dtype in _KERNEL_DTYPES
     if kernels and filters.width <= _MAX_WIDTH:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
@@ -260,10 +260,16 @@ def _continue(
         if count == x.shape[1]:
             return heads
         return torch.cat([heads, _convolve(x, filters, None, residual, silu)[:, count:]], 1)
-    tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)
-    tokens = tokens.clamp(max=x.shape[1] - 1)  # [N, W-1]; those past a short document's end go unread
-    few = filters.of_tokens(lambda made: made[0, tokens])
-    heads = reference.convolve(x[0, tokens], *few[:3], None, few.segments, residual, silu, state)
+    tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)  # [N, W-1]
+    inside = tokens < cu_seqlens[1:, None]
+    tokens = tokens.clamp(max=x.shape[1] - 1)
+
+    def first(made: Tensor) -> Tensor:  # [1, T, ...] -> [N, W-1, ...]
+        """Zeros past a short document's end, lest gradients that are zero there meet the next one's NaN."""
+        return torch.where(inside.view(*inside.shape, *[1] * (made.dim() - 2)), made[0, tokens], 0.0)
+
+    few = filters.of_tokens(first)
+    heads = reference.convolve(first(x), *few[:3], None, few.segments, residual, silu, state)
     y = _convolve(x, filters, positions, residual, silu)
     return torch.where((positions < count)[:, None], heads[document, positions.clamp(max=count - 1)], y)
 
@@ -279,6 +285,8 @@ def _final_state(
     if cu_seqlens is None or x.shape[1] == 0:
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         before = x.new_zeros(sequences, count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+        if cu_seqlens is not None:  # of documents that are all empty
+            return before.clone()
         recent = x[:, max(0, x.shape[1] - count) :]
         return torch.cat([before, recent], 1)[:, recent.shape[1] :]
     starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
@@ -309,7 +317,8 @@ def _documents(
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device}; got {cu_seqlens.device}; move it")
-    if not cu_seqlens.is_cuda and not torch.compiler.is_compiling():  # reading a GPU's values would stall it
+    readable = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor  # fake tensors have no values; a GPU's would stall it
+    if readable and not torch.compiler.is_compiling():
         edges = cu_seqlens.tolist()
         if len(edges) < 2 or edges[0] != 0 or edges[-1] != time or sorted(edges) != edges:
             falls = next((f", {b} after {a}" for a, b in itertools.pairwise(edges) if b < a), "")

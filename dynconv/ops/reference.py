@@ -40,9 +40,10 @@ def convolve(
     padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], 1)
     y = x if residual and not silu else None
     for tap in range(width):
-        term = taps[..., tap, :] * padded[:, width - 1 - tap :][:, :time]
-        if positions is not None and tap > 0:
-            term = torch.where((positions >= tap)[:, None], term, 0.0)
+        earlier = padded[:, width - 1 - tap :][:, :time]
+        if positions is not None and tap > 0:  # before the product: after it, NaN would pass through its gradients
+            earlier = torch.where((positions >= tap)[:, None], earlier, 0.0)
+        term = taps[..., tap, :] * earlier
         y = term if y is None else y + term
     assert y is not None
     if silu:
