@@ -39,22 +39,23 @@ def _forward(
     z: Tensor | None,  # [B, T, G*R]: low-rank
     weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,  # where `_fuses`
+    dtype: torch.dtype,  # x's, or float32 where not `_fuses`
 ) -> tuple[Tensor]:  # [B, T, D]
     if x.numel() == 0:
-        return (x.new_empty(x.shape),)
+        return (x.new_empty(x.shape, dtype=dtype),)
     x = _rows_contiguous(x)
     static_w = None if static_w is None else _contiguous(static_w)
     if weight is None:
         assert static_w is not None
-        return (static.forward(x, static_w, positions, residual, silu),)
+        return (static.forward(x, static_w, positions, residual, silu, dtype),)
     if z is None:
-        return (headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual, silu),)
+        return (headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual, silu, dtype),)
     z, up = _rows_contiguous(z), _contiguous(weight)
-    return (lowrank.forward(x, z, up, static_w, positions, segments, residual, silu),)
+    return (lowrank.forward(x, z, up, static_w, positions, segments, residual, silu, dtype),)
 
 
 def _backward(
@@ -91,7 +92,7 @@ def _backward(
 
 
 def _fuses(inputs: tuple[Any, ...], segments: tuple[int, ...]) -> bool:
-    """Whether the kernels for these inputs apply silu; else PyTorch does, in place."""
+    """Whether the kernels for these inputs apply silu; else PyTorch does, to their sums in float32."""
     x, z, weight, static_w, _ = inputs
     if z is not None:
         return mma_fits(x, weight, segments, silu=True)
@@ -106,12 +107,13 @@ def _run_forward(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     x: Any = inputs[0]
-    apart = silu and not _fuses(inputs, segments)
-    (y,) = repeated(_forward, inputs, (segments, residual and not apart, silu and not apart))
-    if apart:
-        F.silu(y, inplace=True)
-        y = y.add_(x) if residual else y
-    return y
+    if not silu or _fuses(inputs, segments):
+        (y,) = repeated(_forward, inputs, (segments, residual, silu, x.dtype))
+        return y
+    (y,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
+    F.silu(y, inplace=True)
+    y = y.add_(_without_padding(x, inputs[4])) if residual else y
+    return y.to(x.dtype)
 
 
 def _run_backward(
@@ -125,10 +127,23 @@ def _run_backward(
     """Their gradients."""
     if not silu or _fuses(inputs, segments):
         return repeated(_backward, (dy, *inputs), (segments, residual, silu, needs))
-    (inner,) = repeated(_forward, inputs, (segments, False, False))  # again, rather than kept: it is as large as x
-    dinner = torch.ops.aten.silu_backward.grad_input(dy, inner, grad_input=inner)
+    x, z, _, _, positions = inputs
+    assert x is not None
+    # again, rather than kept: it is as large as x, or twice as large
+    (inner,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
+    dinner = torch.ops.aten.silu_backward.grad_input(dy.float(), inner, grad_input=inner)
+    dinner = dinner if z is None else dinner.to(x.dtype)  # of which the low-rank kernels make matrix products
     dx, *others = repeated(_backward, (dinner, *inputs), (segments, False, False, needs))
-    return dx.add_(dy) if residual and needs[0] else dx, *others
+    return dx.add_(_without_padding(dy, positions)) if residual and needs[0] else dx, *others
+
+
+def _without_padding(value: Tensor, positions: Tensor | None) -> Tensor:  # [B, T, D], [T + 1]
+    """Zeros after the last document."""
+    if positions is None:
+        return value
+    time = value.shape[1]
+    inside = torch.arange(time, device=value.device) + positions[-1] < time
+    return torch.where(inside[:, None], value, 0.0)
 
 
 class _Convolve(torch.autograd.Function):
@@ -226,7 +241,7 @@ def convolve(
     z: Tensor | None,  # [B, T, G*R]: low-rank
     weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,
