@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
+from dynconv.ops.sharded import any_sharded, check_all_sharded
 
 Device = torch.device | str | int | None
 _LINE = 64  # 16-bit values of a cache line of 128 bytes: rows of so many start at one
@@ -101,6 +102,7 @@ class _ShortConv(nn.Module):
                 raise ValueError(
                     "a dynamic filter needs generator_input [B, T, G]; got None; pass what makes the filters"
                 )
+            check_all_sharded({"generator_input": generator_input, "the generator's weight": self.generator_map.weight})
             generated = self.generator_map(generator_input)
         inputs = self._inputs(x, generated)
         return self._function(*inputs, self.static_filter, self.residual, **options)
@@ -339,6 +341,8 @@ def project_together(
     A narrow product of its own takes a pass over all of the input, and its gradient is one more term of the input's.
     """
     generators = [convolution.generator_map for convolution in convolutions]
+    if any_sharded([weight, generator_input, *(generator.weight for generator in generators)]):
+        raise ValueError("project_together takes no DTensors; got one; give each convolution generator_input")
     assert all(generator.bias is None for generator in generators)
     weights = [weight, *(generator.weight for generator in generators)]
     widths = [len(part) for part in weights]

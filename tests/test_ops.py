@@ -113,7 +113,19 @@ def test_packed_documents_are_separate_sequences() -> None:
         ),
         (
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0, 3, 2, 5])),
-            "cu_seqlens must rise from 0 to T = 5; got",
+            "cu_seqlens must rise from 0 to T = 5 at most; got",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0, 3, 6])),
+            r"rise from 0 to T = 5 at most; got \[0, 3, 6\]; pass the starts and the last one's end",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([3, 5])),
+            r"rise from 0 to T = 5 at most; got \[3, 5\]",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0])),
+            r"cu_seqlens must be \[N \+ 1\] int32 or int64; got \[1\]",
         ),
         (
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.arange(100)),
