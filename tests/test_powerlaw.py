@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, minimize
 from scipy.special import fdtri
 
 from analysis.laws.intervals import band, bootstrap, profile
@@ -250,6 +250,33 @@ def test_profiles_end_where_the_objective_has_grown_by_f(points: Points, form: s
     assert grown[0] == pytest.approx(grown[1], rel=0.02)
     dof = len(points.loss) - (5 if form == "nd" else 4)
     assert np.mean(grown) == pytest.approx(law.objective / dof * fdtri(1, dof, 0.95), rel=0.35)
+
+
+@pytest.mark.parametrize("seed", [3, 6, 13])
+def test_a_profile_of_an_amplitude_follows_its_exponent(seed: int) -> None:
+    """Four sizes over 10x of compute: an end was glued to the estimate where a descent with A held stopped short. Both
+    ends have the same excess, by a search over alpha and E written out afresh."""
+    compute = np.geomspace(1e18, 1e19, 4)
+    loss = 1.7 + (compute / 1e18) ** -0.15 + 0.003 * np.random.default_rng(seed).standard_normal(4)
+    points = Points(loss, {"C": compute}, ("a",) * 4, tuple("0123"), "a")
+    law = profile(fit(points, "c", starts=200, polished=16), 100)
+    assert law.profile_ci is not None
+    low, high = law.profile_ci["A"]
+    assert low < 0.5 * law.values["A"]
+    assert high > 2 * law.values["A"]
+
+    def least_with(A: float) -> float:
+        def objective(theta: Floats) -> float:
+            r = np.abs(np.log(max(theta[1], 1e-9) + A * compute ** -theta[0]) - np.log(loss))
+            return float(np.where(r <= 1e-3, r**2 / 2, 1e-3 * (r - 0.5e-3)).sum())
+
+        starts = [(alpha, E) for alpha in np.geomspace(0.03, 1.5, 60) for E in (0.01, 0.5, 1.0, 1.5, 2.0, 2.3)]
+        best = sorted(starts, key=objective)[:5]
+        options = {"xatol": 1e-10, "fatol": 1e-15, "maxiter": 4000}
+        return min(minimize(objective, start, method="Nelder-Mead", options=options).fun for start in best)
+
+    excess = [least_with(end) - law.objective for end in (low, high)]
+    assert excess[0] == pytest.approx(excess[1], rel=0.02)
 
 
 def test_a_floor_that_may_be_zero_has_a_profile_down_to_it() -> None:

@@ -25,6 +25,7 @@ ENOUGH = 30  # residuals of a level to draw from; with fewer, a normal of their 
 SMOOTHING = 1.0  # sd of the normal that smooths the drawn ones, in units of theirs
 CALIBRATION = 400  # resamples that calibrate a profile
 LEVEL = 0.95
+NEAR_STARTS, GRID_STARTS = 4, 9  # of a fit with a value held: the nearest resamples, and exponents
 FAR = 50.0  # in the log of an amplitude or a multiplier: an end beyond is none
 
 
@@ -92,7 +93,8 @@ class _Profile:
 
     def __init__(self, fit: Fit, model: Model, drawn: _Resamples, name: str) -> None:
         self.model, self.name = model, name
-        self.theta = self.warm = fit.theta
+        self.theta = self.inside = fit.theta
+        self.grid = model.starts(GRID_STARTS)
         self.least = float(model.problem.objective(fit.theta[None], model.log_y)[0])
         self.logged = name[0] not in "Ea" and not name.startswith("beta")
         self.middle = self._coordinate(fit.values[name])
@@ -105,7 +107,9 @@ class _Profile:
         held = model.holding(name, fit.values[name]).solve(drawn.solution.theta, drawn.log_y)
         least = np.minimum(drawn.solution.objective, held.objective)
         self.allowed = math.sqrt(float(np.quantile(held.objective - least, LEVEL)))
-        moves = [abs(self._coordinate(model.raw(row)[name]) - self.middle) for row in drawn.solution.theta]
+        self.drawn = drawn.solution.theta
+        self.drawn_at = np.array([self._coordinate(model.raw(row)[name]) for row in self.drawn])
+        moves = np.abs(self.drawn_at - self.middle)
         self.step = max(float(np.quantile(moves, LEVEL)), 1e-9 * max(abs(self.middle), 1.0))
 
     def interval(self) -> Interval:
@@ -121,17 +125,25 @@ class _Profile:
         return 0.0 if u <= low else math.inf if u >= high else math.exp(u)
 
     def _excess(self, u: float) -> float:
-        """How far the root of the objective's excess at u is beyond the allowed; starts from the last solution."""
+        """How far the root of the objective's excess at u is beyond the allowed.
+
+        An amplitude held far from the fit's needs another exponent, too, and a descent from one start can stop short
+        of it. So it starts from the last solution inside, from the resamples nearest to u and from a grid.
+        """
         problem = self.model.holding(self.name, math.exp(u) if self.logged else u)
-        solution = problem.solve(self.warm[None], self.model.log_y)
-        self.warm = solution.theta[0]
-        return math.sqrt(max(float(solution.objective[0]) - self.least, 0.0)) - self.allowed
+        near = self.drawn[np.argsort(np.abs(self.drawn_at - u), kind="stable")[:NEAR_STARTS]]
+        solution = problem.solve(np.concatenate([self.inside[None], near, self.grid]), self.model.log_y)
+        best = int(solution.objective.argmin())
+        excess = math.sqrt(max(float(solution.objective[best]) - self.least, 0.0)) - self.allowed
+        if excess <= 0:
+            self.inside = solution.theta[best]
+        return excess
 
     def _end(self, side: int) -> float:
         """Where the profile leaves the allowed on one side, by regula falsi (Illinois); the root is nearly straight."""
         if self.least <= len(self.model.log_y) * ROUNDING**2:  # an exact fit has no width
             return self.middle
-        self.warm = self.theta
+        self.inside = self.theta
         limit = self.limits[(side + 1) // 2]
         inside, below, step = self.middle, -self.allowed, self.step
         while True:
