@@ -1,5 +1,5 @@
-"""Coverage of the laws' 95% intervals, by simulation: `python tests/simulate_laws.py [COUNT]` prints the tables that
-analysis/README.md holds; the tests run small samples of it."""
+"""Coverage of the laws' 95% intervals, by simulation: `python tests/simulate_laws.py [isoflop|nd [COUNT]]` prints
+the tables that analysis/README.md holds; the tests run small samples of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 from planted import ALPHA, BETA, A, B, E, best_size
 
+from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import optima_of
+from analysis.laws.powerlaw import Points, fit
 from analysis.laws.solver import Floats
 
 Shape = Callable[[Floats, Floats], Floats]  # loss of N [.., n] and C that broadcasts to it
@@ -104,5 +106,56 @@ def print_isoflop(count: int) -> None:
         print(f"| {name} | {truth} | {noise} | {cells} | {found['budgets']:.2f} |", flush=True)
 
 
+def noise_of(spread: str, N: Floats, random: np.random.Generator) -> Floats:
+    """Errors of log loss [n]."""
+    normal = random.standard_normal(len(N))
+    match spread:
+        case "1% everywhere":
+            return 0.01 * normal
+        case "3% at the smallest N to .1% at the largest":
+            return 0.03 * normal * (N / N.min()) ** (-np.log(30) / np.log(N.max() / N.min()))
+        case ".1% to 3% at random":
+            return np.exp(random.uniform(np.log(0.001), np.log(0.03), len(N))) * normal
+    assert spread == ".4% of Student's t with 3"
+    return 0.004 * np.sqrt(3 / random.chisquare(3, len(N))) * normal
+
+
+SPREADS = (
+    "1% everywhere",
+    "3% at the smallest N to .1% at the largest",
+    ".1% to 3% at random",
+    ".4% of Student's t with 3",
+)
+CONSTANTS = {"E": E, "A": A, "alpha": ALPHA, "B": B, "beta": BETA}
+
+
+def nd_coverage(spread: str, delta: float | None, count: int, resamples: int = 300) -> dict[str, float]:
+    """Share of `count` grids of 48 (N, D) whose bootstrap intervals of form nd hold the truth, by parameter."""
+    hits = dict.fromkeys(CONSTANTS, 0)
+    N, D = np.repeat(np.geomspace(1e7, 1e10, 8), 6), np.tile(np.geomspace(1e9, 1e12, 6), 8)
+    for seed in range(count):
+        loss = (E + A * N**-ALPHA + B * D**-BETA) * np.exp(noise_of(spread, N, np.random.default_rng(seed)))
+        points = Points(loss, {"N": N, "D": D}, ("all",) * 48, tuple(map(str, range(48))), "all")
+        law = bootstrap(fit(points, "nd", delta=delta, starts=100, polished=8), resamples, seed)
+        assert law.ci is not None
+        for name, truth in CONSTANTS.items():
+            hits[name] += law.ci[name][0] <= truth <= law.ci[name][1]
+    return {name: hit / count for name, hit in hits.items()}
+
+
+def print_nd(count: int) -> None:
+    print("| noise | loss | E | A | alpha | B | beta |")
+    print("|---|---|---|---|---|---|---|")
+    for spread in SPREADS:
+        for delta in (None, 1e-3):
+            found = nd_coverage(spread, delta, count)
+            cells = " | ".join(f"{value:.3f}" for value in found.values())
+            print(f"| {spread} | {'least squares' if delta is None else 'Huber'} | {cells} |", flush=True)
+
+
+PRINTERS = {"isoflop": print_isoflop, "nd": print_nd}
+
 if __name__ == "__main__":
-    print_isoflop(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
+    chosen = sys.argv[1:2] or list(PRINTERS)
+    for name in chosen:
+        PRINTERS[name](int(sys.argv[2]) if len(sys.argv) > 2 else 500)

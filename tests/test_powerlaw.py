@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import write_budgets
 from scipy.optimize import least_squares, minimize
 from scipy.special import fdtri
+from simulate_laws import nd_coverage
 
+from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import band, bootstrap, profile
 from analysis.laws.powerlaw import Fit, Model, Points, fit
 from analysis.laws.solver import Floats, Loss
@@ -240,7 +243,8 @@ def least(law: Fit, held: str, value: float) -> float:
     ],
 )
 def test_profiles_end_where_the_objective_has_grown_by_f(points: Points, form: str, name: str) -> None:
-    """Least squares, independent normal errors: by s^2 F(1, dof), which 400 resamples give to about a tenth."""
+    """Least squares, independent normal errors: by s^2 F(1, dof), which 400 resamples give to about a tenth; from 30
+    points on they take each point's own residual for its spread, and give it to about a third."""
     points = replace(points, cluster=tuple(map(str, range(len(points.loss)))))
     law = profile(fit(points, form, delta=None, starts=300))
     assert law.profile_ci is not None
@@ -249,7 +253,7 @@ def test_profiles_end_where_the_objective_has_grown_by_f(points: Points, form: s
     grown = [least(law, name, end) - law.objective for end in (low, high)]
     assert grown[0] == pytest.approx(grown[1], rel=0.02)
     dof = len(points.loss) - (5 if form == "nd" else 4)
-    assert np.mean(grown) == pytest.approx(law.objective / dof * fdtri(1, dof, 0.95), rel=0.35)
+    assert np.mean(grown) == pytest.approx(law.objective / dof * fdtri(1, dof, 0.95), rel=0.5)
 
 
 @pytest.mark.parametrize("seed", [3, 6, 13])
@@ -356,6 +360,16 @@ def test_intervals_cover_the_truth(
     assert all(hit / count >= least for found in hits.values() for hit in found.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("delta", "count"), [(None, 60), (1e-3, 30)])
+def test_intervals_cover_where_small_models_are_noisier(delta: float | None, count: int) -> None:
+    """A sample of analysis/README.md: 3% noise at the smallest N, .1% at the largest. Residuals drawn as if all had one
+    spread cover A and alpha by least squares in .75."""
+    found = nd_coverage("3% at the smallest N to .1% at the largest", delta, count, resamples=200)
+    print(found)
+    assert min(found.values()) >= 0.83
+
+
 def test_speed() -> None:
     """CPU seconds of this process, so that a busy machine does not count."""
     points = grid(PUBLISHED, noise=0.01)
@@ -390,6 +404,47 @@ def test_noisy_fits_of_few_sizes_converge_wherever_their_floor_ends(delta: float
     assert law.certificate["starts_agree"] > 50
     assert law.certificate["resamples_failed"] < 30
     assert law.certificate["resamples_at_bound"] > 30
+
+
+def test_arms_whose_exponents_differ_are_no_good_fit() -> None:
+    """Exponents .15 and .17 were fitted with one m, "ok". Of 40 tables with one exponent at most 3 may say so, at a
+    level of .01 each (probability .001)."""
+    compute = np.geomspace(1e18, 1e20, 6)
+    random = np.random.default_rng(0)
+
+    def statuses(exponent: float) -> list[str]:
+        found = []
+        for _ in range(40):
+            shared, own = 0.005 * random.standard_normal(6), 0.002 * random.standard_normal((2, 6))
+            base = 1.7 + (compute / 1e19) ** -0.15 + shared + own[0]
+            arm = 1.7 + 0.95 * (compute / 1e19) ** -exponent + shared + own[1]
+            sizes = tuple("012345")
+            points = Points(
+                np.concatenate([base, arm]), {"C": np.tile(compute, 2)}, ("base",) * 6 + ("dyn",) * 6, sizes * 2, "base"
+            )
+            found.append(with_lack_of_fit(fit(points, starts=100, polished=6)).status)
+        return found
+
+    assert sum("exponents differ" in status for status in statuses(0.15)) <= 3
+    assert sum("exponents differ" in status for status in statuses(0.17)) >= 38
+
+
+def test_several_sizes_a_budget_are_no_law_of_compute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_budgets(tmp_path / "p.csv", np.linspace(-1.4, 1.4, 6), noise=1e-3)
+    assert main(["fit", str(path), "--bootstrap", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "at equal compute the loss depends on N" in found["status"]
+    assert found["lack_of_fit"]["sizes"] < 1e-3
+    assert main(["fit", str(path), "--bootstrap", "0"]) == 0
+    assert "p of no lack of fit: sizes" in capsys.readouterr().out
+
+
+def test_a_curve_that_is_no_power_law_is_said() -> None:
+    compute = np.geomspace(1e17, 1e21, 12)
+    loss = 1.7 + (compute / 1e19) ** -0.15 + 0.02 * np.sin(1.2 * np.log10(compute))
+    loss = loss + 0.001 * np.random.default_rng(0).standard_normal(12)
+    law = with_lack_of_fit(fit(Points(loss, {"C": compute}, ("a",) * 12, tuple(map(str, range(12))), "a")))
+    assert "bend more than a power law" in law.status
 
 
 def test_a_law_leaves_out_and_lists_what_repeats_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

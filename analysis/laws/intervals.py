@@ -21,7 +21,8 @@ from analysis.laws.solver import ROUNDING, Floats, Solution
 
 Interval = tuple[float, float]
 
-ENOUGH = 30  # residuals of a level to draw from; with fewer, a normal of their spread stands in
+ENOUGH = 30  # clusters to be drawn as they are; residuals of a level to draw from, for which else a normal stands in
+MOST_LEVERAGE = 0.9  # a point with more has its residual widened by no more than this
 SMOOTHING = 1.0  # sd of the normal that smooths the drawn ones, in units of theirs
 CALIBRATION = 400  # resamples that calibrate a profile
 LEVEL = 0.95
@@ -32,7 +33,11 @@ FAR = 50.0  # in the log of an amplitude or a multiplier: an end beyond is none
 def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0) -> Fit:
     """The fit with 95% percentile intervals of every value, and the resamples' values.
 
-    Log residuals are split into those of clusters (what the arms and seeds of a size share), of arms within a cluster,
+    From 30 clusters on, errors may differ in size from point to point: Huber's fit, whose least resample would run
+    through as many points as it has parameters, is repeated on clusters drawn with their points (pairs), least squares
+    on its own residuals under random signs and sizes (wild).
+
+    With fewer clusters, log residuals are split into those of clusters (what the arms and seeds of a size share), of arms within a cluster,
     and of rows within an arm; each level is drawn anew with its own spread over its own degrees of freedom, and the
     spread itself is drawn too (from its scaled inverse chi-square), without which few sizes would look certain. Drawn
     residuals are smoothed: Huber's fit runs through as many points as it has parameters, and their zeros, drawn again,
@@ -104,7 +109,7 @@ class _Profile:
             self.limits = (math.exp(LOG_LEVELS[0] + model.middle_loss), math.exp(LOG_LEVELS[1] + model.middle_loss))
         else:
             self.limits = EXPONENTS
-        held = model.holding(name, fit.values[name]).solve(drawn.solution.theta, drawn.log_y)
+        held = model.holding(name, fit.values[name]).solve(drawn.solution.theta, drawn.log_y, drawn.weight)
         least = np.minimum(drawn.solution.objective, held.objective)
         self.allowed = math.sqrt(float(np.quantile(held.objective - least, LEVEL)))
         self.drawn = drawn.solution.theta
@@ -178,20 +183,41 @@ def _also(status: str, note: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Resamples:
-    """Resampled data [K, n] (log losses as the model has them) and the fits to them."""
+    """Resampled data [K, n] (log losses as the model has them, how often each counts) and the fits to them."""
 
     log_y: Floats
+    weight: Floats
     solution: Solution
 
 
 def _resample(fit: Fit, model: Model, resamples: int, random: np.random.Generator) -> _Resamples | None:
     """None without degrees of freedom at a level."""
+    _, cluster = np.unique(fit.points.cluster, return_inverse=True)
+    clusters = int(cluster.max()) + 1
     f = model.problem.predict(fit.theta[None])[0]
-    levels = _levels(fit, model, model.log_y - f)
-    if any(level.dof < 1 for level in levels):
-        return None
-    log_y = f + sum((level.draw(resamples, random) for level in levels), np.zeros((resamples, len(f))))
-    return _Resamples(log_y, model.problem.solve(np.tile(fit.theta, (resamples, 1)), log_y))
+    log_y, weight = np.tile(model.log_y, (resamples, 1)), np.ones((resamples, len(f)))
+    if clusters >= max(ENOUGH, 3 * len(model.names)):
+        if fit.loss.delta is None:
+            log_y = f + _wild(fit, model, f, cluster, resamples, random)
+        else:
+            weight = random.multinomial(clusters, np.full(clusters, 1 / clusters), resamples)[:, cluster].astype(float)
+    else:
+        levels = _levels(fit, model, model.log_y - f)
+        if any(level.dof < 1 for level in levels):
+            return None
+        log_y = f + sum((level.draw(resamples, random) for level in levels), np.zeros((resamples, len(f))))
+    return _Resamples(log_y, weight, model.problem.solve(np.tile(fit.theta, (resamples, 1)), log_y, weight))
+
+
+def _wild(
+    fit: Fit, model: Model, f: Floats, cluster: NDArray[np.int_], resamples: int, random: np.random.Generator
+) -> Floats:
+    """Residuals [resamples, n], each point's own times a normal number of its cluster, so that every point keeps its
+    own spread (Wu 1986; MacKinnon and White's HC3 undoes what a point bends the fit towards itself)."""
+    residual = (model.log_y - f) / (1 - np.minimum(model.problem.leverage(fit.theta), MOST_LEVERAGE))
+    dof = int(cluster.max()) + 1 - len(model.names)
+    spread = np.sqrt(dof / random.chisquare(dof, (resamples, 1)))
+    return residual * spread * random.standard_normal((resamples, int(cluster.max()) + 1))[:, cluster]
 
 
 class _Level:

@@ -38,6 +38,7 @@ class Points:
     arm: tuple[str, ...]  # [n]
     cluster: tuple[str, ...]  # [n] points with a common error, such as the arms and seeds of a size
     baseline: str  # the arm whose amplitudes are reported first
+    sizes: Floats | None = None  # [n] N, for tests of form c against it
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Fit:
     ci: dict[str, tuple[float, float]] | None = None  # 95%, by bootstrap
     profile_ci: dict[str, tuple[float, float]] | None = None  # 95%
     draws: tuple[dict[str, float], ...] | None = None  # `values` of each resample
+    misfit: dict[str, float] | None = None  # p-values of tests for lack of fit (adequacy.py)
 
     def parameter(self, name: str, arm: str) -> float:
         """E, A, alpha, B or beta of one arm."""

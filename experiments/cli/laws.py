@@ -62,6 +62,7 @@ def _fit(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from analysis.laws.adequacy import with_lack_of_fit
     from analysis.laws.intervals import bootstrap, profile
     from analysis.laws.powerlaw import fit
     from analysis.pages.drawing import fit_points
@@ -83,7 +84,7 @@ def _fit(args: argparse.Namespace) -> int:
     if args.bootstrap and len(points.loss) > len(law.theta):
         law = bootstrap(law, args.bootstrap, args.seed)
         law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
-    print(fit_table(law, args.format, excluded))
+    print(fit_table(with_lack_of_fit(law), args.format, excluded))
     return 0
 
 
