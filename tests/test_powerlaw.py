@@ -160,6 +160,45 @@ def test_arms_share_what_they_are_told_to_share() -> None:
         fit(ladder(1.33), "c", per_arm=("alpha",))
 
 
+@pytest.mark.parametrize(
+    "hold", [{"E": 1.6}, {"alpha": 0.1}, {"A": 40.0}, {"alpha": 0.1, "A": 40.0}, {"A": 40.0, "E": 1.6}]
+)
+def test_held_values_stay_and_the_rest_is_least_squares(hold: dict[str, float]) -> None:
+    """Against SciPy with the same values fixed."""
+    points = ladder(1.0, 0.003, sizes=6)
+    points = Points(points.loss[:6], {"C": points.x["C"][:6]}, ("a",) * 6, tuple("012345"), "a")
+    law = fit(points, "c", delta=None, hold=hold)
+    names = [name for name in ("E", "A", "alpha") if name not in hold]
+
+    def residual(theta: Floats) -> Floats:
+        v = hold | dict(zip(names, np.exp(theta), strict=True))
+        return points.loss - v["E"] - v["A"] * points.x["C"] ** -v["alpha"]
+
+    start = np.log([law.values[name] * 1.01 for name in names])
+    found = np.exp(least_squares(residual, start, xtol=1e-15, ftol=1e-15, gtol=1e-15, x_scale="jac").x)
+    assert [law.values[name] for name in names] == pytest.approx(found.tolist(), rel=1e-4)
+    assert {name: law.values[name] for name in hold} == pytest.approx(hold, rel=1e-12)
+    law = profile(bootstrap(law, 100), 100)
+    assert law.ci is not None
+    assert law.profile_ci is not None
+    assert set(law.profile_ci) == set(names)
+    for name in names:
+        assert law.ci[name][0] < law.values[name] < law.ci[name][1]
+
+
+def test_a_held_amplitude_leaves_m_free() -> None:
+    points = ladder(1.33, noise=1e-4)
+    law = fit(points, "c")
+    held = profile(fit(points, "c", hold={"A[base]": law.values["A[base]"]}), 100)
+    assert held.values["m[dyn]"] == pytest.approx(law.values["m[dyn]"], rel=1e-6)
+    assert held.profile_ci is not None
+    assert held.profile_ci["m[dyn]"][0] < 1.33 < held.profile_ci["m[dyn]"][1]
+    with pytest.raises(ValueError, match="no parameter 'gamma' to hold"):
+        fit(points, "c", hold={"gamma": 1.0})
+    with pytest.raises(ValueError, match="alpha must be between"):
+        fit(points, "c", hold={"alpha": -1.0})
+
+
 def test_rho_form_recovers_what_an_arm_multiplies_n_and_d_by() -> None:
     base = grid(PUBLISHED, n=6, d=5)
     better = {k: base.x[k] * rho for k, rho in (("N", 1.5), ("D", 1.2))}

@@ -37,20 +37,20 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0) -> Fit:
     through as many points as it has parameters, is repeated on clusters drawn with their points (pairs), least squares
     on its own residuals under random signs and sizes (wild).
 
-    With fewer clusters, log residuals are split into those of clusters (what the arms and seeds of a size share), of arms within a cluster,
-    and of rows within an arm; each level is drawn anew with its own spread over its own degrees of freedom, and the
-    spread itself is drawn too (from its scaled inverse chi-square), without which few sizes would look certain. Drawn
-    residuals are smoothed: Huber's fit runs through as many points as it has parameters, and their zeros, drawn again,
-    would make every resample look better known than the data. A resample that does not converge keeps its value and is
-    counted as failed in the certificate. Without degrees of freedom at a level there is no interval, and the status
-    says so.
+    With fewer clusters, log residuals are split into those of clusters (what the arms and seeds of a size share), of
+    arms within a cluster, and of rows within an arm; each level is drawn anew with its own spread over its own degrees
+    of freedom, and the spread itself is drawn too (from its scaled inverse chi-square), without which few sizes would
+    look certain. Drawn residuals are smoothed: Huber's fit runs through as many points as it has parameters, and their
+    zeros, drawn again, would make every resample look better known than the data. A resample that does not converge
+    keeps its value and is counted as failed in the certificate. Without degrees of freedom at a level there is no
+    interval, and the status says so.
     """
-    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm)
+    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm, fit.hold)
     drawn = _resample(fit, model, resamples, np.random.default_rng(seed))
     if drawn is None:
         return replace(fit, status=_also(fit.status, "too few sizes for intervals"))
     theta = drawn.solution.theta
-    at_bound = ((theta <= model.problem.low) | (theta >= model.problem.high)).any(axis=1)
+    at_bound = model.at_bound(theta).any(axis=1)
     draws = [model.raw(row) for row in theta]
     table = np.array([list(draw.values()) for draw in draws])
     low, high = np.quantile(table, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
@@ -77,9 +77,11 @@ def profile(
     An end that the bounds of the search hide is 0 for E, the bound for an exponent, else 0 or infinite. None for m of
     form nd, which no linear condition holds, and without degrees of freedom.
     """
-    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm)
+    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm, fit.hold)
     drawn = _resample(fit, model, resamples, np.random.default_rng(seed))
-    names = [name for name in fit.values if not (fit.form == "nd" and name.startswith("m["))]
+    names = [
+        name for name in fit.values if not (fit.form == "nd" and name.startswith("m[")) and not model.is_held(name)
+    ]
     if drawn is None:
         return fit
     return replace(fit, profile_ci={name: _Profile(fit, model, drawn, name).interval() for name in each(names)})
@@ -215,7 +217,7 @@ def _wild(
     """Residuals [resamples, n], each point's own times a normal number of its cluster, so that every point keeps its
     own spread (Wu 1986; MacKinnon and White's HC3 undoes what a point bends the fit towards itself)."""
     residual = (model.log_y - f) / (1 - np.minimum(model.problem.leverage(fit.theta), MOST_LEVERAGE))
-    dof = int(cluster.max()) + 1 - len(model.names)
+    dof = int(cluster.max()) + 1 - model.free
     spread = np.sqrt(dof / random.chisquare(dof, (resamples, 1)))
     return residual * spread * random.standard_normal((resamples, int(cluster.max()) + 1))[:, cluster]
 
@@ -246,7 +248,8 @@ class _Level:
 
 def _levels(fit: Fit, model: Model, residual: Floats) -> list[_Level]:
     """The levels at which rows differ: clusters, arms within them, rows within these."""
-    between = 1 + 2 * len(FORMS[fit.form])  # parameters that one arm alone would have; the others tell arms apart
+    # Parameters that one arm alone would have; the others tell arms apart.
+    between = min(1 + 2 * len(FORMS[fit.form]), model.free)
     _, cluster = np.unique(fit.points.cluster, return_inverse=True)
     _, first, cell = np.unique(
         [f"{c} {arm}" for c, arm in zip(cluster, fit.points.arm, strict=True)], return_index=True, return_inverse=True
@@ -258,7 +261,7 @@ def _levels(fit: Fit, model: Model, residual: Floats) -> list[_Level]:
     levels = [_Level(cluster_mean, cluster, None, between)]
     if len(cell_mean) > len(cluster_mean):
         deviation = cell_mean - cluster_mean[cluster_of_cell]
-        levels.append(_Level(deviation, cell, cluster_of_cell, len(model.names) - between))
+        levels.append(_Level(deviation, cell, cluster_of_cell, model.free - between))
     if len(row) > len(cell_mean):
         levels.append(_Level(residual - cell_mean[cell], row, cell, 0))
     return levels

@@ -254,7 +254,11 @@ def fit_cells(fit: Fit) -> Table:
     """Columns and rows of a law's parameters."""
     intervals = {"95% interval": fit.ci} | ({"by profile": fit.profile_ci} if fit.profile_ci else {})
     rows = [
-        [name, f"{value:.6g}", *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values())]
+        [
+            name,
+            f"{value:.6g}" + (" (held)" if name in fit.hold else ""),
+            *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values()),
+        ]
         for name, value in fit.values.items()
     ]
     return ["parameter", "value", *intervals], rows
@@ -284,6 +288,7 @@ def fit_object(fit: Fit) -> dict[str, Any]:
         **of(fit.points.baseline, names),
         "certificate": fit.certificate,
         "lack_of_fit": fit.misfit,
+        "hold": fit.hold,
         "status": fit.status,
         "form": fit.form,
         "loss": "lsq" if fit.loss.delta is None else "huber",
