@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from analysis.advantage.multiplier import Multiplier, multipliers
+from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
@@ -66,6 +68,7 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
         arm=tuple(done["arm"]),
         cluster=tuple(cluster),
         baseline=baseline or str(done["arm"].iloc[0]),
+        sizes=done["parameters"].to_numpy(float, na_value=np.nan),
     )
     return points, excluded + repeated
 
@@ -117,7 +120,7 @@ def _law(store: Store, answer: Answers) -> Fit | None:
     part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
     try:
         points, _ = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
-        return bootstrap(fit(points, "c"))
+        return with_lack_of_fit(bootstrap(fit(points, "c")))
     except ValueError as error:
         answer.notes.append(f"no law of loss in compute: {error}")
         return None

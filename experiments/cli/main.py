@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, pages, runs
+from experiments.cli import bench, claims, data, laws, pages, runs
 
 if TYPE_CHECKING:
     pass
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     runs.register(subparsers)
+    laws.register(subparsers)
     claims.register(subparsers)
     pages.register(subparsers)
     bench.register(subparsers)
