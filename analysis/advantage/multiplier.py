@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.advantage.budgets import OfBudget, by_budget, with_budgets
 from analysis.advantage.joint import Interval, aicc, joint_interval, wild_cluster_interval
 from analysis.advantage.paired import (
     EXPONENTS,
@@ -29,7 +30,7 @@ from analysis.advantage.paired import (
     seed_noise,
     trend,
 )
-from analysis.advantage.pairs import Pairs, curve, pair, usable
+from analysis.advantage.pairs import Pairs, curve, pair, require_one_configuration, usable, with_axes
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, choose_baseline, choose_convention
@@ -91,6 +92,9 @@ class Multiplier:
     exponent: float
     local: tuple[dict[str, Any], ...]  # by size: size, compute and loss of both, m
     curve: tuple[At, ...]  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
+    budgets: tuple[OfBudget, ...] = ()  # m at each budget, where sizes have several
+    same_budget_p: float | None = None  # of the test that m is the same at every budget
+    notes: tuple[str, ...] = ()  # how the rows were taken, which is no fault of the answer
 
 
 def multipliers(
@@ -111,6 +115,7 @@ def multipliers(
     rows, excluded = usable(runs)
     baseline = choose_baseline(runs, baseline)
     convention = choose_convention(runs, convention)
+    rows, notes = _comparable(rows, baseline, convention)
     floors = tuple(floors) or _stated_floors(rows)
     found: list[Multiplier] = []
     refused = []
@@ -133,7 +138,15 @@ def multipliers(
             refused.append(f"{arm}: {error}")
     if not found:
         raise ValueError("; ".join(refused))
-    return found, refused
+    return [replace(item, notes=(*notes, *item.notes)) for item in found], refused
+
+
+def _comparable(rows: pd.DataFrame, baseline: str, convention: str) -> tuple[pd.DataFrame, list[str]]:
+    """What `usable` returned with the budget that each run is paired on, and how that was told."""
+    rows, how = with_budgets(rows, baseline, CONVENTIONS[convention])
+    rows = with_axes(rows)
+    require_one_configuration(rows)
+    return rows, [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
 
 
 def compare(
@@ -166,6 +179,9 @@ def compare(
     varies = p is not None and p < SIGNIFICANCE
     shown = changing if varies else local
     headline = _reported(local, p)
+    of_budgets, budget_p = by_budget(pairs.cells, float(local.law.E[0]), float(local.law.g[0]))
+    if budget_p is not None and budget_p < SIGNIFICANCE:
+        headline = _over_budgets(headline, of_budgets)
     noise_floor = _noise_floor(pairs, local)
     conventions = {name: _reported(_local(other, floor), p) for name, other in (others or {}).items()}
     return Multiplier(
@@ -181,7 +197,13 @@ def compare(
         convention=pairs.convention,
         n_sizes=sizes,
         n_seeds=min(pairs.seeds),
-        status="; ".join(_remarks(pairs, local, headline, noise_floor, p, stated, conventions)) or "ok",
+        status="; ".join(
+            (
+                *_remarks(pairs, local, headline, noise_floor, p, stated, conventions),
+                *_budget_remarks(of_budgets, budget_p),
+            )
+        )
+        or "ok",
         excluded=pairs.excluded,
         conventions=conventions,
         joint=_joint(pairs) if sizes >= 3 else None,
@@ -195,6 +217,8 @@ def compare(
         exponent=float(shown.law.g[0]),
         local=tuple(_local_rows(pairs, shown)),
         curve=tuple(_curve(pairs, shown, varies)),
+        budgets=of_budgets,
+        same_budget_p=budget_p,
     )
 
 
@@ -344,6 +368,19 @@ def _remarks(
             yield f"depends on the FLOP convention: {other.m:.3f}x under {name}"
 
 
+def _over_budgets(headline: Answer, budgets: Sequence[OfBudget]) -> Answer:
+    """Where m depends on the budget, an interval that holds those of all budgets."""
+    assert headline.ci is not None
+    ends = [headline.ci, *(item.ci for item in budgets)]
+    return replace(headline, ci=(min(low for low, _ in ends), max(high for _, high in ends)))
+
+
+def _budget_remarks(budgets: Sequence[OfBudget], p: float | None) -> Iterator[str]:
+    if p is not None and p < SIGNIFICANCE:
+        at = ", ".join(f"{item.m:.3f} at {item.budget}" for item in budgets)
+        yield f"m depends on the budget (p = {p:.3f}): {at}"
+
+
 def _headline(local: Local, varies: bool, top: float) -> float:
     """m as the headline gives it: the constant, or that at compute `top` where it varies."""
     return ratio((trend(changing_multipliers(local), top).at if varies else local.mean)[0])
@@ -387,10 +424,12 @@ def _floor_sensitivity(
 
 def _noise_floor(pairs: Pairs, local: Local) -> float | None:
     """The smallest m above 1 that the spread over repeated seeds alone would let through at 95%."""
-    dof = sum(seeds - 1 for seeds in pairs.seeds)
+    dof = sum(len(group) - 1 for group in (*pairs.differences, *pairs.replicates))
     if dof < 1:
         return None
-    variance = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences) / dof
+    squares = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences)
+    squares += 2 * sum(((y - y.mean()) ** 2).sum() for y in pairs.replicates)  # a difference has the noise of two runs
+    variance = squares / dof
     return ratio(seed_noise(local, np.array([variance]), np.array(pairs.seeds), dof)[0])
 
 

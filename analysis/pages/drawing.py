@@ -20,7 +20,6 @@ from analysis.logs.selection import (
     choose_convention,
     finished,
     require_positive,
-    without_repeats,
 )
 from analysis.logs.store import Store
 from analysis.pages.ablations import ablations
@@ -46,7 +45,6 @@ class Answers:
 def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Excluded]]:
     """The finished rows of a store as points of a law, and the rows left out."""
     done, excluded = finished(store.runs)
-    done, repeated = without_repeats(done)
     done = done.assign(arm=done["arm"].fillna("all"))
     columns = {"N": "parameters", "D": "tokens"}
     if form == "c":
@@ -67,7 +65,7 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
         cluster=tuple(cluster),
         baseline=baseline or str(done["arm"].iloc[0]),
     )
-    return points, excluded + repeated
+    return points, excluded
 
 
 def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:

@@ -174,7 +174,8 @@ def _at_floor(item: Multiplier, floor: float, convention: str) -> Cell:
 def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
     lines = [
         f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
-        "paired by size and seed.",
+        f"paired by size, {'budget ' if any(item.budgets for item in found) else ''}and seed.",
+        *dict.fromkeys(f"{note[0].upper()}{note[1:]}." for item in found for note in item.notes),
         *(f"[{number}] {remark}" for remark, number in notes.items()),
     ]
     left_out = {item.run_id: item.reason for answer in found for item in answer.excluded}
