@@ -73,7 +73,9 @@ def test_the_table_fits_a_terminal_and_its_notes_say_the_whole_status(
         text = run(capsys, "table", store)[1]
         assert max(map(len, (line for line in text.splitlines() if line.startswith("|")))) <= 120
         noted = dict(re.findall(r"^\[(\d+)\] (.*)$", text, re.MULTILINE))
-        rows = re.findall(r"^\| (.+?) +\|.*\| (ok|not resolved|see) *(?:\[([\d, ]+)\])? +\|$", text, re.MULTILINE)
+        rows = re.findall(
+            r"^\| (.+?) +\|.*\| (ok|not resolved|see) *(?:\[([\d, ]+)\])? +\|$", text.partition("\n\n")[0], re.M
+        )
         said = {arm: [noted[number] for number in numbers.split(", ") if number] for arm, _, numbers in rows}
         for item in json.loads(run(capsys, "table", store, "--json")[1]):
             remarks = [] if item["status"] == "ok" else item["status"].removeprefix("not resolved: ").split("; ")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.advantage.budgets import ALIKE, Cell, full_grid
+from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
 from analysis.laws.solver import Floats
 from analysis.logs.schema import ARM_FACTS, CONVENTIONS
 from analysis.logs.selection import Excluded, excluded_rows, finished, some
@@ -30,6 +31,7 @@ NO_CONFIGURATION = (
     "metric",
     "summary.",
 )  # dotted columns that say how a run came out
+ON = ["_size", "_budget", "_seed"]  # what pairs are made on
 UNSEEDED = -1  # in place of a seed; a merge would not match missing with missing on every version
 
 
@@ -47,8 +49,7 @@ class Pairs:
     y1: Floats  # [S] the arm's
     seeds: tuple[int, ...]  # paired seeds at each size
     differences: tuple[Floats, ...]  # y0 - y1 of each seed, by size; one where seeds are not paired
-    rate_ratio: Floats  # [S] the arm's FLOPs a train second over the baseline's; NaN where not measured or comparable
-    gpu_rate_ratio: Floats  # [S] the same for FLOPs a GPU second
+    rates: Rates  # how fast the arm is beside the baseline
     excluded: tuple[Excluded, ...]
     cells: tuple[Cell, ...] = ()  # with several budgets: every paired size and budget
     budgets: tuple[str, ...] = ()  # those that were averaged, which every size has
@@ -93,6 +94,8 @@ def is_rate(name: str) -> bool:
 def require_one_configuration(runs: pd.DataFrame) -> None:
     """Raises ValueError where runs of one arm, size and budget differ in their configuration, other than the rate."""
     for name in (str(column) for column in runs if _is_configuration(str(column))):
+        if runs[name].nunique() < 2 or runs.groupby(["arm", "_size", "_budget"])[name].nunique().max() < 2:
+            continue
         for (arm, size, _), rows in runs.groupby(["arm", "_size", "_budget"]):
             if rows[name].nunique() > 1:
                 values = "; ".join(f"{value}: {some(part['run_id'])}" for value, part in rows.groupby(name))
@@ -107,17 +110,26 @@ def _is_configuration(name: str) -> bool:
     return declared and not is_rate(name) and not name.endswith("seed")
 
 
-def pair(runs: pd.DataFrame, arm: str, baseline: str, convention: str, excluded: Iterable[Excluded] = ()) -> Pairs:
+def pair(
+    runs: pd.DataFrame,
+    arm: str,
+    baseline: str,
+    convention: str,
+    excluded: Iterable[Excluded] = (),
+    throughput: pd.DataFrame | None = None,
+) -> Pairs:
     """Pair `arm` with `baseline` by size, budget and seed. `runs` and `excluded` are what `usable` returned, the runs
-    with their budgets (`budgets.with_budgets`)."""
+    with their budgets (`budgets.with_budgets`); measured `throughput` counts before the runs' clocks."""
     import pandas as pd
 
     column = CONVENTIONS[convention]
-    on = ["_size", "_budget", "_seed"]
-    used = runs[["run_id", "arm", *on, "loss", "device", "gpus", "train_seconds", column]]
+    if "clock" not in runs:
+        runs = runs.assign(clock=pd.Series(pd.NA, index=runs.index, dtype="string"))
+    used = runs[["run_id", "arm", *ON, "loss", "tokens", "device", "gpus", "clock", "train_seconds", column]]
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
-    both = pd.merge(*(_one_row_a_key(side, on, column) for side in sides.values()), on=on, suffixes=("_0", "_1"))
-    by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(on[:2])}
+    both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
+    matched = set(_keys(both))
+    by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(ON[:2])}
     ends = (f"{column}_0", f"{column}_1", "loss_0", "loss_1")
     cells = [Cell(*key, *(float(rows[name].mean()) for name in ends)) for key, rows in by_cell.items()]
     sizes, budgets = full_grid(cells)
@@ -142,30 +154,34 @@ def pair(runs: pd.DataFrame, arm: str, baseline: str, convention: str, excluded:
         y1=mean("loss_1"),
         seeds=tuple(_fewest_seeds(rows) for rows in groups),
         differences=tuple(_differences(rows) for rows in groups),
-        rate_ratio=np.array([_rate_ratio(rows, column, per_gpu=False) for rows in groups]),
-        gpu_rate_ratio=np.array([_rate_ratio(rows, column, per_gpu=True) for rows in groups]),
+        rates=(
+            rates_of_runs(groups, column)
+            if throughput is None
+            else rates_of_throughput(groups, column, throughput, baseline, arm)
+        ),
         excluded=(
             *(item for item in excluded if item.arm in (arm, baseline)),
-            *_without_partner(sides, both, on),
-            *_off_the_grid(sides, both, sizes, budgets),
+            *_without_partner(sides, matched),
+            *_off_the_grid(sides, matched, sizes, budgets),
         ),
         cells=tuple(cells) if several else (),
         budgets=tuple(budgets) if several else (),
-        replicates=tuple(_replicates(sides, both, on)),
+        replicates=tuple(_replicates(sides, matched)),
     )
     _require_a_ladder(pairs)
     return pairs
 
 
-def _one_row_a_key(side: pd.DataFrame, on: list[str], column: str) -> pd.DataFrame:
+def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
     """One arm's rows with replicates averaged; they keep the first name and device."""
-    if not side.duplicated(on).any():
+    if not side.duplicated(ON).any():
         return side.assign(_count=1)
     means = ["loss", "train_seconds", column]
-    groups = side.groupby(on, sort=False)
+    groups = side.groupby(ON, sort=False)
     averaged = groups.first().assign(_count=groups.size())
     averaged[means] = groups[means].mean()
-    averaged.loc[groups["device"].nunique() > 1, "device"] = None  # clocks of different devices have no mean
+    averaged.loc[groups["device"].nunique() > 1, "clock"] = "mixed"
+    averaged.loc[groups["clock"].nunique() > 1, "clock"] = "mixed"
     return averaged.reset_index()
 
 
@@ -180,31 +196,35 @@ def _differences(rows: pd.DataFrame) -> Floats:
     return found
 
 
-def _replicates(sides: dict[str, pd.DataFrame], both: pd.DataFrame, on: list[str]) -> Iterator[Floats]:
+def _keys(rows: pd.DataFrame) -> list[tuple[str, str, float]]:
+    """What each row is paired on."""
+    return list(zip(rows["_size"], rows["_budget"], rows["_seed"], strict=True))
+
+
+def _replicates(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Floats]:
     """The losses of each arm's paired cells that have several runs which no seed tells apart."""
-    matched = both.set_index(on).index
     for side in sides.values():
-        for key, rows in side.groupby(on):
-            if len(rows) > 1 and key in matched:
+        repeated = side[side.duplicated(ON, keep=False)]
+        for key, rows in repeated.groupby(ON):
+            if key in matched:
                 yield np.sort(rows["loss"].to_numpy(float))
 
 
-def _without_partner(sides: dict[str, pd.DataFrame], both: pd.DataFrame, on: list[str]) -> Iterator[Excluded]:
-    matched = both.set_index(on).index
-    what = "size, budget and seed" if any((side["_budget"] != "").any() for side in sides.values()) else "size and seed"
+def _without_partner(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Excluded]:
+    several = any((side["_budget"] != "").any() for side in sides.values())
+    what = "size, budget and seed" if several else "size and seed"
     for side, other in zip(sides.values(), reversed(sides), strict=True):
-        yield from excluded_rows(
-            side[~side.set_index(on).index.isin(matched)], f"no partner of the same {what} in {other}"
-        )
+        if alone := [key not in matched for key in _keys(side)]:
+            yield from excluded_rows(side[alone], f"no partner of the same {what} in {other}")
 
 
 def _off_the_grid(
-    sides: dict[str, pd.DataFrame], both: pd.DataFrame, sizes: list[str], budgets: list[str]
+    sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]], sizes: list[str], budgets: list[str]
 ) -> Iterator[Excluded]:
-    on = ["_size", "_budget", "_seed"]
-    outside = both[~(both["_size"].isin(sizes) & both["_budget"].isin(budgets))].set_index(on).index
-    for side in sides.values():
-        yield from excluded_rows(side[side.set_index(on).index.isin(outside)], "its budget is not one of every size")
+    outside = {key for key in matched if key[0] not in sizes or key[1] not in budgets}
+    for side in sides.values() if outside else ():
+        rows = side[[key in outside for key in _keys(side)]]
+        yield from excluded_rows(rows, "its budget is not one of every size")
 
 
 def _require_a_ladder(pairs: Pairs) -> None:
@@ -222,20 +242,3 @@ def curve(runs: pd.DataFrame, arm: str, convention: str) -> tuple[Floats, Floats
     column = CONVENTIONS[convention]
     means = runs[runs["arm"] == arm].groupby("_size")[[column, "loss"]].mean().sort_values(column)
     return means[column].to_numpy(float), means["loss"].to_numpy(float)
-
-
-def _rate_ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
-    """The arm's FLOPs a second over the baseline's at one size; NaN unless measured on the same kind of device."""
-    devices = {*rows["device_0"], *rows["device_1"]}
-    counts = {*rows["gpus_0"], *rows["gpus_1"]}
-    if rows[["device_0", "device_1"]].isna().any(axis=None) or len(devices) > 1:
-        return np.nan
-    rates = []
-    for side in ("_0", "_1"):
-        seconds = rows["train_seconds" + side].astype(float)
-        if per_gpu:
-            seconds = seconds * rows["gpus" + side].astype(float)
-        elif len(counts) > 1:
-            return np.nan
-        rates.append((rows[column + side] / seconds).mean() if (seconds > 0).all() else np.nan)
-    return float(rates[1] / rates[0])

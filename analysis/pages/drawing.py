@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from analysis.advantage.multiplier import Multiplier, multipliers
+from analysis.advantage.answers import Multiplier
+from analysis.advantage.multiplier import multipliers
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
