@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from analysis.advantage.multiplier import Multiplier
+    from analysis.advantage.answers import Multiplier
     from analysis.laws.isoflop import Allocation, Optimum
 
 LOSS = "held-out loss (nats/token)"

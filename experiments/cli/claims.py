@@ -37,6 +37,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "points.csv --baseline transformer --format json",
         """results/runs/demo --where 'size != "25k"'""",
         "results/runs/demo --by arm,size",
+        "results/runs/demo --throughput train.parquet",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
@@ -47,6 +48,12 @@ def _add_table(subparsers: Subparsers) -> None:
         default=[],
         metavar="E",
         help="state the irreducible loss instead of fitting it; more of them show what m depends on",
+    )
+    parser.add_argument(
+        "--throughput",
+        type=Path,
+        metavar="FILE",
+        help="what `dynconv bench train` wrote, or columns size, arm, tokens_per_second: for the wall clock",
     )
     parser.add_argument("--where", metavar="CONDITION", help="of the runs to use, on the run table's columns")
     parser.add_argument("--by", metavar="COLUMN,...", help="sum the runs up by arm, size ... instead of comparing arms")
@@ -86,6 +93,7 @@ def _add_power(subparsers: Subparsers) -> None:
 
 def _table(args: argparse.Namespace) -> int:
     from analysis.advantage.multiplier import multipliers
+    from analysis.logs.throughput import read_throughput
     from analysis.pages.query import chosen, grouped
     from analysis.pages.tables import multiplier_table, value_table
 
@@ -98,6 +106,7 @@ def _table(args: argparse.Namespace) -> int:
         baseline=args.baseline,
         convention=args.convention,
         floors=args.floor,
+        throughput=read_throughput(args.throughput) if args.throughput else None,
         seed=args.seed,
     )
     warn(*(f"no answer for {line}" for line in refused))
