@@ -37,6 +37,7 @@ from analysis.advantage.single import require_below, single_size
 from analysis.advantage.unequal import APART, apart, of_curves
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.laws.solver import Floats
+from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
 if TYPE_CHECKING:

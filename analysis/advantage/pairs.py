@@ -16,7 +16,7 @@ import numpy as np
 from analysis.advantage.budgets import ALIKE, Cell, full_grid
 from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
 from analysis.laws.solver import Floats
-from analysis.logs.schema import ARM_FACTS, CONVENTIONS
+from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, excluded_rows, finished, some
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def require_one_configuration(runs: pd.DataFrame) -> None:
 
 
 def _is_configuration(name: str) -> bool:
-    declared = name in ARM_FACTS or ("." in name and not name.startswith(NO_CONFIGURATION))
+    declared = "." in name and not name.startswith(NO_CONFIGURATION)
     return declared and not is_rate(name) and not name.endswith("seed")
 
 

@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from analysis.laws.isocurves import Curves, Minima
 from analysis.laws.solver import Bools, Floats
 from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import Excluded, choose_convention, finished, require_positive, without_repeats
+from analysis.logs.selection import Excluded, choose_convention, finished, require_positive
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,9 +93,7 @@ def isoflop(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Opt
 
 def usable_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     """The finished runs, each once, and what was left out."""
-    done, excluded = finished(runs.assign(arm=runs["arm"].fillna("all")))
-    done, repeated = without_repeats(done)
-    return done, excluded + repeated
+    return finished(runs.assign(arm=runs["arm"].fillna("all")))
 
 
 def optima_of(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.logs.schema import ARM_FACTS, CONVENTIONS, IDENTITY
+from analysis.logs.schema import CONVENTIONS, IDENTITY, TRUNK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +30,9 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
     """
     runs, earlier = _one_row_a_run(runs)
+    trunks = runs["budget"].astype("string").eq(TRUNK).fillna(False) if "budget" in runs else runs["run_id"].isna()
+    earlier += excluded_rows(runs[trunks], "a trunk, whose branches are the results")
+    runs = runs[~trunks]
     status = runs["status"].astype("string").fillna("no status")
     unfinished, done = runs[status != "complete"], runs[status == "complete"]
     excluded = excluded_rows(unfinished, status[unfinished.index])
@@ -84,7 +87,7 @@ def _one_row_a_run(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
 def _without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     """Rows that are equal in all that a run is and came to are one run, entered twice. Two runs without a seed, or two
     of one seed, that differ in loss are two: replicates."""
-    what = [*IDENTITY, *ARM_FACTS, "budget", "flops_given", "learning_rate", "lr", "loss"]
+    what = [*IDENTITY, "budget", "flops_given", "learning_rate", "lr", "loss"]
     same = [name for name in done if (name in what and name not in ("run_id", "sweep")) or "." in str(name)]
     repeated = done.duplicated(same)
     return done[~repeated], excluded_rows(done[repeated], "repeats a run")
