@@ -135,6 +135,34 @@ def test_fake_tensors_get_fake_results(kind: str) -> None:
     assert [g.shape for g in gradients] == [value.shape for value in inputs.values()]
 
 
+class Prefill(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, generator_input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.conv.prefill(x, generator_input, state)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_one_exported_prefill_serves_every_length(kind: str, with_state: bool) -> None:
+    conv = projected(kind)[0].conv
+
+    def inputs(time: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        state = torch.randn(2, 3, 24, device=DEVICE) if with_state else None
+        return torch.randn(2, time, 24, device=DEVICE), torch.randn(2, time, 16, device=DEVICE), state
+
+    time = torch.export.Dim("time", min=1)
+    shapes = ({1: time}, {1: time}, None)
+    with torch.no_grad():
+        exported = torch.export.export(Prefill(conv), inputs(20), dynamic_shapes=shapes)
+        for length in (1, 2, 3, 8, 9, 50):
+            given = inputs(length)
+            for got, want in zip(exported.module()(*given), conv.prefill(*given), strict=True):
+                assert relative_error(got, want.double()) < BOUND[torch.float32], length
+
+
 class Projected(nn.Module):
     """A convolution after the linear map that it is used with."""
 

@@ -145,6 +145,7 @@ def static_convolution_step(
 
     If only k of several tokens are accepted, the state is torch.cat([state, x], 1)[:, k : k + W - 1].
     """
+    _check_floating(state, "state")
     options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
     return static_convolution(x, weight, residual, **options)
 
@@ -159,6 +160,7 @@ def headwise_dynamic_convolution_step(
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
     """Decode: `headwise_dynamic_convolution` from a state, and the next state."""
+    _check_floating(state, "state")
     options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
     return headwise_dynamic_convolution(x, weight, static_w, residual, **options)
 
@@ -175,6 +177,7 @@ def lowrank_dynamic_convolution_step(
     segments: tuple[int, ...] | list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
     """Decode: `lowrank_dynamic_convolution` from a state, and the next state."""
+    _check_floating(state, "state")
     options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
     return lowrank_dynamic_convolution(x, z, U, static_w, residual, segments=segments, **options)
 
@@ -205,7 +208,7 @@ def _run(
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])
-        _check(initial_state, shape, "the state", "[N, W-1, D]", x)
+        _check(initial_state, shape, "initial_state (of a step: state)", "[N, W-1, D]", x)
     if sharded.any_sharded((x, *filters[:3], initial_state)):
         one = len(filters.segments) == 1
 
@@ -255,6 +258,11 @@ def _continue(
     count = filters.width - 1
     if count == 0 or x.shape[1] == 0:
         return _convolve(x, filters, positions, residual, silu)
+    if cu_seqlens is None and torch.compiler.is_exporting():  # one program for every T, few tokens or many
+        after = filters.of_tokens(
+            lambda made: torch.cat([made.new_zeros(made.shape[0], count, *made.shape[2:]), made], 1)
+        )
+        return _convolve(torch.cat([state.to(x.dtype), x], 1), after, None, residual, silu)[:, count:]
     if cu_seqlens is None or document is None or positions is None:
         count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
         few = filters.of_tokens(lambda made: made[:, :count])
@@ -292,7 +300,7 @@ def _final_state(
         before = x.new_zeros(sequences, count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
         if cu_seqlens is not None:  # of documents that are all empty
             return before.clone()
-        recent = x[:, max(0, x.shape[1] - count) :]
+        recent = x if torch.compiler.is_exporting() else x[:, max(0, x.shape[1] - count) :]
         return torch.cat([before, recent], 1)[:, recent.shape[1] :]
     starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
     tokens = ends - count + torch.arange(count, device=x.device)  # [N, W-1]
