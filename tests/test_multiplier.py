@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import pairs_of
 
+from analysis.advantage.answers import Multiplier
+from analysis.advantage.clocks import Rates
 from analysis.advantage.joint import joint_interval, wild_cluster_interval
-from analysis.advantage.multiplier import Multiplier, compare
+from analysis.advantage.multiplier import compare
 from analysis.advantage.paired import changing_multipliers, constancy_p, local_multipliers, reported, trend
 from analysis.laws.solver import Floats
 from experiments.cli.main import main
@@ -373,7 +375,8 @@ def test_seed_noise_hides_a_small_advantage() -> None:
 
 def test_wall_clock_is_m_times_relative_throughput() -> None:
     compute, y0, y1, _ = simulate(1, 5, 1, 1.33, noise=0.0005)
-    pairs = replace(pairs_of(compute, y0[0], y1[0]), rate_ratio=np.full(5, 0.9), gpu_rate_ratio=np.full(5, 0.45))
+    rates = Rates(np.full(5, 0.9), np.full(5, 0.45), "measured", None)
+    pairs = replace(pairs_of(compute, y0[0], y1[0]), rates=rates)
     found = compare(pairs)
     assert found.wall_clock is not None
     assert found.gpu_cost is not None

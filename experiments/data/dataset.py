@@ -31,9 +31,9 @@ TOKEN_BYTES = "token-bytes.bin"
 REMEDY = "remove the folder and build the data again"
 
 
-def _content_sha256(seals: Mapping[str, tuple[int, str]]) -> str:
-    """Of the files' names, lengths and checksums: two folders with equal text give equal data."""
-    return hashlib.sha256(json.dumps(sorted(seals.items())).encode()).hexdigest()
+def _content_sha256(files: Mapping[str, tuple[int, str]]) -> str:
+    """One hash of all files' names, lengths and hashes."""
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
 
 def token_type(vocabulary: int) -> np.dtype[Any]:
@@ -59,7 +59,7 @@ def sync_and_hash(path: Path) -> dict[str, Any]:
 class Dataset:
     """A dataset to read from; make one with `Dataset.open`.
 
-    `sha256` identifies every byte of the shards and the tokenizer, wherever the text lay.
+    `sha256` identifies every byte of the shards and of the tokenizer, wherever the text lay.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], sha256: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from experiments.design.config import RunConfig
 from experiments.launching import jobs, local, states
+from experiments.launching.branches import ready
 from experiments.launching.locks import signals_deferred, store_lock, termination_as_interrupt
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
@@ -37,8 +38,10 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
                 for slot in [slot for slot, job in running.items() if job.done()]:
                     del running[slot]
                     slots.free.append(slot)
-                while waiting and slots.free:
-                    run = waiting.popleft()
+                if not running:  # then nobody here brings a trunk to its end that is not waiting itself
+                    here = {run.run_id for run in waiting}
+                    waiting = deque(run for run in waiting if ready(run, store) or run.trunk in here)
+                while slots.free and (run := _next(waiting, store)):
                     run_dir = store / run.run_id
                     with store_lock(store):  # another `submit` or a `cancel` may have been here first
                         if states.read(store, [run.run_id])[0].state in states.SUBMITTABLE:
@@ -53,6 +56,14 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
             raise
 
 
+def _next(waiting: deque[RunConfig], store: Path) -> RunConfig | None:
+    """Take the first run whose trunk, if it has one, is complete; None where all that wait do so for their trunks."""
+    chosen = next((run for run in waiting if ready(run, store)), None)
+    if chosen is not None:
+        waiting.remove(chosen)
+    return chosen
+
+
 def _stop(running: Sequence["submitit.Job[None]"]) -> None:
     """Tell the runs to save their state and stop, and wait STOP_SECONDS at most until they have."""
     print(f"\nstopping {len(running)} runs; their state is being saved", file=sys.stderr)
@@ -64,8 +75,10 @@ def _stop(running: Sequence["submitit.Job[None]"]) -> None:
 
 
 def run_in_this_process(runs: Sequence[RunConfig], _profile: Profile, store: Path, code: Path) -> None:
-    """Run one after the other. A failed run's traceback is shown, and the next run starts all the same."""
+    """Run one after the other, trunks first. A failed run shows its traceback, and the next one starts all the same."""
     for run in runs:
+        if not ready(run, store):
+            continue
         jobs.write_job(store / run.run_id, "debug", str(os.getpid()), None, code)
         try:
             with local.environment({SHARING_VARIABLE: "1"}):

@@ -89,7 +89,7 @@ def submit(calls: Sequence[Callable[[], None]], executor: submitit.SlurmExecutor
 
 
 def executor(
-    job: Job, slurm: Slurm, *, max_parallel: int, name: str, folder: Path, snapshot: Path
+    job: Job, slurm: Slurm, *, max_parallel: int, name: str, folder: Path, snapshot: Path, after: str | None = None
 ) -> submitit.SlurmExecutor:
     """A submitit executor whose script asks for what the profile says; one task for each process of a run."""
     processes_per_node = min(job.gpus, job.gpus_per_node)
@@ -113,7 +113,12 @@ def executor(
         array_parallelism=max_parallel or 10**6,
         stderr_to_stdout=True,
         # Node failures and preemptions requeue. TERM warns before the time limit, as it does before a preemption.
-        additional_parameters={"requeue": True, "signal": f"TERM@{slurm.signal_seconds}", **options},
+        additional_parameters={
+            "requeue": True,
+            "signal": f"TERM@{slurm.signal_seconds}",
+            **({"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}),
+            **options,
+        },
         setup=[*slurm.setup, *_setup(snapshot, _sharing(job, slurm))],
         # From 22.05 on, srun no longer takes --cpus-per-task over from sbatch.
         srun_args=["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none", f"--cpus-per-task={job.cpus_per_gpu}"],

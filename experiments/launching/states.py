@@ -14,6 +14,7 @@ from typing import Any
 from analysis.logs import reader
 from analysis.logs.files import read_json
 from experiments.launching import slurm
+from experiments.launching.branches import trunk_failure
 from experiments.launching.jobs import errors_naming, job_of, process_started
 from experiments.terminal import align, duration
 
@@ -71,7 +72,7 @@ def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
         if found[run_id].state == "lost" and job is not None and job["executor"] == "slurm"
     }
     ended = slurm.accounting(list(lost.values())) if lost else {}
-    found |= {run_id: _explained(found[run_id], ended) for run_id in lost}
+    found |= {run_id: _explained(found[run_id], ended) for run_id in lost if trunk_failure(store / run_id) is None}
     return [found[run_id] for run_id in run_ids]
 
 
@@ -109,7 +110,7 @@ def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> Ru
             run = read_json(run_dir / "run.json")
             elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
             return RunState(run_dir.name, where, 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
-    known["cause"] = _cause(run_dir, job, where)
+    known["cause"] = (trunk_failure(run_dir) if where in ("pending", "lost") else None) or _cause(run_dir, job, where)
     with errors_naming(run_dir / "attempt-*.json"):
         latest = reader.progress(run_dir)
     if latest is None:

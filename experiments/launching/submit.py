@@ -14,7 +14,7 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
-from experiments.launching import jobs, local, local_loop, slurm, snapshot, states
+from experiments.launching import branches, jobs, local, local_loop, slurm, snapshot, states
 from experiments.launching.locks import signals_deferred, store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
     from experiments.data.dataset import Dataset
 
-REMEDIES = {"failed": "retry", "cancelled": "retry", "pending": "submit", "unknown": "status", "unreadable": "status"}
+REMEDIES = {
+    "behind a trunk that failed": "retry",
+    "failed": "retry",
+    "cancelled": "retry",
+    "pending": "submit",
+    "unknown": "status",
+    "unreadable": "status",
+}
 MARKERS = ("failure.json", "cancelled", "job.json")  # what earlier attempts and launchers left
 POLL_SECONDS = 10.0  # between two looks at the queue
 
@@ -168,6 +175,10 @@ def _choose(
             todo.append(run)
         else:
             skipped.setdefault(state.state, []).append(run.run_id)
+    chosen = {run.run_id for run in todo}
+    if stuck := [run for run in todo if run.trunk not in chosen and branches.hopeless(run, store)]:
+        skipped["behind a trunk that failed"] = [run.run_id for run in stuck]
+        todo = [run for run in todo if run not in stuck]
     if ending := states.busy(store, [run.run_id for run in todo]):
         raise ValueError(f"{', '.join(sorted(ending))}: the last job has not ended yet; try again in a moment")
     return todo, skipped
@@ -208,14 +219,11 @@ def _markers_removed(run_dirs: Iterable[Path]) -> Iterator[None]:
 
 
 def _submit_arrays(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> None:
-    """One array a size, since an array has one set of resources; several where it passes the cluster's limit."""
+    """Submit the runs in arrays, trunks before their branches."""
     assert profile.slurm is not None
-    limit = slurm.max_array_size()
-    by_size = [[run for run in runs if run.size == size] for size in dict.fromkeys(run.size for run in runs)]
-    arrays = [same[low : low + limit] for same in by_size for low in range(0, len(same), limit)]
     queued = 0
-    for array in arrays:
-        size = array[0].size
+    for array in _arrays(runs, slurm.max_array_size()):
+        size, after = array[0].size, branches.dependency(array[0], store)
         executor = slurm.executor(
             profile.job(size),
             profile.slurm,
@@ -223,6 +231,7 @@ def _submit_arrays(runs: Sequence[RunConfig], profile: Profile, store: Path, cod
             name=f"{array[0].sweep}-{size}",
             folder=jobs.new_folder(store, size),
             snapshot=code,
+            after=after,
         )
         try:
             _submit_array([store / run.run_id for run in array], executor, code)
@@ -230,6 +239,15 @@ def _submit_arrays(runs: Sequence[RunConfig], profile: Profile, store: Path, cod
             rest = f"; {queued} of {len(runs)} runs are queued: submit again for the rest" if queued else ""
             raise ValueError(f"{error}{rest}") from None
         queued += len(array)
+
+
+def _arrays(runs: Sequence[RunConfig], limit: int) -> list[list[RunConfig]]:
+    """One array a size, since an array has one set of resources, and a trunk, since it has one dependency; several
+    where it passes the cluster's limit."""
+    grouped: dict[tuple[str, str | None], list[RunConfig]] = {}
+    for run in sorted(runs, key=lambda run: run.trunk is not None):
+        grouped.setdefault((run.size, run.trunk), []).append(run)
+    return [same[low : low + limit] for same in grouped.values() for low in range(0, len(same), limit)]
 
 
 def _submit_array(run_dirs: Sequence[Path], executor: "submitit.SlurmExecutor", code: Path) -> None:
