@@ -267,7 +267,7 @@ def _cell(value: Any) -> Any:
         text = value.strip()
         return None if text in TEXT_MISSING else text
     if pd.api.types.is_list_like(value):
-        return json.dumps(list(value), default=str)
+        return json.dumps(value.tolist() if hasattr(value, "tolist") else list(value), default=str)
     return None if pd.isna(value) else value
 
 
