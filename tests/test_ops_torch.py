@@ -24,6 +24,8 @@ from dynconv.layers import (
 pytestmark = [
     pytest.mark.usefixtures("implementation", "fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler raises its own on import
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # advice: the tests want float32
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # torch's own, which makes a memory pool
 ]
 BACKEND = "inductor" if GPU else "aot_eager"
 KINDS = {kind: Case(kind) for kind in FUNCTIONS} | {"segments": Case(segments=(8, 16))}
