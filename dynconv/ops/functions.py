@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dynconv.ops import reference, sharded
 
@@ -236,7 +237,8 @@ def _convolve(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     kernels = _HAS_TRITON and (x.is_cuda or (_INTERPRET and x.is_cpu)) and x.dtype in _KERNEL_DTYPES
-    if kernels and filters.width <= _MAX_WIDTH:
+    forward_mode = forward_ad._current_level >= 0  # whose derivatives only the reference has
+    if kernels and filters.width <= _MAX_WIDTH and not forward_mode:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
 

@@ -4,13 +4,15 @@ The custom op `dynconv::convolve` is what torch.compile and tensor subclasses se
 eager calls skip it, because the dispatch of a Python custom op costs more host time than the launches.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from dynconv.ops import headwise, lowrank, static
+from dynconv.ops import flops, headwise, lowrank, static
 from dynconv.ops.launch import copied, repeated
 from dynconv.ops.optional import mma_fits, ring_fits
 
@@ -146,52 +148,6 @@ def _without_padding(value: Tensor, positions: Tensor | None) -> Tensor:  # [B, 
     return torch.where(inside[:, None], value, 0.0)
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor | None,
-        weight: Tensor | None,
-        static_w: Tensor | None,
-        positions: Tensor | None,
-        *options: Any,  # segments, residual, silu
-    ) -> Tensor:
-        inputs = (x, z, weight, static_w, positions)
-        ctx.save_for_backward(*inputs)
-        ctx.options = options
-        return _run_forward(inputs, *options)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():  # by create_graph: somebody may ask for the gradients' gradients
-            gradients = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
-        else:
-            segments, residual, silu = ctx.options
-            gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, needs)
-        return (*gradients, None, None, None, None)
-
-
-def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
-    raise RuntimeError(
-        "the convolutions' kernels have first derivatives only; got a backward through their backward; "
-        "for second derivatives pass float64 tensors, which run in plain PyTorch"
-    )
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward pass where its results take part in a graph. `once_differentiable` would not do: it refuses only
-    where dy itself wants a gradient, and elsewhere leaves the inputs' share of a second derivative out."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:  # noqa: ARG004
-        *inputs, segments, residual, silu, needs = arguments
-        return _run_backward(dy, tuple(inputs), segments, residual, silu, needs)
-
-    backward = staticmethod(_refuse)
-
-
 @torch.library.custom_op("dynconv::convolve", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _convolve_op(*inputs: Any) -> Tensor:
     segments, residual, silu = inputs[5:]
@@ -220,6 +176,13 @@ def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in wanted)
 
 
+def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
+    raise RuntimeError(
+        "the convolutions' kernels have first derivatives only; got a backward through their backward; "
+        "for second derivatives pass float64 tensors, which run in plain PyTorch"
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - the protocol's signature
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
@@ -236,6 +199,105 @@ _convolve_op.register_autograd(_differentiate, setup_context=_save)
 _backward_op.register_autograd(_refuse)
 
 
+class _Convolve(torch.autograd.Function):
+    """The fast path: no operator is dispatched."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        static_w: Tensor | None,
+        positions: Tensor | None,
+        *options: Any,  # segments, residual, silu
+    ) -> Tensor:
+        inputs = (x, z, weight, static_w, positions)
+        ctx.save_for_backward(*inputs)
+        ctx.options = options
+        return _run_forward(inputs, *options)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # by create_graph: somebody may ask for the gradients' gradients
+            made = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
+            gradients = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
+        else:
+            segments, residual, silu = ctx.options
+            gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, needs)
+        return (*gradients, None, None, None, None)
+
+
+def _over_slices(function: Any) -> Callable[..., Any]:
+    """A function's rule for torch.func.vmap: one slice after the other, as each has its own sums over B and T."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = []
+        for index in range(info.batch_size):
+            pairs = zip(arguments, in_dims, strict=True)
+            results.append(
+                function(*(a.select(d, index) if isinstance(a, Tensor) and d is not None else a for a, d in pairs))
+            )
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(each) for each in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass where its results take part in a graph. `once_differentiable` would not do: it refuses only
+    where dy itself wants a gradient, and elsewhere leaves the inputs' share of a second derivative out."""
+
+    @staticmethod
+    def forward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = _backward_op(dy, *arguments[:-1], list(arguments[-1]))
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    backward = staticmethod(_refuse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _over_slices(_Gradients.apply)(info, in_dims, *arguments)
+
+
+class _Transformed(_Convolve):
+    """What the transforms of torch.func see, in the form that they ask for; it takes more host time."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        y: Tensor = _convolve_op(*arguments)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _over_slices(_Transformed.apply)(info, in_dims, *arguments)
+
+
+register_flop_formula(torch.ops.dynconv.convolve)(flops.forward)
+register_flop_formula(torch.ops.dynconv.convolve_backward)(flops.backward)
+
+
+def _somebody_watches() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode (make_fx, FlopCounterMode, selective checkpointing) is at work,
+    which sees operators, and nothing of launches by address."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def convolve(
     x: Tensor,  # [B, T, D]
     z: Tensor | None,  # [B, T, G*R]: low-rank
@@ -249,6 +311,8 @@ def convolve(
     """`reference.convolve` by kernels."""
     inputs = (x, z, weight, static_w, positions)
     plain = all(type(t) in _PLAIN for t in inputs)  # fake tensors and wrapper subclasses have no memory to launch on
-    if torch.compiler.is_compiling() or not plain:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(*inputs, segments, residual, silu)
+    if not plain or _somebody_watches():
         return _convolve_op(*inputs, segments, residual, silu)
     return _Convolve.apply(*inputs, segments, residual, silu)
