@@ -299,6 +299,26 @@ def fit_object(fit: Fit) -> dict[str, Any]:
     }
 
 
+def prediction_tables(law: Fit, found: Sequence[Any], tested: Sequence[Any], form: str) -> str:
+    """Predictions (`prediction.Prediction` or `BestSize`), then the back-test, then the law's status."""
+    if form == "json":
+        return to_json({"form": law.form, "predictions": found, "back_test": tested, "status": law.status})
+    rows = [{key: value for item in fields(each) for key, value in _cells_of(each, item.name)} for each in found]
+    tables = [value_table(list(rows[0]), [list(row.values()) for row in rows], form)]
+    if tested:
+        names = [item.name for item in fields(tested[0])]
+        tables.append(value_table(names, [[getattr(row, name) for name in names] for row in tested], form))
+    if form == "md":
+        tables[1:] = ["back-test, the largest sizes predicted by the law of the others:", *tables[1:]] if tested else []
+        tables.append(f"status of the law: {law.status}")
+    return "\n\n".join(tables)
+
+
+def _cells_of(item: Any, name: str) -> list[tuple[str, Any]]:
+    value = getattr(item, name)
+    return list(value.items()) if isinstance(value, dict) else [(name, value)]
+
+
 def short(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(short, value))}]"

@@ -1,9 +1,10 @@
-"""The verbs that fit laws: fit, isoflop."""
+"""The verbs that fit laws: fit, predict, isoflop."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.cli.arguments import Subparsers, add_reading_verb, load_store, table_format_argument, warn
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 def register(subparsers: Subparsers) -> None:
     """Add the verbs; each parser has a default `run(args) -> exit code`."""
     _add_fit(subparsers)
+    _add_predict(subparsers)
     _add_isoflop(subparsers)
 
 
@@ -34,6 +36,25 @@ def _add_fit(subparsers: Subparsers) -> None:
     _add_law_arguments(parser)
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
     parser.add_argument("--starts", type=int, default=4500, metavar="N")
+    table_format_argument(parser)
+
+
+def _add_predict(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "predict",
+        _predict,
+        "predict a loss, or the best size, by a law with its band, and test the law on the largest sizes",
+        "results/runs/demo --C 1e15,1e16",
+        "points.csv --N 1e9 --D 2e10",
+        "points.csv --form nd --C 1e21",
+    )
+    parser.add_argument("--C", metavar="FLOPS,...", help="loss at this compute; with --form nd, N*, D* and loss there")
+    parser.add_argument("--N", metavar="PARAMETERS,...", help="with --D: loss at this size, by form nd")
+    parser.add_argument("--D", metavar="TOKENS,...", help="with --N: one for each N, or one for all")
+    parser.add_argument("--form", choices=("c", "nd"), help="default c with --C, nd with --N and --D")
+    _add_law_arguments(parser)
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for bands")
     table_format_argument(parser)
 
 
@@ -99,6 +120,51 @@ def _fit(args: argparse.Namespace) -> int:
         law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
     print(fit_table(with_lack_of_fit(law), args.format, excluded))
     return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from analysis.laws.adequacy import with_lack_of_fit
+    from analysis.laws.intervals import bootstrap
+    from analysis.laws.powerlaw import fit
+    from analysis.laws.prediction import back_test, best_sizes, predict
+    from analysis.pages.drawing import fit_points
+    from analysis.pages.tables import prediction_tables
+
+    at = {name: _numbers(name, getattr(args, name)) for name in ("C", "N", "D") if getattr(args, name)}
+    form = args.form or ("c" if "C" in at else "nd")
+    if set(at) not in ({"C"}, {"N", "D"}) or (form == "c") > ("C" in at):
+        raise ValueError(f"give --C, or --N and --D (form nd); got {', '.join(f'--{name}' for name in at) or 'none'}")
+    if args.bootstrap < 100:
+        raise ValueError(f"--bootstrap must be at least 100 for a band; got {args.bootstrap}")
+    points, excluded = fit_points(load_store(args), form, args.baseline, args.convention)
+    warn_excluded(excluded)
+    options = _law_options(args)
+    law = with_lack_of_fit(bootstrap(fit(points, form, **options), args.bootstrap, args.seed))
+    if "N" in at:
+        count = max(map(len, at.values()))
+        if any(len(values) not in (1, count) for values in at.values()):
+            raise ValueError(f"--N and --D need one value each, or as many; got {len(at['N'])} and {len(at['D'])}")
+        at = {name: values * (count // len(values)) for name, values in at.items()}
+    found: Sequence[object] = (
+        best_sizes(law, at["C"])
+        if form == "nd" and "C" in at
+        else predict(law, {name: np.array(values) for name, values in at.items()}, args.seed)
+    )
+    tested = back_test(points, form, args.bootstrap, args.seed, options)
+    print(prediction_tables(law, found, tested, args.format))
+    return 0
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        values = [float(item) for item in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"--{name} takes positive numbers, 1e9,2e9; got {text!r}")
+    return values
 
 
 def _law_options(args: argparse.Namespace) -> dict[str, Any]:
