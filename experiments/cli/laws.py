@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.cli.arguments import Subparsers, add_reading_verb, load_store, table_format_argument, warn
 
 if TYPE_CHECKING:
+    from analysis.advantage.multiplier import Multiplier
     from analysis.logs.selection import Excluded
 
 
@@ -94,8 +95,12 @@ def _add_isoflop(subparsers: Subparsers) -> None:
         "find the best size at each compute budget, and how it grows with compute",
         "points.csv",
         "points.csv --convention 6ND --json",
+        "points.csv --baseline transformer",
     )
     parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument(
+        "--baseline", help="compare each arm with this one, each at its own best sizes (default: the sweep's)"
+    )
     table_format_argument(parser)
 
 
@@ -181,19 +186,31 @@ def _law_options(args: argparse.Namespace) -> dict[str, Any]:
 def _isoflop(args: argparse.Namespace) -> int:
     from dataclasses import astuple, fields
 
+    from analysis.advantage.frontiers import frontier_multipliers
     from analysis.laws.isoflop import optima_of, usable_runs
-    from analysis.pages.tables import to_json, value_table
+    from analysis.logs.selection import choose_baseline
+    from analysis.pages.tables import multiplier_table, to_json, value_table
 
     runs, excluded = usable_runs(load_store(args).runs)
     warn_excluded(excluded)
     optima, laws = optima_of(runs, args.convention)
+    found: list[Multiplier] = []
+    if args.baseline is not None or (runs["arm"].nunique() > 1 and runs["baseline"].nunique() == 1):
+        baseline = choose_baseline(runs, args.baseline)
+        found, refused = frontier_multipliers(optima, baseline, laws[0].convention)
+        warn(*(f"no multiplier for {line}" for line in refused))
     if args.format == "json":
-        print(to_json({"convention": laws[0].convention, "optima": optima, "laws": laws, "excluded": excluded}))
+        answer = {"convention": laws[0].convention, "optima": optima, "laws": laws, "multipliers": found}
+        print(to_json(answer | {"excluded": excluded}))
         return 0
     tables = [
         value_table([item.name for item in fields(rows[0])], [astuple(row) for row in rows], args.format)
         for rows in (optima, laws)
     ]
+    if found and args.format == "md":
+        tables.append(
+            "at each arm's own best sizes, budgets in the place of sizes:\n\n" + multiplier_table(found, "md")
+        )
     if args.format == "md":
         tables.append(f"FLOPs counted as {laws[0].convention}")
     print("\n\n".join(tables))
