@@ -16,6 +16,7 @@ from analysis.logs.schema import CONVENTIONS
 
 if TYPE_CHECKING:
     from analysis.advantage.multiplier import Answer, Multiplier
+    from analysis.laws.linear import LinearFit
     from analysis.laws.powerlaw import Fit
     from analysis.logs.selection import Excluded
 
@@ -297,6 +298,30 @@ def fit_object(fit: Fit) -> dict[str, Any]:
         "baseline": fit.points.baseline if len(arms) > 1 else None,
         "arms": per_arm,
     }
+
+
+def linear_table(found: Sequence[LinearFit], form: str) -> str:
+    """Laws that are linear in logs, a row for each parameter."""
+    if form == "json":
+        return to_json(found)
+    columns = ["arm", "of", "parameter", "value", "95% interval", "points", "status"]
+    rows = [
+        [
+            law.arm,
+            law.target,
+            name,
+            f"{value:.6g}",
+            interval_text((law.ci or {}).get(name), "{:.4g}"),
+            law.points,
+            law.status,
+        ]
+        for law in found
+        for name, value in law.values.items()
+    ]
+    text = value_table(columns, rows, form)
+    if form == "md" and found[0].convention is not None:
+        text += f"\n\nFLOPs counted as {found[0].convention}"
+    return text
 
 
 def prediction_tables(law: Fit, found: Sequence[Any], tested: Sequence[Any], form: str) -> str:

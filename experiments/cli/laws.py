@@ -30,10 +30,18 @@ def _add_fit(subparsers: Subparsers) -> None:
         "results/runs/demo",
         "points.csv --form nd --json",
         "points.csv --columns C=train_flops,loss=final --loss lsq",
+        "points.csv --hold E=1.6,alpha=.094",
+        "optima.csv --form optima",
+        "experts.csv --form bilinear --factor experts",
     )
     parser.add_argument(
-        "--form", choices=("c", "nd"), default="c", help="E + A C^-alpha, or E + A N^-alpha + B D^-beta"
+        "--form",
+        choices=("c", "nd", "optima", "bilinear"),
+        default="c",
+        help="E + A C^-alpha; E + A N^-alpha + B D^-beta; of a table of optima N*, D* = G C^a; "
+        "or ln L = a ln N + b ln E + c ln N ln E + d, where E is --factor",
     )
+    parser.add_argument("--factor", metavar="COLUMN", help="of form bilinear: a column such as the number of experts")
     _add_law_arguments(parser)
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
     parser.add_argument("--starts", type=int, default=4500, metavar="N")
@@ -117,6 +125,8 @@ def _fit(args: argparse.Namespace) -> int:
 
     if args.starts < 1 or args.bootstrap < 0:
         raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
+    if args.form in ("optima", "bilinear"):
+        return _fit_linear(args)
     points, excluded = fit_points(load_store(args), args.form, args.baseline, args.convention)
     warn_excluded(excluded)
     law = fit(points, args.form, starts=args.starts, **_law_options(args))
@@ -124,6 +134,24 @@ def _fit(args: argparse.Namespace) -> int:
         law = bootstrap(law, args.bootstrap, args.seed)
         law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
     print(fit_table(with_lack_of_fit(law), args.format, excluded))
+    return 0
+
+
+def _fit_linear(args: argparse.Namespace) -> int:
+    from analysis.laws.linear import fit_bilinear, fit_optima
+    from analysis.pages.tables import linear_table
+
+    options = _law_options(args)
+    if options["hold"]:
+        raise ValueError("--hold is for forms c and nd")
+    if (args.factor is None) == (args.form == "bilinear"):
+        raise ValueError("--form bilinear and --factor COLUMN go together; give both or none")
+    runs = load_store(args).runs
+    if args.form == "optima":
+        found = fit_optima(runs, args.convention, delta=options["delta"], resamples=args.bootstrap, seed=args.seed)
+    else:
+        found = fit_bilinear(runs, args.factor, delta=options["delta"], resamples=args.bootstrap, seed=args.seed)
+    print(linear_table(found, args.format))
     return 0
 
 
