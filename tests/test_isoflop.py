@@ -116,6 +116,25 @@ def test_the_verb_prints_both_tables(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert shown.rstrip().endswith("FLOPs counted as 6ND")
 
 
+def test_the_multiplier_between_two_frontiers_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An arm as if N were multiplied by 1.5 and D by 1.2 has its optimum elsewhere: m = 1.8 at both arms' own best
+    sizes, and not at equal ones."""
+    N, C = centred(5, 7, 3.0)
+    random = np.random.default_rng(0)
+    base = budgets_table((N, C), chinchilla(N, C) + 3e-4 * random.standard_normal(N.shape)).assign(arm="base")
+    loss = E + A * (1.5 * N) ** -ALPHA + B * (1.2 * C / 6 / N) ** -BETA
+    arm = budgets_table((N, C), loss + 3e-4 * random.standard_normal(N.shape)).assign(arm="dyn")
+    names = {"parameters": "N", "tokens": "D", "flops_given": "C"}
+    pd.concat([base, arm]).drop(columns="status").rename(columns=names).to_csv(tmp_path / "p.csv", index=False)
+    assert main(["isoflop", str(tmp_path / "p.csv"), "--baseline", "base", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["multipliers"]
+    assert found["ci"][0] < 1.8 < found["ci"][1]
+    assert found["m"] == pytest.approx(1.8, rel=0.02)
+    assert main(["isoflop", str(tmp_path / "p.csv"), "--baseline", "base"]) == 0
+    assert "at each arm's own best sizes" in capsys.readouterr().out
+    assert main(["isoflop", str(tmp_path / "p.csv"), "--baseline", "other"]) == 2
+
+
 def test_runs_without_a_shared_budget_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.csv").write_text("N,D,C,loss\n1e6,2e7,1e14,3\n2e6,4e7,4e14,2.9\n")
     assert main(["isoflop", str(tmp_path / "p.csv")]) == 2

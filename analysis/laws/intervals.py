@@ -204,7 +204,7 @@ def _resample(fit: Fit, model: Model, resamples: int, random: np.random.Generato
         else:
             weight = random.multinomial(clusters, np.full(clusters, 1 / clusters), resamples)[:, cluster].astype(float)
     else:
-        levels = _levels(fit, model, model.log_y - f)
+        levels = error_levels(fit, model, model.log_y - f)
         if any(level.dof < 1 for level in levels):
             return None
         log_y = f + sum((level.draw(resamples, random) for level in levels), np.zeros((resamples, len(f))))
@@ -222,7 +222,7 @@ def _wild(
     return residual * spread * random.standard_normal((resamples, int(cluster.max()) + 1))[:, cluster]
 
 
-class _Level:
+class Level:
     """Errors that arise once a group: `effects` [groups], less their parents' means."""
 
     def __init__(self, effects: Floats, group: NDArray[np.int_], parent: NDArray[np.int_] | None, lost: int) -> None:
@@ -246,7 +246,7 @@ class _Level:
         return (unit * spread)[:, self.group]
 
 
-def _levels(fit: Fit, model: Model, residual: Floats) -> list[_Level]:
+def error_levels(fit: Fit, model: Model, residual: Floats) -> list[Level]:
     """The levels at which rows differ: clusters, arms within them, rows within these."""
     # Parameters that one arm alone would have; the others tell arms apart.
     between = min(1 + 2 * len(FORMS[fit.form]), model.free)
@@ -258,10 +258,10 @@ def _levels(fit: Fit, model: Model, residual: Floats) -> list[_Level]:
     cell_mean = np.bincount(cell, residual) / np.bincount(cell)
     cluster_of_cell = cluster[first]
     cluster_mean = np.bincount(cluster_of_cell, cell_mean) / np.bincount(cluster_of_cell)
-    levels = [_Level(cluster_mean, cluster, None, between)]
+    levels = [Level(cluster_mean, cluster, None, between)]
     if len(cell_mean) > len(cluster_mean):
         deviation = cell_mean - cluster_mean[cluster_of_cell]
-        levels.append(_Level(deviation, cell, cluster_of_cell, model.free - between))
+        levels.append(Level(deviation, cell, cluster_of_cell, model.free - between))
     if len(row) > len(cell_mean):
-        levels.append(_Level(residual - cell_mean[cell], row, cell, 0))
+        levels.append(Level(residual - cell_mean[cell], row, cell, 0))
     return levels

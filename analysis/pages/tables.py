@@ -16,6 +16,7 @@ from analysis.logs.schema import CONVENTIONS
 
 if TYPE_CHECKING:
     from analysis.advantage.answers import Answer, Multiplier
+    from analysis.laws.linear import LinearFit
     from analysis.laws.powerlaw import Fit
     from analysis.logs.selection import Excluded
 
@@ -329,6 +330,50 @@ def fit_object(fit: Fit) -> dict[str, Any]:
         "baseline": fit.points.baseline if len(arms) > 1 else None,
         "arms": per_arm,
     }
+
+
+def linear_table(found: Sequence[LinearFit], form: str) -> str:
+    """Laws that are linear in logs, a row for each parameter."""
+    if form == "json":
+        return to_json(found)
+    columns = ["arm", "of", "parameter", "value", "95% interval", "points", "status"]
+    rows = [
+        [
+            law.arm,
+            law.target,
+            name,
+            f"{value:.6g}",
+            interval_text((law.ci or {}).get(name), "{:.4g}"),
+            law.points,
+            law.status,
+        ]
+        for law in found
+        for name, value in law.values.items()
+    ]
+    text = value_table(columns, rows, form)
+    if form == "md" and found[0].convention is not None:
+        text += f"\n\nFLOPs counted as {found[0].convention}"
+    return text
+
+
+def prediction_tables(law: Fit, found: Sequence[Any], tested: Sequence[Any], form: str) -> str:
+    """Predictions (`prediction.Prediction` or `BestSize`), then the back-test, then the law's status."""
+    if form == "json":
+        return to_json({"form": law.form, "predictions": found, "back_test": tested, "status": law.status})
+    rows = [{key: value for item in fields(each) for key, value in _cells_of(each, item.name)} for each in found]
+    tables = [value_table(list(rows[0]), [list(row.values()) for row in rows], form)]
+    if tested:
+        names = [item.name for item in fields(tested[0])]
+        tables.append(value_table(names, [[getattr(row, name) for name in names] for row in tested], form))
+    if form == "md":
+        tables[1:] = ["back-test, the largest sizes predicted by the law of the others:", *tables[1:]] if tested else []
+        tables.append(f"status of the law: {law.status}")
+    return "\n\n".join(tables)
+
+
+def _cells_of(item: Any, name: str) -> list[tuple[str, Any]]:
+    value = getattr(item, name)
+    return list(value.items()) if isinstance(value, dict) else [(name, value)]
 
 
 def short(value: Any) -> str:
