@@ -35,7 +35,7 @@ from analysis.advantage.paired import (
 from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
 from analysis.advantage.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.advantage.single import require_below, single_size
-from analysis.advantage.unequal import APART, apart, of_curves
+from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
@@ -130,8 +130,8 @@ def compare(
             "two (five are advised), so train both arms at more sizes with the same seeds"
         )
     stated = bool(floors)
-    if apart(pairs) > APART:
-        return of_curves(pairs, stated)
+    if (curves := far_apart(pairs, stated)) is not None:
+        return curves
     least = float(min(pairs.y0.min(), pairs.y1.min()))
     if not floors and sizes == 2:
         floors = [floor for floor in ASSUMED_FLOORS if floor < least]
