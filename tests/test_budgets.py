@@ -116,6 +116,21 @@ def test_a_stored_budget_counts_and_a_size_without_it_is_left_out(answer: Any) -
     assert {item["reason"] for item in found["excluded"]} == {"its budget is not one of every size"}
 
 
+def test_two_arms_may_share_their_budgets_with_the_baseline_by_different_measures(answer: Any) -> None:
+    """One has the baseline's C, one its D at 1.5 times the parameters; budgets of numbers need not be exact."""
+    rows = [
+        f"{arm},s{i},{N * n},{q * N},{planted(N * n, q * N, m)},{q * (1 + 0.01 * (arm == 'one'))}"
+        for arm, m, n in (("base", 1.0, 1.0), ("one", 1.33, 1.0), ("two", 1.0, 1.5))
+        for i, N in enumerate(SIZES)
+        for q in (20, 66)
+    ]
+    one, two = answer(rows, "arm,size,N,D,loss,budget")
+    assert (one["n_sizes"], two["n_sizes"], one["excluded"], two["excluded"]) == (4, 4, [], [])
+    assert one["m"] == pytest.approx(1.33, rel=0.01)
+    assert "equal C" in one["notes"][0]
+    assert "equal D" in two["notes"][0]
+
+
 def test_one_budget_a_size_answers_as_without_the_column(answer: Any) -> None:
     rows = [
         f"{arm},s{i},{N},{20 * N},{planted(N, 20 * N, m)},20 tokens per parameter"

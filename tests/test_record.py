@@ -91,9 +91,7 @@ def test_two_folders_with_equal_text_are_the_same_data(
     assert Dataset.open(build(moved, tmp_path / "cache", progress=False)).sha256 != dataset.sha256
 
 
-def test_a_trained_run_is_a_model_with_its_tokenizer(
-    tiny_run: RunConfig, dataset: Dataset, submitted: Submitted, tmp_path: Path
-) -> None:
+def test_a_trained_run_is_a_model_with_its_tokenizer(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
     run_dir = submitted(tiny_run, tmp_path)
     with pytest.raises(ValueError, match=r"is not finished; `dynconv status` says where it stands"):
         load_model(run_dir)

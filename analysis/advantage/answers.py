@@ -7,6 +7,7 @@ from typing import Any
 
 from analysis.advantage.budgets import OfBudget
 from analysis.advantage.joint import Interval
+from analysis.advantage.rates import Tuned
 from analysis.logs.selection import Excluded
 
 
@@ -73,4 +74,5 @@ class Multiplier:
     curve: tuple[At, ...] = ()  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
     budgets: tuple[OfBudget, ...] = ()  # m at each budget, where sizes have several
     same_budget_p: float | None = None  # of the test that m is the same at every budget
+    rates: tuple[Tuned, ...] = ()  # of both arms by size, where runs differ in their learning rate
     notes: tuple[str, ...] = ()  # how the rows were taken, which is no fault of the answer

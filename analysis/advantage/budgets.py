@@ -41,17 +41,17 @@ class Cell:
 
 
 def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, str | None]:
-    """The runs with the budget that they are paired on in `_budget`, "" where every arm has one at each size, and how
-    budgets were told to be equal; None without several.
+    """The runs of two arms with the budget that they are paired on in `_budget`, "" where each has one at every size,
+    and how budgets were told to be equal; None without several.
 
-    Stored budgets count. In tables without them, two arms' budgets of a size are equal where their C, else D, else D/N
-    is (whichever most rows of the arms share with `baseline`). `column` holds the compute. Raises ValueError where
-    none of these is.
+    Budgets stored in words count. In tables without, or with numbers, which arms matched by compute need not share,
+    two arms' budgets of a size are equal where their C, else D, else D/N is (whichever most rows of the other arm share
+    with `baseline`). `column` holds the compute. Raises ValueError where none of these is.
     """
     stored = runs["budget"].astype("string") if "budget" in runs else None
-    if stored is not None and stored.notna().any():
+    if stored is not None and stored.notna().any() and not stored.map(_is_number).all():
         budget = stored.fillna("no budget given")
-        several = budget.groupby([runs["arm"], runs["_size"]]).nunique().max() > 1
+        several = budget.groupby(runs["_size"]).nunique().max() > 1
         return runs.assign(_budget=budget if several else ""), "as stored" if several else None
     measures = _measures(runs, column)
     size = runs["_size"].to_numpy(str)
@@ -67,10 +67,17 @@ def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.Dat
             best, groups, matched = name, group, shared
     if groups is None:
         raise ValueError(
-            f"sizes have several budgets, and those of the other arms equal {baseline}'s in none of "
+            f"sizes have several budgets, and those of the other arm equal {baseline}'s in none of "
             f"{', '.join(measures)}; add a column budget with the same text in runs to be paired"
         )
     return runs.assign(_budget=_names(runs, groups, measures, baseline)), f"taken from equal {best} across arms"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def _most_in_a_cell(runs: pd.DataFrame, group: Indices) -> int:

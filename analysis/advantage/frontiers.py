@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.advantage.multiplier import Multiplier, compare
+from analysis.advantage.answers import Multiplier
+from analysis.advantage.clocks import Rates
+from analysis.advantage.multiplier import compare
 from analysis.advantage.pairs import Pairs
 from analysis.laws.isoflop import SAME_BUDGET, Optimum
 
@@ -43,6 +45,7 @@ def _pairs(good: Sequence[Optimum], arm: str, baseline: str, convention: str) ->
         raise ValueError(f"{len(both)} budgets at which it and {baseline} have a clear optimum; a multiplier needs two")
     c0, y0 = (np.array([getattr(base, name) for base, _ in both]) for name in ("compute", "loss"))
     c1, y1 = (np.array([getattr(mine, name) for _, mine in both]) for name in ("compute", "loss"))
+    unknown = np.full(len(both), np.nan)
     return Pairs(
         arm=arm,
         baseline=baseline,
@@ -54,7 +57,6 @@ def _pairs(good: Sequence[Optimum], arm: str, baseline: str, convention: str) ->
         y1=y1,
         seeds=(1,) * len(both),
         differences=tuple(np.array([difference]) for difference in y0 - y1),
-        rate_ratio=np.full(len(both), np.nan),
-        gpu_rate_ratio=np.full(len(both), np.nan),
+        rates=Rates(unknown, unknown, "isoFLOP optima", "an isoFLOP optimum has no seconds"),
         excluded=(),
     )

@@ -33,8 +33,9 @@ from analysis.advantage.paired import (
     trend,
 )
 from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
+from analysis.advantage.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.advantage.single import require_below, single_size
-from analysis.advantage.unequal import APART, apart, of_curves
+from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
@@ -69,7 +70,6 @@ def multipliers(
     rows, excluded = usable(runs)
     baseline = choose_baseline(runs, baseline)
     convention = choose_convention(runs, convention)
-    rows, notes = _comparable(rows, baseline, convention)
     floors = tuple(floors) or _stated_floors(rows)
     found: list[Multiplier] = []
     refused = []
@@ -78,25 +78,36 @@ def multipliers(
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
         try:
-            pairs = pair(rows, arm, baseline, convention, excluded, throughput)
-            others = {name: pair(rows, arm, baseline, name) for name in conventions_in(rows) if name != convention}
+            both, tuned, told = _comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+            pairs = pair(both, arm, baseline, convention, excluded, throughput)
+            others = {name: pair(both, arm, baseline, name) for name in conventions_in(both) if name != convention}
             if floors and len(pairs.sizes) == 1:
-                found.append(single_size(pairs, others, rows, floors))
+                answer = single_size(pairs, others, both, floors)
             else:
-                found.append(compare(pairs, others, floors=floors, resamples=resamples, seed=seed))
+                answer = compare(pairs, others, floors=floors, resamples=resamples, seed=seed)
+            found.append(_with_rates(replace(answer, notes=tuple(told)), tuned))
         except ValueError as error:
             refused.append(f"{arm}: {error}")
     if not found:
         raise ValueError("; ".join(refused))
-    return at_once([replace(item, notes=(*notes, *item.notes)) for item in found]), refused
+    return at_once(found), refused
 
 
-def _comparable(rows: pd.DataFrame, baseline: str, convention: str) -> tuple[pd.DataFrame, list[str]]:
-    """What `usable` returned with the budget that each run is paired on, and how that was told."""
-    rows, how = with_budgets(rows, baseline, CONVENTIONS[convention])
+def _comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
+    """The runs of two arms, which `usable` returned, with the budget that each is paired on, at each arm's best rate;
+    how the rates were tuned; and in words how budgets were told and which rates are best."""
+    rows, how = with_budgets(rows, baseline, column)
     rows = with_axes(rows)
     require_one_configuration(rows)
-    return rows, [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
+    rows, tuned = at_best_rates(rows, rate_column(rows), column)
+    told = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
+    return rows, tuned, told + notes(tuned)
+
+
+def _with_rates(item: Multiplier, tuned: Sequence[Tuned]) -> Multiplier:
+    """The answer with how the rates of both its arms were tuned, and what must be known of that in its status."""
+    told = [remark for remark in (item.status, *remarks(tuned)) if remark != "ok"]
+    return replace(item, rates=tuple(tuned), status="; ".join(told) or "ok")
 
 
 def compare(
@@ -115,8 +126,8 @@ def compare(
             "two (five are advised), so train both arms at more sizes with the same seeds"
         )
     stated = bool(floors)
-    if apart(pairs) > APART:
-        return of_curves(pairs, stated)
+    if (curves := far_apart(pairs, stated)) is not None:
+        return curves
     least = float(min(pairs.y0.min(), pairs.y1.min()))
     if not floors and sizes == 2:
         floors = [floor for floor in ASSUMED_FLOORS if floor < least]

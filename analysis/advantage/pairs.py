@@ -15,6 +15,7 @@ import numpy as np
 
 from analysis.advantage.budgets import ALIKE, Cell, full_grid
 from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
+from analysis.advantage.rates import RATE_COLUMNS
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, excluded_rows, finished, some
@@ -22,7 +23,6 @@ from analysis.logs.selection import Excluded, excluded_rows, finished, some
 if TYPE_CHECKING:
     import pandas as pd
 
-RATE_COLUMNS = ("train.learning_rate", "learning_rate", "lr")
 NO_CONFIGURATION = (
     "vary.",
     "eval.",

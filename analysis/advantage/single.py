@@ -21,8 +21,9 @@ def require_below(floors: Sequence[float], least: float) -> None:
 
 
 def single_size(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: Sequence[float]) -> Multiplier:
-    """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E."""
-
+    """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E, over its budgets."""
+    if pairs.budgets:
+        rows = rows[rows["_budget"].isin(pairs.budgets)]
     curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}
     if len(curves[pairs.convention][0]) < 2:
         raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")

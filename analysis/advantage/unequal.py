@@ -1,4 +1,9 @@
-"""Pairs whose compute differs: beyond APART the answer is read off the two fitted curves, where these share compute."""
+"""Pairs whose compute differs: far apart, the answer is read off the two fitted curves, where these share compute.
+
+Simulated over five sizes at m = 1.33, the paired interval covers .95 at 1.5x apart, .93 at 2x, .90 at 3x and .77 at 10x,
+where the error of the law's exponent outweighs that of the pairs; the curves' interval .99 at 3x and .94 at 10x, and is
+wider by half.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,8 @@ from analysis.advantage.joint import aicc, joint_interval
 from analysis.advantage.pairs import Pairs
 
 SAID = 1.1  # pairs further apart in compute are told
-APART = 3.0  # beyond, a pair's difference in loss is mostly the law's extrapolation over the difference in compute
+FAR = 2.0  # beyond, the two curves answer where they can
+APART = 3.0  # beyond, they alone
 OVERLAP = 3.0  # of compute that both curves must share, with two sizes of each arm in it
 
 
@@ -23,6 +29,20 @@ def apart(pairs: Pairs) -> float:
 def remark(pairs: Pairs) -> str | None:
     ratio = apart(pairs)
     return f"pairs are up to {ratio:.3g}x apart in compute" if ratio > SAID else None
+
+
+def far_apart(pairs: Pairs, stated: bool) -> Multiplier | None:
+    """The answer of the two curves for pairs that are FAR apart; None for others, and up to APART where the curves have
+    none. Raises ValueError beyond."""
+    ratio = apart(pairs)
+    if ratio <= FAR:
+        return None
+    try:
+        return of_curves(pairs, stated)
+    except ValueError:
+        if ratio > APART:
+            raise
+        return None
 
 
 def of_curves(pairs: Pairs, stated: bool) -> Multiplier:

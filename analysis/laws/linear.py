@@ -17,7 +17,7 @@ import numpy as np
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval
 from analysis.laws.solver import Floats, Loss, Problem
 from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import choose_convention, finished, require_positive, without_repeats
+from analysis.logs.selection import choose_convention, finished, require_positive
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ def fit_bilinear(
         raise ValueError(
             f"the table has no column {factor!r} to be the factor; it has {', '.join(map(str, runs.columns))}"
         )
-    done, _ = without_repeats(finished(runs)[0])
+    done, _ = finished(runs)
     done = done.assign(arm=done["arm"].fillna("all"))
     require_positive(done, "parameters", "N")
     try:

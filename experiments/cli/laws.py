@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.cli.arguments import Subparsers, add_reading_verb, load_store, table_format_argument, warn
 
 if TYPE_CHECKING:
-    from analysis.advantage.multiplier import Multiplier
+    from analysis.advantage.answers import Multiplier
     from analysis.logs.selection import Excluded
 
 
