@@ -173,7 +173,7 @@ def test_the_papers_ablations_are_drawn_from_what_its_arms_are() -> None:
     answer = answers(store, None, None)
     assert (answer.law, answer.notes) == (None, ["no law of loss in compute: no arm has three sizes"])
     panels = draw(store, answer)["ablations"].axes
-    assert [axes.get_xlabel() for axes in panels] == ["width", "rank", "head size", "site"]
+    assert [axes.get_xlabel() for axes in panels] == ["width", "rank", "head size", "sites"]
     perplexities = [
         [18.42, 18.17, 18.08, 18.10, 18.09, 18.10],
         [18.26, 18.19, 18.10, 18.04, 17.87, 17.85],
@@ -188,15 +188,16 @@ def test_the_papers_ablations_are_drawn_from_what_its_arms_are() -> None:
 
 def test_arms_that_differ_in_more_than_one_fact_are_not_joined(tmp_path: Path) -> None:
     def write(arm: str, loss: float, **conv: object) -> None:
-        declared = {"kind": "lowrank", "sites": ["q"], "width": 4, "rank": 8, "residual": True, "static_filter": True}
-        model = {"conv": declared | conv, "qk_norm": False, "kv_heads": 2}
+        declared = {"kind": "lowrank", "sites": "q", "width": 4, "rank": 8, "residual": True, "static_filter": True}
+        own = {name: value for name, value in (declared | conv).items() if value is not None}
+        facts = {f"conv.{name}": value for name, value in own.items()} | {"attention.qk_norm": False}
         for size, more in (("small", 0.5), ("large", 0.0)):
             for seed in range(2):
                 parameters = 1000 if size == "small" else 2000
-                run_dir = write_config(tmp_path, arm, size, seed, parameters=parameters, config={"model": model})
+                run_dir = write_config(tmp_path, arm, size, seed, parameters=parameters, facts=facts)
                 write_run(run_dir, loss + more + 0.01 * seed)
 
-    write("transformer", 3.5, kind="none", sites=[])
+    write("transformer", 3.5, kind="none", sites=None)
     write("r8", 3.0)
     write("r2", 3.2, rank=2)
     write("r16", 2.9, rank=16)

@@ -38,8 +38,8 @@ def simulate(
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Compute [S], baseline and arm losses [count, S] of seed means, and the true m [S].
 
-    ../shared/statistics.md's design: noise of each run .002, of each arm at a size .002, shared by the arms of a size
-    .005; reducible loss 1.3 half-way, exponent .15, E = 1.7. m changes with compute as C^change.
+    The design that `dynconv power` assumes: noise of each run .002, of each arm at a size .002, shared by the arms of
+    a size .005; reducible loss 1.3 half-way, exponent .15, E = 1.7. m changes with compute as C^change.
     """
     random = np.random.default_rng(random_seed)
     compute = np.geomspace(TOP / span, TOP, sizes)

@@ -16,9 +16,12 @@ import pytest
 from planted import write_config, write_sweep
 
 from experiments.cli.main import main
-from experiments.design import flops
-from experiments.design.config import SITES, ConvConfig, ModelConfig
+from experiments.design.arms import ALL_LINEAR
 from experiments.design.ladder import LADDERS
+from experiments.design.model import ModelConfig
+from experiments.parts.attention import Attention
+from experiments.parts.registry import CONVOLUTIONS
+from experiments.parts.swiglu import SwiGLU
 
 
 @pytest.fixture(scope="session")
@@ -228,17 +231,23 @@ def test_each_published_row_is_shown_by_every_convention_at_every_stated_floor(
 
 
 def test_the_published_counts_are_those_of_the_described_models() -> None:
-    rung = LADDERS["paper"].sizes
+    ladder = LADDERS["paper"]
     for row in csv.DictReader((PUBLISHED / "points.csv").read_text().splitlines()):
-        shape = rung[row["size"]]
-        sites = {"": "", "all-linear": SITES}.get(row["site"], row["site"])
-        numbers = {name: int(row[name]) for name in ("width", "rank", "head_size") if row[name]}
-        conv = ConvConfig(row["kind"], tuple(sites), **numbers)
+        shape = ladder.shape(row["size"])
+        keys = ("width", *{"lowrank": ("rank",), "headwise": ("head_size",)}.get(row["conv.kind"], ()))
+        numbers = {name: int(row[f"conv.{name}"]) for name in keys if row[f"conv.{name}"]}
+        sites = {"all-linear": ALL_LINEAR}.get(row["conv.sites"], tuple(row["conv.sites"]))
+        (kind,) = [kind for kind in CONVOLUTIONS if kind.kind == row["conv.kind"]]
         model = ModelConfig(
-            shape.layers, shape.width, shape.ffn, shape.heads, shape.heads, vocabulary=100_352, conv=conv
+            ladder.sizes[row["size"]].layers,
+            width=shape.width,
+            vocabulary=100_352,
+            mixer=Attention().fitted(shape),
+            ffn=SwiGLU().fitted(shape),
+            conv=kind(sites, **numbers) if sites else kind(),
         )
         tokens = int(row["D"])
-        assert flops.parameters(model) == int(row["N"])
-        exact = flops.training_flops_per_sequence(model, 4096) * tokens / 4096
+        assert model.parameters() == int(row["N"])
+        exact = model.training_flops_per_sequence(4096) * tokens / 4096
         assert float(row["flops_exact"]) == pytest.approx(exact, rel=1e-6)
         assert float(row["loss"]) == pytest.approx(math.log(float(row["perplexity"])), abs=1e-6)

@@ -39,7 +39,7 @@ from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import choose_baseline, choose_convention
+from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,11 +80,7 @@ def multipliers(
         try:
             both, tuned, told = _comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
             pairs = pair(both, arm, baseline, convention, excluded, throughput)
-            others = {
-                name: pair(both, arm, baseline, name)
-                for name, column in CONVENTIONS.items()
-                if name != convention and column in rows and (rows[column] > 0).all()
-            }
+            others = {name: pair(both, arm, baseline, name) for name in conventions_in(rows) if name != convention}
             if floors and len(pairs.sizes) == 1:
                 answer = single_size(pairs, others, both, floors)
             else:

@@ -1,8 +1,8 @@
 """Pairs whose compute differs: far apart, the answer is read off the two fitted curves, where these share compute.
 
-Simulated over five sizes at m = 1.33, the paired interval covers .95 at 1.5x apart, .93 at 2x, .90 at 3x and .77 at 10x,
-where the error of the law's exponent outweighs that of the pairs; the curves' interval .99 at 3x and .94 at 10x, and is
-wider by half.
+Simulated over five sizes at m = 1.33, the paired interval covers .95 at 1.5x apart, .93 at 2x, .90 at 3x and .77 at
+10x, where the error of the law's exponent outweighs that of the pairs; the curves' interval .99 at 3x and .94 at 10x,
+and is wider by half.
 """
 
 from __future__ import annotations

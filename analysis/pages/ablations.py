@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.logs.schema import ARM_FACTS
+from analysis.logs.schema import fact_columns
 from analysis.pages.tables import is_missing
 
-FACTORS = ("width", "rank", "head_size", "site")  # a panel each
+FACTORS = ("conv.width", "conv.rank", "conv.head_size", "conv.sites")  # a panel each
 
 
 def ablations(done: pd.DataFrame) -> pd.DataFrame:
@@ -19,23 +19,26 @@ def ablations(done: pd.DataFrame) -> pd.DataFrame:
     Beside the columns of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as `line`.
     Rows that were taken from different sources are not joined.
     """
-    described = done[done["kind"].notna() & (done["kind"] != "none")]
+    if "conv.kind" not in done:
+        return done.iloc[:0]
+    described = done[done["conv.kind"].notna() & (done["conv.kind"] != "none")]
     tables = [_ablations(rows) for _, rows in described.groupby("size")]
     return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=described.iloc[:0])
 
 
 def _ablations(rows: pd.DataFrame) -> pd.DataFrame:
-    told = [name for name in ARM_FACTS if name in ("kind", *FACTORS) or rows[name].nunique() > 1]
-    key = [*ARM_FACTS, *(["source"] if "source" in rows else [])]
+    facts = fact_columns(rows)
+    told = [name for name in facts if name in ("conv.kind", *FACTORS) or rows[name].nunique() > 1]
+    key = [*facts, *(["source"] if "source" in rows else [])]
     parts = []
-    for factor in FACTORS:
+    for factor in (name for name in FACTORS if name in facts):
         part = rows[rows[factor].notna()].sort_values(factor, key=lambda column: column.map(_place), kind="stable")
         line = [_line(row, [name for name in told if name != factor]) for row in part.to_dict("records")]
         others = part[[name for name in key if name != factor]].astype("string").fillna("")
         same = pd.Series(["|".join(values) for values in others.to_numpy()], index=part.index, dtype="string")
-        part = part.assign(factor=factor.replace("_", " "), setting=part[factor].map(_text), line=line)
+        part = part.assign(factor=_noun(factor), setting=part[factor].map(_text), line=line)
         parts.append(part[part.groupby(same)[factor].transform("nunique") > 1])
-    return pd.concat(parts)
+    return pd.concat(parts) if parts else rows.iloc[:0]
 
 
 def _place(setting: int | str) -> tuple[int, list[int]]:
@@ -47,14 +50,19 @@ def _line(row: dict[Hashable, Any], names: Iterable[str]) -> str:
     """As "lowrank, qkv, rank 16, no residual"."""
     words = []
     for name in names:
-        value, noun = row[name], name.replace("_", " ")
+        value, noun = row[name], _noun(name)
         if is_missing(value):
             continue
         if isinstance(value, bool):
             words.append(noun if value else f"no {noun}")
         else:
-            words.append(_text(value) if name in ("kind", "site") else f"{noun} {_text(value)}")
+            words.append(_text(value) if name in ("conv.kind", "conv.sites") else f"{noun} {_text(value)}")
     return ", ".join(words)
+
+
+def _noun(fact: str) -> str:
+    """ "conv.head_size" -> "head size"."""
+    return fact.rpartition(".")[2].replace("_", " ")
 
 
 def _text(setting: int | float | str) -> str:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from analysis.advantage.answers import Multiplier
 from analysis.advantage.multiplier import multipliers
+from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
@@ -65,6 +67,7 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
         arm=tuple(done["arm"]),
         cluster=tuple(cluster),
         baseline=baseline or str(done["arm"].iloc[0]),
+        sizes=done["parameters"].to_numpy(float, na_value=np.nan),
     )
     return points, excluded
 
@@ -116,7 +119,7 @@ def _law(store: Store, answer: Answers) -> Fit | None:
     part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
     try:
         points, _ = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
-        return bootstrap(fit(points, "c"))
+        return with_lack_of_fit(bootstrap(fit(points, "c")))
     except ValueError as error:
         answer.notes.append(f"no law of loss in compute: {error}")
         return None
@@ -127,7 +130,7 @@ def draw(store: Store, answer: Answers) -> dict[str, Figure]:
     from analysis.pages import figures as f
 
     done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
-    evals = store.evals()
+    evals = store.loss_curves()
     ablated = ablations(done)
     law, found = answer.law, answer.found
     todo: dict[str, Callable[[], Figure]] = {}

@@ -277,14 +277,20 @@ def fit_table(fit: Fit, form: str = "md", excluded: Sequence[Excluded] = ()) -> 
         return text
     certificate = ", ".join(f"{key} {_brief(value)}" for key, value in fit.certificate.items())
     objective = f"objective: {fit.objective:.6g} over {len(fit.points.loss)} points"
-    return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}"
+    tests = ", ".join(f"{name} {p:.2g}" for name, p in (fit.misfit or {}).items())
+    misfit = f"\np of no lack of fit: {tests}" if tests else ""
+    return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}{misfit}"
 
 
 def fit_cells(fit: Fit) -> Table:
     """Columns and rows of a law's parameters."""
     intervals = {"95% interval": fit.ci} | ({"by profile": fit.profile_ci} if fit.profile_ci else {})
     rows = [
-        [name, f"{value:.6g}", *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values())]
+        [
+            name,
+            f"{value:.6g}" + (" (held)" if name in fit.hold else ""),
+            *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values()),
+        ]
         for name, value in fit.values.items()
     ]
     return ["parameter", "value", *intervals], rows
@@ -313,6 +319,8 @@ def fit_object(fit: Fit) -> dict[str, Any]:
         "objective": fit.objective,
         **of(fit.points.baseline, names),
         "certificate": fit.certificate,
+        "lack_of_fit": fit.misfit,
+        "hold": fit.hold,
         "status": fit.status,
         "form": fit.form,
         "loss": "lsq" if fit.loss.delta is None else "huber",
