@@ -1,9 +1,9 @@
 """Intervals around a fitted law: bootstrap at the levels at which its errors arise, and calibrated profiles.
 
 Coverage of the bootstrap's 95% intervals on grids of (N, D), with equal and with unequal noise, stands in
-analysis/README.md; on ladders of 5 to 8 sizes it is .95 to .97. Profiles cover .93 to .96 where all noise is of one size,
-but .91 to .92 of A and alpha in the worst, by least squares. The multiplier m[arm] of a ladder with shared errors is
-covered in .98: the paired estimator (`paired`) is narrower.
+analysis/README.md; on ladders of 5 to 8 sizes it is .95 to .97. Profiles cover .93 to .96 where all noise is of one
+size, but .91 to .92 of A and alpha in the worst, by least squares. The multiplier m[arm] of a ladder with shared errors
+is covered in .98: the paired estimator (`paired`) is narrower.
 """
 
 from __future__ import annotations
