@@ -1,16 +1,23 @@
-"""Which runs show what one fact of an arm does, the others being the same: the rows behind the ablation panels."""
+"""Which runs show what one fact of an arm does, the others being the same: the rows behind the ablation panels.
+
+A fact of an arm is any column whose name has a dot, such as "conv.rank": the run wrote it into its own record, and
+nothing here knows what it means. Older logs and tables of points have the names of UNDOTTED.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from analysis.logs.schema import ARM_FACTS
 from analysis.pages.tables import is_missing
 
-FACTORS = ("width", "rank", "head_size", "site")  # a panel each
+UNDOTTED = ("kind", "site", "width", "rank", "head_size", "residual", "static_filter", "qk_norm", "kv_heads")
+VARIED = "vary."  # begins the columns of a sweep's [vary] axes, which are no facts of an arm
+KIND = "kind"  # of an arm or a part of it: never a factor, since arms of two kinds differ in more than a fact
+PLAIN = (KIND, "site", "sites")  # facts whose values speak for themselves
 
 
 def ablations(done: pd.DataFrame) -> pd.DataFrame:
@@ -19,43 +26,81 @@ def ablations(done: pd.DataFrame) -> pd.DataFrame:
     Beside the columns of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as `line`.
     Rows that were taken from different sources are not joined.
     """
-    described = done[done["kind"].notna() & (done["kind"] != "none")]
-    tables = [_ablations(rows) for _, rows in described.groupby("size")]
-    return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=described.iloc[:0])
+    facts = facts_of(done)
+    kinds = [name for name in facts if _word(name) == KIND]
+    declared = done[facts].notna().any(axis=1)
+    for name in kinds:
+        declared &= done[name].notna() & (done[name] != "none")
+    tables = [_ablations(rows, facts) for _, rows in done[declared].groupby("size")]
+    return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=done.iloc[:0])
 
 
-def _ablations(rows: pd.DataFrame) -> pd.DataFrame:
-    told = [name for name in ARM_FACTS if name in ("kind", *FACTORS) or rows[name].nunique() > 1]
-    key = [*ARM_FACTS, *(["source"] if "source" in rows else [])]
+def facts_of(runs: pd.DataFrame) -> list[str]:
+    """The columns that say how an arm was declared."""
+    return [
+        name
+        for name in map(str, runs)
+        if (("." in name and not name.startswith(VARIED)) or name in UNDOTTED) and runs[name].notna().any()
+    ]
+
+
+def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> float | None:
+    """The baseline's mean loss at the size of the ablated runs."""
+    same = done[(done["arm"] == baseline) & done["size"].isin(ablated["size"])]["loss"]
+    return float(np.mean(same)) if len(same) else None
+
+
+def _ablations(rows: pd.DataFrame, facts: list[str]) -> pd.DataFrame:
+    varying = [name for name in facts if rows[name].nunique() > 1]
+    factors = sorted((name for name in varying if _word(name) != KIND), key=lambda name: _is_text(rows[name]))
+    told = [name for name in facts if _word(name) in PLAIN or name in varying]
+    varied = [name for name in map(str, rows) if name.startswith(VARIED)]
+    key = [*facts, *varied, *(["source"] if "source" in rows else [])]
     parts = []
-    for factor in FACTORS:
+    for factor in factors:
         part = rows[rows[factor].notna()].sort_values(factor, key=lambda column: column.map(_place), kind="stable")
         line = [_line(row, [name for name in told if name != factor]) for row in part.to_dict("records")]
         others = part[[name for name in key if name != factor]].astype("string").fillna("")
         same = pd.Series(["|".join(values) for values in others.to_numpy()], index=part.index, dtype="string")
-        part = part.assign(factor=factor.replace("_", " "), setting=part[factor].map(_text), line=line)
+        alike = [name for name in facts if _word(name) == _word(factor)]
+        label = (_word(factor) if len(alike) == 1 else factor).replace("_", " ")
+        part = part.assign(factor=label, setting=part[factor].map(_text), line=line)
         parts.append(part[part.groupby(same)[factor].transform("nunique") > 1])
-    return pd.concat(parts)
+    return pd.concat(parts) if parts else rows.iloc[:0]
 
 
-def _place(setting: int | str) -> tuple[int, list[int]]:
-    """Numbers by size; sites by how many there are, then in the order of the layer."""
-    return (len(setting), [*map("qkvo".find, setting)]) if isinstance(setting, str) else (setting, [])
+def _word(name: str) -> str:
+    """The fact without the part it is about: "conv.kind" -> "kind"."""
+    return name.rpartition(".")[2]
+
+
+def _is_text(column: pd.Series) -> bool:
+    return any(isinstance(value, str) for value in column.dropna())
+
+
+def _place(setting: object) -> tuple[int, float, int, list[int], str]:
+    """Numbers by size, then text: sites by how many there are, in the order of the layer."""
+    if isinstance(setting, int | float | np.number | np.bool_):
+        return 0, float(setting), 0, [], ""
+    text = str(setting)
+    return 1, 0.0, len(text), [*map("qkvo".find, text)], text
 
 
 def _line(row: dict[Hashable, Any], names: Iterable[str]) -> str:
     """As "lowrank, qkv, rank 16, no residual"."""
     words = []
     for name in names:
-        value, noun = row[name], name.replace("_", " ")
+        value, noun = row[name], _word(name).replace("_", " ")
         if is_missing(value):
             continue
-        if isinstance(value, bool):
+        if isinstance(value, bool | np.bool_):
             words.append(noun if value else f"no {noun}")
         else:
-            words.append(_text(value) if name in ("kind", "site") else f"{noun} {_text(value)}")
-    return ", ".join(words)
+            words.append(_text(value) if noun in PLAIN else f"{noun} {_text(value)}")
+    return ", ".join(words) or "all arms"
 
 
-def _text(setting: int | float | str) -> str:
-    return f"{setting:g}" if isinstance(setting, float) else str(setting)
+def _text(setting: object) -> str:
+    if isinstance(setting, bool | np.bool_):
+        return "yes" if setting else "no"
+    return f"{setting:g}" if isinstance(setting, float | np.floating) else str(setting)
