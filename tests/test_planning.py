@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from planted import pairs_of, write_sweep
 
+from analysis.advantage.changing import reported
 from analysis.advantage.multiplier import compare
-from analysis.advantage.paired import reported
 from analysis.advantage.planning import Ladder, Simulated, World, cheapest, ladder_of, prospects
 from analysis.logs.store import load
 from experiments.cli.main import main

@@ -2,8 +2,8 @@
 
 m is the baseline compute that reaches the arm's loss, over the arm's compute, under a named FLOP convention. The
 headline is the paired estimator (paired.py); a joint fit with profile likelihood cross-checks it. A trend of m
-with compute makes m at the largest compute the headline, by a law in which m changes too. The
-estimator's coverage and the checks' sizes are simulated in tests/test_multiplier.py.
+with compute makes m at the largest compute the headline, by a law in which m changes too; the interval covers m at the
+largest compute in any case (changing.py). Coverage and sizes of tests: analysis/README.md.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.advantage.changing import band, reported
+from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE, seed_noise_of
 from analysis.advantage.joint import Interval, aicc, joint_interval, wild_cluster_interval
 from analysis.advantage.paired import (
     EXPONENTS,
-    ROUNDING,
-    SIGNIFICANCE,
     Local,
     changing_multipliers,
-    constancy_p,
     local_multipliers,
     ratio,
-    reported,
     seed_noise,
     trend,
 )
 from analysis.advantage.pairs import Pairs, curve, pair, usable
+from analysis.advantage.shifted import shifted_multipliers
+from analysis.advantage.verdict import judge
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, choose_baseline, choose_convention
@@ -71,7 +71,7 @@ class Multiplier:
     ci: Interval | None
     method: str
     constant_m_p: float | None  # None below three sizes
-    m_at_cmax: float  # on the line of local ln m at the largest compute
+    m_at_cmax: float  # by the law of a changing m alone, on its line of local ln m at the largest compute
     m_at_cmax_ci: Interval | None
     loso: Interval | None  # range of m with each size left out
     convention: str
@@ -91,6 +91,9 @@ class Multiplier:
     exponent: float
     local: tuple[dict[str, Any], ...]  # by size: size, compute and loss of both, m
     curve: tuple[At, ...]  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
+    constancy: str | None = None  # "shown", "not shown" or "rejected"; None below three sizes
+    change: Interval | None = None  # m at the largest compute over the mean m: 90% interval, the verdict's ground
+    correlation_p: float | None = None  # of the test that errors are independent over sizes; None where it is blind
 
 
 def multipliers(
@@ -157,11 +160,11 @@ def compare(
         floors = [floor for floor in ASSUMED_FLOORS if floor < least]
     floor = floors[0] if floors else None
     _require_below(floors, least)
-    local = _local(pairs, floor)
-    p, changing, at_top = None, local, Answer(ratio(local.ln_m[0, -1]), None)
+    seeds = seed_noise_of(pairs.differences)
+    verdict = judge(pairs.c0, pairs.c1, pairs.y0, pairs.y1, floor=floor, seeds=seeds, resamples=resamples, seed=seed)
+    local, changing, p = verdict.local, verdict.changing, verdict.constant_m_p
+    at_top = Answer(ratio(local.ln_m[0, -1]), None)
     if sizes >= 3:
-        changing = changing_multipliers(local)
-        p = float(constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], resamples, seed)[0])
         at_top = _answer(*trend(changing, pairs.c0[-1]).estimate())
     varies = p is not None and p < SIGNIFICANCE
     shown = changing if varies else local
@@ -181,7 +184,13 @@ def compare(
         convention=pairs.convention,
         n_sizes=sizes,
         n_seeds=min(pairs.seeds),
-        status="; ".join(_remarks(pairs, local, headline, noise_floor, p, stated, conventions)) or "ok",
+        status="; ".join(
+            (
+                *_remarks(pairs, local, headline, noise_floor, p, stated, conventions),
+                *verdict.remarks(),
+            )
+        )
+        or "ok",
         excluded=pairs.excluded,
         conventions=conventions,
         joint=_joint(pairs) if sizes >= 3 else None,
@@ -194,7 +203,10 @@ def compare(
         irreducible_loss=float(shown.law.E[0]),
         exponent=float(shown.law.g[0]),
         local=tuple(_local_rows(pairs, shown)),
-        curve=tuple(_curve(pairs, shown, varies)),
+        curve=tuple(_curve(pairs, local)),
+        constancy=verdict.constancy,
+        change=verdict.change,
+        correlation_p=verdict.correlation_p,
     )
 
 
@@ -275,11 +287,11 @@ def _local(pairs: Pairs, floor: float | None) -> Local:
 
 
 def _reported(local: Local, p: float | None, rates: Floats | float = 1.0) -> Answer:
-    """The headline, local m being multiplied by `rates` [S]."""
-    if p is None or p >= SIGNIFICANCE:
-        constant = _at_rates(local, rates)
-        return _answer(constant.mean, *constant.interval())
-    return _answer(*reported(_at_rates(local, rates), np.array([p]), _at_rates(changing_multipliers(local), rates)))
+    """The headline, local m being multiplied by `rates` [S]; p is None below three sizes."""
+    at_rates = _at_rates(local, rates)
+    if p is None:
+        return _answer(at_rates.mean, *at_rates.interval())
+    return _answer(*reported(at_rates, np.array([p]), _at_rates(changing_multipliers(local), rates)))
 
 
 def _at_rates(local: Local, rates: Floats | float) -> Local:
@@ -298,16 +310,19 @@ def _joint(pairs: Pairs) -> Answer | None:
     return found and Answer(*found)
 
 
-def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
-    """m(C): the line of local ln m where m varies with compute, else the constant.
-
-    Below three sizes nothing says that it is constant, and it ends with the sizes.
-    """
-    reach = EXTRAPOLATED if len(pairs.sizes) > 2 else 1.0
-    for compute in np.geomspace(pairs.c0[0], reach * pairs.c0[-1], 40):
-        answer = _answer(*trend(local, compute).estimate()) if varies else _reported(local, None)
-        assert answer.ci is not None
-        yield At(float(compute), answer.m, answer.ci)
+def _curve(pairs: Pairs, local: Local) -> Iterator[At]:
+    """m(C) by the laws in which it changes, from three sizes on: beyond the data a constant m would be taken for
+    granted. Below three nothing says how it changes; the constant's is drawn and ends with the sizes."""
+    if len(pairs.sizes) < 3:
+        for compute in np.geomspace(pairs.c0[0], pairs.c0[-1], 40):
+            answer = _reported(local, None)
+            assert answer.ci is not None
+            yield At(float(compute), answer.m, answer.ci)
+        return
+    changing, shifted = changing_multipliers(local), shifted_multipliers(local)
+    for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
+        ln_m, low, high = band(changing, shifted, float(compute))
+        yield At(float(compute), ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
 
 
 def _remarks(
@@ -332,7 +347,7 @@ def _remarks(
     elif len(pairs.sizes) == 2:
         yield "not resolved: two sizes cannot identify the irreducible loss"
     if len(pairs.sizes) == 2 and not stated:
-        yield "E = 0 assumed: state it with --floor"
+        yield "E = 0 assumed: state it with --hold E=VALUE"
     if abs(math.log(headline.m)) > math.log(EXTRAPOLATED):
         yield f"extrapolated: more than {EXTRAPOLATED:.0f}x apart"
     if p is not None and p < SIGNIFICANCE:

@@ -108,12 +108,23 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
 
 
 def answer_cells(found: Sequence[Multiplier], notes: Mapping[str, int]) -> Table:
-    """What a reader wants first, a row an arm."""
-    columns = ["arm", "m", "95% interval", "sizes x seeds", "status"]
-    return columns, [
-        (item.arm, ratio_text(item.m), interval_text(item.ci), f"{item.n_sizes} x {item.n_seeds}", verdict(item, notes))
-        for item in found
-    ]
+    """What a reader wants first, a row an arm; m at the largest compute where m is not shown to be the same there."""
+    cells: dict[str, list[Cell]] = {
+        "arm": [item.arm for item in found],
+        "m": [ratio_text(item.m) for item in found],
+        "95% interval": [interval_text(item.ci) for item in found],
+        "m at Cmax": [_at_largest(item) for item in found],
+        "sizes x seeds": [f"{item.n_sizes} x {item.n_seeds}" for item in found],
+        "status": [verdict(item, notes) for item in found],
+    }
+    columns = [name for name, column in cells.items() if name != "m at Cmax" or any(column)]
+    return columns, list(zip(*(cells[name] for name in columns), strict=True))
+
+
+def _at_largest(item: Multiplier) -> Cell:
+    if item.constancy != "not shown":
+        return None
+    return f"{ratio_text(item.m_at_cmax)} {interval_text(item.m_at_cmax_ci)}"
 
 
 def numbered_notes(found: Sequence[Multiplier]) -> dict[str, int]:
@@ -203,8 +214,10 @@ def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[A
             "m": item.m,
             **ends("ci", item.ci),
             "method": item.method,
+            "constancy": item.constancy,
             "constant_m_p": item.constant_m_p,
             "m_at_cmax": item.m_at_cmax,
+            **ends("m_at_cmax", item.m_at_cmax_ci),
             **ends("loso", item.loso),
             **by_convention(item),
             "joint_m": item.joint.m if item.joint else None,
