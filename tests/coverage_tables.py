@@ -150,12 +150,13 @@ def frontier(count: int) -> Iterator[str]:
         kinds = [sweeps(count, sizes, seeds, shift) for shift in SHIFTS]  # a larger exponent is always seen
         locals_ = [kind.local() for kind in kinds]
         prepared.append(
-            [(k, local, k.p(k.seeds), changing_multipliers(local)) for k, local in zip(kinds, locals_, strict=True)]
+            [(kind, local, changing_multipliers(local)) for kind, local in zip(kinds, locals_, strict=True)]
         )
-    for odds in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
+    unasked = np.ones(count)  # p: it moves no interval
+    for odds in (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 1.0):
         texts = []
         for kinds in prepared:
-            ends = [reported(local, p, changing, odds)[1:] for _, local, p, changing in kinds]
+            ends = [reported(local, unasked, changing, odds)[1:] for _, local, changing in kinds]
             low, high = kinds[0][1].interval()
             ratio = np.median(ends[0][1] - ends[0][0]) / np.median(high - low)
             least = min(share(*end, kind.ln_m) for end, (kind, *_) in zip(ends, kinds, strict=True))

@@ -18,11 +18,11 @@ from analysis.advantage.paired import Local, trend
 from analysis.advantage.shifted import Shifted
 from analysis.laws.solver import Floats
 
-CLEAR = 0.005  # p of the test that m is constant: from here on m at the largest compute stands alone
-# The weight of a changing m before the data speak, a constant one having 1. More of it covers more and is wider; the
-# frontier is in analysis/README.md. Three and four sizes need less, as their t distributions are wide.
-MOST_ODDS = 0.4
-ODDS_A_SIZE = 0.1  # for each size beyond two, which is what a line takes
+# The weight of a changing m before the data speak, a constant one having 1. More of it covers more and is wider: the
+# frontier is in analysis/README.md. Few sizes need less, as their t distributions are wide.
+ODDS_A_SIZE = 0.1
+FREE_SIZES = 2.5
+MOST_ODDS = 0.5
 
 
 def reported(local: Local, p: Floats, changing: Local, odds: float | None = None) -> tuple[Floats, Floats, Floats]:
@@ -30,17 +30,16 @@ def reported(local: Local, p: Floats, changing: Local, odds: float | None = None
     `changing_multipliers`). ln m is the constant one, or where p is below SIGNIFICANCE that at the largest compute.
 
     The interval is for m at the largest compute, whether m changes or not: the constant and the changing law's,
-    averaged by how well each fits, the second having `odds` before the data; from CLEAR on the changing law's alone.
-    Coverage and width: analysis/README.md.
+    averaged by how well each fits, the second having `odds` before the data. Coverage and width: analysis/README.md.
     """
     sizes = local.ln_m.shape[1]
     top = trend(changing, local.c0[-1])
     ln_m = np.where(p < SIGNIFICANCE, top.at, local.mean)
-    odds, none = odds or min(MOST_ODDS, ODDS_A_SIZE * (sizes - 2)), np.zeros_like(ln_m)
+    odds = odds or min(MOST_ODDS, ODDS_A_SIZE * (sizes - FREE_SIZES))
+    none = np.zeros_like(ln_m)
     constant = Student(local.mean, local.error, none + sizes - 1, none)
     varying = Student(top.at, top.error, top.dof, np.log(odds) + fit_gain(trend(local, local.c0[-1]).t, sizes))
-    both, alone = averaged([constant, varying])[1:], top.estimate()[1:]
-    low, high = (np.where(p <= CLEAR, own, end) for own, end in zip(alone, both, strict=True))
+    _, low, high = averaged([constant, varying])
     return ln_m, np.minimum(low, ln_m), np.maximum(high, ln_m)
 
 

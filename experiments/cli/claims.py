@@ -114,7 +114,6 @@ def _add_power(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--correlation",
         type=float,
-        default=0.0,
         help="of arm and shared noise from one size to the next (default 0: independent)",
     )
     parser.add_argument("--gpu-flops", type=float, help="sustained FLOPs a second, for GPU hours (default: DESIGN's)")
@@ -220,6 +219,8 @@ def _power(args: argparse.Namespace) -> int:
         if value is not None and not (0 <= value < math.inf and (value or not positive)):
             wanted = "positive" if positive else "at least 0"
             raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
+    if args.correlation is not None and not -1 < args.correlation < 1:
+        raise ValueError(f"--correlation must be between -1 and 1; got {args.correlation:g}")
     design = _design(args)
     ladder = ladder_of(design, args.baseline, args.gpu_flops)
     world, assumptions = _world(args, design)
