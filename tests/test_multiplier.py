@@ -142,7 +142,7 @@ def test_the_reported_interval_covers_after_the_constancy_test_has_chosen(sizes:
     _, low, high = _reported(compute, y0, y1, p)
     covered = float(((low < math.log(m)) & (math.log(m) < high)).mean())
     print(f"m {m}, {sizes} sizes: coverage of the reported interval {covered:.3f}, varying {(p < 0.05).mean():.3f}")
-    assert 0.93 <= covered <= 0.99
+    assert covered >= 0.93
 
 
 @pytest.mark.parametrize("sizes", [4, 5])

@@ -20,8 +20,7 @@ from analysis.laws.solver import Floats
 
 # The weight of a changing m before the data speak, a constant one having 1. More of it covers more and is wider: the
 # frontier is in analysis/README.md. Few sizes need less, as their t distributions are wide.
-ODDS_A_SIZE = 0.1
-FREE_SIZES = 2.5
+ODDS_A_SIZE = 0.1  # for each size beyond the two that a line takes
 MOST_ODDS = 0.5
 
 
@@ -35,7 +34,7 @@ def reported(local: Local, p: Floats, changing: Local, odds: float | None = None
     sizes = local.ln_m.shape[1]
     top = trend(changing, local.c0[-1])
     ln_m = np.where(p < SIGNIFICANCE, top.at, local.mean)
-    odds = odds or min(MOST_ODDS, ODDS_A_SIZE * (sizes - FREE_SIZES))
+    odds = odds or min(MOST_ODDS, ODDS_A_SIZE * (sizes - 2))
     none = np.zeros_like(ln_m)
     constant = Student(local.mean, local.error, none + sizes - 1, none)
     varying = Student(top.at, top.error, top.dof, np.log(odds) + fit_gain(trend(local, local.c0[-1]).t, sizes))
