@@ -18,6 +18,7 @@ from analysis.logs.schema import CONVENTIONS
 from analysis.pages.ablations import baseline_loss
 from analysis.pages.chart_style import INK, Plot, answers_to_pointer, colour, dots, plot, rule, stroke
 from analysis.pages.figures import TALLEST
+from analysis.pages.isoflop_figures import fitted_curve
 from analysis.pages.run_figures import time_of
 from analysis.pages.style import LOSS, budget_shades, marks
 from analysis.pages.tables import is_missing, short

@@ -66,6 +66,7 @@ HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv
     "95% interval": ("of m", "ci"),
     "sizes x seeds": ("paired sizes, and paired seeds at the size with fewest", "n_sizes, n_seeds"),
     "joint fit": ("the constant m of one law for both arms, a cross-check", "joint"),
+    "m at Cmax": ("the same with its interval, where m is not shown to be constant", "m_at_cmax, m_at_cmax_ci"),
     "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),
