@@ -4,11 +4,12 @@ Shapes: B batch, T time, D channels of the convolved tensor, G width of the gene
 Source: arXiv 2606.03825, section 2 (initialisation: generator input default linear, generator output zero,
 static filter uniform on +-1/sqrt(W)).
 
-Every parameter carries the hint `optimizer_hint = {"weight_decay": 0.0, "muon": False}`. Filters and bases are not the
-weight matrices those are meant for; generators go with them, so that all kinds of convolution are treated alike.
+Every module takes `device` and `dtype` as torch's own do. Made on the meta device, then given memory by `to_empty`, it
+wants `reset_parameters`, which draws initial values as the constructor does. With activation "silu" it is silu of the
+convolution that x is added to.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,26 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
+from dynconv.ops.sharded import any_sharded, check_all_sharded
 
+Device = torch.device | str | int | None
 _LINE = 64  # 16-bit values of a cache line of 128 bytes: rows of so many start at one
-OPTIMIZER_HINT = {"weight_decay": 0.0, "muon": False}
 
 
-def _parameter(values: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(values)
-    parameter.optimizer_hint = OPTIMIZER_HINT  # type: ignore[attr-defined]  # a tensor takes attributes
-    return parameter
+class _ZeroLinear(nn.Linear):
+    """A linear map that starts at zero, by its own reset, too: one called for every module of a model reaches it."""
 
-
-def _generator(inputs: int, outputs: int) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=False)
-    linear.weight = _parameter(linear.weight)
-    return linear
-
-
-def _static_filter(width: int, channels: int) -> nn.Parameter:
-    bound = width**-0.5
-    return _parameter(torch.empty(width, channels).uniform_(-bound, bound))
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # whose draws stay, so that a seed gives the filters that it always gave
+        nn.init.zeros_(self.weight)
 
 
 def _check_positive(name: str, value: int) -> None:
@@ -49,17 +42,28 @@ class _ShortConv(nn.Module):
 
     static_filter: nn.Parameter | None  # [W, D]
 
-    def __init__(self, function: Callable[..., Any], channels: int, width: int, residual: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], channels: int, width: int, residual: bool, activation: str | None
+    ) -> None:
         _check_positive("channels", channels)
         _check_positive("width", width)
+        if activation not in (None, "silu"):
+            raise ValueError(f'activation must be None or "silu"; got {activation!r}; apply another one to the result')
         super().__init__()
         self._function = function
-        self.channels, self.width, self.residual = channels, width, residual
+        self.channels, self.width, self.residual, self.activation = channels, width, residual, activation
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for parameter in self.parameters():  # whose attributes copy.deepcopy drops
-            parameter.optimizer_hint = OPTIMIZER_HINT  # type: ignore[attr-defined]
+    def reset_parameters(self) -> None:
+        """Draw initial values, in the constructor's order. A fused form's caller resets its projection by itself."""
+        if self.generator_map is not None:
+            self.generator_map.reset_parameters()
+        self._reset_filters()
+
+    def _reset_filters(self) -> None:
+        """Of the parameters, those that no module inside this one resets."""
+        if self.static_filter is not None:
+            bound = self.width**-0.5
+            nn.init.uniform_(self.static_filter, -bound, bound)
 
     def forward(
         self,
@@ -90,6 +94,8 @@ class _ShortConv(nn.Module):
         state: Tensor,  # [B, W-1, D]
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
         """Decode from a state: the outputs, and the next state."""
+        if state is None:
+            raise ValueError("state must be a tensor; got None; begin with prefill, or with zeros")
         return self.prefill(x, generator_input, state)
 
     @property
@@ -98,14 +104,24 @@ class _ShortConv(nn.Module):
         return None
 
     def _convolve(self, x: Tensor, generator_input: Tensor | None, generated: Tensor | None, **options: Any) -> Any:
-        if generated is None and self.generator_map is not None:
-            if generator_input is None:
-                raise ValueError(
-                    "a dynamic filter needs generator_input [B, T, G]; got None; pass what makes the filters"
-                )
-            generated = self.generator_map(generator_input)
+        columns = getattr(self, "generator_columns", 0)
+        if isinstance(x, Tensor) and x.shape[-1] != self.channels + columns:
+            wanted = f"{self.channels} channels" + (f" and {columns} generator columns" if columns else "")
+            raise ValueError(f"x must have {wanted}; got {x.shape[-1]} in all; mind the projection before it")
+        if self.generator_map is not None:
+            if generated is None:
+                generated = self._generate(x, generator_input, self.generator_map)
+            _check_made("generated", generated, x, self.generator_map.out_features)
         inputs = self._inputs(x, generated)
-        return self._function(*inputs, self.static_filter, self.residual, **options)
+        return self._function(*inputs, self.static_filter, self.residual, activation=self.activation, **options)
+
+    def _generate(self, x: Tensor, generator_input: Tensor | None, generator: nn.Linear) -> Tensor:
+        if generator_input is None:
+            raise ValueError("a dynamic filter needs generator_input [B, T, G]; got None; pass what makes the filters")
+        _check_made("generator_input", generator_input, x, generator.in_features)
+        check_all_sharded({"generator_input": generator_input, "the generator's weight": generator.weight})
+        made: Tensor = generator(generator_input)
+        return made
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         """What the function takes before the static filter: x, and what makes a token's own filters, if anything."""
@@ -113,23 +129,31 @@ class _ShortConv(nn.Module):
 
     def _split(self, projected: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """The channels and the generator columns of a fused form's input."""
-        if projected.shape[-1] != self.channels + columns:
-            wanted = f"{self.channels} channels and {columns} generator columns"
-            raise ValueError(f"x must have {wanted}; got {projected.shape[-1]} in all; widen the projection")
         x, made = projected.split([self.channels, columns], -1)
         return x, made
 
     def extra_repr(self) -> str:
         static = self.static_filter is not None
-        return f"channels={self.channels}, width={self.width}, residual={self.residual}, static_filter={static}"
+        shown = f"channels={self.channels}, width={self.width}, residual={self.residual}, static_filter={static}"
+        return shown if self.activation is None else f"{shown}, activation={self.activation}"
 
 
 class StaticShortConv(_ShortConv):
     """y_t = sum_w filter[w] x_{t-w} (+ x_t): the same filter at every position."""
 
-    def __init__(self, channels: int, width: int = 4, residual: bool = True) -> None:
-        super().__init__(static_convolution, channels, width, residual)
-        self.static_filter = _static_filter(width, channels)
+    def __init__(
+        self,
+        channels: int,
+        width: int = 4,
+        residual: bool = True,
+        *,
+        activation: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(static_convolution, channels, width, residual, activation)
+        self.static_filter = nn.Parameter(torch.empty(width, channels, device=device, dtype=dtype))
+        self._reset_filters()
 
 
 class HeadwiseDynamicConv(_ShortConv):
@@ -143,12 +167,17 @@ class HeadwiseDynamicConv(_ShortConv):
         head_size: int = 16,
         residual: bool = True,
         static_filter: bool = True,
+        *,
+        activation: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(headwise_dynamic_convolution, channels, width, residual)
+        super().__init__(headwise_dynamic_convolution, channels, width, residual, activation)
         self.heads = _heads(channels, head_size)
-        self.generator = _generator(generator_width, self.heads * width)
-        nn.init.zeros_(self.generator.weight)
-        self.static_filter = _static_filter(width, channels) if static_filter else None
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.generator = _ZeroLinear(generator_width, self.heads * width, bias=False, **place)
+        self.static_filter = nn.Parameter(torch.empty(width, channels, **place)) if static_filter else None
+        self._reset_filters()
 
     @property
     def generator_map(self) -> nn.Linear:
@@ -172,12 +201,22 @@ class LowRankDynamicConv(_ShortConv):
         rank: int = 16,
         residual: bool = True,
         static_filter: bool = True,
+        *,
+        activation: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(lowrank_dynamic_convolution, channels, width, residual)
+        super().__init__(lowrank_dynamic_convolution, channels, width, residual, activation)
         _check_positive("rank", rank)
-        self.down = _generator(generator_width, rank)
-        self.up = _parameter(torch.zeros(rank, width * channels))  # [R, W*D]
-        self.static_filter = _static_filter(width, channels) if static_filter else None
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.down = nn.Linear(generator_width, rank, bias=False, **place)
+        self.up = nn.Parameter(torch.empty(rank, width * channels, **place))  # [R, W*D]
+        self.static_filter = nn.Parameter(torch.empty(width, channels, **place)) if static_filter else None
+        self._reset_filters()
+
+    def _reset_filters(self) -> None:
+        nn.init.zeros_(self.up)
+        super()._reset_filters()
 
     @property
     def generator_map(self) -> nn.Linear:
@@ -204,16 +243,26 @@ class FusedLowRankConv(_ShortConv):
         rank: int = 16,
         residual: bool = True,
         static_filter: bool = True,
+        *,
+        activation: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         for channels in branches:
             _check_positive("a branch", channels)
         function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
-        super().__init__(function, sum(branches), width, residual)
+        super().__init__(function, sum(branches), width, residual, activation)
         _check_positive("rank", rank)
         self.branches = tuple(branches)
         self.generator_columns = len(branches) * rank
-        self.up = _parameter(torch.zeros(rank, width * self.channels))  # [R, W*D]
-        self.static_filter = _static_filter(width, self.channels) if static_filter else None
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.up = nn.Parameter(torch.empty(rank, width * self.channels, **place))  # [R, W*D]
+        self.static_filter = nn.Parameter(torch.empty(width, self.channels, **place)) if static_filter else None
+        self._reset_filters()
+
+    def _reset_filters(self) -> None:
+        nn.init.zeros_(self.up)
+        super()._reset_filters()
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         x, z = self._split(x, self.generator_columns)
@@ -230,12 +279,23 @@ class FusedHeadwiseConv(_ShortConv):
     """
 
     def __init__(
-        self, channels: int, width: int = 4, head_size: int = 16, residual: bool = True, static_filter: bool = True
+        self,
+        channels: int,
+        width: int = 4,
+        head_size: int = 16,
+        residual: bool = True,
+        static_filter: bool = True,
+        *,
+        activation: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(headwise_dynamic_convolution, channels, width, residual)
+        super().__init__(headwise_dynamic_convolution, channels, width, residual, activation)
         self.heads = _heads(channels, head_size)
         self.generator_columns = self.heads * width
-        self.static_filter = _static_filter(width, channels) if static_filter else None
+        filters = torch.empty(width, channels, device=device, dtype=dtype)
+        self.static_filter = nn.Parameter(filters) if static_filter else None
+        self._reset_filters()
 
     def init_projection(
         self,
@@ -256,6 +316,40 @@ class FusedHeadwiseConv(_ShortConv):
         return f"{super().extra_repr()}, heads={self.heads}"
 
 
+def optimizer_groups(
+    model: nn.Module,
+    embeddings: Iterable[nn.Module] = (),  # modules beside nn.Embedding whose weights are no matrices: an untied head
+) -> dict[str, dict[str, nn.Parameter]]:
+    """The model's parameters by name, each in one of three groups, in the model's order:
+
+    "matrices": the weights of linear maps. They decay, and Muon (torch.optim.Muon) fits them.
+    "decayed": the others of two and more dimensions, embeddings above all. They decay, and are AdamW's.
+    "undecayed": gains, biases, and all parameters of short convolutions, whose filters and bases are not what decay and
+    Muon are meant for; their generators go with them, so that all kinds of convolution are treated alike.
+
+    The types of the modules decide, so that nothing is lost where `fully_shard`, `to_empty` or
+    `load_state_dict(assign=True)` replace parameters; ask after those. A weight that a linear map shares with an
+    embedding is the embedding's. Raises ValueError where one of `embeddings` is not in the model.
+    """
+    modules = list(model.modules())
+    tables: list[nn.Module] = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    for module in embeddings:
+        if not any(module is inside for inside in modules):
+            raise ValueError(f"embeddings must be modules of the model; got {type(module).__name__}; pass its own")
+        tables.append(module)
+    convolutions = (m for m in modules if isinstance(m, _ShortConv))
+    of_convolutions = {id(p) for m in convolutions for p in m.parameters()}
+    of_maps = {id(p) for m in modules if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+    of_maps -= {id(p) for m in tables for p in m.parameters()}
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "decayed": {}, "undecayed": {}}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in of_convolutions:
+            groups["undecayed"][name] = parameter
+        else:
+            groups["matrices" if id(parameter) in of_maps else "decayed"][name] = parameter
+    return groups
+
+
 def project_together(
     weight: Tensor,  # [D, G], as in nn.Linear
     convolutions: Sequence[HeadwiseDynamicConv | LowRankDynamicConv],
@@ -266,12 +360,22 @@ def project_together(
     A narrow product of its own takes a pass over all of the input, and its gradient is one more term of the input's.
     """
     generators = [convolution.generator_map for convolution in convolutions]
+    if any_sharded([weight, generator_input, *(generator.weight for generator in generators)]):
+        raise ValueError("project_together takes no DTensors; got one; give each convolution generator_input")
     assert all(generator.bias is None for generator in generators)
     weights = [weight, *(generator.weight for generator in generators)]
     widths = [len(part) for part in weights]
     widths.append(-sum(widths) % _LINE)
     together = torch.cat([*weights, weight.new_zeros(widths[-1], weight.shape[1])])
     return F.linear(generator_input, together).split(widths, 2)[:-1]
+
+
+def _check_made(name: str, made: Tensor, x: Tensor, columns: int) -> None:
+    if not isinstance(made, Tensor):
+        raise ValueError(f"{name} must be a tensor; got a {type(made).__name__}; mind the order of the arguments")
+    if isinstance(x, Tensor) and (made.dim() != 3 or made.shape[:2] != x.shape[:2] or made.shape[2] != columns):
+        wanted = f"[B, T, {columns}] with x's B and T, {list(x.shape[:2])}"
+        raise ValueError(f"{name} must be {wanted}; got {list(made.shape)}; pass what this module was made for")
 
 
 def _heads(channels: int, head_size: int) -> int:

@@ -18,9 +18,14 @@ from convolutions import kernels
 
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
-from experiments.design.config import ConvConfig, Execution, ModelConfig, RunConfig, TrainConfig
+from experiments.design.config import Execution, RunConfig
 from experiments.design.data import DataConfig
-from experiments.training.run import write_config
+from experiments.design.model import ModelConfig
+from experiments.design.train import TrainConfig
+from experiments.parts.attention import Attention
+from experiments.parts.short_convolution import LowRankConvolution
+from experiments.parts.swiglu import SwiGLU
+from experiments.training.record import write_record
 
 importlib.import_module("dynconv.ops.functions")  # before the variable is set: CPU tensors stay with the reference
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
@@ -33,7 +38,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 hypothesis.settings.register_profile("shared machine", deadline=None)  # its examples take what they take
 hypothesis.settings.load_profile("shared machine")
 
-LOWRANK = ConvConfig("lowrank", ("q", "k", "v"), rank=2)
+LOWRANK = LowRankConvolution(("q", "k", "v"), rank=2)
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +71,9 @@ def tiny_run(tiny_data: DataConfig) -> RunConfig:
         baseline="transformer",
         ladder="nano",
         size="tiny",
+        budget="some tokens",
         seed=3,
-        model=ModelConfig(layers=2, width=16, ffn=24, heads=2, kv_heads=2, vocabulary=300, conv=LOWRANK),
+        model=ModelConfig(2, width=16, vocabulary=300, mixer=Attention(2, 2), ffn=SwiGLU(24), conv=LOWRANK),
         train=TrainConfig(
             tokens=16 * (8 * 24 + 5),
             sequence_length=16,
@@ -75,6 +81,7 @@ def tiny_run(tiny_data: DataConfig) -> RunConfig:
             learning_rate=1e-2,
             evaluate_every=16 * 8 * 8,
             held_out_sequences=50,
+            warmup_steps=2,
         ),
         data=tiny_data,
     )
@@ -86,7 +93,7 @@ def submitted(dataset: Dataset) -> Callable[..., Path]:
 
     def write(run: RunConfig, store: Path, **execution: object) -> Path:
         settings = Execution(**({"device": "cpu"} | execution))  # type: ignore[arg-type]  # checked by the class
-        return write_config(run, store, dataset, settings, code_commit=None, submitted_at=time.time())
+        return write_record(run, store, dataset, settings, code_commit=None, submitted_at=time.time())
 
     return write
 

@@ -8,32 +8,48 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.advantage.clocks import Rates
 from analysis.advantage.pairs import Pairs
 from analysis.laws.solver import Floats
 from analysis.logs.files import write_json
 from analysis.logs.writer import RunLog, next_attempt
 
 E, A, ALPHA, B, BETA = 1.69, 406.4, 0.34, 410.7, 0.28  # of L = E + A N^-ALPHA + B D^-BETA, for isoFLOP budgets
-ABOUT = {"device": "cpu", "gpus": 0, "dtype": "float32", "torch": "2.13.0", "job_id": None}
+ABOUT = {
+    "device": "cpu",
+    "gpus": 0,
+    "dtype": "float32",
+    "torch": "2.13.0",
+    "triton": None,
+    "python": "3.12.3",
+    "job_id": None,
+    "code_commit": "c" * 40,
+    "sharing": 1,
+}
 
 
 def write_config(store: Path, arm: str = "transformer", size: str = "1M", seed: int = 0, **changes: Any) -> Path:
     """A run directory with its config.json, and nothing else yet."""
     config = {
-        "schema": 1,
+        "schema": 2,
         "run_id": f"{arm}-{size}-{seed}",
         "sweep": "planted",
         "arm": arm,
         "size": size,
+        "budget": "20 tokens per parameter",
         "seed": seed,
         "baseline": "transformer",
+        "task": "text",
+        "trunk": None,
         "parameters": 1_000_000,
         "parameters_nonembedding": 800_000,
         "tokens": 20_000_000,
         "flops_exact": 1.3e14,
         "flops_6nd": 1.2e14,
         "flops_6n_nonemb_d": 0.96e14,
-        "config": {"model": {"conv": {"kind": "none", "sites": []}, "qk_norm": False, "kv_heads": 2}},
+        "facts": {"conv.kind": "none", "attention.qk_norm": False, "attention.kv_heads": 2},
+        "vary": {},
+        "config": {},
         "execution": {"device": "cpu"},
         "data_dir": "data",
         "data_sha256": "d" * 64,
@@ -41,6 +57,10 @@ def write_config(store: Path, arm: str = "transformer", size: str = "1M", seed: 
         "code_commit": "c" * 40,
         "submitted_at": 0.0,
     } | changes
+    config = {  # without experts, unless the changes say otherwise
+        "parameters_active": config["parameters"],
+        "flops_6nactive_d": config["flops_6nd"],
+    } | config
     run_dir = store / str(config["run_id"])
     run_dir.mkdir(parents=True)
     write_json(run_dir / "config.json", config)
@@ -52,7 +72,7 @@ def write_run(run_dir: Path, loss: float, *, steps: int = 4, tokens: int = 20_00
     log = RunLog(run_dir, attempt=next_attempt(run_dir), first_step=1, about=ABOUT)
     for step in range(1, steps + 1):
         log.step(step, tokens * step // steps, loss + 1 / step, 1.0, 3e-4, 0.01)
-    log.evaluation(steps, tokens, loss, loss / 3, 0.02)
+    log.evaluation(steps, tokens, "text", {"loss": loss, "bits_per_byte": loss / 3}, 0.02)
     log.finish({})
 
 
@@ -120,7 +140,6 @@ def pairs_of(compute: Floats, y0: Floats, y1: Floats) -> Pairs:
         y1=y1,
         seeds=(1,) * sizes,
         differences=tuple(np.array([d]) for d in y0 - y1),
-        rate_ratio=np.full(sizes, np.nan),
-        gpu_rate_ratio=np.full(sizes, np.nan),
+        rates=Rates(np.full(sizes, np.nan), np.full(sizes, np.nan), "", "none"),
         excluded=(),
     )

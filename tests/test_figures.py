@@ -182,8 +182,12 @@ def test_50_budgets_of_31_arms_stay_readable_by_a_colour_scale_and_small_multipl
     """No legend and no panel narrower than an inch; each budget in the shade that the scale gives it."""
     arms = [f"arm {at:02d}" for at in range(31)]
     budgets = np.geomspace(1e18, 1e21, 50)
-    parabolas = [Optimum(arm, c, 5, 1e8, None, 1e9, 3.0, 0.1, "ok") for arm in arms for c in budgets]
-    laws = [Allocation(arm, 50, 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1e9, 1e10, 1e21, "ok") for arm in arms]
+    parabolas = [
+        Optimum(arm, c, 5, 1e8, None, 1e9, 3.0, 0.01, 0.1, (0.3, 0.3), (5e7, 2e8), None, "ok")
+        for arm in arms
+        for c in budgets
+    ]
+    laws = [Allocation(arm, 50, 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1e9, 1e10, 1e21, "given", "ok") for arm in arms]
     rows = pd.DataFrame(
         [{"arm": arm, "C": c, "parameters": n, "loss": 3.0} for arm in arms for c in budgets for n in (5e7, 2e8)]
     )
@@ -265,7 +269,7 @@ def test_the_papers_ablations_are_drawn_from_what_its_arms_are() -> None:
     answer = answers(store, None, None)
     assert (answer.law, answer.notes) == (None, ["no law of loss in compute: no arm has three sizes"])
     panels = draw(store, answer)["ablations"].axes
-    assert [axes.get_xlabel() for axes in panels] == ["width", "rank", "head size", "site"]
+    assert [axes.get_xlabel() for axes in panels] == ["width", "rank", "head size", "sites"]
     perplexities = [
         [18.42, 18.17, 18.08, 18.10, 18.09, 18.10],
         [18.26, 18.19, 18.10, 18.04, 17.87, 17.85],
@@ -280,15 +284,16 @@ def test_the_papers_ablations_are_drawn_from_what_its_arms_are() -> None:
 
 def test_arms_that_differ_in_more_than_one_fact_are_not_joined(tmp_path: Path) -> None:
     def write(arm: str, loss: float, **conv: object) -> None:
-        declared = {"kind": "lowrank", "sites": ["q"], "width": 4, "rank": 8, "residual": True, "static_filter": True}
-        model = {"conv": declared | conv, "qk_norm": False, "kv_heads": 2}
+        declared = {"kind": "lowrank", "sites": "q", "width": 4, "rank": 8, "residual": True, "static_filter": True}
+        own = {name: value for name, value in (declared | conv).items() if value is not None}
+        facts = {f"conv.{name}": value for name, value in own.items()} | {"attention.qk_norm": False}
         for size, more in (("small", 0.5), ("large", 0.0)):
             for seed in range(2):
                 parameters = 1000 if size == "small" else 2000
-                run_dir = write_config(tmp_path, arm, size, seed, parameters=parameters, config={"model": model})
+                run_dir = write_config(tmp_path, arm, size, seed, parameters=parameters, facts=facts)
                 write_run(run_dir, loss + more + 0.01 * seed)
 
-    write("transformer", 3.5, kind="none", sites=[])
+    write("transformer", 3.5, kind="none", sites=None)
     write("r8", 3.0)
     write("r2", 3.2, rank=2)
     write("r16", 2.9, rank=16)

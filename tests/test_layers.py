@@ -14,6 +14,7 @@ from dynconv.layers import (
     HeadwiseDynamicConv,
     LowRankDynamicConv,
     StaticShortConv,
+    optimizer_groups,
     project_together,
 )
 from dynconv.ops import static_convolution
@@ -21,12 +22,12 @@ from dynconv.ops import static_convolution
 CHANNELS, WIDTH, GENERATOR = 12, 4, 5
 
 
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "static": lambda: StaticShortConv(CHANNELS, WIDTH),
-    "headwise": lambda: HeadwiseDynamicConv(CHANNELS, GENERATOR, WIDTH, head_size=3),
-    "lowrank": lambda: LowRankDynamicConv(CHANNELS, GENERATOR, WIDTH, rank=2),
-    "fused headwise": lambda: FusedHeadwiseConv(CHANNELS, WIDTH, head_size=3),
-    "fused lowrank": lambda: FusedLowRankConv((8, 4), WIDTH, rank=3),
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "static": lambda **more: StaticShortConv(CHANNELS, WIDTH, **more),
+    "headwise": lambda **more: HeadwiseDynamicConv(CHANNELS, GENERATOR, WIDTH, head_size=3, **more),
+    "lowrank": lambda **more: LowRankDynamicConv(CHANNELS, GENERATOR, WIDTH, rank=2, **more),
+    "fused headwise": lambda **more: FusedHeadwiseConv(CHANNELS, WIDTH, head_size=3, **more),
+    "fused lowrank": lambda **more: FusedLowRankConv((8, 4), WIDTH, rank=3, **more),
 }
 
 
@@ -101,11 +102,102 @@ def test_fused_headwise_starts_as_its_static_filter() -> None:
     torch.testing.assert_close(fused(projected), expected)
 
 
+class Model(nn.Module):
+    """Every kind of convolution beside what else a model has: a tied embedding, gains, biases, a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, CHANNELS)
+        self.convolutions = nn.ModuleDict({kind.replace(" ", "_"): make() for kind, make in MODULES.items()})
+        self.linear = nn.Linear(CHANNELS, CHANNELS)
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.experts = nn.Parameter(torch.randn(3, CHANNELS, CHANNELS))
+        self.tied, self.head = nn.Linear(CHANNELS, 7, bias=False), nn.Linear(CHANNELS, 7, bias=False)
+        self.tied.weight = self.embedding.weight
+
+
+def _assert_grouped(model: nn.Module) -> None:
+    groups = optimizer_groups(model, embeddings=[model.head])
+    names = {name: list(group) for name, group in groups.items()}
+    assert names["matrices"] == ["linear.weight"]
+    assert names["decayed"] == ["experts", "embedding.weight", "head.weight"]
+    undecayed = [name for name, _ in model.named_parameters() if name.startswith(("convolutions", "norm"))]
+    assert sorted(names["undecayed"]) == sorted([*undecayed, "linear.bias"])
+    together = {name: p for group in groups.values() for name, p in group.items()}
+    assert all(together[name] is p for name, p in model.named_parameters())
+    assert names["undecayed"] == [name for name, _ in model.named_parameters() if name in groups["undecayed"]]
+
+
+def test_the_types_of_modules_group_parameters_for_optimizers() -> None:
+    _assert_grouped(Model())
+    assert list(optimizer_groups(Model())["matrices"]) == ["linear.weight", "head.weight"]
+    _assert_grouped(copy.deepcopy(Model()))
+    with pytest.raises(ValueError, match="embeddings must be modules of the model; got Linear; pass its own"):
+        optimizer_groups(Model(), embeddings=[nn.Linear(3, 3)])
+
+
+def test_groups_outlive_what_replaces_parameters() -> None:
+    with torch.device("meta"):
+        model = Model()
+    model.to_empty(device="cpu")
+    for _ in range(2):
+        model.tied.weight = model.embedding.weight  # which both have untied
+        _assert_grouped(model)
+        model.load_state_dict(Model().state_dict(), assign=True)
+
+
+def test_muon_and_adamw_take_the_groups() -> None:
+    model = Model()
+    groups = optimizer_groups(model, embeddings=[model.head])
+    muon = torch.optim.Muon(groups["matrices"].items(), weight_decay=0.1)
+    decayed, undecayed = groups["decayed"].values(), groups["undecayed"].values()
+    adamw = torch.optim.AdamW([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], weight_decay=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in (muon, adamw):
+        optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"linear.weight", "experts", "embedding.weight", "tied.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["the module's reset", "every module's own"])
 @pytest.mark.parametrize("kind", MODULES)
-def test_every_parameter_hints_the_optimizer(kind: str) -> None:
-    parameters = dict(_module(kind).named_parameters())
-    assert "static_filter" in parameters
-    assert all(p.optimizer_hint == {"weight_decay": 0.0, "muon": False} for p in parameters.values())
+def test_reset_gives_a_module_without_memory_its_start(kind: str, each: bool) -> None:
+    """The bits of the constructor's values, where the generator that starts at zero is reset by itself, too."""
+    torch.manual_seed(3)
+    want = MODULES[kind]().state_dict()
+    with torch.device("meta"):
+        module = MODULES[kind]()
+    module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    if each:
+        for inside in module.modules():
+            inside.reset_parameters()
+        assert all(torch.equal(v, torch.zeros_like(v)) for k, v in module.state_dict().items() if not want[k].any())
+    torch.manual_seed(3)
+    module.reset_parameters()
+    assert all(torch.equal(value, want[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_modules_are_made_where_and_of_what_they_are_asked_to_be(kind: str) -> None:
+    for place in ({"device": "meta", "dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "meta"}):
+        made = {(p.device.type, p.dtype) for p in MODULES[kind](**place).parameters()}
+        assert made == {(place.get("device", "cpu"), place.get("dtype", torch.float32))}
+
+
+def test_the_first_draws_are_those_of_old() -> None:
+    """Of the seed, so that runs repeat: a generator's, though it starts at zero, then the static filter's."""
+    torch.manual_seed(5)
+    generator, bound = nn.Linear(GENERATOR, CHANNELS // 3 * WIDTH, bias=False), WIDTH**-0.5
+    static = torch.empty(WIDTH, CHANNELS).uniform_(-bound, bound)
+    torch.manual_seed(5)
+    module = HeadwiseDynamicConv(CHANNELS, GENERATOR, WIDTH, head_size=3)
+    assert torch.equal(module.static_filter, static)
+    assert generator.weight.any()
+    assert not module.generator.weight.any()
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -115,7 +207,6 @@ def test_copies_and_pickles_are_the_same_module(kind: str) -> None:
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(again(*inputs), module(*inputs))
         assert repr(again) == repr(module)
-        assert all(p.optimizer_hint == {"weight_decay": 0.0, "muon": False} for p in again.parameters())
 
 
 def test_repr_says_what_it_is() -> None:
@@ -134,7 +225,7 @@ def test_repr_says_what_it_is() -> None:
         (lambda: FusedLowRankConv((8, -4)), "a branch must be at least 1; got -4"),
         (
             lambda: FusedLowRankConv((8, 4), rank=3)(torch.ones(2, 5, 12)),
-            "x must have 12 channels and 6 generator columns; got 12 in all; widen",
+            "x must have 12 channels and 6 generator columns; got 12 in all; mind the",
         ),
         (
             lambda: FusedHeadwiseConv(12, head_size=3)(torch.ones(2, 5, 12)),
@@ -146,11 +237,41 @@ def test_repr_says_what_it_is() -> None:
         (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),
         (lambda: FusedLowRankConv((4, 2), rank=0), "rank must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6)(torch.ones(2, 5, 6)), "needs generator_input"),
+        (lambda: StaticShortConv(6)(torch.ones(2, 5, 7)), "x must have 6 channels; got 7 in all"),
+        (
+            lambda: LowRankDynamicConv(6, 4)(torch.ones(2, 5, 6), torch.ones(2, 5, 3)),
+            r"generator_input must be \[B, T, 4\] with x's B and T, \[2, 5\]; got \[2, 5, 3\]",
+        ),
+        (lambda: LowRankDynamicConv(6, 4)(torch.ones(2, 5, 6), torch.ones(2, 3, 4)), "generator_input must be .* got"),
+        (
+            lambda: HeadwiseDynamicConv(6, 4, head_size=3)(torch.ones(2, 5, 6), generated=torch.ones(2, 5, 7)),
+            r"generated must be \[B, T, 8\] with .*; got \[2, 5, 7\]",
+        ),
+        (
+            lambda: StaticShortConv(6).prefill(torch.ones(2, 5, 6), state=torch.ones(2, 2, 6)),
+            r"initial_state \(of a step: state\) must be \[N, W-1, D\] = \[2, 3, 6\]; got \[2, 2, 6\]",
+        ),
+        (lambda: StaticShortConv(6).step(torch.ones(2, 5, 6), None, None), "state must be a tensor; got None"),
+        (lambda: StaticShortConv(6, activation="relu"), "activation must be None or \"silu\"; got 'relu'"),
     ],
 )
 def test_errors_say_what_was_got(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_activation_is_of_the_convolution(kind: str) -> None:
+    torch.manual_seed(0)
+    plain, silu = MODULES[kind](), MODULES[kind](activation="silu")
+    silu.load_state_dict(plain.state_dict())
+    x, generator_input = _inputs(plain)
+    own = x[..., :CHANNELS]
+    expected = nn.functional.silu(plain(x, generator_input) - own) + own
+    torch.testing.assert_close(silu(x, generator_input), expected)
+    torch.testing.assert_close(silu.prefill(x, generator_input)[0], expected)
+    assert "activation=silu" in repr(silu)
+    assert "activation" not in repr(plain)
 
 
 @pytest.mark.parametrize("kind", ["headwise", "lowrank"])

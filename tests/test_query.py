@@ -18,6 +18,8 @@ from analysis.pages.query import chosen, grouped, sql
 from analysis.pages.tables import value_table
 from experiments.cli.main import main
 
+ARMS = {"base": 1.0, "new": 1.5}  # and their multipliers
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
@@ -31,10 +33,43 @@ def test_sql_sees_the_four_views(store: Store) -> None:
     assert columns[:2] == ["arm", "n"]
     assert [row[:2] for row in rows] == [("dyn", 9), ("transformer", 8)]
     assert sql(store, "SELECT count(*), max(step) FROM steps")[1] == [(16 * 4, 4)]
-    joined = "select count(*) from evals e join runs r using (run_id) where abs(e.loss - r.loss) < 1e-12"
+    joined = (
+        "select count(*) from evals join runs using (run_id, task) where metric = 'loss' and abs(value - loss) < 1e-12"
+    )
     assert sql(store, joined)[1] == [(16,)]
     ((m, low, high),) = sql(store, "select m, ci_low, ci_high from multipliers where arm = 'dyn'")[1]
     assert low < m < high
+
+
+def test_n_d_and_c_stand_for_their_columns_in_conditions_and_queries(store: Store, tmp_path: Path) -> None:
+    large = store.runs[store.runs["flops_exact"] > 1e16]
+    assert len(chosen(store.runs, "C > 1e16")) == len(large) > 0
+    assert len(chosen(store.runs, "C > 1e16", "6N_nonemb D")) == (store.runs["flops_6n_nonemb_d"] > 1e16).sum()
+    assert len(chosen(store.runs, "N > 1e6 and D / N == 20")) == (store.runs["tokens"] > 20e6).sum()
+    assert sql(store, "select count(*) from runs where C > 1e16")[1] == [(len(large),)]
+    assert sql(store, "select max(abs(N - parameters) + abs(D - tokens)) from runs")[1] == [(0,)]
+    assert sql(store, "select max(abs(C - flops_6nd)) from runs", convention="6ND")[1] == [(0.0,)]
+    with pytest.raises(ValueError, match="no FLOP convention 'guess'"):
+        chosen(store.runs, "C > 1", "guess")
+    (tmp_path / "points.csv").write_text("arm,parameters,C,n,loss\na,1e6,1e15,7,3.5\n")
+    with pytest.raises(ValueError, match="could both be N"):
+        load(tmp_path / "points.csv")
+    points = load(tmp_path / "points.csv", {"N": "parameters"})
+    assert sql(points, "select N, C from runs")[1] == [(7, 1e15)], "the table's own n stays"
+
+
+def test_multipliers_are_of_the_baseline_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{arm},s{i},{10.0**i},{2 * (m * 10.0**i) ** -0.1 + 1.7}" for i in range(15, 19) for arm, m in ARMS.items()]
+    (tmp_path / "points.csv").write_text("arm,size,C,loss\n" + "\n".join(rows))
+    query = ["query", str(tmp_path / "points.csv"), "select arm, m from multipliers", "--json"]
+    assert main(query) == 2
+    assert "choose one of base, new with --baseline" in capsys.readouterr().err
+    assert main([*query, "--baseline", "base"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["arm"], row["m"]) == ("new", pytest.approx(1.5, rel=1e-3))
+    assert main([*query, "--baseline", "new"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["arm"], row["m"]) == ("base", pytest.approx(1 / 1.5, rel=1e-3))
 
 
 def test_a_wrong_query_is_the_users_mistake(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,16 +108,29 @@ def test_filters_and_groups(store: Store) -> None:
 
 
 def test_groups_by_site_keep_the_runs_that_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arm, sites in {"base": [], "kq": ["k", "q"], "all": [*"qkvo", "down", "up", "gate"]}.items():
-        conv = {"kind": "lowrank" if sites else "none", "sites": sites, "width": 4, "rank": 8, "head_size": 16}
-        write_run(write_config(tmp_path, arm, config={"model": {"conv": conv}}), 3.0)
-    assert main(["table", str(tmp_path), "--by", "site,rank", "--json"]) == 0
+    for arm, sites in {"base": None, "kq": "qk", "all": "all-linear"}.items():
+        facts = {"conv.kind": "lowrank", "conv.sites": sites, "conv.rank": 8} if sites else {"conv.kind": "none"}
+        write_run(write_config(tmp_path, arm, facts=facts), 3.0)
+    assert main(["table", str(tmp_path), "--by", "conv.sites,conv.rank", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [(row["site"], row["rank"], row["runs"]) for row in found] == [
+    assert [(row["conv.sites"], row["conv.rank"], row["runs"]) for row in found] == [
         ("all-linear", 8, 1),
         (None, None, 1),
         ("qk", 8, 1),
     ]
+
+
+def test_facts_are_named_with_their_dots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for width in (2, 4):
+        write_run(write_config(tmp_path, f"w{width}", facts={"conv.width": width}, vary={"rate": 0.5}), 1.0 + width)
+    store = load(tmp_path)
+    assert sql(store, 'select arm from runs where "conv.width" = 4 and "vary.rate" = 0.5')[1] == [("w4",)]
+    assert list(chosen(store.runs, "`conv.width` == 4 and `vary.rate` < 1")["arm"]) == ["w4"]
+    assert [row[:3] for row in grouped(store.runs, ["conv.width", "size"])[1]] == [(2, "1M", 1), (4, "1M", 1)]
+    assert main(["table", str(tmp_path), "--where", "conv.width == 4"]) == 2
+    assert "a name with a dot in backquotes, as in '`conv.width` == 4'" in capsys.readouterr().err
+    assert main(["table", str(tmp_path), "--by", "arm,size,arm"]) == 2
+    assert capsys.readouterr().err == "dynconv table: --by names arm more than once; name each column once\n"
 
 
 @pytest.mark.parametrize(

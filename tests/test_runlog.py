@@ -13,7 +13,9 @@ import pytest
 from planted import ABOUT, write_config, write_run
 
 from analysis.logs.files import read_json
+from analysis.logs.provenance import summarize
 from analysis.logs.reader import progress, read_rows, status
+from analysis.logs.store import load
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 
 LAST_STEP = 40
@@ -31,7 +33,7 @@ def train(run_dir: Path) -> None:
     for step in range(done + 1, LAST_STEP + 1):
         log.step(step, step * 100, loss_at(step), 1.0, 3e-4, 0.01)
         if step % 10 == 0:
-            log.evaluation(step, step * 100, loss_at(step), None, 0.02)
+            log.evaluation(step, step * 100, "text", {"loss": loss_at(step)}, 0.02)
         if step % 5 == 0:
             log.flush()
             temporary = run_dir / "checkpoint.tmp"
@@ -87,7 +89,7 @@ def test_killed_at_random_moments_it_neither_loses_nor_doubles_a_step(tmp_path: 
 def test_a_step_that_a_resumed_attempt_repeats_is_kept_once(tmp_path: Path) -> None:
     run_dir = write_config(tmp_path)
     first = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
-    first.evaluation(0, 0, 9.0, None, 0.5)
+    first.evaluation(0, 0, "text", {"loss": 9.0}, 0.5)
     for step in range(1, 9):
         first.step(step, step, 5.0, 1.0, 1e-3, 0.1)
     first.add_seconds("queue", 2.0)
@@ -95,7 +97,7 @@ def test_a_step_that_a_resumed_attempt_repeats_is_kept_once(tmp_path: Path) -> N
     second = RunLog(run_dir, attempt=2, first_step=6, about=ABOUT)
     for step in range(6, 11):
         second.step(step, step, 4.0, 1.0, 1e-3, 0.1)
-    second.evaluation(10, 10, 3.5, 1.2, 0.5)
+    second.evaluation(10, 10, "text", {"loss": 3.5, "bits_per_byte": 1.2}, 0.5)
     second.add_seconds("queue", 3.0)
     second.finish({"note": "kept"})
     run = read_json(run_dir / "run.json")
@@ -108,8 +110,79 @@ def test_a_step_that_a_resumed_attempt_repeats_is_kept_once(tmp_path: Path) -> N
     steps = read_rows(run_dir, "steps").table
     assert steps["step"].to_pylist() == list(range(1, 11))
     assert steps["attempt"].to_pylist() == [1] * 5 + [2] * 5
-    assert read_rows(run_dir, "evals").table["step"].to_pylist() == [0, 10]
+    assert read_rows(run_dir, "evals").table["step"].to_pylist() == [0, 10, 10]
     assert list(run_dir.glob("*-*-*.parquet")) == []
+
+
+def test_every_attempt_keeps_its_own_provenance(tmp_path: Path) -> None:
+    """On one H100 and then on eight A100: the run's own device is neither, and its seconds are no one clock."""
+    run_dir = write_config(tmp_path)
+    for number, own in enumerate(({"device": "H100", "gpus": 1}, {"device": "A100", "gpus": 8, "job_id": "7_1"}), 1):
+        log = RunLog(run_dir, attempt=number, first_step=number, about=ABOUT | own)
+        log.step(number, number * 10_000_000, 5.0, 1.0, 1e-3, 0.1 * number)
+        log.add_seconds("startup", 1.0)
+        log.flush()
+    log.evaluation(2, 20_000_000, "text", {"loss": 3.0}, 0.5)
+    log.finish({})
+    run = read_json(run_dir / "run.json")
+    assert [(made["device"], made["gpus"], made["job_id"]) for made in run["attempts_made"]] == [
+        ("H100", 1, None),
+        ("A100", 8, "7_1"),
+    ]
+    assert [made["seconds"]["train"] for made in run["attempts_made"]] == pytest.approx([0.1, 0.2])
+    assert [made["seconds"]["eval"] for made in run["attempts_made"]] == [0.0, 0.5]
+    assert run["seconds"]["train"] == pytest.approx(0.3)
+    assert (run["device"], run["gpus"], run["torch"], run["clock"]) == (None, None, "2.13.0", "mixed")
+    row = load(tmp_path).runs.iloc[0]
+    assert row[["device", "gpus"]].isna().all()
+    assert (row["dtype"], row["sharing"], row["clock"], row["attempts"]) == ("float32", 1, "mixed", 2)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "clock"),
+    [
+        ([{}], "alone"),
+        ([{}, {}], "alone"),
+        ([{"sharing": 2}, {"sharing": 3}], "shared"),
+        ([{}, {"sharing": 2}], "mixed"),
+        ([{}, {"sharing": None}], "unknown"),
+        ([{"device": None}], "unknown"),
+        ([{}, {"torch": "2.14.0"}], "mixed"),
+        ([{}, {"device": "A100", "step": None}], "alone"),  # it took no step, so the train seconds know nothing of it
+        ([{"device": "A100", "step": None}], "alone"),
+        ([], "unknown"),
+    ],
+)
+def test_only_a_clock_of_one_kind_that_nobody_shared_is_alone(attempts: list[dict[str, object]], clock: str) -> None:
+    assert summarize([ABOUT | {"step": 4} | attempt for attempt in attempts])["clock"] == clock
+
+
+def test_the_loss_is_that_of_the_runs_own_task(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path, task="recall")
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    log.step(1, 10, 5.0, 1.0, 1e-3, 0.1)
+    with pytest.raises(ValueError, match="no metrics"):
+        log.evaluation(1, 10, "recall", {}, 0.5)
+    log.evaluation(0, 0, "recall", {"loss": 9.0, "accuracy": 0.25}, 0.5)
+    log.evaluation(1, 10, "text", {"loss": 4.0, "bits_per_byte": 2.0}, 0.25)
+    incomplete = RunLog(write_config(tmp_path, seed=1, task="recall"), attempt=1, first_step=1, about=ABOUT)
+    incomplete.evaluation(0, 0, "recall", {"accuracy": 1.0}, 0.1)
+    with pytest.raises(ValueError, match="no evaluation of its task 'recall' with a metric loss"):
+        incomplete.finish({})
+    log.evaluation(1, 10, "recall", {"accuracy": 0.5, "loss": 3.0}, 0.5)
+    log.finish({})
+    run = read_json(run_dir / "run.json")
+    assert (run["loss"], run["bits_per_byte"], run["seconds"]["eval"]) == (3.0, None, 1.25)
+    evals = read_rows(run_dir, "evals").table
+    assert list(zip(*(evals[name].to_pylist() for name in ("step", "task", "metric", "seconds")), strict=True)) == [
+        (0, "recall", "loss", 0.5),
+        (0, "recall", "accuracy", None),
+        (1, "text", "loss", 0.25),
+        (1, "text", "bits_per_byte", None),
+        (1, "recall", "accuracy", 0.5),
+        (1, "recall", "loss", None),
+    ]
+    assert load(tmp_path).loss_curves()[["step", "loss"]].values.tolist() == [[0, 9.0], [1, 3.0]]
 
 
 def test_leftover_parts_of_a_complete_run_are_not_read(tmp_path: Path) -> None:
@@ -134,7 +207,7 @@ def test_torn_and_foreign_parts_are_named_and_left_out(tmp_path: Path) -> None:
     log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT, flush_seconds=0)
     log.step(1, 10, 5.0, 1.0, 1e-3, 0.1)
     log.step(2, 20, 5.0, 1.0, 1e-3, 0.1)
-    log.evaluation(2, 20, 5.0, None, 0.1)
+    log.evaluation(2, 20, "text", {"loss": 5.0}, 0.1)
     log.flush()
     second = run_dir / "steps-0001-00002.parquet"
     torn = second.read_bytes()[:-20]
@@ -213,7 +286,7 @@ def test_a_run_with_a_torn_log_is_not_called_complete(tmp_path: Path, torn: bool
         log.step(step, 10 * step, 5.0, 1.0, 1e-3, 0.1)
         if step == 5:
             log.flush()
-    log.evaluation(10, 100, 5.0, 2.0, 0.1)
+    log.evaluation(10, 100, "text", {"loss": 5.0, "bits_per_byte": 2.0}, 0.1)
     log.flush()
     part = run_dir / "steps-0001-00001.parquet"
     if torn:

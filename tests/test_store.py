@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from planted import ABOUT, write_config, write_run
 
-from analysis.logs.schema import ARM_FACTS, RUN_COLUMNS
+from analysis.logs.schema import RUN_COLUMNS, fact_columns
 from analysis.logs.store import freeze, load
 from analysis.logs.writer import RunLog
 
@@ -45,13 +46,18 @@ def test_a_live_store_names_what_it_leaves_out_and_keeps_missing_missing(tmp_pat
         "transformer-1M-4 is left out",
         "transformer-1M-6 is left out",
     ]
-    assert store.runs.dtypes.astype(str).to_dict() == RUN_COLUMNS
+    facts = {"conv.kind": "string", "attention.qk_norm": "boolean", "attention.kv_heads": "Int64"}
+    assert store.runs.dtypes.astype(str).to_dict() == RUN_COLUMNS | facts
     complete, failed = store.runs.iloc[0], store.runs.iloc[1]
     assert (complete["loss"], complete["gpus"], complete["train_seconds"]) == (3.0, 0, pytest.approx(0.04))
     assert failed[["loss", "steps", "device", "train_seconds"]].isna().all()
     assert failed["tokens"] == 20_000_000
     assert store.steps().groupby("run_id").size().to_dict() == {"transformer-1M-0": 4, "transformer-1M-1": 1}
-    assert store.evals()[["run_id", "step", "loss"]].values.tolist() == [["transformer-1M-0", 4, 3.0]]
+    assert store.evals()[["run_id", "step", "task", "metric", "value"]].values.tolist() == [
+        ["transformer-1M-0", 4, "text", "loss", 3.0],
+        ["transformer-1M-0", 4, "text", "bits_per_byte", 1.0],
+    ]
+    assert store.loss_curves().values.tolist() == [["transformer-1M-0", 4, 20_000_000, 3.0]]
 
 
 def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
@@ -66,53 +72,45 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
         load(tmp_path / "frozen")
 
 
-def test_how_an_arm_is_declared_is_read_from_the_frozen_configuration(tmp_path: Path) -> None:
-    conv = {"width": 3, "rank": 4, "head_size": 8, "residual": True, "static_filter": False}
-    arms: dict[str, dict[str, object]] = {
-        "none": {"kind": "none", "sites": []},
-        "static": {"kind": "static", "sites": ["v", "q"]},
-        "headwise": {"kind": "headwise", "sites": ["gate", "k"]},
-        "lowrank": {"kind": "lowrank", "sites": ["q", "k", "v", "o", "gate", "up", "down"]},
+def test_facts_and_axes_are_columns_that_the_record_brings(tmp_path: Path) -> None:
+    """Typed by their values over all runs; a column of no meaning to the analysis is carried all the same."""
+    records: list[tuple[dict[str, object], dict[str, object]]] = [
+        ({"toy.depth": 3, "toy.gated": True, "train.learning_rate": 1}, {"learning_rate_factor": 1}),
+        ({"toy.depth": 4, "toy.name": "b", "train.learning_rate": 0.5}, {"learning_rate_factor": 0.5}),
+        ({"toy.mixed": "4"}, {}),
+        ({"toy.mixed": 4, "toy.nothing": None}, {"tokens_per_parameter": 20}),
+    ]
+    for seed, (facts, vary) in enumerate(records):
+        write_run(write_config(tmp_path / "live", seed=seed, facts=facts, vary=vary), 3.0)
+    live = load(tmp_path / "live")
+    assert live.problems == []
+    described = live.runs[[name for name in live.runs if name not in RUN_COLUMNS]]
+    assert described.dtypes.astype(str).to_dict() == {
+        "vary.learning_rate_factor": "float64",
+        "vary.tokens_per_parameter": "Int64",
+        "toy.depth": "Int64",
+        "toy.gated": "boolean",
+        "train.learning_rate": "float64",
+        "toy.name": "string",
+        "toy.mixed": "string",
+        "toy.nothing": "string",
     }
-    for arm, own in arms.items():
-        model = {"conv": conv | own, "qk_norm": True, "kv_heads": 2}
-        write_config(tmp_path, arm, config={"model": model})
-    write_config(tmp_path, "without", config={"model": {}})
-    rows = load(tmp_path).runs.set_index("arm")[list(ARM_FACTS)]
-    found = {arm: {name: value for name, value in row.items() if not pd.isna(value)} for arm, row in rows.iterrows()}
-    every = {"qk_norm": True, "kv_heads": 2}
-    assert found == {
-        "none": {"kind": "none", **every},
-        "static": {"kind": "static", "site": "qv", "width": 3, "residual": True, **every},
-        "headwise": {
-            "kind": "headwise",
-            "site": "k+gate",
-            "width": 3,
-            "head_size": 8,
-            "residual": True,
-            "static_filter": False,
-            **every,
-        },
-        "lowrank": {
-            "kind": "lowrank",
-            "site": "all-linear",
-            "width": 3,
-            "rank": 4,
-            "residual": True,
-            "static_filter": False,
-            **every,
-        },
-        "without": {},
-    }
+    assert fact_columns(live.runs) == [name for name in described if not name.startswith("vary.")]
+    rows = described.astype("object").where(described.notna(), None).values.tolist()
+    assert rows == [
+        [1.0, None, 3, True, 1.0, None, None, None],
+        [0.5, None, 4, None, 0.5, "b", None, None],
+        [None, None, None, None, None, None, "4", None],
+        [None, 20, None, None, None, None, "4", None],
+    ]
+    freeze(live, tmp_path / "frozen")
+    pd.testing.assert_frame_equal(load(tmp_path / "frozen").runs, live.runs)
 
 
-def test_a_store_frozen_before_the_arms_were_described_still_reads(tmp_path: Path) -> None:
+def test_a_frozen_store_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
     live = load(mixed_store(tmp_path / "live"))
     freeze(live, tmp_path / "frozen")
-    path = tmp_path / "frozen" / "runs.parquet"
-    live.runs.drop(columns=list(ARM_FACTS)).to_parquet(path)
-    assert load(tmp_path / "frozen").runs["site"].isna().all()
-    live.runs.drop(columns="loss").to_parquet(path)
+    live.runs.drop(columns="loss").to_parquet(tmp_path / "frozen" / "runs.parquet")
     with pytest.raises(ValueError, match="lacks the columns loss; freeze the store again"):
         load(tmp_path / "frozen")
 
@@ -124,7 +122,7 @@ def test_a_store_is_not_frozen_into_itself(tmp_path: Path) -> None:
 
 
 def test_a_named_column_wins_over_one_that_has_its_name_already(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text("arm,N,parameters,C,loss,final\na,5,6,1e15,9,3.5\n")
+    (tmp_path / "p.csv").write_text("arm,parameters,C,loss,final\na,6,1e15,9,3.5\n")
     row = load(tmp_path / "p.csv", {"loss": "final"}).runs.iloc[0]
     assert (row["loss"], row["parameters"]) == (3.5, 6)
 
@@ -142,6 +140,19 @@ def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
     assert (row["arm"], row["flops_given"], row["loss"]) == ("dense", 1e15, 3.5)
     path.write_text("arm,C,loss,convention\ndense,1e15,3.5,6ND\n")
     assert load(path).runs.iloc[0]["flops_6nd"] == 1e15
+    path.write_text(
+        "arm,N,N_active,D,lr,conv.width,conv.residual,vary.k,budget\na,9,5,2,0.1,4,True,1,x\nb,9,5,2,1,,,2.5,\n"
+    )
+    runs = load(path).runs
+    assert runs["flops_6nactive_d"].tolist() == [60.0, 60.0]
+    assert runs["budget"].tolist() == ["x", pd.NA]
+    assert runs[["train.learning_rate", "conv.width", "conv.residual", "vary.k"]].dtypes.astype(str).tolist() == [
+        *("float64", "Int64", "boolean", "float64"),
+    ]
+    assert runs["conv.width"].tolist() == [4, pd.NA]
+    path.write_text("arm,C,loss,W\ndense,1e15,3.5,4\n")
+    assert load(path, {"conv.width": "W"}).runs["conv.width"].tolist() == [4]
+    path.write_text("arm,C,loss,convention\ndense,1e15,3.5,6ND\n")
     load(path).runs[["arm", "loss"]].to_parquet(tmp_path / "points.parquet")
     assert load(tmp_path / "points.parquet").runs.iloc[0]["loss"] == 3.5
 
@@ -152,13 +163,12 @@ def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
         ("points.csv", "", {}, "unreadable"),
         ("points.csv", "arm,C,loss\n", {}, "no rows"),
         ("points.csv", "arm,C,loss\na,1,much\n", {}, "column loss must hold numbers"),
-        ("points.csv", "arm,C,loss,residual\na,1,2,much\n", {}, "column residual must hold true or false"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"C": "flop"}, "no column 'flop'; it has arm, C, loss"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"Q": "C"}, "no column 'Q' is known"),
         ("points.csv", "arm,C,loss,N\na,1,2,3\n", {"loss": "N", "C": "N"}, "gives column 'N' two names"),
         ("points.csv", "arm,C,loss,convention\na,1,2,guess\n", {}, "no FLOP convention 'guess'"),
         ("points.parquet", "not parquet", {}, "unreadable"),
-        ("points.txt", "arm,C,loss\n", {}, r"neither \.csv nor \.parquet"),
+        ("points.txt", "arm,C,loss\n", {}, r"no table that is read here \(\.csv, \.tsv"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, name: str, text: str, columns: dict[str, str], message: str) -> None:
@@ -193,6 +203,27 @@ def test_a_thousand_runs_of_ten_thousand_steps_load_within_two_seconds(tmp_path:
     assert len(runs) == 1000
     print(f"read in {seconds:.2f} s")
     assert seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"facts": {"width": 4}}, "has a fact 'width'; wanted PART.NAME, such as conv.width"),
+        ({"facts": {"conv.sites": ["q"]}}, r"has conv.sites = \['q'\], not a string, number or boolean"),
+        ({"vary": ["rate"]}, r"has vary = \['rate'\], not a table"),
+        ({"budget": 20}, "has budget = 20, not a string"),
+        ({"seed": True}, "has seed = True, not a Int64"),
+        ({"facts": None}, "has facts = None, not a table"),
+    ],
+)
+def test_a_foreign_record_is_named_and_left_out(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write_config(tmp_path, seed=0)
+    path = write_config(tmp_path, seed=1) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    store = load(tmp_path)
+    assert list(store.runs["run_id"]) == ["transformer-1M-0"]
+    (problem,) = store.problems
+    assert re.search(message, problem)
 
 
 @pytest.mark.parametrize(

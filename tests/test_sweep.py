@@ -1,15 +1,21 @@
 """Sweep files: what they expand to, how compute is matched, and what each mistake says."""
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.design import flops, strict
-from experiments.design.config import RunConfig
-from experiments.design.sweep import Sweep, epochs, expand, load_sweep
+from experiments.design import strict
+from experiments.design.config import TRUNK, RunConfig
+from experiments.design.identity import content, to_dict
+from experiments.design.schedules import Linear
+from experiments.design.sweep import Sweep, expand, load_sweep, notes, read_sweep
+from experiments.design.train import AdamW, Muon
+from experiments.parts.attention import Attention
 
 SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "sweeps").glob("*.toml"))
 TEXT = """
@@ -28,10 +34,8 @@ train_tokens = 2_000_000
 validation_tokens = 65_536
 
 [arm.mine]
-kind = "static"
-sites = ["v"]
-width = 2
-kv_heads = 1
+mixer = { kind = "attention", kv_heads = 1 }
+conv = { kind = "static", sites = ["v"], width = 2 }
 """
 
 
@@ -42,7 +46,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def exact(run: RunConfig) -> int:
-    return flops.count(run.model, run.train.tokens, run.train.sequence_length).flops_exact
+    return run.counts.flops_exact
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -61,7 +65,7 @@ def test_the_paper_sweep_is_the_papers() -> None:
     assert [(r.size, r.arm) for r in runs][:5] == [
         ("150M", arm) for arm in ("transformer", "static-qkv", "headwise-qkv", "lowrank-qkv", "lowrank-all")
     ]
-    largest = {run.arm: flops.parameters(run.model) for run in runs if run.size == "2B"}
+    largest = {run.arm: run.model.parameters() for run in runs if run.size == "2B"}
     assert largest["transformer"] == 1_824_655_360
     assert largest["lowrank-all"] == 1_880_000_512
     baseline = next(run for run in runs if run.size == "300M" and run.arm == "transformer")
@@ -78,7 +82,7 @@ def test_a_sweep_expands_to_every_combination(tmp_path: Path) -> None:
     }
     (mine,) = [run for run in runs if (run.size, run.arm, run.seed) == ("25k", "mine", 0)]
     assert (mine.model.conv.kind, mine.model.conv.sites, mine.model.conv.width) == ("static", ("v",), 2)
-    assert (mine.model.heads, mine.model.kv_heads) == (2, 1)
+    assert mine.model.mixer == Attention(heads=2, kv_heads=1)
     (lowrank,) = [run for run in runs if (run.size, run.arm, run.seed) == ("25k", "lowrank-qkv", 0)]
     assert lowrank.model.conv.rank == 4  # the ladder's
 
@@ -89,7 +93,7 @@ def test_match_tokens_gives_every_arm_the_baselines_tokens(tmp_path: Path) -> No
         of_size = [run for run in runs if run.size == size]
         baseline = next(run for run in of_size if run.arm == "transformer")
         assert {run.train.tokens for run in of_size} == {baseline.train.tokens}
-        assert abs(baseline.train.tokens - 20 * flops.parameters(baseline.model)) <= baseline.train.sequence_length / 2
+        assert abs(baseline.train.tokens - 20 * baseline.model.parameters()) <= baseline.train.sequence_length / 2
 
 
 def test_arms_are_evaluated_at_the_same_tokens(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_the_run_id_follows_the_content_alone(tmp_path: Path) -> None:
     assert run.run_id.startswith("transformer-25k-s0-")
     changed = [
         replace(run, seed=7),
-        replace(run, model=replace(run.model, qk_norm=True)),
+        replace(run, model=replace(run.model, mixer=Attention(2, 2, qk_norm=True))),
         replace(run, train=replace(run.train, learning_rate=1e-4)),
         replace(run, data=replace(run.data, train_tokens=1_000_000)),
     ]
@@ -117,11 +121,8 @@ def test_the_run_id_follows_the_content_alone(tmp_path: Path) -> None:
 
 def test_a_run_survives_its_own_json(tmp_path: Path) -> None:
     """A config read back is the config that was frozen: the id is the proof, as every field enters it."""
-    import dataclasses
-    import json
-
     for run in load_sweep(write(tmp_path, TEXT)):
-        table = json.loads(json.dumps(dataclasses.asdict(run)))
+        table = json.loads(json.dumps(to_dict(run)))
         again = strict.parse(table, RunConfig, "config.json")
         assert again == run
         assert again.run_id == run.run_id
@@ -135,9 +136,8 @@ def test_a_run_survives_its_own_json(tmp_path: Path) -> None:
 )
 def test_matching_holds_for_any_arm(tokens_per_parameter: float, rank: int, width: int, kind: str) -> None:
     table = strict.tomllib.loads(TEXT) | {"tokens_per_parameter": tokens_per_parameter, "max_epochs": 1000}
-    table["arm"] = {"mine": {"kind": kind, "sites": ["q", "down"], "width": width}}
-    if kind == "lowrank":
-        table["arm"]["mine"]["rank"] = rank
+    conv = {"kind": kind, "sites": ["q", "down"], "width": width} | ({"rank": rank} if kind == "lowrank" else {})
+    table["arm"] = {"mine": {"conv": conv}}
     runs = expand(strict.parse(table, Sweep, "test"))
     budget = {run.size: exact(run) for run in runs if run.arm == "transformer"}
     assert all(abs(exact(run) / budget[run.size] - 1) <= 1e-3 for run in runs)
@@ -156,20 +156,85 @@ BAD = {
     "not an array": ("seeds = [0, 1]", "seeds = 3", r"seeds: got 3; wanted an array"),
     "boolean as a number": ("seeds = [0, 1]", "seeds = [true]", r"seeds\[0\]: got True; wanted a whole number"),
     "illegal choice": ('"flops"', '"flop"', r"match: got 'flop'; did you mean 'flops'\? legal: tokens, flops"),
-    "unknown site": ('["v"]', '["gat"]', r": arm.mine.sites\[0\]: got 'gat'; did you mean 'gate'\? legal: q, k, v"),
-    "sites without a kind": ('kind = "static"', 'kind = "none"', r"arm.mine: width is for kind static or headwise"),
-    "no kind": ('kind = "static"\nsites = ["v"]\nwidth = 2', 'sites = ["v"]', r"arm.mine at 25k: kind 'none' .*remove"),
-    "no sites": ('sites = ["v"]\n', "", r"arm.mine at 25k: kind 'static' needs sites; got none; name some of q, k"),
-    "rank of static": ("width = 2", "rank = 2", r"arm.mine: rank is for kind lowrank; got 2 with kind 'static'; rem"),
-    "head size of static": ("width = 2", "head_size = 8", r"head_size is for kind headwise; got 8 with kind 'static'"),
-    "filter of static": (
+    "unknown site": (
+        '["v"]',
+        '["gat"]',
+        r"arm.mine at 25k: conv.sites: got 'gat'; did you mean 'gate'\? legal: q, k, v, o, gate, up, down",
+    ),
+    "sites without a kind": (
+        'kind = "static", ',
+        "",
+        r"arm.mine.conv: missing key 'kind'; legal: none, static, headwise",
+    ),
+    "sites of none": (
+        'kind = "static"',
+        'kind = "none"',
+        r"arm.mine.conv: 'sites' is no key of kind 'none', but of 'static' and 'headwise' and 'lowrank'; remove it or",
+    ),
+    "unknown kind": (
+        '"static"',
+        '"statik"',
+        r"arm.mine.conv.kind: got 'statik'; did you mean 'static'\? legal: none, st",
+    ),
+    "no sites": (', sites = ["v"]', "", r"arm.mine.conv: missing key 'sites'; add it"),
+    "empty sites": ('["v"]', "[]", r"arm.mine.conv: sites is empty; name some of the model's linear maps"),
+    "site twice": ('["v"]', '["v", "v"]', r"arm.mine.conv: sites must name each once; got \['v', 'v'\]"),
+    "rank of static": (
         "width = 2",
-        "static_filter = false",
-        r"static_filter is for .*; got False with kind 'static'",
+        "rank = 2",
+        r"arm.mine.conv: 'rank' is no key of kind 'static', but of 'lowrank'; rem",
+    ),
+    "head size of static": ("width = 2", "head_size = 8", r"'head_size' is no key of kind 'static', but of 'headwise'"),
+    "filter of static": ("width = 2", "static_filter = false", r"'static_filter' is no key of kind 'static', but of "),
+    "no such mixer": ('"attention"', '"atention"', r"arm.mine.mixer.kind: got 'atention'; did you mean 'attention'\?"),
+    "a key of another part": (
+        "kv_heads = 1",
+        "hidden = 3",
+        r"arm.mine.mixer: unknown key 'hidden'; legal: heads, kv_hea",
+    ),
+    "a schedule without its keys": (
+        "[data]",
+        '[train]\nschedule = { kind = "wsd" }\n[data]',
+        r"train.schedule: missing key 'decay_fraction'; add it",
+    ),
+    "a rate of an arm below zero": (
+        "[arm.mine]",
+        "[arm.mine.train]\nlearning_rate = -1.0\n[arm.mine]",
+        r"arm.mine.train: learning_rate must be above zero; got -1.0; correct it",
+    ),
+    "an axis that is not the run's": (
+        "[data]",
+        "[vary]\nmicro_batch = [1, 2]\n[data]",
+        r"vary: an axis must be a setting of the runs: got 'micro_batch'; .*legal: learning_rate, learning_rate_factor",
+    ),
+    "an axis that is set as well": (
+        "[data]",
+        "[vary]\nclip_norm = [1, 2]\n[arm.mine.train]\nclip_norm = 1\n[data]",
+        r"clip_norm is in \[vary\] and in \[arm.mine.train\]; remove one of the two",
+    ),
+    "an axis of one value twice": (
+        "[data]",
+        "[vary]\nclip_norm = [1, 1.0]\n[data]",
+        r"vary.clip_norm must list different",
+    ),
+    "an axis of fractions": (
+        "[data]",
+        "[vary]\nbatch_sequences = [1.5]\n[data]",
+        r"vary.batch_sequences must hold whole",
+    ),
+    "budgets twice": (
+        "[data]",
+        "[vary]\ntokens_per_parameter = [1, 2]\n[data]",
+        r"tokens_per_parameter is given twice",
+    ),
+    "no budget": (
+        "tokens_per_parameter = 20\n",
+        "",
+        r"tokens_per_parameter is given nowhere; give a number, or a list",
     ),
     "arm left out": (
-        "kv_heads = 1\n",
-        "kv_heads = 1\n[arm.rest]\nkv_heads = 3\n",
+        "width = 2 }\n",
+        'width = 2 }\n[arm.rest]\nmixer = { kind = "attention", kv_heads = 3 }\n',
         r"arm.rest at 25k: kv_heads must divide heads; got 3 and 2",
     ),
     "arm with a path": (
@@ -203,7 +268,7 @@ BAD = {
     "less than a batch": ("tokens_per_parameter = 20", "tokens_per_parameter = 0.01", r"one batch takes 8; raise it"),
     "negative": ("tokens_per_parameter = 20", "tokens_per_parameter = -1", r"must be above zero, .*; got -1"),
     "built-in redefined": ("[arm.mine]", "[arm.transformer]\n[arm.mine]", r"'transformer' is built in"),
-    "heads that do not divide": ("kv_heads = 1\n", "kv_heads = 3\n", r"kv_heads must divide heads; got 3 and 2"),
+    "heads that do not divide": ("kv_heads = 1", "kv_heads = 3", r"kv_heads must divide heads; got 3 and 2"),
     "name with a slash": ('name = "test"', 'name = "../test"', r"name must be letters, .*; got '../test'; rename it"),
     "not TOML": ("seeds = [0, 1]", "seeds = [0, 1", r"sweep.toml: not valid TOML"),
     "seed too large": (
@@ -243,4 +308,121 @@ def test_epochs_allowed_by_the_sweep(tmp_path: Path) -> None:
     text = TEXT.replace("train_tokens = 2_000_000", "train_tokens = 200_000").replace(
         "[data]", "max_epochs = 12\n[data]"
     )
-    assert max(epochs(run) for run in load_sweep(write(tmp_path, text))) > 10
+    assert max(run.epochs for run in load_sweep(write(tmp_path, text))) > 10
+
+
+# The id: golden values. A change here means that every finished run of every user reads as pending.
+
+GOLDEN = {
+    "transformer": "5a8247d1a6",
+    "lowrank-qkv": "0d07873f9e",
+    "mine": "04127cb180",
+}
+
+
+def test_ids_are_what_they_have_been(tmp_path: Path) -> None:
+    runs = {run.arm: run.run_id for run in load_sweep(write(tmp_path, TEXT)) if (run.size, run.seed) == ("25k", 0)}
+    assert runs == {arm: f"{arm}-25k-s0-{digest}" for arm, digest in GOLDEN.items()}
+
+
+def test_names_and_places_are_no_part_of_the_id(tmp_path: Path) -> None:
+    run = load_sweep(write(tmp_path, TEXT))[0]
+    moved = replace(run, sweep="other", baseline="x", ladder="y", data=replace(run.data, source=str(tmp_path)))
+    assert moved.run_id == run.run_id
+    looked_at_more_often = replace(run, train=replace(run.train, evaluate_every=128))
+    assert looked_at_more_often.run_id == run.run_id
+    renamed = replace(run, arm="a", size="b")
+    assert renamed.run_id.split("-")[-1] == run.run_id.split("-")[-1]
+
+
+def test_a_new_setting_with_a_default_moves_no_id(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Tomorrow(RunConfig):
+        """With a setting of its own, and one of several kinds in a field of the model's."""
+
+        dropout: float = 0.0
+
+    run = load_sweep(write(tmp_path, TEXT))[0]
+    values = {field.name: getattr(run, field.name) for field in fields(run)}
+    assert Tomorrow(**values).run_id == run.run_id
+    assert Tomorrow(**values, dropout=0.1).run_id != run.run_id
+
+
+def test_the_tag_of_a_kind_counts_even_where_it_is_the_default(tmp_path: Path) -> None:
+    model = content(load_sweep(write(tmp_path, TEXT))[0])["model"]
+    assert (model["mixer"]["kind"], model["ffn"]["kind"], model["conv"]["kind"]) == ("attention", "swiglu", "none")
+    assert "tied" not in model
+
+
+# [train] and [vary]
+
+
+def test_training_settings_of_the_sweep_and_of_an_arm(tmp_path: Path) -> None:
+    text = TEXT + (
+        "[arm.mine.train]\nlearning_rate_factor = 2.0\noptimizer = { kind = 'muon', momentum = 0.9 }\n"
+        "[train]\nlearning_rate = 1e-3\nbatch_sequences = 4\nschedule = { kind = 'linear' }\nwarmup_fraction = 0.2\n"
+    )
+    runs = {run.arm: run for run in load_sweep(write(tmp_path, text)) if (run.size, run.seed) == ("25k", 0)}
+    plain, mine = runs["transformer"].train, runs["mine"].train
+    assert (plain.learning_rate, mine.learning_rate) == (1e-3, 2e-3)
+    assert (plain.optimizer, mine.optimizer) == (AdamW(), Muon(momentum=0.9))
+    assert plain.batch_sequences == mine.batch_sequences == 4
+    assert plain.schedule == Linear()
+    assert plain.warmup_steps == round(0.2 * plain.steps)
+    assert plain.learning_rate_at(plain.warmup_steps - 1) == 1e-3
+
+
+def test_axes_make_a_grid(tmp_path: Path) -> None:
+    text = TEXT.replace("tokens_per_parameter = 20\n", "")
+    text += "[vary]\nlearning_rate_factor = [0.5, 1, 2]\ntokens_per_parameter = [10, 20]\n"
+    runs = load_sweep(write(tmp_path, text))
+    assert len(runs) == 2 * 3 * 2 * 6
+    assert len({run.run_id for run in runs}) == len(runs)
+    mine = [run for run in runs if (run.arm, run.size, run.seed) == ("mine", "110k", 1)]
+    assert [run.train.learning_rate for run in mine] == [5e-3, 5e-3, 1e-2, 1e-2, 2e-2, 2e-2]
+    assert [run.vary["tokens_per_parameter"] for run in mine] == [10, 20] * 3
+    assert {run.budget for run in mine} == {"10 tokens per parameter", "20 tokens per parameter"}
+    single = load_sweep(write(tmp_path, TEXT))
+    assert {run.run_id for run in single} <= {run.run_id for run in runs}  # the point in the middle is the same run
+
+
+def test_budgets_of_warmup_stable_decay_share_a_trunk(tmp_path: Path) -> None:
+    text = TEXT.replace("tokens_per_parameter = 20\n", "")
+    text += "[train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n[vary]\ntokens_per_parameter = [10, 20, 40]\n"
+    runs = [run for run in load_sweep(write(tmp_path, text)) if (run.arm, run.size, run.seed) == ("mine", "25k", 0)]
+    trunk, *branches = runs
+    assert (trunk.budget, trunk.trunk, [run.trunk for run in branches]) == (TRUNK, None, [trunk.run_id] * 3)
+    assert trunk.train.steps == branches[-1].branch_step == max(trunk.train.branch_steps)
+    assert [run.branch_step for run in branches] == list(trunk.train.branch_steps)
+    for branch in branches:
+        train = branch.train
+        assert branch.branch_step == train.steps - round(0.25 * train.steps)
+        for step in range(branch.branch_step):
+            assert train.learning_rate_at(step) == trunk.train.learning_rate_at(step)
+        rates = [train.learning_rate_at(step) for step in range(branch.branch_step - 1, train.steps)]
+        assert rates[0] == train.learning_rate
+        assert np.diff(rates) == pytest.approx(-train.learning_rate / (train.steps - branch.branch_step + 1))
+        assert 0 < rates[-1] < rates[0]
+    # A branch's C holds all that it took to get there; the sweep pays for what branches share once.
+    assert branches[0].own_flops < branches[0].counts.flops_exact == pytest.approx(exact(branches[1]) / 2, rel=1e-2)
+    paid = sum(run.own_flops for run in runs)
+    assert exact(branches[-1]) < paid < sum(exact(run) for run in branches)
+    # Trained from its first step it would be the same run.
+    assert replace(branches[0], trunk=None, branch_step=0).run_id == branches[0].run_id
+
+
+def test_a_trunk_must_reach_its_peak_before_a_branch_begins(tmp_path: Path) -> None:
+    text = TEXT.replace("tokens_per_parameter = 20\n", "")
+    text += "[train]\nwarmup_fraction = 0.9\nschedule = { kind = 'wsd', decay_fraction = 0.5 }\n"
+    text += "[vary]\ntokens_per_parameter = [10, 20]\n"
+    with pytest.raises(ValueError, match=r"begins to decay after step \d+, and the warm-up takes \d+; lower"):
+        load_sweep(write(tmp_path, text))
+
+
+def test_what_is_legal_and_perhaps_not_meant_is_noted(tmp_path: Path) -> None:
+    text = TEXT.replace(', "mine"]', "]").replace("[data]", f'[data]\nsource = "{tmp_path}/x"')
+    sweep = read_sweep(write(tmp_path, text))
+    unused, missing = notes(sweep)
+    assert unused == "[arm.mine] makes no run; name it in `arms`, or remove it"
+    assert missing.startswith(f"data.source = '{tmp_path}/x' is not there; `submit` will refuse")
+    assert notes(read_sweep(write(tmp_path, TEXT))) == []

@@ -16,9 +16,12 @@ import pytest
 from planted import write_config, write_sweep
 
 from experiments.cli.main import main
-from experiments.design import flops
-from experiments.design.config import SITES, ConvConfig, ModelConfig
+from experiments.design.arms import ALL_LINEAR
 from experiments.design.ladder import LADDERS
+from experiments.design.model import ModelConfig
+from experiments.parts.attention import Attention
+from experiments.parts.registry import CONVOLUTIONS
+from experiments.parts.swiglu import SwiGLU
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +76,9 @@ def test_the_table_fits_a_terminal_and_its_notes_say_the_whole_status(
         text = run(capsys, "table", store)[1]
         assert max(map(len, (line for line in text.splitlines() if line.startswith("|")))) <= 120
         noted = dict(re.findall(r"^\[(\d+)\] (.*)$", text, re.MULTILINE))
-        rows = re.findall(r"^\| (.+?) +\|.*\| (ok|not resolved|see) *(?:\[([\d, ]+)\])? +\|$", text, re.MULTILINE)
+        rows = re.findall(
+            r"^\| (.+?) +\|.*\| (ok|not resolved|see) *(?:\[([\d, ]+)\])? +\|$", text.partition("\n\n")[0], re.M
+        )
         said = {arm: [noted[number] for number in numbers.split(", ") if number] for arm, _, numbers in rows}
         for item in json.loads(run(capsys, "table", store, "--json")[1]):
             remarks = [] if item["status"] == "ok" else item["status"].removeprefix("not resolved: ").split("; ")
@@ -157,14 +162,14 @@ def test_a_table_that_supports_no_claim_is_refused_in_one_line(
 
 def test_rows_without_a_partner_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"{row},complete" for row in GOOD]
-    rows += ["a,9,1e19,2.0,complete", "b,1,1e16,2.0,complete", "b,9,1e19,,unfinished", "c,0,1e15,3,complete"]
+    rows += ["a,9,1e19,2.0,complete", rows[5], "b,9,1e19,,unfinished", "c,0,1e15,3,complete"]
     points = write_points(tmp_path / "p.csv", rows, "arm,size,C,loss,status")
     code, out, err = run(capsys, "table", points, "--baseline", "a", "--json")
     (answer,) = json.loads(out)
     assert (code, answer["arm"], answer["n_sizes"]) == (0, "b", 4)
     assert {item["run_id"]: item["reason"] for item in answer["excluded"]} == {
         "row 9": "no partner of the same size and seed in b",
-        "row 10": "repeats an arm, size and seed",
+        "row 10": "repeats a run",
         "row 11": "unfinished",
     }
     assert "no answer for c: 1 paired size" in err
@@ -226,17 +231,23 @@ def test_each_published_row_is_shown_by_every_convention_at_every_stated_floor(
 
 
 def test_the_published_counts_are_those_of_the_described_models() -> None:
-    rung = LADDERS["paper"].sizes
+    ladder = LADDERS["paper"]
     for row in csv.DictReader((PUBLISHED / "points.csv").read_text().splitlines()):
-        shape = rung[row["size"]]
-        sites = {"": "", "all-linear": SITES}.get(row["site"], row["site"])
-        numbers = {name: int(row[name]) for name in ("width", "rank", "head_size") if row[name]}
-        conv = ConvConfig(row["kind"], tuple(sites), **numbers)
+        shape = ladder.shape(row["size"])
+        keys = ("width", *{"lowrank": ("rank",), "headwise": ("head_size",)}.get(row["conv.kind"], ()))
+        numbers = {name: int(row[f"conv.{name}"]) for name in keys if row[f"conv.{name}"]}
+        sites = {"all-linear": ALL_LINEAR}.get(row["conv.sites"], tuple(row["conv.sites"]))
+        (kind,) = [kind for kind in CONVOLUTIONS if kind.kind == row["conv.kind"]]
         model = ModelConfig(
-            shape.layers, shape.width, shape.ffn, shape.heads, shape.heads, vocabulary=100_352, conv=conv
+            ladder.sizes[row["size"]].layers,
+            width=shape.width,
+            vocabulary=100_352,
+            mixer=Attention().fitted(shape),
+            ffn=SwiGLU().fitted(shape),
+            conv=kind(sites, **numbers) if sites else kind(),
         )
         tokens = int(row["D"])
-        assert flops.parameters(model) == int(row["N"])
-        exact = flops.training_flops_per_sequence(model, 4096) * tokens / 4096
+        assert model.parameters() == int(row["N"])
+        exact = model.training_flops_per_sequence(4096) * tokens / 4096
         assert float(row["flops_exact"]) == pytest.approx(exact, rel=1e-6)
         assert float(row["loss"]) == pytest.approx(math.log(float(row["perplexity"])), abs=1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
+from analysis.logs import schema1
 from analysis.logs.files import read_json
 from analysis.logs.schema import arrow_schema
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run stood when it last flushed; None where nothing is logged yet.
+    """Where the run stood when its log was last written to disk; None where nothing is logged yet.
 
-    An attempt that has logged no step yet shows where the one before it came to.
+    An attempt that has logged no step yet shows the last step of the attempt before it.
     """
 
     attempt: int
@@ -75,7 +76,7 @@ def read_attempts(run_dir: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The steps or the evaluations of one run, in order, each step once."""
+    """The steps or the evaluations of one run, by step, without what a later attempt repeated."""
 
     table: pa.Table
     lost_seconds: float = 0.0  # spent on rows that a later attempt repeated
@@ -104,6 +105,8 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
                 return read_rows(run_dir, kind)
             problems.append(f"{path} is unreadable ({first_line(error)}); left out")
             continue
+        if kind == "evals":
+            table = schema1.upgrade_evals(table)
         if table.schema.equals(schema):
             tables.append(table)
         else:
@@ -111,11 +114,11 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     if complete:
         return Rows(table, problems=problems)
-    kept, lost_seconds = _each_step_once(table, {n: attempt["first_step"] for n, attempt in readable.items()})
+    kept, lost_seconds = _without_repeats(table, {n: attempt["first_step"] for n, attempt in readable.items()})
     return Rows(kept, lost_seconds, problems)
 
 
-def _each_step_once(table: pa.Table, first_steps: Mapping[int, int]) -> tuple[pa.Table, float]:
+def _without_repeats(table: pa.Table, first_steps: Mapping[int, int]) -> tuple[pa.Table, float]:
     """Drop the rows that a later attempt started over, and return the seconds that they had taken."""
     import numpy as np
 
@@ -125,8 +128,8 @@ def _each_step_once(table: pa.Table, first_steps: Mapping[int, int]) -> tuple[pa
         keep &= (attempt >= number) | (step < first_step)
     order = np.lexsort((attempt, step))
     order = order[keep[order]]
-    # An evaluation before the first step can occur in two attempts that start alike: the later one stands.
-    last_of_step = np.append(np.diff(step[order]) != 0, True)[: len(order)]
-    order = order[last_of_step]
+    # Two attempts that both start at step 1 may both have evaluated before it: the later attempt's rows stand.
+    last_row_of_step = np.searchsorted(step[order], step[order], side="right") - 1
+    order = order[attempt[order] == attempt[order][last_row_of_step]]
     seconds = table["seconds"].to_numpy()
-    return table.take(order), float(seconds.sum() - seconds[order].sum())
+    return table.take(order), float(np.nansum(seconds) - np.nansum(seconds[order]))

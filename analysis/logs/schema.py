@@ -5,12 +5,13 @@ Units: losses in nats a token, seconds of wall clock, tokens cumulative over the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # pyarrow costs up to a second, and `status` needs none of it
     import pyarrow as pa
 
-SCHEMA = 1
+SCHEMA = 2
 STEP_COLUMNS = {
     "attempt": "int64",
     "step": "int64",
@@ -20,45 +21,41 @@ STEP_COLUMNS = {
     "learning_rate": "float64",
     "seconds": "float64",
 }
-EVAL_COLUMNS = {
+EVAL_COLUMNS = {  # one row for each metric, so that a new task needs no new column
     "attempt": "int64",
     "step": "int64",
     "tokens": "int64",
-    "loss": "float64",
-    "bits_per_byte": "float64",
-    "seconds": "float64",
+    "task": "string",
+    "metric": "string",
+    "value": "float64",
+    "seconds": "float64",  # of the whole evaluation, in the row of its first metric; null in the others
 }
 COLUMNS = {"steps": STEP_COLUMNS, "evals": EVAL_COLUMNS}
 CLOCKS = ("queue", "startup", "compile", "train", "eval", "checkpoint", "lost")
 ADDED_CLOCKS = ("queue", "startup", "compile", "checkpoint")  # the others are sums of rows
-IDENTITY = {  # stored by the sweep in config.json, repeated in run.json; FLOPs pass 2^63, hence floats
+IDENTITY = {  # written by the sweep into config.json, repeated in run.json; FLOPs can pass 2^63, hence floats
     "run_id": "string",
     "sweep": "string",
     "arm": "string",
     "size": "string",
+    "budget": "string",
     "seed": "Int64",
     "baseline": "string",
+    "task": "string",
+    "trunk": "string",
     "parameters": "Int64",
     "parameters_nonembedding": "Int64",
+    "parameters_active": "Int64",
     "tokens": "Int64",
     "flops_exact": "float64",
     "flops_6nd": "float64",
     "flops_6n_nonemb_d": "float64",
+    "flops_6nactive_d": "float64",
 }
-ARM_FACTS = {  # how the arm is declared: the keys of a sweep's [arm.NAME]; missing where its kind has none
-    "kind": "string",
-    "site": "string",  # as "qkv", or "all-linear"
-    "width": "Int64",  # taps
-    "rank": "Int64",
-    "head_size": "Int64",
-    "residual": "boolean",
-    "static_filter": "boolean",
-    "qk_norm": "boolean",
-    "kv_heads": "Int64",
-}
-RUN_COLUMNS = {
+RECORDED = {**IDENTITY, "code_commit": "string", "data_sha256": "string", "tokenizer_sha256": "string"}
+TRUNK = "trunk"  # the budget of a run that only trains what its branches share
+RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs follow, typed by `type_of`
     **IDENTITY,
-    **ARM_FACTS,
     "loss": "float64",
     "bits_per_byte": "float64",
     "steps": "Int64",
@@ -67,8 +64,10 @@ RUN_COLUMNS = {
     "tokens_per_second": "float64",
     "device": "string",
     "gpus": "Int64",
+    "sharing": "Int64",
     "dtype": "string",
     "torch": "string",
+    "clock": "string",
     "code_commit": "string",
     "data_sha256": "string",
     "tokenizer_sha256": "string",
@@ -79,8 +78,34 @@ CONVENTIONS = {  # a way to count training FLOPs -> its column of the run table
     "exact": "flops_exact",
     "6ND": "flops_6nd",
     "6N_nonemb D": "flops_6n_nonemb_d",
+    "6N_active D": "flops_6nactive_d",
     "given": "flops_given",  # column C of a table of points
 }
+
+AXIS_PREFIX = "vary."  # of the columns that hold a sweep's declared [vary] axes
+
+
+def fact_columns(columns: Iterable[str]) -> list[str]:
+    """The columns that say how a run is made, such as "conv.width": those with a dot that are no [vary] axis."""
+    return [name for name in columns if "." in name and not name.startswith(AXIS_PREFIX)]
+
+
+def axis_columns(columns: Iterable[str]) -> list[str]:
+    """The columns of the sweep's declared [vary] axes, such as "vary.learning_rate_factor"."""
+    return [name for name in columns if name.startswith(AXIS_PREFIX)]
+
+
+def type_of(values: Iterable[Any]) -> str:
+    """The type of a column with these values, None among them being missing: "string", "Int64", "float64", "boolean".
+
+    Whole numbers beside fractions are numbers. Kinds that do not mix, such as text beside numbers, make text.
+    """
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return "boolean"
+    if kinds == {int}:
+        return "Int64"
+    return "float64" if kinds and kinds <= {int, float} else "string"
 
 
 def arrow_schema(kind: str) -> pa.Schema:

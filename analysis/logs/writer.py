@@ -15,18 +15,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.logs.files import read_json, write_json, write_parquet
-from analysis.logs.reader import attempt_numbers, read_attempts, read_rows
-from analysis.logs.schema import ADDED_CLOCKS, CLOCKS, IDENTITY, arrow_schema
+from analysis.logs.provenance import summarize
+from analysis.logs.reader import Rows, attempt_numbers, read_attempts, read_rows
+from analysis.logs.schema import ADDED_CLOCKS, CLOCKS, IDENTITY, RECORDED, SCHEMA, arrow_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-AGE_PER_PART = 0.01  # of an attempt's age goes into a part, once it is old enough
+OWN_CLOCKS = ("train", "eval")  # of one attempt: with the seconds of rows that a later one repeated
+MIN_SHARE_PER_PART = 0.01  # a part covers at least this share of the attempt's age, so that parts stay few
 
 
 def next_attempt(run_dir: Path) -> int:
@@ -35,7 +37,10 @@ def next_attempt(run_dir: Path) -> int:
 
 
 def record_failure(run_dir: Path, *, attempt: int, step: int, cause: str, time: float) -> None:
-    """Write failure.json, unless it is there: of several processes the first to fail knows the cause."""
+    """Write failure.json, unless it is there: of several processes the first to fail knows the cause.
+
+    Raises OSError where the disk takes no files.
+    """
     failure = {"attempt": attempt, "step": step, "cause": cause, "time": time}
     own = run_dir / f".failure-{os.getpid()}.json"
     write_json(own, failure)
@@ -51,7 +56,8 @@ class RunLog:
 
     `first_step` is the number of the first step that this attempt takes (a resumed one: the checkpoint's last step
     plus one); rows carry the same numbering. An evaluation after step s is logged under s, before any checkpoint of
-    s. `about` names the device, gpus, dtype, torch and job_id of the attempt.
+    s. `about` is the attempt's provenance: device, gpus (processes, one a device), dtype, torch, triton, python,
+    job_id, code_commit, and `sharing`: how many runs share the device at most (1: this one alone; None: not known).
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class RunLog:
             raise ValueError(f"{run_dir} holds a complete run (run.json is there); give the new run another directory")
         if (run_dir / f"attempt-{attempt:04d}.json").exists():
             raise ValueError(f"{run_dir} has an attempt {attempt} already; the next is {next_attempt(run_dir)}")
-        self._config = read_json(run_dir / "config.json")  # read now: finish must not fail after days of training
+        self._config = _read_config(run_dir / "config.json")  # now: finish must not fail after days of training
         self._run_dir = run_dir
         self._clock = clock
         self._flush_seconds = flush_seconds
@@ -84,7 +90,7 @@ class RunLog:
             "step": None,
             "tokens": None,
             "loss": None,
-            "seconds": dict.fromkeys(ADDED_CLOCKS, 0.0),
+            "seconds": dict.fromkeys((*ADDED_CLOCKS, *OWN_CLOCKS), 0.0),
         }
         self._write_attempt()
 
@@ -98,13 +104,23 @@ class RunLog:
         row = (self._attempt["attempt"], step, tokens, loss, gradient_norm, learning_rate, seconds)
         self._rows["steps"].append(row)
         self._attempt.update(step=step, tokens=tokens, loss=loss)
+        self._attempt["seconds"]["train"] += seconds
         now = self._clock()
-        if now - self._flushed_at >= max(self._flush_seconds, AGE_PER_PART * (now - self._attempt["started_at"])):
+        if now - self._flushed_at >= max(self._flush_seconds, MIN_SHARE_PER_PART * (now - self._attempt["started_at"])):
             self.flush()
 
-    def evaluation(self, step: int, tokens: int, loss: float, bits_per_byte: float | None, seconds: float) -> None:
-        """Log one evaluation on the held-out set; the last one of a finished run is the run's loss."""
-        self._rows["evals"].append((self._attempt["attempt"], step, tokens, loss, bits_per_byte, seconds))
+    def evaluation(self, step: int, tokens: int, task: str, metrics: Mapping[str, float], seconds: float) -> None:
+        """Log one evaluation on the held-out set of `task`, a row for each metric.
+
+        The metric "loss" of the run's own task, at the last evaluation of a finished run, is the run's loss. `seconds`,
+        of the whole evaluation, stand in the first row only, so that their sum counts each evaluation once.
+        """
+        if not metrics:
+            raise ValueError(f"an evaluation of task {task!r} at step {step} has no metrics; name at least one")
+        first_row_seconds = (seconds, *[None] * (len(metrics) - 1))
+        for (metric, value), own in zip(metrics.items(), first_row_seconds, strict=True):
+            self._rows["evals"].append((self._attempt["attempt"], step, tokens, task, metric, value, own))
+        self._attempt["seconds"]["eval"] += seconds
 
     def add_seconds(self, clock_name: str, seconds: float) -> None:
         """Add to one of the clocks queue, startup, compile, checkpoint."""
@@ -133,37 +149,33 @@ class RunLog:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Merge the parts, write run.json and remove the parts, in this order.
 
-        run.json repeats the identity in config.json and adds the final held-out loss, bits per byte, step count,
-        clocks and this attempt's device; `summary` adds to these and wins over them.
+        run.json repeats the record in config.json and adds the final held-out loss, bits per byte, step count, clocks,
+        and the provenance of all attempts; `summary` adds to these and wins over them. Raises ValueError, and leaves
+        everything as it was, where the log is torn or has no held-out loss.
         """
         self.flush()
-        config = self._config
-        steps = read_rows(self._run_dir, "steps")
-        evals = read_rows(self._run_dir, "evals")
-        if evals.table.num_rows == 0:
-            raise ValueError(f"{self._run_dir} has no evaluation, so no held-out loss; evaluate before finish")
-        gaps = steps.table["step"].to_pylist() != list(range(1, steps.table.num_rows + 1))
+        steps, evals = (read_rows(self._run_dir, kind) for kind in ("steps", "evals"))
+        before = self._config.get("branch_step", 0)  # steps of its trunk, in whose log they are
+        last = before + steps.table.num_rows
+        gaps = steps.table["step"].to_pylist() != list(range(before + 1, last + 1))
         if problems := [*steps.problems, *evals.problems, *(["steps are missing"] if gaps else [])]:
             raise ValueError(
                 f"{self._run_dir} has a torn log: {problems[0]}; nothing was removed; mend it, or remove the folder "
                 "and submit the run anew"
             )
-        seconds = dict.fromkeys(CLOCKS, 0.0)
-        for attempt in read_attempts(self._run_dir)[0].values():
-            for clock in ADDED_CLOCKS:
-                seconds[clock] += attempt["seconds"][clock]
-        seconds["train"] = sum(steps.table["seconds"].to_pylist())
-        seconds["eval"] = sum(evals.table["seconds"].to_pylist())
-        seconds["lost"] = steps.lost_seconds + evals.lost_seconds
-        final = evals.table.slice(evals.table.num_rows - 1).to_pylist()[0]
-        run = {key: config[key] for key in ("schema", *IDENTITY)}
-        run |= {"loss": final["loss"], "bits_per_byte": final["bits_per_byte"], "steps": steps.table.num_rows}
+        final = self._final_metrics(evals)
+        attempts = [attempt for _, attempt in sorted(read_attempts(self._run_dir)[0].items())]
+        seconds = _clocks(attempts, steps, evals)
+        run = {key: self._config.get(key) for key in ("schema", *RECORDED, "facts", "vary")}
+        run |= {"loss": final["loss"], "bits_per_byte": final.get("bits_per_byte"), "steps": last}
         run |= {"attempts": self._attempt["attempt"], "seconds": seconds}
         if seconds["train"] > 0:
-            run["tokens_per_second"] = config["tokens"] / seconds["train"]
-        run |= {key: self._attempt.get(key) for key in ("device", "gpus", "dtype", "torch")}
-        run |= {key: config.get(key) for key in ("code_commit", "data_sha256", "tokenizer_sha256")}
-        run |= {"finished_at": self._clock(), **summary}
+            own = self._config.get("tokens_own", self._config["tokens"])  # a branch's without its trunk's
+            run["tokens_per_second"] = own / seconds["train"]
+        provenance = summarize(attempts)
+        if before:
+            provenance["clock"] = "mixed"  # a branch's seconds lack its trunk's
+        run |= {**provenance, "attempts_made": attempts, "finished_at": self._clock(), **summary}
         write_parquet(self._run_dir / "steps.parquet", steps.table)
         write_parquet(self._run_dir / "evals.parquet", evals.table)
         write_json(self._run_dir / "run.json", run)
@@ -171,8 +183,43 @@ class RunLog:
         for path in leftover:
             path.unlink(missing_ok=True)
 
+    def _final_metrics(self, evals: Rows) -> dict[str, float]:
+        """The metrics of the run's own task at its last evaluation. Raises ValueError where it has no "loss"."""
+        task = self._config["task"]
+        own = [row for row in evals.table.to_pylist() if row["task"] == task]
+        metrics = {row["metric"]: row["value"] for row in own if row["step"] == own[-1]["step"]}
+        if "loss" not in metrics:
+            raise ValueError(
+                f"{self._run_dir} has no evaluation of its task {task!r} with a metric loss, so no held-out loss; "
+                "evaluate before finish"
+            )
+        return metrics
+
     def _write_attempt(self) -> None:
         write_json(self._run_dir / f"attempt-{self._attempt['attempt']:04d}.json", self._attempt)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The run's record, with all that run.json repeats of it."""
+    config = read_json(path)
+    missing = [key for key in (*IDENTITY, "facts", "vary") if key not in config]
+    if missing or config.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} is not of schema {SCHEMA} (lacks {', '.join(missing) or 'schema'}); submit the sweep into a new "
+            "store"
+        )
+    return config
+
+
+def _clocks(attempts: Sequence[Mapping[str, Any]], steps: Rows, evals: Rows) -> dict[str, float]:
+    """Seconds of the whole run by clock: `train` and `eval` of the rows that stand, `lost` of those repeated."""
+    seconds = {clock: sum(attempt["seconds"][clock] for attempt in attempts) for clock in ADDED_CLOCKS}
+    seconds |= {"train": _total(steps), "eval": _total(evals), "lost": steps.lost_seconds + evals.lost_seconds}
+    return {clock: float(seconds[clock]) for clock in CLOCKS}
+
+
+def _total(rows: Rows) -> float:
+    return sum(seconds for seconds in rows.table["seconds"].to_pylist() if seconds is not None)
 
 
 def _table(kind: str, rows: list[tuple[Any, ...]]) -> pa.Table:

@@ -1,7 +1,7 @@
 """Which runs show what one fact of an arm does, the others being the same: the rows behind the ablation panels.
 
 A fact of an arm is any column whose name has a dot, such as "conv.rank": the run wrote it into its own record, and
-nothing here knows what it means. Older logs and tables of points have the names of UNDOTTED.
+nothing here knows what it means.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.logs.schema import axis_columns, fact_columns
 from analysis.pages.tables import is_missing
 
-UNDOTTED = ("kind", "site", "width", "rank", "head_size", "residual", "static_filter", "qk_norm", "kv_heads")
-VARIED = "vary."  # begins the columns of a sweep's [vary] axes, which are no facts of an arm
 KIND = "kind"  # of an arm or a part of it: never a factor, since arms of two kinds differ in more than a fact
-PLAIN = (KIND, "site", "sites")  # facts whose values speak for themselves
+PLAIN = (KIND, "sites")  # facts whose values speak for themselves
 
 
 def ablations(done: pd.DataFrame) -> pd.DataFrame:
@@ -26,22 +25,13 @@ def ablations(done: pd.DataFrame) -> pd.DataFrame:
     Beside the columns of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as `line`.
     Rows that were taken from different sources are not joined.
     """
-    facts = facts_of(done)
+    facts = [name for name in fact_columns(done) if done[name].notna().any()]
     kinds = [name for name in facts if _word(name) == KIND]
     declared = done[facts].notna().any(axis=1)
     for name in kinds:
         declared &= done[name].notna() & (done[name] != "none")
     tables = [_ablations(rows, facts) for _, rows in done[declared].groupby("size")]
     return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=done.iloc[:0])
-
-
-def facts_of(runs: pd.DataFrame) -> list[str]:
-    """The columns that say how an arm was declared."""
-    return [
-        name
-        for name in map(str, runs)
-        if (("." in name and not name.startswith(VARIED)) or name in UNDOTTED) and runs[name].notna().any()
-    ]
 
 
 def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> float | None:
@@ -54,8 +44,7 @@ def _ablations(rows: pd.DataFrame, facts: list[str]) -> pd.DataFrame:
     varying = [name for name in facts if rows[name].nunique() > 1]
     factors = sorted((name for name in varying if _word(name) != KIND), key=lambda name: _is_text(rows[name]))
     told = [name for name in facts if _word(name) in PLAIN or name in varying]
-    varied = [name for name in map(str, rows) if name.startswith(VARIED)]
-    key = [*facts, *varied, *(["source"] if "source" in rows else [])]
+    key = [*facts, *axis_columns(rows), *(["source"] if "source" in rows else [])]
     parts = []
     for factor in factors:
         part = rows[rows[factor].notna()].sort_values(factor, key=lambda column: column.map(_place), kind="stable")

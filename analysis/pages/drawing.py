@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
-from analysis.advantage.multiplier import Multiplier, multipliers
+from analysis.advantage.answers import Multiplier
+from analysis.advantage.multiplier import multipliers
+from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
@@ -20,7 +23,6 @@ from analysis.logs.selection import (
     choose_convention,
     finished,
     require_positive,
-    without_repeats,
 )
 from analysis.logs.store import Store
 from analysis.pages.ablations import ablations, baseline_loss
@@ -46,7 +48,6 @@ class Answers:
 def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Excluded]]:
     """The finished rows of a store as points of a law, and the rows left out."""
     done, excluded = finished(store.runs)
-    done, repeated = without_repeats(done)
     done = done.assign(arm=done["arm"].fillna("all"))
     columns = {"N": "parameters", "D": "tokens"}
     if form == "c":
@@ -66,8 +67,9 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
         arm=tuple(done["arm"]),
         cluster=tuple(cluster),
         baseline=baseline or str(done["arm"].iloc[0]),
+        sizes=done["parameters"].to_numpy(float, na_value=np.nan),
     )
-    return points, excluded + repeated
+    return points, excluded
 
 
 def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:
@@ -117,7 +119,7 @@ def _law(store: Store, answer: Answers) -> Fit | None:
     part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
     try:
         points, _ = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
-        return bootstrap(fit(points, "c"))
+        return with_lack_of_fit(bootstrap(fit(points, "c")))
     except ValueError as error:
         answer.notes.append(f"no law of loss in compute: {error}")
         return None
@@ -135,7 +137,7 @@ class Material:
 def material(store: Store) -> Material:
     """Reads the evaluations, and so may find problems with the store."""
     done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
-    return Material(done, store.evals(), ablations(done))
+    return Material(done, store.loss_curves(), ablations(done))
 
 
 def draw(of: Material, answer: Answers) -> dict[str, Figure]:
@@ -159,12 +161,17 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
         todo["isoflop"] = lambda: isoflop_figures.isoflop_panels(done.assign(C=done[column]), *design)
         if len(answer.allocations) > isoflop_figures.FEW_ARMS:
             todo["isoflop-growth"] = lambda: isoflop_figures.isoflop_growth(*design)
-    if done["tokens"].gt(0).all() and not answer.optima:  # where a budget has many sizes, isoFLOP says more
+    if _all_positive(done["tokens"]) and not answer.optima:  # where a budget has many sizes, isoFLOP says more
         todo["loss-against-tokens"] = lambda: run_figures.loss_against(done, "tokens", "training tokens D", base)
-    if done["train_seconds"].gt(0).all():
+    if _all_positive(done["train_seconds"]):
         todo["wall-clock"] = lambda: run_figures.wall_clock(done, column, answer.convention, base)
     if len(of.ablated):
         todo["ablations"] = lambda: run_figures.ablation_panels(of.ablated, baseline_loss(done, of.ablated, base))
     if len(of.evals):
         todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
+
+
+def _all_positive(column: pd.Series) -> bool:
+    """What is missing is not: pandas would pass over it."""
+    return bool((column.astype(float) > 0).all())

@@ -17,7 +17,7 @@ from analysis.pages.style import BLACK, LOSS, MANY, STYLE, Mark, arm_panels, lab
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from analysis.advantage.multiplier import Multiplier
+    from analysis.advantage.answers import Multiplier
 
 TALLEST = 2.5  # times the largest m is as far as the axis of m goes: an interval may go to infinity
 

@@ -27,7 +27,7 @@ GROWTH = {"N": "best N* (parameters)", "D": "best D* (tokens)"}
 def isoflop_panels(
     rows: pd.DataFrame, optima: Sequence[Optimum], laws: Sequence[Allocation], convention: str
 ) -> Figure:
-    """A row for each arm: loss against N at each budget with its parabola, then N* and D* against compute.
+    """A row for each arm: loss against N at each budget with its curve, then N* and D* against compute.
 
     Optima are large, hollow where they do not count. `rows` are the finished runs, their compute in column "C".
     With more than FEW_ARMS arms, a panel each of their budgets: `isoflop_growth` has the rest.
@@ -37,13 +37,13 @@ def isoflop_panels(
             figure, panels = grid_of_panels([law.arm for law in laws], "parameters N", LOSS)
             panels[0].set_xscale("log")
             for law, axes in zip(laws, panels, strict=True):
-                _parabolas(axes, rows[rows["arm"] == law.arm], optima, law.arm)
+                _curves(axes, rows[rows["arm"] == law.arm], optima, law.arm)
             _budget_scale(figure, figure.add_axes((0.62, 1 - 0.13 / figure.get_figheight(), 0.35, 0.01)), optima)
             return settled(figure)
         figure = Figure(figsize=(8.4, 0.4 + 2.6 * len(laws)), layout="constrained")
         grid = figure.subplots(len(laws), 3, squeeze=False)
         for (curves, *growths), law in zip(grid, laws, strict=True):
-            _parabolas(curves, rows[rows["arm"] == law.arm], optima, law.arm)
+            _curves(curves, rows[rows["arm"] == law.arm], optima, law.arm)
             curves.set(xscale="log", xlabel="parameters N", ylabel=LOSS)
             curves.set_title(printable(law.arm) if len(laws) > 1 else "", loc="left")
             for axes, name in zip(growths, GROWTH, strict=True):
@@ -75,13 +75,12 @@ def nearest_budget(compute: Any, optima: Sequence[Optimum]) -> Any:
     return np.abs(np.log(np.asarray(compute, float))[:, None] - budgets).argmin(axis=1)
 
 
-def parabola(item: Optimum, sizes: Any) -> tuple[Any, Any]:
-    """A budget's curve of loss over the sizes that were tried and its optimum: N and loss."""
+def curve_of(item: Optimum) -> tuple[Any, Any]:
+    """A budget's fitted curve over the sizes it was fitted to: N and loss."""
     assert item.N is not None
-    assert item.loss is not None
-    assert item.curvature is not None
-    grid = np.geomspace(min(*sizes, item.N), max(*sizes, item.N), 24)
-    return grid, item.loss + item.curvature / 2 * np.log(grid / item.N) ** 2
+    low, high = item.window or (item.N, item.N)
+    grid = np.geomspace(min(low, item.N), max(high, item.N), 24)
+    return grid, item.curve(grid)
 
 
 def _budget_scale(figure: Figure, place: Any, optima: Sequence[Optimum]) -> None:
@@ -108,7 +107,7 @@ def _shades(optima: Sequence[Optimum]) -> tuple[LinearSegmentedColormap, LogNorm
     )
 
 
-def _parabolas(axes: Axes, rows: pd.DataFrame, optima: Sequence[Optimum], arm: str) -> None:
+def _curves(axes: Axes, rows: pd.DataFrame, optima: Sequence[Optimum], arm: str) -> None:
     """Runs of one arm, each in the shade of the budget whose compute is nearest."""
     shades, norm = _shades(optima)
     mine = [item for item in optima if item.arm == arm]
@@ -117,9 +116,9 @@ def _parabolas(axes: Axes, rows: pd.DataFrame, optima: Sequence[Optimum], arm: s
     for place, item in enumerate(mine):
         part, shade = rows[nearest == place], shades(norm(item.compute))
         axes.plot(part["parameters"], part["loss"], ls="", marker="o", ms=3.5 if few else 1.5, color=shade, mew=0)
-        if item.N is None or item.loss is None or item.curvature is None:
+        if item.N is None or item.loss is None:
             continue
-        axes.plot(*parabola(item, part["parameters"]), color=shade, lw=1 if few else 0.6)
+        axes.plot(*curve_of(item), color=shade, lw=1 if few else 0.6)
         look: Any = {"color": shade, "mec": BLACK, "mew": 0.6 if few else 0.3, "mfc": _face(item, shade)}
         axes.plot(item.N, item.loss, "*", ms=10 if few else 4, **look)
         if few:

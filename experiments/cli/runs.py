@@ -16,6 +16,7 @@ from experiments.cli.arguments import (
     profile_argument,
     store_argument,
     sweep_argument,
+    warn,
 )
 from experiments.design import strict
 from experiments.design.config import RunConfig
@@ -52,9 +53,9 @@ def _add_plan(subparsers: Subparsers) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from experiments.design import plan
-    from experiments.design.sweep import load_sweep
 
-    rows = _planned(load_sweep(args.sweep), _profile(args))
+    runs, _ = _runs(args)
+    rows = _planned(runs, _profile(args))
     print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
     return 0
 
@@ -211,11 +212,15 @@ def _profile(args: argparse.Namespace) -> "Profile":
 
 
 def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
-    """The sweep's runs and the store they live in."""
-    from experiments.design.sweep import load_sweep
+    """The sweep's runs and the store they live in; whoever plans or submits them is told of oversights."""
+    from experiments.design.sweep import load_sweep, notes, read_sweep
 
     runs = load_sweep(args.sweep)
-    return runs, args.store or STORES / runs[0].sweep
+    if args.verb in ("plan", "submit"):
+        for note in notes(read_sweep(args.sweep)):
+            warn(f"{args.sweep}: {note}")
+    store: Path = getattr(args, "store", None) or STORES / runs[0].sweep
+    return runs, store
 
 
 def _chosen(args: argparse.Namespace, runs: list[RunConfig]) -> list[RunConfig]:

@@ -1,143 +1,76 @@
 """What one run is: frozen, hashable values without torch, so that planning and status start at once.
 
-T sequence length, V vocabulary, D channels. Everything in `RunConfig` changes what is learned and is part of
-the run's identity; how it is executed (device, micro-batches, GPUs) is `Execution` and is not.
+Everything in `RunConfig` but its names decides what is learned and is part of the run's id; how it is executed
+(device, micro-batches, GPUs) is `Execution` and is not.
 """
 
-import dataclasses
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
+from analysis.logs.schema import TRUNK as TRUNK
 from experiments.design.data import DataConfig
-
-Site = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the linear maps of a layer
-Kind = Literal["none", "static", "headwise", "lowrank"]
-SITES: tuple[Site, ...] = get_args(Site)
-
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """A short convolution after each of the named linear layers (arXiv 2606.03825, section 2)."""
-
-    kind: Kind = "none"
-    sites: tuple[Site, ...] = ()
-    width: int = 4  # taps
-    rank: int = 16  # of the low-rank generator
-    head_size: int = 16  # consecutive channels that share a head-wise filter
-    residual: bool = True
-    static_filter: bool = True  # a per-channel filter beside the dynamic one
-
-    def __post_init__(self) -> None:
-        if len(set(self.sites)) != len(self.sites):
-            raise ValueError(f"sites must name each once; got {list(self.sites)}; remove the second")
-        if self.kind == "none" and self.sites:
-            raise ValueError(f"kind 'none' takes no sites; got {list(self.sites)}; remove them or set another kind")
-        if self.kind != "none" and not self.sites:
-            raise ValueError(f"kind {self.kind!r} needs sites; got none; name some of {', '.join(SITES)}")
-        for name in ("width", "rank", "head_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A Llama-style decoder: pre-norm, RMSNorm, SwiGLU, RoPE."""
-
-    layers: int
-    width: int  # of the residual stream, D
-    ffn: int  # hidden width of the SwiGLU
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool = True
-    qk_norm: bool = False
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02
-    conv: ConvConfig = field(default_factory=ConvConfig)
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads or self.head_dim % 2:
-            raise ValueError(f"heads must divide width into even heads; got {self.heads} and {self.width}")
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads; got {self.kv_heads} and {self.heads}")
-        if self.conv.kind == "headwise":
-            for site in self.conv.sites:
-                channels = self.linear_shape(site)[1]
-                if channels % self.conv.head_size:
-                    raise ValueError(
-                        f"head_size must divide the {channels} channels of {site!r}; got {self.conv.head_size}"
-                    )
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    def linear_shape(self, site: str) -> tuple[int, int]:
-        """(inputs, outputs) of one of a layer's seven linear maps."""
-        kv = self.kv_heads * self.head_dim
-        return {
-            "q": (self.width, self.width),
-            "k": (self.width, kv),
-            "v": (self.width, kv),
-            "o": (self.width, self.width),
-            "gate": (self.width, self.ffn),
-            "up": (self.width, self.ffn),
-            "down": (self.ffn, self.width),
-        }[site]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Optimisation of one run. AdamW; linear warm-up, then cosine to zero (paper, section 4)."""
-
-    tokens: int  # D, a whole number of sequences
-    sequence_length: int
-    batch_sequences: int  # of the global batch; the last batch may be short
-    learning_rate: float
-    evaluate_every: int  # tokens; the same for every arm of a size, so that losses can be compared on the way
-    held_out_sequences: int
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-10
-    warmup_fraction: float = 0.1
-    clip_norm: float = 1.0  # of the gradient; the paper does not state one
-
-    @property
-    def sequences(self) -> int:
-        return self.tokens // self.sequence_length
-
-    @property
-    def steps(self) -> int:
-        return -(-self.sequences // self.batch_sequences)
+from experiments.design.identity import OUTSIDE_ID, digest
+from experiments.design.model import Counts, ModelConfig
+from experiments.design.train import TrainConfig
+from experiments.parts.base import Fact
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run: an arm at a size with a seed."""
+    """One training run: an arm at a size and a budget, with a seed."""
 
-    sweep: str
-    arm: str
-    baseline: str
-    ladder: str
-    size: str
+    sweep: str = field(metadata=OUTSIDE_ID)
+    arm: str = field(metadata=OUTSIDE_ID)
+    baseline: str = field(metadata=OUTSIDE_ID)
+    ladder: str = field(metadata=OUTSIDE_ID)
+    size: str = field(metadata=OUTSIDE_ID)
+    budget: str = field(metadata=OUTSIDE_ID)  # what the run is given, in words
     seed: int
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
+    vary: Mapping[str, float] = field(
+        default_factory=dict, metadata=OUTSIDE_ID
+    )  # the sweep's axes, and where the run is
+    trunk: str | None = field(default=None, metadata=OUTSIDE_ID)  # id of the run whose state this one takes up
+    branch_step: int = field(default=0, metadata=OUTSIDE_ID)  # of that state
 
     @property
     def run_id(self) -> str:
-        """Readable prefix plus a hash of everything that decides the outcome.
+        """A prefix for people, and a hash of everything that decides the outcome."""
+        return f"{self.arm}-{self.size}-s{self.seed}-{digest(self)}"
 
-        The sweep's name and its choice of baseline are left out: they decide how a run is read, not what it is.
-        """
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("sweep", "baseline")}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return f"{self.arm}-{self.size}-s{self.seed}-{digest[:10]}"
+    @property
+    def counts(self) -> Counts:
+        """Parameters, tokens and FLOPs. Those of a branch include its trunk's."""
+        return self.model.count(self.train.tokens, self.train.sequence_length)
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of the steps that the run takes itself: a branch takes up where its trunk stood."""
+        return self.train.tokens - self.branch_step * self.train.batch_sequences * self.train.sequence_length
+
+    @property
+    def own_flops(self) -> int:
+        """Exact FLOPs of the steps that the run takes itself."""
+        return self.model.count(self.own_tokens, self.train.sequence_length).flops_exact
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training tokens."""
+        return self.train.tokens / self.data.train_tokens
+
+    def facts(self) -> dict[str, Fact]:
+        """What a table may group runs by, beside their names."""
+        train = self.train
+        return {
+            **self.model.facts(),
+            "train.optimizer": train.optimizer.kind,
+            "train.schedule": train.schedule.kind,
+            "train.learning_rate": train.learning_rate,
+            "train.batch_tokens": train.batch_sequences * train.sequence_length,
+        }
 
 
 @dataclass(frozen=True)

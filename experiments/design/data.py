@@ -1,8 +1,10 @@
 """What a dataset is made from. Standard library only, so that a planner loads nothing to read it."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from experiments.design.identity import OUTSIDE_ID
 
 SPLITS = ("train", "validation")
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token
@@ -14,14 +16,17 @@ class DataConfig:
 
     `train_tokens` and `validation_tokens` are exact: the build takes documents in the order of their content
     hash until it has that many and fails if the corpus has fewer. So the number of epochs of a run follows
-    from the specification alone.
+    from the specification alone. Where the text lies is no part of a run's id: its content is compared instead,
+    by the dataset's hash in the run's record.
     """
 
-    source: str = "python"  # the standard library's source files, or a folder of .txt, .jsonl and .parquet
+    # "python", which is the standard library's source files, or a folder of .txt, .jsonl and .parquet
+    source: str = field(default="python", metadata=OUTSIDE_ID)
     site_packages: bool = False  # add every .py file of site-packages; with source "python" only
     text_field: str = "text"  # the column of .jsonl and .parquet that holds a document's text
     vocabulary: int
-    tokenizer: str | None = None  # path of a byte-level tokenizer.json to use instead of training one
+    # path of a byte-level tokenizer.json to use instead of training one
+    tokenizer: str | None = field(default=None, metadata=OUTSIDE_ID)
     train_tokens: int
     validation_tokens: int
 

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.design import flops
 from experiments.design.config import RunConfig
-from experiments.design.sweep import epochs
 from experiments.terminal import align, short, span
 
 HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
@@ -28,7 +26,6 @@ def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[di
     """
     result = []
     for run in runs:
-        counts = flops.count(run.model, run.train.tokens, run.train.sequence_length)
         given = hardware[run.size]
         rate = given.teraflops_per_second
         result.append(
@@ -37,15 +34,19 @@ def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[di
                 "arm": run.arm,
                 "baseline": run.baseline,
                 "size": run.size,
+                "budget": run.budget,
                 "seed": run.seed,
-                **asdict(counts),
+                "trunk": run.trunk,
+                **run.vary,
+                **asdict(run.counts),
+                "flops_own": run.own_flops,
                 "steps": run.train.steps,
-                "epochs": epochs(run),
+                "epochs": run.epochs,
                 "learning_rate": run.train.learning_rate,
                 "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
                 "gpus": given.gpus,
                 "teraflops_per_second": rate,
-                "hours": None if rate is None else counts.flops_exact / (given.gpus * rate * 1e12) / 3600,
+                "hours": None if rate is None else run.own_flops / (given.gpus * rate * 1e12) / 3600,
             }
         )
     return result
@@ -67,7 +68,7 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
         )
         for row in plan
     ]
-    total = sum(row["flops_exact"] for row in plan)
+    total = sum(row["flops_own"] for row in plan)  # what branches share, their trunk has paid
     summary = f"{len(plan)} runs, {total:.3e} FLOPs; {_forecast(plan)}; nothing was submitted"
     return f"{align(HEADINGS, cells)}\n\n{summary}"
 

@@ -1,4 +1,8 @@
-"""TOML files into frozen dataclasses, strictly: an unknown key or a wrong type is an error a person can act on."""
+"""TOML files into frozen dataclasses, strictly: an unknown key or a wrong type is an error a person can act on.
+
+A field that holds one of several kinds is annotated with their classes, `Annotated[Base, (First, Second)]`: its table
+names one by the key `kind`, which is each class's own attribute.
+"""
 
 import dataclasses
 import difflib
@@ -37,10 +41,10 @@ def parse(table: Mapping[str, Any], cls: type[T], where: str, separator: str = "
     `separator` comes between it and a key: "." where `where` ends with a table's own key.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in table:
         if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}; {legal(key, fields)}")
+            raise ValueError(f"{where}: unknown key {key!r}; {legal(key, fields) if fields else 'it takes none'}")
     missing = [
         name
         for name, field in fields.items()
@@ -73,9 +77,11 @@ def legal(value: str, options: Iterable[str]) -> str:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _parse_kind(_expect(value, dict, where), {cls.kind: cls for cls in hint.__metadata__[0]}, where)
     if origin is typing.Literal:
         return choose(_expect(value, str, where), arguments, where)
-    if origin is types.UnionType:  # X | None: TOML has no null, JSON has
+    if origin in (types.UnionType, typing.Union):  # X | None: TOML has no null, JSON has
         (inner,) = [argument for argument in arguments if argument is not type(None)]
         return None if value is None else _convert(value, inner, where)
     if origin is tuple:
@@ -89,6 +95,22 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return _expect(value, hint, where)
+
+
+def _parse_kind(table: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> Any:
+    """A table whose `kind` says which of the classes it is."""
+    if "kind" not in table:
+        raise ValueError(f"{where}: missing key 'kind'; legal: {', '.join(kinds)}")
+    kind = choose(_expect(table["kind"], str, f"{where}.kind"), kinds, f"{where}.kind")
+    own = {key: value for key, value in table.items() if key != "kind"}
+    takes = {name: [field.name for field in dataclasses.fields(cls)] for name, cls in kinds.items()}
+    for key in own:
+        others = [repr(name) for name, keys in takes.items() if key in keys]
+        if key not in takes[kind] and others:
+            raise ValueError(
+                f"{where}: {key!r} is no key of kind {kind!r}, but of {' and '.join(others)}; remove it or change kind"
+            )
+    return parse(own, kinds[kind], where, ".")
 
 
 def _expect(value: Any, cls: Any, where: str) -> Any:

@@ -1,62 +1,26 @@
-"""A sweep file -> a list of frozen runs whose compute is matched. A new arm is an entry of `ARMS`, or a table
-`[arm.NAME]` in the sweep file."""
+"""A sweep file -> a list of frozen runs whose compute is matched."""
 
+import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from experiments.design import flops, strict
-from experiments.design.config import ConvConfig, Kind, ModelConfig, RunConfig, Site, TrainConfig
+from experiments.design import strict
+from experiments.design.arms import ARMS, Arm
+from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.ladder import LADDERS, Rung
+from experiments.design.model import ModelConfig
+from experiments.design.recipe import BUDGET_AXIS, Recipe, check_axes
+from experiments.design.schedules import Cosine
+from experiments.design.train import AdamW, TrainConfig
+from experiments.design.trunks import with_trunks
 
 FLOPS_TOLERANCE = 1e-3  # of the baseline's FLOPs, under match = "flops"
 MOST = 1e9  # far beyond any sweep's numbers, far below where they overflow
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms, after which folders are named
-USED = {  # what each kind takes of an arm's keys; the others are every arm's
-    "none": (),
-    "static": ("width", "residual"),
-    "headwise": ("width", "residual", "static_filter", "head_size"),
-    "lowrank": ("width", "residual", "static_filter", "rank"),
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One architecture variant. `rank` and `head_size` default to the ladder's."""
-
-    kind: Kind = "none"
-    sites: tuple[Site, ...] = ()
-    width: int = 4
-    rank: int | None = None
-    head_size: int | None = None
-    residual: bool = True
-    static_filter: bool = True
-    qk_norm: bool = False
-    kv_heads: int | None = None  # grouped-query attention; default: as many as query heads
-
-    def __post_init__(self) -> None:
-        for key in fields(self):
-            takers = [kind for kind, keys in USED.items() if key.name in keys]
-            if takers and self.kind not in takers and getattr(self, key.name) != key.default:
-                raise ValueError(
-                    f"{key.name} is for kind {' or '.join(takers)}; "
-                    f"got {getattr(self, key.name)!r} with kind {self.kind!r}; remove it or change kind"
-                )
-
-
-_QKV: tuple[Site, ...] = ("q", "k", "v")
-_ALL_LINEAR: tuple[Site, ...] = (*_QKV, "o", "gate", "up", "down")
-
-ARMS = {
-    "transformer": Arm(),
-    "static-qkv": Arm("static", _QKV),
-    "headwise-qkv": Arm("headwise", _QKV),
-    "lowrank-qkv": Arm("lowrank", _QKV),
-    "lowrank-all": Arm("lowrank", _ALL_LINEAR),
-}
 
 
 @dataclass(frozen=True)
@@ -69,11 +33,13 @@ class Sweep:
     arms: tuple[str, ...]
     baseline: str
     seeds: tuple[int, ...]
-    tokens_per_parameter: float  # of the baseline's total N
     match: Literal["tokens", "flops"]
     data: DataConfig
+    tokens_per_parameter: float | None = None  # of the baseline's total N; here or in [vary]
     evaluations: int = 8  # on the held-out set during a run, beside the one at its end
     max_epochs: float = 4.0  # over the data; more is refused
+    train: Recipe = field(default_factory=Recipe)
+    vary: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # axis -> its values: the runs form the grid
     arm: Mapping[str, Arm] = field(default_factory=dict)  # the file's own arms
 
     def __post_init__(self) -> None:
@@ -83,9 +49,6 @@ class Sweep:
                 raise ValueError(f"{name} is empty; name at least one")
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} names one twice; got {list(values)}")
-        for name in ("tokens_per_parameter", "evaluations", "max_epochs"):
-            if not 0 < getattr(self, name) <= MOST:  # nor is it so for nan
-                raise ValueError(f"{name} must be above zero, at most {MOST:g}; got {getattr(self, name)}; correct it")
         for seed in self.seeds:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seeds must be 0 to 2**63 - 1; got {seed}; choose another")
@@ -95,6 +58,10 @@ class Sweep:
                     f"{key} must be letters, digits, '_', '.' and '-', the first a letter or a digit, "
                     f"as a folder is named after it; got {name!r}; rename it"
                 )
+        self._check_names()
+        self._check_axes()
+
+    def _check_names(self) -> None:
         strict.choose(self.ladder, LADDERS, "ladder")
         for size in self.sizes:
             strict.choose(size, LADDERS[self.ladder].sizes, f"sizes of ladder {self.ladder!r}")
@@ -106,6 +73,29 @@ class Sweep:
         if redefined:
             raise ValueError(f"arm {redefined[0]!r} is built in; give your variant another name")
 
+    def _check_axes(self) -> None:
+        check_axes(self.vary)
+        if (self.tokens_per_parameter is None) == (BUDGET_AXIS not in self.vary):
+            given = "twice" if BUDGET_AXIS in self.vary else "nowhere"
+            raise ValueError(f"tokens_per_parameter is given {given}; give a number, or a list of them in [vary]")
+        for name in ("tokens_per_parameter", "evaluations", "max_epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= MOST:  # nor is it so for nan
+                raise ValueError(f"{name} must be above zero, at most {MOST:g}; got {value}; correct it")
+        for where, recipe in [
+            ("train", self.train),
+            *((f"arm.{name}.train", arm.train) for name, arm in self.arm.items()),
+        ]:
+            for axis in self.vary:
+                if getattr(recipe, axis, None) is not None:
+                    raise ValueError(f"{axis} is in [vary] and in [{where}]; remove one of the two")
+
+    def points(self) -> Iterator[dict[str, float]]:
+        """The points of the grid that [vary] spans, each with the tokens for each parameter."""
+        axes = self.vary or {}
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True))
+
 
 def load_sweep(path: Path) -> list[RunConfig]:
     """All runs of a sweep file.
@@ -113,54 +103,99 @@ def load_sweep(path: Path) -> list[RunConfig]:
     Raises ValueError for anything illegal in it, for compute that cannot be matched within 0.1%, and for more
     epochs over the data than the sweep allows.
     """
-    sweep = strict.load(path, Sweep)
+    sweep = read_sweep(path)
     try:
         return expand(sweep)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_sweep(path: Path) -> Sweep:
+    """What the file says. Raises ValueError for anything illegal in it."""
+    return strict.load(path, Sweep)
+
+
+def notes(sweep: Sweep) -> list[str]:
+    """What a person may have overlooked, though it is legal."""
+    unused = [name for name in sweep.arm if name not in sweep.arms]
+    found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
+    for key, place in (("source", sweep.data.source), ("tokenizer", sweep.data.tokenizer)):
+        if place is not None and place != "python" and not Path(place).exists():
+            found.append(f"data.{key} = {place!r} is not there; `submit` will refuse to build the data")
+    return found
+
+
 def expand(sweep: Sweep) -> list[RunConfig]:
-    """All runs, by size, then arm, then seed."""
+    """All runs, by size, then arm, then seed, then along the axes; a trunk comes before its branches."""
     for size in sweep.sizes:
         for arm in sweep.arm:
             _model(sweep, size, arm)  # also those that `arms` leaves out for now
-    return [_run(sweep, size, arm, seed) for size in sweep.sizes for arm in sweep.arms for seed in sweep.seeds]
+    runs = []
+    for size, arm, seed in itertools.product(sweep.sizes, sweep.arms, sweep.seeds):
+        runs += with_trunks([_run(sweep, size, arm, seed, point) for point in sweep.points()])
+    return runs
 
 
-def _run(sweep: Sweep, size: str, arm: str, seed: int) -> RunConfig:
-    ladder = LADDERS[sweep.ladder]
-    rung = ladder.sizes[size]
+def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float]) -> RunConfig:
+    rung = LADDERS[sweep.ladder].sizes[size]
     _check_data(sweep.data, rung, size)
     baseline = _model(sweep, size, sweep.baseline)
     model = _model(sweep, size, arm)
-    baseline_sequences = round(sweep.tokens_per_parameter * flops.parameters(baseline) / rung.sequence_length)
-    if baseline_sequences < rung.batch_sequences:
+    tokens_per_parameter = point.get(BUDGET_AXIS, sweep.tokens_per_parameter)
+    assert tokens_per_parameter is not None
+    baseline_sequences = round(tokens_per_parameter * baseline.parameters() / rung.sequence_length)
+    recipe = _arm(sweep, arm).train.over(sweep.train).varied(point)
+    batch = rung.batch_sequences if recipe.batch_sequences is None else recipe.batch_sequences
+    if baseline_sequences < batch:
         raise ValueError(
-            f"{size}: tokens_per_parameter = {sweep.tokens_per_parameter} gives {baseline_sequences} sequences; "
-            f"one batch takes {rung.batch_sequences}; raise it"
+            f"{size}: tokens_per_parameter = {tokens_per_parameter:g} gives {baseline_sequences} sequences; "
+            f"one batch takes {batch}; raise it"
         )
     sequences = baseline_sequences
     if sweep.match == "flops":
         sequences = _matched_sequences(baseline, model, baseline_sequences, rung.sequence_length, f"{arm} {size}")
-    train = TrainConfig(
-        tokens=sequences * rung.sequence_length,
-        sequence_length=rung.sequence_length,
-        batch_sequences=rung.batch_sequences,
-        learning_rate=rung.learning_rate,
-        warmup_fraction=ladder.warmup_fraction,
-        evaluate_every=_evaluation_interval(sweep, rung, baseline_sequences),
-        held_out_sequences=(sweep.data.validation_tokens - 1) // rung.sequence_length,
-    )
+    train = _train(sweep, rung, recipe, sequences, batch)
+    train = replace(train, evaluate_every=_evaluation_interval(sweep, rung, baseline_sequences))
     run = RunConfig(
-        sweep.name, arm, sweep.baseline, sweep.ladder, size, seed, model=model, train=train, data=sweep.data
+        sweep=sweep.name,
+        arm=arm,
+        baseline=sweep.baseline,
+        ladder=sweep.ladder,
+        size=size,
+        budget=f"{tokens_per_parameter:g} tokens per parameter",
+        seed=seed,
+        model=model,
+        train=train,
+        data=sweep.data,
+        vary=point,
     )
-    if epochs(run) > sweep.max_epochs:
+    if run.epochs > sweep.max_epochs:
         raise ValueError(
-            f"{arm} {size} would read the data {epochs(run):.1f} times; at most max_epochs = {sweep.max_epochs:g} "
+            f"{arm} {size} would read the data {run.epochs:.1f} times; at most max_epochs = {sweep.max_epochs:g} "
             "is allowed; raise train_tokens or max_epochs, or lower tokens_per_parameter"
         )
     return run
+
+
+def _train(sweep: Sweep, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
+    rate = rung.learning_rate if recipe.learning_rate is None else recipe.learning_rate
+    factor = 1.0 if recipe.learning_rate_factor is None else recipe.learning_rate_factor
+    fraction = recipe.warmup_fraction
+    if fraction is None:
+        fraction = LADDERS[sweep.ladder].warmup_fraction
+    chosen = {name: getattr(recipe, name) for name in ("weight_decay", "clip_norm")}
+    return TrainConfig(
+        tokens=sequences * rung.sequence_length,
+        sequence_length=rung.sequence_length,
+        batch_sequences=batch,
+        learning_rate=rate * factor,
+        evaluate_every=0,
+        held_out_sequences=(sweep.data.validation_tokens - 1) // rung.sequence_length,
+        warmup_steps=max(1, round(fraction * -(-sequences // batch))),
+        schedule=recipe.schedule or Cosine(),
+        optimizer=recipe.optimizer or AdamW(),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
 
 
 def _check_data(data: DataConfig, rung: Rung, size: str) -> None:
@@ -173,17 +208,12 @@ def _check_data(data: DataConfig, rung: Rung, size: str) -> None:
             )
 
 
-def epochs(run: RunConfig) -> float:
-    """Passes over the training tokens."""
-    return run.train.tokens / run.data.train_tokens
-
-
 def _matched_sequences(
     baseline: ModelConfig, model: ModelConfig, baseline_sequences: int, sequence_length: int, where: str
 ) -> int:
     """Whole sequences at which the model's exact training FLOPs equal the baseline's."""
-    budget = baseline_sequences * flops.training_flops_per_sequence(baseline, sequence_length)
-    each = flops.training_flops_per_sequence(model, sequence_length)
+    budget = baseline_sequences * baseline.training_flops_per_sequence(sequence_length)
+    each = model.training_flops_per_sequence(sequence_length)
     sequences = round(budget / each)
     error = sequences * each / budget - 1
     if abs(error) > FLOPS_TOLERANCE:
@@ -194,31 +224,32 @@ def _matched_sequences(
     return sequences
 
 
+def _arm(sweep: Sweep, name: str) -> Arm:
+    return sweep.arm[name] if name in sweep.arm else ARMS[name]
+
+
 def _model(sweep: Sweep, size: str, name: str) -> ModelConfig:
     try:
-        return _build_model(sweep, size, (ARMS | dict(sweep.arm))[name])
+        return _build_model(sweep, size, _arm(sweep, name))
     except ValueError as error:
         raise ValueError(f"arm.{name} at {size}: {error}") from None
 
 
 def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
     ladder = LADDERS[sweep.ladder]
-    rung = ladder.sizes[size]
-    conv = ConvConfig(arm.kind, arm.sites, arm.width, residual=arm.residual, static_filter=arm.static_filter)
-    if arm.kind == "lowrank":
-        conv = replace(conv, rank=ladder.rank if arm.rank is None else arm.rank)
-    if arm.kind == "headwise":
-        conv = replace(conv, head_size=ladder.head_size if arm.head_size is None else arm.head_size)
+    rung, shape = ladder.sizes[size], ladder.shape(size)
+    mixer, ffn = arm.mixer.fitted(shape), arm.ffn.fitted(shape)
+    maps = mixer.linear_maps(rung.width) | ffn.linear_maps(rung.width)
+    for site in arm.conv.sites:
+        strict.choose(site, maps, "conv.sites")
     return ModelConfig(
         layers=rung.layers,
         width=rung.width,
-        ffn=rung.ffn,
-        heads=rung.heads,
-        kv_heads=rung.heads if arm.kv_heads is None else arm.kv_heads,
         vocabulary=sweep.data.vocabulary,
-        qk_norm=arm.qk_norm,
+        mixer=mixer,
+        ffn=ffn,
+        conv=arm.conv.fitted(shape, maps),
         init_std=ladder.init_std,
-        conv=conv,
     )
 
 

@@ -1,4 +1,4 @@
-"""The bar on standard error while runs are waited for: weighted by FLOPs, so that its ETA means something."""
+"""The bar on standard error while runs are waited for. It counts FLOPs, not runs, so that large runs weigh more."""
 
 import sys
 from collections import Counter
@@ -8,11 +8,9 @@ from typing import Self
 
 from tqdm import tqdm
 
-from experiments.design import flops
 from experiments.design.config import RunConfig
 from experiments.launching import states
-
-QUIET_SECONDS = 2.0
+from experiments.terminal import QUIET_SECONDS
 
 
 class Progress:
@@ -20,9 +18,7 @@ class Progress:
 
     def __init__(self, store: Path, runs: Sequence[RunConfig]) -> None:
         self._store = store
-        self._weights = {
-            run.run_id: flops.count(run.model, run.train.tokens, run.train.sequence_length).flops_exact for run in runs
-        }
+        self._weights = {run.run_id: run.own_flops for run in runs}
 
     def __enter__(self) -> Self:
         share, _ = self._share()
@@ -30,7 +26,7 @@ class Progress:
             total=100.0,
             initial=share,
             delay=QUIET_SECONDS,
-            smoothing=0.0,  # the ETA from the mean speed: runs differ
+            smoothing=0.0,  # the ETA comes from the mean speed so far, since runs differ in theirs
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} to go; {desc}",
         )

@@ -9,12 +9,14 @@ import torch
 
 from analysis.logs.files import write_atomically
 
-KEPT = 2  # the one before the newest stands in should the newest be unreadable
+KEPT = 2  # if the newest is unreadable, the run resumes from the one before it
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`, and remove what it makes useless: older ones, and later ones of a course that
-    could not be resumed."""
+    """Write the checkpoint of `step`, and delete all others but the KEPT - 1 before it.
+
+    Checkpoints of later steps can exist where they were unreadable and the run resumed from an earlier one.
+    """
     folder = run_dir / "checkpoint"
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:010d}.pt"
@@ -28,7 +30,7 @@ def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
 def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
     """The newest readable checkpoint of this run, or None before the first.
 
-    An unreadable one is named on standard error and passed over. Raises ValueError for a checkpoint of another run.
+    One that cannot be read is named on standard error and skipped. Raises ValueError for a checkpoint of another run.
     """
     for path in _newest_first(run_dir):
         try:
@@ -41,6 +43,26 @@ def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
             raise ValueError(f"{path} is a checkpoint of run {got}; wanted {run_id}; move it away and retry")
         return state
     return None
+
+
+def keep_branch_point(run_dir: Path, step: int, state: dict[str, Any]) -> None:
+    """Keep a trunk's state after `step` for good: its branches begin there."""
+    folder = run_dir / "branch-points"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"step-{step:010d}.pt", lambda temporary: torch.save(state, temporary))
+
+
+def load_branch_point(trunk_dir: Path, step: int) -> dict[str, Any]:
+    """The state of a trunk after `step`. Raises ValueError where it has not come so far, or is unreadable."""
+    path = trunk_dir / "branch-points" / f"step-{step:010d}.pt"
+    if not path.exists():
+        raise ValueError(f"the trunk {trunk_dir.name} has kept no state after step {step}; retry when it has")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each way in which a file can be torn
+        raise ValueError(f"{path} is unreadable ({type(error).__name__}); train the trunk anew") from None
+    assert isinstance(state, dict)
+    return state
 
 
 def remove(run_dir: Path) -> None:

@@ -6,7 +6,9 @@ node's failure, finds the newest complete checkpoint itself, and one that is alr
 
 import contextlib
 import fcntl
+import importlib.metadata
 import os
+import platform
 import signal
 import threading
 import time
@@ -20,16 +22,18 @@ from typing import TYPE_CHECKING, Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from analysis.logs.files import read_json, write_atomically, write_json
+from analysis.logs.files import read_json, write_atomically
 from analysis.logs.reader import progress
-from analysis.logs.schema import SCHEMA
 from analysis.logs.writer import RunLog, next_attempt, record_failure
-from experiments.design import flops, strict
 from experiments.design.config import Execution, RunConfig
+from experiments.training.record import read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
-    from experiments.data.dataset import Dataset
-    from experiments.training.trainer import Trainer, World
+    from experiments.training.parallel import World
+    from experiments.training.trainer import Trainer
+
+
+SHARING_VARIABLE = "DYNCONV_SHARING"  # set by the launcher: how many runs share this one's device, empty if not known
 
 
 class RunFailed(RuntimeError):
@@ -59,49 +63,6 @@ class Run:
     def checkpoint(self) -> DelayedSubmission | None:
         """Called by submitit when the state has been saved: requeue, unless the run was cancelled on purpose."""
         return None if (self.run_dir / "cancelled").exists() else DelayedSubmission(Run(self.run_dir))
-
-
-def write_config(
-    run: RunConfig,
-    store: Path,
-    dataset: "Dataset",
-    execution: Execution,
-    *,
-    code_commit: str | None,
-    submitted_at: float,  # unix seconds
-) -> Path:
-    """Freeze everything a run needs as STORE/<run_id>/config.json; the run's directory."""
-    counts = flops.count(run.model, run.train.tokens, run.train.sequence_length)
-    named = {key: getattr(run, key) for key in ("run_id", "sweep", "arm", "size", "seed", "baseline")}
-    config = {
-        "schema": SCHEMA,
-        **named,
-        **asdict(counts),
-        "config": asdict(run),
-        "execution": asdict(execution),
-        "data_dir": str(dataset.path),
-        "data_sha256": dataset.sha256,
-        "tokenizer_sha256": dataset.tokenizer_sha256,
-        "code_commit": code_commit,
-        "submitted_at": submitted_at,
-    }
-    run_dir = store / run.run_id
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", config)
-    return run_dir
-
-
-def read_config(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
-    """The frozen config of a run. Raises ValueError where it was edited after it was submitted."""
-    path = run_dir / "config.json"
-    config = read_json(path)
-    run = strict.parse(config["config"], RunConfig, f"{path}: config")
-    if not run.run_id == config["run_id"] == run_dir.name:
-        raise ValueError(
-            f"{path} describes run {run.run_id}; wanted {run_dir.name}, as its folder is named; "
-            "it was edited after it was submitted: submit the sweep again"
-        )
-    return config, run, strict.parse(config["execution"], Execution, f"{path}: execution")
 
 
 class StopSignal:
@@ -134,7 +95,7 @@ class _Attempt:
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
         self.stop = StopSignal()
-        self._task = _task()
+        self._place = _place()
         self._number = next_attempt(run_dir)
         self._log: RunLog | None = None
         self._step = 0
@@ -143,7 +104,7 @@ class _Attempt:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the run's directory: two processes that train one run would interleave their logs."""
-        if self._task.rank > 0:
+        if self._place.rank > 0:
             yield
             return
         with (self._run_dir / ".lock").open("w") as lock:
@@ -157,23 +118,31 @@ class _Attempt:
 
     def go(self) -> bool:
         """Whether the run is complete; if not it was told to stop, and its state is saved."""
-        config, run, self._execution = read_config(self._run_dir)
-        if self._task.rank == 0:
-            (self._run_dir / "failure.json").unlink(missing_ok=True)
+        if self._place.size == 1:
+            self._remove_failure()
+        config, run, self._execution = read_record(self._run_dir)
         if self._number > self._execution.max_attempts:  # the same in all processes: none waits for the others
             raise RuntimeError(
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
                 "allowed; raise it in the profile, then retry"
             )
-        with _world(self._run_dir, self._execution, self._task) as world:
+        with _world(self._run_dir, self._execution, self._place) as world:
+            if world.rank == 0 and world.size > 1:
+                self._remove_failure()
+            world.wait_for_all()  # nobody goes on, and perhaps fails, before an earlier attempt's failure is gone
             trainer = self._prepare(config, run, world)
             finished = self._train(trainer, world)
             if finished:
                 self._finish(trainer)
         return finished
 
+    def _remove_failure(self) -> None:
+        """Delete what an earlier attempt left. Of several processes rank 0 does so, and only once all have met: before
+        that the failure may be this attempt's, from a process that was faster."""
+        (self._run_dir / "failure.json").unlink(missing_ok=True)
+
     def fail(self, error: Exception) -> str:
-        """Record the cause and return it. The disk may be what failed, so that nothing here may raise."""
+        """Record the cause and return it. The disk may be what failed, so errors of writing are passed over."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         with contextlib.suppress(OSError):
             if self._log is not None:
@@ -185,8 +154,8 @@ class _Attempt:
     def _prepare(self, config: dict[str, Any], run: RunConfig, world: "World") -> "Trainer":
         """The trainer, resumed from the newest checkpoint, and the attempt's log."""
         from experiments.data.dataset import Dataset
-        from experiments.training import checkpoints as checkpoint
-        from experiments.training.trainer import Trainer
+        from experiments.training import checkpoints
+        from experiments.training.assembly import assemble
 
         waiting_since = _waiting_since(self._run_dir, config)
         dataset = Dataset.open(config["data_dir"])
@@ -195,18 +164,21 @@ class _Attempt:
                 f"{config['data_dir']} holds data {dataset.sha256[:12]}; the run was submitted with "
                 f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
-        trainer = Trainer(run, dataset, self._execution, world)
-        state = checkpoint.load_newest(self._run_dir, run.run_id)
+        trainer = assemble(run, dataset, self._execution, world)
+        state = checkpoints.load_newest(self._run_dir, run.run_id)
+        if state is None and run.trunk is not None:
+            state = checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step)
         if state is not None:
             trainer.load_state_dict(state)
         if not world.agree(trainer.steps_done):
             raise RuntimeError(
-                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and others another one; "
+                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and another rank another one; "
                 "retry when the file system shows the same files everywhere"
             )
         self._step = trainer.steps_done + 1
         if world.rank == 0:
-            self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=_about(world))
+            about = _about(world, self._place.job, config["code_commit"])
+            self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=about)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -218,6 +190,7 @@ class _Attempt:
 
     def _train(self, trainer: "Trainer", world: "World") -> bool:
         """Steps and evaluations until the end; False if the run was told to stop, with its state saved."""
+        from experiments.training import checkpoints
 
         def stopping() -> bool:
             return world.any(self.stop.raised)
@@ -231,10 +204,12 @@ class _Attempt:
                 if evaluation is not None and self._log is not None:
                     self._log.evaluation(**asdict(evaluation))
                     done = f"{evaluation.step}/{trainer.config.steps}"
-                    print(f"step {done}  held-out loss {evaluation.loss:.4f}", flush=True)
+                    print(f"step {done}  held-out loss {evaluation.metrics['loss']:.4f}", flush=True)
             else:
                 step = trainer.step()
                 self._step = step.step + 1
+                if step.step in trainer.config.branch_steps and self._log is not None:
+                    checkpoints.keep_branch_point(self._run_dir, step.step, trainer.state_dict())
                 if self._log is not None:
                     self._log.step(**asdict(step))
             if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
@@ -243,12 +218,12 @@ class _Attempt:
 
     def _save(self, trainer: "Trainer") -> None:
         """A checkpoint, after the log that covers it."""
-        from experiments.training import checkpoints as checkpoint
+        from experiments.training import checkpoints
 
         if self._log is not None:
             start = time.monotonic()
             self._log.flush()
-            checkpoint.save(self._run_dir, trainer.steps_done, trainer.state_dict())
+            checkpoints.save(self._run_dir, trainer.steps_done, trainer.state_dict())
             self._add_seconds("checkpoint", start)
             self._log.flush()
         self._saved_at = time.monotonic()
@@ -257,13 +232,13 @@ class _Attempt:
         """The trained weights, the merged log, run.json; then the checkpoints may go."""
         import torch
 
-        from experiments.training import checkpoints as checkpoint
+        from experiments.training import checkpoints
 
         if self._log is not None:
             weights = trainer.model.state_dict()
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
             self._log.finish({})
-            checkpoint.remove(self._run_dir)
+            checkpoints.remove(self._run_dir)
 
     def _add_seconds(self, clock: str, since: float) -> None:
         if self._log is not None:
@@ -271,7 +246,7 @@ class _Attempt:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Place:
     """This process's place in its job, as the scheduler says."""
 
     rank: int = 0
@@ -280,37 +255,37 @@ class _Task:
     job: str = ""
 
 
-def _task() -> _Task:
+def _place() -> _Place:
     if "SUBMITIT_EXECUTOR" not in os.environ:
-        return _Task()
+        return _Place()
     environment = submitit.JobEnvironment()
-    return _Task(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
+    return _Place(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
 
 
 @contextmanager
-def _world(run_dir: Path, execution: Execution, task: _Task) -> Iterator["World"]:
+def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["World"]:
     """The processes of this job, joined where there are several."""
     import torch
     import torch.distributed as dist
 
-    from experiments.training.trainer import World
+    from experiments.training.parallel import World
 
     cuda = torch.cuda.is_available()
     if execution.device == "cuda" and not cuda:
         raise ValueError("device = 'cuda' was asked for and torch sees no GPU; set device = 'auto' or 'cpu'")
     if cuda and execution.device != "cpu":
-        device = torch.device("cuda", task.local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(execution.threads)
-    world = World(task.rank, task.size, device)
+    world = World(place.rank, place.size, device)
     if world.size == 1:
         yield world
         return
     # A file all processes see: a port picked from the ephemeral range may be taken.
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    meeting = run_dir.absolute() / f".rendezvous-{task.job}-{restart}"
+    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{meeting}", rank=world.rank, world_size=world.size)
     try:
@@ -320,16 +295,30 @@ def _world(run_dir: Path, execution: Execution, task: _Task) -> Iterator["World"
         meeting.unlink(missing_ok=True)
 
 
-def _about(world: "World") -> dict[str, Any]:
+def _about(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
+    """The provenance of this attempt, as the log keeps it."""
     import torch
 
     cuda = world.device.type == "cuda"
+    sharing = os.environ.get(SHARING_VARIABLE, "")
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "gpus": world.size,
         "dtype": "bfloat16" if cuda else "float32",
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "job_id": job_id or None,
+        "code_commit": code_commit,
+        "sharing": int(sharing) if sharing.isdigit() else None,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _waiting_since(run_dir: Path, config: dict[str, Any]) -> float:

@@ -1,29 +1,27 @@
-"""The trainer: one run's model, optimiser and place in its data, advanced a step at a time.
+"""The trainer: a model, its optimizers and its place in a task, advanced a step at a time.
 
 Shapes: B sequences of a batch or micro-batch, T sequence length, V vocabulary.
-Source of the recipe: arXiv 2606.03825, section 4 (AdamW, weight decay 0.1, warm-up, cosine to zero, bf16).
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from experiments.data.batches import Batches, held_out
-from experiments.data.dataset import Dataset
-from experiments.design.config import Execution, RunConfig, TrainConfig
-from experiments.models.decoder import Transformer
+from experiments.design.config import Execution
+from experiments.design.train import TrainConfig
+from experiments.tasks.base import Examples, Task
+from experiments.training.optimizers import Optimizers
+from experiments.training.parallel import World, without_averaging
 
-IGNORED = -100  # the target of padding, which takes no part in the loss
+IGNORED = -100  # the target of a position that takes no part in the loss
 MICRO_BATCH_TOKENS = 32_768  # where none is set: at a vocabulary of 100k the logits then take some 30 GB
 
 
@@ -33,7 +31,7 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step as it is logged. Loss in nats a token, seconds of wall clock."""
+    """One optimiser step as it is logged. Loss in nats a target, seconds of wall clock."""
 
     step: int
     tokens: int
@@ -49,73 +47,38 @@ class Evaluation:
 
     step: int
     tokens: int
-    loss: float
-    bits_per_byte: float
+    task: str
+    metrics: Mapping[str, float]  # the task's by name, and the model's auxiliary losses
     seconds: float
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes that share a run, one a device."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def share(self, count: int) -> tuple[int, int]:
-        """This process's part of `count` sequences: (first, how many)."""
-        first = count * self.rank // self.size
-        return first, count * (self.rank + 1) // self.size - first
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """In place, over all processes."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def agree(self, number: int) -> bool:
-        """Whether all processes have the same number. Where they do not, at least one of them gets False."""
-        return self.sum(torch.tensor(float(number), device=self.device)).item() == number * self.size
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process: all processes get the same answer."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
-
-
 class Trainer:
-    """State of one training run. Its course depends on the run's config and data alone: on a CPU, bit for bit."""
+    """State of one training run. Its course depends on what it is given alone: on a CPU, bit for bit."""
 
-    def __init__(self, run: RunConfig, dataset: Dataset, execution: Execution, world: World) -> None:
-        self.config = run.train
+    def __init__(
+        self,
+        model: nn.Module,  # tokens [B, T] -> (logits [B, T, V], auxiliary losses by name)
+        task: Task,
+        optimizers: Optimizers,
+        config: TrainConfig,
+        execution: Execution,
+        world: World,
+        identity: Mapping[str, str],  # what a checkpoint must share with the run that takes it up
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.config = config
         self.world = world
         self.steps_done = 0
         self.evaluated_at = 0  # the step after which the held-out set was last read
-        self._run_id = run.run_id
-        self._data_sha256 = dataset.sha256
+        self._identity = {**identity, "data_sha256": task.sha256}
+        self._optimizers = optimizers
         self._cuda = world.device.type == "cuda"
-        share = math.ceil(run.train.batch_sequences / world.size)
-        fitting = max(1, MICRO_BATCH_TOKENS // run.train.sequence_length)
+        share = math.ceil(config.batch_sequences / world.size)
+        fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length)
         self._micro_batch = min(share, execution.micro_batch or fitting)
-        self._batches = Batches(
-            dataset,
-            sequence_length=run.train.sequence_length,
-            batch_sequences=run.train.batch_sequences,
-            seed=run.seed,
-        )
-        self._held_out = held_out(
-            dataset, sequence_length=run.train.sequence_length, sequences=run.train.held_out_sequences
-        )
-        self.model = Transformer(run.model, run.seed).to(world.device)
-        self._replicas = DistributedDataParallel(self.model) if world.size > 1 else None
-        forward = self._replicas or self.model
-        self._forward = torch.compile(forward) if execution.compile and self._cuda else forward
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, run.train.weight_decay),
-            lr=run.train.learning_rate,
-            betas=(run.train.beta1, run.train.beta2),
-            eps=run.train.epsilon,
-            fused=True,
-        )
+        self._replicas = world.replicate(model)
+        self._forward = torch.compile(self._replicas) if execution.compile and self._cuda else self._replicas
 
     @property
     def finished(self) -> bool:
@@ -131,142 +94,146 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile and load what a GPU needs, without advancing: one forward and backward, one evaluation pass."""
-        inputs, targets = next(self._micro_batches(0))
-        self._loss(inputs, targets).backward()
+        inputs, targets = self._to_device(next(self._micro_batches(0)))
+        loss, _ = self._losses(inputs, targets)
+        loss.backward()
         with torch.no_grad():
-            self._loss(inputs, targets)
-        self._optimizer.zero_grad(set_to_none=True)
+            self._losses(inputs, targets)
+        self._zero_grad()
         torch.cuda.synchronize()
 
     def step(self) -> Step:
         """One optimiser step on the next global batch. Raises NonFiniteLoss before anything is updated."""
         start = time.perf_counter()
-        config, index = self.config, self.steps_done
-        tokens = self._tokens(index + 1) - self._tokens(index)
-        total = torch.zeros((), device=self.world.device)
-        micro_batches = list(self._micro_batches(index))
-        for number, (inputs, targets) in enumerate(micro_batches, start=1):
-            with self._without_exchange(number < len(micro_batches)):
-                loss = self._loss(inputs, targets) / tokens
-                (loss * self.world.size).backward()  # the exchange takes the mean over processes, the loss is a sum
-            total += loss.detach()
-        self.world.sum(total)
+        total = self._backward(self.steps_done)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         loss_value, norm_value = total.item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise NonFiniteLoss(self._cause(loss_value, norm_value))
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip_norm, norm)
-        rate = learning_rate(index, config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        rate = self.config.learning_rate_at(self.steps_done)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self._zero_grad()
         if self._cuda:
             torch.cuda.synchronize()
         self.steps_done += 1
         seconds = time.perf_counter() - start
         return Step(self.steps_done, self._tokens(self.steps_done), loss_value, norm_value, rate, seconds)
 
+    def _backward(self, index: int) -> Tensor:
+        """Add the gradients of the mean loss over a global batch; that loss, auxiliary losses left out."""
+        micro_batches = list(self._micro_batches(index))
+        counted = torch.tensor(sum(each.positions for each in micro_batches), device=self.world.device)
+        positions = int(self.world.sum(counted).item())
+        total = torch.zeros((), device=self.world.device)
+        for number, examples in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)  # the only one whose gradients are averaged over the processes
+            with contextlib.nullcontext() if last else without_averaging(self._replicas):
+                loss, auxiliary = self._losses(*self._to_device(examples))
+                loss = loss / positions
+                total += loss.detach()
+                for own in auxiliary.values():  # means over a micro-batch's tokens
+                    loss = loss + own * (examples.inputs.size / self._tokens_of(index))
+                # DDP averages gradients over the processes; our loss is a sum over them, so scale by their number.
+                (loss * self.world.size).backward()
+        return self.world.sum(total)
+
     @torch.no_grad()
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """Mean loss on the held-out set; None if `interrupted` (asked before every micro-batch) says so."""
+        """The task's metrics on its held-out set; None if `interrupted` (asked before every micro-batch) says so."""
         start = time.perf_counter()
-        inputs, targets = self._held_out.inputs, self._held_out.targets
-        first, count = self.world.share(len(inputs))
-        largest_share = math.ceil(len(inputs) / self.world.size)
+        held_out = self.task.held_out
+        first, count = self.world.share(len(held_out.inputs))
+        largest_share = math.ceil(len(held_out.inputs) / self.world.size)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        auxiliary: dict[str, Tensor] = {}
         for i in range(math.ceil(largest_share / self._micro_batch)):
             if interrupted():
                 return None
             low, high = (first + min(n * self._micro_batch, count) for n in (i, i + 1))
             if high > low:
-                total += self._loss(*self._to_device(inputs[low:high], targets[low:high])).double()
-        loss = self.world.sum(total).item() / inputs.size
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(f"held-out loss {loss}")
-        bits_per_byte = self._held_out.bits_per_byte(loss)
+                examples = held_out.rows(low, high)
+                loss, own = self._losses(*self._to_device(examples))
+                total += loss.double()
+                for name, value in own.items():
+                    share = value.double() * (examples.inputs.size / held_out.inputs.size)
+                    auxiliary[name] = auxiliary[name] + share if name in auxiliary else share
+        mean = self.world.sum(total).item() / held_out.positions
+        if not math.isfinite(mean):
+            raise NonFiniteLoss(f"held-out loss {mean}")
+        metrics = dict(self.task.metrics(mean)) | {n: self.world.sum(value).item() for n, value in auxiliary.items()}
         self.evaluated_at = self.steps_done
         seconds = time.perf_counter() - start
-        return Evaluation(self.steps_done, self._tokens(self.steps_done), loss, bits_per_byte, seconds)
+        return Evaluation(self.steps_done, self._tokens(self.steps_done), self.task.name, metrics, seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain numbers."""
         return {
-            "run_id": self._run_id,
-            "data_sha256": self._data_sha256,
+            **self._identity,
             "steps_done": self.steps_done,
             "evaluated_at": self.evaluated_at,
             "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Raises ValueError where it was trained on other data."""
-        if state["data_sha256"] != self._data_sha256:
+        data_sha256 = self._identity["data_sha256"]
+        if state["data_sha256"] != data_sha256:
             raise ValueError(
                 f"the checkpoint was trained on data {state['data_sha256'][:12]}; this run has "
-                f"{self._data_sha256[:12]}; restore the data it began with or start the run anew"
+                f"{data_sha256[:12]}; restore the data it began with or start the run anew"
             )
         self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, own in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
         self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
 
     def _tokens(self, steps: int) -> int:
         sequences = min(steps * self.config.batch_sequences, self.config.sequences)
         return sequences * self.config.sequence_length
 
-    def _micro_batches(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of global batch `index`; at least one, so that every process has gradients."""
-        batch_sequences = self.config.batch_sequences
-        count = min(batch_sequences, self.config.sequences - index * batch_sequences)
-        first, share = self.world.share(count)
-        for low in range(0, max(share, 1), self._micro_batch):
-            size = min(self._micro_batch, share - low)
-            yield self._to_device(*self._batches.batch(index, first + low, size))
+    def _tokens_of(self, index: int) -> int:
+        """Tokens of the global batch `index`."""
+        return self._tokens(index + 1) - self._tokens(index)
 
-    def _to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Padded to whole micro-batches with ignored targets, so that compiled code meets one shape."""
-        padding = ((0, self._micro_batch - len(inputs)), (0, 0))
-        arrays = np.pad(inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
+    def _micro_batches(self, index: int) -> Iterator[Examples]:
+        """This process's share of global batch `index`; at least one, so that every process has gradients."""
+        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length)
+        for low in range(0, max(share, 1), self._micro_batch):
+            yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
+
+    def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, padded to whole micro-batches, so that compiled code meets one shape. Targets that do not
+        count are IGNORED."""
+        padding = ((0, self._micro_batch - len(examples.inputs)), (0, 0))
+        targets = examples.targets if examples.mask is None else np.where(examples.mask, examples.targets, IGNORED)
+        arrays = np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
         inputs_, targets_ = (torch.from_numpy(array).to(self.world.device) for array in arrays)
         return inputs_, targets_
 
-    def _loss(
+    def _losses(
         self,
         inputs: Tensor,  # [B, T]
         targets: Tensor,  # [B, T]
-    ) -> Tensor:
-        """Summed cross-entropy in nats, in float32 from the logits on."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self._cuda):
-            logits = self._forward(inputs)  # [B, T, V]
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            logits, auxiliary = self._forward(inputs)  # [B, T, V]
+        logits = logits.float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
 
-    def _without_exchange(self, accumulating: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are exchanged between processes once a step, with its last micro-batch."""
-        return self._replicas.no_sync() if self._replicas and accumulating else contextlib.nullcontext()
+    def _zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _cause(self, loss: float, norm: float) -> str:
         names = [name for name, _ in self.model.named_parameters()]
         broken = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
-        rate = learning_rate(self.steps_done, self.config)
+        rate = self.config.learning_rate_at(self.steps_done)
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
-
-
-def learning_rate(index: int, config: TrainConfig) -> float:
-    """Rate of the 0-based step `index`: linear warm-up over `warmup_fraction` of the steps, then cosine to zero."""
-    warmup = max(1, round(config.warmup_fraction * config.steps))
-    if index < warmup:
-        return config.learning_rate * (index + 1) / warmup
-    progress = (index - warmup) / (config.steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of linear maps and embeddings decay. Gains do not, nor does what hints against it: all of a short
-    convolution's parameters."""
-    hinted = {id(p) for p in model.parameters() if hasattr(p, "optimizer_hint")}
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in hinted]
-    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in hinted]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -12,9 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from experiments.data.dataset import Dataset
-from experiments.design.config import SITES, ConvConfig, Execution, Kind, RunConfig
+from experiments.design.arms import ALL_LINEAR
+from experiments.design.config import Execution, RunConfig
+from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, StaticConvolution
 from experiments.training import checkpoints as checkpoint
-from experiments.training.trainer import NonFiniteLoss, Step, Trainer, World, learning_rate, parameter_groups
+from experiments.training.assembly import assemble
+from experiments.training.parallel import World
+from experiments.training.trainer import NonFiniteLoss, Step, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 CPU = Execution(device="cpu")
@@ -33,61 +37,70 @@ def steps(trainer: Trainer, count: int) -> list[Step]:
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine(tiny_run: RunConfig) -> None:
-    config = replace(tiny_run.train, tokens=16 * 8 * 200)
-    rates = [learning_rate(index, config) for index in range(config.steps)]
+    config = replace(tiny_run.train, tokens=16 * 8 * 200, warmup_steps=20)
+    rates = [config.learning_rate_at(index) for index in range(config.steps)]
     assert rates[:20] == pytest.approx([1e-2 * (i + 1) / 20 for i in range(20)])
     assert rates[20:] == pytest.approx([0.5e-2 * (1 + math.cos(math.pi * i / 180)) for i in range(180)])
     assert 0 < rates[-1] < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["lowrank", "headwise", "static"])
-def test_matrices_decay_and_gains_and_convolutions_do_not(tiny_run: RunConfig, dataset: Dataset, kind: Kind) -> None:
-    conv = ConvConfig(kind, ("q", "down"), head_size=8)
-    model = Trainer(replace(tiny_run, model=replace(tiny_run.model, conv=conv)), dataset, CPU, ALONE).model
-    decayed, kept = parameter_groups(model, 0.1)
+@pytest.mark.parametrize("kind", [LowRankConvolution, HeadwiseConvolution, StaticConvolution])
+def test_matrices_decay_and_gains_and_convolutions_do_not(
+    tiny_run: RunConfig, dataset: Dataset, kind: type[Convolution]
+) -> None:
+    own = {LowRankConvolution: {"rank": 16}, HeadwiseConvolution: {"head_size": 8}}.get(kind, {})
+    model = replace(tiny_run.model, conv=kind(("q", "down"), **own))
+    trainer = assemble(replace(tiny_run, model=model), dataset, CPU, ALONE)
+    model = trainer.model
+    (optimizer,) = trainer._optimizers
+    decayed, kept = optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    matrices = {f"blocks.{n}.linears.{site}.linear.weight" for n in range(2) for site in SITES}
+    matrices = {
+        f"blocks.{n}.{'mixer' if site in 'qkvo' else 'ffn'}.maps.{site}.linear.weight"
+        for n in range(2)
+        for site in ALL_LINEAR
+    }
     assert {names[id(p)] for p in decayed["params"]} == {"embedding.weight", *matrices}
     assert len(decayed["params"]) + len(kept["params"]) == len(names)  # the tied table once
     assert {names[id(p)].rsplit(".", 2)[-2] for p in kept["params"]} >= {"norm", "conv"}
 
 
 def test_a_run_learns_real_text(tiny_run: RunConfig, dataset: Dataset) -> None:
-    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    trainer = assemble(tiny_run, dataset, CPU, ALONE)
     log = steps(trainer, tiny_run.train.steps)
     assert trainer.finished
     assert log[0].loss == pytest.approx(math.log(300), abs=0.1)
     evaluation = trainer.evaluate(never)
     assert evaluation is not None
-    assert evaluation.loss < math.log(300) - 0.5
+    assert evaluation.metrics["loss"] < math.log(300) - 0.5
     assert [step.tokens for step in log[-2:]] == [16 * 8 * 24, 16 * (8 * 24 + 5)]  # the last batch is short
-    targets = trainer._held_out
-    assert evaluation.bits_per_byte == pytest.approx(
-        evaluation.loss * targets.targets.size / targets.bytes_predicted / math.log(2)
+    targets = trainer.task._held_out
+    assert evaluation.metrics["bits_per_byte"] == pytest.approx(
+        evaluation.metrics["loss"] * targets.targets.size / targets.bytes_predicted / math.log(2)
     )
 
 
 def test_micro_batches_change_rounding_only(tiny_run: RunConfig, dataset: Dataset) -> None:
     """8 = 3 + 3 + 2 and the short batch 5 = 3 + 2: padding must not enter the loss, the norm or the weights."""
-    whole = Trainer(tiny_run, dataset, CPU, ALONE)
-    split = Trainer(tiny_run, dataset, replace(CPU, micro_batch=3), ALONE)
+    whole = assemble(tiny_run, dataset, CPU, ALONE)
+    split = assemble(tiny_run, dataset, replace(CPU, micro_batch=3), ALONE)
     for one, other in zip(steps(whole, 25), steps(split, 25), strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
         assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=2e-3)
     one, other = whole.evaluate(never), split.evaluate(never)
     assert one is not None
     assert other is not None
-    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-5)
 
 
 def test_a_resumed_run_continues_bit_for_bit(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
-    straight = Trainer(tiny_run, dataset, CPU, ALONE)
+    straight = assemble(tiny_run, dataset, CPU, ALONE)
     expected = [step.loss for step in steps(straight, 25)]
-    first = Trainer(tiny_run, dataset, CPU, ALONE)
+    first = assemble(tiny_run, dataset, CPU, ALONE)
     losses = [step.loss for step in steps(first, 11)]
     checkpoint.save(tmp_path, 11, first.state_dict())
-    resumed = Trainer(tiny_run, dataset, CPU, ALONE)
+    resumed = assemble(tiny_run, dataset, CPU, ALONE)
     state = checkpoint.load_newest(tmp_path, tiny_run.run_id)
     assert state is not None
     resumed.load_state_dict(state)
@@ -97,12 +110,12 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_run: RunConfig, dataset: Datas
 
 
 def test_divergence_stops_before_anything_is_updated(tiny_run: RunConfig, dataset: Dataset) -> None:
-    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    trainer = assemble(tiny_run, dataset, CPU, ALONE)
     steps(trainer, 2)
     named = dict(trainer.model.named_parameters())
-    named["blocks.1.linears.up.linear.weight"].register_hook(lambda gradient: gradient * math.nan)
+    named["blocks.1.ffn.maps.up.linear.weight"].register_hook(lambda gradient: gradient * math.nan)
     before = weights(trainer)
-    cause = r"loss \d\.\d+, gradient norm nan, first in blocks\.1\.linears\.up\.linear\.weight \(1 of 38 parameters\)"
+    cause = r"loss \d\.\d+, gradient norm nan, first in blocks\.1\.ffn\.maps\.up\.linear\.weight \(1 of 38 parameters\)"
     with pytest.raises(NonFiniteLoss, match=cause):
         trainer.step()
     assert torch.equal(weights(trainer), before)
@@ -110,7 +123,7 @@ def test_divergence_stops_before_anything_is_updated(tiny_run: RunConfig, datase
 
 
 def test_a_held_out_loss_that_is_not_finite_is_divergence(tiny_run: RunConfig, dataset: Dataset) -> None:
-    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    trainer = assemble(tiny_run, dataset, CPU, ALONE)
     trainer.step()
     with torch.no_grad():
         trainer.model.norm.weight[0] = math.inf
@@ -121,7 +134,7 @@ def test_a_held_out_loss_that_is_not_finite_is_divergence(tiny_run: RunConfig, d
 def test_a_micro_batch_is_no_larger_than_the_share(
     tiny_run: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(tiny_run, dataset, replace(CPU, micro_batch=64), ALONE)
+    trainer = assemble(tiny_run, dataset, replace(CPU, micro_batch=64), ALONE)
     shapes = []
     forward = trainer.model.forward
     monkeypatch.setattr(trainer.model, "forward", lambda tokens: shapes.append(tokens.shape) or forward(tokens))
@@ -146,7 +159,7 @@ def test_the_newest_course_wins_over_checkpoints_that_could_not_be_read(tmp_path
 def test_checkpoints_of_other_runs_and_torn_ones(
     tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = Trainer(tiny_run, dataset, CPU, ALONE)
+    trainer = assemble(tiny_run, dataset, CPU, ALONE)
     for step in (1, 2, 3):
         trainer.step()
         checkpoint.save(tmp_path, step, trainer.state_dict())
@@ -190,32 +203,32 @@ def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
     world = World(rank, size, torch.device("cpu"))
-    trainer = Trainer(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
+    trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
     losses = [step.loss for step in steps(trainer, run.train.steps)]
     evaluation = trainer.evaluate(lambda: world.any(False))
     assert evaluation is not None
-    torch.save([*losses, evaluation.loss], folder / f"losses-{rank}.pt")
+    torch.save([*losses, evaluation.metrics["loss"]], folder / f"losses-{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_three_processes_train_as_one(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
     """A short last batch of 2 leaves one of the three without a sequence."""
     run = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * (8 * 6 + 2)))
-    alone = Trainer(run, dataset, CPU, ALONE)
+    alone = assemble(run, dataset, CPU, ALONE)
     expected = [step.loss for step in steps(alone, run.train.steps)]
     evaluation = alone.evaluate(never)
     assert evaluation is not None
     mp.spawn(_train_in_company, (3, tmp_path, run, dataset.path), nprocs=3)
     got = [torch.load(tmp_path / f"losses-{rank}.pt") for rank in range(3)]
     assert got[0] == got[1] == got[2]
-    assert got[0] == pytest.approx([*expected, evaluation.loss], rel=1e-5)
+    assert got[0] == pytest.approx([*expected, evaluation.metrics["loss"]], rel=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_bfloat16_on_a_gpu_follows_float32(tiny_run: RunConfig, dataset: Dataset) -> None:
-    gpu = Trainer(tiny_run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
+    gpu = assemble(tiny_run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
     gpu.warm_up()
-    expected = steps(Trainer(tiny_run, dataset, CPU, ALONE), 10)
+    expected = steps(assemble(tiny_run, dataset, CPU, ALONE), 10)
     for one, other in zip(expected, steps(gpu, 10), strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-2)

@@ -1,0 +1,37 @@
+"""On what a run was trained, from its attempts: a value stands for the run only where all of them agree on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch")
+HARDWARE_AND_VERSIONS = ("device", "gpus", "dtype", "torch", "triton")  # what decides how fast a step is
+
+
+def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """PROVENANCE, each None where the attempts differ, and `clock`: whether the run's train seconds may be compared.
+
+    `clock` is "alone" (one kind of device, count and version, shared with no other run), "shared" (always with other
+    runs), "mixed" (attempts of different kinds) or "unknown". Attempts that took no step have no part in the train
+    seconds, so they count only where no attempt took one.
+    """
+    trained = [attempt for attempt in attempts if attempt.get("step") is not None] or attempts
+    found: dict[str, Any] = {key: _only([attempt.get(key) for attempt in trained]) for key in PROVENANCE}
+    return found | {"clock": _clock(trained)}
+
+
+def _clock(attempts: Sequence[Mapping[str, Any]]) -> str:
+    for key in HARDWARE_AND_VERSIONS:
+        if len({attempt[key] for attempt in attempts if attempt.get(key) is not None}) > 1:
+            return "mixed"
+    sharing = [attempt.get("sharing") for attempt in attempts]
+    if None in sharing or not sharing or any(attempt.get("device") is None for attempt in attempts):
+        return "unknown"
+    alone = [runs == 1 for runs in sharing]
+    return "alone" if all(alone) else "mixed" if any(alone) else "shared"
+
+
+def _only(values: Sequence[Any]) -> Any:
+    """The one value, or None where there are several."""
+    return values[0] if values and all(value == values[0] for value in values) else None

@@ -1,0 +1,123 @@
+"""One row of the run table from a run's own small files, and the table of such rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.logs import schema1
+from analysis.logs.files import read_json
+from analysis.logs.reader import read_attempts, status
+from analysis.logs.schema import (
+    AXIS_PREFIX,
+    CLOCKS,
+    IDENTITY,
+    RECORDED,
+    RUN_COLUMNS,
+    SCHEMA,
+    axis_columns,
+    fact_columns,
+    type_of,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "Int64": (int,),
+    "float64": (int, float),
+    "boolean": (bool,),
+}
+
+
+def schema_of(run_dir: Path) -> int | None:
+    """The schema that a run was submitted under; None where its config.json cannot be read or names none."""
+    try:
+        found = read_json(run_dir / "config.json").get("schema")
+    except ValueError:
+        return None
+    return found if isinstance(found, int) else None
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """One row of the run table, from config.json and run.json alone. Raises ValueError where they are not ours."""
+    path = run_dir / "config.json"
+    config = _read_config(path)
+    if config["run_id"] != run_dir.name:
+        raise ValueError(f"{path} belongs to run {config['run_id']}")
+    row = {key: config.get(key) for key in RECORDED}
+    row["status"] = status(run_dir)
+    if row["status"] == "complete":
+        row |= _results(run_dir, config["schema"])
+    for key, value in row.items():
+        _check(run_dir, key, value, _TYPES[RUN_COLUMNS[key]], RUN_COLUMNS[key])
+    return row | _described(run_dir, config)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json with the keys of the present schema."""
+    config = read_json(path)
+    if config.get("schema") == schema1.SCHEMA:
+        config = schema1.upgrade_record(config)
+    missing = [key for key in (*IDENTITY, "facts", "vary") if key not in config]
+    if missing or config.get("schema") not in (schema1.SCHEMA, SCHEMA):
+        raise ValueError(f"{path} is not of schema {SCHEMA} (lacks {', '.join(missing) or 'schema'})")
+    return config
+
+
+def _results(run_dir: Path, schema: int) -> dict[str, Any]:
+    """The columns that run.json adds."""
+    path = run_dir / "run.json"
+    run = read_json(path)
+    if schema == schema1.SCHEMA:
+        several = run.get("attempts") != 1
+        run |= schema1.provenance(run, list(read_attempts(run_dir)[0].values()) if several else [])
+    clocks = run.get("seconds", {})
+    if not isinstance(clocks, dict):
+        raise ValueError(f"{path} has seconds {clocks!r}, not a clock each")
+    row = {f"{clock}_seconds": seconds for clock, seconds in clocks.items() if clock in CLOCKS}
+    return row | {key: value for key, value in run.items() if key in RUN_COLUMNS}
+
+
+def _described(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that the record brings itself: its facts under their own names, and its [vary] axes."""
+    columns: dict[str, Any] = {}
+    for kind in ("vary", "facts"):
+        if not isinstance(config[kind], dict):
+            raise ValueError(f"{run_dir} has {kind} = {config[kind]!r}, not a table of names and values")
+        for name, value in config[kind].items():
+            column = AXIS_PREFIX + name if kind == "vary" else name
+            if kind == "facts" and not fact_columns([name]):
+                raise ValueError(f"{run_dir} has a fact {name!r}; wanted PART.NAME, such as conv.width")
+            _check(run_dir, column, value, (str, bool, int, float), "string, number or boolean")
+            columns[column] = value
+    return columns
+
+
+def _check(run_dir: Path, key: str, value: Any, types: tuple[type, ...], name: str) -> None:
+    if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+        raise ValueError(f"{run_dir} has {key} = {value!r}, not a {name}")
+
+
+def run_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a table: RUN_COLUMNS, then the [vary] axes, then the facts, in the order in which the rows name them."""
+    import pandas as pd
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    described = {name: typed([row.get(name) for row in rows]) for name in (*axis_columns(names), *fact_columns(names))}
+    known = [{name: row.get(name) for name in RUN_COLUMNS} for row in rows]
+    table = pd.DataFrame.from_records(known, columns=list(RUN_COLUMNS)).astype(RUN_COLUMNS)
+    return pd.concat([table, pd.DataFrame(described, index=table.index)], axis=1)
+
+
+def typed(values: Iterable[Any]) -> pd.Series:
+    """Values of one fact or axis as a column of the type that suits all of them; None is missing."""
+    import pandas as pd
+
+    values = list(values)
+    dtype = type_of(values)
+    if dtype == "string":  # of kinds that do not mix, too
+        values = [None if value is None else str(value) for value in values]
+    return pd.Series(values, dtype="object").astype(dtype)

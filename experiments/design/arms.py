@@ -1,0 +1,36 @@
+"""Arms: the architecture variants that sweep files name. A new one is a line here, or a table [arm.NAME] in a file."""
+
+from dataclasses import dataclass, field
+
+from experiments.design.recipe import Recipe
+from experiments.parts.attention import Attention
+from experiments.parts.registry import AnyConvolution, FeedForward, Mixer
+from experiments.parts.short_convolution import (
+    HeadwiseConvolution,
+    LowRankConvolution,
+    NoConvolution,
+    StaticConvolution,
+)
+from experiments.parts.swiglu import SwiGLU
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One architecture variant, and what differs in its training. What it leaves open is the ladder's."""
+
+    mixer: Mixer = field(default_factory=Attention)
+    ffn: FeedForward = field(default_factory=SwiGLU)
+    conv: AnyConvolution = field(default_factory=NoConvolution)
+    train: Recipe = field(default_factory=Recipe)
+
+
+QKV = ("q", "k", "v")
+ALL_LINEAR = (*QKV, "o", "gate", "up", "down")
+
+ARMS = {
+    "transformer": Arm(),
+    "static-qkv": Arm(conv=StaticConvolution(QKV)),
+    "headwise-qkv": Arm(conv=HeadwiseConvolution(QKV)),
+    "lowrank-qkv": Arm(conv=LowRankConvolution(QKV)),
+    "lowrank-all": Arm(conv=LowRankConvolution(ALL_LINEAR)),
+}

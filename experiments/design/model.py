@@ -1,0 +1,111 @@
+"""A model's configuration, and its exact parameters and FLOPs, which its parts count.
+
+A multiply-add counts as two FLOPs. Counted: every matrix product with the LM head, causal attention as half of
+the full product, the convolutions and the making of their filters. Not counted, in any arm: norms, activations,
+residual additions, softmax, RoPE, the embedding's look-up, the optimiser. A backward pass counts as two forwards.
+Source of the parameter counts: arXiv 2606.03825, table 1 (reproduced by tests/test_model.py).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from experiments.parts.attention import Attention
+from experiments.parts.base import Fact, LinearMap
+from experiments.parts.registry import AnyConvolution, FeedForward, Mixer
+from experiments.parts.short_convolution import NoConvolution
+from experiments.parts.swiglu import SwiGLU
+
+BACKWARD_OVER_FORWARD = 2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The keys of a run that every claim is made of. Stored with the run, never inferred."""
+
+    parameters: int  # N: every trained number, a tied embedding once
+    parameters_active: int  # those that one token meets
+    parameters_nonembedding: int  # N without the input embedding and without an untied LM head
+    tokens: int  # D
+    flops_exact: int
+    flops_6nd: int
+    flops_6nactive_d: int
+    flops_6n_nonemb_d: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder: an embedding, `layers` times a mixer and a feed-forward part, an LM head."""
+
+    layers: int
+    width: int  # of the residual stream, D
+    vocabulary: int
+    mixer: Mixer = field(default_factory=Attention)
+    ffn: FeedForward = field(default_factory=SwiGLU)
+    conv: AnyConvolution = field(default_factory=NoConvolution)
+    tied: bool = True  # the LM head is the embedding
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """Site -> shape, of one layer's linear maps."""
+        return self.mixer.linear_maps(self.width) | self.ffn.linear_maps(self.width)
+
+    def parameters(self) -> int:
+        """N: every trained number, a tied embedding once."""
+        return self.parameters_nonembedding() + (1 if self.tied else 2) * self.vocabulary * self.width
+
+    def parameters_active(self) -> int:
+        """Of N, what one token meets."""
+        parts = (self.mixer, self.ffn)
+        idle = sum(part.parameters(self.width) - part.active_parameters(self.width) for part in parts)
+        return self.parameters() - self.layers * idle
+
+    def parameters_nonembedding(self) -> int:
+        """N without the input embedding and without an untied LM head."""
+        maps = self.linear_maps()
+        convolutions = sum(self.conv.parameters(maps[site]) for site in self.conv.sites)
+        norms = 2 * self.width  # one before each part
+        layer = self.mixer.parameters(self.width) + self.ffn.parameters(self.width) + convolutions + norms
+        return self.layers * layer + self.width
+
+    def forward_flops(self, sequence_length: int) -> dict[str, int]:
+        """FLOPs of one forward pass over one sequence, by what they are spent on."""
+        flops = Counter({"head": 2 * sequence_length * self.width * self.vocabulary})
+        for part in (self.mixer, self.ffn):
+            for name, count in part.forward_flops(self.width, sequence_length).items():
+                flops[name] += self.layers * count
+        maps = self.linear_maps()
+        for site in self.conv.sites:
+            for name, count in self.conv.forward_flops(maps[site]).items():
+                flops[name] += self.layers * sequence_length * count
+        return dict(flops)
+
+    def training_flops_per_sequence(self, sequence_length: int) -> int:
+        """Forward and backward over one sequence: training FLOPs are this times the number of sequences."""
+        return (1 + BACKWARD_OVER_FORWARD) * sum(self.forward_flops(sequence_length).values())
+
+    def count(self, tokens: int, sequence_length: int) -> Counts:
+        """All conventions at once, for `tokens` training tokens in sequences of `sequence_length`."""
+        total, active, body = self.parameters(), self.parameters_active(), self.parameters_nonembedding()
+        return Counts(
+            parameters=total,
+            parameters_active=active,
+            parameters_nonembedding=body,
+            tokens=tokens,
+            flops_exact=self.training_flops_per_sequence(sequence_length) * (tokens // sequence_length),
+            flops_6nd=6 * total * tokens,
+            flops_6nactive_d=6 * active * tokens,
+            flops_6n_nonemb_d=6 * body * tokens,
+        )
+
+    def facts(self) -> dict[str, Fact]:
+        """The settings that a table may group by, each under the name of its part: "conv.width"."""
+        named = [
+            ("mixer", self.mixer.kind, self.mixer.kind, self.mixer.facts()),
+            ("ffn", self.ffn.kind, self.ffn.kind, self.ffn.facts()),
+            ("conv", self.conv.kind, "conv", self.conv.facts(self.linear_maps())),
+        ]
+        facts: dict[str, Fact] = {}
+        for role, kind, prefix, own in named:
+            facts |= {f"{role}.kind": kind, **{f"{prefix}.{name}": value for name, value in own.items()}}
+        return facts

@@ -1,0 +1,75 @@
+"""How a run is optimised: what decides its outcome beside the model and the data."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from experiments.design.identity import OUTSIDE_ID
+from experiments.design.schedules import AnySchedule, Cosine
+
+
+class Optimizer:
+    """Settings of an optimizer; `experiments/training/optimizers.py` makes it, by a function of the same name."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Decoupled weight decay (arXiv 1711.05101). The paper omits betas and epsilon: its authors use these elsewhere."""
+
+    kind = "adamw"
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-10
+
+
+@dataclass(frozen=True)
+class Muon(Optimizer):
+    """Orthogonalised momentum for the matrices of linear maps, AdamW for all else (arXiv 2502.16982).
+
+    Updates are scaled to the size of AdamW's, so that both take one learning rate.
+    """
+
+    kind = "muon"
+
+    momentum: float = 0.95
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95
+    epsilon: float = 1e-10
+
+
+OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, Muon)
+AnyOptimizer = Annotated[Optimizer, OPTIMIZERS]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation of one run: a linear warm-up to the peak rate, then the schedule."""
+
+    tokens: int  # D, a whole number of sequences
+    sequence_length: int
+    batch_sequences: int  # of the global batch; the last batch may be short
+    learning_rate: float  # the peak
+    held_out_sequences: int
+    warmup_steps: int
+    evaluate_every: int = field(metadata=OUTSIDE_ID)  # tokens; the same for every arm of a size, to compare on the way
+    schedule: AnySchedule = field(default_factory=Cosine)
+    optimizer: AnyOptimizer = field(default_factory=AdamW)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # of the gradient; the paper does not state one
+    branch_steps: tuple[int, ...] = ()  # of a trunk: the steps after which its branches begin
+
+    @property
+    def sequences(self) -> int:
+        return self.tokens // self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return -(-self.sequences // self.batch_sequences)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of the 0-based `step`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        return self.learning_rate * self.schedule.factor(step, self.warmup_steps, self.steps)

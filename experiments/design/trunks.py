@@ -1,0 +1,56 @@
+"""Warm-up-stable-decay: several budgets out of one training (arXiv 2404.06395).
+
+Runs that differ in their budget alone are the same until the smaller one begins to decay. A trunk trains at the peak
+rate and keeps its state where branches begin; each branch takes that state up and decays. A branch is, bit for bit, the
+run that would have been trained from its first step, and has the same id.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from experiments.design.config import TRUNK, RunConfig
+from experiments.design.recipe import BUDGET_AXIS
+from experiments.design.schedules import Constant, WarmupStableDecay
+
+
+def with_trunks(runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The runs of one arm, size and seed; where their schedule is warm-up-stable-decay, the budgets that share a rate
+    and all other axes are branches of one trunk, which comes before them."""
+    grouped: dict[tuple[tuple[str, float], ...], list[RunConfig]] = {}
+    for run in runs:
+        axes = tuple((axis, value) for axis, value in run.vary.items() if axis != BUDGET_AXIS)
+        grouped.setdefault(axes, []).append(run)
+    result = []
+    for axes, group in grouped.items():
+        schedule = group[0].train.schedule
+        if isinstance(schedule, WarmupStableDecay) and len(group) > 1:
+            result += _branches(group, schedule, dict(axes))
+        else:
+            result += group
+    return result
+
+
+def _branches(runs: Sequence[RunConfig], schedule: WarmupStableDecay, axes: dict[str, float]) -> list[RunConfig]:
+    """A trunk to where the last branch leaves it, and the branches. All warm up as the smallest budget does."""
+    warmup = min(run.train.warmup_steps for run in runs)
+    starts = [run.train.steps - schedule.decay_steps(run.train.steps) for run in runs]
+    if min(starts) <= warmup:
+        raise ValueError(
+            f"{runs[0].arm} {runs[0].size}: the smallest budget begins to decay after step {min(starts)}, and the "
+            f"warm-up takes {warmup}; lower warmup_fraction or decay_fraction, or raise the smallest budget"
+        )
+    sequences = max(starts) * runs[0].train.batch_sequences
+    longest = max(runs, key=lambda run: run.train.tokens)
+    train = replace(
+        longest.train,
+        tokens=sequences * longest.train.sequence_length,
+        warmup_steps=warmup,
+        schedule=Constant(),
+        branch_steps=tuple(sorted(set(starts))),
+    )
+    trunk = replace(longest, budget=TRUNK, train=train, vary=axes)
+    branches = [
+        replace(run, train=replace(run.train, warmup_steps=warmup), trunk=trunk.run_id, branch_step=start)
+        for run, start in zip(runs, starts, strict=True)
+    ]
+    return [trunk, *branches]

@@ -1,0 +1,23 @@
+"""A trained run as a module, with the tokenizer that it was trained with."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from experiments.models.decoder import Decoder
+from experiments.training.record import TOKENIZER, read_record
+
+
+def load_model(run_dir: Path | str, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
+    """The model of a finished run, in evaluation mode and float32, and its tokenizer.
+
+    Raises ValueError where the run is not finished, or its folder is none of a run.
+    """
+    run_dir = Path(run_dir)
+    _, run, _ = read_record(run_dir)
+    if not (run_dir / "run.json").exists():
+        raise ValueError(f"{run_dir} is not finished; `dynconv status` says where it stands")
+    model = Decoder(run.model, run.seed)
+    model.load_state_dict(torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True))
+    return model.to(device).eval(), Tokenizer.from_file(str(run_dir / TOKENIZER))

@@ -1,0 +1,66 @@
+"""Causal self-attention with RoPE (arXiv 2104.09864), on the linear maps q, k, v and o.
+
+Shapes: B batch, T time, D width, H heads of queries, K heads of keys and values, E head size.
+Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes before QK-norm and RoPE.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.design.model import ModelConfig
+from experiments.models.short_convolution import Maps
+from experiments.parts.attention import Attention
+
+
+def build(part: Attention, model: ModelConfig) -> nn.Module:
+    return AttentionModule(part, model)
+
+
+class AttentionModule(nn.Module):
+    """Attention on a normed copy of the residual stream."""
+
+    into_residual = ("o",)  # the maps whose initial values are scaled down with depth
+
+    def __init__(self, part: Attention, model: ModelConfig) -> None:
+        super().__init__()
+        self.head_size = part.head_size(model.width)
+        self.theta = part.rope_theta
+        heads, kv_heads = part.head_counts()
+        self.grouped = heads != kv_heads
+        self.maps = Maps(part.linear_maps(model.width), model.conv)
+        self.q_norm = nn.RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+    ) -> Tensor:  # [B, T, D]
+        q, k, v = (self._heads(y) for y in self.maps.apply_to(x, ("q", "k", "v")))
+        rotation = _rotation(x.shape[1], self.head_size, self.theta, x.device)
+        q, k = _rotate(self.q_norm(q), rotation), _rotate(self.k_norm(k), rotation)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # [B, H, T, E]
+        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",))
+        return y
+
+    def _heads(
+        self,
+        x: Tensor,  # [B, T, H*E]
+    ) -> Tensor:  # [B, H, T, E]
+        return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
+
+
+def _rotation(time: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, [T, E] each, in float32."""
+    frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(
+    x: Tensor,  # [B, H, T, E]
+    rotation: tuple[Tensor, Tensor],  # [T, E] each
+) -> Tensor:  # [B, H, T, E]
+    cosine, sine = rotation
+    first, second = x.chunk(2, dim=-1)
+    return (x * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)

@@ -1,0 +1,33 @@
+"""SwiGLU (arXiv 2002.05202) on the linear maps gate, up and down.
+
+Shapes: B batch, T time, D width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.design.model import ModelConfig
+from experiments.models.short_convolution import Maps
+from experiments.parts.swiglu import SwiGLU
+
+
+def build(part: SwiGLU, model: ModelConfig) -> nn.Module:
+    return SwiGLUModule(part, model)
+
+
+class SwiGLUModule(nn.Module):
+    """down(silu(gate(x)) * up(x)) on a normed copy of the residual stream."""
+
+    into_residual = ("down",)
+
+    def __init__(self, part: SwiGLU, model: ModelConfig) -> None:
+        super().__init__()
+        self.maps = Maps(part.linear_maps(model.width), model.conv)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+    ) -> Tensor:  # [B, T, D]
+        gate, up = self.maps.apply_to(x, ("gate", "up"))
+        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",))
+        return y

@@ -1,0 +1,23 @@
+"""From a run's configuration to the trainer of it: the one place that knows which parts go together."""
+
+from experiments.data.dataset import Dataset
+from experiments.design.config import Execution, RunConfig
+from experiments.models.decoder import Decoder
+from experiments.tasks.text import Text
+from experiments.training.optimizers import make_optimizers
+from experiments.training.parallel import World
+from experiments.training.trainer import Trainer
+
+
+def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: World) -> Trainer:
+    """The trainer of a run at its first step."""
+    model = Decoder(run.model, run.seed).to(world.device)
+    return Trainer(
+        model,
+        Text(dataset, run.train, run.seed),
+        make_optimizers(model, run.train, tables=(model.embedding, model.head)),
+        run.train,
+        execution,
+        world,
+        identity={"run_id": run.run_id},
+    )

@@ -1,0 +1,56 @@
+"""Optimizers by the kind of their settings. A new one is a function here, its settings in design/train.py."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynconv.layers import optimizer_groups
+from experiments.design.train import AdamW, Muon, TrainConfig
+
+Optimizers = list[torch.optim.Optimizer]
+Groups = Mapping[str, Mapping[str, nn.Parameter]]
+
+
+def make_optimizers(
+    model: nn.Module,
+    train: TrainConfig,
+    tables: Iterable[nn.Module] = (),  # embeddings, and an LM head: their weights are no matrices to Muon
+) -> Optimizers:
+    """The optimizers that together update every parameter of the model, each once. They share the learning rate.
+
+    Matrices of linear maps and embeddings decay; gains and all parameters of short convolutions do not.
+    """
+    return MAKERS[train.optimizer.kind](optimizer_groups(model, tables), train.optimizer, train)
+
+
+def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
+    undecayed = groups["undecayed"].values()
+    decayed = [*groups["decayed"].values(), *groups["matrices"].values()]
+    return [_adamw([(decayed, train.weight_decay), (undecayed, 0.0)], settings, train)]
+
+
+def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
+    matrices = torch.optim.Muon(
+        groups["matrices"].values(),
+        lr=train.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=train.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
+    return [matrices, _adamw(others, settings, train)]
+
+
+def _adamw(
+    groups: Iterable[tuple[Iterable[nn.Parameter], float]],  # parameters, their weight decay
+    settings: AdamW | Muon,
+    train: TrainConfig,
+) -> torch.optim.AdamW:
+    named: list[dict[str, Any]] = [{"params": list(parameters), "weight_decay": decay} for parameters, decay in groups]
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True)
+
+
+MAKERS: dict[str, Callable[..., Optimizers]] = {"adamw": adamw, "muon": muon}

@@ -1,0 +1,97 @@
+"""A run's record: what `submit` freezes as STORE/<run_id>/config.json, and reads back when the run starts."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.logs.files import read_json, write_atomically, write_json
+from analysis.logs.schema import SCHEMA
+from experiments.design import strict
+from experiments.design.config import TRUNK, Execution, RunConfig
+from experiments.design.identity import differences, to_dict
+
+if TYPE_CHECKING:
+    from experiments.data.dataset import Dataset
+
+TOKENIZER = "tokenizer.json"
+CELL = ("arm", "size", "budget", "seed")
+NAMES = ("run_id", "sweep", "arm", "size", "budget", "seed", "baseline", "trunk", "branch_step")
+
+
+def write_record(
+    run: RunConfig,
+    store: Path,
+    dataset: "Dataset",
+    execution: Execution,
+    *,
+    code_commit: str | None,
+    submitted_at: float,  # unix seconds
+) -> Path:
+    """Freeze everything a run needs as its config.json, with the tokenizer beside it; the run's directory."""
+    record = {
+        "schema": SCHEMA,
+        **{key: getattr(run, key) for key in NAMES},
+        "task": "text",
+        **asdict(run.counts),
+        "tokens_own": run.own_tokens,
+        "facts": run.facts(),
+        "vary": dict(run.vary),
+        "config": to_dict(run),
+        "execution": asdict(execution),
+        "data_dir": str(dataset.path),
+        "data_sha256": dataset.sha256,
+        "tokenizer_sha256": dataset.tokenizer_sha256,
+        "code_commit": code_commit,
+        "submitted_at": submitted_at,
+    }
+    run_dir = store / run.run_id
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / TOKENIZER, lambda temporary: shutil.copyfile(dataset.path / TOKENIZER, temporary))
+    write_json(run_dir / "config.json", record)
+    return run_dir
+
+
+def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
+    """The record of a run. Raises ValueError where it was edited after it was submitted."""
+    path = run_dir / "config.json"
+    record = read_json(path)
+    run = strict.parse(record["config"], RunConfig, f"{path}: config")
+    if not run.run_id == record["run_id"] == run_dir.name:
+        raise ValueError(
+            f"{path} describes run {run.run_id}; wanted {run_dir.name}, as its folder is named; "
+            "it was edited after it was submitted: submit the sweep again"
+        )
+    return record, run, strict.parse(record["execution"], Execution, f"{path}: execution")
+
+
+def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> None:
+    """Raises ValueError where the store holds runs that cannot stand beside the new ones: runs trained on other data,
+    or another configuration of the same arm, size, budget, seed and place on the axes."""
+    new = [run for run in runs if run.budget != TRUNK]  # a trunk is no result
+    cells = {_cell({name: getattr(run, name) for name in (*CELL, "vary")}): run for run in new}
+    for path in sorted(store.glob("*/config.json")):
+        try:
+            record = read_json(path)
+            cell = _cell(record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # none of ours: `status` names it
+        if record["data_sha256"] != data_sha256:
+            raise ValueError(
+                f"{path.parent.name} in {store} was submitted with data {record['data_sha256'][:12]}; the data is now "
+                f"{data_sha256[:12]}; restore it, or submit to another store: runs on different data cannot be compared"
+            )
+        other = cells.get(cell)
+        if other is not None and other.run_id != record["run_id"]:
+            changed = differences(record["config"], to_dict(other))
+            what = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in list(changed.items())[:4])
+            raise ValueError(
+                f"{store} holds {record['run_id']}, another configuration of {other.arm} {other.size} seed "
+                f"{other.seed} at {other.budget} ({what}); make what differs an axis in [vary], or submit to "
+                "another store"
+            )
+
+
+def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(record[name] for name in CELL), *sorted(record["vary"].items()))
