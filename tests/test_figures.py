@@ -183,11 +183,11 @@ def test_50_budgets_of_31_arms_stay_readable_by_a_colour_scale_and_small_multipl
     arms = [f"arm {at:02d}" for at in range(31)]
     budgets = np.geomspace(1e18, 1e21, 50)
     parabolas = [
-        Optimum(arm, c, 5, 1e8, None, 1e9, 3.0, 0.01, 0.1, (0.3, 0.3), (1e7, 1e9), 0.5, "ok")
+        Optimum(arm, c, 5, 1e8, None, 1e9, 3.0, 0.01, 0.1, (0.3, 0.3), (5e7, 2e8), None, "ok")
         for arm in arms
         for c in budgets
     ]
-    laws = [Allocation(arm, 50, 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1e9, 1e10, 1e21, "ok") for arm in arms]
+    laws = [Allocation(arm, 50, 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1e9, 1e10, 1e21, "given", "ok") for arm in arms]
     rows = pd.DataFrame(
         [{"arm": arm, "C": c, "parameters": n, "loss": 3.0} for arm in arms for c in budgets for n in (5e7, 2e8)]
     )

@@ -94,7 +94,7 @@ def test_the_first_screen_claims_what_the_intervals_allow(page: Path) -> None:
     found = {row["arm"]: row for row in json.loads(_printed("table", page.parent / "sweep"))}
     rows = re.findall(r'<tr class="(more|less|open)"><th scope=row>([^<]*)</th>(.*?)</tr>', text)
     assert [(kind, arm) for kind, arm, _ in rows] == [("more", "dyn&lt;b&gt;"), ("open", "static")]
-    (low, high), row = found["dyn<b>"]["ci"], rows[0][2]
+    (low, high), row = found["dyn<b>"]["family_ci"], rows[0][2]
     assert f"transformer needs {low:.2f} to {high:.2f} times as much" in row
     assert f">{found['dyn<b>']['m']:.3f}</a>" in row
     assert f"<b>{found['dyn<b>']['wall_clock']['m']:.3f}</b>" in row

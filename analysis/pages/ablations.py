@@ -25,18 +25,13 @@ def ablations(done: pd.DataFrame) -> pd.DataFrame:
     Beside the columns of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as `line`.
     Rows that were taken from different sources are not joined.
     """
-    facts = facts_of(done)
+    facts = [name for name in fact_columns(done) if done[name].notna().any()]
     kinds = [name for name in facts if _word(name) == KIND]
     declared = done[facts].notna().any(axis=1)
     for name in kinds:
         declared &= done[name].notna() & (done[name] != "none")
     tables = [_ablations(rows, facts) for _, rows in done[declared].groupby("size")]
     return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=done.iloc[:0])
-
-
-def facts_of(runs: pd.DataFrame) -> list[str]:
-    """The columns that say how an arm was declared."""
-    return [name for name in fact_columns(map(str, runs)) if runs[name].notna().any()]
 
 
 def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> float | None:
@@ -49,8 +44,7 @@ def _ablations(rows: pd.DataFrame, facts: list[str]) -> pd.DataFrame:
     varying = [name for name in facts if rows[name].nunique() > 1]
     factors = sorted((name for name in varying if _word(name) != KIND), key=lambda name: _is_text(rows[name]))
     told = [name for name in facts if _word(name) in PLAIN or name in varying]
-    varied = axis_columns(map(str, rows))
-    key = [*facts, *varied, *(["source"] if "source" in rows else [])]
+    key = [*facts, *axis_columns(rows), *(["source"] if "source" in rows else [])]
     parts = []
     for factor in factors:
         part = rows[rows[factor].notna()].sort_values(factor, key=lambda column: column.map(_place), kind="stable")

@@ -18,7 +18,7 @@ from analysis.logs.schema import CONVENTIONS
 from analysis.pages.ablations import baseline_loss
 from analysis.pages.chart_style import INK, Plot, answers_to_pointer, colour, dots, plot, rule, stroke
 from analysis.pages.figures import TALLEST
-from analysis.pages.isoflop_figures import fitted_curve
+from analysis.pages.isoflop_figures import curve_of
 from analysis.pages.run_figures import time_of
 from analysis.pages.style import LOSS, budget_shades, marks
 from analysis.pages.tables import is_missing, short
@@ -154,7 +154,7 @@ class Charts:
         return [made]
 
     def isoflop(self) -> list[Plot]:
-        """Loss against N by budget with its fitted curve, one arm at a time, and the growth of N* with compute.
+        """Loss against N by budget with its curve, one arm at a time, and the growth of N* with compute.
 
         What belongs to one arm is tagged "panel-0", "panel-1", ... in the order of `allocations`; the page shows one.
         """
@@ -169,10 +169,12 @@ class Charts:
             view = CDSView(filter=IndexFilter(self.place_of[law.arm]))
             look: Any = {"size": 7, "fill_color": shade, "line_color": shade, "nonselection_alpha": 0.35}
             runs.append(curves.scatter("parameters", "loss", source=self.source, view=view, **look))
-            xs, ys = self._curves(mine)
-            lines = ColumnDataSource({"xs": xs, "ys": ys, "budget": [item.compute for item in mine]})
-            fitted = curves.multi_line("xs", "ys", source=lines, line_color=shade, line_width=1.4)
-            for renderer in (runs[-1], fitted):
+            fitted = [tuple(part.astype(np.float32) for part in curve_of(item)) for item in mine]
+            lines = ColumnDataSource(
+                {"xs": [x for x, _ in fitted], "ys": [y for _, y in fitted], "budget": [item.compute for item in mine]}
+            )
+            shapes = curves.multi_line("xs", "ys", source=lines, line_color=shade, line_width=1.4)
+            for renderer in (runs[-1], shapes):
                 renderer.update(tags=[f"panel-{panel}"], visible=panel == 0)
             stars.append(self._growth(growth, law.arm, mine, law.N_exponent))
         answers_to_pointer(curves, runs, RUN_TIPS)
@@ -180,11 +182,6 @@ class Charts:
         bar: Any = {"width": 10, "background_fill_color": None, "bar_line_color": None, "title": "FLOPs"}
         curves.add_layout(ColorBar(color_mapper=mapper, **bar), "right")
         return [curves, growth]
-
-    def _curves(self, optima: Sequence[Optimum]) -> tuple[list[Any], list[Any]]:
-        """N and loss along the curve of each budget of an arm."""
-        curves = [fitted_curve(item) for item in optima]
-        return [x.astype(np.float32) for x, _ in curves], [y.astype(np.float32) for _, y in curves]
 
     def _growth(self, made: Plot, arm: str, optima: Sequence[Optimum], exponent: float | None) -> GlyphRenderer:
         """N* of every budget, hollow where it does not count, and the law through those that do."""

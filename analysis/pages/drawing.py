@@ -161,12 +161,17 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
         todo["isoflop"] = lambda: isoflop_figures.isoflop_panels(done.assign(C=done[column]), *design)
         if len(answer.allocations) > isoflop_figures.FEW_ARMS:
             todo["isoflop-growth"] = lambda: isoflop_figures.isoflop_growth(*design)
-    if done["tokens"].gt(0).all() and not answer.optima:  # where a budget has many sizes, isoFLOP says more
+    if _all_positive(done["tokens"]) and not answer.optima:  # where a budget has many sizes, isoFLOP says more
         todo["loss-against-tokens"] = lambda: run_figures.loss_against(done, "tokens", "training tokens D", base)
-    if done["train_seconds"].gt(0).all():
+    if _all_positive(done["train_seconds"]):
         todo["wall-clock"] = lambda: run_figures.wall_clock(done, column, answer.convention, base)
     if len(of.ablated):
         todo["ablations"] = lambda: run_figures.ablation_panels(of.ablated, baseline_loss(done, of.ablated, base))
     if len(of.evals):
         todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
+
+
+def _all_positive(column: pd.Series) -> bool:
+    """What is missing is not: pandas would pass over it."""
+    return bool((column.astype(float) > 0).all())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis.pages.style import MANY
 from analysis.pages.tables import UNRESOLVED, interval_text, ratio_text
@@ -47,7 +47,7 @@ def compute_verdict(item: Multiplier) -> Verdict:
     """What the runs say of the arm's compute at equal loss, for readers who know no statistics."""
     if item.ci is None:
         return Verdict("open", "One size gives no interval, so nothing is claimed.")
-    low, high = family_interval(item) or item.ci
+    low, high = item.family_ci or item.ci
     remarks = item.status.removeprefix(UNRESOLVED).split("; ")
     if not item.status.startswith(UNRESOLVED) and not low <= 1 <= high:
         scope = "" if "largest" not in item.method else ", at the largest compute measured"
@@ -72,12 +72,6 @@ def _between(low: float, high: float) -> str:
     worse = "any amount more" if low <= 0 else f"{_percent(1 / low - 1)} more"
     better = "any amount less" if math.isinf(high) else f"{_percent(1 - 1 / high)} less"
     return f"anything from {worse} compute to {better}"
-
-
-def family_interval(item: Multiplier) -> Interval | None:
-    """The interval that holds for all arms at once, where the analysis gives one."""
-    found: Interval | None = getattr(item, "family_ci", None)
-    return found
 
 
 def glance(found: Sequence[Multiplier], links: Sequence[str]) -> str:
@@ -167,14 +161,14 @@ def _at_top(item: Multiplier) -> str:
 
 def _clock(item: Multiplier) -> str:
     """The wall-clock multiplier in a few words, or why there is none."""
-    clock: Any = item.wall_clock
-    m = getattr(clock, "m", None)
-    if m is None:
-        reason = getattr(clock, "status", None) or getattr(item, "wall_clock_reason", None)
-        return f"not measured{f'<small>{escape(str(reason))}</small>' if reason else ''}"
+    clock = item.wall_clock
+    if clock is None:
+        return f"not measured{f'<small>{escape(item.no_clock)}</small>' if item.no_clock else ''}"
     low, high = clock.ci or (0.0, math.inf)
     says = "faster" if low > 1 else "slower" if high < 1 else "no difference shown"
-    return f"<b>{ratio_text(m)}</b>{_interval(clock.ci)}<small>{says if clock.ci else 'nothing is claimed'}</small>"
+    varies = "" if "not constant" not in clock.status else ", at the largest size: it changes with size"
+    says = f"{says}{varies}" if clock.ci else "nothing is claimed"
+    return f"<b>{ratio_text(clock.m)}</b>{_interval(clock.ci)}<small>{says}</small>"
 
 
 def _more(item: Multiplier) -> str:
@@ -189,7 +183,7 @@ def _more(item: Multiplier) -> str:
 
 
 def _holds_one(item: Multiplier) -> bool:
-    low, high = family_interval(item) or item.ci or (0.0, math.inf)
+    low, high = item.family_ci or item.ci or (0.0, math.inf)
     return low <= 1 <= high
 
 

@@ -27,7 +27,7 @@ GROWTH = {"N": "best N* (parameters)", "D": "best D* (tokens)"}
 def isoflop_panels(
     rows: pd.DataFrame, optima: Sequence[Optimum], laws: Sequence[Allocation], convention: str
 ) -> Figure:
-    """A row for each arm: loss against N at each budget with its fitted curve, then N* and D* against compute.
+    """A row for each arm: loss against N at each budget with its curve, then N* and D* against compute.
 
     Optima are large, hollow where they do not count. `rows` are the finished runs, their compute in column "C".
     With more than FEW_ARMS arms, a panel each of their budgets: `isoflop_growth` has the rest.
@@ -75,11 +75,11 @@ def nearest_budget(compute: Any, optima: Sequence[Optimum]) -> Any:
     return np.abs(np.log(np.asarray(compute, float))[:, None] - budgets).argmin(axis=1)
 
 
-def fitted_curve(item: Optimum) -> tuple[Any, Any]:
-    """A budget's curve of loss over the sizes that it was fitted to, and its optimum: N and loss."""
+def curve_of(item: Optimum) -> tuple[Any, Any]:
+    """A budget's fitted curve over the sizes it was fitted to: N and loss."""
     assert item.N is not None
     low, high = item.window or (item.N, item.N)
-    grid = np.geomspace(min(low, item.N), max(high, item.N), 60)
+    grid = np.geomspace(min(low, item.N), max(high, item.N), 24)
     return grid, item.curve(grid)
 
 
@@ -118,7 +118,7 @@ def _curves(axes: Axes, rows: pd.DataFrame, optima: Sequence[Optimum], arm: str)
         axes.plot(part["parameters"], part["loss"], ls="", marker="o", ms=3.5 if few else 1.5, color=shade, mew=0)
         if item.N is None or item.loss is None:
             continue
-        axes.plot(*fitted_curve(item), color=shade, lw=1 if few else 0.6)
+        axes.plot(*curve_of(item), color=shade, lw=1 if few else 0.6)
         look: Any = {"color": shade, "mec": BLACK, "mew": 0.6 if few else 0.3, "mfc": _face(item, shade)}
         axes.plot(item.N, item.loss, "*", ms=10 if few else 4, **look)
         if few:

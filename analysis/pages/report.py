@@ -18,7 +18,7 @@ from analysis.logs.schema import CONVENTIONS
 from analysis.pages.chart_style import document
 from analysis.pages.charts import charts
 from analysis.pages.drawing import Answers, Material, answers, draw, material
-from analysis.pages.glance import family_interval, glance, headline
+from analysis.pages.glance import glance, headline
 from analysis.pages.page import Link, chips, code, figure, note, page, table
 from analysis.pages.style import marks
 from analysis.pages.tables import (
@@ -49,7 +49,7 @@ CAPTIONS = {  # title and caption of each figure; one that is not here has no pl
     ),
     "isoflop": (
         "Loss against size at equal compute",
-        "Curves: the fit to each budget. Beside: the best size of each, hollow where it does not count.",
+        "Curves: the fit of each budget. Beside: the best size of each, hollow where it does not count.",
     ),
     "isoflop-growth": ("The best size against compute", "N* of each budget; hollow where it does not count."),
     "loss-against-tokens": ("Loss against tokens", "Final loss of every run."),
@@ -66,7 +66,6 @@ HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv
     "95% interval": ("of m", "ci"),
     "sizes x seeds": ("paired sizes, and paired seeds at the size with fewest", "n_sizes, n_seeds"),
     "joint fit": ("the constant m of one law for both arms, a cross-check", "joint"),
-    "m at Cmax": ("the same with its interval, where m is not shown to be constant", "m_at_cmax, m_at_cmax_ci"),
     "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),
@@ -78,7 +77,7 @@ def report(store: Store, baseline: str | None = None, convention: str | None = N
     """The page. Raises ValueError on data that support no claim, and where there is no answer at all."""
     answer = answers(store, baseline, convention)
     of = material(store)  # before `problems` are shown: it may find some with the evaluations
-    name = getattr(store, "name", store.path.name)
+    name = store.name
     title = f"Compute advantage over {answer.baseline}" if answer.found else f"Scaling of {name}"
     figures, data = _figures(store, answer, of)
     parts = [f"<header><h1>{escape(title)} <span>· {escape(name)}</span></h1>", *_first_screen(answer, of)]
@@ -100,22 +99,18 @@ def _first_screen(answer: Answers, of: Material) -> list[str]:
     runs = f"{len(of.done)} finished runs; FLOPs counted as {answer.convention}"
     if not answer.found:
         return [f'<p class="headline">{escape(_scaling(answer))}</p>', note(f"{escape(runs)}.")]
+    family = max(item.family for item in answer.found)
+    together = f" of each arm, the sentences by those that hold for all {family} at once" if family > 1 else ""
     links = [_anchor(place, "m") for place in range(len(answer.found))]
     legend = (
         f"m: the compute of {answer.baseline} that reaches an arm's loss, over the arm's; above 1 the arm saves. "
-        f"Intervals: 95%{_alone(answer.found)}; hollow: no difference shown. Paired by size and seed. {runs}."
+        f"Intervals: 95%{together}; hollow: no difference shown. Paired by size and seed. {runs}."
     )
     return [
         f'<p class="headline">{escape(headline(answer.found))}</p>',
         glance(answer.found, links),
         note(escape(legend)),
     ]
-
-
-def _alone(found: Sequence[Multiplier]) -> str:
-    """What several intervals do not say together, unless the analysis corrects for it."""
-    corrected = all(family_interval(item) is not None for item in found)
-    return "" if len(found) == 1 or corrected else " for each arm by itself, so among many arms some miss by chance"
 
 
 def _scaling(answer: Answers) -> str:
@@ -185,12 +180,7 @@ def _arm_choice(answer: Answers) -> str:
 def _command(verb: str, store: Store, answer: Answers, *more: str) -> str:
     """What to type for the same numbers."""
     compared = ["--baseline", answer.baseline] if answer.found and verb != "isoflop" else []
-    return shlex.join(["dynconv", verb, *_arguments(store), *compared, "--convention", answer.convention, *more])
-
-
-def _arguments(store: Store) -> list[str]:
-    """How a command line names the store, with the names of its columns where they were given."""
-    return list(getattr(store, "arguments", [str(store.path)]))
+    return shlex.join(["dynconv", verb, *store.arguments, *compared, "--convention", answer.convention, *more])
 
 
 def _done(runs: pd.DataFrame) -> pd.DataFrame:
@@ -318,7 +308,7 @@ def _runs(store: Store, flops: str) -> str:
     shown = store.runs.sort_values(["arm", "parameters", "seed"], kind="stable")[columns]
     shown = shown.assign(code_commit=shown["code_commit"].str.slice(0, 12)).dropna(axis="columns", how="all")
     rows = [[None if is_missing(value) else short(value) for value in row] for row in shown.itertuples(index=False)]
-    query = shlex.join(["dynconv", "query", *_arguments(store), "select * from runs"])
+    query = shlex.join(["dynconv", "query", *store.arguments, "select * from runs"])
     place = "STORE/RUN_ID/run.json" if store.run_dirs else store.path.name
     return table("runs", list(shown), rows, [f"run-{at}" for at in shown.index]) + note(
         f"A row's numbers are those of {escape(place)}, by the commit and on the device that it names; {code(query)}."
