@@ -45,8 +45,8 @@ def reported(local: Local, p: Floats, changing: Local, odds: float | None = None
 def band(changing: Local, shifted: Shifted, compute: float) -> tuple[Floats, Floats, Floats]:
     """ln m at a compute (FLOPs) by the two laws in which it changes, and the ends of its 95% interval, [K] each.
 
-    The laws bend differently beyond the sizes: over 10x, where a lower irreducible loss is the truth, the law with an
-    exponent of its own covers .69 to .92 with what is labelled 95%, and theirs together .89 to .98.
+    The laws bend differently beyond the sizes. At 10x, with what is labelled 95%, the law with an exponent of its own
+    covers .69 to .98 over the grid of analysis/README.md, and both together .87 to .98.
     """
     line = trend(changing, compute)
     own_exponent = Student(line.at, line.error, line.dof, fit_gain(line.t, changing.ln_m.shape[1]))

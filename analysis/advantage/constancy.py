@@ -64,9 +64,9 @@ def constancy_p(
     returned at once, too small.
 
     With few sizes the trend's residuals often have a small variance by luck, and the test must ask for a large t.
-    Repeated seeds bound the variance from below, also in the resamples, and less is asked: simulated, a change of 2.65
-    standard errors is seen in .39 instead of .32 (4 sizes, 2 seeds), .49 instead of .45 (5, 2), .55 instead of .53
-    (6, 3), at a size of .02 to .057 whichever part of the noise is the seeds' (analysis/README.md).
+    Repeated seeds bound the variance from below, also in the resamples, and less is asked. At the same size that gains
+    a little power where sizes are four and seeds are much of the noise (.27 to .31), hardly any with more
+    (analysis/README.md).
     """
     random = np.random.default_rng(seed)
     seen = local_multipliers(c0, c1, y0, y1, floor)

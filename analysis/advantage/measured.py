@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.advantage.constancy import seed_noise_of
+from analysis.advantage.multiplier import comparable
 from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
 from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.planning import World
@@ -43,10 +45,13 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
     rows, _ = usable(runs)
     convention = choose_convention(runs)
     arms = list(dict.fromkeys(rows["arm"]))
-    paired = []
+    paired: list[Pairs] = []
     if len(arms) > 1:
         baseline = choose_baseline(runs, baseline)
-        paired = [pair(rows, arm, baseline, convention) for arm in arms if arm != baseline]
+        for arm in arms:
+            with contextlib.suppress(ValueError):  # an arm that cannot be compared tells nothing of the noise
+                both, _, _ = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+                paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
         paired = [each for each in paired if len(each.sizes) > 1]
     seeds = _seed_noise(paired, rows, CONVENTIONS[convention])
     if seeds is not None:

@@ -78,7 +78,7 @@ def multipliers(
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
         try:
-            both, tuned, told = _comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+            both, tuned, told = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
             pairs = pair(both, arm, baseline, convention, excluded, throughput)
             others = {name: pair(both, arm, baseline, name) for name in conventions_in(both) if name != convention}
             if floors and len(pairs.sizes) == 1:
@@ -93,7 +93,7 @@ def multipliers(
     return at_once(found), refused
 
 
-def _comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
+def comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
     """The runs of two arms, which `usable` returned, with the budget that each is paired on, at each arm's best rate;
     how the rates were tuned; and in words how budgets were told and which rates are best."""
     rows, how = with_budgets(rows, baseline, column)
