@@ -12,7 +12,6 @@ from bokeh.models import (
     BoxZoomTool,
     FullscreenTool,
     HoverTool,
-    InlineStyleSheet,
     LogTicker,
     NoOverlap,
     OpenURL,
@@ -56,7 +55,6 @@ DIGITS = {  # how hovering shows numbers
     "loss": "%.4f",
     "baseline's loss": "%.4f",
 }
-TOOLTIP = ".bk-Tooltip { --background-color: var(--card); --color: var(--ink); --divider-color: var(--line); }"
 
 
 def plot(x_label: str, y_label: str, x: str = "counts", y: str = "linear", height: int = 340, **more: Any) -> Plot:
@@ -75,7 +73,6 @@ def plot(x_label: str, y_label: str, x: str = "counts", y: str = "linear", heigh
         background_fill_color=None,
         border_fill_color=None,
         outline_line_color=None,
-        stylesheets=[InlineStyleSheet(css=TOOLTIP)],
         **kinds,
         **more,
     )
