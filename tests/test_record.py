@@ -77,6 +77,15 @@ def test_a_store_takes_one_dataset(tiny_run: RunConfig, submitted: Submitted, tm
         check_store([tiny_run], tmp_path, "0" * 64)
 
 
+@pytest.mark.parametrize("foreign", ['{"arm": []}', '{"arm": "a", "size": "b", "budget": "c", "seed": 0, "vary": {}}'])
+def test_a_foreign_record_in_a_store_is_left_alone(
+    tiny_run: RunConfig, dataset: Dataset, foreign: str, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(foreign)
+    check_store([tiny_run], tmp_path, dataset.sha256)
+
+
 def test_two_folders_with_equal_text_are_the_same_data(
     tiny_run: RunConfig, dataset: Dataset, text_folder: Path, tmp_path: Path
 ) -> None:

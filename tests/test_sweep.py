@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from experiments.design import strict
 from experiments.design.config import TRUNK, RunConfig
 from experiments.design.identity import content, to_dict
+from experiments.design.model import ModelConfig
 from experiments.design.schedules import Linear
 from experiments.design.sweep import Sweep, expand, load_sweep, notes, read_sweep
 from experiments.design.train import AdamW, Muon
 from experiments.parts.attention import Attention
+from experiments.parts.swiglu import SwiGLU
 
 SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "sweeps").glob("*.toml"))
 TEXT = """
@@ -117,6 +119,23 @@ def test_the_run_id_follows_the_content_alone(tmp_path: Path) -> None:
         replace(run, data=replace(run.data, train_tokens=1_000_000)),
     ]
     assert len({other.run_id for other in [run, *changed]}) == 5
+
+
+def test_the_order_of_sites_is_no_part_of_the_id(tmp_path: Path) -> None:
+    ordered, turned = (
+        load_sweep(write(tmp_path, TEXT.replace('["v"]', sites)))[-1] for sites in ('["q", "v"]', '["v", "q"]')
+    )
+    assert ordered.run_id == turned.run_id
+    assert turned.model.conv.sites == ("q", "v")
+
+
+def test_two_parts_of_a_model_name_no_linear_map_alike() -> None:
+    class Gated(SwiGLU):
+        """A mixer whose maps have the names of the feed-forward part's."""
+
+    model = ModelConfig(layers=1, width=8, vocabulary=300, mixer=Gated(8), ffn=SwiGLU(8))
+    with pytest.raises(AssertionError, match=r"both name a linear map \['down', 'gate', 'up'\]; rename one"):
+        model.linear_maps()
 
 
 def test_a_run_survives_its_own_json(tmp_path: Path) -> None:
@@ -277,6 +296,33 @@ BAD = {
         r"seeds must be 0 to 2\*\*63 - 1; got 9223372036854775808",
     ),
     "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds names one twice"),
+    "a weight of an average above one": (
+        "[data]",
+        '[train]\noptimizer = { kind = "adamw", beta1 = 1.5 }\n[data]',
+        r"train.optimizer: beta1 must be at least 0 and below 1; got 1.5; correct it",
+    ),
+    "an epsilon that is not a number": (
+        "[data]",
+        '[train]\noptimizer = { kind = "muon", epsilon = nan }\n[data]',
+        r"train.optimizer: epsilon must be at least 0 and finite; got nan; correct it",
+    ),
+    "a rate that overflows": (
+        "[data]",
+        "[train]\nlearning_rate = 1e308\nlearning_rate_factor = 1e10\n[data]",
+        r"learning_rate times learning_rate_factor must be above zero and finite; got 1e\+308 times 1e\+10",
+    ),
+    "a base of RoPE": ("kv_heads = 1", "rope_theta = inf", r"arm.mine.mixer: rope_theta must be above zero and finite"),
+    "odd heads": ("kv_heads = 1", "heads = 8", r"even number of channels, .*; got 8 heads and width 24"),
+    "two points that are one run": (
+        "[data]",
+        "[vary]\nwarmup_fraction = [0.1, 0.1001]\n[data]",
+        r"transformer 25k: the points {'warmup_fraction': 0.1} and {'warmup_fraction': 0.1001} of \[vary\]",
+    ),
+    "a decay that begins in the warm-up": (
+        "[data]",
+        "[train]\nwarmup_fraction = 0.5\nschedule = { kind = 'wsd', decay_fraction = 0.9 }\n[data]",
+        r"begins to decay after step 49, and the warm-up takes 245; lower warmup_fraction or decay_fraction",
+    ),
     "small vocabulary": ("vocabulary = 512", "vocabulary = 100", r"vocabulary must be at least 257"),
 }
 

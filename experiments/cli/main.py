@@ -8,13 +8,9 @@ import contextlib
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from analysis.errors import WorkFailed
 from experiments.cli import bench, claims, data, laws, pages, runs
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
     Subparsers,
@@ -13,9 +12,6 @@ from experiments.cli.arguments import (
     table_format_argument,
     warn,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def register(subparsers: Subparsers) -> None:

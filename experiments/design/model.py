@@ -48,7 +48,11 @@ class ModelConfig:
 
     def linear_maps(self) -> dict[str, LinearMap]:
         """Site -> shape, of one layer's linear maps."""
-        return self.mixer.linear_maps(self.width) | self.ffn.linear_maps(self.width)
+        mixer, ffn = self.mixer.linear_maps(self.width), self.ffn.linear_maps(self.width)
+        shared = sorted(mixer.keys() & ffn.keys())
+        # One of the two would get a convolution in the module and none in the counts.
+        assert not shared, f"{self.mixer.kind} and {self.ffn.kind} both name a linear map {shared}; rename one"
+        return mixer | ffn
 
     def parameters(self) -> int:
         """N: every trained number, a tied embedding once."""

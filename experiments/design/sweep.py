@@ -1,8 +1,9 @@
 """A sweep file -> a list of frozen runs whose compute is matched."""
 
 import itertools
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -92,9 +93,8 @@ class Sweep:
 
     def points(self) -> Iterator[dict[str, float]]:
         """The points of the grid that [vary] spans, each with the tokens for each parameter."""
-        axes = self.vary or {}
-        for values in itertools.product(*axes.values()):
-            yield dict(zip(axes, values, strict=True))
+        for values in itertools.product(*self.vary.values()):
+            yield dict(zip(self.vary, values, strict=True))
 
 
 def load_sweep(path: Path) -> list[RunConfig]:
@@ -133,7 +133,23 @@ def expand(sweep: Sweep) -> list[RunConfig]:
     runs = []
     for size, arm, seed in itertools.product(sweep.sizes, sweep.arms, sweep.seeds):
         runs += with_trunks([_run(sweep, size, arm, seed, point) for point in sweep.points()])
+    _refuse_equal_runs(runs)
     return runs
+
+
+def _refuse_equal_runs(runs: Sequence[RunConfig]) -> None:
+    """Raises ValueError where two points of [vary] round to one run, such as warm-ups of equally many steps.
+
+    A run has one record, with one place on the axes: the other point would be missing from every table.
+    """
+    first: dict[str, RunConfig] = {}
+    for run in runs:
+        other = first.setdefault(run.run_id, run)
+        if other is not run:
+            points = " and ".join(str(dict(each.vary)) for each in (other, run))
+            raise ValueError(
+                f"{run.arm} {run.size}: the points {points} of [vary] are the same run; remove one of them"
+            )
 
 
 def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float]) -> RunConfig:
@@ -180,6 +196,11 @@ def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float
 def _train(sweep: Sweep, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
     rate = rung.learning_rate if recipe.learning_rate is None else recipe.learning_rate
     factor = 1.0 if recipe.learning_rate_factor is None else recipe.learning_rate_factor
+    if not 0 < rate * factor < math.inf:
+        raise ValueError(
+            f"learning_rate times learning_rate_factor must be above zero and finite; got {rate:g} times {factor:g}; "
+            "correct one of them"
+        )
     fraction = recipe.warmup_fraction
     if fraction is None:
         fraction = LADDERS[sweep.ladder].warmup_fraction
@@ -238,19 +259,18 @@ def _model(sweep: Sweep, size: str, name: str) -> ModelConfig:
 def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
     ladder = LADDERS[sweep.ladder]
     rung, shape = ladder.sizes[size], ladder.shape(size)
-    mixer, ffn = arm.mixer.fitted(shape), arm.ffn.fitted(shape)
-    maps = mixer.linear_maps(rung.width) | ffn.linear_maps(rung.width)
-    for site in arm.conv.sites:
-        strict.choose(site, maps, "conv.sites")
-    return ModelConfig(
+    plain = ModelConfig(
         layers=rung.layers,
         width=rung.width,
         vocabulary=sweep.data.vocabulary,
-        mixer=mixer,
-        ffn=ffn,
-        conv=arm.conv.fitted(shape, maps),
+        mixer=arm.mixer.fitted(shape),
+        ffn=arm.ffn.fitted(shape),
         init_std=ladder.init_std,
     )
+    maps = plain.linear_maps()
+    for site in arm.conv.sites:
+        strict.choose(site, maps, "conv.sites")
+    return replace(plain, conv=arm.conv.fitted(shape, maps))
 
 
 def _evaluation_interval(sweep: Sweep, rung: Rung, baseline_sequences: int) -> int:

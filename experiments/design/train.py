@@ -1,5 +1,7 @@
 """How a run is optimised: what decides its outcome beside the model and the data."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -13,6 +15,15 @@ class Optimizer:
     kind: ClassVar[str]
 
 
+def _check_settings(averages: Mapping[str, float], epsilon: float) -> None:
+    """Raises ValueError for weights of moving averages outside [0, 1), and for an epsilon that is no small number."""
+    for name, value in averages.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1; got {value}; correct it")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be at least 0 and finite; got {epsilon}; correct it")
+
+
 @dataclass(frozen=True)
 class AdamW(Optimizer):
     """Decoupled weight decay (arXiv 1711.05101). The paper omits betas and epsilon: its authors use these elsewhere."""
@@ -22,6 +33,9 @@ class AdamW(Optimizer):
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-10
+
+    def __post_init__(self) -> None:
+        _check_settings({"beta1": self.beta1, "beta2": self.beta2}, self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ class Muon(Optimizer):
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95
     epsilon: float = 1e-10
+
+    def __post_init__(self) -> None:
+        _check_settings({"momentum": self.momentum, "beta1": self.beta1, "beta2": self.beta2}, self.epsilon)
 
 
 OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, Muon)

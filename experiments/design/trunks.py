@@ -23,22 +23,36 @@ def with_trunks(runs: Sequence[RunConfig]) -> list[RunConfig]:
     result = []
     for axes, group in grouped.items():
         schedule = group[0].train.schedule
-        if isinstance(schedule, WarmupStableDecay) and len(group) > 1:
-            result += _branches(group, schedule, dict(axes))
-        else:
+        if not isinstance(schedule, WarmupStableDecay):
             result += group
+            continue
+        warmup = min(run.train.warmup_steps for run in group)
+        starts = _decay_starts(group, schedule, warmup)
+        result += group if len(group) == 1 else _branches(group, starts, warmup, dict(axes))
     return result
 
 
-def _branches(runs: Sequence[RunConfig], schedule: WarmupStableDecay, axes: dict[str, float]) -> list[RunConfig]:
-    """A trunk to where the last branch leaves it, and the branches. All warm up as the smallest budget does."""
-    warmup = min(run.train.warmup_steps for run in runs)
+def _decay_starts(runs: Sequence[RunConfig], schedule: WarmupStableDecay, warmup: int) -> list[int]:
+    """The step after which each run decays.
+
+    Raises ValueError where that is in the warm-up: the rate would jump from the peak to somewhere on the decay.
+    """
     starts = [run.train.steps - schedule.decay_steps(run.train.steps) for run in runs]
-    if min(starts) <= warmup:
+    if min(starts) < warmup:
         raise ValueError(
             f"{runs[0].arm} {runs[0].size}: the smallest budget begins to decay after step {min(starts)}, and the "
             f"warm-up takes {warmup}; lower warmup_fraction or decay_fraction, or raise the smallest budget"
         )
+    return starts
+
+
+def _branches(
+    runs: Sequence[RunConfig],
+    starts: Sequence[int],  # the step after which each decays
+    warmup: int,  # steps, of the smallest budget: all warm up as it does
+    axes: dict[str, float],
+) -> list[RunConfig]:
+    """A trunk as long as the last branch needs it, and the branches."""
     sequences = max(starts) * runs[0].train.batch_sequences
     longest = max(runs, key=lambda run: run.train.tokens)
     train = replace(

@@ -1,5 +1,6 @@
 """Multi-head attention with rotary positions (arXiv 2104.09864), optionally grouped (GQA) and with QK-norm."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
@@ -18,11 +19,18 @@ class Attention(Part):
     qk_norm: bool = False  # RMSNorm on each head's queries and keys, after the convolutions and before RoPE
     rope_theta: float = 10_000.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be above zero and finite; got {self.rope_theta}; correct it")
+
     def fitted(self, shape: Shape) -> Self:
         heads = shape.heads if self.heads is None else self.heads
         kv_heads = heads if self.kv_heads is None else self.kv_heads
         if heads < 1 or shape.width % heads or shape.width // heads % 2:
-            raise ValueError(f"heads must divide the width into even heads; got {heads} and {shape.width}")
+            raise ValueError(
+                f"heads must divide the width of the model into heads with an even number of channels, which RoPE "
+                f"rotates in pairs; got {heads} heads and width {shape.width}"
+            )
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
         return replace(self, heads=heads, kv_heads=kv_heads)

@@ -65,6 +65,10 @@ class _PlacedConvolution(Convolution):
         if self.width < 1:
             raise ValueError(f"width must be at least 1; got {self.width}")
 
+    def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
+        # In the model's order, so that ["v", "k"] and ["k", "v"], which are one model, have one run id.
+        return replace(self, sites=tuple(site for site in maps if site in self.sites))
+
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
         return {"sites": sites_name(self.sites, sites), "width": self.width, "residual": self.residual}
 
@@ -117,7 +121,7 @@ class HeadwiseConvolution(_DynamicConvolution):
                 raise ValueError(
                     f"head_size must divide the {maps[site].outputs} channels of {site!r}; got {head_size}"
                 )
-        return replace(self, head_size=head_size)
+        return replace(super().fitted(shape, maps), head_size=head_size)
 
     def _generator(self, site: LinearMap) -> int:
         assert self.head_size is not None, "fitted() comes first"
@@ -136,11 +140,11 @@ class LowRankConvolution(_DynamicConvolution):
 
     rank: int | None = None  # the rung's where none is given
 
-    def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
+    def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:
         rank = shape.rank if self.rank is None else self.rank
         if rank < 1:
             raise ValueError(f"rank must be at least 1; got {rank}")
-        return replace(self, rank=rank)
+        return replace(super().fitted(shape, maps), rank=rank)
 
     def _generator(self, site: LinearMap) -> int:
         assert self.rank is not None, "fitted() comes first"

@@ -74,20 +74,20 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> Non
     for path in sorted(store.glob("*/config.json")):
         try:
             record = read_json(path)
-            cell = _cell(record)
+            other = cells.get(_cell(record))
+            its_id, its_data, its_config = record["run_id"], str(record["data_sha256"]), record["config"]
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # none of ours: `status` names it
-        if record["data_sha256"] != data_sha256:
+            continue  # This file is not a record of ours; `status` names it.
+        if its_data != data_sha256:
             raise ValueError(
-                f"{path.parent.name} in {store} was submitted with data {record['data_sha256'][:12]}; the data is now "
+                f"{path.parent.name} in {store} was submitted with data {its_data[:12]}; the data is now "
                 f"{data_sha256[:12]}; restore it, or submit to another store: runs on different data cannot be compared"
             )
-        other = cells.get(cell)
-        if other is not None and other.run_id != record["run_id"]:
-            changed = differences(record["config"], to_dict(other))
+        if other is not None and other.run_id != its_id:
+            changed = differences(its_config, to_dict(other))
             what = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in list(changed.items())[:4])
             raise ValueError(
-                f"{store} holds {record['run_id']}, another configuration of {other.arm} {other.size} seed "
+                f"{store} holds {its_id}, another configuration of {other.arm} {other.size} seed "
                 f"{other.seed} at {other.budget} ({what}); make what differs an axis in [vary], or submit to "
                 "another store"
             )
