@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.advantage import rates
 from analysis.advantage.paired import local_multipliers
-from analysis.advantage.rates import best_of, excess
+from analysis.laws import rates
+from analysis.laws.rates import best_of, excess
 from analysis.laws.solver import Floats
 from experiments.cli.main import main
 
@@ -182,3 +182,80 @@ def test_the_interval_of_tuned_arms_covers(
     assert bias[0] == pytest.approx(plain_bias, abs=0.007)
     assert abs(bias[1]) < 0.006
     assert 0.9 <= covered[1] <= 0.99
+
+
+def rate_table(path: Path, sizes: int = 1) -> Path:
+    """Two arms of m = 1.33 with 5 rates each at 5 computes, the least loss of every cell on a law; the arm's best rate
+    is twice the baseline's. Each compute is spent on `sizes` N about the best."""
+    lines = ["arm,N,D,train.learning_rate,loss"]
+    for arm, m, best in (("base", 1.0, 1e-3), ("new", M, 2e-3)):
+        for compute in COMPUTE:
+            best_size = 1e8 * (compute / 1e19) ** 0.5
+            for N in best_size * 2.0 ** (np.arange(sizes) - sizes // 2):
+                for rate in 1e-3 * 2.0 ** np.arange(-2, 4):
+                    loss = law(m, compute) + 0.05 * math.log(rate / best) ** 2 + 0.02 * math.log(N / best_size) ** 2
+                    lines.append(f"{arm},{N},{compute / 6 / N},{rate},{loss}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_fits_go_through_the_best_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean over rates is .03 to .1 above the best, and differs between the arms."""
+    path = rate_table(tmp_path / "p.csv")
+    assert main(["fit", str(path), "--bootstrap", "0", "--baseline", "base", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["points"] == 10
+    assert (found["E"], found["alpha"]) == (pytest.approx(1.7, abs=1e-3), pytest.approx(0.15, abs=1e-3))
+    assert found["arms"]["new"]["m"] == pytest.approx(M, rel=1e-3)
+    assert {item["reason"] for item in found["excluded"]} == {"its learning rate is not the best of its size"}
+    assert len(found["excluded"]) == 50
+    assert "each arm at its own best learning rate: base at 0.001 to 0.001, new at 0.002 to 0.002" in err
+    assert len(err.splitlines()) == 2
+    assert main(["predict", str(path), "--C", "1e22", "--bootstrap", "100", "--baseline", "base", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"][0]["loss"] == pytest.approx(law(1.0, 1e22), abs=1e-3)
+
+
+def test_isoflop_optima_are_of_the_best_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = rate_table(tmp_path / "p.csv", sizes=5)
+    assert main(["isoflop", str(path), "--json"]) == 0
+    for item in json.loads(capsys.readouterr().out)["optima"]:
+        m = M if item["arm"] == "new" else 1.0
+        assert item["loss"] == pytest.approx(law(m, item["compute"]), abs=2e-3)
+        assert item["points"] == 5
+
+
+def test_rates_are_no_seed_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = rate_table(tmp_path / "p.csv")
+    options = ["--baseline", "base", "--seeds", "1", "--simulations", "100"]
+    assert main(["power", str(path), *options]) == 0
+    assert "seed noise 0.002 (assumed, not measured)" in capsys.readouterr().out
+
+
+def test_a_law_through_runs_of_several_configurations_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"a,{i},{c},{d},{law(1.0, c) + d}" for i, c in enumerate(COMPUTE) for d in (0.1, 0.2)]
+    (tmp_path / "p.csv").write_text("\n".join(["arm,size,C,train.weight_decay,loss", *rows]))
+    assert main(["fit", str(tmp_path / "p.csv"), "--bootstrap", "0"]) == 0
+    said = "the law goes through runs of one size and compute that differ in train.weight_decay"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["table"], ["fit", "--bootstrap", "200"]])
+def test_rows_in_another_order_say_the_same(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To every digit, resamples included."""
+    header, *rows = rate_table(tmp_path / "a.csv").read_text().splitlines()
+    noise = 0.003 * np.random.default_rng(0).standard_normal(len(rows))
+    rows = [f"{row.rpartition(',')[0]},{float(row.split(',')[-1]) + e}" for row, e in zip(rows, noise, strict=True)]
+    answers = []
+    for order in (np.arange(len(rows)), np.random.default_rng(1).permutation(len(rows))):
+        (tmp_path / "a.csv").write_text("\n".join([header, *(rows[i] for i in order)]))
+        assert main([verb[0], str(tmp_path / "a.csv"), *verb[1:], "--baseline", "base", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for item in [found] if verb[0] == "fit" else found:
+            item.pop("excluded")
+        answers.append(found)
+    assert answers[0] == answers[1]

@@ -7,7 +7,7 @@ from typing import Any
 
 from analysis.advantage.budgets import OfBudget
 from analysis.advantage.joint import Interval
-from analysis.advantage.rates import Tuned
+from analysis.laws.rates import Tuned
 from analysis.logs.selection import Excluded
 
 

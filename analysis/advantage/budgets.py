@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from analysis.advantage.paired import MOST_SHARE, ratio
 from analysis.laws.solver import Floats, Indices
+from analysis.logs.selection import alike
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ALIKE = 1.1  # budgets within 10% of each other are one: step counts are rounded, and seeds may stop a little early
 SLOPE_ERROR = 0.03  # relative, of the shared law at one budget
 UNITS = {"C": "FLOPs", "D": "tokens", "D/N": "tokens per parameter"}
 
@@ -55,11 +54,11 @@ def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.Dat
         return runs.assign(_budget=budget if several else ""), "as stored" if several else None
     measures = _measures(runs, column)
     size = runs["_size"].to_numpy(str)
-    if _most_in_a_cell(runs, _groups(measures["C"], runs["arm"].to_numpy(str) + "\n" + size)) == 1:
+    if _most_in_a_cell(runs, alike(measures["C"], runs["arm"].to_numpy(str) + "\n" + size)) == 1:
         return runs.assign(_budget=""), None
     best, groups, matched = "", None, 0
     for name, values in measures.items():
-        group = _groups(values, size)
+        group = alike(values, size)
         of_baseline = set(zip(size[runs["arm"] == baseline], group[runs["arm"] == baseline], strict=True))
         others = zip(size[runs["arm"] != baseline], group[runs["arm"] != baseline], strict=True)
         shared = sum(cell in of_baseline for cell in others)
@@ -94,16 +93,6 @@ def _measures(runs: pd.DataFrame, column: str) -> dict[str, Floats]:
     return measures
 
 
-def _groups(values: Floats, within: NDArray[np.str_]) -> Indices:
-    """A number for each group of values of the same `within` that no step above ALIKE divides, from the least."""
-    found = np.zeros(len(values), dtype=np.intp)
-    for label in np.unique(within):
-        mine = np.flatnonzero(within == label)
-        ordered = mine[np.argsort(values[mine], kind="stable")]
-        found[ordered[1:]] = np.cumsum(values[ordered[1:]] > ALIKE * values[ordered[:-1]])
-    return found
-
-
 def _names(runs: pd.DataFrame, groups: Indices, measures: dict[str, Floats], baseline: str) -> list[str]:
     """A name for every row's budget that is the same at every size: by D/N, D or C, whichever needs the fewest for the
     baseline's sizes, else by its place from the largest."""
@@ -114,7 +103,7 @@ def _names(runs: pd.DataFrame, groups: Indices, measures: dict[str, Floats], bas
     fewest = len(cells)
     for measure in (name for name in ("D/N", "D", "C") if name in measures):
         values = cells[measure].to_numpy(float)
-        across = _groups(values, np.full(len(values), ""))
+        across = alike(values, np.full(len(values), ""))
         spread = cells.groupby(across)["_size"].agg(["nunique", "size"])
         if (spread["nunique"] == spread["size"]).all() and len(spread) < fewest:
             fewest = len(spread)

@@ -15,7 +15,7 @@ from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
 from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.planning import World
 from analysis.laws.solver import Floats
-from analysis.logs.schema import CONVENTIONS
+from analysis.logs.schema import CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import choose_baseline, choose_convention
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[f
             squares += sum(float(((d - d.mean()) ** 2).sum()) for d in each.differences) / 2
             dof += noise.dof
     if not dof:
-        cells = rows.groupby(["arm", "_size", column])["loss"]
+        # Runs that differ in more than the seed, such as the learning rate, say nothing of the seeds' noise.
+        made = [name for name in [*axis_columns(rows), *fact_columns(rows)] if not name.endswith("seed")]
+        cells = rows.groupby(["arm", "_size", column, *made], dropna=False)["loss"]
         spread, counts = cells.var(ddof=0), cells.size()
         squares, dof, what = float((spread * counts).sum()), int((counts - 1).sum()), "seeds of one arm and size"
     return (math.sqrt(squares / dof), f"measured: {what}, {dof} degrees of freedom") if dof else None

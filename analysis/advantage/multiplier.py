@@ -31,12 +31,12 @@ from analysis.advantage.paired import (
     trend,
 )
 from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
-from analysis.advantage.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.advantage.shifted import shifted_multipliers
 from analysis.advantage.single import require_below, single_size
 from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.advantage.verdict import Verdict, judge
+from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in

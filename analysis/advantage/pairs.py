@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.advantage.budgets import ALIKE, Cell, full_grid
+from analysis.advantage.budgets import Cell, full_grid
 from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
 from analysis.laws.solver import Floats
 from analysis.logs.schema import AXIS_PREFIX, CONVENTIONS, axis_columns, fact_columns
-from analysis.logs.selection import Excluded, excluded_rows, finished, some
+from analysis.logs.selection import ALIKE, Excluded, excluded_rows, finished, is_rate, some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,11 +76,6 @@ def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
             text = name.removeprefix(AXIS_PREFIX) + " " + runs[name].astype("string").fillna("-")
             budget = budget + budget.map(lambda other: ", " if other else "") + text
     return runs.assign(_budget=budget)
-
-
-def is_rate(name: str) -> bool:
-    """Whether a column holds a learning rate, of which a run may have several by kind of parameter, or its factor."""
-    return name.endswith(("learning_rate", "learning_rate_factor"))
 
 
 def require_one_configuration(runs: pd.DataFrame) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from analysis.laws.isocurves import Curves, Minima
+from analysis.laws.rates import for_a_law
 from analysis.laws.solver import Bools, Floats
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, choose_convention, finished, require_positive
@@ -88,12 +89,15 @@ class _Budget:
 
 def isoflop(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
     """Optima of every arm and budget, and each arm's law. Raises ValueError where a budget cannot be told."""
-    return optima_of(usable_runs(runs)[0], convention)
+    return optima_of(usable_runs(runs, convention)[0], convention)
 
 
-def usable_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """The finished runs, each once, and what was left out."""
-    return finished(runs.assign(arm=runs["arm"].fillna("all")))
+def usable_runs(runs: pd.DataFrame, convention: str | None = None) -> tuple[pd.DataFrame, list[Excluded], list[str]]:
+    """The finished runs, each once, at the best learning rate of their size and budget; what was left out; and in
+    words what was taken."""
+    done, excluded = finished(runs.assign(arm=runs["arm"].fillna("all")))
+    used, others, told = for_a_law(done, CONVENTIONS[choose_convention(done, convention)])
+    return used, excluded + others, told
 
 
 def optima_of(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.logs.schema import CONVENTIONS, IDENTITY, TRUNK
 
 if TYPE_CHECKING:
     import pandas as pd
+
+ALIKE = 1.1  # computes within 10% of each other are one: step counts are rounded, and seeds may stop a little early
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,22 @@ def excluded_rows(rows: pd.DataFrame, reason: str | pd.Series) -> list[Excluded]
     return [Excluded(*map(str, row)) for row in named[["run_id", "arm", "_reason"]].itertuples(index=False)]
 
 
+def alike(values: NDArray[np.float64], within: NDArray[np.str_], step: float = ALIKE) -> NDArray[np.intp]:
+    """A number for each group of `values` [n] of the same `within` [n] that no step above `step` divides, from the
+    least."""
+    found = np.zeros(len(values), dtype=np.intp)
+    for label in np.unique(within):
+        mine = np.flatnonzero(within == label)
+        ordered = mine[np.argsort(values[mine], kind="stable")]
+        found[ordered[1:]] = np.cumsum(values[ordered[1:]] > step * values[ordered[:-1]])
+    return found
+
+
+def is_rate(name: str) -> bool:
+    """Whether a column holds a learning rate, of which a run may have several by kind of parameter, or its factor."""
+    return name.endswith(("learning_rate", "learning_rate_factor"))
+
+
 def conventions_in(rows: pd.DataFrame) -> dict[str, str]:
     """The conventions under which every row has its compute, each with its column.
 
@@ -115,7 +134,10 @@ def choose_baseline(runs: pd.DataFrame, wanted: str | None = None) -> str:
     if wanted is None:
         named = runs["baseline"].dropna().unique()
         if len(named) != 1:
-            raise ValueError(f"the table names {len(named)} baselines; choose one of {', '.join(arms)} with --baseline")
+            raise ValueError(
+                f"the table names {', '.join(sorted(named)) or 'no arm'} as baseline; choose one of {', '.join(arms)} "
+                "with --baseline"
+            )
         wanted = str(named[0])
     if wanted not in arms:
         raise ValueError(f"no arm {wanted!r} to be the baseline; the arms are {', '.join(arms)}")

@@ -16,6 +16,7 @@ from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
+from analysis.laws.rates import for_a_law
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import (
     Excluded,
@@ -45,8 +46,11 @@ class Answers:
     notes: list[str] = field(default_factory=list)
 
 
-def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Excluded]]:
-    """The finished rows of a store as points of a law, and the rows left out."""
+def fit_points(
+    store: Store, form: str, baseline: str | None, convention: str | None
+) -> tuple[Points, list[Excluded], list[str]]:
+    """The finished rows of a store, at the best learning rate of their size and budget, as points of a law; the rows
+    left out; and in words what was taken."""
     done, excluded = finished(store.runs)
     done = done.assign(arm=done["arm"].fillna("all"))
     columns = {"N": "parameters", "D": "tokens"}
@@ -59,6 +63,10 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
     several = done["arm"].nunique() > 1
     if baseline is not None or done["baseline"].notna().any():
         baseline = choose_baseline(done, baseline)
+    baseline = baseline or str(done["arm"].iloc[0])
+    done, others, told = for_a_law(done, next(iter(columns.values())) if form == "c" else "tokens")
+    # Resamples are drawn in the order of the points, which is not to depend on that of the rows.
+    done = done.sort_values(["arm", *columns.values(), "loss", "run_id"])
     cells = ["size"] if several and done["size"].notna().all() else ["size", *columns.values()]
     cluster = done[cells].astype("string").fillna("").agg(" ".join, axis=1)
     points = Points(
@@ -66,10 +74,10 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
         x={name: done[column].to_numpy(float) for name, column in columns.items()},
         arm=tuple(done["arm"]),
         cluster=tuple(cluster),
-        baseline=baseline or str(done["arm"].iloc[0]),
+        baseline=baseline,
         sizes=done["parameters"].to_numpy(float, na_value=np.nan),
     )
-    return points, excluded
+    return points, excluded + others, told
 
 
 def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:
@@ -118,7 +126,8 @@ def _law(store: Store, answer: Answers) -> Fit | None:
         return None
     part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
     try:
-        points, _ = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
+        points, _, told = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
+        answer.notes += [f"law of loss in compute: {line}" for line in told]
         return with_lack_of_fit(bootstrap(fit(points, "c")))
     except ValueError as error:
         answer.notes.append(f"no law of loss in compute: {error}")

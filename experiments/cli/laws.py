@@ -127,8 +127,9 @@ def _fit(args: argparse.Namespace) -> int:
         raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
     if args.form in ("optima", "bilinear"):
         return _fit_linear(args)
-    points, excluded = fit_points(load_store(args), args.form, args.baseline, args.convention)
+    points, excluded, told = fit_points(load_store(args), args.form, args.baseline, args.convention)
     warn_excluded(excluded)
+    warn(*told)
     law = fit(points, args.form, starts=args.starts, **_law_options(args))
     if args.bootstrap and len(points.loss) > len(law.theta) - len(law.hold):
         law = bootstrap(law, args.bootstrap, args.seed)
@@ -171,8 +172,9 @@ def _predict(args: argparse.Namespace) -> int:
         raise ValueError(f"give --C, or --N and --D (form nd); got {', '.join(f'--{name}' for name in at) or 'none'}")
     if args.bootstrap < 100:
         raise ValueError(f"--bootstrap must be at least 100 for a band; got {args.bootstrap}")
-    points, excluded = fit_points(load_store(args), form, args.baseline, args.convention)
+    points, excluded, told = fit_points(load_store(args), form, args.baseline, args.convention)
     warn_excluded(excluded)
+    warn(*told)
     options = _law_options(args)
     law = with_lack_of_fit(bootstrap(fit(points, form, **options), args.bootstrap, args.seed))
     if "N" in at:
@@ -219,8 +221,9 @@ def _isoflop(args: argparse.Namespace) -> int:
     from analysis.logs.selection import choose_baseline
     from analysis.pages.tables import multiplier_table, to_json, value_table
 
-    runs, excluded = usable_runs(load_store(args).runs)
+    runs, excluded, told = usable_runs(load_store(args).runs, args.convention)
     warn_excluded(excluded)
+    warn(*told)
     optima, laws = optima_of(runs, args.convention)
     found: list[Multiplier] = []
     if args.baseline is not None or (runs["arm"].nunique() > 1 and runs["baseline"].nunique() == 1):
@@ -246,4 +249,9 @@ def _isoflop(args: argparse.Namespace) -> int:
 
 
 def warn_excluded(excluded: list[Excluded]) -> None:
-    warn(*(f"{item.run_id} is left out ({item.reason})" for item in excluded))
+    """One line a reason, with the first of the runs."""
+    from analysis.logs.selection import some
+
+    for reason in dict.fromkeys(item.reason for item in excluded):
+        names = [item.run_id for item in excluded if item.reason == reason]
+        warn(f"{some(names)} {'is' if len(names) == 1 else 'are'} left out ({reason})")

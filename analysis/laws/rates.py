@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.laws.solver import Bools, Floats
-from analysis.logs.selection import some
+from analysis.logs.schema import AXIS_PREFIX, axis_columns, fact_columns
+from analysis.logs.selection import Excluded, alike, excluded_rows, is_rate, some
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Key = tuple[str, str, str]  # arm, size, budget
+CELL = ["arm", "_size", "_budget"]  # runs of one differ in their rates and seeds
 RATE = "train.learning_rate"
 FACTOR = "vary.learning_rate_factor"  # of the ladder's rate
 FAR_OFF = 1.5  # an only rate further from the tuned sizes' rule is told
@@ -88,19 +90,44 @@ def at_best_rates(runs: pd.DataFrame, rate: str | None, column: str) -> tuple[pd
     rate; and how every cell was tuned, nothing where none has two rates. `column` holds the compute."""
     import pandas as pd
 
-    cell = ["arm", "_size", "_budget"]
-    if rate is None or runs.groupby(cell)[rate].nunique().max() < 2:
+    if rate is None or runs.groupby(CELL)[rate].nunique().max() < 2:
         return runs, []
     runs = runs.assign(_rate=_numbers(runs, rate).map(lambda value: float(f"{value:.6g}")))
-    variance = _variance(runs, [*cell, "_rate"])
+    variance = _variance(runs, [*CELL, "_rate"])
     kept, found, bends, computes = [], [], {}, {}
-    for (arm, size, budget), rows in runs.groupby(cell, sort=False):
+    for (arm, size, budget), rows in runs.sort_values(["arm", column], kind="stable").groupby(CELL, sort=False):
         chosen, tuned, bend = _tune(rows, variance)
         kept.append(chosen)
         found.append(tuned)
         key = arm, size, budget
         bends[key], computes[key] = bend, float(rows[column].mean())
     return pd.concat(kept).sort_index(), _with_rules(found, bends, computes)
+
+
+def for_a_law(runs: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[Excluded], list[str]]:
+    """Of finished runs: those that a law of loss goes through, which are of one arm, size (N, else its name) and
+    compute (in `column`, within 10%) those at the best rate, as `at_best_rates` has them; the others; and in words
+    what was taken, and in what else the runs of such a cell differ."""
+    size = runs["parameters"].astype("string").fillna(runs["size"].astype("string")).fillna("")
+    within = (runs["arm"].astype("string") + "\n" + size).to_numpy(str)
+    cells = runs.assign(_size=size, _budget=[str(group) for group in alike(runs[column].to_numpy(float), within)])
+    names = [*axis_columns(map(str, runs)), *fact_columns(map(str, runs))]
+    differing = [
+        name
+        for name in names
+        if not (is_rate(name) or name.endswith("seed")) and cells.groupby(CELL)[name].nunique().max() > 1
+    ]
+    for name in differing:
+        if name.startswith(AXIS_PREFIX):
+            cells["_budget"] += " " + cells[name].astype("string").fillna("-")
+    rows, tuned = at_best_rates(cells, rate_column(runs), column)
+    told = notes(tuned)
+    edges = sum(item.rates > 1 and item.at_edge for item in tuned)
+    if edges:
+        told.append(f"the best rate is at the edge of those tried in {edges} of {len(tuned)} sizes and budgets")
+    told += [f"the law goes through runs of one size and compute that differ in {name}" for name in differing]
+    others = excluded_rows(runs.drop(rows.index), "its learning rate is not the best of its size")
+    return rows[runs.columns], others, told
 
 
 def rate_column(runs: pd.DataFrame) -> str | None:
