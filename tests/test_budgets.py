@@ -17,7 +17,7 @@ from analysis.advantage.paired import local_multipliers
 from analysis.laws.solver import Floats
 from experiments.cli.main import main
 
-TWELVE = [  # issue 12, item 1
+TWELVE = [  # three sizes at two budgets, of which the smaller has the larger m
     "base,S,1e8,2e9,3.50",
     "new,S,1e8,2e9,3.44",
     "base,S,1e8,8e9,3.20",
@@ -258,3 +258,10 @@ def test_budgets_of_a_size_are_one_replicate_and_the_interval_covers(sizes: int,
             print(f"{sizes} sizes, {ratios}, noise {of_size}, {of_run}, m {m}: {covered:.3f}, {np.mean(dependent):.3f}")
             assert 0.92 <= covered <= 0.97
             assert np.mean(dependent) <= 0.16  # of 25; of 300, .04 at most
+
+
+def test_sizes_of_one_compute_are_no_ladder(answer: Any) -> None:
+    rows = [
+        f"{arm},{size},1e18,{loss}" for arm in ("base", "new") for size, loss in (("S", 3.1), ("M", 3.0), ("L", 3.2))
+    ]
+    assert "all 3 sizes have the same compute (an isoFLOP grid)" in answer(rows, "arm,size,C,loss", code=2)

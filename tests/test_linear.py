@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import write_budgets
 from scipy.optimize import minimize
 
 from analysis.laws.linear import fit_bilinear, fit_optima
@@ -30,6 +31,15 @@ def test_exponents_of_a_table_of_optima_come_back(tmp_path: Path) -> None:
     assert (of_n.values["exponent"], of_d.values["exponent"]) == pytest.approx((0.48, 0.52), rel=1e-9)
     assert np.exp(of_n.values["ln_coefficient"]) == pytest.approx(0.1, rel=1e-6)
     assert of_n.convention == "given"
+
+
+def test_runs_that_are_no_optima_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same sizes at every compute have an exponent of 0, which is no growth of the optimum."""
+    path = write_budgets(tmp_path / "p.csv", np.linspace(-0.7, 0.7, 5))
+    assert main(["fit", str(path), "--form", "optima"]) == 2
+    err = capsys.readouterr().err
+    assert "5 values of N" in err
+    assert "where a table of optima has one; `dynconv isoflop` finds the optima of runs" in err
 
 
 @pytest.mark.parametrize("delta", [1e-3, None])

@@ -298,7 +298,7 @@ def _remarks(
     low, high = headline.ci
     exponent = float(local.law.g[0])
     if not EXPONENTS[0] * (1 + ROUNDING) < exponent < EXPONENTS[1] * (1 - ROUNDING):
-        yield f"not resolved: the exponent is at its bound ({exponent:g}), the losses do not fall by a power of compute"
+        yield f"not resolved: the exponent is at its bound ({exponent:g}): the losses do not fall by a power of compute"
     elif low <= 1 <= high:
         yield "not resolved: the interval holds 1"
     elif noise_floor is not None and abs(math.log(headline.m)) < math.log(noise_floor):

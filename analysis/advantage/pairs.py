@@ -212,12 +212,13 @@ def _off_the_grid(
 
 
 def _require_a_ladder(pairs: Pairs) -> None:
-    """Raises ValueError where all sizes have the same computes for budgets: on average none has more than another."""
-    if len(pairs.budgets) > 1 and len(pairs.sizes) > 1 and pairs.c0.max() <= ALIKE * pairs.c0.min():
+    """Raises ValueError where all sizes have the same compute, or computes: then no law of compute can be told."""
+    if len(pairs.sizes) > 1 and pairs.c0.max() <= ALIKE * pairs.c0.min():
+        several = len(pairs.budgets) > 1
+        same = f"the same {len(pairs.budgets)} budgets of compute" if several else "the same compute"
         raise ValueError(
-            f"all {len(pairs.sizes)} sizes have the same {len(pairs.budgets)} budgets of compute (an isoFLOP grid), so "
-            "they form no ladder of compute; `dynconv isoflop` finds the best size at each budget, and --where leaves "
-            "one size a budget"
+            f"all {len(pairs.sizes)} sizes have {same} (an isoFLOP grid), so they form no ladder of compute; "
+            "`dynconv isoflop` finds the best size at each budget, and --where leaves one size a budget"
         )
 
 

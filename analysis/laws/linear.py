@@ -17,12 +17,13 @@ import numpy as np
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval
 from analysis.laws.solver import Floats, Loss, Problem
 from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import choose_convention, finished, require_positive
+from analysis.logs.selection import alike, choose_convention, finished, require_positive
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SQUARES = 1e6  # delta of Huber's function within which every log residual is: least squares
+MOST_APART = 1.5  # estimates of one arm's optimum at one compute, as a ratio
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,25 @@ def fit_optima(
     for name, column in targets.items():
         require_positive(runs, column, name)
         for arm, rows in runs.drop_duplicates(["arm", CONVENTIONS[convention], column]).groupby("arm", sort=False):
+            _require_optima(rows, CONVENTIONS[convention], column, name)
             x, y = (np.log(rows[of].to_numpy(float)) for of in (CONVENTIONS[convention], column))
             columns = {"ln_coefficient": np.ones_like(x), "exponent": x}
             law = _fit(str(arm), name, columns, y, delta, resamples, seed, convention)
             found.append(law)
     return found
+
+
+def _require_optima(rows: pd.DataFrame, compute: str, column: str, name: str) -> None:
+    """Raises ValueError where one arm's values at a compute are further apart than estimates of one optimum."""
+    of_arm = rows["arm"].to_numpy(str)
+    for _, same in rows.groupby(alike(rows[compute].to_numpy(float), of_arm)):
+        low, high = float(same[column].min()), float(same[column].max())
+        if high > MOST_APART * low:
+            raise ValueError(
+                f"{of_arm[0]} has {len(same)} values of {name} from {low:.3g} to {high:.3g} at "
+                f"C = {same[compute].mean():.3g}, where a table of optima has one; `dynconv isoflop` finds the optima "
+                "of runs"
+            )
 
 
 def fit_bilinear(

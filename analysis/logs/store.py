@@ -96,7 +96,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
     if path.is_file():
         runs, notes = read_points(path, columns or {})
         return Store(path, runs, notes, columns=dict(columns or {}))
-    if columns:
+    if columns and path.is_dir():
         raise ValueError(f"--columns renames the columns of a table in a file; {path} is a directory")
     if not path.is_dir():
         raise ValueError(f"no store at {path}; give a store's directory or a table of points")

@@ -408,7 +408,7 @@ def ratio_text(value: float) -> str:
 
 def interval_text(interval: tuple[float, float] | None, number: str = "") -> Cell:
     """[low, high], as ratios unless `number` formats them."""
-    if interval is None:
+    if interval is None or any(math.isnan(end) for end in interval):
         return None
     low, high = (number.format(end) if number else ratio_text(end) for end in interval)
     return f"[{low}, {high}]"
