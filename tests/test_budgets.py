@@ -265,3 +265,23 @@ def test_sizes_of_one_compute_are_no_ladder(answer: Any) -> None:
         f"{arm},{size},1e18,{loss}" for arm in ("base", "new") for size, loss in (("S", 3.1), ("M", 3.0), ("L", 3.2))
     ]
     assert "all 3 sizes have the same compute (an isoFLOP grid)" in answer(rows, "arm,size,C,loss", code=2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            ["base,S,0", "base,M,1", "new,S,10", "new,M,11"],
+            "pairs are made on seed, and none is in both arms (base has 0, 1; new has 10, 11); give both the same, in "
+            "a column seed, or remove that column to compare means over unpaired seeds",
+        ),
+        (
+            ["base,S,0", "base,M,0", "new,s,0", "new,m,0"],
+            "made on size, and none is in both arms (base has M, S; new has m, s)",
+        ),
+        (["base,S,0", "base,M,1", "new,S,1", "new,M,0"], "no size, budget and seed together is in both arms"),
+    ],
+)
+def test_arms_without_a_pair_are_told_what_differs(answer: Any, rows: list[str], told: str) -> None:
+    rows = [f"{row},1e{18 + (row.split(',')[1] in 'Mm')},{3.1 - 0.1 * i}" for i, row in enumerate(rows)]
+    assert told in answer(rows, "arm,size,seed,C,loss", code=2)

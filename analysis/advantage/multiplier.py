@@ -122,8 +122,8 @@ def compare(
     sizes = len(pairs.sizes)
     if sizes < 2:
         raise ValueError(
-            f"{sizes or 'no'} paired size{'' if sizes == 1 else 's'} with {pairs.baseline}; an interval needs at least "
-            "two (five are advised), so train both arms at more sizes with the same seeds"
+            f"{sizes} paired size with {pairs.baseline}; an interval needs at least two (five are advised), so train "
+            "both arms at more sizes with the same seeds"
         )
     stated = bool(floors)
     if (curves := far_apart(pairs, stated)) is not None:

@@ -112,6 +112,8 @@ def pair(
     used = runs[["run_id", "arm", *ON, "loss", "tokens", "device", "gpus", "clock", "train_seconds", column]]
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
+    if both.empty:
+        raise ValueError(_nothing_in_common(sides))
     matched = set(_keys(both))
     by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(ON[:2])}
     ends = (f"{column}_0", f"{column}_1", "loss_0", "loss_1")
@@ -154,6 +156,23 @@ def pair(
     )
     _require_a_ladder(pairs)
     return pairs
+
+
+def _nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
+    """Why two arms have no pair: the first of size, budget and seed that they have nothing in common in."""
+    for column, name in (("_size", "size"), ("_budget", "budget"), ("_seed", "seed")):
+        of_arm = {arm: set(rows[column]) for arm, rows in sides.items()}
+        if not set.intersection(*of_arm.values()):
+            shown = {
+                arm: ["none" if v == UNSEEDED else f"{v:g}" if name == "seed" else v for v in sorted(values)]
+                for arm, values in of_arm.items()
+            }
+            has = "; ".join(f"{arm} has {some(values)}" for arm, values in shown.items())
+            remedy = f"give both the same, in a column {name}"
+            if name == "seed":
+                remedy += ", or remove that column to compare means over unpaired seeds"
+            return f"pairs are made on {name}, and none is in both arms ({has}); {remedy}"
+    return "no size, budget and seed together is in both arms; train both arms at the same ones"
 
 
 def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
