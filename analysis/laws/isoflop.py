@@ -19,7 +19,7 @@ from analysis.laws.isocurves import Curves, Minima
 from analysis.laws.rates import for_a_law
 from analysis.laws.solver import Bools, Floats
 from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import Excluded, choose_convention, finished, require_positive
+from analysis.logs.selection import Excluded, alike, choose_convention, finished, require_positive
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,10 +124,8 @@ def optima_of(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[O
 
 def _budgets(rows: pd.DataFrame, column: str) -> Iterator[_Budget]:
     """Rows of one arm in groups of equal compute, smallest first."""
-    ordered = rows.sort_values(column, kind="stable")
-    compute = ordered[column].to_numpy(float)
-    group = np.concatenate([[0], np.cumsum(compute[1:] / compute[:-1] > 1 + SAME_BUDGET)])
-    for _, budget in ordered.groupby(group):
+    group = alike(rows[column].to_numpy(float), rows["arm"].to_numpy(str), 1 + SAME_BUDGET)
+    for _, budget in rows.groupby(group):
         sizes = budget.groupby("parameters")[["tokens", "loss"]].mean()
         yield _Budget(
             float(budget[column].mean()),
