@@ -210,7 +210,9 @@ def test_fits_go_through_the_best_rates(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["arms"]["new"]["m"] == pytest.approx(M, rel=1e-3)
     assert {item["reason"] for item in found["excluded"]} == {"its learning rate is not the best of its size"}
     assert len(found["excluded"]) == 50
-    assert "each arm at its own best learning rate: base at 0.001 to 0.001, new at 0.002 to 0.002" in err
+    (note,) = found["notes"]
+    assert note == "each arm at its own best learning rate: base at 0.001 to 0.001, new at 0.002 to 0.002"
+    assert note in err
     assert len(err.splitlines()) == 2
     assert main(["predict", str(path), "--C", "1e22", "--bootstrap", "100", "--baseline", "base", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["predictions"][0]["loss"] == pytest.approx(law(1.0, 1e22), abs=1e-3)

@@ -280,10 +280,11 @@ def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str
     return render(columns, [[None if is_missing(value) else cell(value) for value in row] for row in rows], form)
 
 
-def fit_table(fit: Fit, form: str = "md", excluded: Sequence[Excluded] = ()) -> str:
-    """A law's parameters in raw units with intervals, and its certificate; `excluded` rows are listed in JSON."""
+def fit_table(fit: Fit, form: str, excluded: Sequence[Excluded], notes: Sequence[str]) -> str:
+    """A law's parameters in raw units with intervals, and its certificate. JSON lists the `excluded` rows and has in
+    `notes` what was taken of the others."""
     if form == "json":
-        return to_json(fit_object(fit) | {"excluded": excluded})
+        return to_json(fit_object(fit) | {"notes": notes, "excluded": excluded})
     text = render(*fit_cells(fit), form)
     if form != "md":
         return text
@@ -367,10 +368,19 @@ def linear_table(found: Sequence[LinearFit], form: str) -> str:
     return text
 
 
-def prediction_tables(law: Fit, found: Sequence[Any], tested: Sequence[Any], form: str) -> str:
-    """Predictions (`prediction.Prediction` or `BestSize`), then the back-test, then the law's status."""
+def prediction_tables(
+    law: Fit,
+    found: Sequence[Any],
+    tested: Sequence[Any],
+    form: str,
+    excluded: Sequence[Excluded],
+    notes: Sequence[str],
+) -> str:
+    """Predictions (`prediction.Prediction` or `BestSize`), then the back-test, then the law's status; `excluded` and
+    `notes` as of `fit_table`."""
     if form == "json":
-        return to_json({"form": law.form, "predictions": found, "back_test": tested, "status": law.status})
+        answer = {"form": law.form, "predictions": found, "back_test": tested, "status": law.status}
+        return to_json(answer | {"notes": notes, "excluded": excluded})
     rows = [{key: value for item in fields(each) for key, value in _cells_of(each, item.name)} for each in found]
     tables = [value_table(list(rows[0]), [list(row.values()) for row in rows], form)]
     if tested:

@@ -134,7 +134,7 @@ def _fit(args: argparse.Namespace) -> int:
     if args.bootstrap and len(points.loss) > len(law.theta) - len(law.hold):
         law = bootstrap(law, args.bootstrap, args.seed)
         law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
-    print(fit_table(with_lack_of_fit(law), args.format, excluded))
+    print(fit_table(with_lack_of_fit(law), args.format, excluded, told))
     return 0
 
 
@@ -188,7 +188,7 @@ def _predict(args: argparse.Namespace) -> int:
         else predict(law, {name: np.array(values) for name, values in at.items()}, args.seed)
     )
     tested = back_test(points, form, args.bootstrap, args.seed, options)
-    print(prediction_tables(law, found, tested, args.format))
+    print(prediction_tables(law, found, tested, args.format, excluded, told))
     return 0
 
 
@@ -232,7 +232,7 @@ def _isoflop(args: argparse.Namespace) -> int:
         warn(*(f"no multiplier for {line}" for line in refused))
     if args.format == "json":
         answer = {"convention": laws[0].convention, "optima": optima, "laws": laws, "multipliers": found}
-        print(to_json(answer | {"excluded": excluded}))
+        print(to_json(answer | {"notes": told, "excluded": excluded}))
         return 0
     tables = [
         value_table([item.name for item in fields(rows[0])], [astuple(row) for row in rows], args.format)
