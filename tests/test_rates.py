@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -261,3 +262,18 @@ def test_rows_in_another_order_say_the_same(
             item.pop("excluded")
         answers.append(found)
     assert answers[0] == answers[1]
+
+
+def test_the_bilinear_law_goes_through_the_best_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More experts suffer more from a wrong rate: b came out as -.101, with an interval from -.137 to -.067."""
+    rows = []
+    for log_n, log_e in itertools.product(np.log([1e7, 3e7, 1e8, 3e8]), np.log([1, 4, 16, 64])):
+        for off in (-DOUBLE, 0, DOUBLE):
+            loss = math.exp(-0.08 * log_n - 0.1 * log_e + 0.003 * log_n * log_e + 2.9) + 0.05 * off**2 * (1 + log_e)
+            rows.append(f"{math.exp(log_n)},{math.exp(log_e)},{1e-3 * math.exp(off)},{loss}")
+    (tmp_path / "p.csv").write_text("\n".join(["N,experts,lr,loss", *rows]))
+    assert main(["fit", str(tmp_path / "p.csv"), "--form", "bilinear", "--factor", "experts", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["points"] == 16
+    assert found["values"] == pytest.approx({"a": -0.08, "b": -0.1, "c": 0.003, "d": 2.9}, rel=1e-3)
+    assert found["notes"] == ["each arm at its own best learning rate: all at 0.001 to 0.001"]

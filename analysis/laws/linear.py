@@ -9,12 +9,13 @@ Huber's function of the log residual, or least squares of it, by the solver of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval
+from analysis.laws.rates import at_best_rates, notes, rate_column
 from analysis.laws.solver import Floats, Loss, Problem
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import alike, choose_convention, finished, require_positive
@@ -38,6 +39,7 @@ class LinearFit:
     points: int
     convention: str | None  # of C
     status: str
+    notes: tuple[str, ...] = ()  # how the rows were taken
 
 
 def fit_optima(
@@ -83,7 +85,8 @@ def _require_optima(rows: pd.DataFrame, compute: str, column: str, name: str) ->
 def fit_bilinear(
     runs: pd.DataFrame, factor: str, *, delta: float | None = 1e-3, resamples: int = 1000, seed: int = 0
 ) -> list[LinearFit]:
-    """The bilinear law of every arm; `factor` is a column of positive numbers. Raises ValueError where it cannot be
+    """The bilinear law of every arm, through the best learning rate of each N, D and factor; `factor` is a column of
+    positive numbers. Raises ValueError where it cannot be
     fitted."""
     if factor not in runs:
         raise ValueError(
@@ -97,11 +100,16 @@ def fit_bilinear(
     except (ValueError, TypeError):
         raise ValueError(f"the factor {factor} must hold numbers; got {done[factor].iloc[0]!r}") from None
     require_positive(done, factor, factor)
+    budget = done["tokens"].astype("string").fillna("") + " " + done[factor].astype("string")
+    cells = done.assign(_size=done["parameters"].astype("string"), _budget=budget)
+    done, tuned = at_best_rates(cells, rate_column(done), "parameters")
+    told = tuple(notes(tuned))
     found = []
     for arm, rows in done.groupby("arm", sort=False):
         log_n, log_e, y = (np.log(rows[name].to_numpy(float)) for name in ("parameters", factor, "loss"))
         columns = {"a": log_n, "b": log_e, "c": log_n * log_e, "d": np.ones_like(y)}
-        found.append(_fit(str(arm), "loss", columns, y, delta, resamples, seed, None))
+        law = _fit(str(arm), "loss", columns, y, delta, resamples, seed, None)
+        found.append(replace(law, notes=told))
     return found
 
 

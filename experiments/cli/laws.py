@@ -152,6 +152,7 @@ def _fit_linear(args: argparse.Namespace) -> int:
         found = fit_optima(runs, args.convention, delta=options["delta"], resamples=args.bootstrap, seed=args.seed)
     else:
         found = fit_bilinear(runs, args.factor, delta=options["delta"], resamples=args.bootstrap, seed=args.seed)
+    warn(*dict.fromkeys(note for law in found for note in law.notes))
     print(linear_table(found, args.format))
     return 0
 
