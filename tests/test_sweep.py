@@ -197,7 +197,7 @@ BAD = {
     ),
     "no sites": (', sites = ["v"]', "", r"arm.mine.conv: missing key 'sites'; add it"),
     "empty sites": ('["v"]', "[]", r"arm.mine.conv: sites is empty; name some of the model's linear maps"),
-    "site twice": ('["v"]', '["v", "v"]', r"arm.mine.conv: sites must name each once; got \['v', 'v'\]"),
+    "site twice": ('["v"]', '["v", "v"]', r"arm.mine.conv: sites must name each linear map once; got \['v', 'v'\]"),
     "rank of static": (
         "width = 2",
         "rank = 2",
