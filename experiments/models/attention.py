@@ -18,9 +18,9 @@ def build(part: Attention, model: ModelConfig) -> nn.Module:
 
 
 class AttentionModule(nn.Module):
-    """Attention on a normed copy of the residual stream."""
+    """Attention. Its input is the normed residual stream."""
 
-    into_residual = ("o",)  # the maps whose initial values are scaled down with depth
+    into_residual = ("o",)  # sites whose initial weights are scaled down with the number of layers
 
     def __init__(self, part: Attention, model: ModelConfig) -> None:
         super().__init__()

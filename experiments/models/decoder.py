@@ -1,4 +1,4 @@
-"""A pre-norm decoder: an embedding, layers of a mixer and a feed-forward part, an LM head.
+"""A pre-norm decoder: an embedding, layers of a mixer and a feed-forward part, and an LM head.
 
 Shapes: B batch, T time, D width, V vocabulary. Source: arXiv 2606.03825, section 4.
 """
@@ -14,24 +14,24 @@ from experiments.parts.base import Part
 
 
 class Output(NamedTuple):
-    """What a model gives to the trainer."""
+    """The output of a model, as the trainer uses it."""
 
     logits: Tensor  # [B, T, V]
-    losses: dict[str, Tensor]  # auxiliary losses by name, weighted, means over tokens
+    losses: dict[str, Tensor]  # auxiliary losses by name: means over tokens, weighted already
 
 
 class Decoder(nn.Module):
-    """Token ids to logits. The weights are a function of (config, seed) alone.
+    """Token ids to logits. The initial weights are a function of (config, seed) alone.
 
-    Arms of one seed share the initial values of all weights that they have in common, which takes that part of
-    the seed's noise out of their difference.
+    Arms of one seed whose linear maps have the same shapes share the initial values of these maps and of the embedding,
+    so that this part of the noise between seeds cancels in their difference.
     """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # the convolutions draw their own initial values
+            torch.manual_seed(seed)  # Modules of convolutions initialise themselves.
             self.embedding = nn.Embedding(config.vocabulary, config.width)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
             self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
@@ -51,7 +51,10 @@ class Decoder(nn.Module):
         return Output(self.head(self.norm(x)), losses)
 
     def _initialise(self, seed: int) -> None:
-        """Normal at init_std; the maps back into the residual stream smaller by sqrt(2 layers)."""
+        """Draw weights from a normal distribution with standard deviation init_std.
+
+        It is divided by sqrt(2 layers) for the maps into the residual stream, to which every layer adds twice.
+        """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.init_std
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
@@ -65,7 +68,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and a feed-forward part, each on a normed copy of the residual stream."""
+    """One layer: a mixer and a feed-forward part, each of which reads the normed residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,11 +93,11 @@ class Block(nn.Module):
 
 
 def build(part: Part, model: ModelConfig) -> nn.Module:
-    """The module of a part: made by `build` in the file here that has the name of the part's own file.
+    """The module of a part, from the function `build` of models/X.py for a part of parts/X.py.
 
-    It holds its linear maps as `maps` (a `Maps`) and names those that write into the residual stream, as
-    `into_residual`.
-    `forward` takes [B, T, D] and gives [B, T, D], or a pair of that and a dictionary of auxiliary losses.
+    The module has its linear maps as `maps` (a `Maps`), and as `into_residual` the sites of those that write into the
+    residual stream. Its `forward` maps [B, T, D] to [B, T, D], or to a pair of that and a dictionary of
+    auxiliary losses.
     """
     name = type(part).__module__.rpartition(".")[2]
     module: nn.Module = importlib.import_module(f"experiments.models.{name}").build(part, model)

@@ -1,4 +1,4 @@
-"""Linear maps with a short convolution behind them, and the maps of one input together.
+"""Linear maps that a short convolution may follow.
 
 Shapes: B batch, T time.
 """
@@ -20,7 +20,7 @@ from experiments.parts.short_convolution import (
 
 
 class ConvLinear(nn.Module):
-    """A linear map and, where the configuration names its site, a convolution whose generator reads the map's input."""
+    """A linear map and, if the configuration names its site, a convolution whose generator reads the map's input."""
 
     def __init__(self, shape: LinearMap, conv: Convolution) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class ConvLinear(nn.Module):
 
     def convolve(
         self,
-        y: Tensor,  # [B, T, outputs]: what the map makes of x
+        y: Tensor,  # [B, T, outputs]: linear(x)
         x: Tensor,  # [B, T, inputs]
-        generated: Tensor | None = None,  # [B, T, columns]: what the convolution's generator makes of x, if known
+        generated: Tensor | None = None,  # [B, T, columns]: the generator's output for x, if computed already
     ) -> Tensor:  # [B, T, outputs]
         return y if self.conv is None else self.conv(y, x, generated=generated)
 
 
 class Maps(nn.ModuleDict):
-    """A part's linear maps by site. Every part holds its own as `self.maps = Maps(...)`."""
+    """The linear maps of a part by site. The module of every part has them as `self.maps`."""
 
     def __init__(self, shapes: Mapping[str, LinearMap], conv: Convolution) -> None:
         none = NoConvolution()
@@ -54,7 +54,10 @@ class Maps(nn.ModuleDict):
         x: Tensor,  # [B, T, inputs]
         sites: Sequence[str],
     ) -> list[Tensor]:  # [B, T, outputs] each
-        """Maps of one input, whose convolutions' generators may ride in the product of the first map that has one."""
+        """The outputs of several maps of one input.
+
+        On a GPU one matrix product computes all generators together with the first map that has one, to save launches.
+        """
         maps: dict[str, ConvLinear] = {site: self[site] for site in sites}  # type: ignore[misc]  # all are ConvLinear
         dynamic = {s: m for s, m in maps.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
         if not dynamic or not _shares_products(x):
@@ -96,5 +99,8 @@ def _(conv: LowRankConvolution, shape: LinearMap) -> nn.Module:
 
 
 def _shares_products(x: Tensor) -> bool:
-    """On a CPU each generator has its own product: sums in another order would change the last bits of a loss."""
+    """Whether generators are computed in one product with a map: only on a GPU.
+
+    On a CPU it would change the order of sums, and so the last bits of losses, which are reproduced bit for bit there.
+    """
     return x.is_cuda
