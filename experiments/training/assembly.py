@@ -1,4 +1,4 @@
-"""From a run's configuration to the trainer of it: the one place that knows which parts go together."""
+"""Make the trainer of a run from its configuration: the model, the task and the optimizers are chosen here."""
 
 from experiments.data.dataset import Dataset
 from experiments.design.config import Execution, RunConfig

@@ -1,4 +1,4 @@
-"""The trainer: a model, its optimizers and its place in a task, advanced a step at a time.
+"""The trainer advances a model and its optimizers through a task, one step at a time.
 
 Shapes: B sequences of a batch or micro-batch, T sequence length, V vocabulary.
 """
@@ -21,17 +21,17 @@ from experiments.tasks.base import Examples, Task
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, without_averaging
 
-IGNORED = -100  # the target of a position that takes no part in the loss
-MICRO_BATCH_TOKENS = 32_768  # where none is set: at a vocabulary of 100k the logits then take some 30 GB
+IGNORED = -100  # the target of positions that are left out of the loss
+MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; at a vocabulary of 100k the logits take about 30 GB
 
 
 class NonFiniteLoss(ArithmeticError):
-    """Training diverged; the message says at which step and what was not finite."""
+    """Training diverged; the message says what was not finite."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step as it is logged. Loss in nats a target, seconds of wall clock."""
+    """One optimizer step as it is logged: the loss in nats per target, the time in seconds."""
 
     step: int
     tokens: int
@@ -48,12 +48,12 @@ class Evaluation:
     step: int
     tokens: int
     task: str
-    metrics: Mapping[str, float]  # the task's by name, and the model's auxiliary losses
+    metrics: Mapping[str, float]  # by name: those of the task, and auxiliary losses of the model
     seconds: float
 
 
 class Trainer:
-    """State of one training run. Its course depends on what it is given alone: on a CPU, bit for bit."""
+    """The state of one training run. On a CPU the same arguments give the same results, bit for bit."""
 
     def __init__(
         self,
@@ -63,14 +63,14 @@ class Trainer:
         config: TrainConfig,
         execution: Execution,
         world: World,
-        identity: Mapping[str, str],  # what a checkpoint must share with the run that takes it up
+        identity: Mapping[str, str],  # stored in checkpoints to tell to which run they belong
     ) -> None:
         self.model = model
         self.task = task
         self.config = config
         self.world = world
         self.steps_done = 0
-        self.evaluated_at = 0  # the step after which the held-out set was last read
+        self.evaluated_at = 0  # the step after which the last evaluation took place
         self._identity = {**identity, "data_sha256": task.sha256}
         self._optimizers = optimizers
         self._cuda = world.device.type == "cuda"
@@ -86,14 +86,14 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """After the last step and after each step that reaches a multiple of `evaluate_every` tokens."""
+        """Whether to evaluate: after the last step, and wherever a multiple of `evaluate_every` tokens is reached."""
         if self.steps_done == self.evaluated_at:
             return False
         before = self._tokens(self.steps_done - 1) // self.config.evaluate_every
         return self.finished or self._tokens(self.steps_done) // self.config.evaluate_every > before
 
     def warm_up(self) -> None:
-        """Compile and load what a GPU needs, without advancing: one forward and backward, one evaluation pass."""
+        """Compile the model and load kernels by a training and an evaluation pass whose results are discarded."""
         inputs, targets = self._to_device(next(self._micro_batches(0)))
         loss, _ = self._losses(inputs, targets)
         loss.backward()
@@ -103,7 +103,7 @@ class Trainer:
         torch.cuda.synchronize()
 
     def step(self) -> Step:
-        """One optimiser step on the next global batch. Raises NonFiniteLoss before anything is updated."""
+        """One optimizer step on the next global batch. Raises NonFiniteLoss, and then updates nothing."""
         start = time.perf_counter()
         total = self._backward(self.steps_done)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -125,18 +125,18 @@ class Trainer:
         return Step(self.steps_done, self._tokens(self.steps_done), loss_value, norm_value, rate, seconds)
 
     def _backward(self, index: int) -> Tensor:
-        """Add the gradients of the mean loss over a global batch; that loss, auxiliary losses left out."""
+        """Accumulate gradients of the mean loss over a global batch. Returns that loss without auxiliary losses."""
         micro_batches = list(self._micro_batches(index))
         counted = torch.tensor(sum(each.positions for each in micro_batches), device=self.world.device)
         positions = int(self.world.sum(counted).item())
         total = torch.zeros((), device=self.world.device)
         for number, examples in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)  # the only one whose gradients are averaged over the processes
+            last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
             with contextlib.nullcontext() if last else without_averaging(self._replicas):
                 loss, auxiliary = self._losses(*self._to_device(examples))
                 loss = loss / positions
                 total += loss.detach()
-                for own in auxiliary.values():  # means over a micro-batch's tokens
+                for own in auxiliary.values():  # Each is a mean over the tokens of this micro-batch.
                     loss = loss + own * (examples.inputs.size / self._tokens_of(index))
                 # DDP averages gradients over the processes; our loss is a sum over them, so scale by their number.
                 (loss * self.world.size).backward()
@@ -144,7 +144,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """The task's metrics on its held-out set; None if `interrupted` (asked before every micro-batch) says so."""
+        """The task's metrics on its held-out set. None if `interrupted`, called before each micro-batch, is True."""
         start = time.perf_counter()
         held_out = self.task.held_out
         first, count = self.world.share(len(held_out.inputs))
@@ -171,7 +171,7 @@ class Trainer:
         return Evaluation(self.steps_done, self._tokens(self.steps_done), self.task.name, metrics, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain numbers."""
+        """Everything that is needed to resume the run, as tensors, numbers and strings."""
         return {
             **self._identity,
             "steps_done": self.steps_done,
@@ -181,7 +181,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. Raises ValueError where it was trained on other data."""
+        """Continue from a checkpoint. Raises ValueError if it was trained on other data."""
         data_sha256 = self._identity["data_sha256"]
         if state["data_sha256"] != data_sha256:
             raise ValueError(
@@ -202,14 +202,19 @@ class Trainer:
         return self._tokens(index + 1) - self._tokens(index)
 
     def _micro_batches(self, index: int) -> Iterator[Examples]:
-        """This process's share of global batch `index`; at least one, so that every process has gradients."""
+        """This process's share of global batch `index`, in micro-batches.
+
+        There is at least one, even if it is empty, because every process must take part in averaging gradients.
+        """
         first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length)
         for low in range(0, max(share, 1), self._micro_batch):
             yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, padded to whole micro-batches, so that compiled code meets one shape. Targets that do not
-        count are IGNORED."""
+        """Inputs and targets on the device, with IGNORED as target where none counts.
+
+        They are padded to whole micro-batches, so that the compiled model is always called with the same shape.
+        """
         padding = ((0, self._micro_batch - len(examples.inputs)), (0, 0))
         targets = examples.targets if examples.mask is None else np.where(examples.mask, examples.targets, IGNORED)
         arrays = np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
@@ -221,7 +226,7 @@ class Trainer:
         inputs: Tensor,  # [B, T]
         targets: Tensor,  # [B, T]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
+        """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses by name."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self._cuda):
             logits, auxiliary = self._forward(inputs)  # [B, T, V]
         logits = logits.float().flatten(0, 1)
