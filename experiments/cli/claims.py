@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def register(subparsers: Subparsers) -> None:
-    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    """Add the verbs of this file."""
     _add_table(subparsers)
     _add_power(subparsers)
 
@@ -40,14 +40,14 @@ def _add_table(subparsers: Subparsers) -> None:
         "results/runs/demo --throughput train.parquet",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
     parser.add_argument(
         "--floor",
         type=float,
         action="append",
         default=[],
         metavar="E",
-        help="state the irreducible loss instead of fitting it; more of them show what m depends on",
+        help="give the irreducible loss instead of fitting it; repeat it to see how m depends on it",
     )
     parser.add_argument(
         "--throughput",
@@ -55,9 +55,13 @@ def _add_table(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="what `dynconv bench train` wrote, or columns size, arm, tokens_per_second: for the wall clock",
     )
-    parser.add_argument("--where", metavar="CONDITION", help="of the runs to use, on the run table's columns")
-    parser.add_argument("--by", metavar="COLUMN,...", help="sum the runs up by arm, size ... instead of comparing arms")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrapped tests")
+    parser.add_argument(
+        "--where", metavar="CONDITION", help="use only runs that fulfil this SQL condition on columns of the run table"
+    )
+    parser.add_argument(
+        "--by", metavar="COLUMN,...", help="summarise the runs by arm, size ... instead of comparing arms"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers of bootstrapped tests (default 0)")
     table_format_argument(parser)
 
 
@@ -79,13 +83,32 @@ def _add_power(subparsers: Subparsers) -> None:
     columns_argument(parser)
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
     parser.add_argument("--seeds", default="1,2,3", help="numbers of seeds to try (default 1,2,3)")
-    parser.add_argument("--baseline", help="the arm whose ladder it is (default: the sweep's)")
-    parser.add_argument("--seed-noise", type=float, default=0.002, help="sd of a run's loss, nats (default 0.002)")
-    parser.add_argument("--arm-noise", type=float, default=0.002, help="sd of an arm at a size (default 0.002)")
-    parser.add_argument("--shared-noise", type=float, default=0.005, help="sd shared by the arms (default 0.005)")
-    parser.add_argument("--exponent", type=float, default=0.15, help="of the law (default 0.15)")
-    parser.add_argument("--reducible", type=float, default=1.3, help="loss above E mid-way, nats (default 1.3)")
-    parser.add_argument("--gpu-flops", type=float, help="sustained FLOPs a second, for GPU hours (default: DESIGN's)")
+    parser.add_argument("--baseline", help="the arm whose sizes and compute make the design (default: the sweep's)")
+    parser.add_argument(
+        "--seed-noise", type=float, default=0.002, help="standard deviation between seeds, nats (default 0.002)"
+    )
+    parser.add_argument(
+        "--arm-noise",
+        type=float,
+        default=0.002,
+        help="standard deviation of an arm at a size around its law, nats (default 0.002)",
+    )
+    parser.add_argument(
+        "--shared-noise",
+        type=float,
+        default=0.005,
+        help="standard deviation of a size that all arms share, nats (default 0.005)",
+    )
+    parser.add_argument("--exponent", type=float, default=0.15, help="exponent of the law (default 0.15)")
+    parser.add_argument(
+        "--reducible",
+        type=float,
+        default=1.3,
+        help="loss above the irreducible loss at the middle compute, nats (default 1.3)",
+    )
+    parser.add_argument(
+        "--gpu-flops", type=float, help="sustained FLOPs per second of a GPU, for GPU hours (default: those of DESIGN)"
+    )
     parser.add_argument("--simulations", type=int, default=1000, metavar="N")
     parser.set_defaults(run=_power)
     table_format_argument(parser)
@@ -129,10 +152,12 @@ def _power(args: argparse.Namespace) -> int:
     if min(seeds) < 1 or args.simulations < 100:
         raise ValueError(f"--seeds must be at least 1 and --simulations 100; got {args.seeds}, {args.simulations}")
     for name in ("seed_noise", "arm_noise", "shared_noise", "exponent", "reducible", "gpu_flops"):
-        value, positive = getattr(args, name), not name.endswith("noise")
-        if value is not None and not (0 <= value < math.inf and (value or not positive)):
-            wanted = "positive" if positive else "at least 0"
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
+        value = getattr(args, name)
+        may_be_zero = name.endswith("noise")
+        if value is None or 0 < value < math.inf or (value == 0 and may_be_zero):
+            continue
+        wanted = "at least 0" if may_be_zero else "positive"
+        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
     world = World(
         reducible_loss=args.reducible,
         exponent=args.exponent,
@@ -154,6 +179,7 @@ def _power(args: argparse.Namespace) -> int:
 
 
 def _design(args: argparse.Namespace) -> pd.DataFrame:
+    """The runs of a sweep file, of a plan, or of stores and tables of points, as the suffix of the first path says."""
     import pandas as pd
 
     from analysis.advantage.planning import read_plan
