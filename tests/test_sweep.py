@@ -295,7 +295,7 @@ BAD = {
         f"seeds = [{2**63}]",
         r"seeds must be 0 to 2\*\*63 - 1; got 9223372036854775808",
     ),
-    "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds names one twice"),
+    "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds must not list a value twice; got \[1, 1\]; remove"),
     "a weight of an average above one": (
         "[data]",
         '[train]\noptimizer = { kind = "adamw", beta1 = 1.5 }\n[data]',

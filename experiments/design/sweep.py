@@ -51,7 +51,7 @@ class Sweep:
             if not values:
                 raise ValueError(f"{name} is empty; name at least one")
             if len(set(values)) != len(values):
-                raise ValueError(f"{name} names one twice; got {list(values)}")
+                raise ValueError(f"{name} must not list a value twice; got {list(values)}; remove the repetition")
         for seed in self.seeds:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seeds must be 0 to 2**63 - 1; got {seed}; choose another")
