@@ -312,6 +312,16 @@ BAD = {
         r"learning_rate times learning_rate_factor must be above zero and finite; got 1e\+308 times 1e\+10",
     ),
     "a base of RoPE": ("kv_heads = 1", "rope_theta = inf", r"arm.mine.mixer: rope_theta must be above zero and finite"),
+    "a number beyond 64 bits": (
+        "vocabulary = 512",
+        f"vocabulary = 1{'0' * 400}",
+        r"data.vocabulary: whole numbers must fit in 64 bits; got one of 401 digits",
+    ),
+    "a fraction beyond 64 bits": (
+        "tokens_per_parameter = 20",
+        f"tokens_per_parameter = 1{'0' * 400}",
+        r"tokens_per_parameter: whole numbers must fit in 64 bits; got one of 401 digits",
+    ),
     "odd heads": ("kv_heads = 1", "heads = 8", r"even number of channels, .*; got 8 heads and width 24"),
     "two points that are one run": (
         "[data]",

@@ -45,7 +45,9 @@ def parse(table: Mapping[str, Any], cls: type[T], where: str, separator: str = "
     hints = typing.get_type_hints(cls, include_extras=True)
     for key in table:
         if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}; {legal(key, fields) if fields else 'it takes none'}")
+            raise ValueError(
+                f"{where}: unknown key {key!r}; {legal(key, fields) if fields else 'no keys are legal here'}"
+            )
     missing = [
         name
         for name, field in fields.items()
@@ -73,10 +75,13 @@ def legal(value: str, options: Iterable[str]) -> str:
     options = list(options)
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}legal: {', '.join(options)}" if len(options) <= 20 else f"{hint}{len(options)} are legal"
+    return f"{hint}legal: {', '.join(options)}" if len(options) <= 20 else f"{hint}{len(options)} values are legal"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`. Raises ValueError, beginning with `where`, if it is of another type."""
+    if isinstance(value, int) and abs(value) > 2**63:  # tomllib reads any number of digits, and floats would overflow
+        raise ValueError(f"{where}: whole numbers must fit in 64 bits; got one of {len(str(abs(value)))} digits")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         classes = hint.__metadata__[0]

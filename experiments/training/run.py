@@ -288,14 +288,14 @@ def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["Worl
         return
     # The processes meet through a shared file: a port that we chose could be taken by another program.
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
+    rendezvous = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=world.rank, world_size=world.size)
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=world.rank, world_size=world.size)
     try:
         yield world
     finally:
         dist.destroy_process_group()
-        meeting.unlink(missing_ok=True)
+        rendezvous.unlink(missing_ok=True)
 
 
 def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
