@@ -3,8 +3,8 @@
 Each row is for one op, pass, shape and implementation. `us` is the median over replays of a CUDA graph, in microseconds
 (with pass "host", the host time of one eager forward and backward pass). `bytes` is the least memory traffic: every
 input is read once and every output is written once. `fraction` is `bytes` over `us`, relative to the copy bandwidth
-that is measured on this device. The text table also shows the peak memory of a forward and backward pass without inputs,
-output and gradients, as a multiple of the size of x.
+that is measured on this device. The text table also shows the peak memory of a forward and backward pass without
+inputs, output and gradients, as a multiple of the size of x.
 """
 
 from __future__ import annotations
