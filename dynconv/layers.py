@@ -5,7 +5,8 @@ Source: arXiv 2606.03825, section 2 (initialisation: generator input default lin
 static filter uniform on +-1/sqrt(W)).
 
 Every module takes `device` and `dtype` as torch's own do. Made on the meta device, then given memory by `to_empty`, it
-wants `reset_parameters`, which draws initial values as the constructor does.
+wants `reset_parameters`, which draws initial values as the constructor does. With activation "silu" it is silu of the
+convolution that x is added to.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
+from dynconv.ops.sharded import any_sharded, check_all_sharded
 
 Device = torch.device | str | int | None
 _LINE = 64  # 16-bit values of a cache line of 128 bytes: rows of so many start at one
@@ -40,12 +42,16 @@ class _ShortConv(nn.Module):
 
     static_filter: nn.Parameter | None  # [W, D]
 
-    def __init__(self, function: Callable[..., Any], channels: int, width: int, residual: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], channels: int, width: int, residual: bool, activation: str | None
+    ) -> None:
         _check_positive("channels", channels)
         _check_positive("width", width)
+        if activation not in (None, "silu"):
+            raise ValueError(f'activation must be None or "silu"; got {activation!r}; apply another one to the result')
         super().__init__()
         self._function = function
-        self.channels, self.width, self.residual = channels, width, residual
+        self.channels, self.width, self.residual, self.activation = channels, width, residual, activation
 
     def reset_parameters(self) -> None:
         """Draw initial values, in the constructor's order. A fused form's caller resets its projection by itself."""
@@ -88,6 +94,8 @@ class _ShortConv(nn.Module):
         state: Tensor,  # [B, W-1, D]
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
         """Decode from a state: the outputs, and the next state."""
+        if state is None:
+            raise ValueError("state must be a tensor; got None; begin with prefill, or with zeros")
         return self.prefill(x, generator_input, state)
 
     @property
@@ -96,14 +104,24 @@ class _ShortConv(nn.Module):
         return None
 
     def _convolve(self, x: Tensor, generator_input: Tensor | None, generated: Tensor | None, **options: Any) -> Any:
-        if generated is None and self.generator_map is not None:
-            if generator_input is None:
-                raise ValueError(
-                    "a dynamic filter needs generator_input [B, T, G]; got None; pass what makes the filters"
-                )
-            generated = self.generator_map(generator_input)
+        columns = getattr(self, "generator_columns", 0)
+        if isinstance(x, Tensor) and x.shape[-1] != self.channels + columns:
+            wanted = f"{self.channels} channels" + (f" and {columns} generator columns" if columns else "")
+            raise ValueError(f"x must have {wanted}; got {x.shape[-1]} in all; mind the projection before it")
+        if self.generator_map is not None:
+            if generated is None:
+                generated = self._generate(x, generator_input, self.generator_map)
+            _check_made("generated", generated, x, self.generator_map.out_features)
         inputs = self._inputs(x, generated)
-        return self._function(*inputs, self.static_filter, self.residual, **options)
+        return self._function(*inputs, self.static_filter, self.residual, activation=self.activation, **options)
+
+    def _generate(self, x: Tensor, generator_input: Tensor | None, generator: nn.Linear) -> Tensor:
+        if generator_input is None:
+            raise ValueError("a dynamic filter needs generator_input [B, T, G]; got None; pass what makes the filters")
+        _check_made("generator_input", generator_input, x, generator.in_features)
+        check_all_sharded({"generator_input": generator_input, "the generator's weight": generator.weight})
+        made: Tensor = generator(generator_input)
+        return made
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         """What the function takes before the static filter: x, and what makes a token's own filters, if anything."""
@@ -111,15 +129,13 @@ class _ShortConv(nn.Module):
 
     def _split(self, projected: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """The channels and the generator columns of a fused form's input."""
-        if projected.shape[-1] != self.channels + columns:
-            wanted = f"{self.channels} channels and {columns} generator columns"
-            raise ValueError(f"x must have {wanted}; got {projected.shape[-1]} in all; widen the projection")
         x, made = projected.split([self.channels, columns], -1)
         return x, made
 
     def extra_repr(self) -> str:
         static = self.static_filter is not None
-        return f"channels={self.channels}, width={self.width}, residual={self.residual}, static_filter={static}"
+        shown = f"channels={self.channels}, width={self.width}, residual={self.residual}, static_filter={static}"
+        return shown if self.activation is None else f"{shown}, activation={self.activation}"
 
 
 class StaticShortConv(_ShortConv):
@@ -131,10 +147,11 @@ class StaticShortConv(_ShortConv):
         width: int = 4,
         residual: bool = True,
         *,
+        activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(static_convolution, channels, width, residual)
+        super().__init__(static_convolution, channels, width, residual, activation)
         self.static_filter = nn.Parameter(torch.empty(width, channels, device=device, dtype=dtype))
         self._reset_filters()
 
@@ -151,10 +168,11 @@ class HeadwiseDynamicConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
         *,
+        activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(headwise_dynamic_convolution, channels, width, residual)
+        super().__init__(headwise_dynamic_convolution, channels, width, residual, activation)
         self.heads = _heads(channels, head_size)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.generator = _ZeroLinear(generator_width, self.heads * width, bias=False, **place)
@@ -184,10 +202,11 @@ class LowRankDynamicConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
         *,
+        activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(lowrank_dynamic_convolution, channels, width, residual)
+        super().__init__(lowrank_dynamic_convolution, channels, width, residual, activation)
         _check_positive("rank", rank)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down = nn.Linear(generator_width, rank, bias=False, **place)
@@ -225,13 +244,14 @@ class FusedLowRankConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
         *,
+        activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         for channels in branches:
             _check_positive("a branch", channels)
         function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
-        super().__init__(function, sum(branches), width, residual)
+        super().__init__(function, sum(branches), width, residual, activation)
         _check_positive("rank", rank)
         self.branches = tuple(branches)
         self.generator_columns = len(branches) * rank
@@ -266,10 +286,11 @@ class FusedHeadwiseConv(_ShortConv):
         residual: bool = True,
         static_filter: bool = True,
         *,
+        activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(headwise_dynamic_convolution, channels, width, residual)
+        super().__init__(headwise_dynamic_convolution, channels, width, residual, activation)
         self.heads = _heads(channels, head_size)
         self.generator_columns = self.heads * width
         filters = torch.empty(width, channels, device=device, dtype=dtype)
@@ -339,12 +360,22 @@ def project_together(
     A narrow product of its own takes a pass over all of the input, and its gradient is one more term of the input's.
     """
     generators = [convolution.generator_map for convolution in convolutions]
+    if any_sharded([weight, generator_input, *(generator.weight for generator in generators)]):
+        raise ValueError("project_together takes no DTensors; got one; give each convolution generator_input")
     assert all(generator.bias is None for generator in generators)
     weights = [weight, *(generator.weight for generator in generators)]
     widths = [len(part) for part in weights]
     widths.append(-sum(widths) % _LINE)
     together = torch.cat([*weights, weight.new_zeros(widths[-1], weight.shape[1])])
     return F.linear(generator_input, together).split(widths, 2)[:-1]
+
+
+def _check_made(name: str, made: Tensor, x: Tensor, columns: int) -> None:
+    if not isinstance(made, Tensor):
+        raise ValueError(f"{name} must be a tensor; got a {type(made).__name__}; mind the order of the arguments")
+    if isinstance(x, Tensor) and (made.dim() != 3 or made.shape[:2] != x.shape[:2] or made.shape[2] != columns):
+        wanted = f"[B, T, {columns}] with x's B and T, {list(x.shape[:2])}"
+        raise ValueError(f"{name} must be {wanted}; got {list(made.shape)}; pass what this module was made for")
 
 
 def _heads(channels: int, head_size: int) -> int:

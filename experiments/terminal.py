@@ -1,6 +1,19 @@
-"""Numbers and tables as a person reads them in a terminal."""
+"""Numbers, tables and progress bars as a person reads them in a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `plan` and `status` draw no bar, and start faster without it
+    from tqdm import tqdm
+
+QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
+
+
+def bar(name: str, total: int | None, unit: str, progress: bool, items: Iterable[bytes] | None = None) -> "tqdm[bytes]":
+    """A bar on standard error, for `items` or to be updated by hand; none where `progress` is false."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, disable=not progress)
 
 
 def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.advantage.clocks import Rates
 from analysis.advantage.pairs import Pairs
 from analysis.laws.solver import Floats
 from analysis.logs.files import write_json
@@ -139,7 +140,6 @@ def pairs_of(compute: Floats, y0: Floats, y1: Floats) -> Pairs:
         y1=y1,
         seeds=(1,) * sizes,
         differences=tuple(np.array([d]) for d in y0 - y1),
-        rate_ratio=np.full(sizes, np.nan),
-        gpu_rate_ratio=np.full(sizes, np.nan),
+        rates=Rates(np.full(sizes, np.nan), np.full(sizes, np.nan), "", "none"),
         excluded=(),
     )

@@ -79,3 +79,9 @@ def test_the_readme_names_each_module_and_no_other(package: str) -> None:
     (block,) = re.findall(rf"^{package}/ .*\n(?: .*\n)*", tree, re.MULTILINE)
     modules = {path.name for path in (ROOT / package).rglob("*.py")} - {"__init__.py"}
     assert set(re.findall(r"\w+\.py\b", block)) == modules
+
+
+def test_no_test_cites_a_file_outside_the_repository() -> None:
+    outside = re.compile(r"(?<![\w.])\.\./(?:\w+/)*\w+\.(?:md|py|csv|txt)")
+    cited = {path.name: outside.findall(path.read_text()) for path in sorted((ROOT / "tests").glob("*.py"))}
+    assert {name: found for name, found in cited.items() if found} == {}

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,9 @@ from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.launching import local, slurm, snapshot, states
+from experiments.launching import jobs, local, slurm, snapshot, states
 from experiments.launching import submit as launch
+from experiments.launching.locks import signals_deferred, store_lock, termination_as_interrupt
 from experiments.launching.profile import Job, Profile, Slurm
 
 HERE = Profile("local", max_parallel=2, default=Job(device="cpu"))
@@ -48,7 +50,7 @@ def long_run(tiny_run: RunConfig) -> RunConfig:
 
 @pytest.fixture
 def diverging_run(tiny_run: RunConfig) -> RunConfig:
-    return replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e30))
+    return replace(tiny_run, seed=99, train=replace(tiny_run.train, learning_rate=1e30))
 
 
 def state_of(store: Path, run: RunConfig) -> states.RunState:
@@ -76,6 +78,7 @@ def test_runs_end_side_by_side_and_are_not_submitted_twice(
     assert {state.state for state in outcome.ended} == {"complete"}
     spans = []
     for run_id in ids:
+        assert read_json(store / run_id / "attempt-0001.json")["sharing"] == max(1, 2 // len(os.sched_getaffinity(0)))
         config, job = (read_json(store / run_id / name) for name in ("config.json", "job.json"))
         assert config["code_commit"]
         spans.append((job["submitted_at"], read_json(store / run_id / "run.json")["finished_at"]))
@@ -207,11 +210,11 @@ def test_no_job_outlives_a_launcher_that_fails(
         begun.append(job_id)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(launch, "_write_job", full)
+    monkeypatch.setattr(jobs, "write_job", full)
     with pytest.raises(OSError, match="No space left"):
         submit([long_run], tmp_path)
     (job_id,) = begun
-    assert states.process_started(job_id) is None
+    assert jobs.process_started(job_id) is None
     assert not list((tmp_path / ".jobs").rglob("*result.pkl"))  # nor did it come to its end
 
 
@@ -219,12 +222,12 @@ def test_a_signal_waits_for_the_job_that_is_being_started() -> None:
     reached = []
 
     def start() -> None:
-        with local.shielded():
+        with signals_deferred():
             for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
                 os.kill(os.getpid(), number)
                 reached.append(number)
 
-    with launch._terminated_as_interrupted(), pytest.raises(KeyboardInterrupt):
+    with termination_as_interrupt(), pytest.raises(KeyboardInterrupt):
         start()
     assert len(reached) == 3
 
@@ -232,14 +235,14 @@ def test_a_signal_waits_for_the_job_that_is_being_started() -> None:
 def test_nohup_survives_the_logout() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch._terminated_as_interrupted():
+        with termination_as_interrupt():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def log_of(run_dir: Path) -> str:
-    job = states.job_of(run_dir)
+    job = jobs.job_of(run_dir)
     return Path(job["log"]).read_text() if job and Path(job["log"]).exists() else ""
 
 
@@ -257,6 +260,23 @@ def test_slots_share_the_gpus_round_robin(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert local.visible_gpus() == shown
     assert len(local.Slots(Profile("local"), [Job(threads=10**6)]).free) == 1
+
+
+def test_slots_know_how_many_runs_share_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sharing(profile: Profile, *wanted: Job) -> list[int]:
+        slots = local.Slots(profile, wanted)
+        return [slots.sharing(slot, job) for slot, job in zip(slots.free, wanted, strict=False)]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert sharing(Profile("local"), *[Job()] * 3) == [1, 1]
+    assert sharing(Profile("local", max_parallel=3), *[Job()] * 3) == [2, 1, 2]
+    assert sharing(Profile("local", max_parallel=8), *[Job()] * 8) == [4] * 8
+    assert sharing(Profile("local", max_parallel=8), *[Job()] * 2) == [1, 1]  # the other slots stay free
+    assert sharing(Profile("local", max_parallel=2), *[Job(gpus=2)] * 2) == [2, 2]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    assert sharing(Profile("local"), *[Job(device="cpu", threads=2)] * 9) == [1, 1]
+    assert sharing(Profile("local", max_parallel=3), *[Job(device="cpu", threads=2)] * 3) == [2, 2, 2]
+    assert sharing(Profile("local", max_parallel=8), *[Job(device="cpu")] * 9) == [2] * 8
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,12 +302,47 @@ def test_data_is_built_while_the_store_is_free(
     profile = Profile("debug", default=Job(device="cpu"))
 
     def build(*_: object) -> Path:
-        with (tmp_path / ".lock").open() as lock:
+        with (tmp_path / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return dataset.path
 
     monkeypatch.setattr("experiments.data.build.build", build)
     assert launch.submit([tiny_run], profile, tmp_path, cache=tmp_path / "unused").unsuccessful == []
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_refused_submission_leaves_nothing(
+    existed: bool, tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.data.build.build", refuse)
+    store = tmp_path / "store"
+    if existed:
+        store.mkdir()
+    with pytest.raises(ValueError, match="refused"):
+        launch.submit([tiny_run], HERE, store, cache=tmp_path / "unused")
+    assert store.exists() == existed
+    assert list(tmp_path.rglob("*")) == ([store] if existed else [])
+
+
+def test_a_lock_that_was_deleted_while_waited_for_locks_nothing(tmp_path: Path) -> None:
+    """Three submissions: the second waits for the first, and the third comes when the first has gone."""
+    inside, most = 0, 0
+
+    def submit() -> None:
+        nonlocal inside, most
+        with store_lock(tmp_path):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+
+    threads = [threading.Thread(target=submit) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_who_waits_for_another_submit_is_told(
@@ -355,7 +410,7 @@ def test_a_job_out_of_reach_is_not_called_cancelled(
 ) -> None:
     """The run beside it, which is pending, is cancelled all the same."""
     running, _ = (submitted(run, tmp_path) for run in runs[:2])
-    launch._write_job(running, "local", job.get("job_id", str(os.getpid())), None, Path("code"))
+    jobs.write_job(running, "local", job.get("job_id", str(os.getpid())), None, Path("code"))
     (running / "job.json").write_text(json.dumps(read_json(running / "job.json") | job))
     monkeypatch.setenv("PATH", "")  # neither squeue nor scancel
 

@@ -225,7 +225,7 @@ def test_repr_says_what_it_is() -> None:
         (lambda: FusedLowRankConv((8, -4)), "a branch must be at least 1; got -4"),
         (
             lambda: FusedLowRankConv((8, 4), rank=3)(torch.ones(2, 5, 12)),
-            "x must have 12 channels and 6 generator columns; got 12 in all; widen",
+            "x must have 12 channels and 6 generator columns; got 12 in all; mind the",
         ),
         (
             lambda: FusedHeadwiseConv(12, head_size=3)(torch.ones(2, 5, 12)),
@@ -237,11 +237,41 @@ def test_repr_says_what_it_is() -> None:
         (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),
         (lambda: FusedLowRankConv((4, 2), rank=0), "rank must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6)(torch.ones(2, 5, 6)), "needs generator_input"),
+        (lambda: StaticShortConv(6)(torch.ones(2, 5, 7)), "x must have 6 channels; got 7 in all"),
+        (
+            lambda: LowRankDynamicConv(6, 4)(torch.ones(2, 5, 6), torch.ones(2, 5, 3)),
+            r"generator_input must be \[B, T, 4\] with x's B and T, \[2, 5\]; got \[2, 5, 3\]",
+        ),
+        (lambda: LowRankDynamicConv(6, 4)(torch.ones(2, 5, 6), torch.ones(2, 3, 4)), "generator_input must be .* got"),
+        (
+            lambda: HeadwiseDynamicConv(6, 4, head_size=3)(torch.ones(2, 5, 6), generated=torch.ones(2, 5, 7)),
+            r"generated must be \[B, T, 8\] with .*; got \[2, 5, 7\]",
+        ),
+        (
+            lambda: StaticShortConv(6).prefill(torch.ones(2, 5, 6), state=torch.ones(2, 2, 6)),
+            r"initial_state \(of a step: state\) must be \[N, W-1, D\] = \[2, 3, 6\]; got \[2, 2, 6\]",
+        ),
+        (lambda: StaticShortConv(6).step(torch.ones(2, 5, 6), None, None), "state must be a tensor; got None"),
+        (lambda: StaticShortConv(6, activation="relu"), "activation must be None or \"silu\"; got 'relu'"),
     ],
 )
 def test_errors_say_what_was_got(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_activation_is_of_the_convolution(kind: str) -> None:
+    torch.manual_seed(0)
+    plain, silu = MODULES[kind](), MODULES[kind](activation="silu")
+    silu.load_state_dict(plain.state_dict())
+    x, generator_input = _inputs(plain)
+    own = x[..., :CHANNELS]
+    expected = nn.functional.silu(plain(x, generator_input) - own) + own
+    torch.testing.assert_close(silu(x, generator_input), expected)
+    torch.testing.assert_close(silu.prefill(x, generator_input)[0], expected)
+    assert "activation=silu" in repr(silu)
+    assert "activation" not in repr(plain)
 
 
 @pytest.mark.parametrize("kind", ["headwise", "lowrank"])

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import pairs_of
 
+from analysis.advantage.answers import Multiplier
+from analysis.advantage.clocks import Rates
 from analysis.advantage.joint import joint_interval, wild_cluster_interval
-from analysis.advantage.multiplier import Multiplier, compare
+from analysis.advantage.multiplier import compare
 from analysis.advantage.paired import changing_multipliers, constancy_p, local_multipliers, reported, trend
 from analysis.laws.solver import Floats
 from experiments.cli.main import main
@@ -36,8 +38,8 @@ def simulate(
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Compute [S], baseline and arm losses [count, S] of seed means, and the true m [S].
 
-    ../shared/statistics.md's design: noise of each run .002, of each arm at a size .002, shared by the arms of a size
-    .005; reducible loss 1.3 half-way, exponent .15, E = 1.7. m changes with compute as C^change.
+    The design that `dynconv power` assumes: noise of each run .002, of each arm at a size .002, shared by the arms of
+    a size .005; reducible loss 1.3 half-way, exponent .15, E = 1.7. m changes with compute as C^change.
     """
     random = np.random.default_rng(random_seed)
     compute = np.geomspace(TOP / span, TOP, sizes)
@@ -373,7 +375,8 @@ def test_seed_noise_hides_a_small_advantage() -> None:
 
 def test_wall_clock_is_m_times_relative_throughput() -> None:
     compute, y0, y1, _ = simulate(1, 5, 1, 1.33, noise=0.0005)
-    pairs = replace(pairs_of(compute, y0[0], y1[0]), rate_ratio=np.full(5, 0.9), gpu_rate_ratio=np.full(5, 0.45))
+    rates = Rates(np.full(5, 0.9), np.full(5, 0.45), "measured", None)
+    pairs = replace(pairs_of(compute, y0[0], y1[0]), rates=rates)
     found = compare(pairs)
     assert found.wall_clock is not None
     assert found.gpu_cost is not None

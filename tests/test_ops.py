@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
+from dynconv.ops import (
+    headwise_dynamic_convolution,
+    lowrank_dynamic_convolution,
+    static_convolution,
+    static_convolution_step,
+)
 
 X = torch.randn(2, 5, 6)
 
@@ -98,6 +103,11 @@ def test_packed_documents_are_separate_sequences() -> None:
             r"U must be \[R, W\*D\] with D = 0",
         ),
         (lambda: static_convolution(X, torch.ones(0, 6)), "W must be at least 1"),
+        (lambda: static_convolution_step(X, None, torch.ones(4, 6)), "state must be a tensor; got None"),
+        (
+            lambda: static_convolution_step(X, torch.ones(2, 2, 6), torch.ones(4, 6)),
+            r"initial_state \(of a step: state\) must be \[N, W-1, D\] = \[2, 3, 6\]; got \[2, 2, 6\]; reshape",
+        ),
         (lambda: headwise_dynamic_convolution(X, torch.ones(2, 5, 3, 0)), "W must be at least 1"),
         (
             lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 2), torch.ones(3, 12)),
@@ -113,7 +123,19 @@ def test_packed_documents_are_separate_sequences() -> None:
         ),
         (
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0, 3, 2, 5])),
-            "cu_seqlens must rise from 0 to T = 5; got",
+            "cu_seqlens must rise from 0 to T = 5 at most; got",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0, 3, 6])),
+            r"rise from 0 to T = 5 at most; got \[0, 3, 6\]; pass the starts and the last one's end",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([3, 5])),
+            r"rise from 0 to T = 5 at most; got \[3, 5\]",
+        ),
+        (
+            lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.tensor([0])),
+            r"cu_seqlens must be \[N \+ 1\] int32 or int64; got \[1\]",
         ),
         (
             lambda: static_convolution(X[:1], torch.ones(4, 6), cu_seqlens=torch.arange(100)),

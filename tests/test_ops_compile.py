@@ -62,8 +62,10 @@ def run_lowrank(module, x, rank, segments, positions):
     z, up = made(*x.shape[:2], rank * len(segments)), made(rank, 4 * x.shape[2], dtype=torch.float32)
     low = (z, up, made(4, x.shape[2], dtype=torch.float32), positions, segments, True)
     for silu in (False, True) if module is lowrank_mma and rank <= 16 else (False,):
-        module.forward(x, *low, silu)
+        module.forward(x, *low, silu, x.dtype)
         module.backward(x, x, *low, silu, (True,) * 4)
+    if rank > 16:
+        module.forward(x, *low[:-1], False, False, torch.float32)  # what silu is then applied to
 
 def run_ring(x, heads, positions):
     weight = made(*x.shape[:2], heads, 4) if heads else None
@@ -74,9 +76,9 @@ def run_ring(x, heads, positions):
 
 def run_plain(x, heads):
     weight, static_w = made(*x.shape[:2], heads, 4), made(4, x.shape[2], dtype=torch.float32)
-    static.forward(x, static_w, None, True, False)
+    static.forward(x, static_w, None, True, False, x.dtype)
     static.backward(x, x, static_w, None, True, False, (True, True))
-    headwise.forward(x, weight, static_w, None, True, False)
+    headwise.forward(x, weight, static_w, None, True, False, x.dtype)
     headwise.backward(x, x, weight, static_w, None, True, False, (True, True, True))
 
 if sys.argv[2] == "lengths":
@@ -93,7 +95,7 @@ else:
     packed = sys.argv[2] == "packed"
     shape = {"packed": (1, 4096, 2048), "unpacked": (4, 4096, 2048), "short": (128, 128, 2048)}[sys.argv[2]]
     x = made(math.prod(shape) + 3)[3:].view(shape)  # contiguous, but at no multiple of 16 bytes: cp.async needs a copy
-    positions = made(4096, dtype=torch.int32) if packed else None
+    positions = made(4097, dtype=torch.int32) if packed else None
     for rank in (15, 16, 40, 96):
         run_lowrank(lowrank_mma, x, rank, (1024, 512, 512), positions)
     for heads in (None, 128, 2048):

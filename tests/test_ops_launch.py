@@ -1,6 +1,9 @@
 """Launches repeated by address: a repeated pass gives what the pass itself does. The kernels here are Python."""
 
 import ctypes
+import gc
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -174,6 +177,51 @@ def test_a_pass_that_makes_tensors_of_its_own_is_not_repeated(launch: Any) -> No
         for _ in range(2):
             launch._repeated(run, (torch.ones(4),), ())
     assert list(launch._repeats.values()) == [None] * len(runs)
+
+
+def reachable_tensors(start: Any) -> list[Tensor]:
+    """The tensors that an object keeps alive, however far down; modules and types lead everywhere, and are left out."""
+    found, seen, ahead = [], set(), [start]
+    while ahead:
+        thing = ahead.pop()
+        if id(thing) in seen or isinstance(thing, (types.ModuleType, type)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found.append(thing)
+        elif isinstance(thing, types.FunctionType):  # whose globals are a module's
+            ahead += [cell.cell_contents for cell in thing.__closure__ or ()] + [thing.__defaults__]
+        else:
+            ahead += gc.get_referents(thing)
+    return found
+
+
+def test_a_record_keeps_no_tensor_alive(launch: Any) -> None:
+    """Scratch that outlives the call leaks, and is memory of a CUDA graph that PyTorch's graph trees do not know of."""
+    kernel = Kernel()
+    made: list[weakref.ref[Tensor]] = []
+
+    def run(x: Tensor) -> tuple[Tensor]:
+        scratch, zeros = launch.new(x, (7,), torch.float32), launch.new(x, (7,), torch.float32, zero=True)
+        copy, result = launch.copied(x), launch.new(x, (7,), torch.float32)
+        made.extend(weakref.ref(tensor) for tensor in (scratch, zeros, copy, result))
+        launch.launch(kernel, 1, (copy, zeros, scratch), (7,), {"SCALE": 2.0})
+        launch.launch(kernel, 1, (scratch, x, result), (7,), {"SCALE": 1.0})
+        return (result,)
+
+    gc.disable()  # a cycle would keep them until some later collection
+    try:
+        for _ in range(3):
+            x = torch.randn(7)
+            (result,) = launch._repeated(run, (x,), ())
+            assert torch.allclose(result, 2 * x)
+            del result
+            assert [reference() for reference in made] == [None] * 4
+    finally:
+        gc.enable()
+    assert reachable_tensors(list(launch._repeats.items())) == []
+    (again,) = launch._repeats.values()
+    assert again is not None
 
 
 def test_interpreted_kernels_are_not_repeated(launch: Any) -> None:

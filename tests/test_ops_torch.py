@@ -9,6 +9,7 @@ import torch
 from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, relative_error
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,8 @@ from dynconv.layers import (
 pytestmark = [
     pytest.mark.usefixtures("implementation", "fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler raises its own on import
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # advice: the tests want float32
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # torch's own, which makes a memory pool
 ]
 BACKEND = "inductor" if GPU else "aot_eager"
 KINDS = {kind: Case(kind) for kind in FUNCTIONS} | {"segments": Case(segments=(8, 16))}
@@ -134,6 +137,34 @@ def test_fake_tensors_get_fake_results(kind: str) -> None:
     assert [g.shape for g in gradients] == [value.shape for value in inputs.values()]
 
 
+class Prefill(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, generator_input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.conv.prefill(x, generator_input, state)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_one_exported_prefill_serves_every_length(kind: str, with_state: bool) -> None:
+    conv = projected(kind)[0].conv
+
+    def inputs(time: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        state = torch.randn(2, 3, 24, device=DEVICE) if with_state else None
+        return torch.randn(2, time, 24, device=DEVICE), torch.randn(2, time, 16, device=DEVICE), state
+
+    time = torch.export.Dim("time", min=1)
+    shapes = ({1: time}, {1: time}, None)
+    with torch.no_grad():
+        exported = torch.export.export(Prefill(conv), inputs(20), dynamic_shapes=shapes)
+        for length in (1, 2, 3, 8, 9, 50):
+            given = inputs(length)
+            for got, want in zip(exported.module()(*given), conv.prefill(*given), strict=True):
+                assert relative_error(got, want.double()) < BOUND[torch.float32], length
+
+
 class Projected(nn.Module):
     """A convolution after the linear map that it is used with."""
 
@@ -148,16 +179,16 @@ class Projected(nn.Module):
         return self.conv(self.projection(x), x)
 
 
-def projected(kind: str) -> tuple[Projected, Tensor]:
+def projected(kind: str, channels: int = 24) -> tuple[Projected, Tensor]:
     torch.manual_seed(0)
     conv = {
-        "static": lambda: StaticShortConv(24),
-        "headwise": lambda: HeadwiseDynamicConv(24, 16, head_size=8),
-        "lowrank": lambda: LowRankDynamicConv(24, 16, rank=5),
-        "fused headwise": lambda: FusedHeadwiseConv(24, head_size=8),
-        "fused lowrank": lambda: FusedLowRankConv((16, 8), rank=5),
+        "static": lambda: StaticShortConv(channels),
+        "headwise": lambda: HeadwiseDynamicConv(channels, 16, head_size=8),
+        "lowrank": lambda: LowRankDynamicConv(channels, 16, rank=5),
+        "fused headwise": lambda: FusedHeadwiseConv(channels, head_size=8),
+        "fused lowrank": lambda: FusedLowRankConv((channels // 3 * 2, channels // 3), rank=5),
     }[kind]()
-    return Projected(conv, 24).to(DEVICE), torch.randn(2, 37, 16, device=DEVICE, requires_grad=True)
+    return Projected(conv, channels).to(DEVICE), torch.randn(2, 37, 16, device=DEVICE, requires_grad=True)
 
 
 def outcome(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, autocast: bool) -> dict[str, Tensor]:
@@ -202,9 +233,50 @@ def test_checkpointing_under_autocast_gives_the_same_bits(kind: str, reentrant: 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_double_backward_says_that_there_is_none(kind: str, compiled: bool) -> None:
+    """Whether the output's gradient wants one itself or not: there, the second derivative was zero without a word."""
     case = Case(kind, activation="silu")
     inputs, function = case.inputs(), FUNCTIONS[kind]
     run = torch.compile(function, fullgraph=True, backend=BACKEND) if compiled else function
-    (dx,) = torch.autograd.grad(run(**inputs).square().sum(), [inputs["x"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward" if compiled else "differentiate twice"):
-        dx.sum().backward()
+    message = "double backward" if compiled else "first derivatives only; got a backward through .* float64"
+    for loss in (Tensor.sum, lambda y: y.square().sum()):
+        for wanted in inputs.values():
+            (first,) = torch.autograd.grad(loss(run(**inputs)), [wanted], create_graph=True)
+            assert first.requires_grad
+            with pytest.raises(RuntimeError, match=message):
+                torch.autograd.grad(first.sum(), list(inputs.values()), allow_unused=True)
+            with pytest.raises(RuntimeError, match=message):
+                (first.sum() + wanted.sum()).backward()
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_second_derivatives_of_float64(kind: str) -> None:
+    """As the message has it: there the reference runs."""
+    case = Case(kind, time=3, heads=1, head_size=2, rank=1, activation="silu", dtype=torch.float64)
+    inputs = case.inputs()
+    assert torch.autograd.gradgradcheck(lambda *v: case.run(dict(zip(inputs, v, strict=True))), tuple(inputs.values()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", MODULES)
+def test_cuda_graphs_of_a_compiled_model(kind: str, dtype: torch.dtype) -> None:
+    """Steps by a CUDA graph give what eager ones do, and take no more memory from one to the next."""
+    model, x = projected(kind, channels=384)  # which the Gluon kernels take, in 16 bits
+    model = model.to(dtype)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    counters["inductor"].clear()
+    allocated = []
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn_like(x).to(dtype).requires_grad_()
+        got = outcome(compiled, model, x, autocast=False)
+        got = {name: value.detach().clone() for name, value in got.items()}
+        want = outcome(model, model, x, autocast=False)
+        measured = {name: relative_error(value, want[name].double()) for name, value in got.items()}
+        assert all(error < 2 * BOUND[dtype] for error in measured.values()), measured
+        assert got.keys() == {"y", "x", *dict(model.named_parameters())}
+        del got, want
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[3:] == allocated[3:4] * 3
+    assert counters["inductor"]["cudagraph_skips"] == 0

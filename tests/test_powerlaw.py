@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import least_squares
+from planted import write_budgets
+from scipy.optimize import least_squares, minimize
 from scipy.special import fdtri
+from simulate_laws import nd_coverage
 
+from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import band, bootstrap, profile
 from analysis.laws.powerlaw import Fit, Model, Points, fit
 from analysis.laws.solver import Floats, Loss
@@ -157,6 +160,45 @@ def test_arms_share_what_they_are_told_to_share() -> None:
         fit(ladder(1.33), "c", per_arm=("alpha",))
 
 
+@pytest.mark.parametrize(
+    "hold", [{"E": 1.6}, {"alpha": 0.1}, {"A": 40.0}, {"alpha": 0.1, "A": 40.0}, {"A": 40.0, "E": 1.6}]
+)
+def test_held_values_stay_and_the_rest_is_least_squares(hold: dict[str, float]) -> None:
+    """Against SciPy with the same values fixed."""
+    points = ladder(1.0, 0.003, sizes=6)
+    points = Points(points.loss[:6], {"C": points.x["C"][:6]}, ("a",) * 6, tuple("012345"), "a")
+    law = fit(points, "c", delta=None, hold=hold)
+    names = [name for name in ("E", "A", "alpha") if name not in hold]
+
+    def residual(theta: Floats) -> Floats:
+        v = hold | dict(zip(names, np.exp(theta), strict=True))
+        return points.loss - v["E"] - v["A"] * points.x["C"] ** -v["alpha"]
+
+    start = np.log([law.values[name] * 1.01 for name in names])
+    found = np.exp(least_squares(residual, start, xtol=1e-15, ftol=1e-15, gtol=1e-15, x_scale="jac").x)
+    assert [law.values[name] for name in names] == pytest.approx(found.tolist(), rel=1e-4)
+    assert {name: law.values[name] for name in hold} == pytest.approx(hold, rel=1e-12)
+    law = profile(bootstrap(law, 100), 100)
+    assert law.ci is not None
+    assert law.profile_ci is not None
+    assert set(law.profile_ci) == set(names)
+    for name in names:
+        assert law.ci[name][0] < law.values[name] < law.ci[name][1]
+
+
+def test_a_held_amplitude_leaves_m_free() -> None:
+    points = ladder(1.33, noise=1e-4)
+    law = fit(points, "c")
+    held = profile(fit(points, "c", hold={"A[base]": law.values["A[base]"]}), 100)
+    assert held.values["m[dyn]"] == pytest.approx(law.values["m[dyn]"], rel=1e-6)
+    assert held.profile_ci is not None
+    assert held.profile_ci["m[dyn]"][0] < 1.33 < held.profile_ci["m[dyn]"][1]
+    with pytest.raises(ValueError, match="no parameter 'gamma' to hold"):
+        fit(points, "c", hold={"gamma": 1.0})
+    with pytest.raises(ValueError, match="alpha must be between"):
+        fit(points, "c", hold={"alpha": -1.0})
+
+
 def test_rho_form_recovers_what_an_arm_multiplies_n_and_d_by() -> None:
     base = grid(PUBLISHED, n=6, d=5)
     better = {k: base.x[k] * rho for k, rho in (("N", 1.5), ("D", 1.2))}
@@ -240,7 +282,8 @@ def least(law: Fit, held: str, value: float) -> float:
     ],
 )
 def test_profiles_end_where_the_objective_has_grown_by_f(points: Points, form: str, name: str) -> None:
-    """Least squares, independent normal errors: by s^2 F(1, dof), which 400 resamples give to about a tenth."""
+    """Least squares, independent normal errors: by s^2 F(1, dof), which 400 resamples give to about a tenth; from 30
+    points on they take each point's own residual for its spread, and give it to about a third."""
     points = replace(points, cluster=tuple(map(str, range(len(points.loss)))))
     law = profile(fit(points, form, delta=None, starts=300))
     assert law.profile_ci is not None
@@ -249,7 +292,34 @@ def test_profiles_end_where_the_objective_has_grown_by_f(points: Points, form: s
     grown = [least(law, name, end) - law.objective for end in (low, high)]
     assert grown[0] == pytest.approx(grown[1], rel=0.02)
     dof = len(points.loss) - (5 if form == "nd" else 4)
-    assert np.mean(grown) == pytest.approx(law.objective / dof * fdtri(1, dof, 0.95), rel=0.35)
+    assert np.mean(grown) == pytest.approx(law.objective / dof * fdtri(1, dof, 0.95), rel=0.5)
+
+
+@pytest.mark.parametrize("seed", [3, 6, 13])
+def test_a_profile_of_an_amplitude_follows_its_exponent(seed: int) -> None:
+    """Four sizes over 10x of compute: an end was glued to the estimate where a descent with A held stopped short. Both
+    ends have the same excess, by a search over alpha and E written out afresh."""
+    compute = np.geomspace(1e18, 1e19, 4)
+    loss = 1.7 + (compute / 1e18) ** -0.15 + 0.003 * np.random.default_rng(seed).standard_normal(4)
+    points = Points(loss, {"C": compute}, ("a",) * 4, tuple("0123"), "a")
+    law = profile(fit(points, "c", starts=200, polished=16), 100)
+    assert law.profile_ci is not None
+    low, high = law.profile_ci["A"]
+    assert low < 0.5 * law.values["A"]
+    assert high > 2 * law.values["A"]
+
+    def least_with(A: float) -> float:
+        def objective(theta: Floats) -> float:
+            r = np.abs(np.log(max(theta[1], 1e-9) + A * compute ** -theta[0]) - np.log(loss))
+            return float(np.where(r <= 1e-3, r**2 / 2, 1e-3 * (r - 0.5e-3)).sum())
+
+        starts = [(alpha, E) for alpha in np.geomspace(0.03, 1.5, 60) for E in (0.01, 0.5, 1.0, 1.5, 2.0, 2.3)]
+        best = sorted(starts, key=objective)[:5]
+        options = {"xatol": 1e-10, "fatol": 1e-15, "maxiter": 4000}
+        return min(minimize(objective, start, method="Nelder-Mead", options=options).fun for start in best)
+
+    excess = [least_with(end) - law.objective for end in (low, high)]
+    assert excess[0] == pytest.approx(excess[1], rel=0.02)
 
 
 def test_a_floor_that_may_be_zero_has_a_profile_down_to_it() -> None:
@@ -329,6 +399,16 @@ def test_intervals_cover_the_truth(
     assert all(hit / count >= least for found in hits.values() for hit in found.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("delta", "count"), [(None, 60), (1e-3, 30)])
+def test_intervals_cover_where_small_models_are_noisier(delta: float | None, count: int) -> None:
+    """A sample of analysis/README.md: 3% noise at the smallest N, .1% at the largest. Residuals drawn as if all had one
+    spread cover A and alpha by least squares in .75."""
+    found = nd_coverage("3% at the smallest N to .1% at the largest", delta, count, resamples=200)
+    print(found)
+    assert min(found.values()) >= 0.83
+
+
 def test_speed() -> None:
     """CPU seconds of this process, so that a busy machine does not count."""
     points = grid(PUBLISHED, noise=0.01)
@@ -365,8 +445,49 @@ def test_noisy_fits_of_few_sizes_converge_wherever_their_floor_ends(delta: float
     assert law.certificate["resamples_at_bound"] > 30
 
 
+def test_arms_whose_exponents_differ_are_no_good_fit() -> None:
+    """Exponents .15 and .17 were fitted with one m, "ok". Of 40 tables with one exponent at most 3 may say so, at a
+    level of .01 each (probability .001)."""
+    compute = np.geomspace(1e18, 1e20, 6)
+    random = np.random.default_rng(0)
+
+    def statuses(exponent: float) -> list[str]:
+        found = []
+        for _ in range(40):
+            shared, own = 0.005 * random.standard_normal(6), 0.002 * random.standard_normal((2, 6))
+            base = 1.7 + (compute / 1e19) ** -0.15 + shared + own[0]
+            arm = 1.7 + 0.95 * (compute / 1e19) ** -exponent + shared + own[1]
+            sizes = tuple("012345")
+            points = Points(
+                np.concatenate([base, arm]), {"C": np.tile(compute, 2)}, ("base",) * 6 + ("dyn",) * 6, sizes * 2, "base"
+            )
+            found.append(with_lack_of_fit(fit(points, starts=100, polished=6)).status)
+        return found
+
+    assert sum("exponents differ" in status for status in statuses(0.15)) <= 3
+    assert sum("exponents differ" in status for status in statuses(0.17)) >= 38
+
+
+def test_several_sizes_a_budget_are_no_law_of_compute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_budgets(tmp_path / "p.csv", np.linspace(-1.4, 1.4, 6), noise=1e-3)
+    assert main(["fit", str(path), "--bootstrap", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "at equal compute the loss depends on N" in found["status"]
+    assert found["lack_of_fit"]["sizes"] < 1e-3
+    assert main(["fit", str(path), "--bootstrap", "0"]) == 0
+    assert "p of no lack of fit: sizes" in capsys.readouterr().out
+
+
+def test_a_curve_that_is_no_power_law_is_said() -> None:
+    compute = np.geomspace(1e17, 1e21, 12)
+    loss = 1.7 + (compute / 1e19) ** -0.15 + 0.02 * np.sin(1.2 * np.log10(compute))
+    loss = loss + 0.001 * np.random.default_rng(0).standard_normal(12)
+    law = with_lack_of_fit(fit(Points(loss, {"C": compute}, ("a",) * 12, tuple(map(str, range(12))), "a")))
+    assert "bend more than a power law" in law.status
+
+
 def test_a_law_leaves_out_and_lists_what_repeats_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same arm, size and seed is a repeat whatever its loss; without an arm or a seed only the same loss is."""
+    """Equal rows are one run. Rows that differ in loss are two, or the answer would depend on the order of rows."""
     compute = np.geomspace(1e18, 1e21, 6)
     rows = [f"a,{i},0,{c},{1.7 + (c / 1e19) ** -0.15}" for i, c in enumerate(compute)]
 
@@ -375,9 +496,6 @@ def test_a_law_leaves_out_and_lists_what_repeats_a_run(tmp_path: Path, capsys: p
         assert main(["fit", str(tmp_path / "p.csv"), "--bootstrap", "0", "--json"]) == 0
         return [item["run_id"] for item in json.loads(capsys.readouterr().out)["excluded"]]
 
-    assert left_out("arm,size,seed,C,loss", [*rows, rows[2], "a,3,0,1e18,9.9", f"a,3,0,{compute[3]},9.9"]) == [
-        "row 7",
-        "row 9",
-    ]
+    assert left_out("arm,size,seed,C,loss", [*rows, rows[2], f"a,3,0,{compute[3]},2.4"]) == ["row 7"]
     armless = [row.removeprefix("a,") for row in rows]
     assert left_out("size,seed,C,loss", [*armless, armless[2], f"3,0,{compute[3]},2.2"]) == ["row 7"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.launching import slurm
-from experiments.launching.profile import load_profile
+from experiments.launching.profile import Job, Slurm, load_profile
 
 PROFILES = Path(__file__).parent.parent / "slurm" / "profiles"
 
@@ -102,8 +102,9 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "export SUBMITIT_PREEMPT_SIGNAL=TERM\n"
         "export PYTHONPATH='/store/.code/a b'${PYTHONPATH:+:$PYTHONPATH}\n"
         "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot\n"
+        "export DYNCONV_SHARING=1\n"
         'export DYNCONV_SCRATCH="${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
-        "  # on the node: compilers' caches do not stand shared file systems\n"
+        "  # on the node: compilers' caches break on shared file systems\n"
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
         "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
         "\n"
@@ -112,3 +113,9 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "srun --unbuffered --output /store/.jobs/1/%A_%a_%t_log.out --kill-on-bad-exit=1 --export=ALL --cpu-bind=none "
         "--cpus-per-task=12 python -u -m submitit.core._submit /store/.jobs/1\n"
     )
+
+
+def test_only_gpus_that_slurm_gives_to_one_job_are_known_to_be_unshared() -> None:
+    assert slurm._sharing(Job(), Slurm("gpu")) == "1"
+    assert slurm._sharing(Job(device="cpu"), Slurm("gpu")) == ""
+    assert slurm._sharing(Job(), Slurm("gpu", options={"gres": "shard:1"})) == ""

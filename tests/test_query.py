@@ -18,6 +18,8 @@ from analysis.pages.query import chosen, grouped, sql
 from analysis.pages.tables import value_table
 from experiments.cli.main import main
 
+ARMS = {"base": 1.0, "new": 1.5}  # and their multipliers
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
@@ -37,6 +39,37 @@ def test_sql_sees_the_four_views(store: Store) -> None:
     assert sql(store, joined)[1] == [(16,)]
     ((m, low, high),) = sql(store, "select m, ci_low, ci_high from multipliers where arm = 'dyn'")[1]
     assert low < m < high
+
+
+def test_n_d_and_c_stand_for_their_columns_in_conditions_and_queries(store: Store, tmp_path: Path) -> None:
+    large = store.runs[store.runs["flops_exact"] > 1e16]
+    assert len(chosen(store.runs, "C > 1e16")) == len(large) > 0
+    assert len(chosen(store.runs, "C > 1e16", "6N_nonemb D")) == (store.runs["flops_6n_nonemb_d"] > 1e16).sum()
+    assert len(chosen(store.runs, "N > 1e6 and D / N == 20")) == (store.runs["tokens"] > 20e6).sum()
+    assert sql(store, "select count(*) from runs where C > 1e16")[1] == [(len(large),)]
+    assert sql(store, "select max(abs(N - parameters) + abs(D - tokens)) from runs")[1] == [(0,)]
+    assert sql(store, "select max(abs(C - flops_6nd)) from runs", convention="6ND")[1] == [(0.0,)]
+    with pytest.raises(ValueError, match="no FLOP convention 'guess'"):
+        chosen(store.runs, "C > 1", "guess")
+    (tmp_path / "points.csv").write_text("arm,parameters,C,n,loss\na,1e6,1e15,7,3.5\n")
+    with pytest.raises(ValueError, match="could both be N"):
+        load(tmp_path / "points.csv")
+    points = load(tmp_path / "points.csv", {"N": "parameters"})
+    assert sql(points, "select N, C from runs")[1] == [(7, 1e15)], "the table's own n stays"
+
+
+def test_multipliers_are_of_the_baseline_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{arm},s{i},{10.0**i},{2 * (m * 10.0**i) ** -0.1 + 1.7}" for i in range(15, 19) for arm, m in ARMS.items()]
+    (tmp_path / "points.csv").write_text("arm,size,C,loss\n" + "\n".join(rows))
+    query = ["query", str(tmp_path / "points.csv"), "select arm, m from multipliers", "--json"]
+    assert main(query) == 2
+    assert "choose one of base, new with --baseline" in capsys.readouterr().err
+    assert main([*query, "--baseline", "base"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["arm"], row["m"]) == ("new", pytest.approx(1.5, rel=1e-3))
+    assert main([*query, "--baseline", "new"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["arm"], row["m"]) == ("base", pytest.approx(1 / 1.5, rel=1e-3))
 
 
 def test_a_wrong_query_is_the_users_mistake(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

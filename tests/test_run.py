@@ -1,5 +1,6 @@
 """One run from its directory: to the end, through kills and preemptions, and with bad input."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -9,20 +10,23 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor, LocalJob
 
-from analysis.logs.reader import read_rows
+from analysis.logs.reader import read_rows, status
+from analysis.logs.writer import record_failure
 from experiments.design.config import RunConfig
 from experiments.training import checkpoints as checkpoint
-from experiments.training.run import Run, RunFailed
+from experiments.training.parallel import World
+from experiments.training.run import Run, RunFailed, _Place
 
 Submitted = Callable[..., Path]
 
@@ -147,13 +151,68 @@ def test_of_several_processes_the_cause_of_a_failure_is_recorded(
     assert "raise it in the profile, then retry" in json.loads((spent / "failure.json").read_text())["cause"]
 
 
+def agreement(rank: int, numbers: tuple[int, ...], meeting: Path, answers: "multiprocessing.Queue[bool]") -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=len(numbers))
+    answers.put(World(rank, len(numbers), torch.device("cpu")).agree(numbers[rank]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("numbers", "agreed"), [((1, 3, 2), False), ((2**53, 2**53 + 1), False), ((7, 7, 7), True)])
+def test_processes_agree_on_one_number_or_all_know_that_they_do_not(
+    numbers: tuple[int, ...], agreed: bool, tmp_path: Path
+) -> None:
+    """A sum would tell the third of (1, 3, 2) that all have its number, and float32 cannot hold the second pair."""
+    context = multiprocessing.get_context("fork")
+    answers: multiprocessing.Queue[bool] = context.Queue()
+    processes = [
+        context.Process(target=agreement, args=(rank, numbers, tmp_path / "meeting", answers))
+        for rank in range(len(numbers))
+    ]
+    for process in processes:
+        process.start()
+    assert [answers.get(timeout=60) for _ in numbers] == [agreed] * len(numbers)
+    for process in processes:
+        process.join()
+
+
+def test_a_failure_of_a_faster_process_is_kept(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 has failed before rank 0 starts; the scheduler then ends rank 0 while it waits to meet rank 1."""
+    run_dir = submitted(tiny_run, tmp_path)
+    record_failure(run_dir, attempt=1, step=0, cause="ValueError: no data on this node", time=1.0)
+
+    @contextlib.contextmanager
+    def killed_while_waiting(*_: object) -> Iterator[World]:
+        raise SystemExit(1)
+        yield
+
+    monkeypatch.setattr("experiments.training.run._place", lambda: _Place(rank=0, size=2))
+    monkeypatch.setattr("experiments.training.run._world", killed_while_waiting)
+    with pytest.raises(SystemExit):
+        Run(run_dir)()
+    assert json.loads((run_dir / "failure.json").read_text())["cause"] == "ValueError: no data on this node"
+    assert status(run_dir) == "failed"
+
+
+def test_an_earlier_failure_is_gone_once_the_run_is_complete(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, start: Callable[..., LocalJob]
+) -> None:
+    for processes in (1, 2):
+        run_dir = submitted(tiny_run, tmp_path / str(processes))
+        record_failure(run_dir, attempt=1, step=0, cause="an earlier attempt's", time=1.0)
+        start(run_dir, processes).results()
+        assert (run_dir / "run.json").exists()
+        assert not (run_dir / "failure.json").exists()
+
+
 def test_two_processes_do_not_train_one_run(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
     run_dir = submitted(tiny_run, tmp_path)
     with (run_dir / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunFailed, match="another process has this run"):
             Run(run_dir)()
-    assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "config.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "config.json", "tokenizer.json"]
     Run(run_dir)()
     assert result(run_dir)["attempts"] == 1
 
@@ -188,7 +247,7 @@ def test_a_cancelled_run_is_neither_started_nor_requeued(
     (run_dir / "cancelled").touch()
     assert Run(run_dir).checkpoint() is None
     Run(run_dir)()
-    assert sorted(path.name for path in run_dir.iterdir()) == ["cancelled", "config.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["cancelled", "config.json", "tokenizer.json"]
 
 
 def test_divergence_is_recorded_with_step_and_cause(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from analysis.logs.reader import read_rows
 from experiments.cli.main import main
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.launching import slurm, states
+from experiments.launching import jobs, slurm, states
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm
 from experiments.training.run import Run
@@ -262,7 +262,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
 
     held = replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""}))
     with monkeypatch.context() as patch:
-        patch.setitem(launch.POLL_SECONDS, "slurm", 0.0)
+        patch.setattr(launch, "POLL_SECONDS", 0.0)
         patch.setattr(launch.Progress, "update", press)
         with pytest.raises(KeyboardInterrupt):
             submit(runs, tmp_path, held, wait=True)
@@ -282,7 +282,7 @@ def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     wait_until(lambda: {state_of(tmp_path, run).state for run in (diverging, long_run)} == {"failed", "lost"})
     assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: ")
     wait_until(lambda: "Slurm says FAILED" in str(state_of(tmp_path, long_run).cause))
-    monkeypatch.setitem(launch.POLL_SECONDS, "slurm", 0.5)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
     again = submit([diverging, long_run], tmp_path, wait=True)
     assert (again.submitted, again.skipped) == ([long_run.run_id], {"failed": [diverging.run_id]})
     assert [(state.state, state.attempts) for state in again.ended] == [("complete", 2)]
@@ -346,7 +346,7 @@ def test_a_job_that_cannot_be_noted_leaves_the_queue(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(launch, "_write_job", full)
+    monkeypatch.setattr(jobs, "write_job", full)
     with pytest.raises(OSError, match="No space left"):
         submit(runs, tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""})))
     wait_until(lambda: ask("squeue", "--noheader", "--array", f"--name={runs[0].sweep}-{runs[0].size}") == "")
@@ -357,7 +357,7 @@ def test_the_shipped_profile_through_the_command_line(
     text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(launch.POLL_SECONDS, "slurm", 0.5)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
     sweep, store = tmp_path / "cheap.toml", tmp_path / "store"
     sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
     profile = SCRIPTS.parent / "profiles" / "one-node.toml"

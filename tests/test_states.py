@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import source
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.launching import slurm, snapshot, states
@@ -76,9 +77,9 @@ def test_a_repository_that_we_merely_lie_in_is_not_ours(
     git = ["git", "-C", str(root.parent), "-c", "user.name=n", "-c", "user.email=e"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
         subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(snapshot, "_root", lambda: root)
+    monkeypatch.setattr(source, "root", lambda: root)
     assert snapshot.commit(Path("abc")) == "snapshot-abc"
-    monkeypatch.setattr(snapshot, "_root", lambda: root.parent)
+    monkeypatch.setattr(source, "root", lambda: root.parent)
     assert len(snapshot.commit(Path("abc"))) == 40  # a clean checkout
 
 

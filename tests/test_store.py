@@ -122,7 +122,7 @@ def test_a_store_is_not_frozen_into_itself(tmp_path: Path) -> None:
 
 
 def test_a_named_column_wins_over_one_that_has_its_name_already(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text("arm,N,parameters,C,loss,final\na,5,6,1e15,9,3.5\n")
+    (tmp_path / "p.csv").write_text("arm,parameters,C,loss,final\na,6,1e15,9,3.5\n")
     row = load(tmp_path / "p.csv", {"loss": "final"}).runs.iloc[0]
     assert (row["loss"], row["parameters"]) == (3.5, 6)
 
@@ -168,7 +168,7 @@ def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
         ("points.csv", "arm,C,loss,N\na,1,2,3\n", {"loss": "N", "C": "N"}, "gives column 'N' two names"),
         ("points.csv", "arm,C,loss,convention\na,1,2,guess\n", {}, "no FLOP convention 'guess'"),
         ("points.parquet", "not parquet", {}, "unreadable"),
-        ("points.txt", "arm,C,loss\n", {}, r"neither \.csv nor \.parquet"),
+        ("points.txt", "arm,C,loss\n", {}, r"no table that is read here \(\.csv, \.tsv"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, name: str, text: str, columns: dict[str, str], message: str) -> None:

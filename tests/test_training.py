@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,9 +15,15 @@ import torch.multiprocessing as mp
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
+from experiments.design.schedules import Constant, Cosine, Linear, WarmupStableDecay
+from experiments.design.train import Muon, TrainConfig
+from experiments.models.decoder import Decoder, Output
 from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, StaticConvolution
+from experiments.tasks.base import Examples, Task
+from experiments.tasks.text import Text
 from experiments.training import checkpoints as checkpoint
 from experiments.training.assembly import assemble
+from experiments.training.optimizers import make_optimizers
 from experiments.training.parallel import World
 from experiments.training.trainer import NonFiniteLoss, Step, Trainer
 
@@ -232,3 +239,106 @@ def test_bfloat16_on_a_gpu_follows_float32(tiny_run: RunConfig, dataset: Dataset
     expected = steps(assemble(tiny_run, dataset, CPU, ALONE), 10)
     for one, other in zip(expected, steps(gpu, 10), strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-2)
+
+
+class Recall:
+    """A task that asks at one position of each sequence only: repeat its first token at its end."""
+
+    name = "recall"
+    sha256 = "0" * 64
+
+    def __init__(self) -> None:
+        self.held_out = self.batch(10**6, 0, 32)
+
+    def batch(self, step: int, first: int, count: int) -> Examples:
+        inputs = np.random.default_rng([step, first]).integers(300, size=(count, 16))
+        mask = np.zeros(inputs.shape, bool)
+        mask[:, -1] = True
+        return Examples(inputs, np.broadcast_to(inputs[:, :1], inputs.shape), mask)
+
+    def metrics(self, loss: float) -> dict[str, float]:
+        return {"loss": loss, "perplexity": math.exp(loss)}
+
+
+def trainer_of(model: torch.nn.Module, task: Task, config: TrainConfig, execution: Execution = CPU) -> Trainer:
+    return Trainer(model, task, make_optimizers(model, config), config, execution, ALONE, {"run_id": "x"})
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a_masked_task_is_divided_by_its_own_positions(tiny_run: RunConfig, micro_batch: int) -> None:
+    task, config = Recall(), replace(tiny_run.train, batch_sequences=8)
+    trainer = trainer_of(Decoder(tiny_run.model, 0), task, config, replace(CPU, micro_batch=micro_batch))
+    with torch.no_grad():
+        examples = [task.batch(0, low, min(3, 8 - low)) for low in (0, 3, 6)] if micro_batch else [task.batch(0, 0, 8)]
+        inputs, targets = (torch.from_numpy(np.concatenate([e[i] for e in examples])) for i in (0, 1))
+        want = torch.nn.functional.cross_entropy(trainer.model(inputs).logits[:, -1], targets[:, -1])
+    assert trainer.step().loss == pytest.approx(want.item(), rel=1e-5)
+    evaluation = trainer.evaluate(never)
+    assert evaluation is not None
+    assert evaluation.task == "recall"
+    assert evaluation.metrics == {"loss": pytest.approx(math.log(300), abs=0.3), "perplexity": ANY}
+    assert evaluation.metrics["perplexity"] == math.exp(evaluation.metrics["loss"])
+
+
+def test_auxiliary_losses_train_and_are_metrics(tiny_run: RunConfig, dataset: Dataset) -> None:
+    """One that pulls a weight to a value must get it there, whatever the micro-batches, and leave the loss apart."""
+
+    class Pulled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = Decoder(tiny_run.model, 0)
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, tokens: torch.Tensor) -> Output:
+            logits, losses = self.decoder(tokens)
+            return Output(logits, losses | {"pull": (self.weight - 0.05).square()})
+
+    config = replace(tiny_run.train, clip_norm=1e9, weight_decay=0.0)
+    gradients = []
+    for micro_batch in (0, 4):
+        task = Text(dataset, config, 3)
+        trainer = trainer_of(Pulled(), task, config, replace(CPU, micro_batch=micro_batch))
+        trainer._backward(0)
+        gradients.append(trainer.model.weight.grad.item())
+    assert gradients == pytest.approx([-0.1, -0.1])
+    plain = assemble(tiny_run, dataset, CPU, ALONE)
+    assert trainer.step().loss == pytest.approx(plain.step().loss, abs=0.5)
+    steps(trainer, 20)
+    evaluation = trainer.evaluate(never)
+    assert evaluation is not None
+    assert evaluation.metrics["pull"] == pytest.approx((trainer.model.weight.item() - 0.05) ** 2)
+    assert evaluation.metrics["pull"] < 0.05**2 / 4
+    assert evaluation.metrics["loss"] < math.log(300)
+
+
+def test_muon_updates_matrices_orthogonally_and_adamw_the_rest(tiny_run: RunConfig, dataset: Dataset) -> None:
+    config = replace(tiny_run.train, optimizer=Muon(), weight_decay=0.0)
+    trainer = assemble(replace(tiny_run, train=config), dataset, CPU, ALONE)
+    matrices, rest = trainer._optimizers
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    of = [{names[id(p)] for group in each.param_groups for p in group["params"]} for each in (matrices, rest)]
+    assert of[0] == {
+        f"blocks.{n}.{part}.maps.{site}.linear.weight"
+        for n in range(2)
+        for part, sites in (("mixer", "q k v o"), ("ffn", "gate up down"))
+        for site in sites.split()
+    }
+    assert of[0] | of[1] == set(names.values())
+    assert not of[0] & of[1]
+    weight = trainer.model.blocks[0].mixer.maps["q"].linear.weight
+    before = weight.detach().clone()
+    steps(trainer, 1)
+    sizes = torch.linalg.svdvals((weight.detach() - before).double())
+    assert sizes.max() / sizes.min() < 2.5  # Newton-Schulz leaves singular values between .7 and 1.2 or so
+    log = steps(trainer, 24)
+    assert log[-1].loss < math.log(300) - 0.3
+
+
+def test_schedules() -> None:
+    for schedule in (Cosine(), Linear(), WarmupStableDecay(0.2), Constant()):
+        factors = [schedule.factor(step, 10, 110) for step in range(10, 110)]
+        assert factors[0] == 1.0
+        assert all(0 < factor <= 1 for factor in factors)
+        assert sorted(factors, reverse=True) == factors
+    assert [WarmupStableDecay(0.2).factor(step, 10, 110) < 1 for step in range(110)] == [False] * 88 + [True] * 22
+    assert Linear().factor(60, 10, 110) == Cosine().factor(60, 10, 110) == pytest.approx(0.5)

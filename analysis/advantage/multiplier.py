@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.advantage.answers import Answer, At, Clock, Multiplier
+from analysis.advantage.budgets import OfBudget, by_budget, with_budgets
+from analysis.advantage.family import at_once
 from analysis.advantage.joint import Interval, aicc, joint_interval, wild_cluster_interval
 from analysis.advantage.paired import (
     EXPONENTS,
@@ -29,9 +32,14 @@ from analysis.advantage.paired import (
     seed_noise,
     trend,
 )
-from analysis.advantage.pairs import Pairs, curve, pair, usable
+from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
+from analysis.advantage.rates import Tuned, at_best_rates, notes, rate_column, remarks
+from analysis.advantage.single import require_below, single_size
+from analysis.advantage.unequal import far_apart
+from analysis.advantage.unequal import remark as unequal_remark
 from analysis.laws.solver import Floats
-from analysis.logs.selection import Excluded, choose_baseline, choose_convention, conventions_in
+from analysis.logs.schema import CONVENTIONS
+from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,62 +50,13 @@ FLOOR_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # E times these, for the sensitivity t
 ASSUMED_FLOORS = (0.0, 1.6)  # nats a token, where two sizes cannot identify E: none, and near published ones
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A multiplier and its 95% interval; the interval is None where one size gives none."""
-
-    m: float
-    ci: Interval | None
-    status: str = "ok"
-
-
-@dataclass(frozen=True)
-class At:
-    """m at a compute, and its 95% interval."""
-
-    compute: float
-    m: float
-    ci: Interval
-
-
-@dataclass(frozen=True)
-class Multiplier:
-    """One arm against the baseline. Multipliers are ratios of compute; intervals are 95%."""
-
-    arm: str
-    baseline: str
-    m: float
-    ci: Interval | None
-    method: str
-    constant_m_p: float | None  # None below three sizes
-    m_at_cmax: float  # on the line of local ln m at the largest compute
-    m_at_cmax_ci: Interval | None
-    loso: Interval | None  # range of m with each size left out
-    convention: str
-    n_sizes: int
-    n_seeds: int  # paired seeds at the size with fewest
-    status: str  # "ok", or what a reader must know, "not resolved" first
-    excluded: tuple[Excluded, ...]
-    conventions: dict[str, Answer]  # the same under the other conventions
-    joint: Answer | None  # the cross-check
-    aicc: dict[str, float] | None  # of "shared", "free exponent", "free E"; lower is better
-    wild_cluster: Interval | None
-    floor_sensitivity: tuple[dict[str, Any], ...]  # with E moved: E, m, and m under the other conventions
-    noise_floor: float | None  # the m below which seed noise hides it; None without repeated seeds
-    wall_clock: Answer | None
-    gpu_cost: Answer | None
-    irreducible_loss: float
-    exponent: float
-    local: tuple[dict[str, Any], ...]  # by size: size, compute and loss of both, m
-    curve: tuple[At, ...]  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
-
-
 def multipliers(
     runs: pd.DataFrame,
     *,
     baseline: str | None = None,
     convention: str | None = None,
     floors: Sequence[float] = (),
+    throughput: pd.DataFrame | None = None,
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
@@ -105,7 +64,8 @@ def multipliers(
 
     `floors` states E in nats a token instead of fitting it: the first for the headline, all for the sensitivity; a
     table of points may state them in a column stated_E. With E stated, an arm with one size gets its local m, by the
-    baseline's exponent, without an interval. Raises ValueError where no arm has an answer.
+    baseline's exponent, without an interval. Measured `throughput` (`logs.throughput.read_throughput`) counts for the
+    wall clock, else the runs' own. Raises ValueError where no arm has an answer.
     """
     rows, excluded = usable(runs)
     baseline = choose_baseline(runs, baseline)
@@ -118,17 +78,36 @@ def multipliers(
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
         try:
-            pairs = pair(rows, arm, baseline, convention, excluded)
-            others = {name: pair(rows, arm, baseline, name) for name in conventions_in(rows) if name != convention}
+            both, tuned, told = _comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+            pairs = pair(both, arm, baseline, convention, excluded, throughput)
+            others = {name: pair(both, arm, baseline, name) for name in conventions_in(both) if name != convention}
             if floors and len(pairs.sizes) == 1:
-                found.append(_single(pairs, others, rows, floors))
+                answer = single_size(pairs, others, both, floors)
             else:
-                found.append(compare(pairs, others, floors=floors, resamples=resamples, seed=seed))
+                answer = compare(pairs, others, floors=floors, resamples=resamples, seed=seed)
+            found.append(_with_rates(replace(answer, notes=tuple(told)), tuned))
         except ValueError as error:
             refused.append(f"{arm}: {error}")
     if not found:
         raise ValueError("; ".join(refused))
-    return found, refused
+    return at_once(found), refused
+
+
+def _comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
+    """The runs of two arms, which `usable` returned, with the budget that each is paired on, at each arm's best rate;
+    how the rates were tuned; and in words how budgets were told and which rates are best."""
+    rows, how = with_budgets(rows, baseline, column)
+    rows = with_axes(rows)
+    require_one_configuration(rows)
+    rows, tuned = at_best_rates(rows, rate_column(rows), column)
+    told = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
+    return rows, tuned, told + notes(tuned)
+
+
+def _with_rates(item: Multiplier, tuned: Sequence[Tuned]) -> Multiplier:
+    """The answer with how the rates of both its arms were tuned, and what must be known of that in its status."""
+    told = [remark for remark in (item.status, *remarks(tuned)) if remark != "ok"]
+    return replace(item, rates=tuple(tuned), status="; ".join(told) or "ok")
 
 
 def compare(
@@ -147,20 +126,19 @@ def compare(
             "two (five are advised), so train both arms at more sizes with the same seeds"
         )
     stated = bool(floors)
+    if (curves := far_apart(pairs, stated)) is not None:
+        return curves
     least = float(min(pairs.y0.min(), pairs.y1.min()))
     if not floors and sizes == 2:
         floors = [floor for floor in ASSUMED_FLOORS if floor < least]
     floor = floors[0] if floors else None
-    _require_below(floors, least)
-    local = _local(pairs, floor)
-    p, changing, at_top = None, local, Answer(ratio(local.ln_m[0, -1]), None)
-    if sizes >= 3:
-        changing = changing_multipliers(local)
-        p = float(constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], resamples, seed)[0])
-        at_top = _answer(*trend(changing, pairs.c0[-1]).estimate())
-    varies = p is not None and p < SIGNIFICANCE
-    shown = changing if varies else local
-    headline = _reported(local, p)
+    require_below(floors, least)
+    found = _estimate(pairs, floor, resamples, seed)
+    local, p, varies, headline = found.local, found.p, found.varies, found.headline
+    shown = found.changing if varies else local
+    of_budgets, budget_p = by_budget(pairs.cells, float(local.law.E[0]), float(local.law.g[0]))
+    if budget_p is not None and budget_p < SIGNIFICANCE:
+        headline = _over_budgets(headline, of_budgets)
     noise_floor = _noise_floor(pairs, local)
     conventions = {name: _reported(_local(other, floor), p) for name, other in (others or {}).items()}
     return Multiplier(
@@ -170,13 +148,19 @@ def compare(
         ci=headline.ci,
         method="paired, at the largest compute" if varies else "paired",
         constant_m_p=p,
-        m_at_cmax=at_top.m,
-        m_at_cmax_ci=at_top.ci,
+        m_at_cmax=found.at_top.m,
+        m_at_cmax_ci=found.at_top.ci,
         loso=_leave_one_out(pairs, floor if stated else None, float(local.law.E[0]), varies),
         convention=pairs.convention,
         n_sizes=sizes,
         n_seeds=min(pairs.seeds),
-        status="; ".join(_remarks(pairs, local, headline, noise_floor, p, stated, conventions)) or "ok",
+        status="; ".join(
+            (
+                *_remarks(pairs, local, headline, noise_floor, p, stated, conventions),
+                *_budget_remarks(of_budgets, budget_p),
+            )
+        )
+        or "ok",
         excluded=pairs.excluded,
         conventions=conventions,
         joint=_joint(pairs) if sizes >= 3 else None,
@@ -184,13 +168,57 @@ def compare(
         wild_cluster=wild_cluster_interval(local) if sizes >= 3 else None,
         floor_sensitivity=_floor_sensitivity(pairs, others or {}, shown, floors, varies),
         noise_floor=noise_floor,
-        wall_clock=_timed(local, pairs.rate_ratio, p),
-        gpu_cost=_timed(local, pairs.gpu_rate_ratio, p),
+        wall_clock=_clock(pairs, pairs.rates.wall, floor, resamples, seed),
+        gpu_cost=_clock(pairs, pairs.rates.gpu, floor, resamples, seed),
+        no_clock=pairs.rates.reason,
         irreducible_loss=float(shown.law.E[0]),
         exponent=float(shown.law.g[0]),
         local=tuple(_local_rows(pairs, shown)),
         curve=tuple(_curve(pairs, shown, varies)),
+        budgets=of_budgets,
+        same_budget_p=budget_p,
     )
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    local: Local  # by the law of a constant m
+    changing: Local  # by the law in which it changes; `local` below three sizes
+    p: float | None  # of constancy; None below three sizes
+    at_top: Answer  # at the largest compute
+    headline: Answer
+
+    @property
+    def varies(self) -> bool:
+        return self.p is not None and self.p < SIGNIFICANCE
+
+
+def _estimate(pairs: Pairs, floor: float | None, resamples: int, seed: int) -> _Estimate:
+    local = _local(pairs, floor)
+    if len(pairs.sizes) < 3:
+        return _Estimate(local, local, None, Answer(ratio(local.ln_m[0, -1]), None), _reported(local, None))
+    changing = changing_multipliers(local)
+    p = float(constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], resamples, seed)[0])
+    at_top = _answer(*trend(changing, pairs.c0[-1]).estimate())
+    return _Estimate(local, changing, p, at_top, _reported(local, p))
+
+
+def _clock(pairs: Pairs, rates: Floats, floor: float | None, resamples: int, seed: int) -> Clock | None:
+    """m in measured seconds, which is m of compute by the arm's FLOPs a second over the baseline's, `rates` [S]: an arm
+    that is half as fast needs, in the baseline's seconds, twice its compute. None where a rate is not known.
+
+    The whole estimate is made anew: rates that change with size make an m that changes of one that is constant.
+    """
+    if np.isnan(rates).any():
+        return None
+    found = _estimate(replace(pairs, c1=pairs.c1 / rates), floor, resamples, seed)
+    ci = found.headline.ci
+    assert ci is not None
+    remarks = ["not resolved: the interval holds 1"] if ci[0] <= 1 <= ci[1] else []
+    if found.varies:
+        remarks.append(f"not constant: m changes with compute (p = {found.p:.3f}), so this is m at the largest")
+    status = "; ".join(remarks) or "ok"
+    return Clock(found.headline.m, ci, status, found.p, found.at_top.m, found.at_top.ci, pairs.rates.source)
 
 
 def _stated_floors(rows: pd.DataFrame) -> tuple[float, ...]:
@@ -205,83 +233,15 @@ def _stated_floors(rows: pd.DataFrame) -> tuple[float, ...]:
         raise ValueError(f"column stated_E must hold the same numbers in every row; got {', '.join(texts)}") from None
 
 
-def _require_below(floors: Sequence[float], least: float) -> None:
-    wrong = [floor for floor in floors if not 0 <= floor < least]
-    if wrong:
-        raise ValueError(f"the irreducible loss must be at least 0 and below every loss ({least:g}); got {wrong[0]:g}")
-
-
-def _single(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: Sequence[float]) -> Multiplier:
-    """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E."""
-
-    curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}
-    if len(curves[pairs.convention][0]) < 2:
-        raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
-    _require_below(floors, float(min(pairs.y1[0], curves[pairs.convention][1].min())))
-
-    def at(pairs: Pairs, floor: float) -> tuple[float, float]:
-        compute, loss = curves[pairs.convention]
-        g = -np.polyfit(np.log(compute), np.log(loss - floor), 1)[0]
-        if g <= 0:
-            raise ValueError(f"1 paired size, and the loss of {pairs.baseline} does not fall with compute; add sizes")
-        share = (pairs.y0[0] - pairs.y1[0]) / (pairs.y0[0] - floor)
-        return float(np.exp(-np.log1p(-share) / g) * pairs.c0[0] / pairs.c1[0]), float(g)
-
-    m, g = at(pairs, floors[0])
-    return Multiplier(
-        arm=pairs.arm,
-        baseline=pairs.baseline,
-        m=m,
-        ci=None,
-        method="local, by the baseline's exponent at a stated E",
-        constant_m_p=None,
-        m_at_cmax=m,
-        m_at_cmax_ci=None,
-        loso=None,
-        convention=pairs.convention,
-        n_sizes=1,
-        n_seeds=pairs.seeds[0],
-        status="not resolved: one size gives no interval",
-        excluded=pairs.excluded,
-        conventions={name: Answer(at(other, floors[0])[0], None) for name, other in others.items()},
-        joint=None,
-        aicc=None,
-        wild_cluster=None,
-        floor_sensitivity=tuple(
-            {
-                "E": floor,
-                "m": at(pairs, floor)[0],
-                "conventions": {name: at(other, floor)[0] for name, other in others.items()},
-            }
-            for floor in floors
-        ),
-        noise_floor=None,
-        wall_clock=None,
-        gpu_cost=None,
-        irreducible_loss=floors[0],
-        exponent=g,
-        local=(),
-        curve=(),
-    )
-
-
 def _local(pairs: Pairs, floor: float | None) -> Local:
     return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], floor)
 
 
-def _reported(local: Local, p: float | None, rates: Floats | float = 1.0) -> Answer:
-    """The headline, local m being multiplied by `rates` [S]."""
+def _reported(local: Local, p: float | None) -> Answer:
+    """The headline."""
     if p is None or p >= SIGNIFICANCE:
-        constant = _at_rates(local, rates)
-        return _answer(constant.mean, *constant.interval())
-    return _answer(*reported(_at_rates(local, rates), np.array([p]), _at_rates(changing_multipliers(local), rates)))
-
-
-def _at_rates(local: Local, rates: Floats | float) -> Local:
-    ln_m = local.ln_m + np.log(rates)
-    mean = (local.weight * ln_m).sum(axis=1)
-    spread = (local.weight * (ln_m - mean[:, None]) ** 2).sum(axis=1)
-    return replace(local, ln_m=ln_m, mean=mean, error=np.sqrt(spread / (ln_m.shape[1] - 1)))
+        return _answer(local.mean, *local.interval())
+    return _answer(*reported(local, np.array([p]), changing_multipliers(local)))
 
 
 def _answer(ln_m: Floats, low: Floats, high: Floats) -> Answer:
@@ -334,9 +294,24 @@ def _remarks(
         yield f"not constant: m changes with compute (p = {p:.3f}), so this is m at the largest"
     if 2 < len(pairs.sizes) < FEW_SIZES:
         yield f"{len(pairs.sizes)} sizes: few for the wild cluster interval, and to see m change with compute"
+    if unequal := unequal_remark(pairs):
+        yield unequal
     for name, other in conventions.items():
         if not low <= other.m <= high:
             yield f"depends on the FLOP convention: {other.m:.3f}x under {name}"
+
+
+def _over_budgets(headline: Answer, budgets: Sequence[OfBudget]) -> Answer:
+    """Where m depends on the budget, an interval that holds those of all budgets."""
+    assert headline.ci is not None
+    ends = [headline.ci, *(item.ci for item in budgets)]
+    return replace(headline, ci=(min(low for low, _ in ends), max(high for _, high in ends)))
+
+
+def _budget_remarks(budgets: Sequence[OfBudget], p: float | None) -> Iterator[str]:
+    if p is not None and p < SIGNIFICANCE:
+        at = ", ".join(f"{item.m:.3f} at {item.budget}" for item in budgets)
+        yield f"m depends on the budget (p = {p:.3f}): {at}"
 
 
 def _headline(local: Local, varies: bool, top: float) -> float:
@@ -382,16 +357,13 @@ def _floor_sensitivity(
 
 def _noise_floor(pairs: Pairs, local: Local) -> float | None:
     """The smallest m above 1 that the spread over repeated seeds alone would let through at 95%."""
-    dof = sum(seeds - 1 for seeds in pairs.seeds)
+    dof = sum(len(group) - 1 for group in (*pairs.differences, *pairs.replicates))
     if dof < 1:
         return None
-    variance = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences) / dof
+    squares = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences)
+    squares += 2 * sum(((y - y.mean()) ** 2).sum() for y in pairs.replicates)  # a difference has the noise of two runs
+    variance = squares / dof
     return ratio(seed_noise(local, np.array([variance]), np.array(pairs.seeds), dof)[0])
-
-
-def _timed(local: Local, rate_ratio: Floats, p: float | None) -> Answer | None:
-    """m in measured seconds: local m times the arm's FLOPs a second over the baseline's; None where not measured."""
-    return None if np.isnan(rate_ratio).any() else _reported(local, p, rate_ratio)
 
 
 def _local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:

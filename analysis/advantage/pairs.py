@@ -1,13 +1,21 @@
-"""Which runs may be compared: refuse what cannot support a claim, leave out and list what has no partner."""
+"""Which runs may be compared: refuse what cannot support a claim, leave out and list what has no partner.
+
+Pairs are made on size, budget and seed. Runs of one such cell that no seed tells apart are replicates and averaged;
+runs of a size and budget that are configured differently are refused by name, but for declared axes and the learning
+rate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.advantage.budgets import ALIKE, Cell, full_grid
+from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
+from analysis.advantage.rates import RATE_COLUMNS
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, excluded_rows, finished, some
@@ -15,10 +23,21 @@ from analysis.logs.selection import Excluded, excluded_rows, finished, some
 if TYPE_CHECKING:
     import pandas as pd
 
+NO_CONFIGURATION = (
+    "vary.",
+    "eval.",
+    "val.",
+    "test.",
+    "metric",
+    "summary.",
+)  # dotted columns that say how a run came out
+ON = ["_size", "_budget", "_seed"]  # what pairs are made on
+UNSEEDED = -1  # in place of a seed; a merge would not match missing with missing on every version
+
 
 @dataclass(frozen=True)
 class Pairs:
-    """Paired sizes i = 1..S of a baseline and an arm, seeds averaged within a size, smallest compute first."""
+    """Paired sizes i = 1..S of a baseline and an arm, seeds and budgets averaged within each; least compute first."""
 
     arm: str
     baseline: str
@@ -29,21 +48,22 @@ class Pairs:
     y0: Floats  # [S] the baseline's loss, nats a token
     y1: Floats  # [S] the arm's
     seeds: tuple[int, ...]  # paired seeds at each size
-    differences: tuple[Floats, ...]  # y0 - y1 of each seed, by size
-    rate_ratio: Floats  # [S] the arm's FLOPs a train second over the baseline's; NaN where not measured or comparable
-    gpu_rate_ratio: Floats  # [S] the same for FLOPs a GPU second
+    differences: tuple[Floats, ...]  # y0 - y1 of each seed, by size; one where seeds are not paired
+    rates: Rates  # how fast the arm is beside the baseline
     excluded: tuple[Excluded, ...]
+    cells: tuple[Cell, ...] = ()  # with several budgets: every paired size and budget
+    budgets: tuple[str, ...] = ()  # those that were averaged, which every size has
+    replicates: tuple[Floats, ...] = ()  # losses that no seed tells apart, by arm, size and budget
 
 
 def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """The finished rows that pairs can be made of, with what they are paired on in `_size`; and those left out."""
+    """The finished rows that pairs can be made of, with what they are paired on in `_size` and `_seed`; and those left
+    out."""
     nameless = runs[runs["arm"].isna()]
     if len(nameless):
         raise ValueError(f"no arm in {some(nameless['run_id'])}; add a column arm, or name it with --columns arm=...")
     done, excluded = finished(runs)
-    done = done.assign(_size=size_key(done))
-    repeated = done.duplicated(["arm", "_size", "seed"])
-    return done[~repeated], excluded + excluded_rows(done[repeated], "repeats an arm, size and seed")
+    return done.assign(_size=size_key(done), _seed=done["seed"].astype("Float64").fillna(UNSEEDED)), excluded
 
 
 def size_key(runs: pd.DataFrame) -> pd.Series:
@@ -56,44 +76,165 @@ def size_key(runs: pd.DataFrame) -> pd.Series:
     raise ValueError(f"pairs are made on size, else on N, and {some(missing)} has neither; add a column size or N")
 
 
-def pair(runs: pd.DataFrame, arm: str, baseline: str, convention: str, excluded: Iterable[Excluded] = ()) -> Pairs:
-    """Pair `arm` with `baseline` by size and seed. `runs` and `excluded` are what `usable` returned."""
+def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the values of a sweep's declared axes in `_budget`: runs are paired at equal values. The rate's
+    factor is no such axis: each arm has its own best one."""
+    budget = runs["_budget"]
+    for name in runs:
+        if str(name).startswith("vary.") and not is_rate(str(name)) and runs[name].nunique() > 1:
+            text = str(name).removeprefix("vary.") + " " + runs[name].astype("string").fillna("-")
+            budget = budget + budget.map(lambda other: ", " if other else "") + text
+    return runs.assign(_budget=budget)
+
+
+def is_rate(name: str) -> bool:
+    return name in RATE_COLUMNS or name.endswith(("learning_rate", "learning_rate_factor"))
+
+
+def require_one_configuration(runs: pd.DataFrame) -> None:
+    """Raises ValueError where runs of one arm, size and budget differ in their configuration, other than the rate."""
+    for name in (str(column) for column in runs if _is_configuration(str(column))):
+        if runs[name].nunique() < 2 or runs.groupby(["arm", "_size", "_budget"])[name].nunique().max() < 2:
+            continue
+        for (arm, size, _), rows in runs.groupby(["arm", "_size", "_budget"]):
+            if rows[name].nunique() > 1:
+                values = "; ".join(f"{value}: {some(part['run_id'])}" for value, part in rows.groupby(name))
+                raise ValueError(
+                    f"runs of {arm} at {size} differ in {name} ({values}); name them as different arms, choose one "
+                    "with --where, or declare the axis in the sweep's [vary]"
+                )
+
+
+def _is_configuration(name: str) -> bool:
+    declared = "." in name and not name.startswith(NO_CONFIGURATION)
+    return declared and not is_rate(name) and not name.endswith("seed")
+
+
+def pair(
+    runs: pd.DataFrame,
+    arm: str,
+    baseline: str,
+    convention: str,
+    excluded: Iterable[Excluded] = (),
+    throughput: pd.DataFrame | None = None,
+) -> Pairs:
+    """Pair `arm` with `baseline` by size, budget and seed. `runs` and `excluded` are what `usable` returned, the runs
+    with their budgets (`budgets.with_budgets`); measured `throughput` counts before the runs' clocks."""
     import pandas as pd
 
     column = CONVENTIONS[convention]
-    mine = [item for item in excluded if item.arm in (arm, baseline)]
-    used = runs[["run_id", "arm", "_size", "seed", "loss", "device", "gpus", "train_seconds", column]]
-    sides = [used[used["arm"] == name] for name in (baseline, arm)]
-    # A table without seeds holds one an arm and size; a merge would not match missing with missing on every version.
-    keyed = [side.assign(_seed=side["seed"].astype("Float64").fillna(-1)) for side in sides]
-    both = pd.merge(*keyed, on=["_size", "_seed"], suffixes=("_0", "_1"), validate="one_to_one")
-    paired = {*both["run_id_0"], *both["run_id_1"]}
-    mine += [
-        Excluded(str(row.run_id), str(row.arm), f"no partner of the same size and seed in {other}")
-        for side, other in zip(sides, (arm, baseline), strict=True)
-        for row in side.itertuples()
-        if row.run_id not in paired
-    ]
-    groups = sorted((rows for _, rows in both.groupby("_size")), key=lambda rows: rows[f"{column}_0"].mean())
+    if "clock" not in runs:
+        runs = runs.assign(clock=pd.Series(pd.NA, index=runs.index, dtype="string"))
+    used = runs[["run_id", "arm", *ON, "loss", "tokens", "device", "gpus", "clock", "train_seconds", column]]
+    sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
+    both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
+    matched = set(_keys(both))
+    by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(ON[:2])}
+    ends = (f"{column}_0", f"{column}_1", "loss_0", "loss_1")
+    cells = [Cell(*key, *(float(rows[name].mean()) for name in ends)) for key, rows in by_cell.items()]
+    sizes, budgets = full_grid(cells)
+    groups = [pd.concat([by_cell[size, budget] for budget in budgets]) for size in sizes]
+    groups.sort(key=lambda rows: rows[f"{column}_0"].mean())
+    several = len({cell.budget for cell in cells}) > 1
 
-    def mean(name: str) -> Floats:
-        return np.array([rows[name].mean() for rows in groups], dtype=float)
+    def mean(name: str, log: bool = False) -> Floats:
+        if len(budgets) == 1:
+            return np.array([rows[name].mean() for rows in groups], dtype=float)
+        of_cells = [rows.groupby("_budget")[name].mean().to_numpy(float) for rows in groups]
+        return np.array([np.exp(np.log(each).mean()) if log else each.mean() for each in of_cells])
 
-    return Pairs(
+    pairs = Pairs(
         arm=arm,
         baseline=baseline,
         convention=convention,
         sizes=tuple(str(rows["_size"].iloc[0]) for rows in groups),
-        c0=mean(f"{column}_0"),
-        c1=mean(f"{column}_1"),
+        c0=mean(f"{column}_0", log=True),
+        c1=mean(f"{column}_1", log=True),
         y0=mean("loss_0"),
         y1=mean("loss_1"),
-        seeds=tuple(len(rows) for rows in groups),
-        differences=tuple((rows["loss_0"] - rows["loss_1"]).to_numpy(float) for rows in groups),
-        rate_ratio=np.array([_rate_ratio(rows, column, per_gpu=False) for rows in groups]),
-        gpu_rate_ratio=np.array([_rate_ratio(rows, column, per_gpu=True) for rows in groups]),
-        excluded=tuple(mine),
+        seeds=tuple(_fewest_seeds(rows) for rows in groups),
+        differences=tuple(_differences(rows) for rows in groups),
+        rates=(
+            rates_of_runs(groups, column)
+            if throughput is None
+            else rates_of_throughput(groups, column, throughput, baseline, arm)
+        ),
+        excluded=(
+            *(item for item in excluded if item.arm in (arm, baseline)),
+            *_without_partner(sides, matched),
+            *_off_the_grid(sides, matched, sizes, budgets),
+        ),
+        cells=tuple(cells) if several else (),
+        budgets=tuple(budgets) if several else (),
+        replicates=tuple(_replicates(sides, matched)),
     )
+    _require_a_ladder(pairs)
+    return pairs
+
+
+def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One arm's rows with replicates averaged; they keep the first name and device."""
+    if not side.duplicated(ON).any():
+        return side.assign(_count=1)
+    means = ["loss", "train_seconds", column]
+    groups = side.groupby(ON, sort=False)
+    averaged = groups.first().assign(_count=groups.size())
+    averaged[means] = groups[means].mean()
+    averaged.loc[groups["device"].nunique() > 1, "clock"] = "mixed"
+    averaged.loc[groups["clock"].nunique() > 1, "clock"] = "mixed"
+    return averaged.reset_index()
+
+
+def _fewest_seeds(rows: pd.DataFrame) -> int:
+    """Of the budgets of one size: paired seeds, or replicates of the arm that has fewer."""
+    return int(rows[["_count_0", "_count_1"]].min(axis=1).groupby(rows["_budget"]).sum().min())
+
+
+def _differences(rows: pd.DataFrame) -> Floats:
+    """y0 - y1 of each seed at one size, averaged over its budgets."""
+    found: Floats = (rows["loss_0"] - rows["loss_1"]).groupby(rows["_seed"], sort=False).mean().to_numpy(float)
+    return found
+
+
+def _keys(rows: pd.DataFrame) -> list[tuple[str, str, float]]:
+    """What each row is paired on."""
+    return list(zip(rows["_size"], rows["_budget"], rows["_seed"], strict=True))
+
+
+def _replicates(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Floats]:
+    """The losses of each arm's paired cells that have several runs which no seed tells apart."""
+    for side in sides.values():
+        repeated = side[side.duplicated(ON, keep=False)]
+        for key, rows in repeated.groupby(ON):
+            if key in matched:
+                yield np.sort(rows["loss"].to_numpy(float))
+
+
+def _without_partner(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Excluded]:
+    several = any((side["_budget"] != "").any() for side in sides.values())
+    what = "size, budget and seed" if several else "size and seed"
+    for side, other in zip(sides.values(), reversed(sides), strict=True):
+        if alone := [key not in matched for key in _keys(side)]:
+            yield from excluded_rows(side[alone], f"no partner of the same {what} in {other}")
+
+
+def _off_the_grid(
+    sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]], sizes: list[str], budgets: list[str]
+) -> Iterator[Excluded]:
+    outside = {key for key in matched if key[0] not in sizes or key[1] not in budgets}
+    for side in sides.values() if outside else ():
+        rows = side[[key in outside for key in _keys(side)]]
+        yield from excluded_rows(rows, "its budget is not one of every size")
+
+
+def _require_a_ladder(pairs: Pairs) -> None:
+    """Raises ValueError where all sizes have the same computes for budgets: on average none has more than another."""
+    if len(pairs.budgets) > 1 and len(pairs.sizes) > 1 and pairs.c0.max() <= ALIKE * pairs.c0.min():
+        raise ValueError(
+            f"all {len(pairs.sizes)} sizes have the same {len(pairs.budgets)} budgets of compute (an isoFLOP grid), so "
+            "they form no ladder of compute; `dynconv isoflop` finds the best size at each budget, and --where leaves "
+            "one size a budget"
+        )
 
 
 def curve(runs: pd.DataFrame, arm: str, convention: str) -> tuple[Floats, Floats]:
@@ -101,20 +242,3 @@ def curve(runs: pd.DataFrame, arm: str, convention: str) -> tuple[Floats, Floats
     column = CONVENTIONS[convention]
     means = runs[runs["arm"] == arm].groupby("_size")[[column, "loss"]].mean().sort_values(column)
     return means[column].to_numpy(float), means["loss"].to_numpy(float)
-
-
-def _rate_ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
-    """The arm's FLOPs a second over the baseline's at one size; NaN unless measured on the same kind of device."""
-    devices = {*rows["device_0"], *rows["device_1"]}
-    counts = {*rows["gpus_0"], *rows["gpus_1"]}
-    if rows[["device_0", "device_1"]].isna().any(axis=None) or len(devices) > 1:
-        return np.nan
-    rates = []
-    for side in ("_0", "_1"):
-        seconds = rows["train_seconds" + side].astype(float)
-        if per_gpu:
-            seconds = seconds * rows["gpus" + side].astype(float)
-        elif len(counts) > 1:
-            return np.nan
-        rates.append((rows[column + side] / seconds).mean() if (seconds > 0).all() else np.nan)
-    return float(rates[1] / rates[0])

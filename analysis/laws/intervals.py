@@ -21,30 +21,36 @@ from analysis.laws.solver import ROUNDING, Floats, Solution
 
 Interval = tuple[float, float]
 
-ENOUGH = 30  # residuals of a level to draw from; with fewer, a normal of their spread stands in
+ENOUGH = 30  # clusters to be drawn as they are; residuals of a level to draw from, for which else a normal stands in
+MOST_LEVERAGE = 0.9  # a point with more has its residual widened by no more than this
 SMOOTHING = 1.0  # sd of the normal that smooths the drawn ones, in units of theirs
 CALIBRATION = 400  # resamples that calibrate a profile
 LEVEL = 0.95
+NEAR_STARTS, GRID_STARTS = 4, 9  # of a fit with a value held: the nearest resamples, and exponents
 FAR = 50.0  # in the log of an amplitude or a multiplier: an end beyond is none
 
 
 def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0) -> Fit:
     """The fit with 95% percentile intervals of every value, and the resamples' values.
 
-    Log residuals are split into those of clusters (what the arms and seeds of a size share), of arms within a cluster,
-    and of rows within an arm; each level is drawn anew with its own spread over its own degrees of freedom, and the
-    spread itself is drawn too (from its scaled inverse chi-square), without which few sizes would look certain. Drawn
-    residuals are smoothed: Huber's fit runs through as many points as it has parameters, and their zeros, drawn again,
-    would make every resample look better known than the data. A resample that does not converge keeps its value and is
-    counted as failed in the certificate. Without degrees of freedom at a level there is no interval, and the status
-    says so.
+    From 30 clusters on, errors may differ in size from point to point: Huber's fit, whose least resample would run
+    through as many points as it has parameters, is repeated on clusters drawn with their points (pairs), least squares
+    on its own residuals under random signs and sizes (wild).
+
+    With fewer clusters, log residuals are split into those of clusters (what the arms and seeds of a size share), of
+    arms within a cluster, and of rows within an arm; each level is drawn anew with its own spread over its own degrees
+    of freedom, and the spread itself is drawn too (from its scaled inverse chi-square), without which few sizes would
+    look certain. Drawn residuals are smoothed: Huber's fit runs through as many points as it has parameters, and their
+    zeros, drawn again, would make every resample look better known than the data. A resample that does not converge
+    keeps its value and is counted as failed in the certificate. Without degrees of freedom at a level there is no
+    interval, and the status says so.
     """
-    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm)
+    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm, fit.hold)
     drawn = _resample(fit, model, resamples, np.random.default_rng(seed))
     if drawn is None:
         return replace(fit, status=_also(fit.status, "too few sizes for intervals"))
     theta = drawn.solution.theta
-    at_bound = ((theta <= model.problem.low) | (theta >= model.problem.high)).any(axis=1)
+    at_bound = model.at_bound(theta).any(axis=1)
     draws = [model.raw(row) for row in theta]
     table = np.array([list(draw.values()) for draw in draws])
     low, high = np.quantile(table, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
@@ -71,9 +77,11 @@ def profile(
     An end that the bounds of the search hide is 0 for E, the bound for an exponent, else 0 or infinite. None for m of
     form nd, which no linear condition holds, and without degrees of freedom.
     """
-    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm)
+    model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm, fit.hold)
     drawn = _resample(fit, model, resamples, np.random.default_rng(seed))
-    names = [name for name in fit.values if not (fit.form == "nd" and name.startswith("m["))]
+    names = [
+        name for name in fit.values if not (fit.form == "nd" and name.startswith("m[")) and not model.is_held(name)
+    ]
     if drawn is None:
         return fit
     return replace(fit, profile_ci={name: _Profile(fit, model, drawn, name).interval() for name in each(names)})
@@ -92,7 +100,8 @@ class _Profile:
 
     def __init__(self, fit: Fit, model: Model, drawn: _Resamples, name: str) -> None:
         self.model, self.name = model, name
-        self.theta = self.warm = fit.theta
+        self.theta = self.inside = fit.theta
+        self.grid = model.starts(GRID_STARTS)
         self.least = float(model.problem.objective(fit.theta[None], model.log_y)[0])
         self.logged = name[0] not in "Ea" and not name.startswith("beta")
         self.middle = self._coordinate(fit.values[name])
@@ -102,10 +111,12 @@ class _Profile:
             self.limits = (math.exp(LOG_LEVELS[0] + model.middle_loss), math.exp(LOG_LEVELS[1] + model.middle_loss))
         else:
             self.limits = EXPONENTS
-        held = model.holding(name, fit.values[name]).solve(drawn.solution.theta, drawn.log_y)
+        held = model.holding(name, fit.values[name]).solve(drawn.solution.theta, drawn.log_y, drawn.weight)
         least = np.minimum(drawn.solution.objective, held.objective)
         self.allowed = math.sqrt(float(np.quantile(held.objective - least, LEVEL)))
-        moves = [abs(self._coordinate(model.raw(row)[name]) - self.middle) for row in drawn.solution.theta]
+        self.drawn = drawn.solution.theta
+        self.drawn_at = np.array([self._coordinate(model.raw(row)[name]) for row in self.drawn])
+        moves = np.abs(self.drawn_at - self.middle)
         self.step = max(float(np.quantile(moves, LEVEL)), 1e-9 * max(abs(self.middle), 1.0))
 
     def interval(self) -> Interval:
@@ -121,17 +132,25 @@ class _Profile:
         return 0.0 if u <= low else math.inf if u >= high else math.exp(u)
 
     def _excess(self, u: float) -> float:
-        """How far the root of the objective's excess at u is beyond the allowed; starts from the last solution."""
+        """How far the root of the objective's excess at u is beyond the allowed.
+
+        An amplitude held far from the fit's needs another exponent, too, and a descent from one start can stop short
+        of it. So it starts from the last solution inside, from the resamples nearest to u and from a grid.
+        """
         problem = self.model.holding(self.name, math.exp(u) if self.logged else u)
-        solution = problem.solve(self.warm[None], self.model.log_y)
-        self.warm = solution.theta[0]
-        return math.sqrt(max(float(solution.objective[0]) - self.least, 0.0)) - self.allowed
+        near = self.drawn[np.argsort(np.abs(self.drawn_at - u), kind="stable")[:NEAR_STARTS]]
+        solution = problem.solve(np.concatenate([self.inside[None], near, self.grid]), self.model.log_y)
+        best = int(solution.objective.argmin())
+        excess = math.sqrt(max(float(solution.objective[best]) - self.least, 0.0)) - self.allowed
+        if excess <= 0:
+            self.inside = solution.theta[best]
+        return excess
 
     def _end(self, side: int) -> float:
         """Where the profile leaves the allowed on one side, by regula falsi (Illinois); the root is nearly straight."""
         if self.least <= len(self.model.log_y) * ROUNDING**2:  # an exact fit has no width
             return self.middle
-        self.warm = self.theta
+        self.inside = self.theta
         limit = self.limits[(side + 1) // 2]
         inside, below, step = self.middle, -self.allowed, self.step
         while True:
@@ -166,23 +185,44 @@ def _also(status: str, note: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Resamples:
-    """Resampled data [K, n] (log losses as the model has them) and the fits to them."""
+    """Resampled data [K, n] (log losses as the model has them, how often each counts) and the fits to them."""
 
     log_y: Floats
+    weight: Floats
     solution: Solution
 
 
 def _resample(fit: Fit, model: Model, resamples: int, random: np.random.Generator) -> _Resamples | None:
     """None without degrees of freedom at a level."""
+    _, cluster = np.unique(fit.points.cluster, return_inverse=True)
+    clusters = int(cluster.max()) + 1
     f = model.problem.predict(fit.theta[None])[0]
-    levels = _levels(fit, model, model.log_y - f)
-    if any(level.dof < 1 for level in levels):
-        return None
-    log_y = f + sum((level.draw(resamples, random) for level in levels), np.zeros((resamples, len(f))))
-    return _Resamples(log_y, model.problem.solve(np.tile(fit.theta, (resamples, 1)), log_y))
+    log_y, weight = np.tile(model.log_y, (resamples, 1)), np.ones((resamples, len(f)))
+    if clusters >= max(ENOUGH, 3 * len(model.names)):
+        if fit.loss.delta is None:
+            log_y = f + _wild(fit, model, f, cluster, resamples, random)
+        else:
+            weight = random.multinomial(clusters, np.full(clusters, 1 / clusters), resamples)[:, cluster].astype(float)
+    else:
+        levels = error_levels(fit, model, model.log_y - f)
+        if any(level.dof < 1 for level in levels):
+            return None
+        log_y = f + sum((level.draw(resamples, random) for level in levels), np.zeros((resamples, len(f))))
+    return _Resamples(log_y, weight, model.problem.solve(np.tile(fit.theta, (resamples, 1)), log_y, weight))
 
 
-class _Level:
+def _wild(
+    fit: Fit, model: Model, f: Floats, cluster: NDArray[np.int_], resamples: int, random: np.random.Generator
+) -> Floats:
+    """Residuals [resamples, n], each point's own times a normal number of its cluster, so that every point keeps its
+    own spread (Wu 1986; MacKinnon and White's HC3 undoes what a point bends the fit towards itself)."""
+    residual = (model.log_y - f) / (1 - np.minimum(model.problem.leverage(fit.theta), MOST_LEVERAGE))
+    dof = int(cluster.max()) + 1 - model.free
+    spread = np.sqrt(dof / random.chisquare(dof, (resamples, 1)))
+    return residual * spread * random.standard_normal((resamples, int(cluster.max()) + 1))[:, cluster]
+
+
+class Level:
     """Errors that arise once a group: `effects` [groups], less their parents' means."""
 
     def __init__(self, effects: Floats, group: NDArray[np.int_], parent: NDArray[np.int_] | None, lost: int) -> None:
@@ -206,9 +246,10 @@ class _Level:
         return (unit * spread)[:, self.group]
 
 
-def _levels(fit: Fit, model: Model, residual: Floats) -> list[_Level]:
+def error_levels(fit: Fit, model: Model, residual: Floats) -> list[Level]:
     """The levels at which rows differ: clusters, arms within them, rows within these."""
-    between = 1 + 2 * len(FORMS[fit.form])  # parameters that one arm alone would have; the others tell arms apart
+    # Parameters that one arm alone would have; the others tell arms apart.
+    between = min(1 + 2 * len(FORMS[fit.form]), model.free)
     _, cluster = np.unique(fit.points.cluster, return_inverse=True)
     _, first, cell = np.unique(
         [f"{c} {arm}" for c, arm in zip(cluster, fit.points.arm, strict=True)], return_index=True, return_inverse=True
@@ -217,10 +258,10 @@ def _levels(fit: Fit, model: Model, residual: Floats) -> list[_Level]:
     cell_mean = np.bincount(cell, residual) / np.bincount(cell)
     cluster_of_cell = cluster[first]
     cluster_mean = np.bincount(cluster_of_cell, cell_mean) / np.bincount(cluster_of_cell)
-    levels = [_Level(cluster_mean, cluster, None, between)]
+    levels = [Level(cluster_mean, cluster, None, between)]
     if len(cell_mean) > len(cluster_mean):
         deviation = cell_mean - cluster_mean[cluster_of_cell]
-        levels.append(_Level(deviation, cell, cluster_of_cell, len(model.names) - between))
+        levels.append(Level(deviation, cell, cluster_of_cell, model.free - between))
     if len(row) > len(cell_mean):
-        levels.append(_Level(residual - cell_mean[cell], row, cell, 0))
+        levels.append(Level(residual - cell_mean[cell], row, cell, 0))
     return levels

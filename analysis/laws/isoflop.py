@@ -1,23 +1,24 @@
-"""Compute-optimal sizes: at each budget a parabola of loss in ln N, then N*(C) and D*(C) across budgets.
+"""Compute-optimal sizes: at each budget the minimum of loss over ln N, then N*(C) and D*(C) across budgets.
 
-An optimum counts only if the parabola's curvature is clear of zero and the optimum lies inside the sizes tried; the
-others are shown with what is wrong and left out of the law. The interval on N* holds the noise alone: simulated, it
-covers .93 where sizes reach a factor 2 to each side, and .6 to .9 where they reach a factor 3 to 7 and the parabola
-itself is off by more than the noise (a cubic where its last term is clear does no better); the exponents' cover .94.
+The curves of an arm's budgets share how they bend (isocurves.py). Each is tested for lack of fit; where it fails, the
+sizes farthest from the minimum are left out until it passes, or the budget does not count. An optimum counts if the
+curvature is clear of zero, too, and the optimum lies inside the sizes tried; the others are shown with what is wrong
+and left out of the law. Coverage of the intervals, simulated on both kinds of design, is in analysis/README.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import stdtrit
 
-from analysis.laws.solver import Floats
+from analysis.laws.isocurves import Curves, Minima
+from analysis.laws.solver import Bools, Floats
 from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import choose_convention, finished, require_positive
+from analysis.logs.selection import Excluded, choose_convention, finished, require_positive
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 
 SAME_BUDGET = 0.05  # runs whose compute differs by less are of one budget
-FEWEST_POINTS = 4  # a parabola through three leaves nothing to judge it by
+FEWEST_POINTS = 4  # a curve through three leaves nothing to judge it by
+FEWEST_TESTED = 5  # sizes to which a window is narrowed: with fewer, a budget cannot show lack of fit by itself
+MISFIT = 0.01  # level of the tests for lack of fit of each budget, from which on its window is narrowed
+JOINT_MISFIT = 0.05  # the same of all budgets together, whose worst is narrowed
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,24 @@ class Optimum:
 
     arm: str
     compute: float  # FLOPs
-    points: int
+    points: int  # sizes inside the window; runs of a size are averaged
     N: float | None  # parameters at the least loss
     ci: Interval | None  # 95%, on N
     D: float | None  # tokens there, by the line of ln D in ln N
     loss: float | None
-    curvature: float | None  # second derivative of loss in ln N
+    loss_error: float | None  # standard error of it
+    curvature: float | None  # second derivative of loss in ln N, at N
+    bend: Interval | None  # a, b of the curve (isocurves.py)
+    window: Interval | None  # smallest and largest N that the curve was fitted to
+    misfit_p: float | None  # of the lack-of-fit test inside the window
     status: str  # "ok", or why the optimum does not count
+
+    def curve(self, N: Floats) -> Floats:
+        """The fitted loss at sizes N; NaN where there is no minimum."""
+        if self.N is None or self.loss is None or self.curvature is None or self.bend is None:
+            return np.full(len(N), np.nan)
+        (a, b), u = self.bend, np.log(N / self.N)
+        return self.loss + self.curvature / (a + b) * (np.expm1(-a * u) / a + np.expm1(b * u) / b)
 
 
 @dataclass(frozen=True)
@@ -56,95 +71,206 @@ class Allocation:
     N_at_top: float | None
     D_at_top: float | None
     compute_top: float | None
+    convention: str  # how the FLOPs were counted
     status: str
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """The sizes of one budget: means over the runs of a size, by which a repeated run counts once."""
+
+    compute: float
+    spread: float  # largest compute over the smallest
+    x: Floats  # [n] ln N
+    log_d: Floats  # [n] ln D
+    loss: Floats  # [n]
 
 
 def isoflop(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
     """Optima of every arm and budget, and each arm's law. Raises ValueError where a budget cannot be told."""
-    runs, _ = finished(runs.assign(arm=runs["arm"].fillna("all")))
-    column = CONVENTIONS[choose_convention(runs, convention)]
+    return optima_of(usable_runs(runs)[0], convention)
+
+
+def usable_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
+    """The finished runs, each once, and what was left out."""
+    return finished(runs.assign(arm=runs["arm"].fillna("all")))
+
+
+def optima_of(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
+    """`isoflop` of what `usable_runs` returned."""
+    convention = choose_convention(runs, convention)
+    column = CONVENTIONS[convention]
     for name, what in (("parameters", "N"), ("tokens", "D")):
         if runs[name].isna().all():
             raise ValueError(f"isoFLOP analysis needs {what}; add a column {what}, or name it with --columns")
         require_positive(runs, name, what)
-    optima = [
-        _optimum(str(arm), budget, column)
-        for arm, rows in runs.groupby("arm", sort=False)
-        for budget in _budgets(rows, column)
-    ]
+    optima: list[Optimum] = []
+    laws = []
+    for arm, rows in runs.groupby("arm", sort=False):
+        found, covariance = _arm_optima(str(arm), list(_budgets(rows, column)))
+        optima += found
+        laws.append(_allocation(str(arm), found, covariance, convention))
     if not any(item.points >= FEWEST_POINTS for item in optima):
         raise ValueError(
             f"no budget has {FEWEST_POINTS} sizes within {SAME_BUDGET:.0%} of compute; isoFLOP analysis needs several "
             "sizes trained at equal compute"
         )
-    return optima, [
-        _allocation(arm, [item for item in optima if item.arm == arm]) for arm in dict.fromkeys(runs["arm"])
-    ]
+    return optima, laws
 
 
-def _budgets(rows: pd.DataFrame, column: str) -> Iterator[pd.DataFrame]:
+def _budgets(rows: pd.DataFrame, column: str) -> Iterator[_Budget]:
     """Rows of one arm in groups of equal compute, smallest first."""
-    ordered = rows.sort_values(column)
-    jumps = ordered[column].to_numpy(float)[1:] / ordered[column].to_numpy(float)[:-1] > 1 + SAME_BUDGET
-    group = np.concatenate([[0], np.cumsum(jumps)])
+    ordered = rows.sort_values(column, kind="stable")
+    compute = ordered[column].to_numpy(float)
+    group = np.concatenate([[0], np.cumsum(compute[1:] / compute[:-1] > 1 + SAME_BUDGET)])
     for _, budget in ordered.groupby(group):
-        yield budget
+        sizes = budget.groupby("parameters")[["tokens", "loss"]].mean()
+        yield _Budget(
+            float(budget[column].mean()),
+            float(budget[column].max() / budget[column].min()),
+            np.log(sizes.index.to_numpy(float)),
+            np.log(sizes["tokens"].to_numpy(float)),
+            sizes["loss"].to_numpy(float),
+        )
 
 
-def _optimum(arm: str, rows: pd.DataFrame, column: str) -> Optimum:
-    x = np.log(rows["parameters"].to_numpy(float))
-    compute = float(rows[column].mean())
-    if len(np.unique(x)) < FEWEST_POINTS:
-        reason = f"{len(np.unique(x))} sizes; at least {FEWEST_POINTS} are needed"
-        return Optimum(arm, compute, len(x), None, None, None, None, None, reason)
-    middle = x.mean()
-    design = np.stack([np.ones_like(x), x - middle, (x - middle) ** 2], axis=1)
-    loss = rows["loss"].to_numpy(float)
-    (base, slope, bend), *_ = np.linalg.lstsq(design, loss, rcond=None)
-    dof = len(x) - 3
-    covariance = np.linalg.inv(design.T @ design) * ((loss - design @ [base, slope, bend]) ** 2).sum() / dof
-    t = float(stdtrit(dof, 0.975))
-    if bend - t * np.sqrt(covariance[2, 2]) <= 0:
-        return Optimum(arm, compute, len(x), None, None, None, None, 2 * float(bend), "no clear curvature")
-    best = -slope / (2 * bend)
-    gradient = np.array([0, -1 / (2 * bend), slope / (2 * bend**2)])
-    half = t * float(np.sqrt(gradient @ covariance @ gradient))
-    inside = x.min() < middle + best < x.max()
-    size = float(np.exp(middle + best))
-    growth, log_d = _line(x, np.log(rows["tokens"].to_numpy(float)))
+def _arm_optima(arm: str, budgets: list[_Budget]) -> tuple[list[Optimum], Floats]:
+    """Every budget's optimum; and the covariance of ln N* and of ln D* [2, B, B], in the order of the budgets."""
+    fitted = [i for i, item in enumerate(budgets) if len(item.x) >= FEWEST_POINTS]
+    covariance = np.full((2, len(budgets), len(budgets)), np.nan)
+    optima = [_no_optimum(arm, item, f"{len(item.x)} sizes; at least {FEWEST_POINTS} are needed") for item in budgets]
+    if not fitted:
+        return optima, covariance
+    most = max(len(budgets[i].x) for i in fitted)
+
+    def padded(name: str) -> Floats:
+        return np.stack([np.pad(v := getattr(budgets[i], name), (0, most - len(v)), mode="edge") for i in fitted])
+
+    x, y = padded("x"), padded("loss")
+    used = np.arange(most) < np.array([len(budgets[i].x) for i in fitted])[:, None]
+    minima, used, misfits = _narrowed(x, y, used)
+    growths = np.empty(len(fitted))
+    for place, i in enumerate(fitted):
+        inside = used[place, : len(budgets[i].x)]
+        growths[place], optima[i] = _optimum(arm, budgets[i], inside, minima, place, bool(misfits[place]))
+    block = np.ix_(fitted, fitted)
+    covariance[0][block] = minima.covariance
+    covariance[1][block] = growths[:, None] * minima.covariance * growths
+    return optima, covariance
+
+
+def _narrowed(x: Floats, y: Floats, used: Bools) -> tuple[Minima, Bools, Bools]:
+    """The curves' minima over windows in which no lack of fit shows, the points used [B, n], and which budgets fail
+    however narrow [B]."""
+    while True:
+        minima = Curves(x, y, used).minima()
+        p = np.nan_to_num(minima.misfit_p, nan=1.0)
+        fails, wide = p < MISFIT / len(x), used.sum(axis=1) > FEWEST_TESTED
+        narrow = (p < MISFIT) & wide
+        if minima.joint_misfit_p < JOINT_MISFIT and wide.any() and not narrow.any():
+            narrow[np.where(wide, p, 2.0).argmin()] = True
+        if not narrow.any():
+            return minima, used, fails
+        lowest = np.take_along_axis(x, np.where(used, y, np.inf).argmin(axis=1)[:, None], axis=1)[:, 0]
+        inside = (minima.best > np.where(used, x, np.inf).min(axis=1)) & (
+            minima.best < np.where(used, x, -np.inf).max(axis=1)
+        )
+        centre = np.where(inside, minima.best, lowest)
+        farthest = np.where(used, np.abs(x - centre[:, None]), -1).argmax(axis=1)
+        used = used.copy()
+        used[narrow, farthest[narrow]] = False
+
+
+def _no_optimum(arm: str, budget: _Budget, status: str) -> Optimum:
     return Optimum(
-        arm=arm,
-        compute=compute,
+        arm, budget.compute, len(budget.x), None, None, None, None, None, None, None, None, None, status
+    )  # fmt: skip
+
+
+def _optimum(
+    arm: str, budget: _Budget, inside: Bools, minima: Minima, place: int, misfit: bool
+) -> tuple[float, Optimum]:
+    """The growth of ln D with ln N inside the window, and the optimum."""
+    x = budget.x[inside]
+    growth, log_d = _line(x, budget.log_d[inside])
+    best, p = float(minima.best[place]), float(minima.misfit_p[place])
+    half = float(stdtrit(minima.dof, 0.975) * np.sqrt(minima.covariance[place, place]))
+    empty = _no_optimum(arm, budget, "no clear curvature")
+    found = replace(
+        empty,
         points=len(x),
-        N=size,
-        ci=(size * float(np.exp(-half)), size * float(np.exp(half))),
-        D=float(np.exp(log_d + growth * best)),
-        loss=float(base + slope * best / 2),
-        curvature=2 * float(bend),
-        status="ok" if inside else "the optimum is outside the sizes tried",
+        window=(float(np.exp(x.min())), float(np.exp(x.max()))),
+        misfit_p=None if np.isnan(p) else p,
+    )
+    if minima.bending[place] <= stdtrit(minima.dof, 0.975):
+        return growth, found
+    if np.isnan(best):
+        return growth, replace(found, status="the optimum is outside the sizes tried")
+    status = "ok"
+    if misfit:
+        status = f"lack of fit even within the {len(x)} sizes nearest the minimum"
+    elif not x.min() < best < x.max():
+        status = "the optimum is outside the sizes tried"
+    elif budget.spread > 1 + 2 * SAME_BUDGET:
+        status = f"compute differs {budget.spread:.2f}-fold within the budget"
+    return growth, replace(
+        found,
+        N=float(np.exp(best)),
+        ci=(float(np.exp(best - half)), float(np.exp(best + half))),
+        D=float(np.exp(log_d + growth * (best - x.mean()))),
+        loss=float(minima.loss[place]),
+        loss_error=float(minima.loss_error[place]),
+        curvature=float(minima.curvature[place]),
+        bend=(float(minima.bend[0]), float(minima.bend[1])),
+        status=status,
     )
 
 
-def _allocation(arm: str, optima: list[Optimum]) -> Allocation:
-    good = [item for item in optima if item.status == "ok"]
+def _allocation(arm: str, optima: list[Optimum], covariance: Floats, convention: str) -> Allocation:
+    places = [i for i, item in enumerate(optima) if item.status == "ok"]
+    good = [optima[i] for i in places]
     if len(good) < 2:
         reason = f"{len(good)} of {len(optima)} budgets with a clear optimum; a law needs 2, an interval 3"
-        return Allocation(arm, len(good), None, None, None, None, None, None, None, reason)
+        return Allocation(arm, len(good), None, None, None, None, None, None, None, convention, reason)
     compute, N, D = (np.log([getattr(item, name) for item in good]) for name in ("compute", "N", "D"))
-    (n_exponent, n_ci, n_top), (d_exponent, d_ci, d_top) = _growth(compute, N), _growth(compute, D)
+    of_n, of_d = (part[np.ix_(places, places)] for part in covariance)
+    (n_exponent, n_ci, n_top), (d_exponent, d_ci, d_top) = growth(compute, N, of_n), growth(compute, D, of_d)
     status = "ok" if n_ci else "two budgets give no interval"
-    return Allocation(arm, len(good), n_exponent, n_ci, d_exponent, d_ci, n_top, d_top, good[-1].compute, status)
+    return Allocation(
+        arm, len(good), n_exponent, n_ci, d_exponent, d_ci, n_top, d_top, good[-1].compute, convention, status
+    )
 
 
-def _growth(x: Floats, y: Floats) -> tuple[float, Interval | None, float]:
-    """Slope of y in x, its 95% interval from three points on, and exp of the line's height at the last x."""
-    slope, height = _line(x, y)
-    top = float(np.exp(height + slope * (x[-1] - x.mean())))
-    if len(x) < 3:
-        return slope, None, top
-    rest = y - height - slope * (x - x.mean())
-    half = stdtrit(len(x) - 2, 0.975) * np.sqrt((rest**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
-    return slope, (slope - float(half), slope + float(half)), top
+def growth(x: Floats, y: Floats, covariance: Floats) -> tuple[float, Interval | None, float]:
+    """Slope of y in x, its 95% interval from three points on, and exp of the line's height at the last x.
+
+    Generalised least squares with the `covariance` of y; what y scatters beyond it is added to its diagonal (Paule and
+    Mandel 1982), and the interval is t's at n - 2 degrees of freedom on the weighted spread about the line (Knapp and
+    Hartung 2003), which may also be less than the covariance says.
+    """
+    design = np.stack([np.ones_like(x), x - x[-1]], axis=1)
+
+    def line(scatter: float) -> tuple[Floats, Floats, float]:
+        weight = np.linalg.inv(covariance + scatter * np.eye(len(x)))
+        error = np.linalg.inv(design.T @ weight @ design)
+        coefficients = error @ design.T @ weight @ y
+        rest = y - design @ coefficients
+        return coefficients, error, float(rest @ weight @ rest)
+
+    (height, slope), error, spread = line(0.0)
+    dof = len(x) - 2
+    if dof < 1:
+        return float(slope), None, float(np.exp(height))
+    if spread > dof:
+        low, high = 0.0, float(np.trace(covariance)) / len(x)
+        while line(high)[2] > dof:
+            high *= 4
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if line(middle)[2] > dof else (low, middle)
+        (height, slope), error, spread = line(high)
+    half = float(stdtrit(dof, 0.975) * np.sqrt(error[1, 1] * spread / dof))
+    return float(slope), (float(slope) - half, float(slope) + half), float(np.exp(height))
 
 
 def _line(x: Floats, y: Floats) -> tuple[float, float]:

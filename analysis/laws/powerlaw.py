@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from analysis.laws.solver import ROUNDING, Floats, Indices, Loss, Problem, Solution
+from analysis.laws.solver import ROUNDING, Bools, Floats, Indices, Loss, Problem, Solution
 
 FORMS = {"c": (("A", "alpha", "C"),), "nd": (("A", "alpha", "N"), ("B", "beta", "D"))}
 STARTS = 4500
@@ -38,6 +38,7 @@ class Points:
     arm: tuple[str, ...]  # [n]
     cluster: tuple[str, ...]  # [n] points with a common error, such as the arms and seeds of a size
     baseline: str  # the arm whose amplitudes are reported first
+    sizes: Floats | None = None  # [n] N, for tests of form c against it
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Fit:
     ci: dict[str, tuple[float, float]] | None = None  # 95%, by bootstrap
     profile_ci: dict[str, tuple[float, float]] | None = None  # 95%
     draws: tuple[dict[str, float], ...] | None = None  # `values` of each resample
+    misfit: dict[str, float] | None = None  # p-values of tests for lack of fit (adequacy.py)
+    hold: Mapping[str, float] = field(default_factory=dict)  # values that were given, not fitted
 
     def parameter(self, name: str, arm: str) -> float:
         """E, A, alpha, B or beta of one arm."""
@@ -92,15 +95,18 @@ def fit(
     per_arm: Sequence[str] = ("A", "B"),
     starts: int = STARTS,
     polished: int = POLISHED,
+    hold: Mapping[str, float] | None = None,
 ) -> Fit:
-    """Fit by Huber with `delta`, or by least squares (None), descending from `polished` of the `starts`.
+    """Fit by Huber with `delta`, or by least squares (None), descending from `polished` of the `starts`. `hold` gives
+    raw values of E, A, alpha, B or beta, of all arms or, as "A[arm]", of one, that are not fitted.
 
     Raises ValueError where no fit can exist.
     """
-    _refuse_undetermined(points, form)
-    model = Model(points, form, delta, per_arm)
-    if len(points.loss) < len(model.names):
-        raise ValueError(f"{len(points.loss)} points cannot determine {len(model.names)} parameters; add points")
+    hold = dict(hold or {})
+    _refuse_undetermined(points, form, hold)
+    model = Model(points, form, delta, per_arm, hold)
+    if len(points.loss) < model.free:
+        raise ValueError(f"{len(points.loss)} points cannot determine {model.free} parameters; add points")
     candidates = model.starts(starts)
     value = model.problem.objective(candidates, model.log_y)
     order = np.argsort(value)
@@ -121,17 +127,19 @@ def fit(
         certificate,
         _status(certificate, points, model),
         theta,
+        hold=hold,
     )
 
 
-def _refuse_undetermined(points: Points, form: str) -> None:
-    for _, _, variable in FORMS[form]:
+def _refuse_undetermined(points: Points, form: str, hold: Mapping[str, float]) -> None:
+    for amplitude, exponent, variable in FORMS[form]:
         values = points.x[variable]
         if not (np.isfinite(values) & (values > 0)).all():
             raise ValueError(f"{variable} must be positive in every row; got {values.min()}")
-        if len(np.unique(values)) < 3:
+        needed = max(1, 3 - len({"E", amplitude, exponent} & set(hold)))
+        if len(np.unique(values)) < needed:
             raise ValueError(
-                f"form {form} needs 3 different {variable} to tell E, amplitude and exponent apart; "
+                f"form {form} needs {needed} different {variable} to tell E, amplitude and exponent apart; "
                 f"got {len(np.unique(values))}"
             )
 
@@ -144,7 +152,7 @@ def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str
         faults.append("fewer than 3 starts agree")
     if (certificate["condition_number"] or 0) > 1e10:
         faults.append("the parameters are not told apart")
-    if len(points.loss) <= len(model.names):
+    if len(points.loss) <= model.free:
         faults.append("as many parameters as points")
     return "; ".join(faults) or "ok"
 
@@ -152,7 +160,14 @@ def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str
 class Model:
     """A law as the solver sees it: logs of levels and points relative to their middle, so that units drop out."""
 
-    def __init__(self, points: Points, form: str, delta: float | None, per_arm: Sequence[str]) -> None:
+    def __init__(
+        self,
+        points: Points,
+        form: str,
+        delta: float | None,
+        per_arm: Sequence[str],
+        hold: Mapping[str, float] | None = None,
+    ) -> None:
         laws = FORMS[form]
         known = ["E", *(name for amplitude, exponent, _ in laws for name in (amplitude, exponent))]
         unknown = sorted({*per_arm} - {"E", *(name for form in FORMS.values() for law in form for name in law[:2])})
@@ -185,6 +200,37 @@ class Model:
         high = [LOG_LEVELS[1] if i in self.levels else EXPONENTS[1] for i in range(len(self.names))]
         is_level = np.isin(np.arange(len(self.names)), self.levels)
         self.problem = Problem(matrix, np.array(low), np.array(high), is_level, Loss(delta))
+        self._conditions: list[tuple[int, Floats, float]] = []
+        for name, value in (hold or {}).items():
+            self._hold(name, value, known)
+
+    @property
+    def free(self) -> int:
+        """How many parameters are fitted."""
+        return len(self.names) - len(self._conditions)
+
+    def is_held(self, name: str) -> bool:
+        return name in self.names and self.names.index(name) in [pivot for pivot, _, _ in self._conditions]
+
+    def at_bound(self, theta: Floats) -> Bools:
+        """Which of the fitted parameters [.., P] are at a bound of the search."""
+        low, high = self.problem.low, self.problem.high
+        return ((theta <= low) | (theta >= high)) & (low < high)
+
+    def _hold(self, name: str, value: float, known: Sequence[str]) -> None:
+        """Fix a raw value for good, of every arm where `name` names none."""
+        kind = name.partition("[")[0]
+        if kind not in known or (name != kind and name not in self.names):
+            there_are = ", ".join(dict.fromkeys([*known, *self.names]))
+            raise ValueError(f"no parameter {name!r} to hold; there are {there_are}")
+        low, high = EXPONENTS if kind in ("alpha", "beta") else (0.0, math.inf)
+        if not low < value < high:
+            raise ValueError(f"{name} must be between {low:g} and {high:g} to be held; got {value:g}")
+        for own in self.names:
+            if own in (name, kind) or (name == kind and own.partition("[")[0] == kind):
+                condition = self._condition(own, value)
+                self.problem = self._held(*condition)
+                self._conditions.append(condition)
 
     def holding(self, name: str, value: float) -> Problem:
         """The problem with one of the raw `values` held, E, A, alpha, B, beta, m (form c) or rho of an arm.
@@ -192,6 +238,10 @@ class Model:
         Held, each is a linear condition weights @ theta = total, by which one parameter, the pivot, is expressed by the
         others; the pivot's place keeps the constant.
         """
+        return self._held(*self._condition(name, value))
+
+    def _condition(self, name: str, value: float) -> tuple[int, Floats, float]:
+        """Pivot, weights [P] and total of a held raw value."""
         kind, _, arm = name.removesuffix("]").partition("[")
         arm = arm or self.arms[0]
         weights = np.zeros(len(self.names))
@@ -211,6 +261,13 @@ class Model:
         else:
             pivot = place(kind, arm)
             total = value if pivot not in self.levels else math.log(value) - self.middle_loss
+        for other, of_other, other_total in self._conditions:  # whose place in theta keeps its constant
+            if weights[other]:
+                total -= weights[other] * other_total
+                weights = weights - weights[other] * (of_other + np.eye(len(weights))[other])
+        return pivot, weights, total
+
+    def _held(self, pivot: int, weights: Floats, total: float) -> Problem:
         terms = self.problem.terms - weights[:, None] * self.problem.terms[:, [pivot]]
         low, high = self.problem.low.copy(), self.problem.high.copy()
         low[pivot] = high[pivot] = total
@@ -223,10 +280,10 @@ class Model:
         theta = np.zeros((len(grid), len(self.names)))
         for column, (_, exponent, _) in enumerate(self.laws):
             places = [i for i, name in enumerate(self.names) if name.partition("[")[0] == exponent]
-            theta[:, places] = grid[:, [column]]
+            theta[:, places] = np.clip(grid[:, [column]], self.problem.low[places], self.problem.high[places])
         for part in np.array_split(np.arange(len(grid)), max(1, len(grid) // 500)):
             theta[part[:, None], self.levels] = self._solve_levels(theta[part])
-        return theta
+        return np.clip(theta, self.problem.low, self.problem.high)
 
     def _solve_levels(self, theta: Floats) -> Floats:
         """Logs of the levels [K, levels] given the exponents in `theta`; those not positive become a small share."""
@@ -243,6 +300,9 @@ class Model:
 
     def raw(self, theta: Floats) -> dict[str, float]:
         """Parameters [P] in raw units of loss, N, D and C, by name."""
+        theta = theta.copy()
+        for pivot, weights, total in self._conditions:
+            theta[pivot] = total - weights @ theta
         values = dict(zip(self.names, theta.tolist(), strict=True))
         for arm in self.arms:
             values[_key("E", arm, self.per_arm)] = self._level(theta, "E", arm)
@@ -266,13 +326,14 @@ class Model:
         theta, least = solution.theta[best], float(solution.objective[best])
         limit = least * (1 + SAME) + len(self.log_y) * ROUNDING**2
         others = solution.objective[(solution.objective > limit) & solution.converged]
-        held = (theta <= self.problem.low) | (theta >= self.problem.high)
+        at_bound = self.at_bound(theta)
+        held = at_bound | (self.problem.low >= self.problem.high)
         curvature = self.problem.curvature(theta[None], self.log_y)[0][np.ix_(~held, ~held)]
         unit = np.sqrt(np.diag(curvature))
         return {
             "gradient": float(solution.gradient[best]),
             "converged": bool(solution.converged[best]),
-            "bounds_hit": [name for name, at in zip(self.names, held, strict=True) if at],
+            "bounds_hit": [name for name, at in zip(self.names, at_bound, strict=True) if at],
             "starts_agree": int((solution.objective <= limit).sum()),
             "runner_up": self.raw_objective(float(others.min())) if len(others) else None,
             "condition_number": float(np.linalg.cond(curvature / np.outer(unit, unit))) if len(unit) else None,

@@ -82,21 +82,22 @@ class Problem:
         total = share.sum(axis=1, keepdims=True)
         return (np.log(total) + top)[:, 0], share / total
 
-    def objective(self, theta: Floats, log_y: Floats) -> Floats:
+    def objective(self, theta: Floats, log_y: Floats, weight: Floats | float = 1.0) -> Floats:
         """[K] sums over the points."""
-        return self.loss(self.predict(theta), log_y)[0].sum(axis=1)
+        return (weight * self.loss(self.predict(theta), log_y)[0]).sum(axis=1)
 
-    def solve(self, starts: Floats, log_y: Floats) -> Solution:
-        """Minimise from `starts` [K, P], with log_y [n] or [K, n]."""
+    def solve(self, starts: Floats, log_y: Floats, weight: Floats | float = 1.0) -> Solution:
+        """Minimise from `starts` [K, P], with log_y [n] or [K, n]; a point counts `weight` [K, n] times."""
         theta = np.clip(starts, self.low, self.high)
         log_y = np.broadcast_to(log_y, (len(starts), self.terms.shape[2]))
+        weight = np.broadcast_to(weight, log_y.shape)
         gradient = np.empty(len(starts))
         with np.errstate(over="ignore", invalid="ignore"):  # of wild steps, which are not taken
             for first in range(0, len(starts), TOGETHER):
                 part = slice(first, first + TOGETHER)
                 for stage, newton, iterations in self._stages():
-                    gradient[part] = stage._descend(theta[part], log_y[part], newton, iterations)
-        return Solution(theta, self.objective(theta, log_y), gradient, gradient < CONVERGED)
+                    gradient[part] = stage._descend(theta[part], log_y[part], weight[part], newton, iterations)
+        return Solution(theta, self.objective(theta, log_y, weight), gradient, gradient < CONVERGED)
 
     def _stages(self) -> list[tuple[Problem, bool, int]]:
         """The problems to solve one after the other, by Newton's method or not, and the iterations of each."""
@@ -109,23 +110,33 @@ class Problem:
             for widen, iterations in HUBER_SCHEDULE
         ]
 
+    def leverage(self, theta: Floats) -> Floats:
+        """Of each point [n] on its own fit at theta [P], parameters at a bound left out: the diagonal of the hat matrix
+        of least squares, of raw or of log residuals as the loss has them."""
+        f, share = self._shares(theta[None])
+        jacobian = np.einsum("tn,tpn->np", share[0], self.terms)[:, (theta > self.low) & (theta < self.high)]
+        if self.loss.delta is None:
+            jacobian = jacobian * np.exp(f[0])[:, None]
+        basis, _ = np.linalg.qr(jacobian)
+        return np.asarray((basis**2).sum(axis=1))
+
     def curvature(self, theta: Floats, log_y: Floats) -> Floats:
         """A positive stand-in [K, P, P] for the objective's Hessian: that of reweighted least squares."""
-        return self._derivatives(theta, log_y, newton=False)[2]
+        return self._derivatives(theta, log_y, np.ones(1), newton=False)[2]
 
-    def _descend(self, theta: Floats, log_y: Floats, newton: bool, iterations: int) -> Floats:
+    def _descend(self, theta: Floats, log_y: Floats, weight: Floats, newton: bool, iterations: int) -> Floats:
         """Damped steps that only ever go down; changes `theta` in place and returns the gradients [K].
 
         Steps are taken in the levels, not in their logs: so an E that tends to 0 gets there, and back.
         """
         low, high = (np.broadcast_to(bound, theta.shape) for bound in (self.low, self.high))
-        objective = self.objective(theta, log_y)
+        objective = self.objective(theta, log_y, weight)
         damping = np.full(len(theta), 1e-3)
         gradient = np.full(len(theta), np.inf)
         running = np.arange(len(theta))
         for _ in range(iterations):
-            here, y = theta[running], log_y[running]
-            slope, hessian, robust, scale = map(np.nan_to_num, self._derivatives(here, y, newton))
+            here, y, w = theta[running], log_y[running], weight[running]
+            slope, hessian, robust, scale = map(np.nan_to_num, self._derivatives(here, y, w, newton))
             level = np.where(self.linear, np.exp(here), 1.0)
             if newton:
                 hessian = hessian - np.eye(len(self.linear)) * np.where(self.linear, slope, 0.0)[:, None, :]
@@ -138,7 +149,7 @@ class Problem:
             step = _step(slope / level, hessian / product, robust / product, free, damping[running], room)
             moved = np.clip(at + step, *ends)
             moved = np.where(self.linear, np.log(np.where(self.linear, moved, 1.0)), moved)
-            value = self.objective(moved, y)
+            value = self.objective(moved, y, w)
             better = value < objective[running]
             theta[running[better]] = moved[better]
             objective[running[better]] = value[better]
@@ -148,12 +159,14 @@ class Problem:
                 break
         return gradient
 
-    def _derivatives(self, theta: Floats, log_y: Floats, newton: bool) -> tuple[Floats, Floats, Floats, Floats]:
+    def _derivatives(
+        self, theta: Floats, log_y: Floats, weight: Floats, newton: bool
+    ) -> tuple[Floats, Floats, Floats, Floats]:
         """Slope [K, P], Hessian [K, P, P] (for `newton`; else the stand-in), its positive stand-in, and the sum of the
         slope's absolute parts."""
         f, share = self._shares(theta)
         jacobian = sum((share[:, t, None] * term for t, term in enumerate(self.terms)), np.zeros(1))
-        _, first, second, stand_in = self.loss(f, log_y)
+        first, second, stand_in = (weight * part for part in self.loss(f, log_y)[1:])
         slope = np.einsum("kpn,kn->kp", jacobian, first)
         scale = np.einsum("kpn,kn->kp", np.abs(jacobian), np.maximum(np.abs(first), ROUNDING * stand_in))
         robust = (jacobian * stand_in[:, None, :]) @ jacobian.transpose(0, 2, 1)

@@ -1,92 +1,96 @@
-"""Other people's tables: a CSV or Parquet file of points as a table of runs, and tables of kernel times."""
+"""Other people's tables: a table of points, or a tracker's export, as a table of runs; and tables of kernel times."""
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.errors import first_line
-from analysis.logs.record import typed
-from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS, axis_columns, fact_columns
+from analysis.logs.columns import NATS, POINT_COLUMNS, measured, renaming, unit_of
+from analysis.logs.histories import last_of_each_run
+from analysis.logs.numerals import decimal_mark, number, wrong_cells
+from analysis.logs.rawtables import read_raw
+from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# What people call the columns of a table of points, lower case, by our name for them.
-POINT_NAMES = {
-    "arm": ("arm", "model", "variant", "architecture"),
-    "size": ("size", "scale", "rung"),
-    "seed": ("seed",),
-    "parameters": ("parameters", "n", "params", "n_params", "num_params"),
-    "parameters_nonembedding": ("parameters_nonembedding", "n_nonemb", "n_nonembedding"),
-    "parameters_active": ("parameters_active", "n_active", "active_params", "active_parameters"),
-    "tokens": ("tokens", "d", "n_tokens", "num_tokens", "training tokens"),
-    "flops_given": ("flops_given", "c", "flops", "compute", "flop", "training flop"),
-    "loss": ("loss", "final_loss", "val_loss", "validation_loss", "test_loss"),
-    "tokenizer_sha256": ("tokenizer_sha256", "tokenizer"),
-    "data_sha256": ("data_sha256", "data", "dataset"),
-    "budget": ("budget",),
-    "train.learning_rate": ("train.learning_rate", "learning_rate", "lr"),
-}
 KERNEL_COLUMNS = {"op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "us", "provider"}
-POINT_SHORT = {
-    "parameters": "N",
-    "parameters_nonembedding": "N_nonemb",
-    "parameters_active": "N_active",
-    "tokens": "D",
-    "flops_given": "C",
+# Our word for where a run stands -> what W&B, MLflow, Optuna, ClearML and Slurm call it. Ray Tune's "terminated" is not
+# among them: a trial that a scheduler stopped early is called so, too.
+STATES = {
+    "complete": ("complete", "completed", "finished", "done", "succeeded", "success", "published", "true"),
+    "failed": ("failed", "fail", "crashed", "error", "errored", "diverged", "out_of_memory", "node_fail", "timeout"),
+    "cancelled": ("cancelled", "canceled", "killed", "aborted", "stopped", "interrupted", "pruned"),
+    "unfinished": (
+        *("unfinished", "running", "pending", "queued", "scheduled", "waiting", "created", "paused", "active"),
+        *("in_progress", "preempted", "preempting", "suspended", "requeued", "false"),
+    ),
 }
-SIX_N_D = {  # a convention that N and D alone decide -> the N it counts
+STATE_OF = {word: state for state, words in STATES.items() for word in words}
+SIX_N_D = {  # a convention that N and D alone decide -> the N that it counts
     "flops_6nd": "parameters",
     "flops_6n_nonemb_d": "parameters_nonembedding",
     "flops_6nactive_d": "parameters_active",
 }
 
 
-def read_points(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """A table of points as a run table. Compute given without a named convention becomes `flops_given`; 6 N D,
-    6 N_nonemb D and 6 N_active D follow from N and D where the table has these. Columns with a dot are facts or axes.
+def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
+    """A table of points as a run table, and what is to be said about how it was read.
 
-    Raises ValueError naming the file, and the column and cells at fault.
+    Compute given without a named convention becomes `flops_given`; 6 N D, 6 N_nonemb D and 6 N_active D follow from N
+    and D where the table has these. Columns with a dot are facts or [vary] axes, unless a tracker's prefix says that
+    they were measured. Counts that are not whole (D as C / 6 N) stay as they are, in a float64 column. Raises
+    ValueError with the file, the row and the column at fault.
     """
-    import pandas as pd
-
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"{path} is neither .csv nor .parquet; give one of these, or a store's directory")
-    try:
-        points = readers[path.suffix](path)
-    except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
-    if points.empty:
-        raise ValueError(f"{path} has no rows")
-    if set(points.columns) >= KERNEL_COLUMNS:  # whose D are channels, not tokens
+    raw = read_raw(path)
+    if set(raw.columns) >= KERNEL_COLUMNS:  # whose D are channels, not tokens
         raise ValueError(
             f"{path} holds times of kernels, not runs; `dynconv plot` draws them, pandas and DuckDB read them"
         )
-    renaming = _renaming(path, [str(name) for name in points.columns], columns)
-    points = points.drop(columns=set(renaming.values()) - set(renaming), errors="ignore").rename(columns=renaming)
-    if "convention" in points and points["convention"].nunique() == 1:
-        name = str(points["convention"].dropna().iloc[0])
-        if name not in CONVENTIONS:
-            raise ValueError(f"{path}: no FLOP convention {name!r}; there are {', '.join(CONVENTIONS)}")
-        points = points.rename(columns={"flops_given": CONVENTIONS[name]})
-    types = {name: "float64" if dtype == "Int64" else dtype for name, dtype in RUN_COLUMNS.items()}
-    for name in (*axis_columns(points), *fact_columns(points)):
-        points[name] = typed(_values(points[name])).set_axis(points.index)
-    for name, dtype in {**types, "flops_given": "float64"}.items():
-        if name in points:
-            points[name] = _typed(path, points[name], dtype)
-    if "status" not in points:
-        points["status"] = "complete"
+    if any(str(name).endswith("__MIN") for name in raw.columns):
+        raise ValueError(f"{path} is a chart's export, with a column for each run; export the table of runs instead")
+    names = renaming(path, raw, columns)
+    points = raw.drop(columns=set(names.values()) - set(names), errors="ignore").rename(columns=names)
+    points = points.rename(columns={name: measured(name) for name in points if name not in names.values()})
+    unit = next((unit_of(path, theirs) for theirs, ours in names.items() if ours == "loss"), NATS)
+    if unit != NATS and "loss_unit" not in points:
+        points["loss_unit"] = unit
+    points = _typed(path, _name_compute(path, points), {ours: theirs for theirs, ours in names.items()})
+    states_given = "status" in points
+    points["status"] = _states(points)
+    points, notes = last_of_each_run(path, points, states_given)
+    if "loss_unit" in points and points["loss_unit"].fillna(NATS).nunique() > 1:
+        units = ", ".join(points["loss_unit"].fillna(NATS).unique())
+        raise ValueError(f"{path}: the losses are in several units ({units}); split the table")
     for flops, count in SIX_N_D.items():
         if {count, "tokens"} <= set(points) and flops not in points:
             points[flops] = 6.0 * points[count] * points["tokens"]
-    if "run_id" not in points:
-        points["run_id"] = [f"row {number}" for number in range(1, len(points) + 1)]
-    absent = {name: pd.Series(index=points.index, dtype=types[name]) for name in types if name not in points}
-    return points.assign(**absent).astype(types)
+    return run_types(points), notes
+
+
+def run_types(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every column of RUN_COLUMNS with its type; counts that are not whole numbers are float64."""
+    import pandas as pd
+
+    absent = {name: pd.Series(index=runs.index, dtype=dtype) for name, dtype in RUN_COLUMNS.items() if name not in runs}
+    types = {name: dtype for name, dtype in POINT_COLUMNS.items() if name in runs or name in absent}
+    for name in [name for name, dtype in types.items() if dtype == "Int64" and name in runs]:
+        if not is_whole(runs[name]):
+            types[name] = "float64"
+    return runs.assign(**absent).astype(types)
+
+
+def is_whole(column: pd.Series) -> bool:
+    """Whether all numbers of a column are whole ones that Int64 holds."""
+    import numpy as np
+
+    if str(column.dtype) in ("Int64", "int64"):
+        return True
+    values = column.dropna().to_numpy(float)
+    return bool(np.all((values == np.floor(values)) & (np.abs(values) < 2.0**63)))
 
 
 def read_kernels(path: Path) -> pd.DataFrame | None:
@@ -102,57 +106,123 @@ def read_kernels(path: Path) -> pd.DataFrame | None:
     return rows if set(rows.columns) >= KERNEL_COLUMNS else None
 
 
-def _values(column: pd.Series) -> list[Any]:
-    """The cells as plain values, None where missing; numbers that are all whole as integers, which a CSV with gaps
-    does not keep."""
-    values = [None if missing else value for value, missing in zip(column.tolist(), column.isna(), strict=True)]
-    numbers = [value for value in values if value is not None]
-    if any(isinstance(value, float) for value in numbers) and all(value == int(value) for value in numbers):
-        return [None if value is None else int(value) for value in values]
-    return values
+def _name_compute(path: Path, points: pd.DataFrame) -> pd.DataFrame:
+    """The table with compute in the column of its convention, where a column `convention` names one."""
+    if "convention" not in points or points["convention"].nunique() != 1:
+        return points
+    name = str(points["convention"].dropna().iloc[0])
+    if name not in CONVENTIONS:
+        raise ValueError(f"{path}: no FLOP convention {name!r}; there are {', '.join(CONVENTIONS)}")
+    return points if CONVENTIONS[name] in points else points.rename(columns={"flops_given": CONVENTIONS[name]})
 
 
-def _renaming(path: Path, names: list[str], columns: Mapping[str, str]) -> dict[str, str]:
-    """The table's column names to ours: as `columns` says, else by their usual names."""
-    ours = {short: name for name, short in POINT_SHORT.items()} | {"C": "flops_given"}
-    renaming = {}
-    for wanted, theirs in columns.items():
-        target = ours.get(wanted, wanted)
-        if target not in RUN_COLUMNS and target != "flops_given" and "." not in target:
-            raise ValueError(
-                f"--columns: no column {wanted!r} is known; known are N, D, C, {', '.join(RUN_COLUMNS)}, and facts by "
-                "their dotted names, such as conv.width"
-            )
-        if theirs not in names:
-            raise ValueError(f"{path} has no column {theirs!r}; it has {', '.join(names)}")
-        if theirs in renaming:
-            raise ValueError(f"--columns gives column {theirs!r} two names; give it one")
-        renaming[theirs] = target
-    for target, usual in POINT_NAMES.items():
-        matches = [name for name in names if name.lower() in usual and name not in renaming]
-        if target not in {*names, *renaming.values()} and matches:
-            renaming[matches[0]] = target
-    return renaming
-
-
-def _typed(path: Path, column: pd.Series, dtype: str) -> pd.Series:
+def _typed(path: Path, points: pd.DataFrame, theirs: Mapping[str, str]) -> pd.DataFrame:
+    """The columns that we know by their types, the others by what they hold. `theirs` are the file's names for ours."""
     import pandas as pd
 
+    types = {name: POINT_COLUMNS.get(str(name), "") for name in points}
+    counted = [name for name, dtype in types.items() if dtype in ("Int64", "float64") and name != "seed"]
     try:
-        return (pd.to_numeric(column) if dtype == "float64" else column).astype(dtype)
-    except (ValueError, TypeError):
-        what = {"float64": "numbers", "string": "text"}[dtype]
-        wrong = [(row, cell) for row, cell in enumerate(column, 1) if not _is(cell, dtype)][:3]
-        got = ", ".join(f"{cell!r} in row {row}" for row, cell in wrong)
-        raise ValueError(f"{path}: column {column.name} must hold {what}; got {got}; correct the cells") from None
+        mark = decimal_mark({theirs.get(name, name): list(points[name]) for name in counted})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    typed: dict[Any, pd.Series] = {}
+    for name, dtype in types.items():
+        cells = points[name].rename(theirs.get(name, name))
+        if name == "seed":
+            typed[name] = pd.Series(_seeds(path, cells), index=points.index, dtype="Int64")
+        elif dtype in ("Int64", "float64"):
+            typed[name] = _numbers(path, cells, mark)
+        elif dtype == "string":
+            typed[name] = cells.map(_text, na_action="ignore").astype("string")
+        else:
+            typed[name] = _guessed(cells, mark)
+    return pd.DataFrame(typed, index=points.index)
 
 
-def _is(cell: object, dtype: str) -> bool:
-    """Whether one cell alone can be read as the type."""
+def _numbers(path: Path, cells: pd.Series, mark: str) -> pd.Series:
     import pandas as pd
 
+    if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
+        return cells.astype("Float64").astype("float64") if not is_whole(cells) else cells.astype("Int64")
     try:
-        (pd.to_numeric(pd.Series([cell])) if dtype == "float64" else pd.Series([cell], dtype="object")).astype(dtype)
+        return pd.Series([number(cell, mark) for cell in cells.astype(object)], index=cells.index, dtype="float64")
     except (ValueError, TypeError):
-        return False
-    return True
+        raise _refusal(path, cells, "numbers", wrong_cells(cells, mark)) from None
+
+
+def _refusal(path: Path, cells: pd.Series, wanted: str, wrong: list[tuple[int, Any]]) -> ValueError:
+    got = ", ".join(f"{cell!r} in row {row}" for row, cell in wrong[:3])
+    return ValueError(f"{path}: column {cells.name} must hold {wanted}; got {got}; correct the cells")
+
+
+def _text(cell: Any) -> str:
+    """A cell as text; 125.0 from a typed file is "125", as a CSV would have it."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() and abs(cell) < 1e15 else str(cell)
+
+
+def _guessed(cells: pd.Series, mark: str) -> pd.Series:
+    """A column that we do not know: numbers or booleans where every cell is one, else text."""
+    import pandas as pd
+
+    if cells.dtype != object:
+        return cells
+    present = cells.dropna()
+    if len(present) and present.map(lambda cell: str(cell).lower() in ("true", "false")).all():
+        return cells.map(lambda cell: str(cell).lower() == "true", na_action="ignore").astype("boolean")
+    try:
+        if not len(present) or present.map(lambda cell: isinstance(cell, str) and cell[:1].isalpha()).any():
+            raise ValueError("no plain numbers")
+        values = pd.Series([_plain_number(cell, mark) for cell in cells], index=cells.index, dtype="float64")
+    except (ValueError, TypeError):
+        return cells.map(_text, na_action="ignore").astype("string")
+    return values.astype("Int64") if is_whole(values) else values
+
+
+def _plain_number(cell: Any, mark: str) -> float:
+    """A cell as a number if it has no letter for a scale, which in a column that we do not know may be a name."""
+    if isinstance(cell, str) and cell[-1:].isalpha():
+        raise ValueError(f"{cell!r} is no plain number")
+    return number(cell, mark)
+
+
+def _seeds(path: Path, cells: pd.Series) -> list[int | None]:
+    """Seeds as whole numbers. "seed 3" and "s3" are 3; other text becomes a number made of its letters (CRC-32), the
+    same in every file, so that several tables agree on which seeds are equal."""
+    labels = [
+        None if cell is None or cell != cell else _text(cell)
+        for cell in cells.astype(object).where(cells.notna(), None)
+    ]
+    numbers: dict[str, int] = {}
+    for row, label in enumerate(labels, 1):
+        if label is None or label in numbers:
+            continue
+        whole = re.fullmatch(r"(-?\d{1,18})(\.0*)?", label)
+        ending = whole or re.fullmatch(r"[A-Za-z]+[\s_=:-]*(\d{1,18})", label)
+        if not ending and not re.search(r"[A-Za-z]", label):
+            raise _refusal(path, cells, "whole numbers or names", [(row, label)])
+        numbers[label] = int(ending[1]) if ending else zlib.crc32(label.encode())
+    if len(set(numbers.values())) < len(numbers):  # "a1" and "b1"
+        numbers = {
+            label: int(label) if re.fullmatch(r"-?\d{1,18}", label) else zlib.crc32(label.encode()) for label in numbers
+        }
+    if len(set(numbers.values())) < len(numbers):
+        raise ValueError(f"{path}: the seeds {', '.join(sorted(numbers))} cannot be told apart as numbers; number them")
+    return [None if label is None else numbers[label] for label in labels]
+
+
+def _states(points: pd.DataFrame) -> pd.Series:
+    """`status` in our words. A word that is not known stays, and counts as not finished; a table without a column
+    of states holds finished runs."""
+    import pandas as pd
+
+    if "status" not in points:
+        states = pd.Series("complete", index=points.index, dtype="string")
+    else:
+        words = points["status"].str.strip().str.lower().str.replace(r"[\s-]+", "_", regex=True)
+        states = words.map(lambda word: STATE_OF.get(word, word), na_action="ignore").astype("string")
+    for name in points:
+        flags = points[name]
+        if str(name).rpartition("/")[2].lower() in ("failed", "crashed") and str(flags.dtype) in ("bool", "boolean"):
+            states = states.mask(flags.fillna(False).astype(bool), "failed")
+    return states

@@ -53,6 +53,7 @@ IDENTITY = {  # written by the sweep into config.json, repeated in run.json; FLO
     "flops_6nactive_d": "float64",
 }
 RECORDED = {**IDENTITY, "code_commit": "string", "data_sha256": "string", "tokenizer_sha256": "string"}
+TRUNK = "trunk"  # the budget of a run that only trains what its branches share
 RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs follow, typed by `type_of`
     **IDENTITY,
     "loss": "float64",

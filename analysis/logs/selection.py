@@ -1,4 +1,5 @@
-"""What every claim asks of a table of runs: finished rows with positive numbers, one convention, one baseline."""
+"""What every claim asks of a table of runs: finished rows with positive numbers, each run once, one convention, one
+baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.logs.schema import CONVENTIONS
+from analysis.logs.schema import CONVENTIONS, IDENTITY, TRUNK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,10 +25,14 @@ class Excluded:
 
 
 def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """The finished rows, and those left out because they are not.
+    """The finished rows, each run once, and those left out.
 
     Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
     """
+    runs, earlier = _one_row_a_run(runs)
+    trunks = runs["budget"].astype("string").eq(TRUNK).fillna(False) if "budget" in runs else runs["run_id"].isna()
+    earlier += excluded_rows(runs[trunks], "a trunk, whose branches are the results")
+    runs = runs[~trunks]
     status = runs["status"].astype("string").fillna("no status")
     unfinished, done = runs[status != "complete"], runs[status == "complete"]
     excluded = excluded_rows(unfinished, status[unfinished.index])
@@ -46,7 +51,8 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
             groups = done.assign(_of=done[name].astype("string").fillna("unknown")).groupby("_of")
             counts = "; ".join(f"{str(value)[:12]}: {some(rows['run_id'])}" for value, rows in groups)
             raise ValueError(f"the runs mix {noun} ({counts}) and cannot be compared; split the table")
-    return done, excluded
+    done, repeated = _without_repeats(done)
+    return done, earlier + excluded + repeated
 
 
 def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
@@ -60,12 +66,30 @@ def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
         )
 
 
-def without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """Finished rows of which no two are the same run: equal in arm, size, N, D, compute and seed and, where arm or seed
-    is not known, in the loss. A law needs no pairs, so a size may have several runs that no seed tells apart."""
-    same = ["arm", "size", "parameters", "tokens", "seed", *(name for name in CONVENTIONS.values() if name in done)]
-    known = done["arm"].notna() & done["seed"].notna()
-    repeated = done.duplicated([*same, "loss"]) | (known & done.duplicated(same))
+def _one_row_a_run(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
+    """Rows of one run at several steps are one run: its last. Which one is last is only an answer where the run is
+    known to have finished, so rows without a status are refused."""
+    if not runs["run_id"].duplicated().any():
+        return runs, []
+    at = next((name for name in ("steps", "tokens") if runs[name].notna().all()), None)
+    several = runs.groupby("run_id")[at].transform("nunique") > 1 if at else runs["run_id"] != runs["run_id"]
+    unknown = runs[several & runs["status"].isna()]
+    if len(unknown):
+        raise ValueError(
+            f"the table has several steps of {some(unknown['run_id'].unique())} and does not say that it finished; "
+            "add a column status, complete where a run finished"
+        )
+    last = runs.groupby("run_id")[at].transform("max") == runs[at] if at else ~several
+    earlier = several & ~last
+    return runs[~earlier], excluded_rows(runs[earlier], "an earlier step of the same run")
+
+
+def _without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
+    """Rows that are equal in all that a run is and came to are one run, entered twice. Two runs without a seed, or two
+    of one seed, that differ in loss are two: replicates."""
+    what = [*IDENTITY, "budget", "flops_given", "learning_rate", "lr", "loss"]
+    same = [name for name in done if (name in what and name not in ("run_id", "sweep")) or "." in str(name)]
+    repeated = done.duplicated(same)
     return done[~repeated], excluded_rows(done[repeated], "repeats a run")
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
 from analysis.logs import schema1
+from analysis.logs.columns import format_columns
 from analysis.logs.files import write_atomically
-from analysis.logs.points import read_points
+from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
 from analysis.logs.schema import COLUMNS, RUN_COLUMNS
@@ -34,6 +35,22 @@ class Store:
     runs: pd.DataFrame  # RUN_COLUMNS, axes, facts; of points also flops_given: C as the table gives it
     problems: list[str]
     run_dirs: list[Path] = field(default_factory=list)  # of a live store
+    columns: Mapping[str, str] = field(default_factory=dict)  # of a table of points: what --columns said
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where the runs were read from: one path, but for stores that were merged."""
+        return [self.path]
+
+    @property
+    def name(self) -> str:
+        """The store in a title."""
+        return " + ".join(path.name for path in self.paths)
+
+    @property
+    def arguments(self) -> list[str]:
+        """How a command line names this store: its paths, and --columns where a table's columns were named."""
+        return [*map(str, self.paths), *format_columns(self.columns)]
 
     def steps(self) -> pd.DataFrame:
         """run_id and the columns of `schema.STEP_COLUMNS`, by run and step."""
@@ -77,11 +94,12 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
     if (path / "points.csv").is_file():
         path = path / "points.csv"
     if path.is_file():
-        return Store(path, read_points(path, columns or {}), [])
+        runs, notes = read_points(path, columns or {})
+        return Store(path, runs, notes, columns=dict(columns or {}))
     if columns:
-        raise ValueError(f"--columns renames the columns of a CSV or Parquet file; {path} is a directory")
+        raise ValueError(f"--columns renames the columns of a table in a file; {path} is a directory")
     if not path.is_dir():
-        raise ValueError(f"no store at {path}; give a store's directory or a .csv or .parquet file")
+        raise ValueError(f"no store at {path}; give a store's directory or a table of points")
     if (path / "runs.parquet").is_file():
         return Store(path, _read_frozen(path / "runs.parquet"), [])
     return _read_live(path)
@@ -92,7 +110,7 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    if store.run_dirs and out.resolve() == store.path.resolve():
+    if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
         raise ValueError(f"{out} is the live store itself, whose later runs the frozen one would hide; give another -o")
     out.mkdir(parents=True, exist_ok=True)
     tables = {kind: store.rows(kind) for kind in (("evals", "steps") if steps else ("evals",))}
@@ -133,7 +151,7 @@ def _read_frozen(path: Path) -> pd.DataFrame:
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; freeze the store again")
-    return runs.astype(RUN_COLUMNS)
+    return run_types(runs)
 
 
 def _whole(path: Path, read: Callable[[Path], Any]) -> Any:

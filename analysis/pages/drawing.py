@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
-from analysis.advantage.multiplier import Multiplier, multipliers
+from analysis.advantage.answers import Multiplier
+from analysis.advantage.multiplier import multipliers
+from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
@@ -20,7 +23,6 @@ from analysis.logs.selection import (
     choose_convention,
     finished,
     require_positive,
-    without_repeats,
 )
 from analysis.logs.store import Store
 from analysis.pages.ablations import ablations
@@ -46,7 +48,6 @@ class Answers:
 def fit_points(store: Store, form: str, baseline: str | None, convention: str | None) -> tuple[Points, list[Excluded]]:
     """The finished rows of a store as points of a law, and the rows left out."""
     done, excluded = finished(store.runs)
-    done, repeated = without_repeats(done)
     done = done.assign(arm=done["arm"].fillna("all"))
     columns = {"N": "parameters", "D": "tokens"}
     if form == "c":
@@ -66,8 +67,9 @@ def fit_points(store: Store, form: str, baseline: str | None, convention: str | 
         arm=tuple(done["arm"]),
         cluster=tuple(cluster),
         baseline=baseline or str(done["arm"].iloc[0]),
+        sizes=done["parameters"].to_numpy(float, na_value=np.nan),
     )
-    return points, excluded + repeated
+    return points, excluded
 
 
 def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:
@@ -117,7 +119,7 @@ def _law(store: Store, answer: Answers) -> Fit | None:
     part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
     try:
         points, _ = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
-        return bootstrap(fit(points, "c"))
+        return with_lack_of_fit(bootstrap(fit(points, "c")))
     except ValueError as error:
         answer.notes.append(f"no law of loss in compute: {error}")
         return None

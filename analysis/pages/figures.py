@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from analysis.advantage.multiplier import Multiplier
+    from analysis.advantage.answers import Multiplier
     from analysis.laws.isoflop import Allocation, Optimum
 
 LOSS = "held-out loss (nats/token)"
@@ -251,10 +251,11 @@ def _parabolas(axes: Axes, rows: pd.DataFrame, optima: Sequence[Optimum]) -> Non
         axes.plot(
             part["parameters"], part["loss"], ls="", marker=marker, ms=3.5, color=shade, label=f"{item.compute:.1e}"
         )
-        if item.N is None or item.loss is None or item.curvature is None:
+        if item.N is None or item.loss is None:
             continue
-        grid = np.geomspace(min(part["parameters"].min(), item.N), max(part["parameters"].max(), item.N), 60)
-        axes.plot(grid, item.loss + item.curvature / 2 * np.log(grid / item.N) ** 2, color=shade, lw=1)
+        low, high = item.window or (item.N, item.N)
+        grid = np.geomspace(min(low, item.N), max(high, item.N), 60)
+        axes.plot(grid, item.curve(grid), color=shade, lw=1)
         axes.plot(item.N, item.loss, "*", ms=10, color=shade, mec=BLACK, mew=0.6, mfc=_face(item, shade))
     axes.legend(title="FLOPs", title_fontsize=7, fontsize=7, handletextpad=0.1, loc="upper right")
 

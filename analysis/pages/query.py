@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
+from analysis.logs.columns import SHORT_NAMES
+from analysis.logs.schema import CONVENTIONS
 from analysis.pages.tables import multiplier_rows
 
 if TYPE_CHECKING:
@@ -26,10 +28,13 @@ SEALED = {  # a query sees the views and nothing else: no file, no network, no v
 }
 
 
-def sql(store: Store, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+def sql(
+    store: Store, query: str, baseline: str | None = None, convention: str | None = None
+) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Columns and rows of a query over the views runs, steps, evals and multipliers (DuckDB's dialect).
 
-    Only the views that the query names are read. Raises ValueError with DuckDB's first line if it is not valid.
+    `baseline` and `convention` are the multipliers', as of `dynconv table`; C in runs is by the same convention. Only
+    the views that the query names are read. Raises ValueError with DuckDB's first line if it is not valid.
     """
     import duckdb
 
@@ -40,35 +45,54 @@ def sql(store: Store, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
                 raise ValueError(f"one SQL statement is wanted; got {len(statements)}")
             for view in VIEWS:
                 if re.search(rf"\b{view}\b", query, re.IGNORECASE):
-                    connection.register(view, _view(store, view))
+                    connection.register(view, _view(store, view, baseline, convention))
             result = connection.execute(statements[0])
             return [str(column[0]) for column in result.description or ()], result.fetchall()
         except duckdb.Error as error:
             raise ValueError(f"{first_line(error)}; the views are {', '.join(VIEWS)}") from None
 
 
-def _view(store: Store, view: str) -> pa.Table:
+def _view(store: Store, view: str, baseline: str | None, convention: str | None) -> pa.Table:
     import pyarrow as pa
 
     if view in ("steps", "evals"):
         return store.rows(view)
     if view == "runs":
-        return pa.Table.from_pandas(store.runs, preserve_index=False)
+        return pa.Table.from_pandas(with_short_names(store.runs, convention), preserve_index=False)
     from analysis.advantage.multiplier import multipliers
 
-    columns, rows = multiplier_rows(multipliers(store.runs)[0])
+    columns, rows = multiplier_rows(multipliers(store.runs, baseline=baseline, convention=convention)[0])
     return pa.table({name: [row[place] for row in rows] for place, name in enumerate(columns)})
 
 
-def chosen(runs: pd.DataFrame, where: str | None) -> pd.DataFrame:
-    """The rows for which a condition on the run table's columns holds, in pandas' notation: size != "25k"; names with
-    a dot stand in backquotes: `conv.width` == 4. Raises ValueError where it is no condition, or no row is left."""
+def with_short_names(runs: pd.DataFrame, convention: str | None = None) -> pd.DataFrame:
+    """The run table with the columns N, N_nonemb, D and C, too, where it has none of that name in either case.
+
+    C is compute by `convention`, else by the first that any run has, in the order of `choose_convention`.
+    """
+    if convention is not None and convention not in CONVENTIONS:
+        raise ValueError(f"no FLOP convention {convention!r}; there are {', '.join(CONVENTIONS)}")
+    order = [convention] if convention else ["exact", "given", "6ND", "6N_nonemb D"]
+    compute = (CONVENTIONS[name] for name in order)
+    names = {short: ours for short, ours in SHORT_NAMES.items() if short != "C"}
+    names["C"] = next((name for name in compute if name in runs and runs[name].notna().any()), "")
+    taken = {str(name).lower() for name in runs}
+    added = {short: runs[ours] for short, ours in names.items() if ours in runs and short.lower() not in taken}
+    return runs.assign(**added)
+
+
+def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None) -> pd.DataFrame:
+    """The rows for which a condition on the run table's columns holds, in pandas' notation: size != "25k", N > 1e8;
+    names with a dot stand in backquotes: `conv.width` == 4. N, D and C stand for their columns, C by `convention`.
+
+    Raises ValueError where it is no condition, or no row is left.
+    """
     if where is None:
         return runs
     import pandas as pd
 
     try:
-        holds = runs.eval(where, local_dict={}, global_dict={})
+        holds = with_short_names(runs, convention).eval(where, local_dict={}, global_dict={})
     except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
         raise ValueError(
             f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"', and a name with a dot "

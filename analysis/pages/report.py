@@ -19,6 +19,7 @@ from analysis.pages.tables import (
     Cell,
     answer_cells,
     check_cells,
+    clock_cells,
     fit_cells,
     interval_text,
     is_missing,
@@ -29,7 +30,7 @@ from analysis.pages.tables import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.advantage.multiplier import Multiplier
+    from analysis.advantage.answers import Multiplier
     from analysis.logs.store import Store
 
 CAPTIONS = {
@@ -53,8 +54,6 @@ HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),
     "other E": ("range of m with the irreducible loss moved", "floor_sensitivity"),
-    "wall clock": ("m in measured training seconds", "wall_clock"),
-    "GPU cost": ("m in measured GPU seconds", "gpu_cost"),
 }
 
 
@@ -101,6 +100,7 @@ def _multipliers(answer: Answers) -> list[str]:
         table("multipliers", columns, _linked(columns, whole)),
         note(f"FLOPs counted as {escape(answer.convention)}; 95% intervals; paired by size and seed."),
         table("checks", check_cells(found)[0], _linked(*check_cells(found))),
+        *([table("clocks", *clock_cells(found))] if clock_cells(found)[1] else []),
     ]
 
 
@@ -160,6 +160,8 @@ def _how(item: Multiplier, column: str) -> tuple[str, str]:
         return f"{HOW[column][0]}; {item.method}", HOW[column][1]
     if column in HOW:
         return HOW[column]
+    if column.endswith("at once"):
+        return "the intervals of all arms hold the truth at once with 95%", "family_ci"
     if column in item.conventions:
         return f"m with FLOPs counted as {column}", f"conventions, {column}"
     return "m at this irreducible loss with FLOPs so counted", "floor_sensitivity"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from analysis.logs.schema import CONVENTIONS
 
 if TYPE_CHECKING:
-    from analysis.advantage.multiplier import Answer, Multiplier
+    from analysis.advantage.answers import Answer, Multiplier
+    from analysis.laws.linear import LinearFit
     from analysis.laws.powerlaw import Fit
     from analysis.logs.selection import Excluded
 
@@ -96,24 +97,36 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
         return value_table(*multiplier_rows(found), form)
     notes = numbered_notes(found)
     (columns, answers), (check_columns, checks) = answer_cells(found, notes), check_cells(found)
+    clocks = clock_cells(found)
     if form == "latex":
+        columns = [*columns, *check_columns[1:]]
         rows = [[*row, *check[1:]] for row, check in zip(answers, checks, strict=True)]
-        remarks = "".join(f"\n% {line}" for line in _legend(found, notes))
-        return render([*columns, *check_columns[1:]], rows, form) + remarks
+        if any(item.wall_clock for item in found):
+            columns += ["wall clock", "95% interval"]
+            for row, clock in zip(rows, (item.wall_clock for item in found), strict=True):
+                row += [_m(clock), interval_text(clock.ci if clock else None)]
+        return render(columns, rows, form) + "".join(f"\n% {line}" for line in _legend(found, notes))
     tables = [
         render(columns, answers, form),
         *([render(check_columns, checks, form)] if len(check_columns) > 1 else []),
+        *([render(*clocks, form)] if clocks[1] else []),
     ]
     return "\n\n".join([*tables, "\n".join(_legend(found, notes))])
 
 
 def answer_cells(found: Sequence[Multiplier], notes: Mapping[str, int]) -> Table:
     """What a reader wants first, a row an arm."""
-    columns = ["arm", "m", "95% interval", "sizes x seeds", "status"]
-    return columns, [
-        (item.arm, ratio_text(item.m), interval_text(item.ci), f"{item.n_sizes} x {item.n_seeds}", verdict(item, notes))
-        for item in found
-    ]
+    family = max(item.family for item in found)
+    cells: dict[str, list[Cell]] = {
+        "arm": [item.arm for item in found],
+        "m": [ratio_text(item.m) for item in found],
+        "95% interval": [interval_text(item.ci) for item in found],
+        f"all {family} at once": [interval_text(item.family_ci) for item in found],
+        "sizes x seeds": [f"{item.n_sizes} x {item.n_seeds}" for item in found],
+        "status": [verdict(item, notes) for item in found],
+    }
+    columns = [name for name in cells if family > 1 or not name.endswith("at once")]
+    return columns, list(zip(*(cells[name] for name in columns), strict=True))
 
 
 def numbered_notes(found: Sequence[Multiplier]) -> dict[str, int]:
@@ -146,10 +159,23 @@ def check_cells(found: Sequence[Multiplier]) -> Table:
     for floor in sorted({row["E"] for item in found if item.n_sizes < 3 for row in item.floor_sensitivity}):
         for name in (found[0].convention, *names):
             cells[f"E={floor:g} {name}"] = [_at_floor(item, floor, name) for item in found]
-    cells["wall clock"] = [_m(item.wall_clock) for item in found]
-    cells["GPU cost"] = [_m(item.gpu_cost) if item.gpu_cost != item.wall_clock else None for item in found]
     columns = [name for name, column in cells.items() if any(cell is not None for cell in column)]
     return columns, list(zip(*(cells[name] for name in columns), strict=True))
+
+
+def clock_cells(found: Sequence[Multiplier]) -> Table:
+    """m in measured seconds, and in GPU seconds where it is another; no row for an arm without."""
+    columns = ["arm", "clock", "m", "95% interval", "at Cmax", "p(constant)", "status"]
+    rows: list[list[Cell]] = []
+    for item in found:
+        for name, clock in (("wall", item.wall_clock), ("GPU", item.gpu_cost)):
+            if clock is None or (name == "GPU" and clock == item.wall_clock):
+                continue
+            p = None if clock.constant_m_p is None else f"{clock.constant_m_p:.3f}"
+            top = None if clock.m_at_cmax is None else ratio_text(clock.m_at_cmax)
+            status = "not constant" if "not constant" in clock.status else clock.status.partition(":")[0]
+            rows.append([item.arm, name, ratio_text(clock.m), interval_text(clock.ci), top, p, status])
+    return columns, rows
 
 
 def _m(answer: Answer | None) -> Cell:
@@ -174,9 +200,14 @@ def _at_floor(item: Multiplier, floor: float, convention: str) -> Cell:
 def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
     lines = [
         f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
-        "paired by size and seed.",
+        f"paired by size{', budget' if any(item.budgets for item in found) else ''} and seed.",
+        *dict.fromkeys(f"{note[0].upper()}{note[1:]}." for item in found for note in item.notes),
         *(f"[{number}] {remark}" for remark, number in notes.items()),
     ]
+    sources = dict.fromkeys(item.wall_clock.source for item in found if item.wall_clock)
+    lines += [f"Clock: {source}." for source in sources]
+    missing = dict.fromkeys(item.no_clock for item in found if item.no_clock)
+    lines += [f"No wall clock: {reason}." for reason in missing]
     left_out = {item.run_id: item.reason for answer in found for item in answer.excluded}
     if left_out:
         shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out.items())[:5])
@@ -202,6 +233,7 @@ def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[A
             "convention": item.convention,
             "m": item.m,
             **ends("ci", item.ci),
+            **ends("family", item.family_ci),
             "method": item.method,
             "constant_m_p": item.constant_m_p,
             "m_at_cmax": item.m_at_cmax,
@@ -212,6 +244,7 @@ def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[A
             **ends("wild_cluster", item.wild_cluster),
             "noise_floor": item.noise_floor,
             "wall_clock_m": item.wall_clock.m if item.wall_clock else None,
+            **ends("wall_clock", item.wall_clock.ci if item.wall_clock else None),
             "gpu_cost_m": item.gpu_cost.m if item.gpu_cost else None,
             "irreducible_loss": item.irreducible_loss,
             "exponent": item.exponent,
@@ -245,14 +278,20 @@ def fit_table(fit: Fit, form: str = "md", excluded: Sequence[Excluded] = ()) -> 
         return text
     certificate = ", ".join(f"{key} {_brief(value)}" for key, value in fit.certificate.items())
     objective = f"objective: {fit.objective:.6g} over {len(fit.points.loss)} points"
-    return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}"
+    tests = ", ".join(f"{name} {p:.2g}" for name, p in (fit.misfit or {}).items())
+    misfit = f"\np of no lack of fit: {tests}" if tests else ""
+    return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}{misfit}"
 
 
 def fit_cells(fit: Fit) -> Table:
     """Columns and rows of a law's parameters."""
     intervals = {"95% interval": fit.ci} | ({"by profile": fit.profile_ci} if fit.profile_ci else {})
     rows = [
-        [name, f"{value:.6g}", *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values())]
+        [
+            name,
+            f"{value:.6g}" + (" (held)" if name in fit.hold else ""),
+            *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values()),
+        ]
         for name, value in fit.values.items()
     ]
     return ["parameter", "value", *intervals], rows
@@ -281,6 +320,8 @@ def fit_object(fit: Fit) -> dict[str, Any]:
         "objective": fit.objective,
         **of(fit.points.baseline, names),
         "certificate": fit.certificate,
+        "lack_of_fit": fit.misfit,
+        "hold": fit.hold,
         "status": fit.status,
         "form": fit.form,
         "loss": "lsq" if fit.loss.delta is None else "huber",
@@ -289,6 +330,50 @@ def fit_object(fit: Fit) -> dict[str, Any]:
         "baseline": fit.points.baseline if len(arms) > 1 else None,
         "arms": per_arm,
     }
+
+
+def linear_table(found: Sequence[LinearFit], form: str) -> str:
+    """Laws that are linear in logs, a row for each parameter."""
+    if form == "json":
+        return to_json(found)
+    columns = ["arm", "of", "parameter", "value", "95% interval", "points", "status"]
+    rows = [
+        [
+            law.arm,
+            law.target,
+            name,
+            f"{value:.6g}",
+            interval_text((law.ci or {}).get(name), "{:.4g}"),
+            law.points,
+            law.status,
+        ]
+        for law in found
+        for name, value in law.values.items()
+    ]
+    text = value_table(columns, rows, form)
+    if form == "md" and found[0].convention is not None:
+        text += f"\n\nFLOPs counted as {found[0].convention}"
+    return text
+
+
+def prediction_tables(law: Fit, found: Sequence[Any], tested: Sequence[Any], form: str) -> str:
+    """Predictions (`prediction.Prediction` or `BestSize`), then the back-test, then the law's status."""
+    if form == "json":
+        return to_json({"form": law.form, "predictions": found, "back_test": tested, "status": law.status})
+    rows = [{key: value for item in fields(each) for key, value in _cells_of(each, item.name)} for each in found]
+    tables = [value_table(list(rows[0]), [list(row.values()) for row in rows], form)]
+    if tested:
+        names = [item.name for item in fields(tested[0])]
+        tables.append(value_table(names, [[getattr(row, name) for name in names] for row in tested], form))
+    if form == "md":
+        tables[1:] = ["back-test, the largest sizes predicted by the law of the others:", *tables[1:]] if tested else []
+        tables.append(f"status of the law: {law.status}")
+    return "\n\n".join(tables)
+
+
+def _cells_of(item: Any, name: str) -> list[tuple[str, Any]]:
+    value = getattr(item, name)
+    return list(value.items()) if isinstance(value, dict) else [(name, value)]
 
 
 def short(value: Any) -> str:

@@ -1,14 +1,17 @@
 """The convolution functions: they check their arguments and run on the best implementation for the device.
 
 Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments, N sequences: B, or
-as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype. The kernels' sums are in
-float32; in the low-rank ones, z, U, the gradient of what silu is applied to, and the gradients' products are rounded to
-x's dtype first, as in a matrix product.
+as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype. Sums are in float32 (of
+float64 inputs in float64), and so is silu of them; in the low-rank kernels z, U, the gradient of what silu is applied
+to, and the gradients' products are rounded to x's dtype first, as in a matrix product.
+All tensors may be DTensors; see `sharded` for how they may lie, which each function checks.
 Rows of views are read where they lie if their last dimension is contiguous; on a GPU some kernels copy 16-bit rows
 whose strides are no multiples of 16. Keywords of all three functions:
 
-cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds documents that start at these places; nothing crosses them.
-They rise from 0 to T, which is checked on a CPU only: on a GPU it is the caller's duty, as reading them would stall it.
+cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds documents that start at these places, and the last one's end;
+nothing crosses them. What follows that end is padding: it is not read, its outputs are zeros, and so are its gradients.
+The places rise from 0 to T at most, which is checked on a CPU only: on a GPU it is the caller's duty, as reading them
+would stall it.
 initial_state [N, W-1, D]: the inputs before x, oldest first; zeros by default.
 return_final_state: the result is (y, state [N, W-1, D]), the state to go on from.
 activation: None or "silu"; y = silu(conv) (+ x).
@@ -23,8 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dynconv.ops import reference
+from dynconv.ops import reference, sharded
 
 # Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the same variable.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -142,6 +146,7 @@ def static_convolution_step(
 
     If only k of several tokens are accepted, the state is torch.cat([state, x], 1)[:, k : k + W - 1].
     """
+    _check_floating(state, "state")
     options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
     return static_convolution(x, weight, residual, **options)
 
@@ -156,6 +161,7 @@ def headwise_dynamic_convolution_step(
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
     """Decode: `headwise_dynamic_convolution` from a state, and the next state."""
+    _check_floating(state, "state")
     options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
     return headwise_dynamic_convolution(x, weight, static_w, residual, **options)
 
@@ -172,6 +178,7 @@ def lowrank_dynamic_convolution_step(
     segments: tuple[int, ...] | list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
     """Decode: `lowrank_dynamic_convolution` from a state, and the next state."""
+    _check_floating(state, "state")
     options: dict[str, Any] = {"initial_state": state, "return_final_state": True, "activation": activation}
     return lowrank_dynamic_convolution(x, z, U, static_w, residual, segments=segments, **options)
 
@@ -198,11 +205,20 @@ def _run(
     document = positions = None
     sequences = x.shape[0]
     if cu_seqlens is not None:
-        document, positions = _documents(x, cu_seqlens)
+        document, positions = _documents(x, cu_seqlens)  # [T], [T + 1]
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])
-        _check(initial_state, shape, "the state", "[N, W-1, D]", x)
+        _check(initial_state, shape, "initial_state (of a step: state)", "[N, W-1, D]", x)
+    if sharded.any_sharded((x, *filters[:3], initial_state)):
+        one = len(filters.segments) == 1
+
+        def share(x: Tensor, z: Any, weight: Any, static_w: Any, state: Any) -> Any:
+            own = _Filters(z, weight, static_w, (x.shape[2],) if one else filters.segments, filters.width)
+            return _run(x, own, residual, cu_seqlens, state, return_final_state, activation)
+
+        packed = cu_seqlens is not None
+        return sharded.run(share, x, *filters[:3], initial_state, filters.segments, packed)
     silu = activation == "silu"
     if initial_state is None:
         y = _convolve(x, filters, positions, residual, silu)
@@ -216,12 +232,13 @@ def _run(
 def _convolve(
     x: Tensor,  # [B, T, D]
     filters: _Filters,
-    positions: Tensor | None,  # [T]
+    positions: Tensor | None,  # [T + 1]
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    kernels = _HAS_TRITON and (x.is_cuda or _INTERPRET) and x.dtype in _KERNEL_DTYPES
-    if kernels and filters.width <= _MAX_WIDTH:
+    kernels = _HAS_TRITON and (x.is_cuda or (_INTERPRET and x.is_cpu)) and x.dtype in _KERNEL_DTYPES
+    forward_mode = forward_ad._current_level >= 0  # whose derivatives only the reference has
+    if kernels and filters.width <= _MAX_WIDTH and not forward_mode:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
 
@@ -233,7 +250,7 @@ def _continue(
     x: Tensor,  # [B, T, D]
     filters: _Filters,
     document: Tensor | None,  # [T]
-    positions: Tensor | None,  # [T]
+    positions: Tensor | None,  # [T + 1]
     cu_seqlens: Tensor | None,  # [N + 1]
     residual: bool,
     silu: bool,
@@ -243,6 +260,11 @@ def _continue(
     count = filters.width - 1
     if count == 0 or x.shape[1] == 0:
         return _convolve(x, filters, positions, residual, silu)
+    if cu_seqlens is None and torch.compiler.is_exporting():  # one program for every T, few tokens or many
+        after = filters.of_tokens(
+            lambda made: torch.cat([made.new_zeros(made.shape[0], count, *made.shape[2:]), made], 1)
+        )
+        return _convolve(torch.cat([state.to(x.dtype), x], 1), after, None, residual, silu)[:, count:]
     if cu_seqlens is None or document is None or positions is None:
         count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
         few = filters.of_tokens(lambda made: made[:, :count])
@@ -250,12 +272,21 @@ def _continue(
         if count == x.shape[1]:
             return heads
         return torch.cat([heads, _convolve(x, filters, None, residual, silu)[:, count:]], 1)
-    tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)
-    tokens = tokens.clamp(max=x.shape[1] - 1)  # [N, W-1]; those past a short document's end go unread
-    few = filters.of_tokens(lambda made: made[0, tokens])
-    heads = reference.convolve(x[0, tokens], *few[:3], None, few.segments, residual, silu, state)
+    tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)  # [N, W-1]
+    inside = tokens < cu_seqlens[1:, None]
+    tokens = tokens.clamp(max=x.shape[1] - 1)
+
+    def first(made: Tensor) -> Tensor:  # [1, T, ...] -> [N, W-1, ...]
+        """Zeros past a short document's end, lest gradients that are zero there meet the next one's NaN."""
+        return torch.where(inside.view(*inside.shape, *[1] * (made.dim() - 2)), made[0, tokens], 0.0)
+
+    few = filters.of_tokens(first)
+    heads = reference.convolve(first(x), *few[:3], None, few.segments, residual, silu, state)
     y = _convolve(x, filters, positions, residual, silu)
-    return torch.where((positions < count)[:, None], heads[document, positions.clamp(max=count - 1)], y)
+    place, documents = positions[:-1], len(heads)
+    near = (place < count) & (document < documents)  # padding belongs to none
+    own = heads[document.clamp(max=documents - 1), place.clamp(min=0, max=count - 1)]
+    return torch.where(near[:, None], own, y)
 
 
 def _final_state(
@@ -269,7 +300,9 @@ def _final_state(
     if cu_seqlens is None or x.shape[1] == 0:
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         before = x.new_zeros(sequences, count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-        recent = x[:, max(0, x.shape[1] - count) :]
+        if cu_seqlens is not None:  # of documents that are all empty
+            return before.clone()
+        recent = x if torch.compiler.is_exporting() else x[:, max(0, x.shape[1] - count) :]
         return torch.cat([before, recent], 1)[:, recent.shape[1] :]
     starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
     tokens = ends - count + torch.arange(count, device=x.device)  # [N, W-1]
@@ -285,29 +318,35 @@ def _final_state(
 def _documents(
     x: Tensor,  # [1, T, D]
     cu_seqlens: Tensor,  # [N + 1]
-) -> tuple[Tensor, Tensor]:  # [T] int64, [T] int32
-    """Each token's document, and its place in it."""
+) -> tuple[Tensor, Tensor]:  # [T] int64, [T + 1] int32
+    """Each token's document, N past the last one's end; and its place there. The last place is the padding's length.
+
+    Raises ValueError where they are no documents of x.
+    """
     batch, time, _ = x.shape
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be a tensor; got {_kind(cu_seqlens)}; pass torch.tensor(cu_seqlens)")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs B = 1; got B = {batch}; pass x.reshape(1, B*T, D)")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be [N + 1] int32 or int64; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}; "
-            "pass the documents' starts and T"
+            "pass the documents' starts and the last one's end"
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device}; got {cu_seqlens.device}; move it")
-    if not cu_seqlens.is_cuda and not torch.compiler.is_compiling():  # reading a GPU's values would stall it
+    readable = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor  # fake tensors have no values; a GPU's would stall it
+    if readable and not torch.compiler.is_compiling():
         edges = cu_seqlens.tolist()
-        if len(edges) < 2 or edges[0] != 0 or edges[-1] != time or sorted(edges) != edges:
+        if edges[0] != 0 or edges[-1] > time or sorted(edges) != edges:
             falls = next((f", {b} after {a}" for a, b in itertools.pairwise(edges) if b < a), "")
             got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}{falls}"
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {time}; got {got}; pass the starts and T")
-    steps = torch.arange(time, dtype=cu_seqlens.dtype, device=x.device)
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to T = {time} at most; got {got}; pass the starts and the last one's end"
+            )
+    steps = torch.arange(time + 1, dtype=cu_seqlens.dtype, device=x.device)
     document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
-    return document, (steps - cu_seqlens[document]).int()
+    return document[:-1], (steps - cu_seqlens[document]).int()
 
 
 def _kind(value: object) -> str:
@@ -336,6 +375,8 @@ def _check_input(x: Tensor) -> None:
 def _check_floating(tensor: Tensor, name: str) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor; got {_kind(tensor)}; mind the order of the arguments")
+    if tensor.is_nested:
+        raise ValueError(f"{name} must be dense; got a nested tensor; pass values()[None], and offsets() as cu_seqlens")
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}; convert it")
 

@@ -31,6 +31,15 @@ def load_position(positions, start, row, limit, slot):
 
 
 @gluon.jit
+def end_of_documents(positions, time):
+    """Where the last document ends: what comes after it is padding, which kernels read as zeros."""
+    end = time
+    if positions is not None and positions.dtype.is_ptr():
+        end = time - gl.load(positions + time)
+    return end
+
+
+@gluon.jit
 def drop_first(values):
     """A tuple without its first."""
     rest = ()

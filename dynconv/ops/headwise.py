@@ -4,14 +4,16 @@ A tile's channels are HEADS whole heads of D/H channels, padded to HP, a power o
 load as one vector, W taps padded to WP, and split in registers.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.launch import launch
+from dynconv.ops.launch import launch, new
 from dynconv.ops.optional import ring, ring_fits
 from dynconv.ops.tiles import (
     drop_first,
+    end_of_documents,
     load_positions,
     load_slot,
     load_slots,
@@ -115,15 +117,16 @@ def _forward_kernel(
     start = (program % tiles) * (ROWS * SLOTS)
     rows = tl.arange(0, ROWS) * SLOTS
     limit = time - start - rows
+    reach = end_of_documents(positions, time) - start - rows
     x += batch * x_batch + start.to(tl.int64) * x_time
-    inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok)
+    inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, reach, d_ok)
     coefficient = tl.arange(0, HEADS * WP)
     coefficient_ok = (head + coefficient // WP < heads) & (coefficient % WP < W)
     weight_at = (head + coefficient // WP) * weight_head + coefficient % WP
     weight += batch * weight_batch + start.to(tl.int64) * weight_time
     filters = load_slots(
         weight + rows[:, None] * weight_time + weight_at[None, :],
-        0, SLOTS, weight_time, -start - rows, limit, coefficient_ok,
+        0, SLOTS, weight_time, -start - rows, reach, coefficient_ok,
     )  # fmt: skip
     if positions is not None:
         position = load_positions(positions + start, rows, SLOTS, time - start)
@@ -170,6 +173,7 @@ def _backward_kernel(
     static = ()
     if static_w is not None:
         static = load_static(static_w, channels, d, d_ok, W)
+    end = end_of_documents(positions, time)
     HEAD_TAPS: tl.constexpr = dx_time // head_size * W
     sums = ()
     if dstatic is not None:
@@ -179,6 +183,7 @@ def _backward_kernel(
         start = tile * (ROWS * SLOTS)
         last = time - start
         limit = last - rows
+        reach = end - start - rows
         xs = x + batch * x_batch + start.to(tl.int64) * x_time + rows[:, None] * x_time + d[None, :]
         dys = dy + batch * dy_batch + start.to(tl.int64) * dy_time + rows[:, None] * dy_time + d[None, :]
         weight_at = (head + coefficient // WP) * weight_head + coefficient % WP
@@ -190,15 +195,15 @@ def _backward_kernel(
         if dweight is not None:
             dweights = dweight + (batch * time + start) * HEAD_TAPS
             dweights += rows[:, None] * HEAD_TAPS + dweight_at[None, :]
-        inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
-        grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
-        filters = load_slots(weights, 0, W - 1 + AHEAD, weight_time, -start - rows, limit, coefficient_ok)
+        inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, reach, d_ok)
+        grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, reach, d_ok)
+        filters = load_slots(weights, 0, W - 1 + AHEAD, weight_time, -start - rows, reach, coefficient_ok)
         if positions is not None:
             position = load_positions(positions + start, rows, SLOTS + W - 1, last)
         for slot in tl.static_range(SLOTS):
-            inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, limit, d_ok),)
-            grads = grads + (load_slot(dys, slot + W - 1 + AHEAD, dy_time, limit, d_ok),)
-            loaded = load_slot(weights, slot + W - 1 + AHEAD, weight_time, limit, coefficient_ok)
+            inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, reach, d_ok),)
+            grads = grads + (load_slot(dys, slot + W - 1 + AHEAD, dy_time, reach, d_ok),)
+            loaded = load_slot(weights, slot + W - 1 + AHEAD, weight_time, reach, coefficient_ok)
             filters = filters + (loaded,)
             gradient = grads[0].to(tl.float32)
             if RESIDUAL:
@@ -265,11 +270,12 @@ def forward(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [B, T, H, W]
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32: each token's place in its document
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
     silu: bool,  # where `ring_fits`
+    dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in x's dtype."""
+    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
     if _by_ring(x, weight, static_w, positions, silu, backward=False):
         return ring.forward(x, weight, static_w, positions, weight.shape[3], residual, silu)
     batch, time, channels = x.shape
@@ -277,7 +283,7 @@ def forward(
     rows, in_block, padded = _tile(channels // heads, heads, elements=512)
     slots = 4
     tiles = triton.cdiv(time, rows * slots)
-    y = new_like(x)
+    y = new(x, x.shape, dtype)
     launch(
         _forward_kernel,
         triton.cdiv(heads, in_block) * batch * tiles,
@@ -298,7 +304,7 @@ def backward(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [B, T, H, W]
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
     silu: bool,
     needs: tuple[bool, bool, bool],  # whether x, weight and static_w want gradients

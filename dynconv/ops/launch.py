@@ -20,7 +20,12 @@ _repeats: dict[tuple[Any, ...], Callable[..., tuple[Any, ...]] | None] = {}
 
 
 class _Record:
-    """What one run of a pass allocates, copies and launches: all that it does to tensors."""
+    """What one run of a pass allocates, copies and launches: all that it does to tensors.
+
+    It keeps them alive for as long as it lives itself, the length of that run; what `repeat` returns must not. Kept
+    scratch would be a leak, and under torch.compile(mode="reduce-overhead") memory in a CUDA graph's pool that is no
+    output of the graph, which PyTorch refuses.
+    """
 
     def __init__(self) -> None:
         self.made: list[tuple[Tensor, Any]] = []  # and torch.empty, torch.zeros, or the tensor that it is a copy of
@@ -61,7 +66,7 @@ class _Record:
                 tensor = make(shape, dtype=dtype, device=device)
                 tensors.append(tensor if source is None else tensor.copy_(tensors[source]))
             addresses = [None if t is None else t.data_ptr() for t in tensors]
-            if shared:
+            if offsets:
                 scratch = torch.empty(size, dtype=torch.uint8, device=device)  # ours until this stream has passed it
                 start = scratch.data_ptr()
                 addresses += [start + offset for offset in offsets]

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from dynconv.ops.launch import launch
+from dynconv.ops.launch import launch, new
 from dynconv.ops.optional import lowrank_mma as mma
 from dynconv.ops.optional import mma_fits
-from dynconv.ops.tiles import multiprocessors, new_like, new_sums, sum_parts
+from dynconv.ops.tiles import end_of_documents, multiprocessors, new_like, new_sums, sum_parts
 
 
 @triton.jit
@@ -55,15 +55,16 @@ def _forward_kernel(
     program = tl.program_id(0) // blocks
     batch = (program // tiles).to(tl.int64)
     start = (program % tiles) * BT
+    reach = end_of_documents(positions, time) - start
     x += batch * x_batch + start.to(tl.int64) * x_time
     z += batch * z_batch + start.to(tl.int64) * z_time + segment * R
     steps = tl.arange(0, BT)
     r = tl.arange(0, RP)
     dtype: tl.constexpr = x.dtype.element_ty
-    generator = _load_tile(z, steps, z_time, r, r < R, -start, time - start).to(dtype).to(DOT)
+    generator = _load_tile(z, steps, z_time, r, r < R, -start, reach).to(dtype).to(DOT)
     result = tl.zeros([BT, BD], tl.float32)
     if RESIDUAL:
-        result = _load_tile(x, steps, x_time, d, d_ok, -start, time - start).to(tl.float32)
+        result = _load_tile(x, steps, x_time, d, d_ok, -start, reach).to(tl.float32)
     if positions is not None:
         position = tl.load(positions + start + steps, mask=steps < time - start, other=0)
     for tap in tl.static_range(W):
@@ -72,7 +73,7 @@ def _forward_kernel(
         filters = tl.dot(generator, basis, input_precision="ieee")
         if static_w is not None:
             filters += tl.load(static_w + tap * channels + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
-        shifted = _load_tile(x, steps - tap, x_time, d, d_ok, -start, time - start).to(tl.float32)
+        shifted = _load_tile(x, steps - tap, x_time, d, d_ok, -start, reach).to(tl.float32)
         product = filters * shifted
         if positions is not None:
             product = tl.where((position >= tap)[:, None], product, 0.0)
@@ -105,6 +106,7 @@ def _backward_kernel(
     steps = tl.arange(0, BT)
     r = tl.arange(0, RP)
     dtype: tl.constexpr = x.dtype.element_ty
+    end = end_of_documents(positions, time)
     basis = ()
     static = ()
     up_sums = ()
@@ -122,11 +124,12 @@ def _backward_kernel(
     for tile in range(chunk * tiles, chunk * tiles + tiles):
         start = tile * BT
         last = time - start
+        reach = end - start
         xs = x + batch * x_batch + start.to(tl.int64) * x_time
         dys = dy + batch * dy_batch + start.to(tl.int64) * dy_time
         zs = z + batch * z_batch + start.to(tl.int64) * z_time + segment * R
-        generator = _load_tile(zs, steps, z_time, r, r < R, -start, last).to(dtype).to(DOT)
-        gradient = _load_tile(dys, steps, dy_time, d, d_ok, -start, last).to(tl.float32)
+        generator = _load_tile(zs, steps, z_time, r, r < R, -start, reach).to(dtype).to(DOT)
+        gradient = _load_tile(dys, steps, dy_time, d, d_ok, -start, reach).to(tl.float32)
         result = tl.zeros([BT, BD], tl.float32)
         if RESIDUAL:
             result = gradient
@@ -136,12 +139,12 @@ def _backward_kernel(
         new_up_sums = ()
         new_static_sums = ()
         for tap in tl.static_range(W):
-            later_generator = _load_tile(zs, steps + tap, z_time, r, r < R, -start, last).to(dtype).to(DOT)
+            later_generator = _load_tile(zs, steps + tap, z_time, r, r < R, -start, reach).to(dtype).to(DOT)
             filters = tl.dot(later_generator, basis[tap], input_precision="ieee")
             if static_w is not None:
                 filters += static[tap][None, :]
-            back = filters * _load_tile(dys, steps + tap, dy_time, d, d_ok, -start, last).to(tl.float32)
-            shifted = _load_tile(xs, steps - tap, x_time, d, d_ok, -start, last).to(tl.float32)
+            back = filters * _load_tile(dys, steps + tap, dy_time, d, d_ok, -start, reach).to(tl.float32)
+            shifted = _load_tile(xs, steps - tap, x_time, d, d_ok, -start, reach).to(tl.float32)
             product = gradient * shifted
             if positions is not None:
                 later = tl.load(positions + start + steps + tap, mask=steps + tap < last, other=0)
@@ -191,21 +194,22 @@ def forward(
     z: Tensor,  # [B, T, G*R]
     up: Tensor,  # [R, W*D]
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32: each token's place in its document
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,  # where `mma_fits`
+    dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in x's dtype."""
+    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
     if mma_fits(x, up, segments, silu):
-        return mma.forward(x, z, up, static_w, positions, segments, residual, silu)
+        return mma.forward(x, z, up, static_w, positions, segments, residual, silu, dtype)
     assert not silu, "the caller applies it"
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(x, rank, backward=False)
     tiles = triton.cdiv(time, steps)
     blocks = sum(triton.cdiv(width, columns) for width in segments)
-    y = new_like(x)
+    y = new(x, x.shape, dtype)
     launch(
         _forward_kernel,
         blocks * batch * tiles,
@@ -227,7 +231,7 @@ def backward(
     z: Tensor,  # [B, T, G*R]
     up: Tensor,  # [R, W*D]
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,

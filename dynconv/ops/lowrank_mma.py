@@ -82,7 +82,7 @@ class _Cut(NamedTuple):
 
 def _cut(
     inputs: tuple[Tensor, ...],  # each [B, T, ...]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     blocks: int,  # of channels
     at_once: int,  # programs that a multiprocessor runs
     longest: int,
@@ -108,15 +108,16 @@ def forward(
     z: Tensor,  # [B, T, G*R]
     up: Tensor,  # [R, W*D]
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32: each token's place in its document
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,  # where it `fits`
+    dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in x's dtype."""
+    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
     channels, rank = x.shape[2], up.shape[0]
     x = aligned(x)
-    y = new_like(x)
+    y = new(x, x.shape, dtype)
     blocks = triton.cdiv(channels, 16 * _FORWARD_WARPS)
     padded = _padded(z, rank, x.dtype)
     for first in range(0, rank, _FORWARD_RANKS):
@@ -146,7 +147,7 @@ def backward(
     z: Tensor,  # [B, T, G*R]
     up: Tensor,  # [R, W*D]
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,

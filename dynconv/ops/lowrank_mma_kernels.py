@@ -23,6 +23,7 @@ from dynconv.ops.gluon_pieces import (
     allocate_ring,
     async_load,
     drop_first,
+    end_of_documents,
     forget,
     load_history,
     sigmoid,
@@ -100,12 +101,13 @@ def forward_kernel(
     copy_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, COPY)), 1) * RUN
     copy_d = first + gl.expand_dims(gl.arange(0, 16 * WARPS, gl.SliceLayout(0, COPY)), 0)
     copy_ok = copy_d < channels
-    copy_limit = time - start - copy_row
+    reads = end_of_documents(positions, time) - start
+    copy_limit = reads - copy_row
     x_from = copy_row * x_time + copy_d
     z_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, Z_COPY)), 1) * RUN
     z_column = gl.expand_dims(gl.arange(0, RANKS, gl.SliceLayout(0, Z_COPY)), 0)
     z_from = z_row * z_time + z_column
-    z_limit = gl.where(z_column < 16 * BLOCKS, time - start - z_row, 0)
+    z_limit = gl.where(z_column < 16 * BLOCKS, reads - z_row, 0)
     x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, RANKS], Z_ROWS, dtype)
     place_ring = allocate_ring(SLOTS, [STAGES, 16], PLACES, gl.int32)
@@ -116,7 +118,7 @@ def forward_kernel(
         copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, RUN, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
-    xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
+    xs = load_history(x + row * x_time + d, positions, start, row, reads - row, d_ok, x_time, W)
     basis = ()
     for block in gl.static_range(BLOCKS):
         basis = basis + load_basis(up, first, channels, 1, 16 * block, R, W, WARPS, RIGHT, dtype)
@@ -168,7 +170,7 @@ def forward_kernel(
                     result += xs[W - 1].to(gl.float32)
             if ADD:
                 result += before[slot].to(gl.float32)
-            gl.store(out + slot * y_time, result.to(dtype), mask=(group + slot < limit) & d_ok)
+            gl.store(out + slot * y_time, result.to(y.dtype.element_ty), mask=(group + slot < limit) & d_ok)
             xs = drop_first(xs)
         out += SLOTS * y_time
 
@@ -221,13 +223,14 @@ def backward_kernel(
     copy_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, COPY)), 1) * RUN
     copy_d = first + gl.expand_dims(gl.arange(0, 16 * WARPS, gl.SliceLayout(0, COPY)), 0)
     copy_ok = copy_d < channels
-    copy_limit = time - start - copy_row
+    reads = end_of_documents(positions, time) - start
+    copy_limit = reads - copy_row
     x_from = copy_row * x_time + copy_d
     dy_from = copy_row * dy_time + copy_d
     z_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, Z_COPY)), 1) * RUN
     z_column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, Z_COPY)), 0)
     z_from = z_row * z_time + z_column
-    z_limit = time - start - z_row + z_column * 0
+    z_limit = reads - z_row + z_column * 0
     x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
@@ -241,7 +244,7 @@ def backward_kernel(
         copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, end, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
-    xs = load_history(x + row * x_time + d, positions, start, row, limit, d_ok, x_time, W)
+    xs = load_history(x + row * x_time + d, positions, start, row, reads - row, d_ok, x_time, W)
     partial = ()
     for _ in gl.static_range(W - 1):
         partial = partial + (gl.zeros([WARPS, 16, 16], gl.float32, OWN),)

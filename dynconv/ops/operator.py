@@ -4,19 +4,22 @@ The custom op `dynconv::convolve` is what torch.compile and tensor subclasses se
 eager calls skip it, because the dispatch of a Python custom op costs more host time than the launches.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
-from dynconv.ops import headwise, lowrank, static
+from dynconv.ops import flops, headwise, lowrank, static
 from dynconv.ops.launch import copied, repeated
 from dynconv.ops.optional import mma_fits, ring_fits
 
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 # The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,560 rows, or 4,096 heads.
 _FARTHEST = 2**19
@@ -38,22 +41,23 @@ def _forward(
     z: Tensor | None,  # [B, T, G*R]: low-rank
     weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,  # where `_fuses`
+    dtype: torch.dtype,  # x's, or float32 where not `_fuses`
 ) -> tuple[Tensor]:  # [B, T, D]
     if x.numel() == 0:
-        return (x.new_empty(x.shape),)
+        return (x.new_empty(x.shape, dtype=dtype),)
     x = _rows_contiguous(x)
     static_w = None if static_w is None else _contiguous(static_w)
     if weight is None:
         assert static_w is not None
-        return (static.forward(x, static_w, positions, residual, silu),)
+        return (static.forward(x, static_w, positions, residual, silu, dtype),)
     if z is None:
-        return (headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual, silu),)
+        return (headwise.forward(x, _rows_contiguous(weight), static_w, positions, residual, silu, dtype),)
     z, up = _rows_contiguous(z), _contiguous(weight)
-    return (lowrank.forward(x, z, up, static_w, positions, segments, residual, silu),)
+    return (lowrank.forward(x, z, up, static_w, positions, segments, residual, silu, dtype),)
 
 
 def _backward(
@@ -90,7 +94,7 @@ def _backward(
 
 
 def _fuses(inputs: tuple[Any, ...], segments: tuple[int, ...]) -> bool:
-    """Whether the kernels for these inputs apply silu; else PyTorch does, in place."""
+    """Whether the kernels for these inputs apply silu; else PyTorch does, to their sums in float32."""
     x, z, weight, static_w, _ = inputs
     if z is not None:
         return mma_fits(x, weight, segments, silu=True)
@@ -105,12 +109,13 @@ def _run_forward(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     x: Any = inputs[0]
-    apart = silu and not _fuses(inputs, segments)
-    (y,) = repeated(_forward, inputs, (segments, residual and not apart, silu and not apart))
-    if apart:
-        F.silu(y, inplace=True)
-        y = y.add_(x) if residual else y
-    return y
+    if not silu or _fuses(inputs, segments):
+        (y,) = repeated(_forward, inputs, (segments, residual, silu, x.dtype))
+        return y
+    (y,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
+    F.silu(y, inplace=True)
+    y = y.add_(_without_padding(x, inputs[4])) if residual else y
+    return y.to(x.dtype)
 
 
 def _run_backward(
@@ -124,34 +129,23 @@ def _run_backward(
     """Their gradients."""
     if not silu or _fuses(inputs, segments):
         return repeated(_backward, (dy, *inputs), (segments, residual, silu, needs))
-    (inner,) = repeated(_forward, inputs, (segments, False, False))  # again, rather than kept: it is as large as x
-    dinner = torch.ops.aten.silu_backward.grad_input(dy, inner, grad_input=inner)
+    x, z, _, _, positions = inputs
+    assert x is not None
+    # again, rather than kept: it is as large as x, or twice as large
+    (inner,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
+    dinner = torch.ops.aten.silu_backward.grad_input(dy.float(), inner, grad_input=inner)
+    dinner = dinner if z is None else dinner.to(x.dtype)  # of which the low-rank kernels make matrix products
     dx, *others = repeated(_backward, (dinner, *inputs), (segments, False, False, needs))
-    return dx.add_(dy) if residual and needs[0] else dx, *others
+    return dx.add_(_without_padding(dy, positions)) if residual and needs[0] else dx, *others
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor | None,
-        weight: Tensor | None,
-        static_w: Tensor | None,
-        positions: Tensor | None,
-        *options: Any,  # segments, residual, silu
-    ) -> Tensor:
-        inputs = (x, z, weight, static_w, positions)
-        ctx.save_for_backward(*inputs)
-        ctx.options = options
-        return _run_forward(inputs, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        segments, residual, silu = ctx.options
-        gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, ctx.needs_input_grad[:4])
-        return (*gradients, None, None, None, None)
+def _without_padding(value: Tensor, positions: Tensor | None) -> Tensor:  # [B, T, D], [T + 1]
+    """Zeros after the last document."""
+    if positions is None:
+        return value
+    time = value.shape[1]
+    inside = torch.arange(time, device=value.device) + positions[-1] < time
+    return torch.where(inside[:, None], value, 0.0)
 
 
 @torch.library.custom_op("dynconv::convolve", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
@@ -182,6 +176,13 @@ def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in wanted)
 
 
+def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
+    raise RuntimeError(
+        "the convolutions' kernels have first derivatives only; got a backward through their backward; "
+        "for second derivatives pass float64 tensors, which run in plain PyTorch"
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - the protocol's signature
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
@@ -194,12 +195,107 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*wanted, None, None, None, None)
 
 
-def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
-    raise RuntimeError("the convolutions are differentiable once; got a backward through their backward")
-
-
 _convolve_op.register_autograd(_differentiate, setup_context=_save)
 _backward_op.register_autograd(_refuse)
+
+
+class _Convolve(torch.autograd.Function):
+    """The fast path: no operator is dispatched."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        static_w: Tensor | None,
+        positions: Tensor | None,
+        *options: Any,  # segments, residual, silu
+    ) -> Tensor:
+        inputs = (x, z, weight, static_w, positions)
+        ctx.save_for_backward(*inputs)
+        ctx.options = options
+        return _run_forward(inputs, *options)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # by create_graph: somebody may ask for the gradients' gradients
+            made = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
+            gradients = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
+        else:
+            segments, residual, silu = ctx.options
+            gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, needs)
+        return (*gradients, None, None, None, None)
+
+
+def _over_slices(function: Any) -> Callable[..., Any]:
+    """A function's rule for torch.func.vmap: one slice after the other, as each has its own sums over B and T."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = []
+        for index in range(info.batch_size):
+            pairs = zip(arguments, in_dims, strict=True)
+            results.append(
+                function(*(a.select(d, index) if isinstance(a, Tensor) and d is not None else a for a, d in pairs))
+            )
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(each) for each in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass where its results take part in a graph. `once_differentiable` would not do: it refuses only
+    where dy itself wants a gradient, and elsewhere leaves the inputs' share of a second derivative out."""
+
+    @staticmethod
+    def forward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = _backward_op(dy, *arguments[:-1], list(arguments[-1]))
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    backward = staticmethod(_refuse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _over_slices(_Gradients.apply)(info, in_dims, *arguments)
+
+
+class _Transformed(_Convolve):
+    """What the transforms of torch.func see, in the form that they ask for; it takes more host time."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        y: Tensor = _convolve_op(*arguments)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _over_slices(_Transformed.apply)(info, in_dims, *arguments)
+
+
+register_flop_formula(torch.ops.dynconv.convolve)(flops.forward)
+register_flop_formula(torch.ops.dynconv.convolve_backward)(flops.backward)
+
+
+def _somebody_watches() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode (make_fx, FlopCounterMode, selective checkpointing) is at work,
+    which sees operators, and nothing of launches by address."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def convolve(
@@ -207,12 +303,16 @@ def convolve(
     z: Tensor | None,  # [B, T, G*R]: low-rank
     weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     """`reference.convolve` by kernels."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:  # fake tensors, say, have no memory to launch on
-        return _convolve_op(x, z, weight, static_w, positions, segments, residual, silu)
-    return _Convolve.apply(x, z, weight, static_w, positions, segments, residual, silu)
+    inputs = (x, z, weight, static_w, positions)
+    plain = all(type(t) in _PLAIN for t in inputs)  # fake tensors and wrapper subclasses have no memory to launch on
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(*inputs, segments, residual, silu)
+    if not plain or _somebody_watches():
+        return _convolve_op(*inputs, segments, residual, silu)
+    return _Convolve.apply(*inputs, segments, residual, silu)

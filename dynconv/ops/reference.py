@@ -7,6 +7,9 @@ Tap 0 is the current token, so every filter is causal by construction.
 Source: Dynamic Short Convolutions Improve Transformers, arXiv 2606.03825, section 2.
 """
 
+import contextlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +20,7 @@ def convolve(
     z: Tensor | None,  # [B, T, G*R]: low-rank
     weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32: each token's place in its document, where B = 1 holds several
+    positions: Tensor | None,  # [T + 1] int32: places in documents, where B = 1 holds several; the padding's length
     segments: tuple[int, ...],  # widths of the G segments of D: low-rank; (): one segment
     residual: bool,
     silu: bool = False,
@@ -27,9 +30,19 @@ def convolve(
 
     With `silu` the sum goes through it, before x is added.
     The filter is weight[b,t,d//(D/H),w] (head-wise), or z[b,t,segment of d] @ weight viewed [W, D]
-    (low-rank), or absent (static); plus static_w[w,d].
+    (low-rank), or absent (static); plus static_w[w,d]. 16-bit inputs are computed with in float32, and the result is
+    rounded once.
     """
-    channels = x.shape[2]
+    channels, dtype = x.shape[2], x.dtype
+    x, z, weight, static_w, history = (_wide(t) for t in (x, z, weight, static_w, history))
+    inside = place = None
+    if positions is not None:
+        place = positions[:-1, None]  # [T, 1]
+        inside = torch.arange(x.shape[1], device=x.device)[:, None] + positions[-1] < x.shape[1]
+        x = torch.where(inside, x, 0.0)  # what follows the last document is read by nothing
+        z = None if z is None else torch.where(inside, z, 0.0)
+        if weight is not None and z is None:
+            weight = torch.where(inside[..., None], weight, 0.0)
     taps = static_w
     if weight is not None:
         taps = _headwise(weight, channels) if z is None else _lowrank(z, weight, channels, segments)
@@ -37,17 +50,24 @@ def convolve(
             taps = taps + static_w
     assert taps is not None
     time, width = x.shape[1], taps.shape[-2]
-    padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], 1)
+    padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(dtype).to(x.dtype), x], 1)
     y = x if residual and not silu else None
     for tap in range(width):
-        term = taps[..., tap, :] * padded[:, width - 1 - tap :][:, :time]
-        if positions is not None and tap > 0:
-            term = torch.where((positions >= tap)[:, None], term, 0.0)
+        earlier = padded[:, width - 1 - tap :][:, :time]
+        if place is not None and tap > 0:  # before the product: after it, NaN would pass through its gradients
+            earlier = torch.where(place >= tap, earlier, 0.0)
+        term = taps[..., tap, :] * earlier
         y = term if y is None else y + term
     assert y is not None
     if silu:
         y = F.silu(y) + x if residual else F.silu(y)
-    return y.to(x.dtype)
+    if inside is not None:
+        y = torch.where(inside, y, 0.0)
+    return y.to(dtype)
+
+
+def _wide(tensor: Any) -> Any:  # Tensor or None
+    return tensor if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _headwise(
@@ -63,11 +83,12 @@ def _lowrank(
     channels: int,
     segments: tuple[int, ...],
 ) -> Tensor:  # [B, T, W, D]
-    dtype = torch.promote_types(z.dtype, up.dtype)  # under autocast z has 16 bits, and the parameter 32
+    dtype = torch.promote_types(z.dtype, up.dtype)
     z, up = z.to(dtype), up.to(dtype)
-    if len(segments) <= 1:
-        return (z @ up).unflatten(2, (-1, channels))
-    basis = up.unflatten(1, (-1, channels)).split(segments, dim=2)  # each [R, W, D of the segment]
-    generators = z.chunk(len(segments), dim=2)
-    taps = [torch.einsum("btr,rwd->btwd", each, of) for each, of in zip(generators, basis, strict=True)]
-    return torch.cat(taps, dim=3)
+    with torch.autocast(z.device.type, enabled=False) if z.device.type != "meta" else contextlib.nullcontext():
+        if len(segments) <= 1:
+            return (z @ up).unflatten(2, (-1, channels))
+        basis = up.unflatten(1, (-1, channels)).split(segments, dim=2)  # each [R, W, D of the segment]
+        generators = z.chunk(len(segments), dim=2)
+        taps = [torch.einsum("btr,rwd->btwd", each, of) for each, of in zip(generators, basis, strict=True)]
+        return torch.cat(taps, dim=3)

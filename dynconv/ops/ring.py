@@ -66,7 +66,7 @@ def forward(
     x: Tensor,  # [B, T, D]
     weight: Tensor | None,  # [B, T, H, W]; None: static
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32: each token's place in its document
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     width: int,
     residual: bool,
     silu: bool,
@@ -92,7 +92,7 @@ def backward(
     x: Tensor,  # [B, T, D]
     weight: Tensor | None,  # [B, T, H, W]
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     width: int,
     residual: bool,
     silu: bool,

@@ -15,6 +15,7 @@ from dynconv.ops.gluon_pieces import (
     allocate_ring,
     async_load,
     drop_first,
+    end_of_documents,
     forget,
     load_history,
     load_position,
@@ -96,6 +97,7 @@ def forward_kernel(
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * RUN
     limit = time - start
+    reach = end_of_documents(positions, time) - start
     d = first + gl.arange(0, BLOCK, OWN)
     d_ok = d < channels
     x_at = x + batch * x_batch + start.to(gl.int64) * x_time + d
@@ -107,13 +109,13 @@ def forward_kernel(
         weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
         weight_ring = allocate_ring(SLOTS, [STAGES, COLUMNS], SHARED, dtype)
     for slot in gl.static_range(AHEAD):
-        async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x_at + slot * x_time, mask=(slot < limit) & d_ok)
+        async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x_at + slot * x_time, mask=(slot < reach) & d_ok)
         if weight is not None:
-            copied = (slot < limit) & column_ok
+            copied = (slot < reach) & column_ok
             async_load(weight_ring[slot % SLOTS].index(slot // SLOTS), weight_at + slot * weight_time, mask=copied)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
-    xs = load_history(x_at, positions, start, 0, limit, d_ok, x_time, W)
+    xs = load_history(x_at, positions, start, 0, reach, d_ok, x_time, W)
     static = _load_static(static_w, d, channels, W)
     if positions is not None:
         places = load_positions(positions, start, 0, limit, 0, SLOTS)
@@ -126,10 +128,10 @@ def forward_kernel(
             for slot in gl.static_range(SLOTS):
                 far = AHEAD + stage * SLOTS + slot
                 place = (stage + STAGES - 1) % STAGES
-                inside = (begin + far < limit) & d_ok & (begin + far < RUN)
+                inside = (begin + far < reach) & d_ok & (begin + far < RUN)
                 async_load(x_ring[slot].index(place), x_at + far * x_time, mask=inside)
                 if weight is not None:
-                    copied = (begin + far < limit) & column_ok & (begin + far < RUN)
+                    copied = (begin + far < reach) & column_ok & (begin + far < RUN)
                     async_load(weight_ring[slot].index(place), weight_at + far * weight_time, mask=copied)
             async_copy.commit_group()
             for slot in gl.static_range(SLOTS):
@@ -180,6 +182,7 @@ def backward_kernel(
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * RUN
     limit = time - start
+    reach = end_of_documents(positions, time) - start
     d = first + gl.arange(0, BLOCK, OWN)
     d_ok = d < channels
     x_at = x + batch * x_batch + start.to(gl.int64) * x_time + d
@@ -198,15 +201,15 @@ def backward_kernel(
         filter_ok = filter_column < channels // HP * W
         dweight_at = dweight + (batch * time + start) * dweight_time + filter_column
     for slot in gl.static_range(AHEAD):
-        early = (slot < limit) & d_ok
+        early = (slot < reach) & d_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x_at + slot * x_time, mask=early)
         async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy_at + slot * dy_time, mask=early)
         if weight is not None:
-            copied = (slot < limit) & column_ok
+            copied = (slot < reach) & column_ok
             async_load(weight_ring[slot % SLOTS].index(slot // SLOTS), weight_at + slot * weight_time, mask=copied)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
-    xs = load_history(x_at, positions, start, 0, limit, d_ok, x_time, W)
+    xs = load_history(x_at, positions, start, 0, reach, d_ok, x_time, W)
     static = _load_static(static_w, d, channels, W)
     partial = ()
     for _ in gl.static_range(W - 1):
@@ -226,11 +229,11 @@ def backward_kernel(
             for slot in gl.static_range(SLOTS):
                 far = AHEAD + stage * SLOTS + slot
                 place = (stage + STAGES - 1) % STAGES
-                inside = (begin + far < limit) & d_ok & (begin + far < RUN + W - 1)
+                inside = (begin + far < reach) & d_ok & (begin + far < RUN + W - 1)
                 async_load(x_ring[slot].index(place), x_at + far * x_time, mask=inside)
                 async_load(dy_ring[slot].index(place), dy_at + far * dy_time, mask=inside)
                 if weight is not None:
-                    copied = (begin + far < limit) & column_ok & (begin + far < RUN + W - 1)
+                    copied = (begin + far < reach) & column_ok & (begin + far < RUN + W - 1)
                     async_load(weight_ring[slot].index(place), weight_at + far * weight_time, mask=copied)
             async_copy.commit_group()
             for slot in gl.static_range(SLOTS):

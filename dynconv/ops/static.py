@@ -1,13 +1,15 @@
 """The static convolution in Triton. Legend: B batch, T time, D channels, W taps."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynconv.ops.launch import launch
+from dynconv.ops.launch import launch, new
 from dynconv.ops.optional import ring, ring_fits
 from dynconv.ops.tiles import (
     drop_first,
+    end_of_documents,
     load_positions,
     load_slot,
     load_slots,
@@ -34,8 +36,9 @@ def _forward_kernel(
     start = (program % tiles) * (ROWS * SLOTS)
     rows = tl.arange(0, ROWS) * SLOTS
     limit = time - start - rows
+    reach = end_of_documents(positions, time) - start - rows
     x += batch * x_batch + start.to(tl.int64) * x_time
-    inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, limit, d_ok)
+    inputs = load_slots(x + rows[:, None] * x_time + d[None, :], 1 - W, SLOTS, x_time, -start - rows, reach, d_ok)
     if positions is not None:
         position = load_positions(positions + start, rows, SLOTS, time - start)
     taps = load_static(weight, channels, d, d_ok, W)
@@ -69,6 +72,7 @@ def _backward_kernel(
     chunk = program % chunks
     rows = tl.arange(0, ROWS) * SLOTS
     taps = load_static(weight, channels, d, d_ok, W)
+    end = end_of_documents(positions, time)
     sums = ()
     if dweight is not None:
         for _ in tl.static_range(W):
@@ -77,17 +81,18 @@ def _backward_kernel(
         start = tile * (ROWS * SLOTS)
         last = time - start
         limit = last - rows
+        reach = end - start - rows
         xs = x + batch * x_batch + start.to(tl.int64) * x_time + rows[:, None] * x_time + d[None, :]
         dys = dy + batch * dy_batch + start.to(tl.int64) * dy_time + rows[:, None] * dy_time + d[None, :]
         if dx is not None:
             out = dx + (batch * time + start) * dx_time + rows[:, None] * dx_time + d[None, :]
-        inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, limit, d_ok)
-        grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, limit, d_ok)
+        inputs = load_slots(xs, 1 - W, AHEAD, x_time, -start - rows, reach, d_ok)
+        grads = load_slots(dys, 0, W - 1 + AHEAD, dy_time, -start - rows, reach, d_ok)
         if positions is not None:
             position = load_positions(positions + start, rows, SLOTS + W - 1, last)
         for slot in tl.static_range(SLOTS):
-            inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, limit, d_ok),)
-            grads = grads + (load_slot(dys, slot + W - 1 + AHEAD, dy_time, limit, d_ok),)
+            inputs = inputs + (load_slot(xs, slot + AHEAD, x_time, reach, d_ok),)
+            grads = grads + (load_slot(dys, slot + W - 1 + AHEAD, dy_time, reach, d_ok),)
             gradient = grads[0].to(tl.float32)
             if RESIDUAL:
                 result = gradient
@@ -117,15 +122,16 @@ def _backward_kernel(
 def forward(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [W, D]
-    positions: Tensor | None,  # [T] int32: each token's place in its document
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
     silu: bool,  # where `ring_fits`
+    dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in x's dtype."""
+    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
     if ring_fits(x, None, weight.shape[0]) and (silu or positions is not None):
         return ring.forward(x, None, weight, positions, weight.shape[0], residual, silu)
     batch, time, channels = x.shape
-    y = new_like(x)
+    y = new(x, x.shape, dtype)
     rows, slots, columns = 2, 8, min(256, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(time, rows * slots)
     launch(
@@ -146,7 +152,7 @@ def backward(
     dy: Tensor,  # [B, T, D]
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [W, D]
-    positions: Tensor | None,  # [T] int32
+    positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
     silu: bool,
     needs: tuple[bool, bool],  # whether x and weight want gradients

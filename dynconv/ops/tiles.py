@@ -67,6 +67,15 @@ def load_positions(pointer, rows, last: tl.constexpr, highest):
 
 
 @triton.jit
+def end_of_documents(positions, time):
+    """Where the last document ends: what comes after it is padding, which kernels read as zeros."""
+    end = time
+    if positions is not None:
+        end = time - tl.load(positions + time)
+    return end
+
+
+@triton.jit
 def _sum_block(
     block, partial, total, parts, size, columns, width, first,
     PLACED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,

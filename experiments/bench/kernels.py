@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from analysis.errors import WorkFailed, first_line
 from analysis.logs.files import write_atomically
+from experiments import source
 from experiments.bench.cases import Case, Provider, cases, providers
 from experiments.terminal import align
 
@@ -141,7 +141,7 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
     where = {
         "device": torch.cuda.get_device_name(),
         "versions": f"torch {torch.__version__}, triton {triton.__version__}",
-        "commit": _commit(),
+        "commit": source.commit("+changes"),
     }
     rows = []
     work = [(case, provider) for case in chosen for provider in found if case.op in provider.functions]
@@ -185,18 +185,6 @@ def render(rows: pd.DataFrame) -> str:
             lines.append([*cells, f"{passes.loc['host', 'us']:.0f}", f"{part['transient'].iloc[0]:.2f}"])
         text.append(f"\nB={b} T={t} D={d} W={w} {dtype}\n{align(headings, lines)}")
     return "\n".join(text)
-
-
-def _commit() -> str | None:
-    """The commit that is measured, marked where the files differ from it."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", *arguments]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    commit = git("rev-parse", "--verify", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
 
 
 def _check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 STORES = Path("results/runs")
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (
-    "STORE is a live store, a frozen one (dynconv freeze), or a .csv or .parquet of points with columns arm, size, "
-    "seed, N, D, C, loss (others by --columns)."
+    "STORE is a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "
+    "columns arm, size, seed, N, D, C, loss (others by --columns). Several stores are read as one, each run once."
 )
 
 
@@ -40,9 +40,14 @@ def add_reading_verb(
     """A verb that reads a store or a table of points."""
     result = add_verb(subparsers, verb, run, text, *examples)
     result.description = f"{result.description} {STORE_LEGEND}"
-    result.add_argument("store", type=Path, metavar="STORE")
-    result.add_argument("--columns", metavar="NAME=COLUMN,...", help="names of the columns of a table of points")
+    result.add_argument("stores", type=Path, metavar="STORE", nargs="+")
+    columns_argument(result)
     return result
+
+
+def columns_argument(verb: argparse.ArgumentParser) -> None:
+    text = """names of the columns of a table of points: N=params,loss="val loss, final" (quote a name with a comma)"""
+    verb.add_argument("--columns", metavar="NAME=COLUMN,...", action="append", default=[], help=text)
 
 
 def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -70,17 +75,10 @@ def table_format_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def load_store(args: argparse.Namespace) -> Store:
-    from analysis.logs.store import load
+    from analysis.logs.columns import parse_columns
+    from analysis.logs.merge import load_all
 
-    columns = {}
-    for item in args.columns.split(",") if args.columns else []:
-        ours, equals, theirs = item.partition("=")
-        if not (ours and equals and theirs):
-            raise ValueError(f"--columns takes NAME=COLUMN,...; got {item!r}")
-        if ours.strip() in columns:
-            raise ValueError(f"--columns names two columns for {ours.strip()}; give one")
-        columns[ours.strip()] = theirs.strip()
-    store = load(args.store, columns)
+    store = load_all(args.stores, parse_columns(args.columns))
     warn(*store.problems)
     return store
 

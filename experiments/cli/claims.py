@@ -1,4 +1,4 @@
-"""The verbs that make claims of logs: fit, table, power, isoflop."""
+"""The verbs that compare arms: table, power."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from experiments.cli.arguments import (
     Subparsers,
     add_reading_verb,
+    columns_argument,
     load_store,
     table_format_argument,
     warn,
@@ -22,36 +23,8 @@ if TYPE_CHECKING:
 
 def register(subparsers: Subparsers) -> None:
     """Add the verbs; each parser has a default `run(args) -> exit code`."""
-    _add_fit(subparsers)
     _add_table(subparsers)
     _add_power(subparsers)
-    _add_isoflop(subparsers)
-
-
-def _add_fit(subparsers: Subparsers) -> None:
-    parser = add_reading_verb(
-        subparsers,
-        "fit",
-        _fit,
-        "fit power laws with an irreducible loss, with certificates",
-        "results/runs/demo",
-        "points.csv --form nd --json",
-        "points.csv --columns C=train_flops,loss=final --loss lsq",
-    )
-    parser.add_argument(
-        "--form", choices=("c", "nd"), default="c", help="E + A C^-alpha, or E + A N^-alpha + B D^-beta"
-    )
-    parser.add_argument("--loss", choices=("huber", "lsq"), default="huber", help="Huber on log loss, or least squares")
-    parser.add_argument("--delta", type=float, default=1e-3, help="of Huber (default 1e-3)")
-    parser.add_argument(
-        "--per-arm", default="A,B", help="parameters that each arm has to itself (default A,B; '' for none)"
-    )
-    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="of FLOPs, for form c: exact, given, 6ND or '6N_nonemb D'")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
-    parser.add_argument("--starts", type=int, default=4500, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    table_format_argument(parser)
 
 
 def _add_table(subparsers: Subparsers) -> None:
@@ -64,6 +37,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "points.csv --baseline transformer --format json",
         """results/runs/demo --where 'size != "25k"'""",
         "results/runs/demo --by arm,size",
+        "results/runs/demo --throughput train.parquet",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
@@ -74,6 +48,12 @@ def _add_table(subparsers: Subparsers) -> None:
         default=[],
         metavar="E",
         help="state the irreducible loss instead of fitting it; more of them show what m depends on",
+    )
+    parser.add_argument(
+        "--throughput",
+        type=Path,
+        metavar="FILE",
+        help="what `dynconv bench train` wrote, or columns size, arm, tokens_per_second: for the wall clock",
     )
     parser.add_argument("--where", metavar="CONDITION", help="of the runs to use, on the run table's columns")
     parser.add_argument("--by", metavar="COLUMN,...", help="sum the runs up by arm, size ... instead of comparing arms")
@@ -87,7 +67,7 @@ def _add_power(subparsers: Subparsers) -> None:
         help="simulate which advantage a design's sizes and seeds could resolve",
         description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost, with the "
         "estimator, the tests and the intervals that `dynconv table` reports. DESIGN is a sweep file, a plan "
-        "(dynconv plan SWEEP --profile P --format json; P for the hours), a store, or a table of points: its sizes "
+        "(dynconv plan SWEEP --profile P --format json; P for the hours), or stores and tables of points: their sizes "
         "and their compute count.",
         epilog="examples:\n"
         "  dynconv power experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14\n"
@@ -95,7 +75,8 @@ def _add_power(subparsers: Subparsers) -> None:
         "  dynconv power results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("design", type=Path, metavar="DESIGN")
+    parser.add_argument("stores", type=Path, metavar="DESIGN", nargs="+")
+    columns_argument(parser)
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
     parser.add_argument("--seeds", default="1,2,3", help="numbers of seeds to try (default 1,2,3)")
     parser.add_argument("--baseline", help="the arm whose ladder it is (default: the sweep's)")
@@ -110,55 +91,13 @@ def _add_power(subparsers: Subparsers) -> None:
     table_format_argument(parser)
 
 
-def _add_isoflop(subparsers: Subparsers) -> None:
-    parser = add_reading_verb(
-        subparsers,
-        "isoflop",
-        _isoflop,
-        "find the best size at each compute budget, and how it grows with compute",
-        "points.csv",
-        "points.csv --convention 6ND --json",
-    )
-    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
-    table_format_argument(parser)
-
-
-def _fit(args: argparse.Namespace) -> int:
-    from functools import partial
-
-    from tqdm import tqdm
-
-    from analysis.laws.intervals import bootstrap, profile
-    from analysis.laws.powerlaw import fit
-    from analysis.pages.drawing import fit_points
-    from analysis.pages.tables import fit_table
-
-    if args.loss == "huber" and not 0 < args.delta < math.inf:
-        raise ValueError(f"--delta must be positive; got {args.delta}")
-    if args.starts < 1 or args.bootstrap < 0:
-        raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
-    points, excluded = fit_points(load_store(args), args.form, args.baseline, args.convention)
-    warn(*(f"{item.run_id} is left out ({item.reason})" for item in excluded))
-    law = fit(
-        points,
-        args.form,
-        delta=None if args.loss == "lsq" else args.delta,
-        per_arm=[name for name in args.per_arm.split(",") if name],
-        starts=args.starts,
-    )
-    if args.bootstrap and len(points.loss) > len(law.theta):
-        law = bootstrap(law, args.bootstrap, args.seed)
-        law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
-    print(fit_table(law, args.format, excluded))
-    return 0
-
-
 def _table(args: argparse.Namespace) -> int:
     from analysis.advantage.multiplier import multipliers
+    from analysis.logs.throughput import read_throughput
     from analysis.pages.query import chosen, grouped
     from analysis.pages.tables import multiplier_table, value_table
 
-    runs = chosen(load_store(args).runs, args.where)
+    runs = chosen(load_store(args).runs, args.where, args.convention)
     if args.by is not None:
         print(value_table(*grouped(runs, args.by.split(",")), args.format))
         return 0
@@ -167,6 +106,7 @@ def _table(args: argparse.Namespace) -> int:
         baseline=args.baseline,
         convention=args.convention,
         floors=args.floor,
+        throughput=read_throughput(args.throughput) if args.throughput else None,
         seed=args.seed,
     )
     warn(*(f"no answer for {line}" for line in refused))
@@ -217,25 +157,11 @@ def _design(args: argparse.Namespace) -> pd.DataFrame:
     import pandas as pd
 
     from analysis.advantage.planning import read_plan
-    from analysis.logs.store import load
 
-    read = {".toml": planned, ".json": read_plan}.get(args.design.suffix)
-    return pd.DataFrame.from_records(read(args.design)) if read else load(args.design).runs
-
-
-def _isoflop(args: argparse.Namespace) -> int:
-    from dataclasses import astuple, fields
-
-    from analysis.laws.isoflop import isoflop
-    from analysis.pages.tables import to_json, value_table
-
-    optima, laws = isoflop(load_store(args).runs, args.convention)
-    if args.format == "json":
-        print(to_json({"optima": optima, "laws": laws}))
-        return 0
-    tables = [
-        value_table([item.name for item in fields(rows[0])], [astuple(row) for row in rows], args.format)
-        for rows in (optima, laws)
-    ]
-    print("\n\n".join(tables))
-    return 0
+    first, *others = args.stores
+    read = {".toml": planned, ".json": read_plan}.get(first.suffix)
+    if not read:
+        return load_store(args).runs
+    if others or args.columns:
+        raise ValueError(f"{first} is a whole design; give it alone, without --columns")
+    return pd.DataFrame.from_records(read(first))

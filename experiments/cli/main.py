@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, pages, runs
+from experiments.cli import bench, claims, data, laws, pages, runs
 
 if TYPE_CHECKING:
     pass
@@ -57,11 +57,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="dynconv",
         description="Compute-matched scaling experiments on dynamic short convolutions (arXiv 2606.03825).",
-        epilog="STORE is the folder that `submit` fills. The verbs that read one also take a frozen store, or a CSV "
-        "or parquet table of points.",
+        epilog="STORE is the folder that `submit` fills. The verbs that read one also take a frozen store, a "
+        "table of points or a tracker's export, and several of them.",
     )
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     runs.register(subparsers)
+    laws.register(subparsers)
     claims.register(subparsers)
     pages.register(subparsers)
     bench.register(subparsers)

@@ -63,6 +63,10 @@ def _add_query(subparsers: Subparsers) -> None:
         """results/runs/demo "select * from multipliers" --format csv""",
     )
     parser.add_argument("sql", metavar="SQL")
+    parser.add_argument(
+        "--baseline", help="of multipliers: the arm that others are compared with (default: the sweep's)"
+    )
+    parser.add_argument("--convention", help="of FLOPs, of multipliers and C: exact, given, 6ND or '6N_nonemb D'")
     table_format_argument(parser)
 
 
@@ -86,7 +90,7 @@ def _plot(args: argparse.Namespace) -> int:
     from analysis.pages.style import save
 
     _folder(args.out)
-    kernels = read_kernels(args.store)
+    kernels = read_kernels(args.stores[0]) if len(args.stores) == 1 else None
     if kernels is not None:
         drawn = {"kernels": kernel_bars(kernels)}
     else:
@@ -107,7 +111,7 @@ def _query(args: argparse.Namespace) -> int:
     from analysis.pages.tables import value_table
 
     with reading_store(args) as store:
-        print(value_table(*sql(store, args.sql), args.format))
+        print(value_table(*sql(store, args.sql, args.baseline, args.convention), args.format))
     return 0
 
 

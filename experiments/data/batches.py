@@ -1,4 +1,4 @@
-"""Batches that depend on (seed, step) alone, and the fixed held-out set. numpy only.
+"""Batches of tokens, which seed and step alone decide, and the fixed held-out set. Needs numpy only.
 
 Legend: T sequence length, n sequences.
 """
@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from experiments.data.dataset import Dataset
 
 AHEAD = 4096  # sequences whose places are permuted at once: that takes numpy little longer than those of one batch
-ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff 1988); small halves want more
+ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff 1988); halves of few bits need more
 
 
 class Batches:
-    """The training stream: epoch after epoch, each a fresh permutation of the train split's windows.
+    """The training stream: epoch after epoch, each a new permutation of the train split's windows.
 
     Windows hold T + 1 tokens and start T apart, so that every token but the first is a target once an epoch.
-    Step k takes sequences k * batch_sequences onwards: nothing else enters, so a run resumes from its step
-    number, every arm sees the same batches, and ranks and micro-batches may split them in any way.
+    Step k takes batch_sequences sequences from number k * batch_sequences on, and nothing else decides which: so a
+    run resumes from its step number, every arm sees the same batches, and ranks and micro-batches may split them in
+    any way.
     """
 
     def __init__(self, dataset: Dataset, *, sequence_length: int, batch_sequences: int, seed: int) -> None:
@@ -64,14 +65,17 @@ class HeldOut(NamedTuple):
     def bits_per_byte(self, loss: float) -> float:
         """Mean loss in nats a target token -> bits a byte of text.
 
-        Exact, because a byte-level token stands for a known number of bytes. An end of text stands for none:
-        what it costs to say where documents end is spread over the documents' bytes.
+        Exact, because a byte-level token stands for a known number of bytes. The end-of-text token stands for no
+        bytes; its loss counts all the same, spread over the bytes of the documents.
         """
         return loss * self.targets.size / (math.log(2) * self.bytes_predicted)
 
 
 def held_out(dataset: Dataset, *, sequence_length: int, sequences: int) -> HeldOut:
-    """The same sequences whatever the seed, the arm and the step; ValueError if the split has fewer."""
+    """The first `sequences` of the validation split: the same for every seed, arm and step.
+
+    Raises ValueError if the split has fewer.
+    """
     available = _windows(dataset, "validation", sequence_length)
     if not 1 <= sequences <= available:
         raise ValueError(
@@ -106,11 +110,11 @@ def permute(
     seed: int,
     epoch: NDArray[np.int64],  # [n]
 ) -> NDArray[np.int64]:  # [n], in 0..size-1
-    """Where each place goes in the permutation of 0..size-1 that (seed, epoch) names, without storing it.
+    """Where each place goes in the permutation of 0..size-1 that seed and epoch decide, computed place by place.
 
-    A Feistel network permutes the next power of four; a place that lands outside walks on until it is inside
-    (cycle walking, Black and Rogaway 2002), in fewer than four passes on average. The arithmetic is ours, so
-    the order of a dataset does not move with a library's random generator.
+    A Feistel network permutes the numbers below the next power of four; a result outside 0..size-1 is permuted again
+    until it is inside (cycle walking, Black and Rogaway 2002), in fewer than four passes on average. The arithmetic
+    is written out here, so that no new version of a random generator can change the order of the data.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     epoch_key = _mix(_mix(np.full(len(place), seed, np.int64).view(np.uint64)) ^ epoch.view(np.uint64))

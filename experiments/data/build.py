@@ -1,4 +1,7 @@
-"""corpus -> distinct documents -> splits -> tokenizer -> shards -> manifest, in a content-addressed cache."""
+"""Builds datasets: corpus -> distinct documents -> splits -> tokenizer -> shards -> manifest.
+
+They are kept in a cache, in folders named by a hash of what they are built from.
+"""
 
 import dataclasses
 import fcntl
@@ -19,31 +22,36 @@ from tokenizers import Tokenizer
 
 from experiments.data import shards
 from experiments.data import tokenizer as bpe
-from experiments.data.bar import bar
 from experiments.data.corpus import CorpusFile, find_files, fingerprint, read_documents
-from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, seal
+from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, sync_and_hash
 from experiments.data.documents import Documents
 from experiments.design.data import SPLITS, DataConfig
+from experiments.terminal import bar
 
 
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
-    """The folder in `cache` that holds the dataset of `spec`; built unless it is there already.
+    """The folder in `cache` that holds the dataset of `spec`; it is built unless it is there already.
 
-    Its name hashes the specification and the corpus's fingerprint. It appears whole or not at all, however
-    many build it at once and whenever one is killed. ValueError for a bad corpus, tokenizer or cache.
+    Its name is a hash of the specification and the corpus's fingerprint. It appears whole or not at all, even if
+    several processes build it at once or one is killed. Raises ValueError for a bad corpus, tokenizer or cache.
     """
     files = find_files(spec)
-    given = None if spec.tokenizer is None else _read_tokenizer(spec)
-    key = [SCHEMA, dataclasses.asdict(spec), fingerprint(files), given and hashlib.sha256(given).hexdigest()]
+    tokenizer_json = None if spec.tokenizer is None else _read_tokenizer(spec)
+    key = [
+        SCHEMA,
+        dataclasses.asdict(spec),
+        fingerprint(files),
+        tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest(),
+    ]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     label = "python" if spec.source == "python" else "text"
     target = cache / f"{label}-{spec.vocabulary}-{digest[:16]}"
     if not target.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with _one_builder(target, progress):
+            with _build_lock(target, progress):
                 if not target.exists():
-                    _build_and_publish(target, spec, files, given, progress)
+                    _build_and_publish(target, spec, files, tokenizer_json, progress)
         except OSError as error:
             raise ValueError(
                 f"the data cache must be a folder that takes files; "
@@ -70,10 +78,10 @@ def _read_tokenizer(spec: DataConfig) -> bytes:
 
 
 @contextmanager
-def _one_builder(target: Path, progress: bool) -> Iterator[None]:
-    """Wait for whoever builds `target`, then clear what builders killed on this machine left of it.
+def _build_lock(target: Path, progress: bool) -> Iterator[None]:
+    """Wait for another process that builds `target`, then delete the folders of builders killed on this machine.
 
-    The lock saves work; safety rests on unique working folders and an atomic rename, because some cluster
+    The lock only saves work. Correctness rests on unique working folders and an atomic rename, because some cluster
     file systems have no locks, or none between hosts.
     """
     with (target.parent / f".{target.name}.lock").open("wb") as lock:
@@ -101,21 +109,21 @@ def _working_prefix(target: Path) -> str:
 
 
 def _build_and_publish(
-    target: Path, spec: DataConfig, files: list[CorpusFile], given: bytes | None, progress: bool
+    target: Path, spec: DataConfig, files: list[CorpusFile], tokenizer_json: bytes | None, progress: bool
 ) -> None:
     working = Path(tempfile.mkdtemp(prefix=_working_prefix(target), dir=target.parent))
     try:
         spill, dataset = working / "spill", working / "dataset"
         spill.mkdir()
         dataset.mkdir()
-        manifest = _write_dataset(dataset, spill, spec, files, given, progress)
+        manifest = _write_dataset(dataset, spill, spec, files, tokenizer_json, progress)
         if fingerprint(find_files(spec)) != fingerprint(files):
             raise ValueError(
                 f'the corpus must stay as it is while it is read; got changes under "{spec.source}"; '
-                "build again when it is at rest"
+                "build again when nothing writes to it"
             )
         (dataset / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        seal(dataset / MANIFEST)
+        sync_and_hash(dataset / MANIFEST)
         try:
             dataset.replace(target)
         except OSError:  # a builder on another host was faster
@@ -130,16 +138,16 @@ def _write_dataset(
     spill: Path,
     spec: DataConfig,
     files: list[CorpusFile],
-    given: bytes | None,
+    tokenizer_json: bytes | None,
     progress: bool,
 ) -> dict[str, Any]:
-    """Write every file but the manifest, which is returned."""
+    """Write every file but the manifest; returns the manifest's content."""
     documents, corpus = _read_corpus(spill, spec, files, progress)
-    if given is None:
+    if tokenizer_json is None:
         with bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
-            given = bpe.train(texts, spec.vocabulary)
-    (folder / TOKENIZER).write_bytes(given)
-    tokenizer = bpe.load(given, spec.vocabulary)
+            tokenizer_json = bpe.train(texts, spec.vocabulary)
+    (folder / TOKENIZER).write_bytes(tokenizer_json)
+    tokenizer = bpe.load(tokenizer_json, spec.vocabulary)
     (folder / TOKEN_BYTES).write_bytes(bpe.token_bytes(tokenizer).astype("<u2").tobytes())
     splits = {split: _write_split(folder, split, spec, documents, tokenizer, progress) for split in SPLITS}
     corpus["duplicates"] = corpus["documents"] - sum(counts["distinct"] for counts in splits.values())
@@ -150,7 +158,7 @@ def _write_dataset(
         "shard_tokens": shards.SHARD_TOKENS,
         "corpus": dict(corpus),
         "splits": splits,
-        "files": {path.name: seal(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},
     }
 
 
@@ -187,7 +195,7 @@ def _read_corpus(
 def _write_split(
     folder: Path, split: str, spec: DataConfig, documents: Documents, tokenizer: Tokenizer, progress: bool
 ) -> dict[str, int]:
-    """Write documents until the split has the tokens it should; count all the documents it could have had."""
+    """Write documents until the split has its tokens; returns counts, of which `distinct` includes the rest."""
     wanted = spec.train_tokens if split == "train" else spec.validation_tokens
     lengths = bpe.token_bytes(tokenizer)
     writer = shards.SplitWriter(folder, split, wanted, tokenizer.get_vocab()[bpe.END_OF_TEXT], lengths)
@@ -207,7 +215,7 @@ def _write_split(
             if writer.full:
                 break
     with bar(f"counting the rest of {split}", None, "document", progress, texts) as rest:
-        for _ in rest:  # counted, not encoded
+        for _ in rest:  # reading them counts them
             pass
     if not writer.full:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where text comes from: the files of a corpus, and the documents in them.
+"""The files of a corpus, and the documents in them.
 
 A document is one file of Python or plain text, or one row of .jsonl or .parquet.
 """
@@ -18,13 +18,14 @@ from experiments.design.data import DataConfig
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 ROWS_AT_A_TIME = 1024
 
-# The standard library should be much the same text on every machine, so these stay out of it: what Debian
-# does not ship or packs apart (tests, the Tk programs, distutils, lib2to3), what each installation writes.
-NOT_EVERYWHERE = frozenset({
+# The standard library's text should be much the same on every machine, so these are left out: folders that Debian
+# does not ship or packages separately (tests, the Tk programs, distutils, lib2to3), and files that each installation
+# writes, with its own paths and flags.
+OMITTED_FOLDERS = frozenset({
     "test", "tests", "idle_test", "idlelib", "tkinter", "turtledemo", "distutils", "lib2to3",
     "site-packages", "dist-packages", "__pycache__",
 })  # fmt: skip
-WRITTEN_BY_INSTALLATION = ("_sysconfigdata", "config-")  # prefixes: a build's own paths and flags
+OMITTED_PREFIXES = ("_sysconfigdata", "config-")
 
 
 class CorpusFile(NamedTuple):
@@ -35,11 +36,14 @@ class CorpusFile(NamedTuple):
 
 
 def find_files(spec: DataConfig) -> list[CorpusFile]:
-    """Every file of the corpus, by name; ValueError if there is none. Links to folders are not followed."""
+    """Every file of the corpus, sorted by name; links to folders are not followed.
+
+    Raises ValueError if there is none.
+    """
     if spec.source == "python":
         suffixes: tuple[str, ...] = (".py",)
         roots = [Path(sysconfig.get_path("stdlib")).resolve()]
-        files = list(_walk(roots[0], suffixes, NOT_EVERYWHERE, WRITTEN_BY_INSTALLATION, file_links=False))
+        files = list(_walk(roots[0], suffixes, OMITTED_FOLDERS, OMITTED_PREFIXES, file_links=False))
         if spec.site_packages:
             roots += sorted({Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")})
             files += [file for root in roots[1:] for file in _walk(root, suffixes, file_links=False)]
@@ -89,7 +93,7 @@ def fingerprint(files: list[CorpusFile]) -> str:
 
 
 def read_documents(file: CorpusFile, text_field: str) -> Iterator[bytes | None]:
-    """The documents of one file as UTF-8, in order, the empty ones too; None for one that is not UTF-8."""
+    """The documents of one file as UTF-8, in order and with the empty ones; None for one that is not UTF-8."""
     reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(file.path.suffix)
     try:
         if reader is None:

@@ -21,8 +21,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.data.bar import bar
 from experiments.design.data import SPLITS
+from experiments.terminal import bar
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -31,9 +31,9 @@ TOKEN_BYTES = "token-bytes.bin"
 REMEDY = "remove the folder and build the data again"
 
 
-def _content_sha256(seals: Mapping[str, tuple[int, str]]) -> str:
-    """Of the files' names, lengths and checksums: two folders with equal text give equal data."""
-    return hashlib.sha256(json.dumps(sorted(seals.items())).encode()).hexdigest()
+def _content_sha256(files: Mapping[str, tuple[int, str]]) -> str:
+    """One hash of all files' names, lengths and hashes."""
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
 
 def token_type(vocabulary: int) -> np.dtype[Any]:
@@ -48,8 +48,8 @@ def documents_name(split: str) -> str:
     return f"{split}-documents.bin"
 
 
-def seal(path: Path) -> dict[str, Any]:
-    """A file's length and SHA-256, once it is safely on disk."""
+def sync_and_hash(path: Path) -> dict[str, Any]:
+    """Force a file to disk; returns its length and SHA-256, as the manifest lists them."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -57,7 +57,10 @@ def seal(path: Path) -> dict[str, Any]:
 
 
 class Dataset:
-    """Use `Dataset.open`. `sha256` stands for every byte of the shards and the tokenizer, wherever the text lay."""
+    """A dataset to read from; make one with `Dataset.open`.
+
+    `sha256` identifies every byte of the shards and of the tokenizer, wherever the text lay.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any], sha256: str) -> None:
         self.path = path
@@ -76,7 +79,10 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Check the manifest and the length of each file; ValueError names what is wrong. Reads no shard."""
+        """Check the manifest and the length of each file, without reading the shards.
+
+        Raises ValueError naming what is wrong.
+        """
         path = Path(path)
         try:
             raw = (path / MANIFEST).read_bytes()
@@ -84,16 +90,16 @@ class Dataset:
             raise ValueError(
                 f"a dataset must hold {MANIFEST}; got {path}: {error.strerror}; run `dynconv data build`"
             ) from error
-        with reads_manifest(path):
+        with manifest_errors(path):
             manifest = json.loads(raw)
             schema = manifest["schema"]
-            seals = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if schema != SCHEMA:
             raise ValueError(f"{path / MANIFEST} must have schema {SCHEMA}; got {schema}; {REMEDY}")
-        for name, (length, _) in seals.items():
+        for name, (length, _) in expected.items():
             _check_length(path / name, length)
-        with reads_manifest(path):
-            dataset = cls(path, manifest, _content_sha256(seals))
+        with manifest_errors(path):
+            dataset = cls(path, manifest, _content_sha256(expected))
         for split, parts in dataset._shards.items():
             if (got := sum(map(len, parts))) != dataset.tokens(split):
                 raise ValueError(
@@ -103,7 +109,7 @@ class Dataset:
         return dataset
 
     def verify(self, *, progress: bool = False) -> None:
-        """Read every file and compare it with its checksum; ValueError names the first that differs."""
+        """Read every file and compare it with its checksum. Raises ValueError naming the first that differs."""
         files = self.manifest["files"]
         with bar("verifying", sum(entry["bytes"] for entry in files.values()), "B", progress) as done:
             for name, entry in files.items():
@@ -136,7 +142,7 @@ class Dataset:
         starts: NDArray[np.int64],  # [n]
         length: int,
     ) -> NDArray[np.int64]:  # [n, length]
-        """Runs of `length` tokens from each start, across shards where they must."""
+        """The `length` tokens from each start on, across the borders of shards if need be."""
         assert len(starts) == 0 or 0 <= starts.min() <= starts.max() <= self.tokens(split) - length
         windows = np.empty((len(starts), length), dtype=np.int64)
         for window, start in zip(windows, starts.tolist(), strict=True):
@@ -150,8 +156,9 @@ class Dataset:
 
 
 @contextmanager
-def reads_manifest(folder: Path) -> Iterator[None]:
-    """What goes wrong in this block is the manifest's fault: a key is missing, or holds something else."""
+def manifest_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of this block, which reads the manifest, into a ValueError that names the file: a key is missing, or
+    holds something else."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

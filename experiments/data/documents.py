@@ -1,8 +1,8 @@
 """Documents in the order of their content's hash, without duplicates, in bounded memory.
 
-They are spilled to disk in buckets by the first bits of the hash; one bucket at a time is sorted in memory.
-So what comes out depends on the documents' content alone, not on file names, order, or format, and memory stays
-within a few times the larger of a bucket and the longest document.
+They are written to disk in buckets by the first bits of the hash; then one bucket at a time is sorted in memory. So
+the result depends on the documents' content alone, not on file names, order or format, and memory stays within a few
+times the larger of a bucket and the longest document.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import BinaryIO, Self
 from experiments.design.data import SPLITS
 
 # One document in twenty: enough of the 10 MB embedded corpus for a held-out set of 250,000 tokens, while the
-# loss of text to train on stays small. Both splits are further cut to the tokens that the specification asks.
+# loss of text to train on stays small. Both splits are then cut to the tokens that the specification asks for.
 VALIDATION_FRACTION = 0.05
 
 BUCKET_BYTES = 64 * 2**20
@@ -25,13 +25,15 @@ LENGTH_BYTES = 8
 
 
 def split_of(digest: bytes) -> str:
-    """By the last bits of the content's hash, so independent of the order, which the first bits give."""
+    """The split of a document, from the last bits of its hash; the first bits decide the order, so the two are
+    independent."""
     position = int.from_bytes(digest[-8:], "big") / 2**64
     return "validation" if position < VALIDATION_FRACTION else "train"
 
 
 class Documents:
-    """A spill of documents under `folder`: `add` each within `with`, then read `distinct(split)` at will."""
+    """Documents kept on disk under `folder`: `add` them inside a `with` block, then read `distinct(split)` as often as
+    wanted."""
 
     def __init__(self, folder: Path, corpus_bytes: int) -> None:
         self._buckets = min(MOST_BUCKETS, 1 + corpus_bytes // BUCKET_BYTES)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.data.dataset import TOKENIZER, Dataset, reads_manifest
+from experiments.data.dataset import TOKENIZER, Dataset, manifest_errors
 from experiments.design.data import SPLITS
 
 SAMPLE_TOKENS = 48
@@ -15,7 +15,7 @@ SAMPLE_TOKENS = 48
 def to_dict(path: Path | str) -> dict[str, Any]:
     """The dataset's specification, counts and hashes, and the text that its train split starts with."""
     dataset = Dataset.open(path)
-    with reads_manifest(dataset.path):
+    with manifest_errors(dataset.path):
         first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
         tokenizer = Tokenizer.from_file(str(dataset.path / TOKENIZER))
         return {
@@ -29,9 +29,9 @@ def to_dict(path: Path | str) -> dict[str, Any]:
 
 
 def inspect(path: Path | str) -> str:
-    """`to_dict` for people; the sample as a Python literal, so that no text can steer the terminal."""
+    """`to_dict` as text. The sample is a Python literal, so that no control characters reach the terminal."""
     facts = to_dict(path)
-    with reads_manifest(Path(path)):
+    with manifest_errors(Path(path)):
         return _render(facts)
 
 

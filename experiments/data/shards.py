@@ -1,4 +1,4 @@
-"""Writing one split: its tokens in shards of bounded size, and where its documents start."""
+"""Writes one split: its tokens in shards of bounded size, and where its documents start."""
 
 from array import array
 from pathlib import Path

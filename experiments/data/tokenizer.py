@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
-SAMPLE_BYTES = 16 * 2**20  # what merges are learnt from; more text moves them little and costs minutes
-# The library holds some 100 bytes a token while it encodes, so it gets BATCH_BYTES at a time, and long
-# documents in pieces: those of a batch are encoded in parallel.
+SAMPLE_BYTES = 16 * 2**20  # merges are learnt from this much; more text changes them little and costs minutes
+# The library needs some 100 bytes of memory a token while it encodes, so it gets BATCH_BYTES at a time, and long
+# documents in pieces. The pieces of a batch are encoded in parallel.
 PIECE_BYTES = 2**17
 BATCH_BYTES = 2**20
 
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 def train(texts: Iterable[bytes], vocabulary: int) -> bytes:
     """A tokenizer.json with `vocabulary` - 257 merges learnt from the first SAMPLE_BYTES of `texts`.
 
-    The same texts give the same bytes. ValueError if there are not as many merges to learn.
+    The same texts give the same bytes. Raises ValueError if the texts have fewer merges to learn.
     """
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,13 +61,16 @@ def _sample(texts: Iterable[bytes]) -> Iterator[str]:
 
 
 def load(raw: bytes, vocabulary: int) -> Tokenizer:
-    """Read a tokenizer.json; ValueError unless byte-level, with END_OF_TEXT, numbered 0..vocabulary-1."""
+    """Read a tokenizer.json.
+
+    Raises ValueError unless it is byte-level, has END_OF_TEXT, and numbers its tokens 0..vocabulary-1.
+    """
     try:
         tokenizer = Tokenizer.from_str(raw.decode())
         parts = json.loads(raw)
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise ValueError(f"must be a Hugging Face tokenizer.json; got {error}; give another file") from error
-    # Only then does each token stand for known bytes, and do the tokens of a text stand for all of it.
+    # Otherwise a token would not stand for known bytes, or a text's tokens not for the whole text.
     for part, wanted in (("decoder", "ByteLevel"), ("normalizer", None)):
         got = parts[part]["type"] if parts.get(part) else None
         if got != wanted:
@@ -114,7 +117,7 @@ def pieces(texts: Iterable[bytes]) -> Iterator[Piece]:
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[bytes], lengths: NDArray[np.uint16]) -> Iterator[Encoded]:
-    """The ids of each piece of each text, in order. ValueError if they do not stand for all of its bytes."""
+    """The ids of each piece of each text, in order. Raises ValueError if they do not stand for all of its bytes."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces(texts):

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from analysis.logs.schema import TRUNK as TRUNK
 from experiments.design.data import DataConfig
 from experiments.design.identity import OUTSIDE_ID, digest
 from experiments.design.model import Counts, ModelConfig
 from experiments.design.train import TrainConfig
 from experiments.parts.base import Fact
-
-TRUNK = "trunk"  # the budget of a run whose branches are the results
 
 
 @dataclass(frozen=True)

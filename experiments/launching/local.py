@@ -1,10 +1,11 @@
-"""Runs on this machine: submitit's local executor, fed as slots free.
+"""Runs on this machine: slots with their GPUs, in which submitit's local executor starts one run at a time.
 
-Left to itself it starts every job at once, ends each after two minutes and hides the GPUs.
+By itself that executor starts every job at once, ends each after two minutes and hides the GPUs.
 """
 
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from typing import NoReturn
 import submitit
 
 from experiments.launching.profile import Job, Profile
-from experiments.training.run import Run
+from experiments.training.run import SHARING_VARIABLE, Run
 
 
 class LocalRun(Run):
@@ -33,9 +34,8 @@ def visible_gpus() -> list[int]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",") if name.strip()]
-        names = list(
-            itertools.takewhile(lambda name: not name.startswith("-"), names)
-        )  # CUDA stops there: -1 hides all
+        # CUDA reads the list up to the first negative number, so that -1 hides all GPUs.
+        names = list(itertools.takewhile(lambda name: not name.startswith("-"), names))
         if not all(name.isdigit() for name in names):
             raise ValueError(f"CUDA_VISIBLE_DEVICES={chosen}: wanted numbers, as submitit takes no other names")
         return [int(name) for name in names]
@@ -56,16 +56,33 @@ class Slots:
             raise ValueError("device = 'cuda' was asked for and this machine shows no GPU; set device = 'auto'")
         if gpus and need > len(gpus):
             raise ValueError(f"gpus = {need} a run were asked for; this machine shows {len(gpus)}; lower it")
-        cores = len(os.sched_getaffinity(0)) // max((job.gpus * job.threads for job in jobs), default=1)
-        fitting = len(gpus) // need if gpus else max(1, cores)
+        self._cores = len(os.sched_getaffinity(0))
+        self._threads = max((job.gpus * job.threads for job in jobs), default=1)  # of the largest run
+        fitting = len(gpus) // need if gpus else max(1, self._cores // self._threads)
         self._gpus = [
             [gpus[(slot * need + k) % len(gpus)] for k in range(need)] if gpus else []
             for slot in range(profile.max_parallel or fitting)
         ]
         self.free = list(range(len(self._gpus)))
+        self._in_use = min(len(self._gpus), len(jobs))  # slots are taken from the first on, so others stay free
+
+    def sharing(self, slot: int, job: Job) -> int:
+        """How many runs may use this slot's device at one time, this one included.
+
+        On GPUs: the slots that have one of this slot's. On a CPU runs share nothing while each has cores of its own
+        for its threads; beyond that, the runs that stand on a core.
+        """
+        gpus = self._devices(slot, job)
+        if gpus:
+            return sum(not set(gpus).isdisjoint(others) for others in self._gpus[: self._in_use])
+        return max(1, math.ceil(self._in_use * self._threads / self._cores))
+
+    def _devices(self, slot: int, job: Job) -> list[int]:
+        return [] if job.device == "cpu" else self._gpus[slot][: job.gpus]
 
     def start(self, slot: int, run_dir: Path, job: Job, folder: Path, snapshot: Path) -> "submitit.Job[None]":
-        gpus = [] if job.device == "cpu" else self._gpus[slot][: job.gpus]
+        """Start a run in a free slot, with the code of `snapshot`; submitit's files and the output go to `folder`."""
+        gpus = self._devices(slot, job)
         executor = submitit.LocalExecutor(folder=folder)
         executor.update_parameters(
             timeout_min=60 * job.hours,
@@ -79,8 +96,9 @@ class Slots:
             "PYTHONPATH": os.pathsep.join([str(snapshot), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONSAFEPATH": "1",  # else the folder that was submitted from comes before the snapshot
             "OMP_NUM_THREADS": str(job.threads),
+            SHARING_VARIABLE: str(self.sharing(slot, job)),
         }
-        with _environment(variables):
+        with environment(variables):
             return executor.submit(LocalRun(run_dir))
 
 
@@ -91,26 +109,8 @@ def stop(job_id: str) -> None:
 
 
 @contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """Nothing short of SIGKILL ends this process inside, where a job has begun that nobody would know of.
-
-    INT and HUP are ignored, also and for good by the programs started inside: a terminal sends both to all of them.
-    TERM is acted on at the end.
-    """
-    noted: list[int] = []
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if noted:
-            signal.raise_signal(signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the programs started inside."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -20,7 +20,7 @@ class Job(Execution):
     gpus_per_node: int = 8
     cpus_per_gpu: int = 1  # cores of each process
     memory_gb: float | None = None  # a node; the cluster's default where it is left out
-    teraflops_per_second: float | None = None  # that one device sustains, for the forecast of `plan` alone
+    teraflops_per_second: float | None = None  # sustained by one device; only the forecast of `plan` uses it
 
     def __post_init__(self) -> None:
         counts = ("gpus", "gpus_per_node", "cpus_per_gpu", "threads", "max_attempts")

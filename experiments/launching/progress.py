@@ -1,4 +1,4 @@
-"""The bar on standard error while runs are waited for: weighted by FLOPs, so that its ETA means something."""
+"""The bar on standard error while runs are waited for. It counts FLOPs, not runs, so that large runs weigh more."""
 
 import sys
 from collections import Counter
@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from experiments.design.config import RunConfig
 from experiments.launching import states
-
-QUIET_SECONDS = 2.0
+from experiments.terminal import QUIET_SECONDS
 
 
 class Progress:
@@ -27,7 +26,7 @@ class Progress:
             total=100.0,
             initial=share,
             delay=QUIET_SECONDS,
-            smoothing=0.0,  # the ETA from the mean speed: runs differ
+            smoothing=0.0,  # the ETA comes from the mean speed so far, since runs differ in theirs
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} to go; {desc}",
         )

@@ -17,8 +17,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from experiments.design import strict
 from experiments.launching.profile import Job, Slurm
+from experiments.training.run import SHARING_VARIABLE
 
-ANSWER_SECONDS = 20  # a controller that takes longer is taken to be down
+ANSWER_SECONDS = 20  # if the controller takes longer, it counts as down
 
 
 def check(slurm: Slurm) -> None:
@@ -88,7 +89,7 @@ def submit(calls: Sequence[Callable[[], None]], executor: submitit.SlurmExecutor
 
 
 def executor(
-    job: Job, slurm: Slurm, *, max_parallel: int, name: str, folder: Path, snapshot: Path
+    job: Job, slurm: Slurm, *, max_parallel: int, name: str, folder: Path, snapshot: Path, after: str | None = None
 ) -> submitit.SlurmExecutor:
     """A submitit executor whose script asks for what the profile says; one task for each process of a run."""
     processes_per_node = min(job.gpus, job.gpus_per_node)
@@ -112,21 +113,36 @@ def executor(
         array_parallelism=max_parallel or 10**6,
         stderr_to_stdout=True,
         # Node failures and preemptions requeue. TERM warns before the time limit, as it does before a preemption.
-        additional_parameters={"requeue": True, "signal": f"TERM@{slurm.signal_seconds}", **options},
-        setup=[*slurm.setup, *_setup(snapshot)],
+        additional_parameters={
+            "requeue": True,
+            "signal": f"TERM@{slurm.signal_seconds}",
+            **({"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}),
+            **options,
+        },
+        setup=[*slurm.setup, *_setup(snapshot, _sharing(job, slurm))],
         # From 22.05 on, srun no longer takes --cpus-per-task over from sbatch.
         srun_args=["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none", f"--cpus-per-task={job.cpus_per_gpu}"],
     )
     return result
 
 
-def _setup(snapshot: Path) -> list[str]:
+def _sharing(job: Job, slurm: Slurm) -> str:
+    """How many runs share the devices, as text; empty where it is not known.
+
+    Slurm gives a GPU to one job, unless the profile asks for shared ones; cores and their memory may be shared.
+    """
+    may_share = any(name in slurm.options for name in ("oversubscribe", "overcommit", "gres"))
+    return "" if job.device == "cpu" or may_share else "1"
+
+
+def _setup(snapshot: Path, sharing: str) -> list[str]:
     scratch = '"${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
     return [
         "export SUBMITIT_PREEMPT_SIGNAL=TERM",
         f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot",
-        f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches do not stand shared file systems",
+        f"export {SHARING_VARIABLE}={sharing}",
+        f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches break on shared file systems",
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
         """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",
     ]
@@ -134,7 +150,7 @@ def _setup(snapshot: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Without the variables of a job that we may be running in: sbatch would take them for options."""
+    """Remove the variables of the Slurm job that we may be running in: sbatch would take them for options."""
     kept = dict(os.environ)
     for key in list(os.environ):
         if key.startswith(("SLURM_", "SRUN_", "SUBMITIT_")) and key != "SLURM_CONF":

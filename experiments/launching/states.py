@@ -1,13 +1,12 @@
-"""Where each run of a store stands. The truth is, in this order: the run's own markers, the queue, the accounting.
+"""Where each run of a store stands. What decides is, in this order: the run's own markers, the queue, the accounting.
 
 Reads small files only and imports no torch, so that `status` answers at once.
 """
 
-import contextlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,14 @@ from typing import Any
 from analysis.logs import reader
 from analysis.logs.files import read_json
 from experiments.launching import slurm
+from experiments.launching.branches import trunk_failure
+from experiments.launching.jobs import errors_naming, job_of, process_started
 from experiments.terminal import align, duration
 
-ACTIVE = ("queued", "running", "requeued", "unknown")  # a second job of such a run could meet the first
+ACTIVE = ("queued", "running", "requeued", "unknown")  # such a run may still have a job, so it gets no second one
 STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
-JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+SUBMITTABLE = ("pending", "lost")
+RETRYABLE = ("failed", "cancelled", "lost")
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class RunState:
 
 
 def find(store: Path) -> list[str]:
-    """Ids of all runs in a store. A folder without config.json is none of ours."""
+    """Ids of all runs in a store. A folder without config.json is not a run."""
     if not store.is_dir():
         raise ValueError(f"{store} is not a folder; give the store that `dynconv submit` made")
     return sorted(path.parent.name for path in store.glob("*/config.json") if not path.parent.name.startswith("."))
 
 
 def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
-    """Where the named runs stand; one that has no folder is pending, one whose files are not ours unreadable.
+    """Where the named runs stand. A run without a folder is pending; one whose files have another form is unreadable.
 
     The queue is asked before the markers are read: a run that ends in between is then seen as complete.
     """
@@ -70,7 +72,7 @@ def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
         if found[run_id].state == "lost" and job is not None and job["executor"] == "slurm"
     }
     ended = slurm.accounting(list(lost.values())) if lost else {}
-    found |= {run_id: _explained(found[run_id], ended) for run_id in lost}
+    found |= {run_id: _explained(found[run_id], ended) for run_id in lost if trunk_failure(store / run_id) is None}
     return [found[run_id] for run_id in run_ids]
 
 
@@ -78,25 +80,6 @@ def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
     """Run id -> "queued", "running" or "unknown", for runs whose last job has not ended, whatever their markers say."""
     present = _present(store, {run_id: job_of(store / run_id) for run_id in run_ids})
     return {run_id: where for run_id, where in present.items() if where != "gone"}
-
-
-def job_of(run_dir: Path) -> dict[str, Any] | None:
-    """What the launcher noted when it submitted the run, or None. Raises ValueError where it noted no such thing."""
-    path = run_dir / "job.json"
-    if not path.exists():
-        return None
-    with _reading(path):
-        job = read_json(path)
-        return {key: job[key] for key in JOB_KEYS}
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Names the file that does not hold what we write there: another program's, or another version's."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path} is not as `dynconv` writes it ({type(error).__name__}: {error})") from None
 
 
 def _present(store: Path, jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
@@ -117,34 +100,24 @@ def _present(store: Path, jobs: Mapping[str, dict[str, Any] | None]) -> dict[str
     return present
 
 
-def process_started(pid: str) -> int | None:
-    """When a process of this machine began, in clock ticks since boot: with it a process id names one process only."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the command's name, in brackets, may hold anything
-    return None if state == "Z" else int(fields[18])
-
-
 def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> RunState:
     where = reader.status(run_dir)
     if where == "unfinished":
         where = "pending" if job is None else "lost" if present in ("gone", None) else present
     known: dict[str, Any] = {"job_id": job["job_id"], "log": job["log"]} if job else {}
     if where == "complete":
-        with _reading(run_dir / "run.json"):
+        with errors_naming(run_dir / "run.json"):
             run = read_json(run_dir / "run.json")
             elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
             return RunState(run_dir.name, where, 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
-    known["cause"] = _cause(run_dir, job, where)
-    with _reading(run_dir / "attempt-*.json"):
+    known["cause"] = (trunk_failure(run_dir) if where in ("pending", "lost") else None) or _cause(run_dir, job, where)
+    with errors_naming(run_dir / "attempt-*.json"):
         latest = reader.progress(run_dir)
     if latest is None:
         return RunState(run_dir.name, where, **known)
     if where == "queued":
         where = "requeued"
-    with _reading(run_dir / "config.json"):
+    with errors_naming(run_dir / "config.json"):
         tokens = read_json(run_dir / "config.json")["tokens"]
         share = (latest.tokens or 0) / tokens
     if where == "running":
@@ -153,7 +126,7 @@ def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> Ru
 
 
 def _times(latest: reader.Progress, tokens: int) -> dict[str, float]:
-    """Seconds that this attempt has taken, and those that the run will take yet at the attempt's own speed."""
+    """Seconds that this attempt has taken so far, and that the rest of the run will take at the attempt's speed."""
     times = {"elapsed": time.time() - latest.started_at}
     if latest.step is not None and latest.tokens and latest.step >= latest.first_step:
         seconds_per_step = (latest.updated_at - latest.started_at) / (latest.step - latest.first_step + 1)
@@ -164,7 +137,7 @@ def _times(latest: reader.Progress, tokens: int) -> dict[str, float]:
 
 def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
     if where == "failed":
-        with _reading(run_dir / "failure.json"):
+        with errors_naming(run_dir / "failure.json"):
             failure = read_json(run_dir / "failure.json")
             return f"{failure['cause']} (step {failure['step']})"
     if where == "unknown" and job is not None:

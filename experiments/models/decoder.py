@@ -20,9 +20,15 @@ Criterion = Callable[[Tensor, Tensor], Tensor]  # what the LM head reads [B, T, 
 class Output(NamedTuple):
     """What a model makes of tokens."""
 
-    logits: Tensor | None  # [B, T, V]; None where a criterion did without them
+    logits: Tensor  # [B, T, V]
     losses: dict[str, Tensor]  # auxiliary losses by name, weighted, means over tokens
-    loss: Tensor | None = None  # []: the criterion's
+
+
+class Scored(NamedTuple):
+    """What a model makes of tokens and a criterion."""
+
+    loss: Tensor  # []: the criterion's
+    losses: dict[str, Tensor]  # as in Output
 
 
 class Decoder(nn.Module):
@@ -55,7 +61,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,  # [B, T]
         criterion: Criterion | None = None,  # takes the LM head and the loss as one, so that logits need not be stored
-    ) -> Output:
+    ) -> Output | Scored:
         """Under autocast the residual stream is of its dtype, and each norm computes in float32."""
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
@@ -69,7 +75,7 @@ class Decoder(nn.Module):
                 losses[name] = losses[name] + loss if name in losses else loss
         x = self._run(self.norm, x)
         if criterion is not None:
-            return Output(None, losses, criterion(x, self.head.weight))
+            return Scored(criterion(x, self.head.weight), losses)
         return Output(self.head(x), losses)
 
     def _initialise(self, seed: int) -> None:

@@ -9,12 +9,14 @@ import torch
 
 from analysis.logs.files import write_atomically
 
-KEPT = 2  # the one before the newest stands in should the newest be unreadable
+KEPT = 2  # if the newest is unreadable, the run resumes from the one before it
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`, and remove what it makes useless: older ones, and later ones of a course that
-    could not be resumed."""
+    """Write the checkpoint of `step`, and delete all others but the KEPT - 1 before it.
+
+    Checkpoints of later steps can exist where they were unreadable and the run resumed from an earlier one.
+    """
     folder = run_dir / "checkpoint"
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:010d}.pt"
@@ -28,7 +30,7 @@ def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
 def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
     """The newest readable checkpoint of this run, or None before the first.
 
-    An unreadable one is named on standard error and passed over. Raises ValueError for a checkpoint of another run.
+    One that cannot be read is named on standard error and skipped. Raises ValueError for a checkpoint of another run.
     """
     for path in _newest_first(run_dir):
         try:

@@ -37,6 +37,10 @@ class World:
         dist.all_reduce(ends, op=dist.ReduceOp.MIN)  # of the numbers, and of their negatives
         return int(ends[0]) == -int(ends[1])
 
+    def wait_for_all(self) -> None:
+        """Return once every process has come here."""
+        self.any(False)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process: all processes get the same answer."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)).item())

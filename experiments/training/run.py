@@ -118,23 +118,31 @@ class _Attempt:
 
     def go(self) -> bool:
         """Whether the run is complete; if not it was told to stop, and its state is saved."""
+        if self._place.size == 1:
+            self._remove_failure()
         config, run, self._execution = read_record(self._run_dir)
-        if self._place.rank == 0:
-            (self._run_dir / "failure.json").unlink(missing_ok=True)
         if self._number > self._execution.max_attempts:  # the same in all processes: none waits for the others
             raise RuntimeError(
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
                 "allowed; raise it in the profile, then retry"
             )
         with _world(self._run_dir, self._execution, self._place) as world:
+            if world.rank == 0 and world.size > 1:
+                self._remove_failure()
+            world.wait_for_all()  # nobody goes on, and perhaps fails, before an earlier attempt's failure is gone
             trainer = self._prepare(config, run, world)
             finished = self._train(trainer, world)
             if finished:
                 self._finish(trainer)
         return finished
 
+    def _remove_failure(self) -> None:
+        """Delete what an earlier attempt left. Of several processes rank 0 does so, and only once all have met: before
+        that the failure may be this attempt's, from a process that was faster."""
+        (self._run_dir / "failure.json").unlink(missing_ok=True)
+
     def fail(self, error: Exception) -> str:
-        """Record the cause and return it. The disk may be what failed, so that nothing here may raise."""
+        """Record the cause and return it. The disk may be what failed, so errors of writing are passed over."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         with contextlib.suppress(OSError):
             if self._log is not None:
@@ -164,7 +172,7 @@ class _Attempt:
             trainer.load_state_dict(state)
         if not world.agree(trainer.steps_done):
             raise RuntimeError(
-                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and others another one; "
+                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and another rank another one; "
                 "retry when the file system shows the same files everywhere"
             )
         self._step = trainer.steps_done + 1

@@ -61,7 +61,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,  # tokens [B, T] -> logits [B, T, V], auxiliary losses, loss: `Output` of models/decoder.py
+        model: nn.Module,  # tokens [B, T] and perhaps a criterion -> `Output` or `Scored` of models/decoder.py
         task: Task,
         optimizers: Optimizers,
         config: TrainConfig,
@@ -302,13 +302,13 @@ class Trainer:
         """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
         with mixed_precision(self.world.device):
             if self._cuda:
-                output = self._replicas(
+                loss, auxiliary = self._replicas(
                     inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
                 )
-                return output.loss, output.losses
-            output = self._replicas(inputs)
-        logits = output.logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), output.losses
+                return loss, auxiliary
+            logits, auxiliary = self._replicas(inputs)
+        logits = logits.float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
 
     def _zero_grad(self) -> None:
         for optimizer in self._optimizers:

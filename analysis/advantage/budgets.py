@@ -1,0 +1,205 @@
+"""Several budgets of one size: which rows of two arms had the same one, which budgets every size had, and whether m
+depends on them.
+
+A size with several budgets is one replicate of a claim and not several: its runs share what is particular to the size,
+and branches of one trunk share their weights. So losses are averaged over the budgets that every size has, as over
+seeds. The mean of power laws E + a_b C^-g over the same multiples of each size's compute is again one with the same E
+and g, whatever the amplitudes a_b; the estimator, its tests and their degrees of freedom then count sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
+
+from analysis.advantage.paired import MOST_SHARE, ratio
+from analysis.laws.solver import Floats, Indices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALIKE = 1.1  # budgets within 10% of each other are one: step counts are rounded, and seeds may stop a little early
+SLOPE_ERROR = 0.03  # relative, of the shared law at one budget
+UNITS = {"C": "FLOPs", "D": "tokens", "D/N": "tokens per parameter"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One size at one budget: what both arms' seeds came to on average."""
+
+    size: str
+    budget: str
+    c0: float  # the baseline's compute, FLOPs
+    c1: float  # the arm's
+    y0: float  # the baseline's loss, nats a token
+    y1: float  # the arm's
+
+
+def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, str | None]:
+    """The runs of two arms with the budget that they are paired on in `_budget`, "" where each has one at every size,
+    and how budgets were told to be equal; None without several.
+
+    Budgets stored in words count. In tables without, or with numbers, which arms matched by compute need not share,
+    two arms' budgets of a size are equal where their C, else D, else D/N is (whichever most rows of the other arm share
+    with `baseline`). `column` holds the compute. Raises ValueError where none of these is.
+    """
+    stored = runs["budget"].astype("string") if "budget" in runs else None
+    if stored is not None and stored.notna().any() and not stored.map(_is_number).all():
+        budget = stored.fillna("no budget given")
+        several = budget.groupby(runs["_size"]).nunique().max() > 1
+        return runs.assign(_budget=budget if several else ""), "as stored" if several else None
+    measures = _measures(runs, column)
+    size = runs["_size"].to_numpy(str)
+    if _most_in_a_cell(runs, _groups(measures["C"], runs["arm"].to_numpy(str) + "\n" + size)) == 1:
+        return runs.assign(_budget=""), None
+    best, groups, matched = "", None, 0
+    for name, values in measures.items():
+        group = _groups(values, size)
+        of_baseline = set(zip(size[runs["arm"] == baseline], group[runs["arm"] == baseline], strict=True))
+        others = zip(size[runs["arm"] != baseline], group[runs["arm"] != baseline], strict=True)
+        shared = sum(cell in of_baseline for cell in others)
+        if shared > matched:
+            best, groups, matched = name, group, shared
+    if groups is None:
+        raise ValueError(
+            f"sizes have several budgets, and those of the other arm equal {baseline}'s in none of "
+            f"{', '.join(measures)}; add a column budget with the same text in runs to be paired"
+        )
+    return runs.assign(_budget=_names(runs, groups, measures, baseline)), f"taken from equal {best} across arms"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _most_in_a_cell(runs: pd.DataFrame, group: Indices) -> int:
+    return int(runs.assign(_group=group).groupby(["arm", "_size"])["_group"].nunique().max())
+
+
+def _measures(runs: pd.DataFrame, column: str) -> dict[str, Floats]:
+    """What a budget may be equal in, [rows] each: those that every row has."""
+    measures = {"C": runs[column].to_numpy(float)}
+    if (runs["tokens"] > 0).all():
+        measures["D"] = runs["tokens"].to_numpy(float)
+        if (runs["parameters"] > 0).all():
+            measures["D/N"] = measures["D"] / runs["parameters"].to_numpy(float)
+    return measures
+
+
+def _groups(values: Floats, within: NDArray[np.str_]) -> Indices:
+    """A number for each group of values of the same `within` that no step above ALIKE divides, from the least."""
+    found = np.zeros(len(values), dtype=np.intp)
+    for label in np.unique(within):
+        mine = np.flatnonzero(within == label)
+        ordered = mine[np.argsort(values[mine], kind="stable")]
+        found[ordered[1:]] = np.cumsum(values[ordered[1:]] > ALIKE * values[ordered[:-1]])
+    return found
+
+
+def _names(runs: pd.DataFrame, groups: Indices, measures: dict[str, Floats], baseline: str) -> list[str]:
+    """A name for every row's budget that is the same at every size: by D/N, D or C, whichever needs the fewest for the
+    baseline's sizes, else by its place from the largest."""
+    table = runs[["arm", "_size"]].assign(_group=groups, **measures)
+    cells = table[table["arm"] == baseline].groupby(["_size", "_group"])[list(measures)].mean().reset_index()
+    place = cells.groupby("_size")["_group"].rank(ascending=False).astype(int)
+    names = ["the largest of each size" if at == 1 else f"number {at} of each size, from the largest" for at in place]
+    fewest = len(cells)
+    for measure in (name for name in ("D/N", "D", "C") if name in measures):
+        values = cells[measure].to_numpy(float)
+        across = _groups(values, np.full(len(values), ""))
+        spread = cells.groupby(across)["_size"].agg(["nunique", "size"])
+        if (spread["nunique"] == spread["size"]).all() and len(spread) < fewest:
+            fewest = len(spread)
+            typical = [float(np.exp(np.log(values[across == at]).mean())) for at in across]
+            names = [f"{value:.3g} {UNITS[measure]}" for value in typical]
+    known = dict(zip(zip(cells["_size"], cells["_group"], strict=True), names, strict=True))
+    return [known.get(cell, "one that the baseline lacks") for cell in zip(runs["_size"], groups, strict=True)]
+
+
+def full_grid(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
+    """The sizes and budgets of which every pair is there: the budget that most sizes have (of equally common ones that
+    with the largest compute), its sizes, and the other budgets that all of these have."""
+    sizes_of = {name: {cell.size for cell in cells if cell.budget == name} for name in _budgets(cells)}
+    if not sizes_of:
+        return [], []
+    most = max(sizes_of, key=lambda name: (len(sizes_of[name]), max(c.c0 for c in cells if c.budget == name)))
+    budgets = [name for name, sizes in sizes_of.items() if sizes >= sizes_of[most]]
+    return sorted(sizes_of[most]), budgets
+
+
+def _budgets(cells: Sequence[Cell]) -> list[str]:
+    """Their names, the budget of most compute last."""
+    largest = {cell.budget: 0.0 for cell in cells}
+    for cell in cells:
+        largest[cell.budget] = max(largest[cell.budget], cell.c0)
+    return sorted(largest, key=lambda name: (largest[name], name))
+
+
+@dataclass(frozen=True)
+class OfBudget:
+    """m at one budget, by the law that all budgets share in E and the exponent."""
+
+    budget: str
+    m: float
+    ci: tuple[float, float]  # 95%, t over the sizes
+    sizes: int
+
+
+def by_budget(cells: Sequence[Cell], E: float, g: float) -> tuple[tuple[OfBudget, ...], float | None]:
+    """m of every budget that has two sizes, and the p of the test that all have the same, None without two sizes.
+
+    The baseline's amplitude at a budget is least squares given E and the exponent g of the law over all budgets. The
+    test asks of every budget whether its ln m lies off the mean of its size by the same at all sizes, by t over the
+    sizes, Bonferroni over the budgets; sizes count by (g r)^2 as in the paired estimator. The shared law is some
+    hundredths off in a budget's slope where budgets are 4- to 16-fold apart, which moves all of its ln m in
+    proportion, so only what lies further off than SLOPE_ERROR is tested. Simulated, that rejects 0% to 4% of sweeps
+    whose m does not depend on the budget (tests/test_budgets.py); without it, up to three quarters of those with m = 2.
+    """
+    found = []
+    values: dict[str, dict[str, tuple[float, float]]] = {}  # budget -> size -> ln m, weight
+    for name in _budgets(cells):
+        mine = [cell for cell in cells if cell.budget == name]
+        if len(mine) < 2:
+            continue
+        c0, c1, y0, y1 = (np.array([getattr(cell, key) for cell in mine]) for key in ("c0", "c1", "y0", "y1"))
+        x = (c0 / c0[0]) ** -g
+        r = max(((y0 - E) * x).sum() / (x * x).sum(), 1e-300) * x
+        ln_m = -np.log1p(-np.minimum((y0 - y1) / r, MOST_SHARE)) / g + np.log(c0 / c1)
+        weight = (g * r) ** 2
+        values[name] = {cell.size: (at, w) for cell, at, w in zip(mine, ln_m, weight, strict=True)}
+        mean, error = _mean(ln_m, weight)
+        half = stdtrit(len(mine) - 1, 0.975) * error
+        found.append(OfBudget(name, ratio(mean), (ratio(mean - half), ratio(mean + half)), len(mine)))
+    return tuple(found), _same_p(values)
+
+
+def _mean(values: Floats, weight: Floats) -> tuple[float, float]:
+    """Weighted mean and its standard error, from the spread."""
+    share = weight / weight.sum()
+    mean = float(share @ values)
+    return mean, float(np.sqrt(share @ (values - mean) ** 2 / (len(values) - 1)))
+
+
+def _same_p(values: dict[str, dict[str, tuple[float, float]]]) -> float | None:
+    if len(values) < 2:
+        return None
+    sizes = [size for size in next(iter(values.values())) if all(size in of for of in values.values())]
+    if len(sizes) < 2:
+        return None
+    ln_m = np.array([[of[size][0] for size in sizes] for of in values.values()])
+    weight = np.array([[of[size][1] for size in sizes] for of in values.values()]).mean(axis=0)
+    asked = ln_m - ln_m.mean(axis=0)
+    tolerated = SLOPE_ERROR * abs(_mean(ln_m.mean(axis=0), weight)[0])
+    least = 1.0
+    for off in asked if len(asked) > 2 else asked[:1]:  # two budgets' distances mirror each other
+        mean, error = _mean(off, weight)
+        least = min(least, 2 * stdtr(len(sizes) - 1, -max(abs(mean) - tolerated, 0.0) / max(error, 1e-300)))
+    return float(min(1.0, least * (len(asked) if len(asked) > 2 else 1)))

@@ -1,0 +1,123 @@
+"""How fast an arm is beside the baseline, at each size: from a file of measured throughput, else from the runs' clocks.
+
+A clock counts where its run had the device to itself and all runs were on one kind of device; else there is a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.laws.solver import Floats
+from analysis.logs.selection import some
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # throughput is compared at equal ones
+RUNS = "the runs' own clocks, each alone on its device"
+TABLE = "the table's train seconds, of which it does not say that runs were alone on one kind of device"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The arm's FLOPs a second over the baseline's at each size [S]; NaN where not known, with the reason."""
+
+    wall: Floats
+    gpu: Floats  # FLOPs a GPU second
+    source: str
+    reason: str | None  # why `wall` has no number
+
+
+def rates_of_runs(sizes: Sequence[pd.DataFrame], column: str) -> Rates:
+    """By the runs' train seconds; a frame of paired runs for each size, the arms' columns ending in _0 and _1."""
+    reasons = [_unusable(rows) for rows in sizes]
+    found = [
+        (np.nan, np.nan) if reason else (_ratio(rows, column, per_gpu=False), _ratio(rows, column, per_gpu=True))
+        for rows, reason in zip(sizes, reasons, strict=True)
+    ]
+    wall, gpu = np.array(found, dtype=float).reshape(-1, 2).T
+    reason = next((text for text in reasons if text), None)
+    if reason is None and np.isnan(wall).any():
+        reason = "the arms were trained on different numbers of GPUs"
+    told = any(rows["clock_0"].notna().any() for rows in sizes)
+    return Rates(wall, gpu, RUNS if told else TABLE, reason)
+
+
+def _unusable(rows: pd.DataFrame) -> str | None:
+    """Why the clocks of one size's runs cannot be compared."""
+    import pandas as pd
+
+    names, clocks, devices, seconds = (
+        pd.concat([rows[f"{key}_0"], rows[f"{key}_1"]], ignore_index=True)
+        for key in ("run_id", "clock", "device", "train_seconds")
+    )
+    missing = ~(seconds.astype(float) > 0)
+    if missing.all():
+        return "the runs have no train seconds"
+    if missing.any():
+        return f"no train seconds of {some(names[missing])}"
+    if clocks.notna().any():
+        for kind, what in (
+            ("shared", "shared their device"),
+            ("mixed", "ran on several kinds of device, or shared theirs part of the time"),
+            ("unknown", "may have shared their device: nothing says"),
+        ):
+            if (clocks.fillna("unknown") == kind).any():
+                return f"{some(names[clocks.fillna('unknown') == kind])} {what}"
+    if devices.nunique() > 1:
+        return f"runs to be compared were on {some(sorted(devices.dropna().unique()))}"
+    if devices.isna().any() and devices.notna().any():
+        return f"nothing says on which device {some(names[devices.isna()])} ran"
+    return None
+
+
+def _ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
+    counts = {*rows["gpus_0"].dropna(), *rows["gpus_1"].dropna()}
+    rates = []
+    for side in ("_0", "_1"):
+        seconds = rows["train_seconds" + side].astype(float)
+        if per_gpu:
+            seconds = seconds * rows["gpus" + side].astype(float)
+        elif len(counts) > 1:
+            return np.nan
+        rates.append((rows[column + side] / seconds).mean() if (seconds > 0).all() else np.nan)
+    return float(rates[1] / rates[0])
+
+
+def rates_of_throughput(
+    sizes: Sequence[pd.DataFrame], column: str, measured: pd.DataFrame, baseline: str, arm: str
+) -> Rates:
+    """By tokens a second as `logs.throughput.read_throughput` gives them, at equal SETTING; repeated measurements are
+    averaged, and several settings by the geometric mean of their ratios."""
+    found, reason = [], None
+    for rows in sizes:
+        size = str(rows["_size"].iloc[0])
+        value, why = _measured_ratio(measured[measured["size"] == size], baseline, arm)
+        per_token = [(rows[column + side] / rows["tokens" + side].astype(float)).mean() for side in ("_0", "_1")]
+        if why is None and not np.isfinite(per_token).all():
+            why = "tokens a second are no FLOPs a second without the runs' tokens; add a column D"
+        found.append(np.nan if why else value * per_token[1] / per_token[0])
+        reason = reason or (why and f"at {size} {why}")
+    devices = some(sorted(measured["device"].dropna().unique())) or "an unnamed device"
+    wall = np.array(found, dtype=float)
+    return Rates(wall, wall, f"throughput measured on {devices}", reason)
+
+
+def _measured_ratio(rows: pd.DataFrame, baseline: str, arm: str) -> tuple[float, str | None]:
+    """The arm's tokens a second over the baseline's, or why there is none."""
+    keyed = rows.fillna(dict.fromkeys(SETTING, ""))
+    means = keyed.groupby(["arm", *SETTING])["tokens_per_second"].mean()
+    known = set(means.index.get_level_values("arm"))
+    if lacking := [name for name in (baseline, arm) if name not in known]:
+        return np.nan, f"the throughput file has no {' and no '.join(lacking)}"
+    theirs, mine = means[baseline], means[arm]
+    common = theirs.index.intersection(mine.index)
+    if common.empty:
+        return np.nan, f"the throughput of {arm} and {baseline} is at no equal {', '.join(SETTING)}"
+    if common.get_level_values("device").nunique() > 1:
+        return np.nan, f"the throughput is of several devices ({some(common.get_level_values('device').unique())})"
+    return float(np.exp(np.log(mine[common] / theirs[common]).mean())), None

@@ -1,0 +1,64 @@
+"""An arm with one size: its local multiplier at a stated irreducible loss, without an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.advantage.answers import Answer, Multiplier
+from analysis.advantage.pairs import Pairs, curve
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def require_below(floors: Sequence[float], least: float) -> None:
+    wrong = [floor for floor in floors if not 0 <= floor < least]
+    if wrong:
+        raise ValueError(f"the irreducible loss must be at least 0 and below every loss ({least:g}); got {wrong[0]:g}")
+
+
+def single_size(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: Sequence[float]) -> Multiplier:
+    """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E, over its budgets."""
+    if pairs.budgets:
+        rows = rows[rows["_budget"].isin(pairs.budgets)]
+    curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}
+    if len(curves[pairs.convention][0]) < 2:
+        raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
+    require_below(floors, float(min(pairs.y1[0], curves[pairs.convention][1].min())))
+
+    def at(pairs: Pairs, floor: float) -> tuple[float, float]:
+        compute, loss = curves[pairs.convention]
+        g = -np.polyfit(np.log(compute), np.log(loss - floor), 1)[0]
+        if g <= 0:
+            raise ValueError(f"1 paired size, and the loss of {pairs.baseline} does not fall with compute; add sizes")
+        share = (pairs.y0[0] - pairs.y1[0]) / (pairs.y0[0] - floor)
+        return float(np.exp(-np.log1p(-share) / g) * pairs.c0[0] / pairs.c1[0]), float(g)
+
+    m, g = at(pairs, floors[0])
+    return Multiplier(
+        arm=pairs.arm,
+        baseline=pairs.baseline,
+        m=m,
+        ci=None,
+        method="local, by the baseline's exponent at a stated E",
+        m_at_cmax=m,
+        convention=pairs.convention,
+        n_sizes=1,
+        n_seeds=pairs.seeds[0],
+        status="not resolved: one size gives no interval",
+        excluded=pairs.excluded,
+        conventions={name: Answer(at(other, floors[0])[0], None) for name, other in others.items()},
+        floor_sensitivity=tuple(
+            {
+                "E": floor,
+                "m": at(pairs, floor)[0],
+                "conventions": {name: at(other, floor)[0] for name, other in others.items()},
+            }
+            for floor in floors
+        ),
+        irreducible_loss=floors[0],
+        exponent=g,
+    )

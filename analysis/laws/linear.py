@@ -1,0 +1,138 @@
+"""Laws that are linear in logs: N*(C) and D*(C) through a table of optima, and a loss in N and a further factor.
+
+- "optima": ln N* = ln G + a ln C, and ln D* likewise, from points (C, N*, D*) that someone found;
+- "bilinear": ln L = a ln N + b ln E + c ln N ln E + d, where E is a factor such as the number of experts, without an
+  irreducible loss (arXiv 2202.01169, eq. 1, without its saturation).
+Huber's function of the log residual, or least squares of it, by the solver of the power laws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.laws.intervals import ENOUGH, LEVEL, Interval
+from analysis.laws.solver import Floats, Loss, Problem
+from analysis.logs.schema import CONVENTIONS
+from analysis.logs.selection import choose_convention, finished, require_positive
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SQUARES = 1e6  # delta of Huber's function within which every log residual is: least squares
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """The law of one target of one arm; `values` and 95% intervals by name."""
+
+    arm: str
+    target: str  # "N", "D" or "loss"
+    values: dict[str, float]
+    ci: dict[str, Interval] | None  # None without resamples or degrees of freedom
+    objective: float  # a sum over the points
+    points: int
+    convention: str | None  # of C
+    status: str
+
+
+def fit_optima(
+    runs: pd.DataFrame,
+    convention: str | None = None,
+    *,
+    delta: float | None = 1e-3,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[LinearFit]:
+    """N* = G C^a and D* = G C^a of every arm in a table of optima, whose rows need no loss. Raises ValueError where a
+    column lacks or has one value."""
+    runs = runs[runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
+    convention = choose_convention(runs, convention)
+    targets = {name: column for name, column in (("N", "parameters"), ("D", "tokens")) if runs[column].notna().any()}
+    if not targets:
+        raise ValueError("a table of optima needs N* or D* beside C; add a column N or D, or name it with --columns")
+    found = []
+    for name, column in targets.items():
+        require_positive(runs, column, name)
+        for arm, rows in runs.drop_duplicates(["arm", CONVENTIONS[convention], column]).groupby("arm", sort=False):
+            x, y = (np.log(rows[of].to_numpy(float)) for of in (CONVENTIONS[convention], column))
+            columns = {"ln_coefficient": np.ones_like(x), "exponent": x}
+            law = _fit(str(arm), name, columns, y, delta, resamples, seed, convention)
+            found.append(law)
+    return found
+
+
+def fit_bilinear(
+    runs: pd.DataFrame, factor: str, *, delta: float | None = 1e-3, resamples: int = 1000, seed: int = 0
+) -> list[LinearFit]:
+    """The bilinear law of every arm; `factor` is a column of positive numbers. Raises ValueError where it cannot be
+    fitted."""
+    if factor not in runs:
+        raise ValueError(
+            f"the table has no column {factor!r} to be the factor; it has {', '.join(map(str, runs.columns))}"
+        )
+    done, _ = finished(runs)
+    done = done.assign(arm=done["arm"].fillna("all"))
+    require_positive(done, "parameters", "N")
+    try:
+        done = done.assign(**{factor: done[factor].astype(float)})
+    except (ValueError, TypeError):
+        raise ValueError(f"the factor {factor} must hold numbers; got {done[factor].iloc[0]!r}") from None
+    require_positive(done, factor, factor)
+    found = []
+    for arm, rows in done.groupby("arm", sort=False):
+        log_n, log_e, y = (np.log(rows[name].to_numpy(float)) for name in ("parameters", factor, "loss"))
+        columns = {"a": log_n, "b": log_e, "c": log_n * log_e, "d": np.ones_like(y)}
+        found.append(_fit(str(arm), "loss", columns, y, delta, resamples, seed, None))
+    return found
+
+
+def _fit(
+    arm: str,
+    target: str,
+    columns: Mapping[str, Floats],
+    y: Floats,
+    delta: float | None,
+    resamples: int,
+    seed: int,
+    convention: str | None,
+) -> LinearFit:
+    """ln target [n] as a sum of parameters times columns [n]. The solver sees an orthonormal basis of the columns."""
+    design = np.stack(list(columns.values()), axis=1)
+    basis, mixing = np.linalg.qr(design)
+    diagonal = np.abs(np.diag(mixing))
+    if len(y) < design.shape[1] or (diagonal < 1e-9 * np.abs(mixing).max(axis=0)).any():
+        raise ValueError(
+            f"{arm}: {len(y)} points cannot tell {', '.join(columns)} apart; add points that differ in more"
+        )
+    loss = Loss(SQUARES if delta is None else delta)
+    unlimited = np.full(design.shape[1], np.inf)
+    problem = Problem(basis.T[None], -unlimited, unlimited, np.zeros(len(unlimited), dtype=bool), loss)
+    solution = problem.solve((basis.T @ y)[None], y)
+    theta = solution.theta[0]
+    ci, dof = None, len(y) - design.shape[1]
+    if resamples and dof > 0:
+        draws = _draws(problem, theta, y, dof, resamples, np.random.default_rng(seed))
+        raw = np.linalg.solve(mixing, draws.T)
+        low, high = np.quantile(raw, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+        ci = {name: (float(a), float(b)) for name, a, b in zip(columns, low, high, strict=True)}
+    status = "ok" if solution.converged[0] else "not converged"
+    if dof == 0:
+        status = "as many parameters as points"
+    values = dict(zip(columns, np.linalg.solve(mixing, theta).tolist(), strict=True))
+    return LinearFit(arm, target, values, ci, float(solution.objective[0]), len(y), convention, status)
+
+
+def _draws(problem: Problem, theta: Floats, y: Floats, dof: int, resamples: int, random: np.random.Generator) -> Floats:
+    """Parameters [resamples, P] of points drawn anew, where there are enough, else of normal errors with a spread that
+    is drawn, too."""
+    starts = np.tile(theta, (resamples, 1))
+    if len(y) >= ENOUGH:
+        weight = random.multinomial(len(y), np.full(len(y), 1 / len(y)), resamples).astype(float)
+        return problem.solve(starts, y, weight).theta
+    fitted = problem.predict(theta[None])[0]
+    spread = np.sqrt(((y - fitted) ** 2).sum() / random.chisquare(dof, (resamples, 1)))
+    return problem.solve(starts, fitted + spread * random.standard_normal((resamples, len(y)))).theta

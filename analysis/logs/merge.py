@@ -1,0 +1,139 @@
+"""Several stores as one: a study that was trained on several machines, or written in several tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.logs.columns import format_columns, loss_unit
+from analysis.logs.points import run_types
+from analysis.logs.store import Store, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+NULLABLE = {"int64": "Int64", "bool": "boolean", "str": "string"}  # pandas' types that cannot hold a missing cell
+
+
+@dataclass
+class MergedStore(Store):
+    """Several stores read as one, each run once."""
+
+    parts: list[Store] = field(default_factory=list)
+    owners: list[set[str]] = field(default_factory=list)  # of each part, the runs whose steps are taken from it
+
+    @property
+    def paths(self) -> list[Path]:
+        return [part.path for part in self.parts]
+
+    @property
+    def arguments(self) -> list[str]:
+        columns = next((part.columns for part in self.parts if part.columns), {})
+        return [*(str(part.path) for part in self.parts), *format_columns(columns)]
+
+    def rows(self, kind: str) -> pa.Table:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        tables = []
+        for part, owned in zip(self.parts, self.owners, strict=True):
+            known = len(part.problems)
+            table = part.rows(kind)
+            self.problems += part.problems[known:]
+            tables.append(table.filter(pc.is_in(table["run_id"], pa.array(sorted(owned), pa.string()))))
+        return pa.concat_tables(tables, promote_options="default")
+
+
+def load_all(paths: Sequence[Path], columns: Mapping[str, str] | None = None) -> Store:
+    """Read one store, or several as one: live or frozen ones and tables of points, in any mixture.
+
+    Runs are merged by run_id: rows that are equal in two stores are one run, rows that differ are refused by name. Rows
+    of a table of points that has no ids are told apart by their file. `columns` applies to every table of points.
+    Raises ValueError where there is nothing to read, or where stores contradict each other.
+    """
+    if len(paths) == 1:
+        return load(paths[0], columns)
+    repeated = next((path for i, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:i]]), None)
+    if repeated is not None:
+        raise ValueError(f"{repeated} is given twice; give each store once")
+    parts = [load(path, columns if path.is_file() or _points_file(path) else None) for path in paths]
+    if columns and not any(part.columns for part in parts):
+        raise ValueError("--columns renames the columns of a table in a file; all of these are directories")
+    units = {loss_unit(part.runs): part.path for part in parts}
+    if len(units) > 1:
+        told = ", ".join(f"{unit} in {path}" for unit, path in units.items())
+        raise ValueError(f"the losses are in several units ({told}) and cannot be compared; give stores of one unit")
+    for part in parts:
+        part.runs = _named_rows(part)
+    runs, owners = _union(parts)
+    problems = [problem for part in parts for problem in part.problems]
+    return MergedStore(paths[0], runs, problems, [d for part in parts for d in part.run_dirs], {}, parts, owners)
+
+
+def _points_file(path: Path) -> bool:
+    return (path / "points.csv").is_file()
+
+
+def _named_rows(part: Store) -> pd.DataFrame:
+    """The runs, those of a table without ids ("row 3") named after their file as well."""
+    nameless = part.runs["run_id"].map(lambda name: bool(re.fullmatch(r"row \d+", name)))
+    return part.runs.assign(run_id=part.runs["run_id"].mask(nameless, f"{part.path} " + part.runs["run_id"]))
+
+
+def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]]]:
+    """The runs of all parts, each once, and for each part the ids of the runs that are taken from it."""
+    import pandas as pd
+
+    owner_of: dict[str, Store] = {}
+    frames, owners = [], []
+    for part in parts:
+        ids = set(part.runs["run_id"])
+        for run_id in sorted(ids & set(owner_of)):
+            _refuse_differing(run_id, owner_of[run_id], part)
+        owners.append(ids - set(owner_of))
+        frames.append(part.runs[part.runs["run_id"].isin(owners[-1])])
+        owner_of |= dict.fromkeys(owners[-1], part)
+    names = list(dict.fromkeys(name for frame in frames for name in frame))
+    missing = [frame["run_id"].mask(frame["run_id"].notna()) for frame in frames]
+    merged = {
+        name: _joined([frame.get(name, absent) for frame, absent in zip(frames, missing, strict=True)])
+        for name in names
+    }
+    return run_types(pd.DataFrame(merged)), owners
+
+
+def _refuse_differing(run_id: str, one: Store, other: Store) -> None:
+    rows = [store.runs[store.runs["run_id"] == run_id].iloc[0] for store in (one, other)]
+    shared = [name for name in rows[0].index if name in rows[1].index]
+    different = [name for name in shared if not _equal(rows[0][name], rows[1][name])]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"run {run_id} is in {one.path} and in {other.path} and differs in {', '.join(different[:3])} "
+            f"({name} is {rows[0][name]} and {rows[1][name]}); leave one of them out, or give them ids of their own"
+        )
+
+
+def _equal(one: object, other: object) -> bool:
+    import pandas as pd
+
+    missing = [bool(pd.isna(value)) for value in (one, other)]
+    return all(missing) or (not any(missing) and bool(one == other))
+
+
+def _joined(columns: Sequence[pd.Series]) -> pd.Series:
+    """One column of several: of the type that all have, numbers where all are numbers, else text."""
+    import pandas as pd
+
+    cells = [cell for column in columns for cell in column.astype(object).where(column.notna(), None)]
+    present = [column for column in columns if column.notna().any()] or [columns[0]]
+    types = {NULLABLE.get(str(column.dtype), str(column.dtype)) for column in present}
+    if len(types) == 1:
+        return pd.Series(cells, dtype=next(iter(types)))
+    if types <= {"Int64", "Float64", "float64", "int32", "float32"}:
+        return pd.Series(cells, dtype="float64")
+    return pd.Series([None if cell is None else str(cell) for cell in cells], dtype="string")

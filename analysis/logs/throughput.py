@@ -1,0 +1,43 @@
+"""Training throughput as `dynconv bench train` writes it, or as anyone measured it: tokens a second by size and arm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.errors import first_line
+from analysis.logs.selection import some
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NEEDED = ("size", "arm", "tokens_per_second")
+SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # missing ones are taken for equal
+
+
+def read_throughput(path: Path) -> pd.DataFrame:
+    """The columns NEEDED and SETTING of a .csv or .parquet file, SETTING as text; rows without a throughput (out of
+    memory, say) are left out.
+
+    Raises ValueError where the file cannot be read, lacks a column, or has other numbers than positive ones.
+    """
+    import pandas as pd
+
+    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"--throughput takes a .csv or .parquet file, as `dynconv bench train` writes; got {path}")
+    try:
+        rows = readers[path.suffix](path)
+    except (OSError, ValueError) as error:  # parser errors are ValueErrors
+        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
+    if missing := [name for name in NEEDED if name not in rows]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; throughput needs {', '.join(NEEDED)}")
+    rows = rows[rows["tokens_per_second"].notna()]
+    rates = pd.to_numeric(rows["tokens_per_second"], errors="coerce")
+    wrong = rows.index[~(rates > 0) | (rates == float("inf"))]
+    if len(wrong) or rows.empty:
+        got = some(f"{rows.at[at, 'tokens_per_second']} in row {at + 1}" for at in wrong) or "no row with one"
+        raise ValueError(f"{path}: tokens_per_second must be positive numbers; got {got}")
+    text = {name: rows[name].astype("string") for name in ("size", "arm", *SETTING) if name in rows}
+    absent = {name: pd.Series(pd.NA, index=rows.index, dtype="string") for name in SETTING if name not in rows}
+    return pd.DataFrame({**text, **absent, "tokens_per_second": rates.astype(float)})

@@ -1,0 +1,249 @@
+"""The verbs that fit laws: fit, predict, isoflop."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from experiments.cli.arguments import Subparsers, add_reading_verb, load_store, table_format_argument, warn
+
+if TYPE_CHECKING:
+    from analysis.advantage.answers import Multiplier
+    from analysis.logs.selection import Excluded
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    _add_fit(subparsers)
+    _add_predict(subparsers)
+    _add_isoflop(subparsers)
+
+
+def _add_fit(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "fit",
+        _fit,
+        "fit power laws with an irreducible loss, with certificates",
+        "results/runs/demo",
+        "points.csv --form nd --json",
+        "points.csv --columns C=train_flops,loss=final --loss lsq",
+        "points.csv --hold E=1.6,alpha=.094",
+        "optima.csv --form optima",
+        "experts.csv --form bilinear --factor experts",
+    )
+    parser.add_argument(
+        "--form",
+        choices=("c", "nd", "optima", "bilinear"),
+        default="c",
+        help="E + A C^-alpha; E + A N^-alpha + B D^-beta; of a table of optima N*, D* = G C^a; "
+        "or ln L = a ln N + b ln E + c ln N ln E + d, where E is --factor",
+    )
+    parser.add_argument("--factor", metavar="COLUMN", help="of form bilinear: a column such as the number of experts")
+    _add_law_arguments(parser)
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
+    parser.add_argument("--starts", type=int, default=4500, metavar="N")
+    table_format_argument(parser)
+
+
+def _add_predict(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "predict",
+        _predict,
+        "predict a loss, or the best size, by a law with its band, and test the law on the largest sizes",
+        "results/runs/demo --C 1e15,1e16",
+        "points.csv --N 1e9 --D 2e10",
+        "points.csv --form nd --C 1e21",
+    )
+    parser.add_argument("--C", metavar="FLOPS,...", help="loss at this compute; with --form nd, N*, D* and loss there")
+    parser.add_argument("--N", metavar="PARAMETERS,...", help="with --D: loss at this size, by form nd")
+    parser.add_argument("--D", metavar="TOKENS,...", help="with --N: one for each N, or one for all")
+    parser.add_argument("--form", choices=("c", "nd"), help="default c with --C, nd with --N and --D")
+    _add_law_arguments(parser)
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for bands")
+    table_format_argument(parser)
+
+
+def _add_law_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a law is fitted, for the verbs that fit one."""
+    parser.add_argument("--loss", choices=("huber", "lsq"), default="huber", help="Huber on log loss, or least squares")
+    parser.add_argument("--delta", type=float, default=1e-3, help="of Huber (default 1e-3)")
+    parser.add_argument(
+        "--per-arm", default="A,B", help="parameters that each arm has to itself (default A,B; '' for none)"
+    )
+    parser.add_argument(
+        "--hold", default="", metavar="NAME=VALUE,...", help="parameters that are given, not fitted: E=1.6,alpha=.094"
+    )
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    parser.add_argument("--convention", help="of FLOPs, for form c: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+
+
+def _held(text: str) -> dict[str, float]:
+    held = {}
+    for item in text.split(",") if text else []:
+        name, equals, value = item.partition("=")
+        try:
+            held[name.strip()] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--hold takes NAME=VALUE,... as in E=1.6,alpha=.094; got {item!r}")
+    return held
+
+
+def _add_isoflop(subparsers: Subparsers) -> None:
+    parser = add_reading_verb(
+        subparsers,
+        "isoflop",
+        _isoflop,
+        "find the best size at each compute budget, and how it grows with compute",
+        "points.csv",
+        "points.csv --convention 6ND --json",
+        "points.csv --baseline transformer",
+    )
+    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument(
+        "--baseline", help="compare each arm with this one, each at its own best sizes (default: the sweep's)"
+    )
+    table_format_argument(parser)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from analysis.laws.adequacy import with_lack_of_fit
+    from analysis.laws.intervals import bootstrap, profile
+    from analysis.laws.powerlaw import fit
+    from analysis.pages.drawing import fit_points
+    from analysis.pages.tables import fit_table
+
+    if args.starts < 1 or args.bootstrap < 0:
+        raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
+    if args.form in ("optima", "bilinear"):
+        return _fit_linear(args)
+    points, excluded = fit_points(load_store(args), args.form, args.baseline, args.convention)
+    warn_excluded(excluded)
+    law = fit(points, args.form, starts=args.starts, **_law_options(args))
+    if args.bootstrap and len(points.loss) > len(law.theta) - len(law.hold):
+        law = bootstrap(law, args.bootstrap, args.seed)
+        law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
+    print(fit_table(with_lack_of_fit(law), args.format, excluded))
+    return 0
+
+
+def _fit_linear(args: argparse.Namespace) -> int:
+    from analysis.laws.linear import fit_bilinear, fit_optima
+    from analysis.pages.tables import linear_table
+
+    options = _law_options(args)
+    if options["hold"]:
+        raise ValueError("--hold is for forms c and nd")
+    if (args.factor is None) == (args.form == "bilinear"):
+        raise ValueError("--form bilinear and --factor COLUMN go together; give both or none")
+    runs = load_store(args).runs
+    if args.form == "optima":
+        found = fit_optima(runs, args.convention, delta=options["delta"], resamples=args.bootstrap, seed=args.seed)
+    else:
+        found = fit_bilinear(runs, args.factor, delta=options["delta"], resamples=args.bootstrap, seed=args.seed)
+    print(linear_table(found, args.format))
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from analysis.laws.adequacy import with_lack_of_fit
+    from analysis.laws.intervals import bootstrap
+    from analysis.laws.powerlaw import fit
+    from analysis.laws.prediction import back_test, best_sizes, predict
+    from analysis.pages.drawing import fit_points
+    from analysis.pages.tables import prediction_tables
+
+    at = {name: _numbers(name, getattr(args, name)) for name in ("C", "N", "D") if getattr(args, name)}
+    form = args.form or ("c" if "C" in at else "nd")
+    if set(at) not in ({"C"}, {"N", "D"}) or (form == "c") > ("C" in at):
+        raise ValueError(f"give --C, or --N and --D (form nd); got {', '.join(f'--{name}' for name in at) or 'none'}")
+    if args.bootstrap < 100:
+        raise ValueError(f"--bootstrap must be at least 100 for a band; got {args.bootstrap}")
+    points, excluded = fit_points(load_store(args), form, args.baseline, args.convention)
+    warn_excluded(excluded)
+    options = _law_options(args)
+    law = with_lack_of_fit(bootstrap(fit(points, form, **options), args.bootstrap, args.seed))
+    if "N" in at:
+        count = max(map(len, at.values()))
+        if any(len(values) not in (1, count) for values in at.values()):
+            raise ValueError(f"--N and --D need one value each, or as many; got {len(at['N'])} and {len(at['D'])}")
+        at = {name: values * (count // len(values)) for name, values in at.items()}
+    found: Sequence[object] = (
+        best_sizes(law, at["C"])
+        if form == "nd" and "C" in at
+        else predict(law, {name: np.array(values) for name, values in at.items()}, args.seed)
+    )
+    tested = back_test(points, form, args.bootstrap, args.seed, options)
+    print(prediction_tables(law, found, tested, args.format))
+    return 0
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        values = [float(item) for item in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"--{name} takes positive numbers, 1e9,2e9; got {text!r}")
+    return values
+
+
+def _law_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of `_add_law_arguments`, as keywords of `fit`."""
+    if args.loss == "huber" and not 0 < args.delta < math.inf:
+        raise ValueError(f"--delta must be positive; got {args.delta}")
+    return {
+        "delta": None if args.loss == "lsq" else args.delta,
+        "per_arm": [name for name in args.per_arm.split(",") if name],
+        "hold": _held(args.hold),
+    }
+
+
+def _isoflop(args: argparse.Namespace) -> int:
+    from dataclasses import astuple, fields
+
+    from analysis.advantage.frontiers import frontier_multipliers
+    from analysis.laws.isoflop import optima_of, usable_runs
+    from analysis.logs.selection import choose_baseline
+    from analysis.pages.tables import multiplier_table, to_json, value_table
+
+    runs, excluded = usable_runs(load_store(args).runs)
+    warn_excluded(excluded)
+    optima, laws = optima_of(runs, args.convention)
+    found: list[Multiplier] = []
+    if args.baseline is not None or (runs["arm"].nunique() > 1 and runs["baseline"].nunique() == 1):
+        baseline = choose_baseline(runs, args.baseline)
+        found, refused = frontier_multipliers(optima, baseline, laws[0].convention)
+        warn(*(f"no multiplier for {line}" for line in refused))
+    if args.format == "json":
+        answer = {"convention": laws[0].convention, "optima": optima, "laws": laws, "multipliers": found}
+        print(to_json(answer | {"excluded": excluded}))
+        return 0
+    tables = [
+        value_table([item.name for item in fields(rows[0])], [astuple(row) for row in rows], args.format)
+        for rows in (optima, laws)
+    ]
+    if found and args.format == "md":
+        tables.append(
+            "at each arm's own best sizes, budgets in the place of sizes:\n\n" + multiplier_table(found, "md")
+        )
+    if args.format == "md":
+        tables.append(f"FLOPs counted as {laws[0].convention}")
+    print("\n\n".join(tables))
+    return 0
+
+
+def warn_excluded(excluded: list[Excluded]) -> None:
+    warn(*(f"{item.run_id} is left out ({item.reason})" for item in excluded))

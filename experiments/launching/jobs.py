@@ -1,0 +1,64 @@
+"""The job that a run was given: job.json in its folder, which the launchers write and `status` and `cancel` read."""
+
+import contextlib
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from analysis.logs.files import read_json, write_json
+
+JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+
+
+def write_job(run_dir: Path, executor: str, job_id: str, log: Path | None, code: Path) -> None:
+    """Note which executor has the run, under which id. On this machine the id is a process's, which with its start
+    time names that process only."""
+    job = {
+        "executor": executor,
+        "job_id": job_id,
+        "host": socket.gethostname(),
+        "started": None if executor == "slurm" else process_started(job_id),
+        "submitted_at": time.time(),
+        "log": None if log is None else str(log),
+        "code": code.name,
+    }
+    write_json(run_dir / "job.json", job)
+
+
+def job_of(run_dir: Path) -> dict[str, Any] | None:
+    """What the launcher noted when it submitted the run, or None. Raises ValueError where it noted no such thing."""
+    path = run_dir / "job.json"
+    if not path.exists():
+        return None
+    with errors_naming(path):
+        job = read_json(path)
+        return {key: job[key] for key in JOB_KEYS}
+
+
+@contextlib.contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Raise ValueError with the file's name where it holds something else than we write: another version's, perhaps."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not as `dynconv` writes it ({type(error).__name__}: {error})") from None
+
+
+def process_started(pid: str) -> int | None:
+    """When a process of this machine began, in clock ticks since boot: with it a process id names one process only."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()  # the command's name, in brackets, may hold anything
+    return None if state == "Z" else int(fields[18])
+
+
+def new_folder(store: Path, name: str) -> Path:
+    """A new folder for submitit's files and the jobs' output."""
+    folder = store / ".jobs"
+    folder.mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=time.strftime(f"%Y%m%d-%H%M%S-{name}-"), dir=folder))

@@ -1,0 +1,107 @@
+"""A run's record: what it keeps, what may stand beside it in a store, and the trained run it leads back to."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.logs.files import read_json
+from experiments.data.build import build
+from experiments.data.dataset import Dataset
+from experiments.design.config import RunConfig
+from experiments.evaluation.load import load_model
+from experiments.parts.short_convolution import StaticConvolution
+from experiments.training.record import check_store, read_record
+from experiments.training.run import Run
+
+Submitted = Callable[..., Path]
+
+
+def test_facts_stand_under_their_parts_names(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    record = read_json(submitted(replace(tiny_run, vary={"clip_norm": 0.5}), tmp_path) / "config.json")
+    facts = record["facts"]
+    assert (facts["mixer.kind"], facts["attention.qk_norm"], facts["ffn.kind"]) == ("attention", False, "swiglu")
+    assert (facts["conv.kind"], facts["conv.sites"], facts["conv.width"], facts["conv.rank"]) == (
+        "lowrank",
+        "qkv",
+        4,
+        2,
+    )
+    assert facts["train.learning_rate"] == 1e-2
+    assert record["vary"] == {"clip_norm": 0.5}
+    assert record["budget"] == "some tokens"
+
+
+def test_a_record_that_was_edited_is_refused(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    assert read_record(run_dir)[1] == tiny_run
+    path = run_dir / "config.json"
+    path.write_text(path.read_text().replace('"learning_rate": 0.01,\n   "held', '"learning_rate": 0.02,\n   "held'))
+    with pytest.raises(ValueError, match=r"describes run .*; it was edited after it was submitted"):
+        read_record(run_dir)
+
+
+def test_a_store_takes_one_configuration_of_a_cell(
+    tiny_run: RunConfig, dataset: Dataset, submitted: Submitted, tmp_path: Path
+) -> None:
+    """Every part of the cell tells runs apart; whatever else differs does not, and is named."""
+    submitted(tiny_run, tmp_path)
+    other = replace(tiny_run, model=replace(tiny_run.model, conv=StaticConvolution(("v",))))
+    for beside in (
+        tiny_run,
+        replace(other, arm="static"),
+        replace(other, size="small"),
+        replace(other, budget="more tokens"),
+        replace(other, seed=4),
+        replace(other, vary={"learning_rate_factor": 2.0}),
+    ):
+        check_store([beside], tmp_path, dataset.sha256)
+    with pytest.raises(
+        ValueError, match=r"another configuration of lowrank-qkv tiny seed 3 at some tokens \(.*model.con"
+    ):
+        check_store([other], tmp_path, dataset.sha256)
+    faster = replace(tiny_run, train=replace(tiny_run.train, learning_rate=0.02))
+    with pytest.raises(
+        ValueError, match=r"\(train.learning_rate: 0.01 there, 0.02 now\); make what differs an axis in \["
+    ):
+        check_store([faster], tmp_path, dataset.sha256)
+
+
+def test_a_store_takes_one_dataset(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    submitted(tiny_run, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"was submitted with data \w{12}; the data is now 000000000000; restore it, or"
+    ):
+        check_store([tiny_run], tmp_path, "0" * 64)
+
+
+def test_two_folders_with_equal_text_are_the_same_data(
+    tiny_run: RunConfig, dataset: Dataset, text_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for path in text_folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    moved = replace(tiny_run.data, source=str(copy))
+    assert replace(tiny_run, data=moved).run_id == tiny_run.run_id
+    assert Dataset.open(build(moved, tmp_path / "cache", progress=False)).sha256 == dataset.sha256
+    (copy / path.name).write_text("changed")
+    assert Dataset.open(build(moved, tmp_path / "cache", progress=False)).sha256 != dataset.sha256
+
+
+def test_a_trained_run_is_a_model_with_its_tokenizer(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    with pytest.raises(ValueError, match=r"is not finished; `dynconv status` says where it stands"):
+        load_model(run_dir)
+    Run(run_dir)()
+    model, tokenizer = load_model(run_dir)
+    text = "def run(self):\n    return 1\n"
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids) == text
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]))
+    assert loss < torch.tensor(300.0).log()  # better than before it was trained
+    assert not model.training
