@@ -190,6 +190,7 @@ def test_a_dynamic_convolution_starts_as_identity_plus_static(kind: str) -> None
         assert zero_at_first or parameter.grad.any(), name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 @pytest.mark.parametrize("shared", [False, True])
 def test_compiled_block_by_block_all_layers_share_one_program(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And make the same; under autocast the programs take a residual stream of its dtype."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
@@ -21,8 +23,12 @@ from experiments.training.trainer import NonFiniteLoss, Step, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 CPU = Execution(device="cpu")
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def on_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Warnings are listed, not errors: torch's compiler has advice for every GPU."""
+    test = pytest.mark.filterwarnings("default")(test)
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 @pytest.fixture
@@ -134,28 +140,55 @@ def test_warming_up_changes_nothing(tiny_run: RunConfig, ahead: Callable[..., Tr
     assert torch.equal(weights(warm), weights(plain))
 
 
-def on_gpu(run: RunConfig, dataset: Dataset, **execution: object) -> Trainer:
+def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
+        world = World(rank, size, torch.device("cpu"))
+        trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
+    windows = to_the_end(trainer)
+    torch.save([[step.loss for step in window] for window in windows], folder / f"losses-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_three_processes_run_ahead_as_one(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    """Windows of the same lengths, whatever clock each has; the short last batch leaves one without a sequence."""
+    run = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * (8 * 6 + 2)))
+    alone = assemble(run, dataset, CPU, ALONE)
+    expected = [alone.step().loss for _ in range(run.train.steps)]
+    mp.spawn(_train_in_company, (3, tmp_path, run, dataset.path), nprocs=3)
+    got = [torch.load(tmp_path / f"losses-{rank}.pt") for rank in range(3)]
+    assert got[0] == got[1] == got[2]
+    assert [loss for window in got[0] for loss in window] == pytest.approx(expected, rel=1e-5)
+
+
+def gpu_trainer(run: RunConfig, dataset: Dataset, **execution: object) -> Trainer:
     settings = Execution(**({"device": "cuda"} | execution))  # type: ignore[arg-type]  # checked by the class
     trainer = assemble(run, dataset, settings, World(0, 1, torch.device("cuda")))
     trainer.warm_up()
     return trainer
 
 
-@gpu
-@needs_gpu
+@on_a_gpu
 @pytest.mark.parametrize(
-    "conv",
-    [NoConvolution(), LowRankConvolution(ALL_LINEAR, rank=2), HeadwiseConvolution(ALL_LINEAR, head_size=8)],
-    ids=["none", "lowrank", "headwise"],
+    ("conv", "execution"),
+    [
+        (NoConvolution(), {}),
+        (HeadwiseConvolution(ALL_LINEAR, head_size=8), {}),
+        (LowRankConvolution(ALL_LINEAR, rank=2), {}),
+        (LowRankConvolution(ALL_LINEAR, rank=2), {"micro_batch": 3}),
+        (LowRankConvolution(ALL_LINEAR, rank=2), {"compile": False}),
+    ],
+    ids=["none", "headwise", "lowrank", "lowrank in micro-batches", "lowrank uncompiled"],
 )
-@pytest.mark.parametrize("execution", [{}, {"compile": False}, {"micro_batch": 3}], ids=str)
 def test_bfloat16_on_a_gpu_follows_float32(
     conv: Convolution, execution: dict[str, object], tiny_run: RunConfig, dataset: Dataset
 ) -> None:
     run = replace(tiny_run, model=replace(tiny_run.model, conv=conv))
     torch.compiler.reset()
     checked = assemble(run, dataset, CPU, ALONE)
-    trainer = on_gpu(run, dataset, **execution)
+    trainer = gpu_trainer(run, dataset, **execution)
     assert trainer._engine is not None
     assert trainer._engine.captured == execution.get("compile", True)
     got = [step for window in to_the_end(trainer) for step in window]
@@ -167,22 +200,20 @@ def test_bfloat16_on_a_gpu_follows_float32(
     assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-2)
 
 
-@gpu
-@needs_gpu
+@on_a_gpu
 def test_muon_on_a_gpu_is_checked_at_every_step(tiny_run: RunConfig, dataset: Dataset) -> None:
     run = replace(tiny_run, train=replace(tiny_run.train, optimizer=Muon()))
     torch.compiler.reset()
-    checked, trainer = assemble(run, dataset, CPU, ALONE), on_gpu(run, dataset)
+    checked, trainer = assemble(run, dataset, CPU, ALONE), gpu_trainer(run, dataset)
     assert trainer._engine is None
     for _ in range(10):
         assert trainer.step().loss == pytest.approx(checked.step().loss, rel=2e-2)
 
 
-@gpu
-@needs_gpu
+@on_a_gpu
 def test_a_captured_step_that_is_not_finite_leaves_the_state(tiny_run: RunConfig, dataset: Dataset) -> None:
     torch.compiler.reset()
-    trainer = on_gpu(tiny_run, dataset)
+    trainer = gpu_trainer(tiny_run, dataset)
     trainer.step()
     with torch.no_grad():
         trainer.model.norm.weight[0] = math.nan
@@ -195,11 +226,10 @@ def test_a_captured_step_that_is_not_finite_leaves_the_state(tiny_run: RunConfig
     assert {int(state["step"]) for state in optimizer.state.values()} == {1}
 
 
-@gpu
-@needs_gpu
+@on_a_gpu
 def test_a_gpu_checkpoint_goes_on_on_a_gpu_and_on_a_cpu(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
     torch.compiler.reset()
-    trainer = on_gpu(tiny_run, dataset)
+    trainer = gpu_trainer(tiny_run, dataset)
     for _ in range(5):
         trainer.step()
     checkpoints.save(tmp_path, 5, trainer.state_dict())

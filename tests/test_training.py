@@ -231,16 +231,6 @@ def test_three_processes_train_as_one(tiny_run: RunConfig, dataset: Dataset, tmp
     assert got[0] == pytest.approx([*expected, evaluation.metrics["loss"]], rel=1e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_bfloat16_on_a_gpu_follows_float32(tiny_run: RunConfig, dataset: Dataset) -> None:
-    gpu = assemble(tiny_run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
-    gpu.warm_up()
-    expected = steps(assemble(tiny_run, dataset, CPU, ALONE), 10)
-    for one, other in zip(expected, steps(gpu, 10), strict=True):
-        assert other.loss == pytest.approx(one.loss, rel=1e-2)
-
-
 class Recall:
     """A task that asks at one position of each sequence only: repeat its first token at its end."""
 
