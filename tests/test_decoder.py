@@ -215,6 +215,25 @@ def test_compiled_block_by_block_all_layers_share_one_program(shared: bool, monk
     assert 1e-4 < (narrow - expected).norm() / expected.norm() < 2e-2
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_models_of_one_process_are_all_compiled_and_of_one_shape_once() -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    counts = []
+    for hidden in (8, 16, 24, 32, 40, 48, 56, 64, 72, 72):
+        model = Decoder(replace(SMALL, layers=2, ffn=SwiGLU(hidden)), seed=0)
+        model.compile(backend=backend, fullgraph=True, dynamic=False)
+        model(tokens)
+        counts.append(len(graphs))
+    assert counts == [2, 3, 4, 5, 6, 7, 8, 9, 10, 10]  # the last norm's program once, a block's for each hidden width
+
+
 def test_a_criterion_gets_what_the_head_would() -> None:
     model = randomised(SMALL)
     tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))

@@ -14,6 +14,7 @@ from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
 from experiments.parts.base import Part
 
+PROGRAMS = 128  # in one process: a model has a block's and a norm's, with gradients and without
 Criterion = Callable[[Tensor, Tensor], Tensor]  # what the LM head reads [B, T, D], its weight [V, D] -> a loss []
 
 
@@ -55,6 +56,11 @@ class Decoder(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile a block at a time, with the arguments of torch.compile: one program, built in seconds, serves every
         layer, and takes as long as a program of the whole model."""
+        import torch._dynamo  # seconds, which only those who compile have to wait
+
+        # A second model of the same shape finds its programs ready; past torch's eight one of another shape would find
+        # no room, and run uncompiled.
+        torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
         self._run = torch.compile(_run, *args, **kwargs)
 
     def forward(
