@@ -104,7 +104,7 @@ class Maps(nn.ModuleDict):
 def _fit_one_launch(convolutions: Sequence[nn.Module], widths: Sequence[int]) -> bool:
     """Whether one launch of the low-rank kernels takes the convolutions of several maps."""
     lowrank = [c for c in convolutions if isinstance(c, LowRankDynamicConv)]
-    kinds = [(len(c.up), c.width, c.residual, c.static_filter is None) for c in lowrank]
+    kinds = [(len(c.up), c.width, c.residual, c.static_filter is None, c.activation) for c in lowrank]
     alike = len(lowrank) == len(convolutions) and all(kind == kinds[0] for kind in kinds)
     return len(convolutions) > 1 and alike and not any(width % _SEGMENT for width in widths)
 
@@ -124,8 +124,10 @@ def _convolve_together(
         if convolution.static_filter is not None:
             filters.append(F.pad(convolution.static_filter, (0, more)))
     up, static = torch.cat(ups, 2).flatten(1), torch.cat(filters, 1) if filters else None
-    z: Tensor = lowrank_dynamic_convolution(y, generated, up, static, first.residual, segments=tuple(widths))
-    return [part[..., : c.channels] for c, part in zip(convolutions, z.split(widths, -1), strict=True)]
+    y = lowrank_dynamic_convolution(
+        y, generated, up, static, first.residual, activation=first.activation, segments=tuple(widths)
+    )
+    return [part[..., : c.channels] for c, part in zip(convolutions, y.split(widths, -1), strict=True)]
 
 
 @singledispatch
