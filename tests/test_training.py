@@ -138,6 +138,12 @@ def test_a_held_out_loss_that_is_not_finite_is_divergence(tiny_run: RunConfig, d
         trainer.evaluate(never)
 
 
+def test_tokens_that_the_model_has_not_are_refused(tiny_run: RunConfig, dataset: Dataset) -> None:
+    run = replace(tiny_run, model=replace(tiny_run.model, vocabulary=299))
+    with pytest.raises(ValueError, match="the data have 300 tokens, and the model's vocabulary is 299; give both one"):
+        assemble(run, dataset, CPU, ALONE)
+
+
 def test_a_micro_batch_is_no_larger_than_the_share(
     tiny_run: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

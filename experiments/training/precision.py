@@ -1,4 +1,4 @@
-"""In which arithmetic a model trains on a device."""
+"""The arithmetic in which a model trains on a GPU; on a CPU all of it is in the parameters' float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,11 @@ _HOPPER = (9, 0)
 
 @contextmanager
 def mixed_precision(device: torch.device) -> Iterator[None]:
-    """bfloat16 products and activations on a GPU; on a CPU everything in the parameters' float32.
+    """bfloat16 products and activations on a GPU.
 
     cuDNN's attention is preferred on Hopper and later: a step of the 300M model took 157 ms with it, 175 with flash.
     The order never changes, as the cache of compiled programs does not tell one order's programs from another's.
     """
-    if device.type != "cuda":
-        yield
-        return
     with torch.autocast("cuda", torch.bfloat16):
         if torch.cuda.get_device_capability(device) < _HOPPER:
             yield

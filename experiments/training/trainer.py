@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -85,6 +86,7 @@ class Trainer:
         if self._compiled:
             model.compile(dynamic=False)
         self._replicas = world.replicate(model)
+        self._losses = partial(losses_of, self._replicas, world.device)
         self._engine: Engine | None = None
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
@@ -294,22 +296,6 @@ class Trainer:
         inputs, targets = padded(examples, self._micro_batch)
         return torch.from_numpy(inputs).to(self.world.device), torch.from_numpy(targets).to(self.world.device)
 
-    def _losses(
-        self,
-        inputs: Tensor,  # [B, T]
-        targets: Tensor,  # [B, T]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
-        with mixed_precision(self.world.device):
-            if self._cuda:
-                loss, auxiliary = self._replicas(
-                    inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
-                )
-                return loss, auxiliary
-            logits, auxiliary = self._replicas(inputs)
-        logits = logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
-
     def _zero_grad(self) -> None:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -320,6 +306,24 @@ class Trainer:
         where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
         rate = self.config.learning_rate_at(self.steps_done)
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
+
+
+def losses_of(
+    model: nn.Module,
+    device: torch.device,
+    inputs: Tensor,  # [B, T]
+    targets: Tensor,  # [B, T]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
+    if device.type == "cuda":
+        with mixed_precision(device):
+            loss, auxiliary = model(
+                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+            )
+        return loss, auxiliary
+    logits, auxiliary = model(inputs)
+    logits = logits.float().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
