@@ -23,6 +23,7 @@ from experiments.design.train import Muon
 from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, NoConvolution
 from experiments.training import checkpoints
 from experiments.training.assembly import assemble
+from experiments.training.loss import linear_cross_entropy
 from experiments.training.parallel import World
 from experiments.training.run import Run, RunFailed
 from experiments.training.trainer import NonFiniteLoss, Step, Trainer
@@ -78,6 +79,37 @@ def test_windows_follow_checked_steps(
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3)
     torch.testing.assert_close(weights(trainer), weights(checked), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "conv", [NoConvolution(), LowRankConvolution(ALL_LINEAR, rank=2)], ids=lambda conv: type(conv).__name__
+)
+def test_what_a_gpu_computes_follows_float32_on_a_cpu_too(
+    conv: Convolution,
+    tiny_run: RunConfig,
+    dataset: Dataset,
+    ahead: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bfloat16 residual stream, shared products, padded channels and the chunked loss, by torch instead of kernels."""
+    run = replace(tiny_run, model=replace(tiny_run.model, conv=conv))
+    checked = assemble(run, dataset, CPU, ALONE)
+    expected = [checked.step() for _ in range(25)]
+
+    def losses_of(
+        model: torch.nn.Module, _: torch.device, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, losses = model(
+                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), chunk=48)
+            )
+        return loss, losses
+
+    monkeypatch.setattr("experiments.training.trainer.losses_of", losses_of)
+    monkeypatch.setattr("experiments.models.short_convolution._shares_products", lambda _: True)
+    got = [step for window in to_the_end(ahead(run, 4)) for step in window]
+    differences = [abs(other.loss - one.loss) for one, other in zip(expected, got, strict=True)]
+    assert 1e-6 < max(differences) < 5e-3  # measured: 1.1e-3 and 1.5e-3
 
 
 def test_windows_end_where_something_is_due_and_change_no_bit(
@@ -233,11 +265,11 @@ def test_bfloat16_on_a_gpu_follows_float32(
     assert trainer._engine.captured == execution.get("compile", True)
     got = [step for window in to_the_end(trainer) for step in window]
     for step in got:
-        assert step.loss == pytest.approx(checked.step().loss, rel=1e-2 if step.step <= 10 else 3e-2)
+        assert step.loss == pytest.approx(checked.step().loss, abs=1e-2)
     one, other = checked.evaluate(lambda: False), trainer.evaluate(lambda: False)
     assert one is not None
     assert other is not None
-    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=3e-2)
+    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], abs=1e-2)
 
 
 @on_a_gpu
