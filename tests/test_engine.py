@@ -2,20 +2,17 @@
 is due, and leave the state alone once a loss is not finite. On a CPU the engine runs the same code, uncaptured."""
 
 import gc
-import json
 import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from analysis.logs.reader import read_rows
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
@@ -25,7 +22,6 @@ from experiments.training import checkpoints
 from experiments.training.assembly import assemble
 from experiments.training.loss import linear_cross_entropy
 from experiments.training.parallel import World
-from experiments.training.run import Run, RunFailed
 from experiments.training.trainer import NonFiniteLoss, Step, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -189,27 +185,6 @@ def test_a_trainer_frees_its_memory_when_it_is_dropped(tiny_run: RunConfig, ahea
         assert engine() is None
     finally:
         gc.enable()
-
-
-def test_a_run_logs_windows_step_by_step(
-    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With an evaluation, a branch point and a checkpoint where they belong, and the step that diverged by its name."""
-    monkeypatch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
-    run_dir = submitted(replace(tiny_run, train=replace(tiny_run.train, branch_steps=(11,))), tmp_path)
-    Run(run_dir)()
-    steps, evals = (pq.read_table(run_dir / f"{kind}.parquet") for kind in ("steps", "evals"))
-    assert steps["step"].to_pylist() == list(range(1, 26))
-    assert evals["step"].to_pylist()[::2] == [8, 16, 24, 25]
-    assert checkpoints.load_branch_point(run_dir, 11)["steps_done"] == 11
-    seconds = json.loads((run_dir / "run.json").read_text())["seconds"]
-    assert seconds["train"] == pytest.approx(sum(steps["seconds"].to_pylist()))
-
-    diverging = submitted(replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e36)), tmp_path)
-    with pytest.raises(RunFailed, match=r"step 2: NonFiniteLoss: loss .* first in embedding\.weight"):
-        Run(diverging)()
-    assert json.loads((diverging / "failure.json").read_text())["step"] == 2
-    assert read_rows(diverging, "steps").table["step"].to_pylist() == [1]
 
 
 def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:
