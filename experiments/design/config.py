@@ -80,7 +80,7 @@ class Execution:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: int = 1  # processes, one a GPU; on a CPU also the number of processes
     micro_batch: int = 0  # sequences per forward pass and process; 0: the share of the batch, up to 32k tokens
-    compile: bool = True  # torch.compile, on a GPU only
+    compile: bool = True  # torch.compile and, where the model is small, steps as CUDA graphs; on a GPU only
     threads: int = 1  # of torch on a CPU; a fixed number keeps sums in one order
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is interrupted more often has failed

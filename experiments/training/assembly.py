@@ -10,7 +10,12 @@ from experiments.training.trainer import Trainer
 
 
 def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: World) -> Trainer:
-    """The trainer of a run at its first step."""
+    """The trainer of a run at its first step. Raises ValueError where the data hold tokens that the model has not."""
+    if dataset.vocabulary > run.model.vocabulary:
+        raise ValueError(
+            f"the data have {dataset.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "
+            "give both one size"
+        )
     model = Decoder(run.model, run.seed).to(world.device)
     return Trainer(
         model,
