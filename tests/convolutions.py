@@ -173,6 +173,34 @@ def assert_close(case: Case, slack: float = 1.0) -> None:
     assert all(value < slack * BOUND[case.dtype] for value in measured.values()), measured
 
 
+def errors_beside_padding(case: Case, padding: int) -> dict[str, float]:
+    """The errors of a case of packed documents with so much padding after the last one, against it without.
+
+    All that belongs to the padding is NaN, and its output's gradient; its outputs and gradients must be zeros.
+    """
+
+    def padded(value: Tensor, fill: float = torch.nan) -> Tensor:  # [1, T, ...]
+        sides = (0, 0) * (value.dim() - 2) + (0, padding)
+        return torch.nn.functional.pad(value.detach(), sides, value=fill)
+
+    inputs = case.inputs()
+    longer = {name: padded(v) if name in case.per_token else v.detach() for name, v in inputs.items()}
+    longer = {name: value.requires_grad_() for name, value in longer.items()}
+    dy = torch.randn_like(inputs["x"])
+    outcomes = []
+    for values, gradient in ((inputs, dy), (longer, padded(dy))):
+        y, end = case.run(values, return_final_state=True)
+        ends = [end] if end.requires_grad else []  # the state of an empty x is a constant
+        weights = [gradient, *map(torch.ones_like, ends)]
+        gradients = torch.autograd.grad([y, *ends], list(values.values()), weights)
+        outcomes.append(dict(zip(["y", "end", *values], (y, end, *gradients), strict=True)))
+    want, got = outcomes
+    for name in case.per_token & inputs.keys() | {"y"}:
+        got[name], rest = got[name].split([case.time, padding], 1)
+        assert not rest.any(), name
+    return {name: relative_error(value, want[name].double()) for name, value in got.items()}
+
+
 @st.composite
 def cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(FUNCTIONS)) -> Case:
     kind = draw(st.sampled_from(kinds))

@@ -61,7 +61,9 @@ def test_files_are_whole_and_shallow() -> None:
             assert ast.get_docstring(tree) or not tree.body, f"{path} does not say what it is for"
 
 
-@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "slurm/README.md", "results/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "AGENTS.md", "analysis/README.md", "slurm/README.md", "results/README.md"]
+)
 def test_links_and_images_lead_somewhere(page: str) -> None:
     """In the repository, not only on this machine."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,18 +13,27 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from planted import write_budgets, write_config, write_run, write_sweep
 
+from analysis.laws.isoflop import Allocation, Optimum
 from analysis.logs.store import Store, load
-from analysis.pages import figures
+from analysis.pages import isoflop_figures, kernel_figures, run_figures
 from analysis.pages.ablations import ablations
-from analysis.pages.drawing import Answers, answers, draw
-from analysis.pages.style import BLACK, Mark, marks, save, settled
+from analysis.pages.drawing import Answers, answers, material
+from analysis.pages.drawing import draw as draw_material
+from analysis.pages.style import BLACK, PALE, Mark, marks, save, settled
 from experiments.cli.main import main
 
 ROOT = Path(__file__).parents[1]
+
+
+def draw(store: Store, answer: Answers) -> dict[str, Figure]:
+    return draw_material(material(store), answer)
+
+
 Drawn = tuple[Store, Answers, dict[str, Figure]]
 
 
@@ -110,6 +119,7 @@ def test_a_store_with_clocks_and_evaluations_gets_all_its_figures(drawn: Drawn) 
         "multipliers",
         "loss-against-compute",
         "multiplier-against-compute",
+        "loss-against-tokens",
         "wall-clock",
         "loss-curves",
     }
@@ -118,7 +128,7 @@ def test_a_store_with_clocks_and_evaluations_gets_all_its_figures(drawn: Drawn) 
 
 def test_wall_clock_is_drawn_against_compute_in_the_largest_unit_that_fits(drawn: Drawn) -> None:
     runs = drawn[0].runs.assign(train_seconds=np.geomspace(600, 7200, len(drawn[0].runs)), gpus=2)
-    left, right = figures.wall_clock(runs, "transformer").axes
+    left, right = run_figures.wall_clock(runs, "flops_exact", "exact", "transformer").axes
     assert left.get_xlabel() == "training FLOPs (exact)"
     assert left.get_ylabel() == right.get_xlabel() == "measured training (device hours)"
     shown = np.concatenate([line.get_ydata() for line in dots(left)])
@@ -168,6 +178,92 @@ def test_an_optimum_that_does_not_count_is_hollow(tmp_path: Path) -> None:
     assert not [line for line in figure.axes[1].lines if line.get_linestyle() == "--"]
 
 
+def test_50_budgets_of_31_arms_stay_readable_by_a_colour_scale_and_small_multiples() -> None:
+    """No legend and no panel narrower than an inch; each budget in the shade that the scale gives it."""
+    arms = [f"arm {at:02d}" for at in range(31)]
+    budgets = np.geomspace(1e18, 1e21, 50)
+    parabolas = [
+        Optimum(arm, c, 5, 1e8, None, 1e9, 3.0, 0.01, 0.1, (0.3, 0.3), (5e7, 2e8), None, "ok")
+        for arm in arms
+        for c in budgets
+    ]
+    laws = [Allocation(arm, 50, 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1e9, 1e10, 1e21, "given", "ok") for arm in arms]
+    rows = pd.DataFrame(
+        [{"arm": arm, "C": c, "parameters": n, "loss": 3.0} for arm in arms for c in budgets for n in (5e7, 2e8)]
+    )
+    figure = isoflop_figures.isoflop_panels(rows, parabolas, laws, "given")
+    *panels, scale = figure.axes
+    assert len(panels) == 31
+    assert not any(axes.get_legend() for axes in figure.axes)
+    assert scale.get_ylabel() == "FLOPs of a budget"
+    assert scale.get_xlim() == pytest.approx((1e18, 1e21))
+    for axes in panels:
+        assert axes.get_window_extent().width / figure.dpi > 1
+        shades = [line.get_color() for line in axes.lines if line.get_linestyle() == "-"]
+        assert len({to_hex(shade) for shade in shades}) == 50
+    widths = [axes.title.get_window_extent().width for axes in panels]
+    assert max(widths) < panels[0].get_window_extent().width
+    growth = isoflop_figures.isoflop_growth(parabolas, laws, "given")
+    assert len(growth.axes) == 31
+
+
+def test_more_arms_than_can_be_told_apart_get_a_panel_each(tmp_path: Path) -> None:
+    """Points with seconds: loss against compute, tokens and wall clock, every run of an arm in its own panel."""
+    store = load(many_points(tmp_path / "points.csv", arms=12))
+    answer = answers(store, "base", None)
+    drawn = draw(store, answer)
+    assert {"loss-against-compute", "multiplier-against-compute", "loss-against-tokens", "wall-clock"} <= set(drawn)
+    for name in ("loss-against-compute", "loss-against-tokens", "wall-clock"):
+        axes = drawn[name].axes
+        assert [item.get_title(loc="left") for item in axes] == sorted(set(store.runs["arm"]) - {"base"})
+        for item in axes:
+            mine = store.runs[store.runs["arm"] == item.get_title(loc="left")]
+            assert sorted(item.lines[-1].get_ydata()) == sorted(mine["loss"])
+            assert item.lines[0].get_color() == PALE
+    assert drawn["wall-clock"].axes[0].lines[-1].get_xdata() == pytest.approx(
+        sorted(store.runs[store.runs["arm"] == "arm 01"]["train_seconds"] / 3600)
+    )
+    tall = [item.get_title(loc="left") for item in drawn["multiplier-against-compute"].axes]
+    assert tall == [item.arm for item in answer.found]
+
+
+def many_points(path: Path, arms: int) -> Path:
+    rows = []
+    for arm in range(arms):
+        for size, c in enumerate(np.geomspace(1e15, 1e17, 4)):
+            loss = 1.7 + (c / 1e16 * (1 + 0.05 * arm)) ** -0.1
+            rows.append(f"{f'arm {arm:02d}' if arm else 'base'},s{size},{c},{c / 1e9},{loss},{c / 1e12}")
+    path.write_text("arm,size,C,D,loss,train_seconds\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_any_column_with_a_dot_is_a_fact_whose_effect_is_drawn() -> None:
+    """Whatever part of a model it is about; [vary] axes are no facts, and runs that differ in one are not joined."""
+
+    def run(
+        arm: str, loss: float, window: object, kind: str = "ring", rate: float = 1.0, **more: object
+    ) -> dict[str, object]:
+        facts = {"attention.kind": kind, "attention.window": window, "moe.experts": more.get("experts")}
+        return {"arm": arm, "size": "1M", "parameters": 1e6, "loss": loss, "vary.rate": rate, **facts}
+
+    rows = pd.DataFrame(
+        [
+            run("w1", 3.0, 64),
+            run("w2", 2.9, 128),
+            run("w2", 9.0, 128, rate=2.0),
+            run("w3", 2.7, 256, experts=8),
+            run("other", 2.6, 64, kind="dense"),
+        ]
+    )
+    table = ablations(rows)
+    assert list(zip(table["factor"], table["line"], table["setting"], table["loss"], strict=True)) == [
+        ("window", "ring", "64", 3.0),
+        ("window", "ring", "128", 2.9),
+    ]
+    ambiguous = ablations(rows.assign(**{"conv.window": 4}))
+    assert set(ambiguous["factor"]) == {"attention.window"}
+
+
 def test_the_papers_ablations_are_drawn_from_what_its_arms_are() -> None:
     store = load(ROOT / "results" / "published")
     answer = answers(store, None, None)
@@ -214,6 +310,7 @@ def test_arms_that_differ_in_more_than_one_fact_are_not_joined(tmp_path: Path) -
     assert found == {
         ("rank", "lowrank, q, width 4, residual"): [("2", 3.205), ("8", 3.005), ("16", 2.905)],
         ("width", "lowrank, q, rank 16, residual"): [("4", 2.905), ("6", 2.805)],
+        ("residual", "lowrank, q, width 4, rank 2"): [("no", 3.305), ("yes", 3.205)],
     }
 
 
@@ -221,13 +318,13 @@ def test_kernel_bars_are_one_a_kernel_and_provider_with_the_floor_where_it_is_kn
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paper = ROOT / "results" / "published" / "kernels.csv"
-    axes = figures.kernel_bars(pd.read_csv(paper)).axes[0]
+    axes = kernel_figures.kernel_bars(pd.read_csv(paper)).axes[0]
     widths = [patch.get_width() for patch in axes.patches if patch.get_width() > 0]
     assert sorted(widths) == [143, 161, 184, 242, 382, 421, 484, 697, 946]
     assert not any(text.get_text().startswith("floor") for text in axes.get_legend().get_texts())
     measured = ROOT / "results" / "measured" / "h200" / "kernels.parquet"
     rows = pd.read_parquet(measured)
-    axes = figures.kernel_bars(rows[rows["provider"] == "dynconv"]).axes[0]
+    axes = kernel_figures.kernel_bars(rows[rows["provider"] == "dynconv"]).axes[0]
     (floors,) = axes.collections
     lengths = [bar.get_width() for bar in axes.patches]
     marks = [line[0][0] for line in floors.get_segments()]
@@ -239,7 +336,7 @@ def test_kernel_bars_are_one_a_kernel_and_provider_with_the_floor_where_it_is_kn
     with pytest.raises(ValueError, match="holds times of kernels, not runs; `dynconv plot` draws them"):
         load(measured)
     with pytest.raises(ValueError, match="need rows with pass fwd"):
-        figures.kernel_bars(pd.read_csv(paper).assign(**{"pass": "fwd"}))
+        kernel_figures.kernel_bars(pd.read_csv(paper).assign(**{"pass": "fwd"}))
 
 
 def test_kernel_bars_leave_no_place_for_who_timed_nothing() -> None:
@@ -247,7 +344,7 @@ def test_kernel_bars_leave_no_place_for_who_timed_nothing() -> None:
     shape = {"pass": "fwd+bwd", "B": 4, "T": 64, "D": 32, "W": 4, "dtype": "bfloat16", "op": "lowrank", "fraction": 0.5}
     timed = [(1, "a"), (1, "b"), (1, "c"), (2, "b"), (3, "c"), (3, "a")]
     rows = pd.DataFrame([shape | {"R": rank, "provider": name, "us": 10.0 * rank} for rank, name in timed])
-    axes = figures.kernel_bars(rows).axes[0]
+    axes = kernel_figures.kernel_bars(rows).axes[0]
     height = 0.8 / 3
     middles = sorted((bar.get_width(), round((bar.get_y() + bar.get_height() / 2) / height, 6)) for bar in axes.patches)
     place = 1 / height

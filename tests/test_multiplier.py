@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from planted import pairs_of
 
 from analysis.advantage.answers import Multiplier
+from analysis.advantage.changing import reported
 from analysis.advantage.clocks import Rates
+from analysis.advantage.constancy import constancy_p
 from analysis.advantage.joint import joint_interval, wild_cluster_interval
 from analysis.advantage.multiplier import compare
-from analysis.advantage.paired import changing_multipliers, constancy_p, local_multipliers, reported, trend
+from analysis.advantage.paired import changing_multipliers, local_multipliers, trend
 from analysis.laws.solver import Floats
 from experiments.cli.main import main
 
@@ -135,13 +137,14 @@ def test_the_constancy_test_has_its_size_and_power(m: float, span: float) -> Non
 @pytest.mark.parametrize("sizes", [4, 5, 6])
 @pytest.mark.parametrize("m", [1.05, 2.0])
 def test_the_reported_interval_covers_after_the_constancy_test_has_chosen(sizes: int, m: float) -> None:
-    """What a reader takes away: 1,500 designs with a constant m; the share is known to .006, the bar is .93 to .97."""
+    """What a reader takes away: 1,500 designs with a constant m. The interval covers more of these than it says, since
+    it is for m at the largest compute where m may change, too (tests/test_constancy.py)."""
     compute, y0, y1, _ = simulate(1500, sizes, 2, m)
     p = constancy_p(compute, compute, y0, y1, 199, 0, until=0.05)
     _, low, high = _reported(compute, y0, y1, p)
     covered = float(((low < math.log(m)) & (math.log(m) < high)).mean())
     print(f"m {m}, {sizes} sizes: coverage of the reported interval {covered:.3f}, varying {(p < 0.05).mean():.3f}")
-    assert 0.93 <= covered <= 0.97
+    assert covered >= 0.93
 
 
 @pytest.mark.parametrize("sizes", [4, 5])
@@ -345,14 +348,14 @@ def test_a_column_has_one_source(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--columns names two columns for loss; give one" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("floor", ["2.45", "-1", "nan"])
-def test_a_stated_floor_must_be_below_every_loss(
-    floor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("held", ["2.45", "-1", "nan"])
+def test_a_held_irreducible_loss_must_be_below_every_loss(
+    held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of an arm with one size too, whose exponent comes from the baseline's sizes."""
     (tmp_path / "p.csv").write_text("arm,size,C,loss\na,s,1e18,3\na,l,1e20,2.4\nb,s,1e18,2.9")
-    assert main(["table", str(tmp_path / "p.csv"), "--baseline", "a", "--floor", floor]) == 2
-    assert f"below every loss (2.4); got {floor}" in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "p.csv"), "--baseline", "a", "--hold", f"E={held}"]) == 2
+    assert f"below every loss (2.4); got {held}" in capsys.readouterr().err
 
 
 def test_one_size_is_refused() -> None:

@@ -158,7 +158,15 @@ def test_packed_documents_are_separate_sequences() -> None:
             lambda: lowrank_dynamic_convolution(X, torch.ones(2, 5, 3), torch.ones(3, 12), True),
             "static_w must be a tensor; got a bool",
         ),
-        (lambda: static_convolution(X, torch.ones(4, 6), X), "residual must be True or False; got a tensor"),
+        (
+            lambda: static_convolution(X, torch.ones(4, 6), torch.ones(4, 6)),
+            r"residual \(True, False or a tensor\) must be \[B, T, D\] = \[2, 5, 6\]; got \[4, 6\]",
+        ),
+        (
+            lambda: static_convolution(X, torch.ones(4, 6), bias=torch.ones(1, 6)),
+            r"bias must be \[D\] = \[6\]; got \[1, 6\]",
+        ),
+        (lambda: static_convolution(X, torch.ones(4, 6), return_final_state=X), "return_final_state must be True or"),
         (lambda: static_convolution(X, torch.ones(4, 6), "no"), "residual must be True or False; got 'no'"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation="relu"), "got 'relu'; apply another one to"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation=X), "got a Tensor; apply another one to"),

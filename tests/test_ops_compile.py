@@ -47,6 +47,8 @@ def compile(kernel, programs, tensors, integers, constants, **options):
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups())
     found = {name.lower(): constants.get(name) for name in ("R", "SILU")}
+    output = tensors[4] if kernel.__name__ == "forward_kernel" else None
+    found["sums"] = getattr(output, "dtype", None) == torch.float32
     found |= {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
     print(json.dumps([name, found]))
 
@@ -125,8 +127,8 @@ def test_the_gluon_kernels_fit(capability: int, way: str) -> None:
         most = 48 if name.startswith("ring_kernels") else 0
         if name == "lowrank_mma_kernels.backward_kernel":
             most = 136 if resources["silu"] else 80
-        if name == "lowrank_mma_kernels.forward_kernel" and resources["r"] > 32:
-            most = 104
+        if name == "lowrank_mma_kernels.forward_kernel" and (resources["r"] > 32 or resources["sums"]):
+            most = 128 if resources["sums"] else 104  # sums in float32 are for silu with more than 16 ranks
         assert resources["stack"] <= most, (name, resources)
         assert resources["shared"] <= 101_376, (name, resources)  # what a program of sm_86 and sm_89 may have
         if name == "lowrank_mma_kernels.forward_kernel" and resources["r"] <= 16:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import BOUND, DEVICE, GPU, Case, assert_close, errors, poisoned_memory, relative_error
+from convolutions import (
+    BOUND,
+    DEVICE,
+    GPU,
+    Case,
+    assert_close,
+    errors,
+    errors_beside_padding,
+    poisoned_memory,
+    relative_error,
+)
 from torch import Tensor
 
 from dynconv.ops import headwise, launch, operator, tiles
@@ -188,6 +198,35 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
         patch.setattr(launch, "_repeats", {})
         patch.setattr(headwise, "_by_ring", lambda *_, **__: True)
         assert_close_in_all_runs(case, ring)
+
+
+@pytest.mark.parametrize("padding", [1, 77, 900])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("static"),
+        Case("static", width=3),  # silu in float32, after plain kernels
+        Case("headwise"),
+        Case("lowrank", rank=16),
+        Case("lowrank", rank=15, static=False),
+        Case("lowrank", rank=40),
+        Case("lowrank", rank=96, width=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_padding_is_neither_read_nor_written(
+    case: Case, dtype: torch.dtype, activation: str | None, padding: int, unknown: pytest.MonkeyPatch
+) -> None:
+    """By the Gluon kernels, too, wherever they fit."""
+    unknown.setattr(headwise, "_by_ring", lambda *_, **__: True)
+    lengths = (1, 40, 0, 2, 3, 190, 64)
+    case = replace(case, batch=1, time=300, documents=lengths, heads=12, head_size=16, dtype=dtype)
+    for state in (False, True):
+        with poisoned_memory():
+            measured = errors_beside_padding(replace(case, activation=activation, state=state), padding)
+        assert all(error < BOUND[dtype] for error in measured.values()), measured
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import BOUND, DEVICE, FUNCTIONS, GPU, Case, cases, errors, poisoned_memory, relative_error
+from convolutions import (
+    BOUND,
+    DEVICE,
+    FUNCTIONS,
+    GPU,
+    Case,
+    cases,
+    errors,
+    errors_beside_padding,
+    poisoned_memory,
+    relative_error,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -133,6 +144,43 @@ def test_sixteen_bits_are_rounded_once(case: Case, activation: str | None, dtype
     assert (got == exact).double().mean() > 0.999  # float32's own rounding moves few across
 
 
+@pytest.mark.parametrize(("documents", "activation"), [((), None), ((), "silu"), ((2, 5, 0, 11), "silu")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@EACH_KIND
+def test_a_bias_before_silu_and_the_residual_of_another_tensor(
+    kind: str, dtype: torch.dtype, documents: tuple[int, ...], activation: str | None
+) -> None:
+    batch = 1 if documents else 2
+    case = Case(kind, batch=batch, time=18, documents=documents, state=True, residual=False, dtype=dtype)
+    inputs = case.inputs()
+    bias = torch.randn(case.channels, device=DEVICE, requires_grad=True)
+    for residual in (False, True, torch.randn_like(inputs["x"]).requires_grad_()):
+        tensors = inputs | {"bias": bias} | ({"residual": residual} if isinstance(residual, Tensor) else {})
+        options = case.options() | {"residual": residual, "activation": activation, "return_final_state": True}
+        y, end = FUNCTIONS[kind](**inputs, **options, bias=bias)
+        exact = {name: value.detach().double().requires_grad_() for name, value in tensors.items()}
+        want = case.oracle(exact) + exact["bias"]
+        want = torch.nn.functional.silu(want) if activation else want
+        want = want + exact["residual"] if isinstance(residual, Tensor) else want + exact["x"] if residual else want
+        assert end.dtype == y.dtype == dtype
+        assert torch.equal(end, case.run(inputs, return_final_state=True)[1])
+        dy = torch.randn_like(y)
+        got = [y, *torch.autograd.grad(y, list(tensors.values()), dy)]
+        expected = [want, *torch.autograd.grad(want, list(exact.values()), dy.double())]
+        measured = [relative_error(g, w) for g, w in zip(got, expected, strict=True)]
+        assert all(error < 2 * BOUND[dtype] for error in measured), (residual, measured)
+
+
+@EACH_KIND
+def test_padding_has_no_bias(kind: str) -> None:
+    case = Case(kind, batch=1, time=18, documents=(4, 9))
+    options = case.options() | {"bias": torch.ones(case.channels, device=DEVICE, requires_grad=True)}
+    y = FUNCTIONS[kind](**case.inputs(), **options)
+    assert not y[:, 13:].any()
+    (gradient,) = torch.autograd.grad(y.sum(), [options["bias"]])
+    assert torch.equal(gradient, torch.full_like(gradient, 13))
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 @EACH_KIND
 def test_autocast_rounds_no_filter(kind: str, activation: str | None) -> None:
@@ -236,32 +284,10 @@ def test_what_is_not_finite_stays_in_its_document(kind: str, activation: str | N
 def test_padding_after_the_last_document_is_neither_read_nor_written(
     kind: str, padding: int, activation: str | None, state: bool
 ) -> None:
-    """NaN in all that belongs to the padding, and its output's gradient; the documents may be none."""
     for lengths in ((2, 5, 0, 11), (0,)):
-        alone = Case(kind, batch=1, time=sum(lengths), documents=lengths, state=state, activation=activation)
-        inputs = alone.inputs()
-        padded = {
-            name: torch.nn.functional.pad(value.detach(), (0, 0) * (value.dim() - 2) + (0, padding), value=torch.nan)
-            if name in alone.per_token
-            else value.detach()
-            for name, value in inputs.items()
-        }
-        padded = {name: value.requires_grad_() for name, value in padded.items()}
-        dy = torch.randn_like(inputs["x"])
-        outcomes = []
-        padded_dy = torch.nn.functional.pad(dy, (0, 0, 0, padding), value=torch.nan)
-        for values, gradient in ((inputs, dy), (padded, padded_dy)):
-            y, end = alone.run(values, return_final_state=True)
-            ends = [end] if end.requires_grad else []  # the state of an empty x is a constant
-            weights = [gradient, *map(torch.ones_like, ends)]
-            gradients = torch.autograd.grad([y, *ends], list(values.values()), weights)
-            outcomes.append(dict(zip(["y", "end", *values], (y, end, *gradients), strict=True)))
-        want, got = outcomes
-        for name, value in got.items():
-            if name in alone.per_token | {"y"}:
-                value, rest = value.split([alone.time, padding], 1)
-                assert not rest.any(), name
-            assert relative_error(value, want[name].double()) < CLOSE, name
+        case = Case(kind, batch=1, time=sum(lengths), documents=lengths, state=state, activation=activation)
+        measured = errors_beside_padding(case, padding)
+        assert all(value < CLOSE for value in measured.values()), measured
 
 
 @pytest.mark.parametrize("state", [False, True])

@@ -162,6 +162,10 @@ def test_flops_are_counted() -> None:
             assert counter.get_total_flops() == forward, kind
             y.sum().backward()
         assert counter.get_total_flops() == forward + backward, kind
+        y = case.run(inputs)
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == backward, kind
 
 
 @pytest.mark.parametrize("implementation", ["kernels"], indirect=True)

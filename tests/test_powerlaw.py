@@ -191,6 +191,10 @@ def test_a_held_amplitude_leaves_m_free() -> None:
     law = fit(points, "c")
     held = profile(fit(points, "c", hold={"A[base]": law.values["A[base]"]}), 100)
     assert held.values["m[dyn]"] == pytest.approx(law.values["m[dyn]"], rel=1e-6)
+    for seed in range(5):
+        with_floor = bootstrap(fit(ladder(1.33, 0.002, seed=seed), "c", hold={"E": 1.7}), 100)
+        assert with_floor.certificate["converged"]
+        assert with_floor.certificate["resamples_failed"] < 5
     assert held.profile_ci is not None
     assert held.profile_ci["m[dyn]"][0] < 1.33 < held.profile_ci["m[dyn]"][1]
     with pytest.raises(ValueError, match="no parameter 'gamma' to hold"):

@@ -5,11 +5,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.design import strict
+from analysis.advantage.planning import ladder_of
+from experiments.design import plan, strict
 from experiments.design.config import TRUNK, RunConfig
 from experiments.design.identity import content, to_dict
 from experiments.design.model import ModelConfig
@@ -482,3 +484,20 @@ def test_what_is_legal_and_perhaps_not_meant_is_noted(tmp_path: Path) -> None:
     assert unused == "[arm.mine] makes no run; name it in `arms`, or remove it"
     assert missing.startswith(f"data.source = '{tmp_path}/x' is not there; `submit` will refuse")
     assert notes(read_sweep(write(tmp_path, TEXT))) == []
+
+
+def test_the_plan_shows_where_a_run_stands_and_pays_for_a_trunk_once(tmp_path: Path) -> None:
+    text = TEXT.replace("tokens_per_parameter = 20\n", "").replace('"lowrank-qkv", "mine"', '"mine"')
+    text += "[train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n"
+    text += "[vary]\nclip_norm = [0.5, 2]\ntokens_per_parameter = [10, 20]\n"
+    runs = load_sweep(write(tmp_path, text))
+    rows = plan.rows(runs, {size: plan.Hardware() for size in ("25k", "110k")})
+    assert sum(row["flops_own"] for row in rows) < sum(row["flops_exact"] for row in rows if row["trunk"])
+    heading, trunk, branch, *_ = plan.render(rows).splitlines()
+    assert heading.split()[:5] == ["run", "clip_norm", "tokens_per_parameter", "branch", "of"]
+    assert trunk.split()[:3] == [runs[0].run_id, "0.5", "trunk"]
+    assert branch.split()[:4] == [runs[1].run_id, "0.5", "10", runs[0].run_id.split("-")[-1]]
+    with pytest.raises(
+        ValueError, match=r"power simulates one budget a size; the design has 10 tokens per param"
+    ):
+        ladder_of(pd.DataFrame.from_records(rows))

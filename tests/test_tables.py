@@ -225,7 +225,7 @@ def test_each_published_row_is_shown_by_every_convention_at_every_stated_floor(
     for name in ("exact", "6ND", "6N_nonemb D"):
         for floor in ("0", "1.6"):
             column = columns.index(f"E={floor} {name}")
-            asked = ("--convention", name, "--floor", floor, "--json")
+            asked = ("--convention", name, "--hold", f"E={floor}", "--json")
             for item in json.loads(run(capsys, "table", PUBLISHED, *asked)[1]):
                 assert float(shown[item["arm"]][column]) == pytest.approx(item["m"], abs=6e-4)
 

@@ -51,7 +51,7 @@ class Multiplier:
     family: int = 1  # arms with an interval
     method: str
     constant_m_p: float | None = None  # None below three sizes
-    m_at_cmax: float  # on the line of local ln m at the largest compute
+    m_at_cmax: float  # by the law of a changing m alone, on its line of local ln m at the largest compute
     m_at_cmax_ci: Interval | None = None
     loso: Interval | None = None  # range of m with each size left out
     convention: str
@@ -75,4 +75,7 @@ class Multiplier:
     budgets: tuple[OfBudget, ...] = ()  # m at each budget, where sizes have several
     same_budget_p: float | None = None  # of the test that m is the same at every budget
     rates: tuple[Tuned, ...] = ()  # of both arms by size, where runs differ in their learning rate
+    constancy: str | None = None  # "shown", "not shown" or "rejected"; None below three sizes
+    change: Interval | None = None  # m at the largest compute over the mean m: 90% interval, the verdict's ground
+    correlation_p: float | None = None  # of the test that errors are independent over sizes; None where it is blind
     notes: tuple[str, ...] = ()  # how the rows were taken, which is no fault of the answer

@@ -2,8 +2,8 @@
 
 m is the baseline compute that reaches the arm's loss, over the arm's compute, under a named FLOP convention. The
 headline is the paired estimator (paired.py); a joint fit with profile likelihood cross-checks it. A trend of m
-with compute makes m at the largest compute the headline, by a law in which m changes too. The
-estimator's coverage and the checks' sizes are simulated in tests/test_multiplier.py.
+with compute makes m at the largest compute the headline, by a law in which m changes too; the interval covers m at the
+largest compute in any case (changing.py). Coverage and sizes of tests: analysis/README.md.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import numpy as np
 
 from analysis.advantage.answers import Answer, At, Clock, Multiplier
 from analysis.advantage.budgets import OfBudget, by_budget, with_budgets
+from analysis.advantage.changing import band, reported
+from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE, seed_noise_of
 from analysis.advantage.family import at_once
 from analysis.advantage.joint import Interval, aicc, joint_interval, wild_cluster_interval
 from analysis.advantage.paired import (
     EXPONENTS,
-    ROUNDING,
-    SIGNIFICANCE,
     Local,
     changing_multipliers,
-    constancy_p,
     local_multipliers,
     ratio,
-    reported,
     seed_noise,
     trend,
 )
 from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
 from analysis.advantage.rates import Tuned, at_best_rates, notes, rate_column, remarks
+from analysis.advantage.shifted import shifted_multipliers
 from analysis.advantage.single import require_below, single_size
 from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
+from analysis.advantage.verdict import Verdict, judge
 from analysis.laws.solver import Floats
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
@@ -78,7 +78,7 @@ def multipliers(
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
         try:
-            both, tuned, told = _comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+            both, tuned, told = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
             pairs = pair(both, arm, baseline, convention, excluded, throughput)
             others = {name: pair(both, arm, baseline, name) for name in conventions_in(both) if name != convention}
             if floors and len(pairs.sizes) == 1:
@@ -93,7 +93,7 @@ def multipliers(
     return at_once(found), refused
 
 
-def _comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
+def comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
     """The runs of two arms, which `usable` returned, with the budget that each is paired on, at each arm's best rate;
     how the rates were tuned; and in words how budgets were told and which rates are best."""
     rows, how = with_budgets(rows, baseline, column)
@@ -158,6 +158,7 @@ def compare(
             (
                 *_remarks(pairs, local, headline, noise_floor, p, stated, conventions),
                 *_budget_remarks(of_budgets, budget_p),
+                *found.verdict.remarks(),
             )
         )
         or "ok",
@@ -174,7 +175,10 @@ def compare(
         irreducible_loss=float(shown.law.E[0]),
         exponent=float(shown.law.g[0]),
         local=tuple(_local_rows(pairs, shown)),
-        curve=tuple(_curve(pairs, shown, varies)),
+        curve=tuple(_curve(pairs, local)),
+        constancy=found.verdict.constancy,
+        change=found.verdict.change,
+        correlation_p=found.verdict.correlation_p,
         budgets=of_budgets,
         same_budget_p=budget_p,
     )
@@ -182,11 +186,24 @@ def compare(
 
 @dataclass(frozen=True)
 class _Estimate:
-    local: Local  # by the law of a constant m
-    changing: Local  # by the law in which it changes; `local` below three sizes
-    p: float | None  # of constancy; None below three sizes
+    verdict: Verdict
     at_top: Answer  # at the largest compute
     headline: Answer
+
+    @property
+    def local(self) -> Local:
+        """By the law of a constant m."""
+        return self.verdict.local
+
+    @property
+    def changing(self) -> Local:
+        """By the law in which m changes; the constant one's below three sizes."""
+        return self.verdict.changing
+
+    @property
+    def p(self) -> float | None:
+        """Of constancy; None below three sizes."""
+        return self.verdict.constant_m_p
 
     @property
     def varies(self) -> bool:
@@ -194,13 +211,12 @@ class _Estimate:
 
 
 def _estimate(pairs: Pairs, floor: float | None, resamples: int, seed: int) -> _Estimate:
-    local = _local(pairs, floor)
-    if len(pairs.sizes) < 3:
-        return _Estimate(local, local, None, Answer(ratio(local.ln_m[0, -1]), None), _reported(local, None))
-    changing = changing_multipliers(local)
-    p = float(constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], resamples, seed)[0])
-    at_top = _answer(*trend(changing, pairs.c0[-1]).estimate())
-    return _Estimate(local, changing, p, at_top, _reported(local, p))
+    seeds = seed_noise_of(pairs.differences)
+    verdict = judge(pairs.c0, pairs.c1, pairs.y0, pairs.y1, floor=floor, seeds=seeds, resamples=resamples, seed=seed)
+    at_top = Answer(ratio(verdict.local.ln_m[0, -1]), None)
+    if len(pairs.sizes) >= 3:
+        at_top = _answer(*trend(verdict.changing, pairs.c0[-1]).estimate())
+    return _Estimate(verdict, at_top, _reported(verdict.local, verdict.constant_m_p))
 
 
 def _clock(pairs: Pairs, rates: Floats, floor: float | None, resamples: int, seed: int) -> Clock | None:
@@ -238,8 +254,8 @@ def _local(pairs: Pairs, floor: float | None) -> Local:
 
 
 def _reported(local: Local, p: float | None) -> Answer:
-    """The headline."""
-    if p is None or p >= SIGNIFICANCE:
+    """The headline; p is None below three sizes."""
+    if p is None:
         return _answer(local.mean, *local.interval())
     return _answer(*reported(local, np.array([p]), changing_multipliers(local)))
 
@@ -253,16 +269,19 @@ def _joint(pairs: Pairs) -> Answer | None:
     return found and Answer(*found)
 
 
-def _curve(pairs: Pairs, local: Local, varies: bool) -> Iterator[At]:
-    """m(C): the line of local ln m where m varies with compute, else the constant.
-
-    Below three sizes nothing says that it is constant, and it ends with the sizes.
-    """
-    reach = EXTRAPOLATED if len(pairs.sizes) > 2 else 1.0
-    for compute in np.geomspace(pairs.c0[0], reach * pairs.c0[-1], 40):
-        answer = _answer(*trend(local, compute).estimate()) if varies else _reported(local, None)
-        assert answer.ci is not None
-        yield At(float(compute), answer.m, answer.ci)
+def _curve(pairs: Pairs, local: Local) -> Iterator[At]:
+    """m(C) by the laws in which it changes, from three sizes on: beyond the data a constant m would be taken for
+    granted. Below three nothing says how it changes; the constant's is drawn and ends with the sizes."""
+    if len(pairs.sizes) < 3:
+        for compute in np.geomspace(pairs.c0[0], pairs.c0[-1], 40):
+            answer = _reported(local, None)
+            assert answer.ci is not None
+            yield At(float(compute), answer.m, answer.ci)
+        return
+    changing, shifted = changing_multipliers(local), shifted_multipliers(local)
+    for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
+        ln_m, low, high = band(changing, shifted, float(compute))
+        yield At(float(compute), ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
 
 
 def _remarks(
@@ -287,7 +306,7 @@ def _remarks(
     elif len(pairs.sizes) == 2:
         yield "not resolved: two sizes cannot identify the irreducible loss"
     if len(pairs.sizes) == 2 and not stated:
-        yield "E = 0 assumed: state it with --floor"
+        yield "E = 0 assumed: state it with --hold E=VALUE"
     if abs(math.log(headline.m)) > math.log(EXTRAPOLATED):
         yield f"extrapolated: more than {EXTRAPOLATED:.0f}x apart"
     if p is not None and p < SIGNIFICANCE:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from analysis.laws.solver import Floats, Indices
+from analysis.laws.solver import Floats
 
 EXPONENTS = (0.005, 2.0)
 GRID = 48  # of log g at first
@@ -26,11 +26,6 @@ FINE = 9  # about the best of it, in every zoom
 ZOOMS = 5  # each narrows log g by FINE / 2
 REFITS = 3  # of the law to an m that changes: each takes ln m ten times nearer, to .0001
 TILTS = (-0.9, 3.0)  # of that change, d ln m / d ln C
-SIGNIFICANCE = 0.05  # of the test that m is constant
-CLEAR = 0.005  # of that test: from here on m at the largest compute stands alone
-ROUNDING = 1e-6  # relative noise of losses below which a trend is not looked for: it would be the arithmetic's own
-BLOCK = 20  # resamples of a comparison before it is asked whether more are needed
-TOGETHER = 4000  # laws fitted at once: few enough for a processor's cache
 LARGEST = 300.0  # of |ln m|
 MOST_SHARE = 0.999  # d / r at most, where an arm would be below the estimated E: its local m is a lower bound then
 
@@ -145,7 +140,7 @@ class Local:
 
 def local_multipliers(c0: Floats, c1: Floats, y0: Floats, y1: Floats, floor: float | None = None) -> Local:
     """The paired estimator of losses y0, y1 [K, S] at computes c0, c1 [S], S >= 2, by a law with a constant m."""
-    return _by_law(shared_law(c0, c1, y0, y1, floor), c0, c1, (y0, y1), floor)
+    return by_law(shared_law(c0, c1, y0, y1, floor), c0, c1, (y0, y1), floor)
 
 
 def changing_multipliers(local: Local) -> Local:
@@ -157,11 +152,12 @@ def changing_multipliers(local: Local) -> Local:
     for _ in range(REFITS):
         tilt = np.clip(trend(local, local.c0[-1]).slope, *TILTS)
         law = shared_law(local.c0, local.c1, *local.losses, local.floor, tilt)
-        local = _by_law(law, local.c0, local.c1, local.losses, local.floor)
+        local = by_law(law, local.c0, local.c1, local.losses, local.floor)
     return local
 
 
-def _by_law(law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats], floor: float | None) -> Local:
+def by_law(law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats], floor: float | None) -> Local:
+    """The paired estimator by a law that is known. `floor` says that its E was stated."""
     y0, y1 = losses
     g, log_c0 = law.g[:, None], np.log(c0 / law.unit)
     log_c1 = (1 + law.tilt[:, None]) * np.log(c1 / law.unit)
@@ -209,6 +205,7 @@ class Trend:
     """The weighted line of local ln m on ln C, with the law's error in its standard errors."""
 
     slope: Floats  # [K] change of ln m with ln C
+    slope_error: Floats  # [K] its standard error
     t: Floats  # [K] slope over its standard error
     at: Floats  # [K] ln m on the line at the asked compute
     error: Floats  # [K] standard error there
@@ -220,8 +217,9 @@ class Trend:
         return self.at, self.at - half, self.at + half
 
 
-def trend(local: Local, at: float) -> Trend:
-    """The line at compute `at` (FLOPs); S >= 3."""
+def trend(local: Local, at: float, least: Floats | None = None) -> Trend:
+    """The line at compute `at` (FLOPs); S >= 3. The variance of the loss differences is not estimated below `least`
+    [K], in squared nats: what repeated seeds show of it."""
     x, sizes = np.log(local.c0), len(local.c0)
     middle = (local.weight * x).sum(axis=1, keepdims=True)
     lever = (local.weight * (x - middle) ** 2).sum(axis=1, keepdims=True)
@@ -230,6 +228,8 @@ def trend(local: Local, at: float) -> Trend:
     slope, height = ((part * local.ln_m).sum(axis=1) for part in (for_slope, for_height))
     line = local.mean[:, None] + slope[:, None] * (x - middle)
     spread = (local.weight * (local.ln_m - line) ** 2).sum(axis=1) / (sizes - 2)
+    if least is not None:
+        spread = np.maximum(spread, least / ((local.law.g[:, None] * local.reducible) ** 2).sum(axis=1))
 
     def variances(part: Floats) -> tuple[Floats, Floats]:
         by_law = np.einsum("ks,ksi->ki", part, local.sensitivity)
@@ -240,72 +240,4 @@ def trend(local: Local, at: float) -> Trend:
     total = np.maximum(own + law, 1e-300)
     dof = total**2 / np.maximum(own**2 / (sizes - 2) + law**2 / local.law_dof, 1e-300)
     slope_error = np.sqrt(np.maximum(sum(variances(for_slope)), 1e-300))
-    return Trend(slope, slope / slope_error, height, np.sqrt(total), np.minimum(dof, sizes))
-
-
-def reported(local: Local, p: Floats, changing: Local) -> tuple[Floats, Floats, Floats]:
-    """The headline's ln m and the ends of its interval, [K] each, by `constancy_p` [K]: the constant m, or m at the
-    largest compute, by `changing` (of `changing_multipliers`), where p is below SIGNIFICANCE.
-
-    A test has chosen between them, and the chosen one alone would cover a constant m in 91% to 93% instead of 95%. So
-    in doubt, down to CLEAR, the interval holds both answers' intervals; simulated, that covers .93 to .95. Beyond,
-    it would only blur an m that changes: of sweeps whose m grows by half up to 1.5, none would be told from 1.
-    """
-    low, high = local.interval()
-    varies = p < SIGNIFICANCE
-    if not varies.any():
-        return local.mean, low, high
-    clear = p <= CLEAR
-    top, top_low, top_high = trend(changing, local.c0[-1]).estimate()
-    return (
-        np.where(varies, top, local.mean),
-        np.where(clear, top_low, np.where(varies, np.minimum(low, top_low), low)),
-        np.where(clear, top_high, np.where(varies, np.maximum(high, top_high), high)),
-    )
-
-
-def constancy_p(
-    c0: Floats, c1: Floats, y0: Floats, y1: Floats, resamples: int, seed: int, until: float = 2.0
-) -> Floats:
-    """How often a constant m gives a trend of ln m as strong as the one seen, by parametric bootstrap: p [K].
-
-    The t distribution would reject too often: E and g are estimated from the same points. Losses y0, y1 [K, S]; the
-    simulated ones have the fitted law with constant m, noise on the differences as the local values show it, and
-    noise shared by the arms as the fit's residuals show it. A p that cannot come out below `until` any more is
-    returned at once, too small.
-    """
-    random = np.random.default_rng(seed)
-    seen = local_multipliers(c0, c1, y0, y1)
-    strength = np.abs(trend(seen, c0[-1]).t)
-    noise = _Noise(seen, c0, c1, y0, y1)
-    farther = np.where(noise.of_difference < ROUNDING * y0.min(axis=1), resamples, 0)
-    for drawn in range(0, resamples, BLOCK):
-        count = min(BLOCK, resamples - drawn)
-        going = np.flatnonzero((farther < resamples) & ((1 + farther) / (1 + resamples) < until))
-        for part in np.array_split(going, max(1, len(going) * BLOCK // TOGETHER)):
-            null = trend(local_multipliers(c0, c1, *noise.draw(part, count, random)), c0[-1])
-            farther[part] += (np.abs(null.t).reshape(-1, count) >= strength[part, None]).sum(axis=1)
-    return (1 + farther) / (1 + resamples)
-
-
-class _Noise:
-    """Losses with constant m, and noise as seen."""
-
-    def __init__(self, seen: Local, c0: Floats, c1: Floats, y0: Floats, y1: Floats) -> None:
-        sizes, law, mean = len(c0), seen.law, seen.mean[:, None]
-        g, E, a1 = law.g[:, None], law.E[:, None], law.a1[:, None]
-        deviation = g * seen.reducible * (seen.ln_m - mean)
-        self.of_difference = deviation.std(axis=1) * np.sqrt(sizes / (sizes - 1))  # [K] nats a token
-        residual = (y0 + y1 - 2 * E - seen.reducible - a1 * (c1 / law.unit) ** -g) / 2
-        shared = (residual**2).sum(axis=1) / max(sizes - 3, 1) - self.of_difference**2 / 4
-        self.shared = np.sqrt(np.maximum(shared, 0.0))
-        constant = law.a0[:, None] * np.exp(-g * (np.log(c1 / law.unit) + mean))
-        self.laws = E + seen.reducible, E + constant  # [K, S] each
-
-    def draw(self, rows: Indices, count: int, random: np.random.Generator) -> tuple[Floats, Floats]:
-        """Losses of both arms, [len(rows) * count, S] each."""
-        shape = (len(rows), count, self.laws[0].shape[1])
-        common = self.shared[rows, None, None] * random.standard_normal(shape)
-        half = self.of_difference[rows, None, None] / np.sqrt(2)
-        y0, y1 = (law[rows, None] + common + half * random.standard_normal(shape) for law in self.laws)
-        return y0.reshape(-1, shape[2]), y1.reshape(-1, shape[2])
+    return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), np.minimum(dof, sizes))

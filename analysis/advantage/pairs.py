@@ -15,22 +15,13 @@ import numpy as np
 
 from analysis.advantage.budgets import ALIKE, Cell, full_grid
 from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
-from analysis.advantage.rates import RATE_COLUMNS
 from analysis.laws.solver import Floats
-from analysis.logs.schema import CONVENTIONS
+from analysis.logs.schema import AXIS_PREFIX, CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import Excluded, excluded_rows, finished, some
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NO_CONFIGURATION = (
-    "vary.",
-    "eval.",
-    "val.",
-    "test.",
-    "metric",
-    "summary.",
-)  # dotted columns that say how a run came out
 ON = ["_size", "_budget", "_seed"]  # what pairs are made on
 UNSEEDED = -1  # in place of a seed; a merge would not match missing with missing on every version
 
@@ -80,20 +71,23 @@ def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with the values of a sweep's declared axes in `_budget`: runs are paired at equal values. The rate's
     factor is no such axis: each arm has its own best one."""
     budget = runs["_budget"]
-    for name in runs:
-        if str(name).startswith("vary.") and not is_rate(str(name)) and runs[name].nunique() > 1:
-            text = str(name).removeprefix("vary.") + " " + runs[name].astype("string").fillna("-")
+    for name in axis_columns(map(str, runs)):
+        if not is_rate(name) and runs[name].nunique() > 1:
+            text = name.removeprefix(AXIS_PREFIX) + " " + runs[name].astype("string").fillna("-")
             budget = budget + budget.map(lambda other: ", " if other else "") + text
     return runs.assign(_budget=budget)
 
 
 def is_rate(name: str) -> bool:
-    return name in RATE_COLUMNS or name.endswith(("learning_rate", "learning_rate_factor"))
+    """Whether a column holds a learning rate, of which a run may have several by kind of parameter, or its factor."""
+    return name.endswith(("learning_rate", "learning_rate_factor"))
 
 
 def require_one_configuration(runs: pd.DataFrame) -> None:
     """Raises ValueError where runs of one arm, size and budget differ in their configuration, other than the rate."""
-    for name in (str(column) for column in runs if _is_configuration(str(column))):
+    for name in fact_columns(map(str, runs)):
+        if is_rate(name) or name.endswith("seed"):
+            continue
         if runs[name].nunique() < 2 or runs.groupby(["arm", "_size", "_budget"])[name].nunique().max() < 2:
             continue
         for (arm, size, _), rows in runs.groupby(["arm", "_size", "_budget"]):
@@ -103,11 +97,6 @@ def require_one_configuration(runs: pd.DataFrame) -> None:
                     f"runs of {arm} at {size} differ in {name} ({values}); name them as different arms, choose one "
                     "with --where, or declare the axis in the sweep's [vary]"
                 )
-
-
-def _is_configuration(name: str) -> bool:
-    declared = "." in name and not name.startswith(NO_CONFIGURATION)
-    return declared and not is_rate(name) and not name.endswith("seed")
 
 
 def pair(

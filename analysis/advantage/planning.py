@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.advantage.paired import (
-    SIGNIFICANCE,
-    changing_multipliers,
-    constancy_p,
-    local_multipliers,
-    reported,
-    seed_noise,
-    trend,
-)
+from analysis.advantage.changing import reported
+from analysis.advantage.constancy import SIGNIFICANCE, SeedNoise, constancy_p
+from analysis.advantage.paired import changing_multipliers, local_multipliers, seed_noise
 from analysis.advantage.pairs import size_key
 from analysis.laws.solver import Bools, Floats
-from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS
+from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS, TRUNK
 from analysis.logs.selection import choose_convention
 
 if TYPE_CHECKING:
@@ -57,6 +51,7 @@ class World:
     seed_noise: float = 0.002  # of each run
     arm_noise: float = 0.002  # of each arm at a size, which more seeds do not average out
     shared_noise: float = 0.005  # of a size, shared by the arms
+    correlation: float = 0.0  # of the arms' and the shared errors from one size to the next; seeds' are independent
 
 
 @dataclass(frozen=True)
@@ -136,26 +131,31 @@ class Simulated:
         random = np.random.default_rng(seed)
         shape = (simulations, len(compute))
         reducible = world.reducible_loss * (compute / np.exp(np.log(compute).mean())) ** -world.exponent
-        shared = world.shared_noise * random.standard_normal(shape)
+        shared = world.shared_noise * in_order(random.standard_normal(shape), world.correlation)
         losses = []
         for factor in (1.0, np.exp(-world.exponent * ln_m)):
-            own = world.arm_noise * random.standard_normal(shape)
+            own = world.arm_noise * in_order(random.standard_normal(shape), world.correlation)
             own += world.seed_noise / np.sqrt(seeds) * random.standard_normal(shape)
             losses.append(world.irreducible_loss + reducible * factor + shared + own)
         self.compute, self.losses, self.seed = compute, losses, seed
         self.local = local_multipliers(compute, compute, losses[0], losses[1])
         self.changing = changing_multipliers(self.local)
         self.noise_floor = np.zeros(simulations)  # |ln m| that the seeds alone would let through
+        self.seeds: SeedNoise | None = None
         if seeds > 1:
             dof = len(compute) * (seeds - 1)
             variance = 2 * world.seed_noise**2 * random.chisquare(dof, simulations) / dof
             self.noise_floor = seed_noise(self.local, variance, np.full(len(compute), seeds), dof)
+            self.seeds = SeedNoise(variance / seeds, dof)
 
     def constancy(self, asked: Bools) -> Floats:
         """p [K] of the test that m is constant, not below SIGNIFICANCE unless rejected; 1 where not `asked` [K]."""
         y0, y1 = (losses[asked] for losses in self.losses)
         p = np.ones(len(asked))
-        p[asked] = constancy_p(self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE)
+        seeds = self.seeds and SeedNoise(self.seeds.variance[asked], self.seeds.dof)
+        p[asked] = constancy_p(
+            self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE, seeds=seeds
+        )
         return p
 
     def resolved(self, p: Floats) -> Bools:
@@ -164,9 +164,17 @@ class Simulated:
         return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
 
     def power(self) -> float:
-        """The test is only asked where the answer may depend on it: where one of its two intervals leaves out 1."""
-        (low, high), (_, top_low, top_high) = self.local.interval(), trend(self.changing, self.compute[-1]).estimate()
-        return float(self.resolved(self.constancy((low > 0) | (high < 0) | (top_low > 0) | (top_high < 0))).mean())
+        """The test chooses the m that is held to the seed noise, and is only asked where the interval leaves out 1."""
+        _, low, high = reported(self.local, np.ones(len(self.noise_floor)), self.changing)
+        return float(self.resolved(self.constancy((low > 0) | (high < 0))).mean())
+
+
+def in_order(errors: Floats, correlation: float) -> Floats:
+    """Independent normal errors [..., S] made an autoregression of first order over the sizes, of the same variance."""
+    found = errors.copy()
+    for i in range(1, errors.shape[-1]):
+        found[..., i] = correlation * found[..., i - 1] + np.sqrt(1 - correlation**2) * errors[..., i]
+    return found
 
 
 def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float | None = None) -> Ladder:
@@ -184,7 +192,13 @@ def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float
     arm = baseline or (str(named[0]) if len(named) else arms[0])
     if arm not in arms:
         raise ValueError(f"no arm {arm!r}; the arms are {', '.join(arms)}")
-    rows = table[table["arm"] == arm]
+    rows = table[(table["arm"] == arm) & table["budget"].astype("string").ne(TRUNK).fillna(True)]
+    budgets = rows.groupby(size_key(rows))["budget"].nunique()
+    if (budgets > 1).any():
+        several = sorted(rows["budget"].dropna().unique())
+        raise ValueError(
+            f"power simulates one budget a size; the design has {', '.join(several)}; give a design with one of them"
+        )
     if gpu_flops:
         hours = rows[column] / gpu_flops / 3600
     elif _any(rows, "hours"):

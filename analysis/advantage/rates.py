@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Key = tuple[str, str, str]  # arm, size, budget
-RATE_COLUMNS = ("train.learning_rate", "learning_rate", "lr")
+RATE = "train.learning_rate"
 FACTOR = "vary.learning_rate_factor"  # of the ladder's rate
 FAR_OFF = 1.5  # an only rate further from the tuned sizes' rule is told
 DRAWS = 1000  # of the simulated excess: known to a thirtieth of the noise
@@ -105,8 +105,7 @@ def at_best_rates(runs: pd.DataFrame, rate: str | None, column: str) -> tuple[pd
 
 def rate_column(runs: pd.DataFrame) -> str | None:
     """The column of learning rates: they themselves, else their factors of the ladder's."""
-    names = [name for name in (*RATE_COLUMNS, FACTOR) if name in runs and runs[name].notna().any()]
-    return names[0] if names else None
+    return next((name for name in (RATE, FACTOR) if name in runs and runs[name].notna().any()), None)
 
 
 def _numbers(runs: pd.DataFrame, rate: str) -> pd.Series:

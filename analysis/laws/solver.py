@@ -142,6 +142,7 @@ class Problem:
                 hessian = hessian - np.eye(len(self.linear)) * np.where(self.linear, slope, 0.0)[:, None, :]
             product = level[:, :, None] * level[:, None, :]
             free = ~(((here <= low[running]) & (slope > 0)) | ((here >= high[running]) & (slope < 0)))
+            free &= self.low < self.high  # one that is held may be off its value by the rounding of exp and log
             gradient[running] = np.where(free, np.abs(slope) / np.maximum(scale, 1e-300), 0).max(axis=1)
             ends = [np.where(self.linear, np.exp(end[running]), end[running]) for end in (low, high)]
             at = np.where(self.linear, level, here)

@@ -29,13 +29,12 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
 
     Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
     """
-    runs, earlier = _one_row_a_run(runs)
     trunks = runs["budget"].astype("string").eq(TRUNK).fillna(False) if "budget" in runs else runs["run_id"].isna()
-    earlier += excluded_rows(runs[trunks], "a trunk, whose branches are the results")
+    excluded = excluded_rows(runs[trunks], "a trunk, whose branches are the results")
     runs = runs[~trunks]
     status = runs["status"].astype("string").fillna("no status")
     unfinished, done = runs[status != "complete"], runs[status == "complete"]
-    excluded = excluded_rows(unfinished, status[unfinished.index])
+    excluded += excluded_rows(unfinished, status[unfinished.index])
     if done.empty:
         stands = ", ".join(status.unique())
         raise ValueError(f"none of {len(runs)} runs has finished, which is status complete; got {stands}")
@@ -52,7 +51,7 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
             counts = "; ".join(f"{str(value)[:12]}: {some(rows['run_id'])}" for value, rows in groups)
             raise ValueError(f"the runs mix {noun} ({counts}) and cannot be compared; split the table")
     done, repeated = _without_repeats(done)
-    return done, earlier + excluded + repeated
+    return done, excluded + repeated
 
 
 def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
@@ -66,28 +65,10 @@ def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
         )
 
 
-def _one_row_a_run(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """Rows of one run at several steps are one run: its last. Which one is last is only an answer where the run is
-    known to have finished, so rows without a status are refused."""
-    if not runs["run_id"].duplicated().any():
-        return runs, []
-    at = next((name for name in ("steps", "tokens") if runs[name].notna().all()), None)
-    several = runs.groupby("run_id")[at].transform("nunique") > 1 if at else runs["run_id"] != runs["run_id"]
-    unknown = runs[several & runs["status"].isna()]
-    if len(unknown):
-        raise ValueError(
-            f"the table has several steps of {some(unknown['run_id'].unique())} and does not say that it finished; "
-            "add a column status, complete where a run finished"
-        )
-    last = runs.groupby("run_id")[at].transform("max") == runs[at] if at else ~several
-    earlier = several & ~last
-    return runs[~earlier], excluded_rows(runs[earlier], "an earlier step of the same run")
-
-
 def _without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     """Rows that are equal in all that a run is and came to are one run, entered twice. Two runs without a seed, or two
     of one seed, that differ in loss are two: replicates."""
-    what = [*IDENTITY, "budget", "flops_given", "learning_rate", "lr", "loss"]
+    what = [*IDENTITY, "flops_given", "loss"]
     same = [name for name in done if (name in what and name not in ("run_id", "sweep")) or "." in str(name)]
     repeated = done.duplicated(same)
     return done[~repeated], excluded_rows(done[repeated], "repeats a run")

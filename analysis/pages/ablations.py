@@ -1,16 +1,22 @@
-"""Which runs show what one fact of an arm does, the others being the same: the rows behind the ablation panels."""
+"""Which runs show what one fact of an arm does, the others being the same: the rows behind the ablation panels.
+
+A fact of an arm is any column whose name has a dot, such as "conv.rank": the run wrote it into its own record, and
+nothing here knows what it means.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from analysis.logs.schema import fact_columns
+from analysis.logs.schema import axis_columns, fact_columns
 from analysis.pages.tables import is_missing
 
-FACTORS = ("conv.width", "conv.rank", "conv.head_size", "conv.sites")  # a panel each
+KIND = "kind"  # of an arm or a part of it: never a factor, since arms of two kinds differ in more than a fact
+PLAIN = (KIND, "sites")  # facts whose values speak for themselves
 
 
 def ablations(done: pd.DataFrame) -> pd.DataFrame:
@@ -19,51 +25,71 @@ def ablations(done: pd.DataFrame) -> pd.DataFrame:
     Beside the columns of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as `line`.
     Rows that were taken from different sources are not joined.
     """
-    if "conv.kind" not in done:
-        return done.iloc[:0]
-    described = done[done["conv.kind"].notna() & (done["conv.kind"] != "none")]
-    tables = [_ablations(rows) for _, rows in described.groupby("size")]
-    return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=described.iloc[:0])
+    facts = [name for name in fact_columns(done) if done[name].notna().any()]
+    kinds = [name for name in facts if _word(name) == KIND]
+    declared = done[facts].notna().any(axis=1)
+    for name in kinds:
+        declared &= done[name].notna() & (done[name] != "none")
+    tables = [_ablations(rows, facts) for _, rows in done[declared].groupby("size")]
+    return max(tables, key=lambda table: (len(table), table["parameters"].mean()), default=done.iloc[:0])
 
 
-def _ablations(rows: pd.DataFrame) -> pd.DataFrame:
-    facts = fact_columns(rows)
-    told = [name for name in facts if name in ("conv.kind", *FACTORS) or rows[name].nunique() > 1]
-    key = [*facts, *(["source"] if "source" in rows else [])]
+def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> float | None:
+    """The baseline's mean loss at the size of the ablated runs."""
+    same = done[(done["arm"] == baseline) & done["size"].isin(ablated["size"])]["loss"]
+    return float(np.mean(same)) if len(same) else None
+
+
+def _ablations(rows: pd.DataFrame, facts: list[str]) -> pd.DataFrame:
+    varying = [name for name in facts if rows[name].nunique() > 1]
+    factors = sorted((name for name in varying if _word(name) != KIND), key=lambda name: _is_text(rows[name]))
+    told = [name for name in facts if _word(name) in PLAIN or name in varying]
+    key = [*facts, *axis_columns(rows), *(["source"] if "source" in rows else [])]
     parts = []
-    for factor in (name for name in FACTORS if name in facts):
+    for factor in factors:
         part = rows[rows[factor].notna()].sort_values(factor, key=lambda column: column.map(_place), kind="stable")
         line = [_line(row, [name for name in told if name != factor]) for row in part.to_dict("records")]
         others = part[[name for name in key if name != factor]].astype("string").fillna("")
         same = pd.Series(["|".join(values) for values in others.to_numpy()], index=part.index, dtype="string")
-        part = part.assign(factor=_noun(factor), setting=part[factor].map(_text), line=line)
+        alike = [name for name in facts if _word(name) == _word(factor)]
+        label = (_word(factor) if len(alike) == 1 else factor).replace("_", " ")
+        part = part.assign(factor=label, setting=part[factor].map(_text), line=line)
         parts.append(part[part.groupby(same)[factor].transform("nunique") > 1])
     return pd.concat(parts) if parts else rows.iloc[:0]
 
 
-def _place(setting: int | str) -> tuple[int, list[int]]:
-    """Numbers by size; sites by how many there are, then in the order of the layer."""
-    return (len(setting), [*map("qkvo".find, setting)]) if isinstance(setting, str) else (setting, [])
+def _word(name: str) -> str:
+    """The fact without the part it is about: "conv.kind" -> "kind"."""
+    return name.rpartition(".")[2]
+
+
+def _is_text(column: pd.Series) -> bool:
+    return any(isinstance(value, str) for value in column.dropna())
+
+
+def _place(setting: object) -> tuple[int, float, int, list[int], str]:
+    """Numbers by size, then text: sites by how many there are, in the order of the layer."""
+    if isinstance(setting, int | float | np.number | np.bool_):
+        return 0, float(setting), 0, [], ""
+    text = str(setting)
+    return 1, 0.0, len(text), [*map("qkvo".find, text)], text
 
 
 def _line(row: dict[Hashable, Any], names: Iterable[str]) -> str:
     """As "lowrank, qkv, rank 16, no residual"."""
     words = []
     for name in names:
-        value, noun = row[name], _noun(name)
+        value, noun = row[name], _word(name).replace("_", " ")
         if is_missing(value):
             continue
-        if isinstance(value, bool):
+        if isinstance(value, bool | np.bool_):
             words.append(noun if value else f"no {noun}")
         else:
-            words.append(_text(value) if name in ("conv.kind", "conv.sites") else f"{noun} {_text(value)}")
-    return ", ".join(words)
+            words.append(_text(value) if noun in PLAIN else f"{noun} {_text(value)}")
+    return ", ".join(words) or "all arms"
 
 
-def _noun(fact: str) -> str:
-    """ "conv.head_size" -> "head size"."""
-    return fact.rpartition(".")[2].replace("_", " ")
-
-
-def _text(setting: int | float | str) -> str:
-    return f"{setting:g}" if isinstance(setting, float) else str(setting)
+def _text(setting: object) -> str:
+    if isinstance(setting, bool | np.bool_):
+        return "yes" if setting else "no"
+    return f"{setting:g}" if isinstance(setting, float | np.floating) else str(setting)

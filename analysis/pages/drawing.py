@@ -25,7 +25,7 @@ from analysis.logs.selection import (
     require_positive,
 )
 from analysis.logs.store import Store
-from analysis.pages.ablations import ablations
+from analysis.pages.ablations import ablations, baseline_loss
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,29 +125,53 @@ def _law(store: Store, answer: Answers) -> Fit | None:
         return None
 
 
-def draw(store: Store, answer: Answers) -> dict[str, Figure]:
-    """Every figure that the store has the data for, by name."""
-    from analysis.pages import figures as f
+@dataclass(frozen=True)
+class Material:
+    """What figures are drawn from: the finished runs, every arm of them named, and what is taken from them."""
 
+    done: pd.DataFrame
+    evals: pd.DataFrame
+    ablated: pd.DataFrame
+
+
+def material(store: Store) -> Material:
+    """Reads the evaluations, and so may find problems with the store."""
     done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
-    evals = store.loss_curves()
-    ablated = ablations(done)
-    law, found = answer.law, answer.found
+    return Material(done, store.loss_curves(), ablations(done))
+
+
+def draw(of: Material, answer: Answers) -> dict[str, Figure]:
+    """Every figure that the store has the data for, by name."""
+    from analysis.pages import figures, isoflop_figures, run_figures
+
+    done, law, found, base = of.done, answer.law, answer.found, answer.baseline
+    column = CONVENTIONS[answer.convention]
     todo: dict[str, Callable[[], Figure]] = {}
     if found:
-        todo["multipliers"] = lambda: f.forest(found)
+        todo["multipliers"] = lambda: figures.forest(found)
     if law is not None:
-        todo["loss-against-compute"] = lambda: f.loss_against_compute(law, found, answer.convention)
+        todo["loss-against-compute"] = lambda: figures.loss_against_compute(law, found, answer.convention)
+    elif not answer.optima:
+        compute = f"training FLOPs ({answer.convention})"
+        todo["loss-against-compute"] = lambda: run_figures.loss_against(done, column, compute, base)
     if local := [item for item in found if item.local]:
-        todo["multiplier-against-compute"] = lambda: f.local_multipliers(local)
+        todo["multiplier-against-compute"] = lambda: figures.local_multipliers(local)
     if answer.optima:
-        points = done.assign(C=done[CONVENTIONS[answer.convention]])
-        todo["isoflop"] = lambda: f.isoflop_panels(points, answer.optima, answer.allocations, answer.convention)
-    if done["train_seconds"].gt(0).all() and done["flops_exact"].notna().all():
-        todo["wall-clock"] = lambda: f.wall_clock(done, answer.baseline)
-    if len(ablated):
-        same = done[(done["arm"] == answer.baseline) & (done["size"] == ablated["size"].iloc[0])]["loss"]
-        todo["ablations"] = lambda: f.ablation_panels(ablated, float(same.mean()) if len(same) else None)
-    if len(evals):
-        todo["loss-curves"] = lambda: f.loss_curves(evals, done, answer.baseline)
+        design = (answer.optima, answer.allocations, answer.convention)
+        todo["isoflop"] = lambda: isoflop_figures.isoflop_panels(done.assign(C=done[column]), *design)
+        if len(answer.allocations) > isoflop_figures.FEW_ARMS:
+            todo["isoflop-growth"] = lambda: isoflop_figures.isoflop_growth(*design)
+    if _all_positive(done["tokens"]) and not answer.optima:  # where a budget has many sizes, isoFLOP says more
+        todo["loss-against-tokens"] = lambda: run_figures.loss_against(done, "tokens", "training tokens D", base)
+    if _all_positive(done["train_seconds"]):
+        todo["wall-clock"] = lambda: run_figures.wall_clock(done, column, answer.convention, base)
+    if len(of.ablated):
+        todo["ablations"] = lambda: run_figures.ablation_panels(of.ablated, baseline_loss(done, of.ablated, base))
+    if len(of.evals):
+        todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
+
+
+def _all_positive(column: pd.Series) -> bool:
+    """What is missing is not: pandas would pass over it."""
+    return bool((column.astype(float) > 0).all())

@@ -1,77 +1,37 @@
-"""The HTML of a report: one file that needs no network, with tables that sort and figures that enlarge."""
+"""The HTML of a report: one file that asks the network for nothing, with tables that sort and charts."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+import hashlib
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from analysis.pages.style import write
+from analysis.pages.style import BLACK, Mark, write
 from analysis.pages.tables import NONE, Cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #111;
-  background: #fff; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin: .6rem 0; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
-td.long { white-space: normal; min-width: 15rem; } td.number { font-variant-numeric: tabular-nums; }
-th { border-bottom: 2px solid #333; cursor: pointer; }
-th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid #0072b2; }
-th[aria-sort=ascending]::after { content: " \\2191"; } th[aria-sort=descending]::after { content: " \\2193"; }
-td a { color: inherit; text-decoration: underline dotted #777; text-underline-offset: 3px; }
-:target { background: #fff3bf; scroll-margin-top: 1rem; }
-figure { margin: 1.5rem 0; } figure button { all: unset; cursor: zoom-in; display: block; }
-figure button:focus-visible { outline: 2px solid #0072b2; } figure img { max-width: 100%; width: 44rem; }
-figcaption, .note { color: #444; font-size: 13px; max-width: 60rem; } code { font-size: 12px; }
-dialog { width: 95vw; height: 95vh; overflow: auto; border: 1px solid #333; }
-dialog img { width: 100%; cursor: zoom-out; }
-@media print { figure img { width: 100%; } }
-"""
-SCRIPT = """
-for (const table of document.querySelectorAll("table")) {
-  table.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
-    const down = head.getAttribute("aria-sort") === "ascending";
-    table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
-    const rows = [...table.tBodies[0].rows].sort((a, b) => {
-      const [x, y] = [key(a), key(b)], difference = x - y, missing = (x === "Infinity") - (y === "Infinity");
-      const order = Number.isNaN(difference) ? x.localeCompare(y, undefined, {numeric: true}) : difference;
-      return missing || order * (down ? -1 : 1);
-    });
-    table.tBodies[0].append(...rows);
-  }));
-}
-const dialog = document.querySelector("dialog"), large = dialog.querySelector("img");
-const zoom = factor => {
-  const width = parseFloat(large.style.width) * factor;
-  large.style.width = Math.min(Math.max(width, 50), 800) + "%";
-};
-for (const button of document.querySelectorAll("figure button"))
-  button.addEventListener("click", () => {
-    large.src = button.querySelector("img").src;
-    large.style.width = "100%";
-    dialog.showModal();
-  });
-dialog.addEventListener("click", () => dialog.close());
-dialog.addEventListener("keydown", event => {
-  if (event.key === "+" || event.key === "=") zoom(1.15);
-  if (event.key === "-") zoom(1 / 1.15);
-});
-dialog.addEventListener("wheel", event => {
-  event.preventDefault();
-  zoom(event.deltaY < 0 ? 1.15 : 1 / 1.15);
-}, { passive: false });
-"""
 LONG = 40  # characters, from which a cell's text is broken into lines
+LARGEST_SVG = 250_000  # bytes; a larger figure stands in as PNG, so that the page stays small
+SCREEN = 110  # dots per inch of such a PNG
+SHAPES = {  # markers of style.MARKERS as SVG paths around the origin
+    "o": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
+    "s": "M-4 -4h8v8h-8z",
+    "^": "M0 -5L5 4H-5z",
+    "D": "M0 -5.5L5.5 0L0 5.5L-5.5 0z",
+    "v": "M0 5L5 -4H-5z",
+    "P": "M0 -6L1.5 -2H5.5L2.3 .7L3.5 5L0 2.4L-3.5 5L-2.3 .7L-5.5 -2H-1.5z",
+    "X": "M-4 -4h8v8h-8zM-4 -4l8 8M4 -4l-8 8",
+    "<": "M-5 0L-2.5 -4.3H2.5L5 0L2.5 4.3H-2.5z",
+    "h": "M-4.5 -4.5Q0 -1.5 4.5 -4.5Q1.5 0 4.5 4.5Q0 1.5 -4.5 4.5Q-1.5 0 -4.5 -4.5z",
+}
 
 
 @dataclass(frozen=True)
@@ -85,15 +45,43 @@ class Link:
         return f"<a href=#{self.to}>{escape(self.text)}</a>"
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """The whole document; `parts` are HTML."""
+def page(title: str, parts: Sequence[str], charts: str | None = None) -> str:
+    """The whole document; `parts` are HTML, `charts` JSON for Bokeh.
+
+    A content policy lets only the page's own scripts run, by their hashes, and lets nothing be fetched: a name in the
+    data could do no harm even if it were not escaped.
+    """
+    own = files("analysis.pages")
+    script = own.joinpath("page.js").read_text(encoding="utf-8")
+    packed = {"library": _bokeh(), "charts": charts} if charts else {}
+    hashes = " ".join(_hash(text) for text in (script, *([packed["library"]] if packed else [])))
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
     head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style>"
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}; form-action \'none\'">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{own.joinpath('page.css').read_text(encoding='utf-8')}</style>"
+        "<noscript><style>.plots, .chips, figure label { display: none; }</style></noscript>"
     )
-    dialog = '<dialog aria-label="the figure, enlarged"><img alt="the figure, enlarged"></dialog>'
-    body = "\n".join([*parts, dialog, f"<script>{SCRIPT}</script>"])
+    data = [f'<script type="text/plain" id="{name}">{_packed(text)}</script>' for name, text in packed.items()]
+    body = "\n".join([*parts, *data, f"<script>{script}</script>"])
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _bokeh() -> str:
+    """The charting library's core, as its package ships it."""
+    from bokeh.resources import Resources
+
+    return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
+
+
+def _hash(text: str) -> str:
+    """Of a script, as a content policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _packed(text: str) -> str:
+    """Compressed, for the page's script to unpack: a third of the size of the library, a tenth of that of charts."""
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def table(
@@ -113,23 +101,53 @@ def _cell(cell: Cell | Link) -> str:
     """Numbers sort as numbers, an interval by its lower end, what does not exist last."""
     text = NONE if cell is None else cell.text if isinstance(cell, Link) else cell
     html = cell.html() if isinstance(cell, Link) else escape(text)
+    first = text.removeprefix("[").partition(",")[0]
     try:
-        value = "Infinity" if text == NONE else repr(float(text.removeprefix("[").partition(",")[0]))
+        value = "Infinity" if text == NONE else repr(float(first))
     except ValueError:
         return f'<td class="long">{html}</td>' if len(text) > LONG else f"<td>{html}</td>"
-    return f'<td class="number" data-value="{value}">{html}</td>'
+    return f"<td>{html}</td>" if text == first else f'<td data-value="{value}">{html}</td>'
 
 
-def figure(name: str, drawn: Figure, caption: str, note: str) -> str:
-    """A figure as an embedded SVG, with what it shows and, as HTML, where it comes from."""
-    svg = BytesIO()
-    write(drawn, svg, "svg")
-    data = base64.b64encode(svg.getvalue()).decode()
-    image = f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}">'
-    return (
-        f'<figure id="{name}"><button type=button aria-label="enlarge">{image}</button>'
-        f"<figcaption>{escape(caption)} {note}</figcaption></figure>"
+def chips(mark_of: Mapping[str, Mark]) -> str:
+    """The legend of every chart: a button for each arm, in the order of `mark_of`, shows and hides it."""
+    buttons = "".join(
+        f'<button type=button data-arm="{place}" aria-pressed="true" title="click: show or hide; twice: only this one">'
+        f"{_shape(mark)}<span>{escape(arm)}</span></button>"
+        for place, (arm, mark) in enumerate(mark_of.items())
     )
+    both = '<button type=button data-all="1">all</button><button type=button data-all="0">none</button>'
+    return f'<div class="chips" role=group aria-label="arms shown in the charts">{buttons}{both}</div>'
+
+
+def _shape(mark: Mark) -> str:
+    colour = "currentColor" if mark.colour == BLACK else mark.colour
+    face = "none" if mark.marker == "o" else colour
+    path = f'<path d="{SHAPES[mark.marker]}" fill="{face}" stroke="{colour}" stroke-width="1.3"/>'
+    return f'<svg viewBox="-6 -6 12 12" aria-hidden="true">{path}</svg>'
+
+
+def figure(name: str, title: str, caption: str, still: Figure, places: Sequence[str], extra: str = "") -> str:
+    """Charts at `places`, and a still figure for readers without scripts; `extra` is HTML above them."""
+    if not places:
+        return f'<noscript><figure id="{name}"><h3>{escape(title)}</h3>{image(still, caption)}</figure></noscript>'
+    plots = "".join(f'<div id="{place}"></div>' for place in places)
+    wide = ' class="wide"' if len(places) > 1 and name != "loss-against-compute" else ""
+    return (
+        f'<figure id="{name}"{wide}><h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>{extra}'
+        f'<div class="plots">{plots}</div><noscript>{image(still, caption)}</noscript></figure>'
+    )
+
+
+def image(still: Figure, caption: str) -> str:
+    """A figure as an embedded picture."""
+    drawn, mime = BytesIO(), "svg+xml"
+    write(still, drawn, "svg")
+    if drawn.tell() > LARGEST_SVG:
+        drawn, mime = BytesIO(), "png"
+        write(still, drawn, "png", dpi=SCREEN)
+    data = base64.b64encode(drawn.getvalue()).decode()
+    return f'<img alt="{escape(caption)}" src="data:image/{mime};base64,{data}">'
 
 
 def note(html: str) -> str:

@@ -1,4 +1,5 @@
-"""One self-contained HTML page of a store's answers: tables, figures, and where every number comes from.
+"""One self-contained HTML page of a store's answers: a first screen that says what was found, charts that show the run
+under the pointer, tables, and where every number comes from.
 
 A number leads to its place under "Where the numbers come from": the estimator, the convention, the runs with their
 commit, device and data, and the command that prints it.
@@ -6,6 +7,7 @@ commit, device and data, and the command that prints it.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import astuple, fields
@@ -13,15 +15,18 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from analysis.logs.schema import CONVENTIONS
-from analysis.pages.drawing import Answers, answers, draw
-from analysis.pages.page import Link, code, figure, note, page, table
+from analysis.pages.chart_style import document
+from analysis.pages.charts import charts
+from analysis.pages.drawing import Answers, Material, answers, draw, material
+from analysis.pages.glance import glance, headline
+from analysis.pages.page import Link, chips, code, figure, note, page, table
+from analysis.pages.style import marks
 from analysis.pages.tables import (
     Cell,
     answer_cells,
     check_cells,
     clock_cells,
     fit_cells,
-    interval_text,
     is_missing,
     numbered_notes,
     short,
@@ -33,16 +38,27 @@ if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier
     from analysis.logs.store import Store
 
-CAPTIONS = {
-    "loss-against-compute": "Held-out loss against training compute. Lines: one law with irreducible loss and exponent "
-    "shared; bands: 68%. Arrow, where resolved: the compute the baseline needs for the arm's loss. Below: residuals.",
-    "multiplier-against-compute": "The multiplier at each size, and the line of m(C) with its 95% band.",
-    "multipliers": "Multipliers with 95% intervals; hollow where not resolved.",
-    "isoflop": "Loss against size at equal compute, and the best size and tokens of each budget; hollow where the "
-    "optimum does not count.",
-    "wall-clock": "What compute costs in measured training time, and what that time buys.",
-    "loss-curves": "Held-out loss over training, by size.",
-    "ablations": "Arms that differ in one fact alone; dotted: the baseline.",
+CAPTIONS = {  # title and caption of each figure; one that is not here has no place in the report
+    "loss-against-compute": (
+        "Loss against compute",
+        "Lines: one law with irreducible loss and exponent shared; bands: 68%. Below: residuals.",
+    ),
+    "multiplier-against-compute": (
+        "The multiplier against compute",
+        "Dots: each size. Lines: m(C) with its 95% band, extrapolated beyond the dotted rule.",
+    ),
+    "isoflop": (
+        "Loss against size at equal compute",
+        "Curves: the fit of each budget. Beside: the best size of each, hollow where it does not count.",
+    ),
+    "isoflop-growth": ("The best size against compute", "N* of each budget; hollow where it does not count."),
+    "loss-against-tokens": ("Loss against tokens", "Final loss of every run."),
+    "wall-clock": ("Wall clock", "What compute costs in measured training time, and the loss that the time buys."),
+    "loss-curves": ("Loss over training", "Held-out loss of every run."),
+    "ablations": (
+        "One fact at a time",
+        "Arms that differ in one fact alone, at one size; dotted: the baseline.",
+    ),
 }
 PROVENANCE = ("device", "gpus", "dtype", "torch", "code_commit", "data_sha256", "tokenizer_sha256")
 HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv table`
@@ -60,29 +76,111 @@ HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv
 def report(store: Store, baseline: str | None = None, convention: str | None = None) -> str:
     """The page. Raises ValueError on data that support no claim, and where there is no answer at all."""
     answer = answers(store, baseline, convention)
-    drawn = draw(store, answer)  # first: it may find problems with the evaluations
-    title = f"Compute advantage over {answer.baseline}" if answer.found else f"Scaling of {store.path.name}"
-    parts = [f"<h1>{escape(title)}</h1>"]
+    of = material(store)  # before `problems` are shown: it may find some with the evaluations
+    name = store.name
+    title = f"Compute advantage over {answer.baseline}" if answer.found else f"Scaling of {name}"
+    figures, data = _figures(store, answer, of)
+    parts = [f"<header><h1>{escape(title)} <span>· {escape(name)}</span></h1>", *_first_screen(answer, of)]
+    parts += [_left_out(answer.found, [*answer.notes, *store.problems]), _contents(answer), "</header>", *figures]
     if answer.found:
-        parts += _multipliers(answer)
-    parts.append(_left_out(answer.found, [*answer.notes, *store.problems]))
-    command = code(_command("plot", store, answer, "-o", "figures"))
-    parts += [figure(name, one, CAPTIONS[name], f"From all finished runs: {command}.") for name, one in drawn.items()]
-    parts.append(note("Click a figure to enlarge it; wheel or +, - zooms."))
+        parts += ['<h2 id="numbers">The numbers</h2>', *_multipliers(answer)]
     parts += _law(store, answer) + _optima(store, answer)
     if answer.found:
-        parts.append("<h2>Where the numbers come from</h2>")
+        parts.append('<h2 id="sources">Where the numbers come from</h2>')
         parts += [_source(store, answer, place) for place in range(len(answer.found))]
     rows = [["finished runs", f"{(store.runs['status'] == 'complete').sum()} of {len(store.runs)}"]]
     parts += ["<h2>Provenance</h2>", table("provenance", ["what", "value"], rows + _origin(_done(store.runs)))]
-    parts += ["<h2>Runs</h2>", _runs(store, CONVENTIONS[answer.convention])]
-    return page(f"{store.path.name}: {title}", parts)
+    parts += ['<h2 id="all-runs">Runs</h2>', _runs(store, CONVENTIONS[answer.convention])]
+    return page(f"{name}: {title}", parts, data)
+
+
+def _first_screen(answer: Answers, of: Material) -> list[str]:
+    """What was found, before anything else."""
+    runs = f"{len(of.done)} finished runs; FLOPs counted as {answer.convention}"
+    if not answer.found:
+        return [f'<p class="headline">{escape(_scaling(answer))}</p>', note(f"{escape(runs)}.")]
+    family = max(item.family for item in answer.found)
+    together = f" of each arm, the sentences by those that hold for all {family} at once" if family > 1 else ""
+    links = [_anchor(place, "m") for place in range(len(answer.found))]
+    legend = (
+        f"m: the compute of {answer.baseline} that reaches an arm's loss, over the arm's; above 1 the arm saves. "
+        f"Intervals: 95%{together}; hollow: no difference shown. Paired by size and seed. {runs}."
+    )
+    return [
+        f'<p class="headline">{escape(headline(answer.found))}</p>',
+        glance(answer.found, links),
+        note(escape(legend)),
+    ]
+
+
+def _scaling(answer: Answers) -> str:
+    """The finding where there is nothing to compare."""
+    known = [law for law in answer.allocations if law.N_exponent is not None]
+    if len(known) == 1 and known[0].ci is not None:
+        low, high = known[0].ci
+        return (
+            f"The best size grows as C^{known[0].N_exponent:.2f} (95% interval {low:.2f} to {high:.2f}), by "
+            f"{known[0].budgets} budgets."
+        )
+    if known:
+        exponents = [float(law.N_exponent or 0) for law in known]
+        return (
+            f"The best size grows as C^{min(exponents):.2f} to C^{max(exponents):.2f} over {len(known)} arms; the "
+            "intervals stand in the table."
+        )
+    if answer.optima:
+        return "No law of the best size: too few budgets have an optimum that counts."
+    law = answer.law
+    assert law is not None
+    text = f"Loss falls towards {law.values['E']:.3f} as C^-{law.values['alpha']:.3f}"
+    return f"{text}." if law.status == "ok" else f"{text}; the fit is not to be trusted as it stands: {law.status}."
+
+
+def _contents(answer: Answers) -> str:
+    places = {"figures": "Figures", "numbers": "All numbers", "from-law": "The law", "sources": "Sources"}
+    absent = {*([] if answer.found else ["numbers", "sources"]), *([] if answer.law else ["from-law"])}
+    links = [f"<a href=#{to}>{text}</a>" for to, text in places.items() if to not in absent]
+    return f'<nav aria-label="contents">{"".join(links)}<a href=#all-runs>Runs</a></nav>'
+
+
+def _figures(store: Store, answer: Answers, of: Material) -> tuple[list[str], str | None]:
+    """The figures' HTML, and the JSON of their charts."""
+    still = {name: one for name, one in draw(of, answer).items() if name in CAPTIONS}
+    moving = charts(still, of, answer)
+    text, roots = document(plot for plots in moving.values() for plot in plots)
+    ids = iter(roots)
+    place_of = {name: [f"plot-{next(ids)}" for _ in plots] for name, plots in moving.items()}
+    command = code(_command("plot", store, answer, "-o", "figures"))
+    captions = dict(CAPTIONS)
+    if answer.law is None:
+        captions["loss-against-compute"] = ("Loss against compute", "Final loss of every run.")
+    parts = [
+        figure(name, *captions[name], one, place_of.get(name, []), _arm_choice(answer) if name == "isoflop" else "")
+        for name, one in still.items()
+    ]
+    how = (
+        "Point at a run to see what it is; click it for its row among the runs. The tools at a chart's corner zoom. "
+        f"From all finished runs; {command} draws these figures for print."
+    )
+    mark_of = marks(list(of.done["arm"]), answer.baseline)
+    legend = chips(mark_of) if len(mark_of) > 1 else ""
+    body = ['<h2 id="figures">Figures</h2>', note(how), legend, f'<div class="figures">{"".join(parts)}</div>']
+    places = dict(zip(roots, (place for places in place_of.values() for place in places), strict=True))
+    return body, f'{{"document":{text},"places":{json.dumps(places)}}}' if roots else None
+
+
+def _arm_choice(answer: Answers) -> str:
+    """The isoFLOP chart shows one arm's budgets at a time."""
+    if len(answer.allocations) < 2:
+        return ""
+    options = "".join(f"<option value={at}>{escape(law.arm)}</option>" for at, law in enumerate(answer.allocations))
+    return f"<label>budgets of <select data-panels>{options}</select></label>"
 
 
 def _command(verb: str, store: Store, answer: Answers, *more: str) -> str:
     """What to type for the same numbers."""
     compared = ["--baseline", answer.baseline] if answer.found and verb != "isoflop" else []
-    return shlex.join(["dynconv", verb, str(store.path), *compared, "--convention", answer.convention, *more])
+    return shlex.join(["dynconv", verb, *store.arguments, *compared, "--convention", answer.convention, *more])
 
 
 def _done(runs: pd.DataFrame) -> pd.DataFrame:
@@ -90,30 +188,15 @@ def _done(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _multipliers(answer: Answers) -> list[str]:
-    """The answers in sentences, and both tables; each number leads to its source."""
+    """Both tables of `dynconv table`; each number leads to its source."""
     found = answer.found
-    sentences = [f"<p>{_sentence(item, place)}</p>" for place, item in enumerate(found) if _resolved(item)]
     columns, rows = answer_cells(found, numbered_notes(found))
     whole = [[*row[:-1], item.status] for row, item in zip(rows, found, strict=True)]
     return [
-        *(sentences or ["<p>No arm's advantage is resolved.</p>"]),
         table("multipliers", columns, _linked(columns, whole)),
-        note(f"FLOPs counted as {escape(answer.convention)}; 95% intervals; paired by size and seed."),
         table("checks", check_cells(found)[0], _linked(*check_cells(found))),
         *([table("clocks", *clock_cells(found))] if clock_cells(found)[1] else []),
     ]
-
-
-def _resolved(item: Multiplier) -> bool:
-    return not item.status.startswith("not resolved")
-
-
-def _sentence(item: Multiplier, place: int) -> str:
-    interval = f" (95% interval {interval_text(item.ci)})" if item.ci else ""
-    remark = "" if item.status == "ok" else f" Note: {item.status}."
-    seeds = f"{item.n_seeds} seed{'s' if item.n_seeds > 1 else ''}"
-    text = f"{item.arm} has a {item.m:.2f}x compute advantage{interval}, from {item.n_sizes} sizes with {seeds} each."
-    return f"{escape(text + remark)} {Link('Where from?', _anchor(place, 'm')).html()}"
 
 
 def _anchor(place: int, column: str) -> str:
@@ -192,15 +275,11 @@ def _optima(store: Store, answer: Answers) -> list[str]:
         table(
             name,
             [item.name for item in fields(rows[0])],
-            [[v if isinstance(v, str) else _isoflop_cell(v) for v in astuple(row)] for row in rows],
+            [[None if is_missing(value) else short(value) for value in astuple(row)] for row in rows],
         )
         for name, rows in (("optima", answer.optima), ("allocations", answer.allocations))
     ]
-    return ["<h2>Compute-optimal sizes</h2>", *tables, f"<div id=from-isoflop>{note(code(command))}</div>"]
-
-
-def _isoflop_cell(value: float | tuple[float, float] | None) -> Link | None:
-    return None if value is None else Link(short(value), "from-isoflop")
+    return ["<h2>Compute-optimal sizes</h2>", note(f"{code(command)} prints these."), *tables]
 
 
 def _left_out(found: Sequence[Multiplier], notes: Sequence[str]) -> str:
@@ -227,10 +306,10 @@ def _runs(store: Store, flops: str) -> str:
     columns = ["run_id", "arm", "size", "seed", "parameters", "tokens", flops, "loss", "train_seconds", "status"]
     columns += ["device", "gpus", "code_commit"]
     shown = store.runs.sort_values(["arm", "parameters", "seed"], kind="stable")[columns]
-    shown = shown.assign(code_commit=shown["code_commit"].str.slice(0, 12))
+    shown = shown.assign(code_commit=shown["code_commit"].str.slice(0, 12)).dropna(axis="columns", how="all")
     rows = [[None if is_missing(value) else short(value) for value in row] for row in shown.itertuples(index=False)]
-    query = shlex.join(["dynconv", "query", str(store.path), "select * from runs"])
+    query = shlex.join(["dynconv", "query", *store.arguments, "select * from runs"])
     place = "STORE/RUN_ID/run.json" if store.run_dirs else store.path.name
-    return table("runs", columns, rows, [f"run-{at}" for at in shown.index]) + note(
+    return table("runs", list(shown), rows, [f"run-{at}" for at in shown.index]) + note(
         f"A row's numbers are those of {escape(place)}, by the commit and on the device that it names; {code(query)}."
     )

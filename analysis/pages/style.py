@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, StrMethodFormatter
 
@@ -23,12 +26,22 @@ from analysis.logs.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
+LOSS = "held-out loss (nats/token)"
+MANY = 8  # more arms than this get a panel each: no one tells more colours apart
 BLACK = "#000000"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", "h")  # as many as have no factor in common with the colours
 DASHES = ("--", "-.", (0, (1, 1)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
+BUDGETS = (
+    "#46327E",
+    "#365C8D",
+    "#277F8E",
+    "#1FA187",
+    "#4AC16D",
+    "#A0C52C",
+)  # small to large: viridis, without its ends
+PALE = "0.78"
 HATCHES = ("", "//", "..", "xx", "--", "oo")
 STYLE: Any = {  # matplotlib types the keys as a union of literals
     "font.family": "DejaVu Sans",  # matplotlib brings it along
@@ -41,7 +54,6 @@ STYLE: Any = {  # matplotlib types the keys as a union of literals
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
     "figure.dpi": 150,
-    "savefig.dpi": 200,
     "svg.hashsalt": "dynconv",  # else the ids in an SVG are random
     "path.simplify": False,
 }
@@ -65,6 +77,12 @@ class Mark:
         """The baseline's are hollow, so that they show under the others'."""
         face = "none" if self.marker == "o" else self.colour
         return {"color": self.colour, "marker": self.marker, "ls": "", "ms": 4.5, "mfc": face} | changes
+
+
+def budget_shades(count: int = 64) -> list[str]:
+    """The colour scale of budgets, small to large, as #rrggbb."""
+    scale = LinearSegmentedColormap.from_list("budgets", BUDGETS)
+    return [to_hex(colour) for colour in scale(np.linspace(0, 1, count))]
 
 
 def printable(name: object, longest: int = 28) -> str:
@@ -94,10 +112,10 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda temporary: write(figure, temporary, kind))
 
 
-def write(figure: Figure, target: Path | BytesIO, kind: str) -> None:
+def write(figure: Figure, target: Path | BytesIO, kind: str, dpi: int = 200) -> None:
     """Write a figure as svg, pdf or png, without a date, so that equal figures are equal bytes."""
     with mpl.rc_context(STYLE):
-        figure.savefig(target, format=kind, metadata=METADATA[kind])
+        figure.savefig(target, format=kind, metadata=METADATA[kind], dpi=dpi)
 
 
 def settled(figure: Figure) -> Figure:
@@ -131,6 +149,59 @@ def _closest(steps: Sequence[int], low: float, high: float) -> float:
     ticks = [math.log10(step) + decade for decade in decades for step in steps]
     shown = [tick for tick in ticks if math.log10(low) <= tick <= math.log10(high)]
     return min((after - before for before, after in itertools.pairwise(shown)), default=math.inf)
+
+
+def grid_of_panels(titles: Sequence[str], x_label: str, y_label: str) -> tuple[Figure, list[Axes]]:
+    """Small multiples: a panel for each title, all with the same axes, nearly as many across as down.
+
+    Placed by hand: matplotlib's constrained layout takes a second for each ten panels.
+    """
+    across = min(max(3, math.ceil(math.sqrt(1.2 * len(titles)))), len(titles))
+    down = math.ceil(len(titles) / across)
+    width, height = 0.75 + 1.45 * across, 0.9 + 1.3 * down
+    figure = Figure(figsize=(width, height))
+    panels = list(np.ravel(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)))
+    edges = {"left": 0.7 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.4 / height}
+    figure.subplots_adjust(**edges, wspace=0.08, hspace=0.25)
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(printable(title, 22), loc="left", fontsize=7, pad=2)
+        axes.tick_params(labelsize=6)
+    for axes in panels[len(titles) :]:
+        axes.remove()
+    for axes in panels[max(len(titles) - across, 0) : len(titles)]:
+        axes.tick_params(labelbottom=True)  # the last panel of a column that has one fewer
+    figure.text((edges["left"] + edges["right"]) / 2, 0.08 / height, x_label, ha="center", fontsize=9)
+    figure.text(0.08 / width, 0.5, y_label, va="center", rotation=90, fontsize=9)
+    return figure, panels[: len(titles)]
+
+
+Curve = tuple[Any, Any]  # x and y, each [points]
+
+
+def arm_panels(
+    curves: Mapping[str, Curve],
+    dots: Mapping[str, Curve],
+    baseline: str,
+    labels: tuple[str, str],
+    advantages: Mapping[str, str],
+) -> tuple[Figure, dict[str, Axes]]:
+    """A panel for each arm but the baseline, x being logarithmic: the arm in colour, the baseline in black, the others'
+    curves pale behind. `advantages` are written into the panels of the arms that have one."""
+    arms = [arm for arm in sorted(curves) if arm != baseline]
+    figure, panels = grid_of_panels(arms, *labels)
+    panels[0].set_xscale("log")
+    for at, (arm, axes) in enumerate(zip(arms, panels, strict=True)):
+        others = [curves[other] for other in arms if other != arm]
+        pale = [np.concatenate([np.append(curve[axis], np.nan) for curve in others]) for axis in (0, 1)]
+        axes.plot(*pale, color=PALE, lw=0.5, zorder=1)
+        for name, colour in ((baseline, BLACK), (arm, _of(COLOURS, at))):
+            if name in curves:
+                axes.plot(*curves[name], color=colour, lw=1.1, zorder=3)
+            if name in dots:
+                axes.plot(*dots[name], "o", ms=2, color=colour, mew=0, zorder=3)
+        text: Any = {"transform": axes.transAxes, "fontsize": 6, "va": "top", "ha": "right", "zorder": 4}
+        axes.text(0.98, 0.97, advantages.get(arm, ""), **text)
+    return figure, dict(zip(arms, panels, strict=True))
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Mark]]) -> None:

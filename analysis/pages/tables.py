@@ -115,18 +115,27 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
 
 
 def answer_cells(found: Sequence[Multiplier], notes: Mapping[str, int]) -> Table:
-    """What a reader wants first, a row an arm."""
+    """What a reader wants first, a row an arm; m at the largest compute where m is not shown to be the same there."""
     family = max(item.family for item in found)
     cells: dict[str, list[Cell]] = {
         "arm": [item.arm for item in found],
         "m": [ratio_text(item.m) for item in found],
         "95% interval": [interval_text(item.ci) for item in found],
         f"all {family} at once": [interval_text(item.family_ci) for item in found],
+        "m at Cmax": [_at_largest(item) for item in found],
         "sizes x seeds": [f"{item.n_sizes} x {item.n_seeds}" for item in found],
         "status": [verdict(item, notes) for item in found],
     }
-    columns = [name for name in cells if family > 1 or not name.endswith("at once")]
+    left_out = {"m at Cmax"} if not any(cells["m at Cmax"]) else set()
+    left_out |= {f"all {family} at once"} if family == 1 else set()
+    columns = [name for name in cells if name not in left_out]
     return columns, list(zip(*(cells[name] for name in columns), strict=True))
+
+
+def _at_largest(item: Multiplier) -> Cell:
+    if item.constancy != "not shown":
+        return None
+    return f"{ratio_text(item.m_at_cmax)} {interval_text(item.m_at_cmax_ci)}"
 
 
 def numbered_notes(found: Sequence[Multiplier]) -> dict[str, int]:
@@ -235,8 +244,10 @@ def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[A
             **ends("ci", item.ci),
             **ends("family", item.family_ci),
             "method": item.method,
+            "constancy": item.constancy,
             "constant_m_p": item.constant_m_p,
             "m_at_cmax": item.m_at_cmax,
+            **ends("m_at_cmax", item.m_at_cmax_ci),
             **ends("loso", item.loso),
             **by_convention(item),
             "joint_m": item.joint.m if item.joint else None,

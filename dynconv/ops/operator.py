@@ -15,11 +15,10 @@ from torch.utils.flop_counter import register_flop_formula
 from dynconv.ops import flops, headwise, lowrank, static
 from dynconv.ops.launch import copied, repeated
 from dynconv.ops.optional import mma_fits, ring_fits
+from dynconv.ops.sharded import all_plain
 
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 # The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,560 rows, or 4,096 heads.
 _FARTHEST = 2**19
@@ -220,7 +219,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():  # by create_graph: somebody may ask for the gradients' gradients
+        # by create_graph, somebody may ask for the gradients' gradients
+        if torch.is_grad_enabled() or _somebody_watches():
             made = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
             gradients = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
         else:
@@ -310,9 +310,8 @@ def convolve(
 ) -> Tensor:  # [B, T, D]
     """`reference.convolve` by kernels."""
     inputs = (x, z, weight, static_w, positions)
-    plain = all(type(t) in _PLAIN for t in inputs)  # fake tensors and wrapper subclasses have no memory to launch on
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _Transformed.apply(*inputs, segments, residual, silu)
-    if not plain or _somebody_watches():
+    if not all_plain(inputs) or _somebody_watches():
         return _convolve_op(*inputs, segments, residual, silu)
     return _Convolve.apply(*inputs, segments, residual, silu)

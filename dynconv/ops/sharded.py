@@ -11,13 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _BATCH, _CHANNELS = 0, 2  # the dimensions of x [B, T, D] that may be sharded
 
 
-def any_sharded(tensors: Iterable[Any]) -> bool:
+def all_plain(tensors: Iterable[Any]) -> bool:  # each a Tensor or None
+    """Whether all that are there have memory of their own, as fake tensors and wrapper subclasses have not."""
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter and tensor is not None:
+            return False
+    return True
+
+
+def any_sharded(tensors: Sequence[Any]) -> bool:  # each a Tensor or None
     """Whether one of them is a DTensor."""
+    if all_plain(tensors):  # which takes no time
+        return False
     wrapped = [t for t in tensors if is_traceable_wrapper_subclass(t)]
     if not wrapped or not torch.distributed.is_available():
         return False

@@ -229,7 +229,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(rows.to_json(orient="records", indent=1))
     if args.figure:
-        from analysis.pages import figures
+        from analysis.pages.kernel_figures import kernel_bars
+        from analysis.pages.style import save
 
-        figures.save(figures.kernel_bars(rows), args.figure)
+        save(kernel_bars(rows), args.figure)
     return 0

@@ -20,6 +20,9 @@ from experiments.cli.runs import planned
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.advantage.measured import Assumption
+    from analysis.advantage.planning import World
+
 
 def register(subparsers: Subparsers) -> None:
     """Add the verbs of this file."""
@@ -42,12 +45,12 @@ def _add_table(subparsers: Subparsers) -> None:
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
     parser.add_argument(
-        "--floor",
-        type=float,
+        "--hold",
         action="append",
         default=[],
-        metavar="E",
-        help="give the irreducible loss instead of fitting it; repeat it to see how m depends on it",
+        metavar="E=VALUE",
+        help="hold the irreducible loss at a value instead of fitting it, in m, its interval and the test that m is "
+        "constant; repeat it to see how m depends on it",
     )
     parser.add_argument(
         "--throughput",
@@ -84,27 +87,19 @@ def _add_power(subparsers: Subparsers) -> None:
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
     parser.add_argument("--seeds", default="1,2,3", help="numbers of seeds to try (default 1,2,3)")
     parser.add_argument("--baseline", help="the arm whose sizes and compute make the design (default: the sweep's)")
+    default = "(default: what DESIGN's finished runs show, else {})"
+    for name, text, value in (
+        ("--seed-noise", "standard deviation between seeds, nats", 0.002),
+        ("--arm-noise", "standard deviation of an arm at a size around its law, nats", 0.002),
+        ("--shared-noise", "standard deviation of a size that all arms share, nats", 0.005),
+        ("--exponent", "exponent of the law", 0.15),
+        ("--reducible", "loss above the irreducible loss at the middle compute, nats", 1.3),
+    ):
+        parser.add_argument(name, type=float, help=f"{text} {default.format(value)}")
     parser.add_argument(
-        "--seed-noise", type=float, default=0.002, help="standard deviation between seeds, nats (default 0.002)"
-    )
-    parser.add_argument(
-        "--arm-noise",
+        "--correlation",
         type=float,
-        default=0.002,
-        help="standard deviation of an arm at a size around its law, nats (default 0.002)",
-    )
-    parser.add_argument(
-        "--shared-noise",
-        type=float,
-        default=0.005,
-        help="standard deviation of a size that all arms share, nats (default 0.005)",
-    )
-    parser.add_argument("--exponent", type=float, default=0.15, help="exponent of the law (default 0.15)")
-    parser.add_argument(
-        "--reducible",
-        type=float,
-        default=1.3,
-        help="loss above the irreducible loss at the middle compute, nats (default 1.3)",
+        help="correlation of the arm and shared noise of neighbouring sizes (default 0: independent)",
     )
     parser.add_argument(
         "--gpu-flops", type=float, help="sustained FLOPs per second of a GPU, for GPU hours (default: those of DESIGN)"
@@ -128,7 +123,7 @@ def _table(args: argparse.Namespace) -> int:
         runs,
         baseline=args.baseline,
         convention=args.convention,
-        floors=args.floor,
+        floors=_held_losses(args.hold),
         throughput=read_throughput(args.throughput) if args.throughput else None,
         seed=args.seed,
     )
@@ -137,12 +132,26 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
+def _held_losses(holds: list[str]) -> list[float]:
+    """The irreducible losses of --hold E=VALUE, in the order given."""
+    values = []
+    for item in (item for hold in holds for item in hold.split(",")):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if name != "E" or not equals:
+            raise ValueError(f"--hold of table takes E=VALUE, the irreducible loss in nats a token; got {item!r}")
+        try:
+            values.append(float(value))
+        except ValueError:
+            raise ValueError(f"--hold E= takes a number; got {value!r}") from None
+    return values
+
+
 def _power(args: argparse.Namespace) -> int:
     from dataclasses import astuple, fields
 
     from tqdm import tqdm
 
-    from analysis.advantage.planning import POWER, Prospect, World, cheapest, ladder_of, prospects
+    from analysis.advantage.planning import POWER, Prospect, cheapest, ladder_of, prospects
     from analysis.pages.tables import value_table
 
     try:
@@ -158,17 +167,19 @@ def _power(args: argparse.Namespace) -> int:
             continue
         wanted = "at least 0" if may_be_zero else "positive"
         raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
-    world = World(
-        reducible_loss=args.reducible,
-        exponent=args.exponent,
-        seed_noise=args.seed_noise,
-        arm_noise=args.arm_noise,
-        shared_noise=args.shared_noise,
-    )
-    ladder = ladder_of(_design(args), args.baseline, args.gpu_flops)
+    if args.correlation is not None and not -1 < args.correlation < 1:
+        raise ValueError(f"--correlation must be between -1 and 1; got {args.correlation:g}")
+    design = _design(args)
+    ladder = ladder_of(design, args.baseline, args.gpu_flops)
+    world, assumptions = _world(args, design)
     total = max(len(ladder.sizes) - 2, 0) * len(seeds)
     found = list(tqdm(prospects(ladder, args.m, seeds, world, args.simulations), total=total, leave=False, delay=1))
     print(value_table([item.name for item in fields(Prospect)], [astuple(row) for row in found], args.format))
+    lines = [f"{item.name.replace('_', ' ')} {item.value:.3g} ({item.source})" for item in assumptions]
+    if args.format == "md":
+        print("\nsimulated with " + ";\n  ".join(lines))
+    else:
+        warn(*(f"simulated with {line}" for line in lines))
     best = cheapest(found)
     if args.format == "md" and best:
         cost = "" if math.isnan(best.gpu_hours) else f", {best.gpu_hours:.3g} GPU hours"
@@ -176,6 +187,28 @@ def _power(args: argparse.Namespace) -> int:
     elif args.format == "md":
         print(f"\nnone of these resolves {args.m:g} with {POWER:.0%} power")
     return 0
+
+
+def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[Assumption]]:
+    """What is simulated, and the source of each number: an option, else the design's finished runs, else assumed."""
+    from dataclasses import replace
+
+    from analysis.advantage.measured import Assumption, measured
+    from analysis.advantage.planning import World
+
+    world, assumptions = World(), [Assumption(name, value, "assumed") for name, value in vars(World()).items()]
+    if "loss" in design and design["loss"].notna().any():
+        world, assumptions = measured(design, args.baseline)
+    names = {"reducible": "reducible_loss"}
+    asked = {
+        names.get(name, name): getattr(args, name)
+        for name in ("seed_noise", "arm_noise", "shared_noise", "exponent", "reducible", "correlation")
+        if getattr(args, name) is not None
+    }
+    told = [
+        replace(item, value=asked[item.name], source="asked") if item.name in asked else item for item in assumptions
+    ]
+    return replace(world, **asked), told
 
 
 def _design(args: argparse.Namespace) -> pd.DataFrame:

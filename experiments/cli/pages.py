@@ -83,8 +83,8 @@ def _add_report(subparsers: Subparsers) -> None:
 
 def _plot(args: argparse.Namespace) -> int:
     from analysis.logs.points import read_kernels
-    from analysis.pages.drawing import answers, draw
-    from analysis.pages.figures import kernel_bars
+    from analysis.pages.drawing import answers, draw, material
+    from analysis.pages.kernel_figures import kernel_bars
     from analysis.pages.style import save
 
     _folder(args.out)
@@ -95,7 +95,7 @@ def _plot(args: argparse.Namespace) -> int:
         with reading_store(args) as store:
             found = answers(store, args.baseline, args.convention)
             warn(*found.notes)
-            drawn = draw(store, found)
+            drawn = draw(material(store), found)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = args.out / f"{name}.{args.type}"

@@ -80,7 +80,7 @@ class Execution:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: int = 1  # number of processes, each with one GPU; on a CPU just the number of processes
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
-    compile: bool = True  # torch.compile, on a GPU only
+    compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails

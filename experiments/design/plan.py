@@ -7,7 +7,7 @@ from typing import Any
 from experiments.design.config import RunConfig
 from experiments.terminal import align, short, span
 
-HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
+HEADINGS = ("N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[di
                 "budget": run.budget,
                 "seed": run.seed,
                 "trunk": run.trunk,
-                **run.vary,
+                "vary": dict(run.vary),
                 **asdict(run.counts),
                 "flops_own": run.own_flops,
                 "steps": run.train.steps,
@@ -53,10 +53,15 @@ def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[di
 
 
 def render(plan: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table to be read in a terminal, with totals."""
+    """The rows as a table to be read in a terminal, with totals. Each axis of the sweep is a column."""
+    axes = list(dict.fromkeys(axis for row in plan for axis in row["vary"]))
+    branching = any(row["trunk"] for row in plan)
+    headings = ("run", *axes, *(["branch of"] if branching else []), *HEADINGS)
     cells = [
         (
             row["run_id"],
+            *(f"{row['vary'][axis]:g}" if axis in row["vary"] else "" for axis in axes),
+            *([_branch(row)] if branching else []),
             short(row["parameters"]),
             short(row["parameters_nonembedding"]),
             short(row["tokens"]),
@@ -70,7 +75,12 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
     ]
     total = sum(row["flops_own"] for row in plan)  # a branch does not repeat the steps of its trunk
     summary = f"{len(plan)} runs, {total:.3e} FLOPs; {_forecast(plan)}; nothing was submitted"
-    return f"{align(HEADINGS, cells)}\n\n{summary}"
+    return f"{align(headings, cells)}\n\n{summary}"
+
+
+def _branch(row: Mapping[str, Any]) -> str:
+    """The trunk that the run takes up, by its hash; a trunk says that it is one."""
+    return row["trunk"].rpartition("-")[2] if row["trunk"] else row["budget"]
 
 
 def _forecast(plan: Sequence[dict[str, Any]]) -> str:

@@ -53,7 +53,10 @@ def _adamw(
 ) -> torch.optim.AdamW:
     named: list[dict[str, Any]] = [{"params": list(parameters), "weight_decay": decay} for parameters, decay in groups]
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True)
+    on_gpu = all(parameter.is_cuda for group in named for parameter in group["params"])
+    return torch.optim.AdamW(
+        named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True, capturable=on_gpu
+    )
 
 
 MAKERS: dict[str, Callable[..., Optimizers]] = {"adamw": adamw, "muon": muon}

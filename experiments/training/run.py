@@ -209,12 +209,13 @@ class _Attempt:
                     done = f"{evaluation.step}/{trainer.config.steps}"
                     print(f"step {done}  held-out loss {evaluation.metrics['loss']:.4f}", flush=True)
             else:
-                step = trainer.step()
-                self._step = step.step + 1
-                if step.step in trainer.config.branch_steps and self._log is not None:
-                    checkpoints.keep_branch_point(self._run_dir, step.step, trainer.state_dict())
-                if self._log is not None:
-                    self._log.step(**asdict(step))
+                steps = trainer.advance()
+                self._step = trainer.steps_done + 1
+                if trainer.steps_done in trainer.config.branch_steps and self._log is not None:
+                    checkpoints.keep_branch_point(self._run_dir, trainer.steps_done, trainer.state_dict())
+                for step in steps:
+                    if self._log is not None:
+                        self._log.step(**asdict(step))
             if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
                 self._save(trainer)
         return True

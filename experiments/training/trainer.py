@@ -3,14 +3,13 @@
 Shapes: B sequences of a batch or micro-batch, T sequence length, V vocabulary.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,11 +17,17 @@ from torch import Tensor, nn
 from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
 from experiments.tasks.base import Examples, Task
+from experiments.training.engine import Engine, add_gradients, padded, window_shape
+from experiments.training.loss import IGNORED, linear_cross_entropy
 from experiments.training.optimizers import Optimizers
-from experiments.training.parallel import World, without_averaging
+from experiments.training.parallel import World
+from experiments.training.precision import mixed_precision
 
-IGNORED = -100  # the target of positions that are left out of the loss
-MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; at a vocabulary of 100k the logits take about 30 GB
+MICRO_BATCH_TOKENS = 32_768  # where none is set: a 300M model then trains in 23 GiB
+CAPTURED_PARAMETERS = (
+    10**8
+)  # of the largest model whose steps are CUDA graphs: the host cannot keep up with its kernels
+WINDOW_SECONDS = 1.0  # how long the host lets a GPU run before it looks at its losses and at a signal to stop
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -38,7 +43,7 @@ class Step:
     loss: float
     gradient_norm: float
     learning_rate: float
-    seconds: float
+    seconds: float  # on a GPU the mean of the steps that were launched together
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,  # tokens [B, T] -> (logits [B, T, V], auxiliary losses by name)
+        model: nn.Module,  # tokens [B, T] and perhaps a criterion -> `Output` or `Scored` of models/decoder.py
         task: Task,
         optimizers: Optimizers,
         config: TrainConfig,
@@ -77,8 +82,20 @@ class Trainer:
         share = math.ceil(config.batch_sequences / world.size)
         fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length)
         self._micro_batch = min(share, execution.micro_batch or fitting)
+        self._compiled = execution.compile and self._cuda
+        if self._compiled:
+            model.compile(dynamic=False)
         self._replicas = world.replicate(model)
-        self._forward = torch.compile(self._replicas) if execution.compile and self._cuda else self._replicas
+        self._losses = partial(losses_of, self._replicas, world.device)
+        self._engine: Engine | None = None
+        if runs_ahead(world, optimizers):
+            micro_batches = math.ceil(share / self._micro_batch)
+            shape = window_shape(micro_batches, self._micro_batch, config.sequence_length)
+            adamw = cast(torch.optim.AdamW, optimizers[0])
+            self._engine = Engine(self._replicas, self._losses, adamw, world, shape, config.clip_norm)
+        self._window = 1  # steps to launch at once, until it is known how long they take
+        self._filled = range(0)  # steps whose batches are in the engine's next window
+        self._failure: NonFiniteLoss | None = None  # to be raised once the steps before it are logged
 
     @property
     def finished(self) -> bool:
@@ -87,23 +104,96 @@ class Trainer:
     @property
     def evaluation_due(self) -> bool:
         """Whether to evaluate: after the last step, and wherever a multiple of `evaluate_every` tokens is reached."""
-        if self.steps_done == self.evaluated_at:
-            return False
-        before = self._tokens(self.steps_done - 1) // self.config.evaluate_every
-        return self.finished or self._tokens(self.steps_done) // self.config.evaluate_every > before
+        return self.steps_done != self.evaluated_at and self._evaluates_after(self.steps_done)
 
     def warm_up(self) -> None:
-        """Compile the model and load kernels by a training and an evaluation pass whose results are discarded."""
+        """Compile the model and load kernels by a training and an evaluation pass whose results are discarded.
+
+        A small model's step is also captured as a CUDA graph.
+        """
+        if self._engine is not None:
+            small = sum(parameter.numel() for parameter in self.model.parameters()) <= CAPTURED_PARAMETERS
+            self._engine.warm_up(capture=self._compiled and small and self.world.size == 1)
         inputs, targets = self._to_device(next(self._micro_batches(0)))
-        loss, _ = self._losses(inputs, targets)
-        loss.backward()
+        if self._engine is None:
+            loss, _ = self._losses(inputs, targets)
+            loss.backward()
+            self._zero_grad()
         with torch.no_grad():
             self._losses(inputs, targets)
-        self._zero_grad()
         torch.cuda.synchronize()
 
     def step(self) -> Step:
         """One optimizer step on the next global batch. Raises NonFiniteLoss, and then updates nothing."""
+        (step,) = self.advance(1)
+        return step
+
+    def advance(self, most: int | None = None) -> list[Step]:
+        """The next optimizer steps, at most `most`: on a CPU one, on a GPU as many as are launched together.
+
+        An evaluation or a branch point can only be due after the last of them. Raises NonFiniteLoss after the finite
+        steps before it were returned; the model and the optimizer are then in the state before the step that failed.
+        """
+        if self._engine is None:
+            return [self._checked_step()]
+        if self._failure is not None:
+            raise self._failure
+        start = time.perf_counter()
+        wanted = self._window if most is None else most
+        if self._filled.start != self.steps_done or not 0 < len(self._filled) <= wanted:
+            self._fill(self.steps_done, wanted)
+        steps = self._filled
+        self._engine.launch(len(steps))
+        self._fill(steps.stop, self._window)  # while the device works
+        outcomes = self._engine.read(len(steps))
+        seconds = self._mean_over_processes((time.perf_counter() - start) / len(steps))
+        self._window = max(1, min(int(WINDOW_SECONDS / seconds), 2 * self._window, self._engine.shape.steps))
+        done: list[Step] = []
+        for index, (loss, norm) in zip(steps, outcomes, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._fail(loss, norm)
+                if not done:
+                    assert self._failure is not None
+                    raise self._failure
+                break
+            self.steps_done = index + 1
+            rate = self.config.learning_rate_at(index)
+            done.append(Step(index + 1, self._tokens(index + 1), loss, norm, rate, seconds))
+        return done
+
+    def _fill(self, first: int, most: int) -> None:
+        """Put the batches of the next steps into the engine's window: up to the first after which something is due."""
+        assert self._engine is not None
+        last = first
+        while last < min(first + most, self.config.steps) and (last == first or not self._stops_after(last)):
+            rate = self.config.learning_rate_at(last)
+            self._engine.fill(last - first, self._micro_batches(last), self._tokens_of(last), rate)
+            last += 1
+        self._filled = range(first, last)
+
+    def _stops_after(self, steps: int) -> bool:
+        return steps in self.config.branch_steps or self._evaluates_after(steps)
+
+    def _evaluates_after(self, steps: int) -> bool:
+        before = self._tokens(steps - 1) // self.config.evaluate_every
+        return steps == self.config.steps or self._tokens(steps) // self.config.evaluate_every > before
+
+    def _mean_over_processes(self, seconds: float) -> float:
+        """The same in all of them, so that all launch windows of the same length."""
+        if self.world.size == 1:
+            return seconds
+        total = torch.tensor(seconds, dtype=torch.float64, device=self.world.device)
+        return self.world.sum(total).item() / self.world.size
+
+    def _fail(self, loss: float, norm: float) -> None:
+        """Find what was not finite. The state is that before the step, which makes the same gradients once more."""
+        self._zero_grad()
+        self._backward(self.steps_done)
+        self._failure = NonFiniteLoss(self._cause(loss, norm))
+        self._zero_grad()
+
+    def _checked_step(self) -> Step:
+        """One step whose loss is checked before the update, which takes a synchronisation with the device."""
         start = time.perf_counter()
         total = self._backward(self.steps_done)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -128,19 +218,9 @@ class Trainer:
         """Accumulate gradients of the mean loss over a global batch. Returns that loss without auxiliary losses."""
         micro_batches = list(self._micro_batches(index))
         counted = torch.tensor(sum(each.positions for each in micro_batches), device=self.world.device)
-        positions = int(self.world.sum(counted).item())
-        total = torch.zeros((), device=self.world.device)
-        for number, examples in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
-            with contextlib.nullcontext() if last else without_averaging(self._replicas):
-                loss, auxiliary = self._losses(*self._to_device(examples))
-                loss = loss / positions
-                total += loss.detach()
-                for own in auxiliary.values():  # Each is a mean over the tokens of this micro-batch.
-                    loss = loss + own * (examples.inputs.size / self._tokens_of(index))
-                # DDP averages gradients over the processes; our loss is a sum over them, so scale by their number.
-                (loss * self.world.size).backward()
-        return self.world.sum(total)
+        tokens = self._tokens_of(index)
+        on_device = [(*self._to_device(each), each.inputs.size / tokens) for each in micro_batches]
+        return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
     @torch.no_grad()
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
@@ -188,9 +268,17 @@ class Trainer:
                 f"the checkpoint was trained on data {state['data_sha256'][:12]}; this run has "
                 f"{data_sha256[:12]}; restore the data it began with or start the run anew"
             )
+        assert self._engine is None or not self._engine.captured, (
+            "a captured step goes on from the state it was made in"
+        )
         self.model.load_state_dict(state["model"])
         for optimizer, own in zip(self._optimizers, state["optimizers"], strict=True):
+            # Where the rate is kept and whether steps can be captured are the device's, not the checkpoint's.
+            groups = optimizer.param_groups
+            settings = [{k: v for k, v in group.items() if k in ("lr", "capturable")} for group in groups]
             optimizer.load_state_dict(own)
+            for group, kept in zip(optimizer.param_groups, settings, strict=True):
+                group.update(kept)
         self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
 
     def _tokens(self, steps: int) -> int:
@@ -211,26 +299,9 @@ class Trainer:
             yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
-        """Inputs and targets on the device, with IGNORED as target where none counts.
-
-        They are padded to whole micro-batches, so that the compiled model is always called with the same shape.
-        """
-        padding = ((0, self._micro_batch - len(examples.inputs)), (0, 0))
-        targets = examples.targets if examples.mask is None else np.where(examples.mask, examples.targets, IGNORED)
-        arrays = np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
-        inputs_, targets_ = (torch.from_numpy(array).to(self.world.device) for array in arrays)
-        return inputs_, targets_
-
-    def _losses(
-        self,
-        inputs: Tensor,  # [B, T]
-        targets: Tensor,  # [B, T]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses by name."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self._cuda):
-            logits, auxiliary = self._forward(inputs)  # [B, T, V]
-        logits = logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
+        """Inputs and targets on the device, padded to a whole micro-batch."""
+        inputs, targets = padded(examples, self._micro_batch)
+        return torch.from_numpy(inputs).to(self.world.device), torch.from_numpy(targets).to(self.world.device)
 
     def _zero_grad(self) -> None:
         for optimizer in self._optimizers:
@@ -242,3 +313,27 @@ class Trainer:
         where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
         rate = self.config.learning_rate_at(self.steps_done)
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
+
+
+def losses_of(
+    model: nn.Module,
+    device: torch.device,
+    inputs: Tensor,  # [B, T]
+    targets: Tensor,  # [B, T]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
+    if device.type == "cuda":
+        with mixed_precision(device):
+            loss, auxiliary = model(
+                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+            )
+        return loss, auxiliary
+    logits, auxiliary = model(inputs)
+    logits = logits.float().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
+
+
+def runs_ahead(world: World, optimizers: Optimizers) -> bool:
+    """Whether steps are launched without a look at their losses. AdamW alone can be told on the device to leave an
+    update out; and a CPU, which gains nothing by it, keeps its losses bit for bit."""
+    return world.device.type == "cuda" and all(type(optimizer) is torch.optim.AdamW for optimizer in optimizers)

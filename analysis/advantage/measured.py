@@ -1,0 +1,120 @@
+"""The law and the noise that finished runs show, for the simulation of a design (planning.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.advantage.constancy import seed_noise_of
+from analysis.advantage.multiplier import comparable
+from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
+from analysis.advantage.pairs import Pairs, pair, usable
+from analysis.advantage.planning import World
+from analysis.laws.solver import Floats
+from analysis.logs.schema import CONVENTIONS
+from analysis.logs.selection import choose_baseline, choose_convention
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEWEST_SIZES = 4  # of two arms, that leave something of their sum for noise after E, a and g are fitted
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A number of the simulation, and where it is from."""
+
+    name: str  # of the option that changes it
+    value: float
+    source: str
+
+
+def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, list[Assumption]]:
+    """The world of World's numbers, with those that the runs show in their place; and the source of each.
+
+    Seed noise: the spread of paired seeds' loss differences over the square root of 2, pooled over arms and sizes; with
+    one arm, the spread of its seeds. The arms' noise: what the differences' spread about a constant m has beyond the
+    seeds'. Shared noise: what the arms' mean loss has about the law beyond both. Each is zero where the other parts
+    explain all. The law: the baseline's, with the first arm that has enough sizes.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    rows, _ = usable(runs)
+    convention = choose_convention(runs)
+    arms = list(dict.fromkeys(rows["arm"]))
+    paired: list[Pairs] = []
+    if len(arms) > 1:
+        baseline = choose_baseline(runs, baseline)
+        for arm in arms:
+            with contextlib.suppress(ValueError):  # an arm that cannot be compared tells nothing of the noise
+                both, _, _ = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+                paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
+        paired = [each for each in paired if len(each.sizes) > 1]
+    seeds = _seed_noise(paired, rows, CONVENTIONS[convention])
+    if seeds is not None:
+        found["seed_noise"] = seeds
+    laws = [(each, _law(each)) for each in paired if len(each.sizes) >= FEWEST_SIZES]
+    laws = [(each, law) for each, law in laws if EXPONENTS[0] * 1.01 < law.law.g[0] < EXPONENTS[1] / 1.01]
+    if laws:
+        found |= _noise_over_sizes(laws, found["seed_noise"][0] if "seed_noise" in found else 0.0)
+        found |= _shape(*laws[0])
+    world = replace(World(), **{name: value for name, (value, _) in found.items()})
+    return world, [
+        Assumption(name, value, found[name][1] if name in found else "assumed, not measured")
+        for name, value in vars(world).items()
+    ]
+
+
+def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[float, str] | None:
+    """The standard deviation of one run's loss over seeds, and what it is from."""
+    squares, dof, what = 0.0, 0, "paired seeds"
+    for each in paired:
+        noise = seed_noise_of(each.differences)
+        if noise is not None:
+            squares += sum(float(((d - d.mean()) ** 2).sum()) for d in each.differences) / 2
+            dof += noise.dof
+    if not dof:
+        cells = rows.groupby(["arm", "_size", column])["loss"]
+        spread, counts = cells.var(ddof=0), cells.size()
+        squares, dof, what = float((spread * counts).sum()), int((counts - 1).sum()), "seeds of one arm and size"
+    return (math.sqrt(squares / dof), f"measured: {what}, {dof} degrees of freedom") if dof else None
+
+
+def _law(pairs: Pairs) -> Local:
+    return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None])
+
+
+def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dict[str, tuple[float, str]]:
+    """Of the arms at a size, and of a size; pooled over the arms by degrees of freedom."""
+    own, shared, dof_own, dof_shared = 0.0, 0.0, 0, 0
+    for pairs, local in laws:
+        sizes, g, E = len(pairs.sizes), local.law.g[0], local.law.E[0]
+        scale: Floats = g * local.reducible[0]
+        differences = float(((scale * (local.ln_m[0] - local.mean[0])) ** 2).sum()) / (sizes - 1)
+        means = (pairs.y0 + pairs.y1) / 2 - E
+        means -= (local.reducible[0] + local.law.a1[0] * (pairs.c1 / local.law.unit) ** -g) / 2
+        of_seeds = seed_noise**2 * float(np.mean(1 / np.array(pairs.seeds)))
+        own += (sizes - 1) * (differences / 2 - of_seeds)
+        shared += (sizes - 3) * (float((means**2).sum()) / (sizes - 3) - differences / 4)
+        dof_own, dof_shared = dof_own + sizes - 1, dof_shared + sizes - 3
+    return {
+        name: (math.sqrt(max(total / dof, 0.0)), f"measured: {what} over sizes, {dof} degrees of freedom")
+        for name, total, dof, what in (
+            ("arm_noise", own, dof_own, "loss differences"),
+            ("shared_noise", shared, dof_shared, "mean losses"),
+        )
+    }
+
+
+def _shape(pairs: Pairs, local: Local) -> dict[str, tuple[float, str]]:
+    law, source = local.law, f"measured: the law of {pairs.baseline} and {pairs.arm}"
+    middle = float(np.exp(np.log(pairs.c0).mean()))
+    reducible = float(law.a0[0] * (middle / law.unit) ** -law.g[0])
+    return {
+        "irreducible_loss": (float(law.E[0]), source),
+        "reducible_loss": (reducible, source),
+        "exponent": (float(law.g[0]), source),
+    }

@@ -1,0 +1,90 @@
+"""Local multipliers by a law in which the arm's irreducible loss is the baseline's plus a shift.
+
+The arm's reducible loss above the baseline's E is then a line in x = a0 c1^-g,
+    r - d = slope x + shift,
+with the baseline's reducible loss r and the loss difference d = y0 - y1. It is fitted to the paired differences, so
+that what the arms share drops out; m at any compute follows from the line and r there.
+
+Legend: K comparisons at once, S sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.advantage.averaging import Student, fit_gain
+from analysis.advantage.paired import REFITS, Local, SharedLaw, by_law, shared_law
+from analysis.laws.solver import Floats
+
+LARGEST_SHIFT = 0.5  # of the least loss
+LEAST_LEFT = 1e-3  # of the baseline's reducible loss, that the arm keeps: m has no end where the shift takes all of it
+STEP = 1e-4  # relative, of derivatives by differences
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """The line, and the law of the arms without the shift."""
+
+    local: Local
+    difference: Floats  # [K, S] y0 - y1
+    shift: Floats  # [K] nats a token; negative where the arm's irreducible loss is lower
+    t: Floats  # [K] shift over its standard error
+
+    def at(self, compute: float) -> Student:
+        """ln m at a compute (FLOPs), with how much better a shift fits than none."""
+        law, sizes = self.local.law, self.difference.shape[1]
+        ln_m, left, own = _height(self.local, self.difference, law.g, law.a0, compute)
+        own = own / (left * law.g) ** 2
+        by_law = _law_variance(self.local, lambda g, a0: _height(self.local, self.difference, g, a0, compute)[0])
+        total = np.maximum(own + by_law, 1e-300)
+        dof = total**2 / np.maximum(own**2 / (sizes - 2) + by_law**2 / self.local.law_dof, 1e-300)
+        return Student(ln_m, np.sqrt(total), np.minimum(dof, sizes), fit_gain(self.t, sizes))
+
+
+def shifted_multipliers(local: Local) -> Shifted:
+    """Of the law with a constant m, fitted anew until the shift and the law agree; S >= 3."""
+    y0, y1 = local.losses
+    difference, law = y0 - y1, local.law
+    largest = LARGEST_SHIFT * np.minimum(y0.min(axis=1), y1.min(axis=1))
+    for _ in range(REFITS):
+        shift = np.clip(_line(local, difference, law, law.g, law.a0, np.zeros_like(law.g))[0], -largest, largest)
+        law = shared_law(local.c0, local.c1, y0, y1 - shift[:, None], local.floor)
+    unshifted = by_law(law, local.c0, local.c1, (y0, y1 - shift[:, None]), local.floor)
+    none = np.zeros_like(shift)
+    shift, own = _line(local, difference, law, law.g, law.a0, none)
+    by_law_ = _law_variance(unshifted, lambda g, a0: _line(local, difference, law, g, a0, none)[0])
+    return Shifted(unshifted, difference, shift, shift / np.sqrt(np.maximum(own + by_law_, 1e-300)))
+
+
+def _line(local: Local, difference: Floats, law: SharedLaw, g: Floats, a0: Floats, at: Floats) -> tuple[Floats, Floats]:
+    """The height [K] of the line at x = `at` [K], and its variance, for a law's g and a0 [K]."""
+    r, x = (a0[:, None] * (c / law.unit) ** -g[:, None] for c in (local.c0, local.c1))
+    left, sizes = r - difference, len(local.c0)
+    middle = x.mean(axis=1)
+    away = x - middle[:, None]
+    lever = np.maximum((away**2).sum(axis=1), 1e-300)
+    slope = (away * left).sum(axis=1) / lever
+    height = left.mean(axis=1) + slope * (at - middle)
+    residual = left - left.mean(axis=1, keepdims=True) - slope[:, None] * away
+    spread = (residual**2).sum(axis=1) / (sizes - 2)
+    return height, spread * (1 / sizes + (at - middle) ** 2 / lever)
+
+
+def _height(local: Local, difference: Floats, g: Floats, a0: Floats, compute: float) -> tuple[Floats, Floats, Floats]:
+    """ln m at a compute, the arm's loss above the baseline's E there, and its variance, [K] each."""
+    r = a0 * (compute / local.law.unit) ** -g
+    left, variance = _line(local, difference, local.law, g, a0, r)
+    left = np.maximum(left, LEAST_LEFT * r)
+    return -np.log(left / r) / g, left, variance
+
+
+def _law_variance(local: Local, value: Callable[[Floats, Floats], Floats]) -> Floats:
+    """Variance [K] that the errors of g and a0 give `value(g, a0)`, by the delta method."""
+    g, a0 = local.law.g, local.law.a0
+    middle = value(g, a0)
+    slopes = np.stack([value(g * (1 + STEP), a0) - middle, value(g, a0 * (1 + STEP)) - middle], axis=1) / STEP
+    found: Floats = np.einsum("ki,kij,kj->k", slopes, local.law_error, slopes)
+    return found

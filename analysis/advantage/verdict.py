@@ -1,0 +1,78 @@
+"""What a comparison takes for granted, and whether the data show it: that m is constant, that errors are independent.
+
+`judge` takes arrays, so that it also serves m in seconds: give the arm's compute divided by its relative throughput.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.advantage.constancy import (
+    NEGLIGIBLE,
+    ROUNDING,
+    SIGNIFICANCE,
+    SeedNoise,
+    change_bounds,
+    constancy_p,
+    correlation_p,
+    shown_constant,
+)
+from analysis.advantage.joint import Interval
+from analysis.advantage.paired import Local, changing_multipliers, local_multipliers, ratio
+from analysis.laws.solver import Floats
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison by both laws, and what the data say of their assumptions; the last four are None below three
+    sizes."""
+
+    local: Local  # by the law of a constant m
+    changing: Local  # by that of a changing one
+    constant_m_p: float | None
+    constancy: str | None  # "shown", "not shown" or "rejected"
+    change: Interval | None  # m at the largest compute over the mean m: 90% interval
+    correlation_p: float | None  # of the test that errors are independent over sizes; None where it is blind
+
+    def remarks(self) -> Iterator[str]:
+        if self.constancy == "not shown":
+            yield f"m is not shown to be constant within {NEGLIGIBLE:.0%}: see m at Cmax, the largest compute"
+        if self.correlation_p is not None and self.correlation_p < SIGNIFICANCE:
+            yield (
+                f"errors of neighbouring sizes go together (p = {self.correlation_p:.3f}), so intervals are too "
+                "narrow: find what else changes with size (learning rate, batch, data)"
+            )
+
+
+def judge(
+    c0: Floats,
+    c1: Floats,
+    y0: Floats,
+    y1: Floats,
+    *,
+    floor: float | None = None,
+    seeds: SeedNoise | None = None,
+    resamples: int = 999,
+    seed: int = 0,
+) -> Verdict:
+    """Of losses y0, y1 [S] at computes c0, c1 [S], seeds averaged within a size; `floor` holds E."""
+    local = local_multipliers(c0, c1, y0[None], y1[None], floor)
+    if len(c0) < 3:
+        return Verdict(local, local, None, None, None, None)
+    changing = changing_multipliers(local)
+    p = float(constancy_p(c0, c1, y0[None], y1[None], resamples, seed, floor=floor, seeds=seeds)[0])
+    low, high = change_bounds(changing)
+    # Residuals of exact losses are the arithmetic's own, which are far from independent.
+    in_order = np.nan if np.ptp(local.ln_m[0]) < ROUNDING else float(correlation_p(changing)[0])
+    return Verdict(
+        local=local,
+        changing=changing,
+        constant_m_p=p,
+        constancy="rejected" if p < SIGNIFICANCE else "shown" if shown_constant(changing)[0] else "not shown",
+        change=(ratio(low[0]), ratio(high[0])),
+        correlation_p=None if math.isnan(in_order) else in_order,
+    )

@@ -1,0 +1,53 @@
+"""What the convolution functions ask of their arguments: an error says what was got and wanted, and the remedy."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def kind_of(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def as_segments(segments: Any, channels: int) -> tuple[int, ...]:
+    """The widths, if they are what they must be."""
+    try:
+        widths: tuple[Any, ...] = tuple(
+            n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in segments
+        )
+    except TypeError:
+        raise ValueError(f"segments must be whole numbers; got {segments!r}; pass a tuple of widths") from None
+    if sum(widths) != channels or min(widths) < 1:
+        raise ValueError(f"segments must be positive and add up to D = {channels}; got {widths}; pass all the widths")
+    return widths
+
+
+def check_input(x: Tensor) -> None:
+    check_floating(x, "x")
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, T, D]; got {list(x.shape)}; add or merge dimensions")
+
+
+def check_floating(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor; got {kind_of(tensor)}; mind the order of the arguments")
+    if tensor.is_nested:
+        raise ValueError(f"{name} must be dense; got a nested tensor; pass values()[None], and offsets() as cu_seqlens")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}; convert it")
+
+
+def check(tensor: Tensor, shape: tuple[int | None, ...], name: str, letters: str, x: Tensor) -> None:
+    check_floating(tensor, name)
+    fits = tensor.dim() == len(shape) and all(
+        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        want = [n if n is not None else "any" for n in shape]
+        raise ValueError(f"{name} must be {letters} = {want}; got {list(tensor.shape)}; reshape or transpose it")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x; got {tensor.device}; move it")

@@ -1,0 +1,71 @@
+"""Packed documents, and the states that sequences end with.
+
+Legend: T time, D channels, W taps, N sequences: as many as x holds, or as cu_seqlens names.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from dynconv.ops.checks import kind_of
+
+
+def find_documents(
+    x: Tensor,  # [1, T, D]
+    cu_seqlens: Tensor,  # [N + 1]
+) -> tuple[Tensor, Tensor]:  # [T] int64, [T + 1] int32
+    """Each token's document, N past the last one's end; and its place there. The last place is the padding's length.
+
+    Raises ValueError where they are no documents of x.
+    """
+    batch, time, _ = x.shape
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor; got {kind_of(cu_seqlens)}; pass torch.tensor(cu_seqlens)")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs B = 1; got B = {batch}; pass x.reshape(1, B*T, D)")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be [N + 1] int32 or int64; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}; "
+            "pass the documents' starts and the last one's end"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {x.device}; got {cu_seqlens.device}; move it")
+    readable = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor  # fake tensors have no values; a GPU's would stall it
+    if readable and not torch.compiler.is_compiling():
+        edges = cu_seqlens.tolist()
+        if edges[0] != 0 or edges[-1] > time or sorted(edges) != edges:
+            falls = next((f", {b} after {a}" for a, b in itertools.pairwise(edges) if b < a), "")
+            got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}{falls}"
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to T = {time} at most; got {got}; pass the starts and the last one's end"
+            )
+    steps = torch.arange(time + 1, dtype=cu_seqlens.dtype, device=x.device)
+    document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
+    return document[:-1], (steps - cu_seqlens[document]).int()
+
+
+def final_state(
+    x: Tensor,  # [B, T, D]
+    width: int,
+    cu_seqlens: Tensor | None,  # [N + 1]
+    initial_state: Tensor | None,  # [N, W-1, D]
+) -> Tensor:  # [N, W-1, D]
+    """The last W-1 inputs of every sequence, oldest first."""
+    count = width - 1
+    if cu_seqlens is None or x.shape[1] == 0:
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        before = x.new_zeros(sequences, count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+        if cu_seqlens is not None:  # of documents that are all empty
+            return before.clone()
+        recent = x if torch.compiler.is_exporting() else x[:, max(0, x.shape[1] - count) :]
+        return torch.cat([before, recent], 1)[:, recent.shape[1] :]
+    starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    tokens = ends - count + torch.arange(count, device=x.device)  # [N, W-1]
+    recent = x[0, tokens.clamp(min=0, max=x.shape[1] - 1)]
+    if initial_state is None:
+        before = torch.zeros((), dtype=x.dtype, device=x.device)
+    else:
+        places = (tokens - starts + count).clamp(min=0, max=max(0, count - 1))
+        before = initial_state.to(x.dtype).gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+    return torch.where((tokens >= starts)[..., None], recent, before)
