@@ -497,7 +497,5 @@ def test_the_plan_shows_where_a_run_stands_and_pays_for_a_trunk_once(tmp_path: P
     assert heading.split()[:5] == ["run", "clip_norm", "tokens_per_parameter", "branch", "of"]
     assert trunk.split()[:3] == [runs[0].run_id, "0.5", "trunk"]
     assert branch.split()[:4] == [runs[1].run_id, "0.5", "10", runs[0].run_id.split("-")[-1]]
-    with pytest.raises(
-        ValueError, match=r"power simulates one budget a size; the design has 10 tokens per param"
-    ):
+    with pytest.raises(ValueError, match=r"power simulates one budget a size; the design has 10 tokens per param"):
         ladder_of(pd.DataFrame.from_records(rows))

@@ -140,7 +140,7 @@ def test_a_held_out_loss_that_is_not_finite_is_divergence(tiny_run: RunConfig, d
 
 def test_tokens_that_the_model_has_not_are_refused(tiny_run: RunConfig, dataset: Dataset) -> None:
     run = replace(tiny_run, model=replace(tiny_run.model, vocabulary=299))
-    with pytest.raises(ValueError, match="the data have 300 tokens, and the model's vocabulary is 299; give both one"):
+    with pytest.raises(ValueError, match="the data have 300 tokens, and the model's vocabulary is 299; make them eq"):
         assemble(run, dataset, CPU, ALONE)
 
 

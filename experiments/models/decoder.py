@@ -70,7 +70,10 @@ class Decoder(nn.Module):
         tokens: Tensor,  # [B, T]
         criterion: Criterion | None = None,  # computes LM head and loss together, without storing all logits
     ) -> Output | Scored:
-        """`Output`, or `Scored` if there is a criterion. Under autocast the residual stream has its dtype."""
+        """`Output`, or `Scored` if there is a criterion.
+
+        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32.
+        """
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # the target of positions that are left out of the loss
-# Tokens whose logits are computed at a time. From 4096 to 32768 a 300M model's step took the same time within noise, and
+# Tokens whose logits are computed at a time. From 4096 to 32768 a 300M model's step took the same time within noise;
 # with 32768 it took 5 GiB more than with 4096.
 CHUNK = 8192
 
@@ -26,8 +26,8 @@ def linear_cross_entropy(
     """The summed cross-entropy of softmax(x weight^T) in nats, computed in float32 (float64 for float64 inputs).
 
     Products and the gradients of logits are in the dtype of x. Under no_grad only the forward pass is computed,
-    which is a third of the work. A target outside the vocabulary is an IndexError on a CPU; on a GPU, where raising would cost a
-    synchronisation, it makes the loss NaN.
+    which is a third of the work. A target outside the vocabulary raises IndexError on a CPU; on a GPU, where that would
+    take a synchronisation, it makes the loss NaN.
     """
     assert x.dim() == 2
     assert targets.shape == x.shape[:1]
