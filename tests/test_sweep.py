@@ -469,6 +469,18 @@ def test_budgets_of_warmup_stable_decay_share_a_trunk(tmp_path: Path) -> None:
     assert replace(branches[0], trunk=None, branch_step=0).run_id == branches[0].run_id
 
 
+def test_the_plan_names_the_trunk_of_branches_alone(tmp_path: Path) -> None:
+    text = TEXT.replace("tokens_per_parameter = 20\n", "") + "[vary]\ntokens_per_parameter = [10, 20]\n"
+    text += "[arm.mine.train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n"
+    runs = [run for run in load_sweep(write(tmp_path, text)) if (run.size, run.seed) == ("25k", 0)]
+    rows = plan.rows(runs, {"25k": plan.Hardware()})
+    column = {row["run_id"]: plan._branch(row) for row in rows}
+    trunk = next(run for run in runs if run.budget == TRUNK)
+    of_branches = {run.run_id: trunk.run_id.rpartition("-")[2] for run in runs if run.trunk}
+    assert len(of_branches) == 2
+    assert column == dict.fromkeys(column, "") | {trunk.run_id: "trunk"} | of_branches
+
+
 def test_a_trunk_must_reach_its_peak_before_a_branch_begins(tmp_path: Path) -> None:
     text = TEXT.replace("tokens_per_parameter = 20\n", "")
     text += "[train]\nwarmup_fraction = 0.9\nschedule = { kind = 'wsd', decay_fraction = 0.5 }\n"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.design.config import RunConfig
+from experiments.design.config import TRUNK, RunConfig
 from experiments.terminal import align, short, span
 
 HEADINGS = ("N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
@@ -79,8 +79,10 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
 
 
 def _branch(row: Mapping[str, Any]) -> str:
-    """The trunk that the run takes up, by its hash; a trunk says that it is one."""
-    return row["trunk"].rpartition("-")[2] if row["trunk"] else row["budget"]
+    """The hash of the trunk from whose state a branch starts; of a trunk, that it is one; else nothing."""
+    if row["trunk"]:
+        return str(row["trunk"]).rpartition("-")[2]
+    return TRUNK if row["budget"] == TRUNK else ""
 
 
 def _forecast(plan: Sequence[dict[str, Any]]) -> str:
