@@ -190,7 +190,7 @@ def _power(args: argparse.Namespace) -> int:
 
 
 def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[Assumption]]:
-    """What is simulated, and the source of each number: an option, else the design's finished runs, else assumed."""
+    """The settings of the simulation, with their sources: options, else finished runs of the design, else defaults."""
     from dataclasses import replace
 
     from analysis.advantage.measured import Assumption, measured
@@ -200,15 +200,15 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
     if "loss" in design and design["loss"].notna().any():
         world, assumptions = measured(design, args.baseline)
     names = {"reducible": "reducible_loss"}
-    asked = {
+    given = {
         names.get(name, name): getattr(args, name)
         for name in ("seed_noise", "arm_noise", "shared_noise", "exponent", "reducible", "correlation")
         if getattr(args, name) is not None
     }
-    told = [
-        replace(item, value=asked[item.name], source="asked") if item.name in asked else item for item in assumptions
+    sources = [
+        replace(item, value=given[item.name], source="asked") if item.name in given else item for item in assumptions
     ]
-    return replace(world, **asked), told
+    return replace(world, **given), sources
 
 
 def _design(args: argparse.Namespace) -> pd.DataFrame:

@@ -23,11 +23,11 @@ from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World
 from experiments.training.precision import mixed_precision
 
-MICRO_BATCH_TOKENS = 32_768  # where none is set: a 300M model then trains in 23 GiB
-CAPTURED_PARAMETERS = (
-    10**8
-)  # of the largest model whose steps are CUDA graphs: the host cannot keep up with its kernels
-WINDOW_SECONDS = 1.0  # how long the host lets a GPU run before it looks at its losses and at a signal to stop
+MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
+# Steps of models up to this size are captured as CUDA graphs, since a GPU runs their kernels faster than the host can
+# launch them.
+CAPTURED_PARAMETERS = 10**8
+WINDOW_SECONDS = 1.0  # time of the steps that are launched together, after which the host reads losses and signals
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -93,9 +93,9 @@ class Trainer:
             shape = window_shape(micro_batches, self._micro_batch, config.sequence_length)
             adamw = cast(torch.optim.AdamW, optimizers[0])
             self._engine = Engine(self._replicas, self._losses, adamw, world, shape, config.clip_norm)
-        self._window = 1  # steps to launch at once, until it is known how long they take
+        self._window = 1  # number of steps to launch together; grows once their time is measured
         self._filled = range(0)  # steps whose batches are in the engine's next window
-        self._failure: NonFiniteLoss | None = None  # to be raised once the steps before it are logged
+        self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
 
     @property
     def finished(self) -> bool:
@@ -162,7 +162,7 @@ class Trainer:
         return done
 
     def _fill(self, first: int, most: int) -> None:
-        """Put the batches of the next steps into the engine's window: up to the first after which something is due."""
+        """Write the batches of the next steps into the engine's window, up to an evaluation or a branch point."""
         assert self._engine is not None
         last = first
         while last < min(first + most, self.config.steps) and (last == first or not self._stops_after(last)):
@@ -172,6 +172,7 @@ class Trainer:
         self._filled = range(first, last)
 
     def _stops_after(self, steps: int) -> bool:
+        """Whether a branch point must be kept, or an evaluation made, after `steps` steps."""
         return steps in self.config.branch_steps or self._evaluates_after(steps)
 
     def _evaluates_after(self, steps: int) -> bool:
@@ -179,14 +180,14 @@ class Trainer:
         return steps == self.config.steps or self._tokens(steps) // self.config.evaluate_every > before
 
     def _mean_over_processes(self, seconds: float) -> float:
-        """The same in all of them, so that all launch windows of the same length."""
+        """The mean of `seconds`, which is the same in all processes: they must launch windows of the same length."""
         if self.world.size == 1:
             return seconds
         total = torch.tensor(seconds, dtype=torch.float64, device=self.world.device)
         return self.world.sum(total).item() / self.world.size
 
     def _fail(self, loss: float, norm: float) -> None:
-        """Find what was not finite. The state is that before the step, which makes the same gradients once more."""
+        """Compute the gradients of the failed step again, from the state before it, to find which are not finite."""
         self._zero_grad()
         self._backward(self.steps_done)
         self._failure = NonFiniteLoss(self._cause(loss, norm))
@@ -269,14 +270,14 @@ class Trainer:
                 f"{data_sha256[:12]}; restore the data it began with or start the run anew"
             )
         assert self._engine is None or not self._engine.captured, (
-            "a captured step goes on from the state it was made in"
+            "load the state before warm_up: a captured step uses the tensors that it was captured with"
         )
         self.model.load_state_dict(state["model"])
-        for optimizer, own in zip(self._optimizers, state["optimizers"], strict=True):
-            # Where the rate is kept and whether steps can be captured are the device's, not the checkpoint's.
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            # Keep the tensor of the rate and `capturable`, which depend on the device and not on the checkpoint.
             groups = optimizer.param_groups
             settings = [{k: v for k, v in group.items() if k in ("lr", "capturable")} for group in groups]
-            optimizer.load_state_dict(own)
+            optimizer.load_state_dict(saved)
             for group, kept in zip(optimizer.param_groups, settings, strict=True):
                 group.update(kept)
         self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
@@ -321,7 +322,7 @@ def losses_of(
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
+    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses by name."""
     if device.type == "cuda":
         with mixed_precision(device):
             loss, auxiliary = model(
@@ -334,6 +335,8 @@ def losses_of(
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
-    """Whether steps are launched without a look at their losses. AdamW alone can be told on the device to leave an
-    update out; and a CPU, which gains nothing by it, keeps its losses bit for bit."""
+    """Whether steps are launched before the losses of earlier ones are read: on a GPU with fused AdamW only.
+
+    Only this optimizer can skip an update by a flag on the device. On a CPU nothing would be gained.
+    """
     return world.device.type == "cuda" and all(type(optimizer) is torch.optim.AdamW for optimizer in optimizers)
