@@ -141,7 +141,7 @@ def test_sixteen_bits_are_rounded_once(case: Case, activation: str | None, dtype
     inputs = {name: value.detach() for name, value in case.inputs().items()}
     exact = case.oracle({name: value.double() for name, value in inputs.items()}).to(dtype)
     got = case.run(inputs)
-    # Float32's own rounding moves few across: .9983 of float16 were equal on an H200, where rounding twice leaves .8.
+    # Float32's own rounding moves few across: on an H200 .9983 of the float16 values were equal.
     assert (got == exact).double().mean() > 0.997
 
 
