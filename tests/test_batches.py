@@ -47,6 +47,20 @@ def test_the_order_stays_what_it_was() -> None:
     ]
 
 
+def test_what_is_permuted_ahead_is_what_each_batch_asks_for(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order, in parts, across epochs and across the ends of what was permuted together."""
+    batches = Batches(dataset, sequence_length=50, batch_sequences=20, seed=1)
+    monkeypatch.setattr("experiments.data.batches.AHEAD", 1)
+    alone = Batches(dataset, sequence_length=50, batch_sequences=20, seed=1)
+    expected = [alone.batch(step) for step in range(120)]
+    assert alone.sequences_per_epoch < 120 * 20
+    monkeypatch.setattr("experiments.data.batches.AHEAD", 170)
+    for step in [*range(120), 3, 90, 5, *range(30, 60)]:
+        for first, count in ((0, 20), (0, 7), (7, 13), (20, 0)):
+            for got, want in zip(batches.batch(step, first, count), expected[step], strict=True):
+                assert (got == want[first : first + count]).all()
+
+
 @settings(max_examples=15)
 @given(length=st.integers(40, 3000), size=st.integers(1, 50), seed=st.integers(0, 2**31))
 def test_an_epoch_visits_each_window_once(dataset: Dataset, length: int, size: int, seed: int) -> None:

@@ -1,6 +1,8 @@
 """The model against a second implementation in float64, its causality, and its initial values."""
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,6 @@ from experiments.models import short_convolution
 from experiments.models.decoder import Decoder
 from experiments.parts.attention import Attention
 from experiments.parts.short_convolution import (
-    Convolution,
     HeadwiseConvolution,
     LowRankConvolution,
     NoConvolution,
@@ -114,13 +115,30 @@ def test_logits_equal_a_second_implementation(kind: str, qk_norm: bool) -> None:
     assert (got - want).norm() / want.norm() < 5e-7
 
 
+SHARED = {
+    "headwise": CONVS["headwise"],
+    "lowrank": CONVS["lowrank"],
+    "some sites": LowRankConvolution(("k", "o", "up", "down"), rank=3),
+    "no static filter": LowRankConvolution(("q", "k", "v"), rank=3, static_filter=False),
+    "static": StaticConvolution(("q", "up"), width=3),
+    "none": NoConvolution(),
+}
+
+
 @pytest.mark.parametrize(
-    "conv", [CONVS["headwise"], CONVS["lowrank"], LowRankConvolution(("k", "o", "up", "down"), rank=3)], ids=str
+    ("kind", "one_product", "width"),
+    [*itertools.product(SHARED, [True, False], [16]), ("lowrank", True, 128), ("no static filter", True, 128)],
 )
-def test_generators_that_share_a_product_make_the_same(conv: Convolution, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
-    model = randomised(replace(SMALL, conv=conv))
+def test_maps_that_share_a_product_make_the_same(
+    kind: str, one_product: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. For a low-rank convolution gate's and up's 24 channels are padded to 32; q, k and v of 128 channels
+    each are convolved by one launch."""
+    mixer = Attention(2, 2) if width == 128 else SMALL.mixer
+    model = randomised(replace(SMALL, width=width, layers=1, conv=SHARED[kind], mixer=mixer))
+    names = list(model.state_dict())
     tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(short_convolution, "ONE_PRODUCT_WIDTH", 512 if one_product else 8)
     outcomes = []
     for shared in (False, True):
         monkeypatch.setattr(short_convolution, "_shares_products", lambda x, shared=shared: shared)  # noqa: ARG005 - its signature
@@ -128,6 +146,7 @@ def test_generators_that_share_a_product_make_the_same(conv: Convolution, monkey
         outcomes.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
     for apart, together in zip(*outcomes, strict=True):
         torch.testing.assert_close(together, apart)
+    assert list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize("kind", CONVS)
@@ -169,6 +188,57 @@ def test_a_dynamic_convolution_starts_as_identity_plus_static(kind: str) -> None
         zero_at_first = name.endswith("conv.down.weight")  # its gradient passes through the zero `up`
         assert parameter.grad is not None, name
         assert zero_at_first or parameter.grad.any(), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+@pytest.mark.parametrize("shared", [False, True])
+def test_compiled_block_by_block_all_layers_share_one_program(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And make the same; under autocast the programs take a residual stream of its dtype."""
+    torch.compiler.reset()
+    monkeypatch.setattr(short_convolution, "_shares_products", lambda x: shared)  # noqa: ARG005 - its signature
+    model = Decoder(replace(SMALL, layers=3, conv=CONVS["lowrank"], mixer=Attention(4, 2, qk_norm=True)), seed=0)
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    expected = model(tokens).logits
+    streams = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        streams.append({each.dtype for each in inputs if isinstance(each, Tensor) and each.shape == (2, 12, 16)})
+        return graph.forward
+
+    model.compile(backend=backend, fullgraph=True, dynamic=False)
+    assert torch.equal(model(tokens).logits, expected)
+    assert streams == [{torch.float32}] * 2  # a block's and the last norm's
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model(tokens).logits
+    assert streams[2:] == [{torch.bfloat16}] * 2
+    assert narrow.dtype == torch.bfloat16
+    assert 1e-4 < (narrow - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_models_of_one_process_are_all_compiled_and_of_one_shape_once() -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    counts = []
+    for hidden in (8, 16, 24, 32, 40, 48, 56, 64, 72, 72):
+        model = Decoder(replace(SMALL, layers=2, ffn=SwiGLU(hidden)), seed=0)
+        model.compile(backend=backend, fullgraph=True, dynamic=False)
+        model(tokens)
+        counts.append(len(graphs))
+    assert counts == [2, 3, 4, 5, 6, 7, 8, 9, 10, 10]  # the last norm's program once, a block's for each hidden width
+
+
+def test_a_criterion_gets_what_the_head_would() -> None:
+    model = randomised(SMALL)
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    loss, _ = model(tokens, lambda x, weight: (x @ weight.T).square().sum())
+    assert loss == model(tokens).logits.square().sum()
 
 
 def test_initial_scale_and_loss() -> None:

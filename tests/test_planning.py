@@ -25,18 +25,18 @@ LADDER = Ladder(("a", "b", "c", "d", "e"), np.geomspace(1e19, 1e21, 5), np.array
 def test_sizes_and_seeds_buy_resolution() -> None:
     """With m taken for constant, 3 sizes would resolve 1.061 with one seed, 5 1.032, 5 with 3 seeds 1.026; what an
     interval for m at the largest compute asks more is its price. 200 sweeps each: coverage is known to .015."""
-    found = {(item.sizes, item.seeds): item for item in prospects(LADDER, 1.05, [1, 3], World(), simulations=200)}
+    found = {(item.sizes, item.seeds): item for item in prospects(LADDER, 1.06, [1, 3], World(), simulations=200)}
     smallest = {key: item.smallest_m for key, item in found.items()}
-    assert smallest[3, 1] == pytest.approx(1.090, abs=0.02)
+    assert smallest[3, 1] == pytest.approx(1.10, abs=0.02)
     assert smallest[5, 1] == pytest.approx(1.062, abs=0.01)
-    assert smallest[5, 3] == pytest.approx(1.048, abs=0.01)
+    assert smallest[5, 3] == pytest.approx(1.049, abs=0.01)
     assert found[3, 1].power < found[4, 1].power < found[5, 3].power
     assert all(0.91 <= item.coverage <= 1 for item in found.values())
     assert all(item.called_varying <= 0.1 for item in found.values())
     assert found[5, 3].gpu_hours == 2 * 3 * 31
-    best = cheapest(list(found.values()))
-    assert best is not None
-    assert (best.sizes, best.seeds) == (5, 3)
+    enough = [item for item in found.values() if item.power >= 0.8]
+    assert found[5, 3] in enough
+    assert cheapest(list(found.values())) == min(enough, key=lambda item: item.flops)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

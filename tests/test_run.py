@@ -261,6 +261,27 @@ def test_divergence_is_recorded_with_step_and_cause(tiny_run: RunConfig, submitt
     assert not (run_dir / "run.json").exists()
 
 
+def test_a_run_logs_windows_step_by_step(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an evaluation, a branch point and a checkpoint where they belong, and the step that diverged by its name."""
+    monkeypatch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
+    run_dir = submitted(replace(tiny_run, train=replace(tiny_run.train, branch_steps=(11,))), tmp_path)
+    Run(run_dir)()
+    steps, evals = (pq.read_table(run_dir / f"{kind}.parquet") for kind in ("steps", "evals"))
+    assert steps["step"].to_pylist() == list(range(1, 26))
+    assert evals["step"].to_pylist()[::2] == [8, 16, 24, 25]
+    assert checkpoint.load_branch_point(run_dir, 11)["steps_done"] == 11
+    seconds = json.loads((run_dir / "run.json").read_text())["seconds"]
+    assert seconds["train"] == pytest.approx(sum(steps["seconds"].to_pylist()))
+
+    diverging = submitted(replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e36)), tmp_path)
+    with pytest.raises(RunFailed, match=r"step 2: NonFiniteLoss: loss .* first in embedding\.weight"):
+        Run(diverging)()
+    assert json.loads((diverging / "failure.json").read_text())["step"] == 2
+    assert read_rows(diverging, "steps").table["step"].to_pylist() == [1]
+
+
 def fails_with(run_dir: Path, message: str) -> None:
     with pytest.raises(RunFailed, match=message):
         Run(run_dir)()

@@ -5,11 +5,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.design import strict
+from analysis.advantage.planning import ladder_of
+from experiments.design import plan, strict
 from experiments.design.config import TRUNK, RunConfig
 from experiments.design.identity import content, to_dict
 from experiments.design.model import ModelConfig
@@ -197,7 +199,7 @@ BAD = {
     ),
     "no sites": (', sites = ["v"]', "", r"arm.mine.conv: missing key 'sites'; add it"),
     "empty sites": ('["v"]', "[]", r"arm.mine.conv: sites is empty; name some of the model's linear maps"),
-    "site twice": ('["v"]', '["v", "v"]', r"arm.mine.conv: sites must name each once; got \['v', 'v'\]"),
+    "site twice": ('["v"]', '["v", "v"]', r"arm.mine.conv: sites must name each linear map once; got \['v', 'v'\]"),
     "rank of static": (
         "width = 2",
         "rank = 2",
@@ -295,7 +297,7 @@ BAD = {
         f"seeds = [{2**63}]",
         r"seeds must be 0 to 2\*\*63 - 1; got 9223372036854775808",
     ),
-    "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds names one twice"),
+    "seed twice": ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds must not list a value twice; got \[1, 1\]; remove"),
     "a weight of an average above one": (
         "[data]",
         '[train]\noptimizer = { kind = "adamw", beta1 = 1.5 }\n[data]',
@@ -312,6 +314,16 @@ BAD = {
         r"learning_rate times learning_rate_factor must be above zero and finite; got 1e\+308 times 1e\+10",
     ),
     "a base of RoPE": ("kv_heads = 1", "rope_theta = inf", r"arm.mine.mixer: rope_theta must be above zero and finite"),
+    "a number beyond 64 bits": (
+        "vocabulary = 512",
+        f"vocabulary = 1{'0' * 400}",
+        r"data.vocabulary: whole numbers must fit in 64 bits; got one of 401 digits",
+    ),
+    "a fraction beyond 64 bits": (
+        "tokens_per_parameter = 20",
+        f"tokens_per_parameter = 1{'0' * 400}",
+        r"tokens_per_parameter: whole numbers must fit in 64 bits; got one of 401 digits",
+    ),
     "odd heads": ("kv_heads = 1", "heads = 8", r"even number of channels, .*; got 8 heads and width 24"),
     "two points that are one run": (
         "[data]",
@@ -457,6 +469,18 @@ def test_budgets_of_warmup_stable_decay_share_a_trunk(tmp_path: Path) -> None:
     assert replace(branches[0], trunk=None, branch_step=0).run_id == branches[0].run_id
 
 
+def test_the_plan_names_the_trunk_of_branches_alone(tmp_path: Path) -> None:
+    text = TEXT.replace("tokens_per_parameter = 20\n", "") + "[vary]\ntokens_per_parameter = [10, 20]\n"
+    text += "[arm.mine.train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n"
+    runs = [run for run in load_sweep(write(tmp_path, text)) if (run.size, run.seed) == ("25k", 0)]
+    rows = plan.rows(runs, {"25k": plan.Hardware()})
+    column = {row["run_id"]: plan._branch(row) for row in rows}
+    trunk = next(run for run in runs if run.budget == TRUNK)
+    of_branches = {run.run_id: trunk.run_id.rpartition("-")[2] for run in runs if run.trunk}
+    assert len(of_branches) == 2
+    assert column == dict.fromkeys(column, "") | {trunk.run_id: "trunk"} | of_branches
+
+
 def test_a_trunk_must_reach_its_peak_before_a_branch_begins(tmp_path: Path) -> None:
     text = TEXT.replace("tokens_per_parameter = 20\n", "")
     text += "[train]\nwarmup_fraction = 0.9\nschedule = { kind = 'wsd', decay_fraction = 0.5 }\n"
@@ -472,3 +496,18 @@ def test_what_is_legal_and_perhaps_not_meant_is_noted(tmp_path: Path) -> None:
     assert unused == "[arm.mine] makes no run; name it in `arms`, or remove it"
     assert missing.startswith(f"data.source = '{tmp_path}/x' is not there; `submit` will refuse")
     assert notes(read_sweep(write(tmp_path, TEXT))) == []
+
+
+def test_the_plan_shows_where_a_run_stands_and_pays_for_a_trunk_once(tmp_path: Path) -> None:
+    text = TEXT.replace("tokens_per_parameter = 20\n", "").replace('"lowrank-qkv", "mine"', '"mine"')
+    text += "[train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n"
+    text += "[vary]\nclip_norm = [0.5, 2]\ntokens_per_parameter = [10, 20]\n"
+    runs = load_sweep(write(tmp_path, text))
+    rows = plan.rows(runs, {size: plan.Hardware() for size in ("25k", "110k")})
+    assert sum(row["flops_own"] for row in rows) < sum(row["flops_exact"] for row in rows if row["trunk"])
+    heading, trunk, branch, *_ = plan.render(rows).splitlines()
+    assert heading.split()[:5] == ["run", "clip_norm", "tokens_per_parameter", "branch", "of"]
+    assert trunk.split()[:3] == [runs[0].run_id, "0.5", "trunk"]
+    assert branch.split()[:4] == [runs[1].run_id, "0.5", "10", runs[0].run_id.split("-")[-1]]
+    with pytest.raises(ValueError, match=r"power simulates one budget a size; the design has 10 tokens per param"):
+        ladder_of(pd.DataFrame.from_records(rows))

@@ -19,7 +19,7 @@ from analysis.advantage.constancy import SIGNIFICANCE, SeedNoise, constancy_p
 from analysis.advantage.paired import changing_multipliers, local_multipliers, seed_noise
 from analysis.advantage.pairs import size_key
 from analysis.laws.solver import Bools, Floats
-from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS
+from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS, TRUNK
 from analysis.logs.selection import choose_convention
 
 if TYPE_CHECKING:
@@ -192,7 +192,13 @@ def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float
     arm = baseline or (str(named[0]) if len(named) else arms[0])
     if arm not in arms:
         raise ValueError(f"no arm {arm!r}; the arms are {', '.join(arms)}")
-    rows = table[table["arm"] == arm]
+    rows = table[(table["arm"] == arm) & table["budget"].astype("string").ne(TRUNK).fillna(True)]
+    budgets = rows.groupby(size_key(rows))["budget"].nunique()
+    if (budgets > 1).any():
+        several = sorted(rows["budget"].dropna().unique())
+        raise ValueError(
+            f"power simulates one budget a size; the design has {', '.join(several)}; give a design with one of them"
+        )
     if gpu_flops:
         hours = rows[column] / gpu_flops / 3600
     elif _any(rows, "hours"):

@@ -1,1 +1,1 @@
-"""What the convolutions cost on a GPU."""
+"""Measure time and memory of the convolutions on a GPU."""

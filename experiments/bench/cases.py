@@ -1,4 +1,4 @@
-"""What `dynconv bench kernels` times: which convolutions at which shapes, and whose implementations of them."""
+"""The shapes that `dynconv bench kernels` times, and the implementations that it compares."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ OPS = ("static", "headwise", "lowrank")
 
 @dataclass(frozen=True)
 class Case:
-    op: str
-    B: int = 4
-    T: int = 4096
-    D: int = 2048
-    W: int = 4
-    R: int | None = None  # low-rank: rank
-    H: int | None = None  # head-wise: heads
+    """A convolution at one shape."""
+
+    op: str  # one of OPS
+    B: int = 4  # batch
+    T: int = 4096  # time
+    D: int = 2048  # channels
+    W: int = 4  # taps
+    R: int | None = None  # rank, of low-rank only
+    H: int | None = None  # heads of filters, of head-wise only
     dtype: str = "bfloat16"
-    static: bool = False  # beside the dynamic filter
-    segments: int = 1  # low-rank: Q, K and V in one launch are three
+    static: bool = False  # whether a static filter is added to the dynamic one
+    segments: int = 1  # of low-rank only: Q, K and V in one launch are three segments
 
     def bytes(self, backward: bool) -> int:
-        """What must move: forward, or forward and backward."""
+        """The least memory traffic of a forward pass, or of a forward and backward pass: every tensor moves once."""
         size = 4 if self.dtype == "float32" else 2
         tokens = self.B * self.T
         per_token = {"static": 0, "headwise": (self.H or 0) * self.W, "lowrank": (self.R or 0) * self.segments}
-        x, made = tokens * self.D * size, tokens * per_token[self.op] * size
+        x, generated = tokens * self.D * size, tokens * per_token[self.op] * size
         parameters = ((self.R or 0) + (self.static or self.op == "static")) * self.W * self.D * 4
         if not backward:
-            return 2 * x + made + parameters
-        return 5 * x + 3 * made + 3 * parameters
+            return 2 * x + generated + parameters
+        # Forward as above. Backward reads x, dy, z or the filters, and the parameters, and writes their gradients.
+        return 5 * x + 3 * generated + 3 * parameters
 
     def __str__(self) -> str:
         size = {"static": "", "headwise": f" h={self.D // (self.H or 1)}", "lowrank": f" R={self.R}"}
@@ -47,39 +50,40 @@ class Case:
         return f"{self.op}{size[self.op]}{' + static' if self.static else ''}{segments}"
 
     def inputs(self, device: str = "cuda") -> dict[str, Tensor]:
-        """Random inputs by argument; parameters in float32, as autocast leaves them."""
+        """Random inputs by name of the argument. Parameters are in float32, as they are under autocast."""
         import torch
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device)
 
         dtype = getattr(torch, self.dtype)
-        made = {"x": normal(self.B, self.T, self.D).to(dtype)}
+        inputs = {"x": normal(self.B, self.T, self.D).to(dtype)}
         if self.op == "static":
-            made["weight"] = normal(self.W, self.D)
+            inputs["weight"] = normal(self.W, self.D)
         if self.op == "headwise":
             assert self.H is not None
-            made["weight"] = normal(self.B, self.T, self.H, self.W).to(dtype)
+            inputs["weight"] = normal(self.B, self.T, self.H, self.W).to(dtype)
         if self.op == "lowrank":
             assert self.R is not None
-            made["z"] = normal(self.B, self.T, self.R * self.segments).to(dtype)
-            made["U"] = normal(self.R, self.W * self.D) / self.R**0.5
+            inputs["z"] = normal(self.B, self.T, self.R * self.segments).to(dtype)
+            inputs["U"] = normal(self.R, self.W * self.D) / self.R**0.5
         if self.static:
-            made["static_w"] = normal(self.W, self.D)
-        return {name: value.requires_grad_() for name, value in made.items()}
+            inputs["static_w"] = normal(self.W, self.D)
+        return {name: value.requires_grad_() for name, value in inputs.items()}
 
     def options(self) -> dict[str, Any]:
+        """Keyword arguments in addition to the inputs."""
         split = {} if self.segments == 1 else {"segments": (self.D // self.segments,) * self.segments}
         return {"residual": True} | split
 
 
 def cases(quick: bool) -> list[Case]:
-    """The shapes with a bar, and, unless quick, those that look for cliffs in T, D and dtype."""
-    barred = [Case("lowrank", R=16), Case("lowrank", R=15, static=True), Case("lowrank", R=16, static=True)]
-    barred += [Case("headwise", H=2048 // h, static=static) for h in (1, 4, 16) for static in (False, True)]
-    barred += [Case("static"), Case("lowrank", D=3 * 2048, R=16, static=True, segments=3)]
+    """Every convolution at the paper's shape; unless `quick`, also at other T, D and dtype, which may be slow."""
+    paper = [Case("lowrank", R=16), Case("lowrank", R=15, static=True), Case("lowrank", R=16, static=True)]
+    paper += [Case("headwise", H=2048 // h, static=static) for h in (1, 4, 16) for static in (False, True)]
+    paper += [Case("static"), Case("lowrank", D=3 * 2048, R=16, static=True, segments=3)]
     if quick:
-        return barred
+        return paper
     shapes: list[dict[str, Any]] = [
         {"T": 1024},
         {"T": 32768},
@@ -93,32 +97,32 @@ def cases(quick: bool) -> list[Case]:
     others += [Case("static", **shape) for shape in shapes]
     for shape in shapes:
         others.append(Case("headwise", H=shape.get("D", 2048) // 16, **shape))
-    return barred + others
+    return paper + others
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Functions of one origin, by op, that take our arguments."""
+    """The functions of one implementation, by op. They take the arguments of dynconv's functions."""
 
     name: str
     functions: dict[str, Callable[..., Any]]
-    taps_last: bool = False  # but they want the static filter as [D, W], the oldest input's tap first
+    taps_last: bool = False  # whether its static filter is [D, W], and begins with the tap of the oldest input
 
     def bind(self, case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-        """The case's inputs as its function wants them, and the call on them."""
+        """The inputs in the layout that the function of this case's op takes, and a call of the function on them."""
         if self.taps_last:
             inputs = inputs | {"weight": inputs["weight"].detach().flip(0).t().contiguous().requires_grad_()}
         return inputs, partial(self.functions[case.op], **inputs, **case.options())
 
     def error(self, case: Case, device: str = "cuda") -> float:
-        """How far its result and gradients are from the reference's: the largest relative root mean square."""
+        """The largest relative RMS difference of output and gradients from the reference, or NaN if one of them is."""
         import torch
 
-        made = case.inputs(device)
-        dy = torch.randn_like(made["x"])
+        given = case.inputs(device)
+        dy = torch.randn_like(given["x"])
 
         def outcome(provider: Provider) -> list[Tensor]:
-            inputs, call = provider.bind(case, made)
+            inputs, call = provider.bind(case, given)
             y = call()
             gradients = dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy), strict=True))
             if provider.taps_last:
@@ -127,7 +131,7 @@ class Provider:
 
         pairs = zip(outcome(self), outcome(Provider("reference", {case.op: plain})), strict=True)
         errors = [(got.float() - want.float()).norm() / want.float().norm() for got, want in pairs]
-        return float(torch.stack(errors).max())  # NaN where one is
+        return float(torch.stack(errors).max())
 
 
 def plain(
@@ -139,7 +143,7 @@ def plain(
     residual: bool = False,
     segments: tuple[int, ...] = (),
 ) -> Tensor:  # [B, T, D]
-    """The reference, by the arguments of our functions."""
+    """The plain PyTorch reference, with the arguments of dynconv's functions."""
     from dynconv.ops import reference
 
     if weight is not None and weight.dim() == 2:
@@ -148,7 +152,7 @@ def plain(
 
 
 def providers(compiled: bool, against: list[str]) -> list[Provider]:
-    """Ours, then what it is compared with."""
+    """dynconv first, then the implementations that it is compared with."""
     import torch
 
     import dynconv
@@ -168,7 +172,7 @@ def providers(compiled: bool, against: list[str]) -> list[Provider]:
 
 
 def _named(target: str) -> Provider:
-    """module:function of a user."""
+    """The function that a user named as MODULE:FUNCTION. Raises ValueError if it cannot be imported."""
     module, _, name = target.partition(":")
     op = next((op for op in OPS if op in name.replace("_", "")), None)
     if op is None or not all(part.isidentifier() for part in module.split(".")):
@@ -177,7 +181,7 @@ def _named(target: str) -> Provider:
         found = importlib.import_module(module)
     except Exception as error:  # a module may raise anything when it is imported
         raise ValueError(
-            f"--against {target}: {first_line(error)}; mend {module}, or put its folder on PYTHONPATH"
+            f"--against {target}: {first_line(error)}; correct {module}, or put its folder on PYTHONPATH"
         ) from error
     function = getattr(found, name, None)
     if not callable(function):
@@ -188,7 +192,7 @@ def _named(target: str) -> Provider:
 
 
 def _installed_peers() -> Iterator[Provider]:
-    """The published static convolutions, where installed."""
+    """The static convolutions of causal-conv1d and flash-linear-attention, if they are installed."""
     if importlib.util.find_spec("causal_conv1d"):
         from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]  # not a dependency
 

@@ -1,9 +1,10 @@
-"""`dynconv bench kernels`: what the convolutions cost on this GPU, beside the fewest microseconds their bytes allow.
+"""`dynconv bench kernels`: time the convolutions on this GPU, and compare with the time of their memory traffic.
 
-A row is one op, pass and shape: `us`, the median over replays of a CUDA graph (pass "host": host time of one eager
-forward and backward); `bytes` that must move, every input read and every output written once; `fraction` of the
-device's copy bandwidth, measured here, that these bytes in that time come to. As text it says, too, what a forward and
-backward allocate at their peak beyond inputs, output and gradients, in sizes of x.
+Each row is for one op, pass, shape and implementation. `us` is the median over replays of a CUDA graph, in microseconds
+(with pass "host", the host time of one eager forward and backward pass). `bytes` is the least memory traffic: every
+input is read once and every output is written once. `fraction` is `bytes` over `us`, relative to the copy bandwidth
+that is measured on this device. The text table also shows the peak memory of a forward and backward pass without
+inputs, output and gradients, as a multiple of the size of x.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ["op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "static", "us", "bytes", "fraction"]
 COLUMNS += ["provider", "device", "versions", "commit"]
-SAME = 0.02  # relative RMS between two results or gradients of one op: bfloat16 rounds by 0.005, others are far above
-_CALLS_A_GRAPH, _REPLAYS, _HOST_CALLS = 10, 30, 50
+LARGEST_ERROR = 0.02  # relative RMS; correct results in bfloat16 differ by 0.005, and wrong ones by far more
+_CALLS_PER_GRAPH, _REPLAYS, _HOST_CALLS, _HOST_WARM_UP = 10, 30, 50, 10
 
 
 def measure(case: Case, provider: Provider) -> Iterator[tuple[str, float]]:
@@ -40,46 +41,48 @@ def measure(case: Case, provider: Provider) -> Iterator[tuple[str, float]]:
     inputs, forward = provider.bind(case, case.inputs())
     dy = torch.randn_like(inputs["x"])
 
-    def both() -> None:
+    def forward_and_backward() -> None:
         torch.autograd.grad(forward(), list(inputs.values()), dy)
 
     with torch.no_grad():
         yield "fwd", replay_time(forward)
-    yield "fwd+bwd", replay_time(both)
-    yield "host", host_time(both)
+    yield "fwd+bwd", replay_time(forward_and_backward)
+    yield "host", host_time(forward_and_backward)
 
 
 def transient_memory(case: Case, provider: Provider) -> float:
-    """What a forward and backward allocate at their peak beyond inputs, output and gradients, in sizes of x."""
+    """Peak memory of a forward and backward pass without inputs, output and gradients, over the size of x."""
     import torch
 
     inputs, forward = provider.bind(case, case.inputs())
     dy = torch.randn_like(inputs["x"])
     excess = 0
-    for _ in range(2):  # the first may compile, and keep what that takes
+    for _ in range(2):  # The first pass may compile, which allocates, too. The second counts.
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_stats()["requested_bytes.all.current"]  # not what the allocator rounds it to
+        before = torch.cuda.memory_stats()[
+            "requested_bytes.all.current"
+        ]  # as requested, before the allocator rounds up
         y = forward()
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
         peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
-        excess = peak - before - sum(made.nbytes for made in (y, *gradients))
+        excess = peak - before - sum(result.nbytes for result in (y, *gradients))
         del y, gradients
     return excess / inputs["x"].nbytes
 
 
 def replay_time(work: Callable[[], object]) -> float:
-    """Median microseconds of one call, from replays of a CUDA graph of several."""
+    """Median microseconds of one call, from replays of a CUDA graph that holds several calls."""
     import torch
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compile and allocate outside the capture
+    with torch.cuda.stream(side):  # Compile and allocate before the capture.
         work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(_CALLS_A_GRAPH):
+        for _ in range(_CALLS_PER_GRAPH):
             work()
     graph.replay()
     times = []
@@ -89,28 +92,28 @@ def replay_time(work: Callable[[], object]) -> float:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / _CALLS_A_GRAPH)
+        times.append(begin.elapsed_time(end) * 1e3 / _CALLS_PER_GRAPH)
     return statistics.median(times)
 
 
 def host_time(work: Callable[[], object]) -> float:
-    """Median microseconds until an eager call returns, the GPU being idle."""
+    """Median microseconds until an eager call returns, if the GPU is idle before."""
     import torch
 
     times = []
-    for _ in range(_HOST_CALLS + 10):
+    for _ in range(_HOST_CALLS + _HOST_WARM_UP):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         work()
         times.append((time.perf_counter() - begin) * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(times[10:])
+    return statistics.median(times[_HOST_WARM_UP:])
 
 
 def copy_bandwidth() -> float:
-    """Bytes a microsecond of a large copy on the device, reading and writing.
+    """Bytes per microsecond that a large elementwise kernel reads and writes.
 
-    By a kernel, timed eagerly: a copy_ replayed in a graph read 2.8 TB/s on an H200 that copies 4.25.
+    Not measured with copy_ in a CUDA graph: on an H200 that showed 2.8 TB/s, where this kernel reaches 4.25 TB/s.
     """
     import torch
 
@@ -128,9 +131,9 @@ def copy_bandwidth() -> float:
 
 
 def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFrame], None]) -> pd.DataFrame:
-    """One row a case, provider and pass: COLUMNS, and `case` and `transient` for `render`.
+    """One row for each case, provider and pass, with COLUMNS, and with `case` and `transient` for `render`.
 
-    After every case `save` gets the rows so far: a bench that is killed keeps what it measured.
+    `save` is called with the rows so far after every case, so that they are kept if the process is killed.
     """
     import pandas as pd
     import torch
@@ -148,13 +151,15 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
     bar = tqdm(work, desc="bench", file=sys.stderr)
     for case, provider in bar:
         bar.set_postfix_str(f"{case} {provider.name}")
-        torch.compiler.reset()  # past 8 shapes of a function it would run them uncompiled
+        torch.compiler.reset()  # torch.compile gives up after 8 shapes of one function.
         try:
             error = provider.error(case)
-            if not error < SAME:
-                raise ValueError(f"its result or a gradient is {error:.2g} off the reference's, relative; not timed")
+            if not error < LARGEST_ERROR:
+                raise ValueError(
+                    f"its output or a gradient differs from the reference by {error:.2g} (relative RMS); not timed"
+                )
             measured, transient = list(measure(case, provider)), transient_memory(case, provider)
-        except Exception as problem:  # a rival's code may raise anything, and the others are still to be timed
+        except Exception as problem:  # Code of others may raise anything; go on with the rest.
             bar.write(f"{provider.name}, {case}: {first_line(problem)}", file=sys.stderr)
             continue
         for name, us in measured:
@@ -171,7 +176,7 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
 
 
 def render(rows: pd.DataFrame) -> str:
-    """For a person: a table a shape, a line a kernel and provider."""
+    """The rows as text: a table for each shape, with a line for each kernel and provider."""
     headings = ["kernel", "provider", "fwd us", "MB", "of copy", "fwd+bwd us", "MB", "of copy", "host us", "memory"]
     text = [f"{rows['device'].iloc[0]}, {rows['versions'].iloc[0]}"]
     for (b, t, d, w, dtype), same_shape in rows.groupby(["B", "T", "D", "W", "dtype"], sort=False):
@@ -188,7 +193,7 @@ def render(rows: pd.DataFrame) -> str:
 
 
 def _check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None:
-    """Refuse a file that could not be written, before minutes of measuring; make its folder."""
+    """Make the folder of an output file. Raises ValueError, before any measurement, if it cannot be written."""
     if path is None:
         return
     if path.suffix not in kinds or path.is_dir():

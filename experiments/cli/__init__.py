@@ -1,1 +1,1 @@
-"""The command line, one file a family of verbs."""
+"""The command line: one file for each family of verbs."""

@@ -1,4 +1,4 @@
-"""What the verbs' parsers share."""
+"""Arguments and helpers that several verbs share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ STORES = Path("results/runs")
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (
     "STORE is a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "
-    "columns arm, size, seed, N, D, C, loss (others by --columns). Several stores are read as one, each run once."
+    "columns arm, size, seed, N, D, C, loss (others by --columns). Several stores are read as one; a run in several of "
+    "them counts once."
 )
 
 
 def add_verb(
     subparsers: Subparsers, verb: str, run: Callable[..., int], text: str, *examples: str
 ) -> argparse.ArgumentParser:
+    """A verb with `text` as help and description, and `examples` of its arguments; `run(args)` gives the exit code."""
     result: argparse.ArgumentParser = subparsers.add_parser(
         verb,
         help=text,
@@ -37,7 +39,7 @@ def add_verb(
 def add_reading_verb(
     subparsers: Subparsers, verb: str, run: Callable[[argparse.Namespace], int], text: str, *examples: str
 ) -> argparse.ArgumentParser:
-    """A verb that reads a store or a table of points."""
+    """A verb that reads stores or tables of points."""
     result = add_verb(subparsers, verb, run, text, *examples)
     result.description = f"{result.description} {STORE_LEGEND}"
     result.add_argument("stores", type=Path, metavar="STORE", nargs="+")
@@ -75,6 +77,7 @@ def table_format_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def load_store(args: argparse.Namespace) -> Store:
+    """The stores of the command line as one; what could not be read is named on standard error."""
     from analysis.logs.columns import parse_columns
     from analysis.logs.merge import load_all
 
@@ -85,11 +88,11 @@ def load_store(args: argparse.Namespace) -> Store:
 
 @contextlib.contextmanager
 def reading_store(args: argparse.Namespace) -> Iterator[Store]:
-    """The store, for verbs that go on to read its steps or evaluations: what is torn in these is told at the end."""
+    """The same, for verbs that read steps or evaluations, too. What of them could not be read is named at the end."""
     store = load_store(args)
-    known = len(store.problems)
+    already_named = len(store.problems)
     yield store
-    warn(*store.problems[known:])
+    warn(*store.problems[already_named:])
 
 
 def warn(*lines: str) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def register(subparsers: Subparsers) -> None:
-    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    """Add the verbs of this file."""
     _add_table(subparsers)
     _add_power(subparsers)
 
@@ -43,14 +43,14 @@ def _add_table(subparsers: Subparsers) -> None:
         "results/runs/demo --throughput train.parquet",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
     parser.add_argument(
         "--hold",
         action="append",
         default=[],
         metavar="E=VALUE",
-        help="hold the irreducible loss instead of fitting it, in m, its interval and the test that it is constant; "
-        "more of them show what m depends on",
+        help="hold the irreducible loss at a value instead of fitting it, in m, its interval and the test that m is "
+        "constant; repeat it to see how m depends on it",
     )
     parser.add_argument(
         "--throughput",
@@ -58,9 +58,13 @@ def _add_table(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="what `dynconv bench train` wrote, or columns size, arm, tokens_per_second: for the wall clock",
     )
-    parser.add_argument("--where", metavar="CONDITION", help="of the runs to use, on the run table's columns")
-    parser.add_argument("--by", metavar="COLUMN,...", help="sum the runs up by arm, size ... instead of comparing arms")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrapped tests")
+    parser.add_argument(
+        "--where", metavar="CONDITION", help="use only runs that fulfil this SQL condition on columns of the run table"
+    )
+    parser.add_argument(
+        "--by", metavar="COLUMN,...", help="summarise the runs by arm, size ... instead of comparing arms"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers of bootstrapped tests (default 0)")
     table_format_argument(parser)
 
 
@@ -82,22 +86,24 @@ def _add_power(subparsers: Subparsers) -> None:
     columns_argument(parser)
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
     parser.add_argument("--seeds", default="1,2,3", help="numbers of seeds to try (default 1,2,3)")
-    parser.add_argument("--baseline", help="the arm whose ladder it is (default: the sweep's)")
-    measured = "(default: what DESIGN's finished runs show, else {})"
+    parser.add_argument("--baseline", help="the arm whose sizes and compute make the design (default: the sweep's)")
+    default = "(default: what DESIGN's finished runs show, else {})"
     for name, text, value in (
-        ("--seed-noise", "sd of a run's loss, nats", 0.002),
-        ("--arm-noise", "sd of an arm at a size", 0.002),
-        ("--shared-noise", "sd of a size, shared by the arms", 0.005),
-        ("--exponent", "of the law", 0.15),
-        ("--reducible", "loss above E mid-way, nats", 1.3),
+        ("--seed-noise", "standard deviation between seeds, nats", 0.002),
+        ("--arm-noise", "standard deviation of an arm at a size around its law, nats", 0.002),
+        ("--shared-noise", "standard deviation of a size that all arms share, nats", 0.005),
+        ("--exponent", "exponent of the law", 0.15),
+        ("--reducible", "loss above the irreducible loss at the middle compute, nats", 1.3),
     ):
-        parser.add_argument(name, type=float, help=f"{text} {measured.format(value)}")
+        parser.add_argument(name, type=float, help=f"{text} {default.format(value)}")
     parser.add_argument(
         "--correlation",
         type=float,
-        help="of arm and shared noise from one size to the next (default 0: independent)",
+        help="correlation of the arm and shared noise of neighbouring sizes (default 0: independent)",
     )
-    parser.add_argument("--gpu-flops", type=float, help="sustained FLOPs a second, for GPU hours (default: DESIGN's)")
+    parser.add_argument(
+        "--gpu-flops", type=float, help="sustained FLOPs per second of a GPU, for GPU hours (default: those of DESIGN)"
+    )
     parser.add_argument("--simulations", type=int, default=1000, metavar="N")
     parser.set_defaults(run=_power)
     table_format_argument(parser)
@@ -155,10 +161,12 @@ def _power(args: argparse.Namespace) -> int:
     if min(seeds) < 1 or args.simulations < 100:
         raise ValueError(f"--seeds must be at least 1 and --simulations 100; got {args.seeds}, {args.simulations}")
     for name in ("seed_noise", "arm_noise", "shared_noise", "exponent", "reducible", "gpu_flops"):
-        value, positive = getattr(args, name), not name.endswith("noise")
-        if value is not None and not (0 <= value < math.inf and (value or not positive)):
-            wanted = "positive" if positive else "at least 0"
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
+        value = getattr(args, name)
+        may_be_zero = name.endswith("noise")
+        if value is None or 0 < value < math.inf or (value == 0 and may_be_zero):
+            continue
+        wanted = "at least 0" if may_be_zero else "positive"
+        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
     if args.correlation is not None and not -1 < args.correlation < 1:
         raise ValueError(f"--correlation must be between -1 and 1; got {args.correlation:g}")
     design = _design(args)
@@ -182,7 +190,7 @@ def _power(args: argparse.Namespace) -> int:
 
 
 def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[Assumption]]:
-    """What is simulated, and the source of each number: an option, else the design's finished runs, else assumed."""
+    """The settings of the simulation, with their sources: options, else finished runs of the design, else defaults."""
     from dataclasses import replace
 
     from analysis.advantage.measured import Assumption, measured
@@ -192,18 +200,19 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
     if "loss" in design and design["loss"].notna().any():
         world, assumptions = measured(design, args.baseline)
     names = {"reducible": "reducible_loss"}
-    asked = {
+    given = {
         names.get(name, name): getattr(args, name)
         for name in ("seed_noise", "arm_noise", "shared_noise", "exponent", "reducible", "correlation")
         if getattr(args, name) is not None
     }
-    told = [
-        replace(item, value=asked[item.name], source="asked") if item.name in asked else item for item in assumptions
+    sources = [
+        replace(item, value=given[item.name], source="asked") if item.name in given else item for item in assumptions
     ]
-    return replace(world, **asked), told
+    return replace(world, **given), sources
 
 
 def _design(args: argparse.Namespace) -> pd.DataFrame:
+    """The runs of a sweep file, of a plan, or of stores and tables of points, as the suffix of the first path says."""
     import pandas as pd
 
     from analysis.advantage.planning import read_plan

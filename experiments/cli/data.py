@@ -1,4 +1,4 @@
-"""The verb on data: build it, or show what it holds."""
+"""The verb that builds a dataset or shows what one holds: data."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from experiments.cli.arguments import Subparsers, add_verb, format_argument
 
 
 def register(subparsers: Subparsers) -> None:
+    """Add the verb of this file."""
     verb = add_verb(
         subparsers,
         "data",

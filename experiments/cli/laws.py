@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def register(subparsers: Subparsers) -> None:
-    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    """Add the verbs of this file."""
     _add_fit(subparsers)
     _add_predict(subparsers)
     _add_isoflop(subparsers)
@@ -68,21 +68,30 @@ def _add_predict(subparsers: Subparsers) -> None:
 
 
 def _add_law_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a law is fitted, for the verbs that fit one."""
+    """Arguments that say how a law is fitted."""
     parser.add_argument("--loss", choices=("huber", "lsq"), default="huber", help="Huber on log loss, or least squares")
-    parser.add_argument("--delta", type=float, default=1e-3, help="of Huber (default 1e-3)")
     parser.add_argument(
-        "--per-arm", default="A,B", help="parameters that each arm has to itself (default A,B; '' for none)"
+        "--delta",
+        type=float,
+        default=1e-3,
+        help="of the Huber loss: residuals of log loss beyond it count linearly (default 1e-3)",
     )
     parser.add_argument(
-        "--hold", default="", metavar="NAME=VALUE,...", help="parameters that are given, not fitted: E=1.6,alpha=.094"
+        "--per-arm", default="A,B", help="parameters that are fitted for each arm by itself (default A,B; '' for none)"
+    )
+    parser.add_argument(
+        "--hold",
+        default="",
+        metavar="NAME=VALUE,...",
+        help="parameters to hold at given values instead of fitting them: E=1.6,alpha=.094",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="of FLOPs, for form c: exact, given, 6ND or '6N_nonemb D'")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--convention", help="how FLOPs are counted, for form c: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap's random numbers (default 0)")
 
 
 def _held(text: str) -> dict[str, float]:
+    """The values in NAME=VALUE,... by name. Raises ValueError if the text has another form."""
     held = {}
     for item in text.split(",") if text else []:
         name, equals, value = item.partition("=")
@@ -105,7 +114,7 @@ def _add_isoflop(subparsers: Subparsers) -> None:
         "points.csv --convention 6ND --json",
         "points.csv --baseline transformer",
     )
-    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
     parser.add_argument(
         "--baseline", help="compare each arm with this one, each at its own best sizes (default: the sweep's)"
     )
@@ -128,7 +137,7 @@ def _fit(args: argparse.Namespace) -> int:
     if args.form in ("optima", "bilinear"):
         return _fit_linear(args)
     points, excluded, told = fit_points(load_store(args), args.form, args.baseline, args.convention)
-    warn_excluded(excluded)
+    _warn_excluded(excluded)
     warn(*told)
     law = fit(points, args.form, starts=args.starts, **_law_options(args))
     if args.bootstrap and len(points.loss) > len(law.theta) - len(law.hold):
@@ -169,12 +178,12 @@ def _predict(args: argparse.Namespace) -> int:
 
     at = {name: _numbers(name, getattr(args, name)) for name in ("C", "N", "D") if getattr(args, name)}
     form = args.form or ("c" if "C" in at else "nd")
-    if set(at) not in ({"C"}, {"N", "D"}) or (form == "c") > ("C" in at):
+    if set(at) not in ({"C"}, {"N", "D"}) or (form == "c" and "C" not in at):
         raise ValueError(f"give --C, or --N and --D (form nd); got {', '.join(f'--{name}' for name in at) or 'none'}")
     if args.bootstrap < 100:
         raise ValueError(f"--bootstrap must be at least 100 for a band; got {args.bootstrap}")
     points, excluded, told = fit_points(load_store(args), form, args.baseline, args.convention)
-    warn_excluded(excluded)
+    _warn_excluded(excluded)
     warn(*told)
     options = _law_options(args)
     law = with_lack_of_fit(bootstrap(fit(points, form, **options), args.bootstrap, args.seed))
@@ -194,6 +203,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _numbers(name: str, text: str) -> list[float]:
+    """The comma-separated numbers that were given to --NAME. Raises ValueError unless all are positive."""
     try:
         values = [float(item) for item in text.split(",")]
     except ValueError:
@@ -204,7 +214,7 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _law_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of `_add_law_arguments`, as keywords of `fit`."""
+    """The arguments of `_add_law_arguments`, as keyword arguments of `fit`."""
     if args.loss == "huber" and not 0 < args.delta < math.inf:
         raise ValueError(f"--delta must be positive; got {args.delta}")
     return {
@@ -223,7 +233,7 @@ def _isoflop(args: argparse.Namespace) -> int:
     from analysis.pages.tables import multiplier_table, to_json, value_table
 
     runs, excluded, told = usable_runs(load_store(args).runs, args.convention)
-    warn_excluded(excluded)
+    _warn_excluded(excluded)
     warn(*told)
     optima, laws = optima_of(runs, args.convention)
     found: list[Multiplier] = []
@@ -240,16 +250,14 @@ def _isoflop(args: argparse.Namespace) -> int:
         for rows in (optima, laws)
     ]
     if found and args.format == "md":
-        tables.append(
-            "at each arm's own best sizes, budgets in the place of sizes:\n\n" + multiplier_table(found, "md")
-        )
+        tables.append("at each arm's own best sizes, by budget instead of by size:\n\n" + multiplier_table(found, "md"))
     if args.format == "md":
         tables.append(f"FLOPs counted as {laws[0].convention}")
     print("\n\n".join(tables))
     return 0
 
 
-def warn_excluded(excluded: list[Excluded]) -> None:
+def _warn_excluded(excluded: list[Excluded]) -> None:
     """One line a reason, with the first of the runs."""
     from analysis.logs.selection import some
 

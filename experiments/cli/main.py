@@ -1,6 +1,6 @@
-"""`dynconv VERB`: parse, dispatch, and turn errors into one line and an exit code.
+"""`dynconv VERB`: parse the command line, call the verb, and turn an error into one line and an exit code.
 
-0 done; 1 the work failed; 2 the request was wrong. Results go to standard output, all else to standard error.
+Exit codes: 0 done; 1 the work failed; 2 the request was wrong. Only results go to standard output.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _close_output() -> None:
-    """Where standard output takes no more, close it, or the interpreter complains once more at its end."""
+    """Close standard output if it cannot be written: the interpreter would report the error again when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -49,7 +49,7 @@ def _close_output() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All verbs, each with `run(args) -> int`."""
+    """The parser of all verbs. Each sets a default `run(args) -> exit code`."""
     top = argparse.ArgumentParser(
         prog="dynconv",
         description="Compute-matched scaling experiments on dynamic short convolutions (arXiv 2606.03825).",
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     bench.register(subparsers)
     data.register(subparsers)
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for verb in subparsers.choices.values():  # after the verb as well: there it must not reset what came before
+    for verb in subparsers.choices.values():  # Also accept --debug after the verb; SUPPRESS keeps a --debug before it.
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 

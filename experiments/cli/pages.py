@@ -1,4 +1,4 @@
-"""The verbs that show logs: plot, report, query, freeze."""
+"""The verbs that present the logs of runs: plot, report, query, freeze."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.cli.arguments import (
 
 
 def register(subparsers: Subparsers) -> None:
-    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    """Add the verbs of this file."""
     _add_plot(subparsers)
     _add_report(subparsers)
     _add_query(subparsers)
@@ -27,13 +27,13 @@ def _add_plot(subparsers: Subparsers) -> None:
         subparsers,
         "plot",
         _plot,
-        "draw what a store or a table of kernel times has the data for",
+        "draw every figure for which a store, or a table of kernel times, has the data",
         "results/runs/demo -o figures",
         "results/measured/h200/kernels.parquet -o figures --type png",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
     parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg")
 
 
@@ -46,7 +46,7 @@ def _add_freeze(subparsers: Subparsers) -> None:
         "results/runs/demo -o results/measured/laptop/demo",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", action="store_true", help="steps.parquet as well")
+    parser.add_argument("--steps", action="store_true", help="write steps.parquet, too")
 
 
 def _add_query(subparsers: Subparsers) -> None:
@@ -60,9 +60,11 @@ def _add_query(subparsers: Subparsers) -> None:
     )
     parser.add_argument("sql", metavar="SQL")
     parser.add_argument(
-        "--baseline", help="of multipliers: the arm that others are compared with (default: the sweep's)"
+        "--baseline", help="for multipliers, the arm that others are compared with (default: the sweep's)"
     )
-    parser.add_argument("--convention", help="of FLOPs, of multipliers and C: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument(
+        "--convention", help="how FLOPs are counted, in multipliers and C: exact, given, 6ND or '6N_nonemb D'"
+    )
     table_format_argument(parser)
 
 
@@ -76,7 +78,7 @@ def _add_report(subparsers: Subparsers) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="of FLOPs: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
 
 
 def _plot(args: argparse.Namespace) -> int:
@@ -135,6 +137,7 @@ def _freeze(args: argparse.Namespace) -> int:
 
 
 def _folder(path: Path) -> Path:
+    """The path, which may not exist yet. Raises ValueError if it is a file."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give a directory")
     return path

@@ -1,4 +1,4 @@
-"""The verbs on a sweep's runs: plan, submit, retry, status, cancel."""
+"""The verbs that act on the runs of a sweep: plan, submit, status, cancel, retry."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ WATCH_SECONDS = 5.0
 
 
 def register(subparsers: Subparsers) -> None:
-    """Add the verbs; each parser has a default `run(args) -> exit code`."""
+    """Add the verbs of this file."""
     _add_plan(subparsers)
     _add_submit(subparsers)
     _add_status(subparsers)
@@ -118,9 +118,10 @@ def _retry(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: str) -> int:
-    """Submit or retry, then say what happened: a line for each run that did not get to its end.
+    """Submit or retry runs, and name each that did not complete on standard error.
 
-    Whoever waits wants the runs complete: one that had failed before, or cannot be read, counts as well.
+    The exit code is 1 if a run did not complete. If the command waits for the runs, this includes runs that were
+    skipped because they had failed before or cannot be read.
     """
     from experiments.design.data import default_cache
     from experiments.launching import submit as launch
@@ -168,7 +169,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _stores(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
-    """(store, run ids) to report on: a sweep's runs, or all runs of one store, or of all stores."""
+    """The stores and run ids to report: the runs of a sweep, all runs of one store, or all runs of all stores."""
     from experiments.launching import states
 
     if args.sweep is not None:
@@ -212,7 +213,7 @@ def _profile(args: argparse.Namespace) -> "Profile":
 
 
 def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
-    """The sweep's runs and the store they live in; whoever plans or submits them is told of oversights."""
+    """The runs of the sweep, and their store. `plan` and `submit` also print notes on settings that may be mistakes."""
     from experiments.design.sweep import load_sweep, notes, read_sweep
 
     runs = load_sweep(args.sweep)
@@ -224,7 +225,7 @@ def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
 
 
 def _chosen(args: argparse.Namespace, runs: list[RunConfig]) -> list[RunConfig]:
-    """The runs named on the command line; all of the sweep where none is."""
+    """The runs that are named on the command line, or all of the sweep if none is."""
     ids = [run.run_id for run in runs]
     for run_id in args.run_ids:
         strict.choose(run_id, ids, "the sweep has no such run")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.data.dataset import Dataset
 
+AHEAD = 4096  # sequences whose places are permuted at once: that takes numpy little longer than those of one batch
 ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff 1988); halves of few bits need more
 
 
@@ -29,6 +30,8 @@ class Batches:
         self.sequences_per_epoch = _windows(dataset, "train", sequence_length)
         self.batch_sequences = batch_sequences
         self._dataset, self._length, self._seed = dataset, sequence_length, seed
+        self._ahead: NDArray[np.int64] = np.zeros(0, np.int64)  # windows of the sequences from `_first` on
+        self._first = 0
 
     def batch(
         self,
@@ -40,10 +43,16 @@ class Batches:
         count = self.batch_sequences - first if count is None else count
         assert step >= 0
         assert 0 <= first <= first + count <= self.batch_sequences, (first, count, self.batch_sequences)
-        position = step * self.batch_sequences + first + np.arange(count, dtype=np.int64)
-        epoch, place = np.divmod(position, self.sequences_per_epoch)
-        window = permute(place, self.sequences_per_epoch, self._seed, epoch)
+        window = self._windows(step * self.batch_sequences + first, count)
         return _inputs_and_targets(self._dataset, "train", window, self._length)
+
+    def _windows(self, first: int, count: int) -> NDArray[np.int64]:  # [n]
+        """Where sequences of the stream lie in the split."""
+        if not self._first <= first <= first + count <= self._first + len(self._ahead):
+            position = first + np.arange(max(count, AHEAD), dtype=np.int64)
+            epoch, place = np.divmod(position, self.sequences_per_epoch)
+            self._first, self._ahead = first, permute(place, self.sequences_per_epoch, self._seed, epoch)
+        return self._ahead[first - self._first :][:count]
 
 
 class HeldOut(NamedTuple):

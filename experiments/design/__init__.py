@@ -1,1 +1,1 @@
-"""From a sweep file to frozen runs, without torch."""
+"""Read a sweep file and expand it to frozen runs, without torch."""

@@ -1,4 +1,7 @@
-"""Arms: the architecture variants that sweep files name. A new one is a line here, or a table [arm.NAME] in a file."""
+"""Arms: the architecture variants that sweep files name.
+
+Add one as an entry of `ARMS`, or as a table [arm.NAME] of one sweep file.
+"""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +19,7 @@ from experiments.parts.swiglu import SwiGLU
 
 @dataclass(frozen=True)
 class Arm:
-    """One architecture variant, and what differs in its training. What it leaves open is the ladder's."""
+    """One architecture variant, with its own training settings. The ladder gives what is left open."""
 
     mixer: Mixer = field(default_factory=Attention)
     ffn: FeedForward = field(default_factory=SwiGLU)

@@ -1,7 +1,7 @@
-"""What one run is: frozen, hashable values without torch, so that planning and status start at once.
+"""The configuration of one run. No torch is imported here, so that `plan` and `status` start at once.
 
-Everything in `RunConfig` but its names decides what is learned and is part of the run's id; how it is executed
-(device, micro-batches, GPUs) is `Execution` and is not.
+`RunConfig` holds what decides the outcome of a run, and its id covers that; fields marked OUTSIDE_ID, such as names,
+are left out of the id. `Execution` says how a run is executed (device, micro-batches, GPUs), and is no part of the id.
 """
 
 from collections.abc import Mapping
@@ -25,20 +25,20 @@ class RunConfig:
     baseline: str = field(metadata=OUTSIDE_ID)
     ladder: str = field(metadata=OUTSIDE_ID)
     size: str = field(metadata=OUTSIDE_ID)
-    budget: str = field(metadata=OUTSIDE_ID)  # what the run is given, in words
+    budget: str = field(metadata=OUTSIDE_ID)  # the training tokens in words, or "trunk"
     seed: int
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
-    vary: Mapping[str, float] = field(
-        default_factory=dict, metadata=OUTSIDE_ID
-    )  # the sweep's axes, and where the run is
-    trunk: str | None = field(default=None, metadata=OUTSIDE_ID)  # id of the run whose state this one takes up
-    branch_step: int = field(default=0, metadata=OUTSIDE_ID)  # of that state
+    # axis of the sweep's [vary] -> the run's value
+    vary: Mapping[str, float] = field(default_factory=dict, metadata=OUTSIDE_ID)
+    # id of the run from whose state this one starts, and the step after which that state was kept
+    trunk: str | None = field(default=None, metadata=OUTSIDE_ID)
+    branch_step: int = field(default=0, metadata=OUTSIDE_ID)
 
     @property
     def run_id(self) -> str:
-        """A prefix for people, and a hash of everything that decides the outcome."""
+        """A readable prefix and a hash of everything that decides the outcome."""
         return f"{self.arm}-{self.size}-s{self.seed}-{digest(self)}"
 
     @property
@@ -48,12 +48,12 @@ class RunConfig:
 
     @property
     def own_tokens(self) -> int:
-        """Tokens of the steps that the run takes itself: a branch takes up where its trunk stood."""
+        """Training tokens without those of the trunk, from whose state a branch starts."""
         return self.train.tokens - self.branch_step * self.train.batch_sequences * self.train.sequence_length
 
     @property
     def own_flops(self) -> int:
-        """Exact FLOPs of the steps that the run takes itself."""
+        """Exact training FLOPs without those of the trunk."""
         return self.model.count(self.own_tokens, self.train.sequence_length).flops_exact
 
     @property
@@ -62,7 +62,7 @@ class RunConfig:
         return self.train.tokens / self.data.train_tokens
 
     def facts(self) -> dict[str, Fact]:
-        """What a table may group runs by, beside their names."""
+        """The settings that a table may group runs by, in addition to their names."""
         train = self.train
         return {
             **self.model.facts(),
@@ -75,12 +75,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is executed on given hardware. Set by the profile; not part of the run's identity."""
+    """How a run is executed on given hardware. The profile sets it, and the run's id does not cover it."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    gpus: int = 1  # processes, one a GPU; on a CPU also the number of processes
-    micro_batch: int = 0  # sequences per forward pass and process; 0: the share of the batch, up to 32k tokens
-    compile: bool = True  # torch.compile, on a GPU only
-    threads: int = 1  # of torch on a CPU; a fixed number keeps sums in one order
+    gpus: int = 1  # number of processes, each with one GPU; on a CPU just the number of processes
+    micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
+    compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
+    threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
-    max_attempts: int = 20  # a run that is interrupted more often has failed
+    max_attempts: int = 20  # a run that is started more often than this fails

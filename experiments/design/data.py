@@ -1,4 +1,4 @@
-"""What a dataset is made from. Standard library only, so that a planner loads nothing to read it."""
+"""The specification of a dataset. Only the standard library is imported here, so that `plan` starts at once."""
 
 import os
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The specification of a dataset: equal specifications over equal text give equal shards.
+    """Settings from which a dataset is built: equal settings and equal text give equal shards.
 
     `train_tokens` and `validation_tokens` are exact: the build takes documents in the order of their content
     hash until it has that many and fails if the corpus has fewer. So the number of epochs of a run follows
-    from the specification alone. Where the text lies is no part of a run's id: its content is compared instead,
-    by the dataset's hash in the run's record.
+    from the specification alone. A run's id does not cover paths of the text and the tokenizer: the hash of the built
+    dataset is in the run's record, and is compared instead.
     """
 
-    # "python", which is the standard library's source files, or a folder of .txt, .jsonl and .parquet
+    # "python", for the source files of the standard library, or a folder of .txt, .jsonl and .parquet files
     source: str = field(default="python", metadata=OUTSIDE_ID)
     site_packages: bool = False  # add every .py file of site-packages; with source "python" only
     text_field: str = "text"  # the column of .jsonl and .parquet that holds a document's text
@@ -48,7 +48,7 @@ class DataConfig:
 
 
 def default_cache() -> Path:
-    """Where datasets are built: $DYNCONV_CACHE, else dynconv/data in the user's cache folder (XDG)."""
+    """The folder in which datasets are built: $DYNCONV_CACHE, or else dynconv/data in the user's XDG cache folder."""
     if chosen := os.environ.get("DYNCONV_CACHE"):
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME")

@@ -1,8 +1,8 @@
-"""Frozen configurations as plain values: whole, as `config.json` holds them, and reduced to what a run's id covers.
+"""Configurations as plain values: complete, as `config.json` holds them, and reduced to what a run's id covers.
 
-The id covers what decides a run's outcome and nothing else: values that differ from their defaults, so that a new
-setting with a default moves no id, and the tag of every kind. A default is therefore never changed: a setting
-whose default should change gets a new key.
+The id covers what decides a run's outcome and nothing else. Values that equal their default are left out, so that
+adding a setting with a default changes no id; the name of a kind is always included. A default must therefore never be
+changed: if another default is wanted, add a setting under a new key.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-OUTSIDE_ID = {"outside_id": True}  # metadata of a field that decides no outcome: a name, a place, when to look
+OUTSIDE_ID = {"outside_id": True}  # metadata of a field that does not change what is learned, such as a name or a path
 
 
 def to_dict(value: Any) -> Any:
-    """A configuration as JSON takes it. One of several kinds carries its tag under "kind"."""
+    """A configuration as values that JSON can hold. If its class has a kind, the key "kind" names it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        tag = {"kind": value.kind} if hasattr(value, "kind") else {}
-        return tag | {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        kind = {"kind": value.kind} if hasattr(value, "kind") else {}
+        return kind | {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -27,16 +27,16 @@ def to_dict(value: Any) -> Any:
 
 
 def content(value: Any) -> Any:
-    """A configuration without defaults and what is outside the id."""
+    """The part of a configuration that the id covers: no values that equal their defaults, no fields outside the id."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return to_dict(value)
     kept: dict[str, Any] = {"kind": value.kind} if hasattr(value, "kind") else {}
     for field in dataclasses.fields(value):
-        own = getattr(value, field.name)
+        item = getattr(value, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        # A value of several kinds stays even where it is the default, since tags always count.
-        if not field.metadata.get("outside_id") and (own != default or hasattr(own, "kind")):
-            kept[field.name] = content(own)
+        # A part that could be of another kind stays even if it equals the default: the name of its kind always counts.
+        if not field.metadata.get("outside_id") and (item != default or hasattr(item, "kind")):
+            kept[field.name] = content(item)
     return kept
 
 
@@ -47,7 +47,7 @@ def digest(value: Any) -> str:
 
 
 def differences(first: Any, second: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> the two values, where two plain values of configurations (as of `to_dict`) are not the same."""
+    """Dotted key -> the two values, for every difference between two configurations in the form of `to_dict`."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         found: dict[str, tuple[Any, Any]] = {}
         for key in dict.fromkeys([*first, *second]):

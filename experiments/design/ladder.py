@@ -1,4 +1,4 @@
-"""Ladders of model sizes. A new size is a line here; a new ladder is an entry of `LADDERS`."""
+"""Ladders of model sizes. Add a size as an entry of a ladder's `sizes`, and a ladder as an entry of `LADDERS`."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from experiments.parts.base import Shape
 
 @dataclass(frozen=True)
 class Rung:
-    """One size: its shape (FFN hidden width `ffn`, full multi-head) and what it is trained with."""
+    """One size: the shape of its models and the settings with which they are trained."""
 
     layers: int
     width: int
-    ffn: int
-    heads: int
+    ffn: int  # hidden width of the feed-forward part
+    heads: int  # of attention; as many of keys and values as of queries
     rank: int  # of low-rank convolutions
     sequence_length: int
     batch_sequences: int
@@ -21,23 +21,23 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Sizes that are compared with one another, and the defaults of the arms on them."""
+    """Sizes that are compared with one another, and the defaults that all of them share."""
 
     sizes: dict[str, Rung]
     head_size: int  # of head-wise convolutions
-    warmup_fraction: float  # of the steps
-    init_std: float
+    warmup_fraction: float  # share of the steps in which the learning rate rises to its peak
+    init_std: float  # standard deviation of the initial weights
 
     def shape(self, size: str) -> Shape:
-        """What a size gives to the parts of its models."""
+        """The settings of a size that the parts of its models may take over."""
         rung = self.sizes[size]
         return Shape(rung.width, rung.heads, rung.ffn, rung.rank, self.head_size)
 
 
-# arXiv 2606.03825: AdamW at 3e-4 and 10% warm-up at every size, sequence 4096. The shapes of 300M and 2B
-# reproduce the paper's parameter counts exactly. 150M, 600M and 1B are ours at the same FFN / width of 2.69, and so
-# are the head sizes (64 up to width 1024, 128 above) and the batches (0.5M tokens, 1M from 600M up). Rank 16 of 300M
-# gives the published counts of 2B, too.
+# arXiv 2606.03825 trains every size with AdamW at a learning rate of 3e-4, with 10% warm-up and sequences of 4096
+# tokens. The shapes of 300M and 2B reproduce the paper's parameter counts exactly. We chose the shapes of 150M,
+# 600M and 1B (at the same ratio of FFN width to model width, 2.69), the head sizes (64 up to width 1024, 128 above) and
+# the batches (0.5M tokens, 1M from 600M up). The rank of 300M, 16, reproduces the published counts at 2B, too.
 _PAPER = Ladder(
     sizes={
         "150M": Rung(12, 768, 2048, 12, rank=16, sequence_length=4096, batch_sequences=128, learning_rate=3e-4),
@@ -51,9 +51,10 @@ _PAPER = Ladder(
     init_std=0.02,
 )
 
-# The paper's recipe shrunk to one GPU and minutes, at a vocabulary of 4096. Rates are ours: they fall as
-# 1/sqrt(width) from 4e-3 at width 128. The rank follows the width as in the paper at 300M, where it is 16 at 1024:
-# with rank 16 at width 128, an arm with convolutions after all linear maps would pay 22% of its tokens for it.
+# The paper's recipe made small enough for minutes on one GPU, at a vocabulary of 4096. We chose the learning rates,
+# which fall as 1/sqrt(width) from 4e-3 at width 128. The rank is width / 64, as in the paper at 300M (16 at width
+# 1024): with rank 16 at width 128, an arm with convolutions after all linear maps would get 22% fewer
+# tokens at equal FLOPs.
 _MINI = Ladder(
     sizes={
         "1M": Rung(4, 128, 344, 2, rank=2, sequence_length=512, batch_sequences=32, learning_rate=4.0e-3),
@@ -67,8 +68,9 @@ _MINI = Ladder(
     init_std=0.02,
 )
 
-# Seconds a run on one CPU core, at a vocabulary of 512 and less: to see the whole loop work, not to make claims.
-# Rates and initial scale are ours, the best few tried on the baseline: 0.005 to 0.04 and 0.02 to 0.1.
+# A run takes seconds on one CPU core, at a vocabulary of at most 512. These sizes show that the whole loop works; they
+# support no claims. We chose the learning rates and `init_std` as the best of a few that we tried on the baseline:
+# rates of 0.005 to 0.04, and standard deviations of 0.02 to 0.1.
 _NANO = Ladder(
     sizes={
         "25k": Rung(2, 24, 56, 2, rank=4, sequence_length=128, batch_sequences=8, learning_rate=1e-2),

@@ -1,8 +1,9 @@
-"""A model's configuration, and its exact parameters and FLOPs, which its parts count.
+"""A model's configuration, and its exact numbers of parameters and FLOPs, which are sums over its parts.
 
-A multiply-add counts as two FLOPs. Counted: every matrix product with the LM head, causal attention as half of
-the full product, the convolutions and the making of their filters. Not counted, in any arm: norms, activations,
-residual additions, softmax, RoPE, the embedding's look-up, the optimiser. A backward pass counts as two forwards.
+A multiply-add counts as two FLOPs. Counted are every matrix product including the LM head, causal attention as half of
+the full product, the convolutions, and the generation of their filters. Not counted, in any arm, are norms,
+activations, residual additions, softmax, RoPE, the look-up of embeddings and the optimizer. A backward pass counts as
+two forward passes.
 Source of the parameter counts: arXiv 2606.03825, table 1 (reproduced by tests/test_model.py).
 """
 
@@ -20,10 +21,10 @@ BACKWARD_OVER_FORWARD = 2
 
 @dataclass(frozen=True)
 class Counts:
-    """The keys of a run that every claim is made of. Stored with the run, never inferred."""
+    """Parameters, tokens and training FLOPs of a run. Every claim reads them from the run's record and infers none."""
 
-    parameters: int  # N: every trained number, a tied embedding once
-    parameters_active: int  # those that one token meets
+    parameters: int  # N: a tied embedding counts once
+    parameters_active: int  # those that one token uses
     parameters_nonembedding: int  # N without the input embedding and without an untied LM head
     tokens: int  # D
     flops_exact: int
@@ -34,7 +35,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder: an embedding, `layers` times a mixer and a feed-forward part, an LM head."""
+    """A pre-norm decoder: an embedding, `layers` layers of a mixer and a feed-forward part, and an LM head."""
 
     layers: int
     width: int  # of the residual stream, D
@@ -42,24 +43,24 @@ class ModelConfig:
     mixer: Mixer = field(default_factory=Attention)
     ffn: FeedForward = field(default_factory=SwiGLU)
     conv: AnyConvolution = field(default_factory=NoConvolution)
-    tied: bool = True  # the LM head is the embedding
+    tied: bool = True  # the LM head uses the weights of the embedding
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
 
     def linear_maps(self) -> dict[str, LinearMap]:
-        """Site -> shape, of one layer's linear maps."""
+        """Site -> shape of each linear map of one layer."""
         mixer, ffn = self.mixer.linear_maps(self.width), self.ffn.linear_maps(self.width)
         shared = sorted(mixer.keys() & ffn.keys())
-        # One of the two would get a convolution in the module and none in the counts.
+        # With a shared name both maps would get a convolution in the module, and the counts would hold only one.
         assert not shared, f"{self.mixer.kind} and {self.ffn.kind} both name a linear map {shared}; rename one"
         return mixer | ffn
 
     def parameters(self) -> int:
-        """N: every trained number, a tied embedding once."""
+        """N: all parameters; a tied embedding counts once."""
         return self.parameters_nonembedding() + (1 if self.tied else 2) * self.vocabulary * self.width
 
     def parameters_active(self) -> int:
-        """Of N, what one token meets."""
+        """The parameters that one token uses: N without the experts that a router does not choose for it."""
         parts = (self.mixer, self.ffn)
         idle = sum(part.parameters(self.width) - part.active_parameters(self.width) for part in parts)
         return self.parameters() - self.layers * idle
@@ -73,7 +74,7 @@ class ModelConfig:
         return self.layers * layer + self.width
 
     def forward_flops(self, sequence_length: int) -> dict[str, int]:
-        """FLOPs of one forward pass over one sequence, by what they are spent on."""
+        """FLOPs of one forward pass over one sequence, by operation."""
         flops = Counter({"head": 2 * sequence_length * self.width * self.vocabulary})
         for part in (self.mixer, self.ffn):
             for name, count in part.forward_flops(self.width, sequence_length).items():
@@ -85,11 +86,11 @@ class ModelConfig:
         return dict(flops)
 
     def training_flops_per_sequence(self, sequence_length: int) -> int:
-        """Forward and backward over one sequence: training FLOPs are this times the number of sequences."""
+        """FLOPs of a forward and backward pass over one sequence."""
         return (1 + BACKWARD_OVER_FORWARD) * sum(self.forward_flops(sequence_length).values())
 
     def count(self, tokens: int, sequence_length: int) -> Counts:
-        """All conventions at once, for `tokens` training tokens in sequences of `sequence_length`."""
+        """Parameters, and FLOPs by every convention, for `tokens` training tokens in sequences of `sequence_length`."""
         total, active, body = self.parameters(), self.parameters_active(), self.parameters_nonembedding()
         return Counts(
             parameters=total,
@@ -103,7 +104,7 @@ class ModelConfig:
         )
 
     def facts(self) -> dict[str, Fact]:
-        """The settings that a table may group by, each under the name of its part: "conv.width"."""
+        """The settings that a table may group by, each under the name of its part, as in "conv.width"."""
         named = [
             ("mixer", self.mixer.kind, self.mixer.kind, self.mixer.facts()),
             ("ffn", self.ffn.kind, self.ffn.kind, self.ffn.facts()),

@@ -1,33 +1,33 @@
-"""What a sweep will cost, before anything runs: a row for every run, from its configuration alone."""
+"""What a sweep will cost: a row for every run, computed from its configuration before anything runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.design.config import RunConfig
+from experiments.design.config import TRUNK, RunConfig
 from experiments.terminal import align, short, span
 
-HEADINGS = ("run", "N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
+HEADINGS = ("N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run of one size gets, as a profile says."""
+    """The hardware that a profile gives to each run of one size."""
 
     gpus: int = 1
-    teraflops_per_second: float | None = None  # sustained, of one GPU; None: not known, and no forecast
+    teraflops_per_second: float | None = None  # sustained rate of one GPU; None: not known, so there is no forecast
 
 
 def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[dict[str, Any]]:
-    """One object a run, for `--format json`.
+    """One dictionary for each run, as `--format json` prints it.
 
-    `hours` is the forecast of the run's training: exact FLOPs at the sustained rate of the GPUs that `hardware` gives
-    its size; None where the rate is not known.
+    `hardware` gives the hardware of each size. `hours` is the forecast of the training time: exact FLOPs over the
+    sustained rate of the run's GPUs, or None if the rate is not known.
     """
     result = []
     for run in runs:
-        given = hardware[run.size]
-        rate = given.teraflops_per_second
+        machine = hardware[run.size]
+        rate = machine.teraflops_per_second
         result.append(
             {
                 "run_id": run.run_id,
@@ -37,26 +37,31 @@ def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[di
                 "budget": run.budget,
                 "seed": run.seed,
                 "trunk": run.trunk,
-                **run.vary,
+                "vary": dict(run.vary),
                 **asdict(run.counts),
                 "flops_own": run.own_flops,
                 "steps": run.train.steps,
                 "epochs": run.epochs,
                 "learning_rate": run.train.learning_rate,
                 "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
-                "gpus": given.gpus,
+                "gpus": machine.gpus,
                 "teraflops_per_second": rate,
-                "hours": None if rate is None else run.own_flops / (given.gpus * rate * 1e12) / 3600,
+                "hours": None if rate is None else run.own_flops / (machine.gpus * rate * 1e12) / 3600,
             }
         )
     return result
 
 
 def render(plan: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table for people, with totals."""
+    """The rows as a table to be read in a terminal, with totals. Each axis of the sweep is a column."""
+    axes = list(dict.fromkeys(axis for row in plan for axis in row["vary"]))
+    branching = any(row["trunk"] for row in plan)
+    headings = ("run", *axes, *(["branch of"] if branching else []), *HEADINGS)
     cells = [
         (
             row["run_id"],
+            *(f"{row['vary'][axis]:g}" if axis in row["vary"] else "" for axis in axes),
+            *([_branch(row)] if branching else []),
             short(row["parameters"]),
             short(row["parameters_nonembedding"]),
             short(row["tokens"]),
@@ -68,15 +73,23 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
         )
         for row in plan
     ]
-    total = sum(row["flops_own"] for row in plan)  # what branches share, their trunk has paid
+    total = sum(row["flops_own"] for row in plan)  # a branch does not repeat the steps of its trunk
     summary = f"{len(plan)} runs, {total:.3e} FLOPs; {_forecast(plan)}; nothing was submitted"
-    return f"{align(HEADINGS, cells)}\n\n{summary}"
+    return f"{align(headings, cells)}\n\n{summary}"
+
+
+def _branch(row: Mapping[str, Any]) -> str:
+    """The hash of the trunk from whose state a branch starts; of a trunk, that it is one; else nothing."""
+    if row["trunk"]:
+        return str(row["trunk"]).rpartition("-")[2]
+    return TRUNK if row["budget"] == TRUNK else ""
 
 
 def _forecast(plan: Sequence[dict[str, Any]]) -> str:
     if any(row["hours"] is None for row in plan):
         return "for a forecast give --profile with teraflops_per_second"
     hours = sum(row["gpus"] * row["hours"] for row in plan)
-    rates = sorted({row["teraflops_per_second"] for row in plan})
-    rate = " to ".join(f"{rate:g}" for rate in {rates[0]: None, rates[-1]: None})
+    rates = [row["teraflops_per_second"] for row in plan]
+    low, high = min(rates), max(rates)
+    rate = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     return f"forecast {span(hours)} of one device at {rate} TFLOP/s"

@@ -1,4 +1,4 @@
-"""How a sweep file says that runs are trained: `[train]`, an arm's `[arm.NAME.train]`, and the axes of `[vary]`."""
+"""The training settings of a sweep file: `[train]`, an arm's `[arm.NAME.train]`, and the axes of `[vary]`."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from experiments.design.schedules import AnySchedule
 from experiments.design.train import AnyOptimizer
 
 BUDGET_AXIS = "tokens_per_parameter"
-AXES = {  # what [vary] may list, and whether it takes whole numbers only
+AXES = {  # setting that [vary] may list -> whether its values must be whole numbers
     "learning_rate": False,
     "learning_rate_factor": False,
     "batch_sequences": True,
@@ -24,12 +24,12 @@ AXES = {  # what [vary] may list, and whether it takes whole numbers only
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training settings. What is not given is the ladder's or, of an arm, the sweep's."""
+    """Training settings. None: an arm takes the setting from the sweep's [train], and that from the ladder."""
 
-    learning_rate: float | None = None  # the peak
-    learning_rate_factor: float | None = None  # on that rate
+    learning_rate: float | None = None  # at its peak
+    learning_rate_factor: float | None = None  # multiplies the peak rate, given here or by the ladder
     batch_sequences: int | None = None
-    warmup_fraction: float | None = None  # of the steps; with schedule "wsd" of the steps of the smallest budget
+    warmup_fraction: float | None = None  # share of the steps; with schedule "wsd", of the steps of the smallest budget
     schedule: AnySchedule | None = None
     optimizer: AnyOptimizer | None = None
     weight_decay: float | None = None
@@ -46,18 +46,20 @@ class Recipe:
             raise ValueError(f"warmup_fraction must be at least 0 and below 1; got {self.warmup_fraction}; correct it")
 
     def over(self, other: "Recipe") -> "Recipe":
-        """This recipe, with what it leaves open taken from another."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(other, **{name: value for name, value in own.items() if value is not None})
+        """This recipe, with the settings that it does not give taken from `other`."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(other, **{name: value for name, value in settings.items() if value is not None})
 
     def varied(self, axes: Mapping[str, float]) -> "Recipe":
         """This recipe at one point of the sweep's axes."""
-        own: dict[str, Any] = {name: int(v) if AXES[name] else v for name, v in axes.items() if name != BUDGET_AXIS}
-        return dataclasses.replace(self, **own)
+        settings: dict[str, Any] = {
+            name: int(value) if AXES[name] else value for name, value in axes.items() if name != BUDGET_AXIS
+        }
+        return dataclasses.replace(self, **settings)
 
 
 def check_axes(vary: Mapping[str, tuple[float, ...]]) -> None:
-    """Raises ValueError for an axis that is no setting of a run, and for values that are no grid."""
+    """Raises ValueError for an axis that is no setting of a run, and for values that are equal or not positive."""
     for axis, values in vary.items():
         strict.choose(axis, AXES, "vary: an axis must be a setting of the runs")
         if not values or len(set(values)) != len(values):

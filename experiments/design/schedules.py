@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the peak rate after the warm-up. A new one is a class and its name here."""
+"""Learning-rate schedules after the warm-up. Add one as a class here and as an entry of `SCHEDULES`."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,18 +7,21 @@ from typing import Annotated, ClassVar
 
 
 class Schedule(ABC):
-    """What happens between the warm-up and the last step."""
+    """The learning rate from the end of the warm-up to the last step, relative to the peak rate."""
 
     kind: ClassVar[str]
 
     @abstractmethod
     def factor(self, step: int, warmup: int, steps: int) -> float:
-        """The rate of the 0-based `step`, at or after the first `warmup` of all `steps`, over the peak rate."""
+        """The learning rate over the peak rate at the 0-based `step`.
+
+        `warmup` is the number of warm-up steps, at most `step`; `steps` is the number of steps of the run.
+        """
 
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine, to zero (arXiv 2606.03825, section 4)."""
+    """Half a period of a cosine, from the peak rate to zero (arXiv 2606.03825, section 4)."""
 
     kind = "cosine"
 
@@ -28,7 +31,7 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """A straight line to zero."""
+    """A linear decay to zero."""
 
     kind = "linear"
 
@@ -38,9 +41,9 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
-    """The peak rate, then a straight line to zero over the last `decay_fraction` of all steps (arXiv 2404.06395).
+    """The peak rate, then a linear decay to zero over the last `decay_fraction` of all steps (arXiv 2404.06395).
 
-    Budgets of one arm, size and seed are branches of one trunk, which trains at the peak rate.
+    Runs of one arm, size and seed that differ in their budget alone share a trunk: see trunks.py.
     """
 
     kind = "wsd"
@@ -55,13 +58,13 @@ class WarmupStableDecay(Schedule):
         return min(1.0, (steps - step) / (self.decay_steps(steps) + 1))
 
     def decay_steps(self, steps: int) -> int:
-        """How many of all `steps` have less than the peak rate; at least one."""
+        """How many of the last of `steps` steps decay; at least one."""
         return max(1, round(self.decay_fraction * steps))
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The peak rate to the end: the trunk of warm-up-stable-decay branches."""
+    """The peak rate to the end, as a trunk of warm-up-stable-decay runs has it."""
 
     kind = "constant"
 

@@ -1,7 +1,7 @@
-"""TOML files into frozen dataclasses, strictly: an unknown key or a wrong type is an error a person can act on.
+"""Read TOML files into frozen dataclasses. An unknown key or a wrong type is a ValueError that says how to correct it.
 
-A field that holds one of several kinds is annotated with their classes, `Annotated[Base, (First, Second)]`: its table
-names one by the key `kind`, which is each class's own attribute.
+A field that may hold one of several classes is annotated with them, `Annotated[Base, (First, Second)]`. Its table in
+the file chooses a class by the key `kind`, which must equal the class's attribute `kind`.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def load(path: Path, cls: type[T]) -> T:
-    """Read a TOML file as `cls`. Raises ValueError naming the file, the key, the legal values, the nearest."""
+    """Read a TOML file as `cls`. Raises ValueError with the file, the key, the legal values and the nearest of them."""
     return parse(read_toml(path), cls, str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is missing, cannot be read or is not TOML."""
+    """The tables of a TOML file. Raises ValueError if the file is missing, cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except IsADirectoryError:
@@ -36,15 +36,18 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse(table: Mapping[str, Any], cls: type[T], where: str, separator: str = ": ") -> T:
-    """`table` as an instance of the dataclass `cls`; `where` begins every message, e.g. the file's name.
+    """Convert `table` to an instance of the dataclass `cls`.
 
-    `separator` comes between it and a key: "." where `where` ends with a table's own key.
+    Every error message begins with `where`, such as the name of the file, and `separator`, which is "." if `where` ends
+    with the key of a table.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
     hints = typing.get_type_hints(cls, include_extras=True)
     for key in table:
         if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}; {legal(key, fields) if fields else 'it takes none'}")
+            raise ValueError(
+                f"{where}: unknown key {key!r}; {legal(key, fields) if fields else 'no keys are legal here'}"
+            )
     missing = [
         name
         for name, field in fields.items()
@@ -55,12 +58,12 @@ def parse(table: Mapping[str, Any], cls: type[T], where: str, separator: str = "
     values = {key: _convert(value, hints[key], f"{where}{separator}{key}") for key, value in table.items()}
     try:
         return cls(**values)
-    except ValueError as error:  # a dataclass's own check, which knows its fields but not the file
+    except ValueError as error:  # raised by __post_init__ of the dataclass, which does not know the file
         raise ValueError(f"{where}: {error}") from None
 
 
 def choose(value: str, options: Iterable[str], where: str) -> str:
-    """`value` when it is one of `options`; else a ValueError with the legal values and the nearest match."""
+    """`value` if it is one of `options`. Raises ValueError with the legal values and the nearest match otherwise."""
     options = list(options)
     if value not in options:
         raise ValueError(f"{where}: got {value!r}; {legal(value, options)}")
@@ -68,20 +71,24 @@ def choose(value: str, options: Iterable[str], where: str) -> str:
 
 
 def legal(value: str, options: Iterable[str]) -> str:
-    """What to write instead of `value`: the nearest option, and all of them where a line holds them."""
+    """A hint what to write instead of `value`: the nearest option, and all options if they are few."""
     options = list(options)
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}legal: {', '.join(options)}" if len(options) <= 20 else f"{hint}{len(options)} are legal"
+    return f"{hint}legal: {', '.join(options)}" if len(options) <= 20 else f"{hint}{len(options)} values are legal"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`. Raises ValueError, beginning with `where`, if it is of another type."""
+    if isinstance(value, int) and abs(value) > 2**63:  # tomllib reads any number of digits, and floats would overflow
+        raise ValueError(f"{where}: whole numbers must fit in 64 bits; got one of {len(str(abs(value)))} digits")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _parse_kind(_expect(value, dict, where), {cls.kind: cls for cls in hint.__metadata__[0]}, where)
+        classes = hint.__metadata__[0]
+        return _parse_kind(_expect(value, dict, where), {cls.kind: cls for cls in classes}, where)
     if origin is typing.Literal:
         return choose(_expect(value, str, where), arguments, where)
-    if origin in (types.UnionType, typing.Union):  # X | None: TOML has no null, JSON has
+    if origin in (types.UnionType, typing.Union):  # X | None. Only JSON can hold None: TOML has no null.
         (inner,) = [argument for argument in arguments if argument is not type(None)]
         return None if value is None else _convert(value, inner, where)
     if origin is tuple:
@@ -98,22 +105,23 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _parse_kind(table: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> Any:
-    """A table whose `kind` says which of the classes it is."""
+    """Convert `table` to an instance of the class in `kinds` that its key `kind` names."""
     if "kind" not in table:
         raise ValueError(f"{where}: missing key 'kind'; legal: {', '.join(kinds)}")
     kind = choose(_expect(table["kind"], str, f"{where}.kind"), kinds, f"{where}.kind")
-    own = {key: value for key, value in table.items() if key != "kind"}
-    takes = {name: [field.name for field in dataclasses.fields(cls)] for name, cls in kinds.items()}
-    for key in own:
-        others = [repr(name) for name, keys in takes.items() if key in keys]
-        if key not in takes[kind] and others:
+    settings = {key: value for key, value in table.items() if key != "kind"}
+    keys_by_kind = {name: [field.name for field in dataclasses.fields(cls)] for name, cls in kinds.items()}
+    for key in settings:
+        others = [repr(name) for name, keys in keys_by_kind.items() if key in keys]
+        if key not in keys_by_kind[kind] and others:
             raise ValueError(
                 f"{where}: {key!r} is no key of kind {kind!r}, but of {' and '.join(others)}; remove it or change kind"
             )
-    return parse(own, kinds[kind], where, ".")
+    return parse(settings, kinds[kind], where, ".")
 
 
 def _expect(value: Any, cls: Any, where: str) -> Any:
+    """`value` if it has the type `cls`. bool is a subclass of int, but no number may be given as true or false."""
     names = {
         str: "a string",
         int: "a whole number",

@@ -1,4 +1,4 @@
-"""A sweep file -> a list of frozen runs whose compute is matched."""
+"""Expand a sweep file to a list of frozen runs whose compute is matched."""
 
 import itertools
 import math
@@ -19,14 +19,14 @@ from experiments.design.schedules import Cosine
 from experiments.design.train import AdamW, TrainConfig
 from experiments.design.trunks import with_trunks
 
-FLOPS_TOLERANCE = 1e-3  # of the baseline's FLOPs, under match = "flops"
-MOST = 1e9  # far beyond any sweep's numbers, far below where they overflow
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms, after which folders are named
+FLOPS_TOLERANCE = 1e-3  # relative to the baseline's FLOPs, with match = "flops"
+LARGEST_SETTING = 1e9  # refuses numbers that would overflow later; no real sweep comes near it
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms: folders are named after them
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The file's content: what a person writes."""
+    """The content of a sweep file."""
 
     name: str
     ladder: str
@@ -36,12 +36,14 @@ class Sweep:
     seeds: tuple[int, ...]
     match: Literal["tokens", "flops"]
     data: DataConfig
-    tokens_per_parameter: float | None = None  # of the baseline's total N; here or in [vary]
-    evaluations: int = 8  # on the held-out set during a run, beside the one at its end
-    max_epochs: float = 4.0  # over the data; more is refused
+    tokens_per_parameter: float | None = None  # tokens for each parameter (N) of the baseline; given here or in [vary]
+    evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
+    max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
-    vary: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # axis -> its values: the runs form the grid
-    arm: Mapping[str, Arm] = field(default_factory=dict)  # the file's own arms
+    vary: Mapping[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # axis -> its values; every combination is a run
+    arm: Mapping[str, Arm] = field(default_factory=dict)  # arms that the file defines: [arm.NAME]
 
     def __post_init__(self) -> None:
         for name in ("sizes", "arms", "seeds"):
@@ -49,12 +51,12 @@ class Sweep:
             if not values:
                 raise ValueError(f"{name} is empty; name at least one")
             if len(set(values)) != len(values):
-                raise ValueError(f"{name} names one twice; got {list(values)}")
+                raise ValueError(f"{name} must not list a value twice; got {list(values)}; remove the repetition")
         for seed in self.seeds:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seeds must be 0 to 2**63 - 1; got {seed}; choose another")
         for key, name in [("name", self.name), *(("arm", name) for name in self.arm)]:
-            if not NAME.fullmatch(name):
+            if not NAME_PATTERN.fullmatch(name):
                 raise ValueError(
                     f"{key} must be letters, digits, '_', '.' and '-', the first a letter or a digit, "
                     f"as a folder is named after it; got {name!r}; rename it"
@@ -81,8 +83,8 @@ class Sweep:
             raise ValueError(f"tokens_per_parameter is given {given}; give a number, or a list of them in [vary]")
         for name in ("tokens_per_parameter", "evaluations", "max_epochs"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= MOST:  # nor is it so for nan
-                raise ValueError(f"{name} must be above zero, at most {MOST:g}; got {value}; correct it")
+            if value is not None and not 0 < value <= LARGEST_SETTING:  # also false for nan
+                raise ValueError(f"{name} must be above zero, at most {LARGEST_SETTING:g}; got {value}; correct it")
         for where, recipe in [
             ("train", self.train),
             *((f"arm.{name}.train", arm.train) for name, arm in self.arm.items()),
@@ -92,7 +94,7 @@ class Sweep:
                     raise ValueError(f"{axis} is in [vary] and in [{where}]; remove one of the two")
 
     def points(self) -> Iterator[dict[str, float]]:
-        """The points of the grid that [vary] spans, each with the tokens for each parameter."""
+        """Every combination of the values in [vary], as axis -> value; one empty point if there are no axes."""
         for values in itertools.product(*self.vary.values()):
             yield dict(zip(self.vary, values, strict=True))
 
@@ -111,12 +113,12 @@ def load_sweep(path: Path) -> list[RunConfig]:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """What the file says. Raises ValueError for anything illegal in it."""
+    """The content of a sweep file. Raises ValueError for anything illegal in it."""
     return strict.load(path, Sweep)
 
 
 def notes(sweep: Sweep) -> list[str]:
-    """What a person may have overlooked, though it is legal."""
+    """Messages about settings that are legal but perhaps not meant."""
     unused = [name for name in sweep.arm if name not in sweep.arms]
     found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
     for key, place in (("source", sweep.data.source), ("tokenizer", sweep.data.tokenizer)):
@@ -129,7 +131,7 @@ def expand(sweep: Sweep) -> list[RunConfig]:
     """All runs, by size, then arm, then seed, then along the axes; a trunk comes before its branches."""
     for size in sweep.sizes:
         for arm in sweep.arm:
-            _model(sweep, size, arm)  # also those that `arms` leaves out for now
+            _model(sweep, size, arm)  # Check arms that `arms` does not list, too: a mistake shows when it is made.
     runs = []
     for size, arm, seed in itertools.product(sweep.sizes, sweep.arms, sweep.seeds):
         runs += with_trunks([_run(sweep, size, arm, seed, point) for point in sweep.points()])
@@ -138,9 +140,9 @@ def expand(sweep: Sweep) -> list[RunConfig]:
 
 
 def _refuse_equal_runs(runs: Sequence[RunConfig]) -> None:
-    """Raises ValueError where two points of [vary] round to one run, such as warm-ups of equally many steps.
+    """Raises ValueError if two points of [vary] round to the same run, such as two warm-up fractions to equal steps.
 
-    A run has one record, with one place on the axes: the other point would be missing from every table.
+    A run has one record with one value on each axis, so the other point would be missing from every table.
     """
     first: dict[str, RunConfig] = {}
     for run in runs:
@@ -220,7 +222,7 @@ def _train(sweep: Sweep, rung: Rung, recipe: Recipe, sequences: int, batch: int)
 
 
 def _check_data(data: DataConfig, rung: Rung, size: str) -> None:
-    """Each split must hold a sequence and the token after it."""
+    """Raises ValueError if a split is shorter than one sequence and the token after it, which is its last target."""
     for name in ("train_tokens", "validation_tokens"):
         if getattr(data, name) <= rung.sequence_length:
             raise ValueError(
@@ -232,14 +234,17 @@ def _check_data(data: DataConfig, rung: Rung, size: str) -> None:
 def _matched_sequences(
     baseline: ModelConfig, model: ModelConfig, baseline_sequences: int, sequence_length: int, where: str
 ) -> int:
-    """Whole sequences at which the model's exact training FLOPs equal the baseline's."""
+    """The number of whole sequences at which the model's exact training FLOPs are nearest to the baseline's.
+
+    Raises ValueError if they differ by more than FLOPS_TOLERANCE.
+    """
     budget = baseline_sequences * baseline.training_flops_per_sequence(sequence_length)
     each = model.training_flops_per_sequence(sequence_length)
     sequences = round(budget / each)
     error = sequences * each / budget - 1
     if abs(error) > FLOPS_TOLERANCE:
         raise ValueError(
-            f"{where}: FLOPs match the baseline's only within {error:+.2%}, 0.1% is wanted; "
+            f"{where}: FLOPs match the baseline's only within {error:+.2%}; 0.1% is wanted; "
             "raise tokens_per_parameter, so that one sequence is a smaller share"
         )
     return sequences
@@ -274,6 +279,6 @@ def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
 
 
 def _evaluation_interval(sweep: Sweep, rung: Rung, baseline_sequences: int) -> int:
-    """Tokens between evaluations: whole batches, the same for every arm of a size."""
+    """Tokens between evaluations: a multiple of the ladder's batch, the same for every arm of a size."""
     batches = max(1, baseline_sequences // rung.batch_sequences // sweep.evaluations)
     return batches * rung.batch_sequences * rung.sequence_length

@@ -1,4 +1,4 @@
-"""How a run is optimised: what decides its outcome beside the model and the data."""
+"""How a run is optimised. Together with the model, the data and the seed this decides its outcome."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from experiments.design.schedules import AnySchedule, Cosine
 
 
 class Optimizer:
-    """Settings of an optimizer; `experiments/training/optimizers.py` makes it, by a function of the same name."""
+    """Settings of an optimizer. The function of the same name in experiments/training/optimizers.py makes it."""
 
     kind: ClassVar[str]
 
@@ -26,7 +26,10 @@ def _check_settings(averages: Mapping[str, float], epsilon: float) -> None:
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Decoupled weight decay (arXiv 1711.05101). The paper omits betas and epsilon: its authors use these elsewhere."""
+    """Adam with decoupled weight decay (arXiv 1711.05101).
+
+    arXiv 2606.03825 does not give betas and epsilon; these are what its authors use in other work.
+    """
 
     kind = "adamw"
 
@@ -40,15 +43,15 @@ class AdamW(Optimizer):
 
 @dataclass(frozen=True)
 class Muon(Optimizer):
-    """Orthogonalised momentum for the matrices of linear maps, AdamW for all else (arXiv 2502.16982).
+    """Orthogonalised momentum for the matrices of linear maps, AdamW for all other parameters (arXiv 2502.16982).
 
-    Updates are scaled to the size of AdamW's, so that both take one learning rate.
+    Updates are scaled to the root mean square of AdamW's, so that both use the same learning rate.
     """
 
     kind = "muon"
 
     momentum: float = 0.95
-    beta1: float = 0.9  # of AdamW
+    beta1: float = 0.9  # this and the two below are AdamW's
     beta2: float = 0.95
     epsilon: float = 1e-10
 
@@ -66,16 +69,18 @@ class TrainConfig:
 
     tokens: int  # D, a whole number of sequences
     sequence_length: int
-    batch_sequences: int  # of the global batch; the last batch may be short
-    learning_rate: float  # the peak
+    batch_sequences: int  # sequences in a batch over all processes; the last batch of a run may have fewer
+    learning_rate: float  # at its peak
     held_out_sequences: int
     warmup_steps: int
-    evaluate_every: int = field(metadata=OUTSIDE_ID)  # tokens; the same for every arm of a size, to compare on the way
+    evaluate_every: int = field(
+        metadata=OUTSIDE_ID
+    )  # tokens; the same for every arm of a size, so that losses on the way compare
     schedule: AnySchedule = field(default_factory=Cosine)
     optimizer: AnyOptimizer = field(default_factory=AdamW)
     weight_decay: float = 0.1
-    clip_norm: float = 1.0  # of the gradient; the paper does not state one
-    branch_steps: tuple[int, ...] = ()  # of a trunk: the steps after which its branches begin
+    clip_norm: float = 1.0  # largest norm of the gradient; the paper does not state one
+    branch_steps: tuple[int, ...] = ()  # only of a trunk: the steps after which its branches begin
 
     @property
     def sequences(self) -> int:
@@ -86,7 +91,7 @@ class TrainConfig:
         return -(-self.sequences // self.batch_sequences)
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of the 0-based `step`."""
+        """The learning rate of the 0-based `step`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         return self.learning_rate * self.schedule.factor(step, self.warmup_steps, self.steps)

@@ -1,8 +1,8 @@
-"""Warm-up-stable-decay: several budgets out of one training (arXiv 2404.06395).
+"""Warm-up-stable-decay: runs of several budgets that share most of their steps (arXiv 2404.06395).
 
-Runs that differ in their budget alone are the same until the smaller one begins to decay. A trunk trains at the peak
-rate and keeps its state where branches begin; each branch takes that state up and decays. A branch is, bit for bit, the
-run that would have been trained from its first step, and has the same id.
+Runs that differ in their budget alone take the same steps until the smaller one begins to decay. A trunk takes these
+steps once, at the peak rate, and keeps its state wherever a branch begins; each branch starts from that state and
+decays. A branch is, bit for bit, the run that would have been trained from its first step, and has the same id.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,10 @@ from experiments.design.schedules import Constant, WarmupStableDecay
 
 
 def with_trunks(runs: Sequence[RunConfig]) -> list[RunConfig]:
-    """The runs of one arm, size and seed; where their schedule is warm-up-stable-decay, the budgets that share a rate
-    and all other axes are branches of one trunk, which comes before them."""
+    """The runs of one arm, size and seed, with a trunk before each group of runs that can share one.
+
+    These are runs with the schedule warm-up-stable-decay that are at the same point of every axis but the budget.
+    """
     grouped: dict[tuple[tuple[str, float], ...], list[RunConfig]] = {}
     for run in runs:
         axes = tuple((axis, value) for axis, value in run.vary.items() if axis != BUDGET_AXIS)
@@ -33,9 +35,9 @@ def with_trunks(runs: Sequence[RunConfig]) -> list[RunConfig]:
 
 
 def _decay_starts(runs: Sequence[RunConfig], schedule: WarmupStableDecay, warmup: int) -> list[int]:
-    """The step after which each run decays.
+    """The step after which each run begins to decay.
 
-    Raises ValueError where that is in the warm-up: the rate would jump from the peak to somewhere on the decay.
+    Raises ValueError if that is before the end of the warm-up: the rate would drop from the peak at once.
     """
     starts = [run.train.steps - schedule.decay_steps(run.train.steps) for run in runs]
     if min(starts) < warmup:
@@ -48,11 +50,11 @@ def _decay_starts(runs: Sequence[RunConfig], schedule: WarmupStableDecay, warmup
 
 def _branches(
     runs: Sequence[RunConfig],
-    starts: Sequence[int],  # the step after which each decays
-    warmup: int,  # steps, of the smallest budget: all warm up as it does
+    starts: Sequence[int],  # the step after which each run begins to decay
+    warmup: int,  # steps of the smallest budget's warm-up, which all runs share
     axes: dict[str, float],
 ) -> list[RunConfig]:
-    """A trunk as long as the last branch needs it, and the branches."""
+    """A trunk that ends where the last branch begins, and the branches."""
     sequences = max(starts) * runs[0].train.batch_sequences
     longest = max(runs, key=lambda run: run.train.tokens)
     train = replace(

@@ -1,1 +1,1 @@
-"""A trained run, loaded by name."""
+"""Load trained runs."""

@@ -1,4 +1,4 @@
-"""A trained run as a module, with the tokenizer that it was trained with."""
+"""Load a trained run as a torch module, with its tokenizer."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from experiments.training.record import TOKENIZER, read_record
 def load_model(run_dir: Path | str, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """The model of a finished run, in evaluation mode and float32, and its tokenizer.
 
-    Raises ValueError where the run is not finished, or its folder is none of a run.
+    Raises ValueError if the run is not finished, or if the folder holds no run.
     """
     run_dir = Path(run_dir)
     _, run, _ = read_record(run_dir)

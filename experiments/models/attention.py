@@ -4,11 +4,14 @@ Shapes: B batch, T time, D width, H heads of queries, K heads of keys and values
 Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes before QK-norm and RoPE.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.norm import RMSNorm
 from experiments.models.short_convolution import Maps
 from experiments.parts.attention import Attention
 
@@ -18,9 +21,9 @@ def build(part: Attention, model: ModelConfig) -> nn.Module:
 
 
 class AttentionModule(nn.Module):
-    """Attention on a normed copy of the residual stream."""
+    """Attention. Its input is the normed residual stream."""
 
-    into_residual = ("o",)  # the maps whose initial values are scaled down with depth
+    into_residual = ("o",)  # sites whose initial weights are scaled down with the number of layers
 
     def __init__(self, part: Attention, model: ModelConfig) -> None:
         super().__init__()
@@ -29,16 +32,21 @@ class AttentionModule(nn.Module):
         heads, kv_heads = part.head_counts()
         self.grouped = heads != kv_heads
         self.maps = Maps(part.linear_maps(model.width), model.conv)
-        self.q_norm = nn.RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
+        self.rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of RoPE, set by `prepare`
+
+    def prepare(self, time: int, device: torch.device) -> None:
+        """Set the table of RoPE. Compiled code would compute its sines again for every head in every layer."""
+        self.rotation = _rotation(time, self.head_size, self.theta, device)
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
         q, k, v = (self._heads(y) for y in self.maps.apply_to(x, ("q", "k", "v")))
-        rotation = _rotation(x.shape[1], self.head_size, self.theta, x.device)
-        q, k = _rotate(self.q_norm(q), rotation), _rotate(self.k_norm(k), rotation)
+        assert self.rotation is not None, "call prepare first"
+        q, k = _rotate(self.q_norm(q), self.rotation), _rotate(self.k_norm(k), self.rotation)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # [B, H, T, E]
         (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",))
         return y
@@ -50,11 +58,13 @@ class AttentionModule(nn.Module):
         return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
+@lru_cache(maxsize=8)  # All layers share one table.
 def _rotation(time: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, [T, E] each, in float32."""
-    frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    with torch.inference_mode(False):  # A tensor made in inference mode cannot be used in training.
+        frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+        angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency).repeat(1, 2)
+        return angle.cos(), angle.sin()
 
 
 def _rotate(

@@ -1,57 +1,99 @@
-"""A pre-norm decoder: an embedding, layers of a mixer and a feed-forward part, an LM head.
+"""A pre-norm decoder: an embedding, layers of a mixer and a feed-forward part, and an LM head.
 
 Shapes: B batch, T time, D width, V vocabulary. Source: arXiv 2606.03825, section 4.
 """
 
 import importlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.norm import RMSNorm
 from experiments.parts.base import Part
+
+COMPILED_PROGRAMS = 128  # in one process; a model needs four: its block and its norm, with and without gradients
+Criterion = Callable[[Tensor, Tensor], Tensor]  # (input [B, T, D] of the LM head, its weight [V, D]) -> loss []
 
 
 class Output(NamedTuple):
-    """What a model gives to the trainer."""
+    """The output of a model, as the trainer uses it."""
 
     logits: Tensor  # [B, T, V]
-    losses: dict[str, Tensor]  # auxiliary losses by name, weighted, means over tokens
+    losses: dict[str, Tensor]  # auxiliary losses by name: means over tokens, weighted already
+
+
+class Scored(NamedTuple):
+    """The output of a model that was given a criterion."""
+
+    loss: Tensor  # []: the criterion's
+    losses: dict[str, Tensor]  # as in Output
 
 
 class Decoder(nn.Module):
-    """Token ids to logits. The weights are a function of (config, seed) alone.
+    """Token ids to logits. The initial weights are a function of (config, seed) alone.
 
-    Arms of one seed share the initial values of all weights that they have in common, which takes that part of
-    the seed's noise out of their difference.
+    Arms of one seed whose linear maps have the same shapes share the initial values of these maps and of the embedding,
+    so that this part of the noise between seeds cancels in their difference.
     """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # the convolutions draw their own initial values
+            torch.manual_seed(seed)  # Modules of convolutions initialise themselves.
             self.embedding = nn.Embedding(config.vocabulary, config.width)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-            self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+            self.norm = RMSNorm(config.width, eps=config.norm_epsilon)
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
         self._initialise(seed)
+        self._run: Callable[[nn.Module, Tensor], Any] = _run
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each block by itself, with the arguments of torch.compile.
+
+        All layers share one program, which is compiled in seconds and runs as fast as a program of the whole model.
+        """
+        import torch._dynamo  # takes seconds to import
+
+        # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
+        # models of other shapes in the same process.
+        torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
+        self._run = torch.compile(_run, *args, **kwargs)
 
     def forward(
         self,
         tokens: Tensor,  # [B, T]
-    ) -> Output:
+        criterion: Criterion | None = None,  # computes LM head and loss together, without storing all logits
+    ) -> Output | Scored:
+        """`Output`, or `Scored` if there is a criterion.
+
+        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32.
+        """
         x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         losses: dict[str, Tensor] = {}
-        for block in self.blocks:
-            x = block(x, losses)
-        return Output(self.head(self.norm(x)), losses)
+        for module in self.blocks:
+            block = cast(Block, module)
+            block.prepare(tokens.shape[1], tokens.device)
+            x, own = self._run(block, x)
+            for name, loss in own:
+                losses[name] = losses[name] + loss if name in losses else loss
+        x = self._run(self.norm, x)
+        if criterion is not None:
+            return Scored(criterion(x, self.head.weight), losses)
+        return Output(self.head(x), losses)
 
     def _initialise(self, seed: int) -> None:
-        """Normal at init_std; the maps back into the residual stream smaller by sqrt(2 layers)."""
+        """Draw weights from a normal distribution with standard deviation init_std.
+
+        It is divided by sqrt(2 layers) for the maps into the residual stream, to which every layer adds twice.
+        """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.init_std
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
@@ -64,37 +106,47 @@ class Decoder(nn.Module):
             nn.init.normal_(self.head.weight, std=std, generator=generator)
 
 
+def _run(module: nn.Module, x: Tensor) -> Any:
+    return module(x)
+
+
 class Block(nn.Module):
-    """A mixer and a feed-forward part, each on a normed copy of the residual stream."""
+    """One layer: a mixer and a feed-forward part, each of which reads the normed residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer: Any = build(config.mixer, config)  # with `maps` and `into_residual`
         self.ffn: Any = build(config.ffn, config)
-        self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.mixer_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+
+    def prepare(self, time: int, device: torch.device) -> None:
+        """Call `prepare` of the parts that have it, before a pass over inputs of this length."""
+        for part in (self.mixer, self.ffn):
+            if hasattr(part, "prepare"):
+                part.prepare(time, device)
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        losses: dict[str, Tensor],  # to which a part may add a loss of its own
-    ) -> Tensor:  # [B, T, D]
+    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:  # [B, T, D]; names and values of auxiliary losses
+        losses: list[tuple[str, Tensor]] = []
         for part, norm in ((self.mixer, self.mixer_norm), (self.ffn, self.ffn_norm)):
             y = part(norm(x))
             if isinstance(y, tuple):
                 y, own = y
-                for name, loss in own.items():
-                    losses[name] = losses[name] + loss if name in losses else loss
+                losses += own.items()
             x = x + y
-        return x
+        return x, losses
 
 
 def build(part: Part, model: ModelConfig) -> nn.Module:
-    """The module of a part: made by `build` in the file here that has the name of the part's own file.
+    """The module of a part, from the function `build` of models/X.py for a part of parts/X.py.
 
-    It holds its linear maps as `maps` (a `Maps`) and names those that write into the residual stream, as
-    `into_residual`.
-    `forward` takes [B, T, D] and gives [B, T, D], or a pair of that and a dictionary of auxiliary losses.
+    The module has its linear maps as `maps` (a `Maps`), and as `into_residual` the sites of those that write into the
+    residual stream. Its `forward` maps [B, T, D] to [B, T, D], or to a pair of that and a dictionary of
+    auxiliary losses. If it has a method `prepare(time, device)`, this is called before every pass, outside compiled
+    code, to make tables that all layers share.
     """
     name = type(part).__module__.rpartition(".")[2]
     module: nn.Module = importlib.import_module(f"experiments.models.{name}").build(part, model)

@@ -16,7 +16,7 @@ def build(part: SwiGLU, model: ModelConfig) -> nn.Module:
 
 
 class SwiGLUModule(nn.Module):
-    """down(silu(gate(x)) * up(x)) on a normed copy of the residual stream."""
+    """down(silu(gate(x)) * up(x)), where x is the normed residual stream."""
 
     into_residual = ("down",)
 

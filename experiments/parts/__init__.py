@@ -1,1 +1,1 @@
-"""What a model is made of, without torch: one file a part."""
+"""The configurations of a model's parts, without torch: one file for each part."""

@@ -10,12 +10,12 @@ from experiments.parts.base import Fact, LinearMap, Part, Shape
 
 @dataclass(frozen=True)
 class Attention(Part):
-    """Causal self-attention: q, k and v of the normed input, o back into the residual stream."""
+    """Causal self-attention: q, k and v map the normed input, and o maps the result back into the residual stream."""
 
     kind = "attention"
 
-    heads: int | None = None  # of queries; the rung's where none are given
-    kv_heads: int | None = None  # of keys and values, a divisor of `heads`; as many where none are given
+    heads: int | None = None  # heads of queries; None: as many as the size has
+    kv_heads: int | None = None  # heads of keys and values, a divisor of `heads`; None: as many as `heads`
     qk_norm: bool = False  # RMSNorm on each head's queries and keys, after the convolutions and before RoPE
     rope_theta: float = 10_000.0
 
@@ -36,7 +36,7 @@ class Attention(Part):
         return replace(self, heads=heads, kv_heads=kv_heads)
 
     def head_counts(self) -> tuple[int, int]:
-        """Heads of queries, and of keys and values, of a part that has been fitted to a shape."""
+        """(heads of queries, heads of keys and values). Only for a part that `fitted` returned."""
         assert self.heads is not None and self.kv_heads is not None, "fitted() comes first"  # noqa: PT018
         return self.heads, self.kv_heads
 
@@ -56,7 +56,7 @@ class Attention(Part):
         return 2 * self.head_size(width) if self.qk_norm else 0
 
     def other_flops(self, width: int, sequence_length: int) -> dict[str, int]:
-        # QK^T and AV, each 2 T^2 D over all heads, halved because attention is causal.
+        # The products QK^T and AV take 2 T^2 D each over all heads; half of that counts, because attention is causal.
         return {"attention": 2 * sequence_length**2 * width}
 
     def facts(self) -> Mapping[str, Fact]:

@@ -1,4 +1,4 @@
-"""What every part of a model says about itself, without torch.
+"""The interface of a model's parts: what each says about its linear maps, parameters, FLOPs and facts. No torch.
 
 T sequence length, D width of the residual stream.
 """
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
-Fact = str | int | float | bool
+Fact = str | int | float | bool  # a setting by which a table may group runs
 
 
 class LinearMap(NamedTuple):
-    """The shape of a matrix product without bias. Its name is a site, which a short convolution may follow."""
+    """The shape of a linear map without bias. Maps are named by their site; a short convolution may follow each."""
 
     inputs: int
     outputs: int
@@ -24,7 +24,7 @@ class LinearMap(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a rung of a ladder gives to the parts of its models where an arm does not say otherwise."""
+    """The settings of a size that its models' parts take over, unless an arm gives its own."""
 
     width: int  # D
     heads: int  # of attention
@@ -35,42 +35,42 @@ class Shape:
 
 @dataclass(frozen=True)
 class Part(ABC):
-    """One layer's mixer or feed-forward part: `forward(x + part(norm(x)))` around it is the model's.
+    """The mixer or the feed-forward part of each layer. The model computes `x + part(norm(x))`.
 
-    A subclass is a frozen dataclass of the part's own settings. Its torch module is `build` in the file of the same
-    name in experiments/models.
+    A subclass is a frozen dataclass of the part's own settings. The function `build` in the file of the same name in
+    experiments/models makes its torch module.
     """
 
-    kind: ClassVar[str]  # the name in sweep files, in `registry.py`, and of the file in experiments/models
+    kind: ClassVar[str]  # the name of the part in sweep files
 
-    def fitted(self, shape: Shape) -> Self:  # noqa: ARG002  # for the parts that take something of it
-        """The same part with what it leaves open taken from the shape. Raises ValueError where they do not fit."""
+    def fitted(self, shape: Shape) -> Self:  # noqa: ARG002  # subclasses use it
+        """The same part, with settings that are None taken from the shape. Raises ValueError if one does not fit."""
         return self
 
     @abstractmethod
     def linear_maps(self, width: int) -> dict[str, LinearMap]:
-        """Site -> shape of each linear map, in the order in which the module holds them."""
+        """Site -> shape of each linear map, in the order of the module's `Maps`."""
 
     def other_parameters(self, width: int) -> int:  # noqa: ARG002
-        """Trained numbers beside the linear maps, such as gains."""
+        """Parameters outside the linear maps, such as gains of norms."""
         return 0
 
     def other_flops(self, width: int, sequence_length: int) -> dict[str, int]:  # noqa: ARG002
-        """FLOPs of a forward pass over one sequence beside the linear maps, by what they are spent on."""
+        """FLOPs of a forward pass over one sequence outside the linear maps, by operation."""
         return {}
 
     def parameters(self, width: int) -> int:
         return sum(each.parameters for each in self.linear_maps(width).values()) + self.other_parameters(width)
 
     def active_parameters(self, width: int) -> int:
-        """Those that one token meets: all, unless a router chooses."""
+        """Parameters that one token uses: all, unless a router chooses among experts."""
         return self.parameters(width)
 
     def forward_flops(self, width: int, sequence_length: int) -> dict[str, int]:
-        """FLOPs of a forward pass over one sequence, by what they are spent on. A multiply-add counts as two."""
+        """FLOPs of a forward pass over one sequence, by operation. A multiply-add counts as two."""
         linear = 2 * sequence_length * sum(each.parameters for each in self.linear_maps(width).values())
         return {"linear": linear, **self.other_flops(width, sequence_length)}
 
     def facts(self) -> Mapping[str, Fact]:
-        """The settings that a table may group by, without the part's name."""
+        """The settings that a table may group by. The model prefixes their names with the part's kind."""
         return {}

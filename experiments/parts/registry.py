@@ -1,5 +1,7 @@
-"""Every part that a sweep file can name. A new one is a class in this folder, its module in experiments/models, and a
-name here."""
+"""Every part that a sweep file can name.
+
+To add one, write its class in parts/X.py, its module in models/X.py, and enter the class below.
+"""
 
 from typing import Annotated
 
@@ -23,7 +25,7 @@ CONVOLUTIONS: tuple[type[Convolution], ...] = (
     LowRankConvolution,
 )
 
-# Types of fields that hold one of the kinds: strict.py reads the key `kind` and looks the class up.
+# Types of fields that hold a part of any kind: design/strict.py chooses the class by the key `kind`.
 Mixer = Annotated[Part, MIXERS]
 FeedForward = Annotated[Part, FEED_FORWARDS]
 AnyConvolution = Annotated[Convolution, CONVOLUTIONS]

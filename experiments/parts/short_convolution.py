@@ -1,6 +1,6 @@
-"""Short convolutions after the linear maps of other parts (arXiv 2606.03825, section 2), one class for each kind.
+"""Short convolutions on the outputs of linear maps (arXiv 2606.03825, section 2), one class for each kind.
 
-The generator of a dynamic filter reads the input of the linear map that the convolution follows.
+A dynamic filter is generated from the input of the linear map that the convolution follows.
 """
 
 from abc import ABC, abstractmethod
@@ -12,31 +12,34 @@ from experiments.parts.base import Fact, LinearMap, Shape
 
 
 class Convolution(ABC):
-    """What the models and the counts ask of any kind."""
+    """The interface of every kind, as models and counts use it."""
 
     kind: ClassVar[str]
-    sites: tuple[str, ...]  # names of the linear maps that one follows
+    sites: tuple[str, ...]  # names of the linear maps that a convolution follows
 
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
-        """With what is left open taken from the shape. Raises ValueError where `maps`, by site, do not fit."""
+        """The same, with settings that are None taken from the shape.
+
+        `maps` are all linear maps of a layer by site. Raises ValueError if a setting does not fit them.
+        """
         return self
 
     @abstractmethod
     def parameters(self, site: LinearMap) -> int:
-        """Of one convolution after the linear map `site`."""
+        """Parameters of one convolution after the linear map `site`."""
 
     @abstractmethod
     def forward_flops(self, site: LinearMap) -> dict[str, int]:
-        """FLOPs for one token: "generator", the products that make its filter, and "convolution", applying it."""
+        """FLOPs for one token, by operation: "generator" makes the filter, "convolution" applies it."""
 
     @abstractmethod
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
-        """The settings that a table may group by; `sites` are all linear maps of the model."""
+        """The settings that a table may group by. `sites` names all linear maps of a layer."""
 
 
 @dataclass(frozen=True)
 class NoConvolution(Convolution):
-    """The plain model."""
+    """No convolution at any site."""
 
     kind = "none"
     sites = ()
@@ -53,20 +56,22 @@ class NoConvolution(Convolution):
 
 @dataclass(frozen=True)
 class _PlacedConvolution(Convolution):
+    """The settings that all kinds but "none" share."""
+
     sites: tuple[str, ...]
     width: int = 4  # taps; tap 0 is the current token
-    residual: bool = True  # y + conv(y) instead of conv(y)
+    residual: bool = True  # the output is y + conv(y) instead of conv(y)
 
     def __post_init__(self) -> None:
         if not self.sites:
             raise ValueError("sites is empty; name some of the model's linear maps")
         if len(set(self.sites)) != len(self.sites):
-            raise ValueError(f"sites must name each once; got {list(self.sites)}; remove the second")
+            raise ValueError(f"sites must name each linear map once; got {list(self.sites)}; remove the repetition")
         if self.width < 1:
             raise ValueError(f"width must be at least 1; got {self.width}")
 
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
-        # In the model's order, so that ["v", "k"] and ["k", "v"], which are one model, have one run id.
+        # Sites take the order of `maps`: ["v", "k"] and ["k", "v"] are the same model and must have the same run id.
         return replace(self, sites=tuple(site for site in maps if site in self.sites))
 
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
@@ -75,7 +80,7 @@ class _PlacedConvolution(Convolution):
 
 @dataclass(frozen=True)
 class StaticConvolution(_PlacedConvolution):
-    """A filter for each channel, the same at every token."""
+    """Each channel has a filter, which is the same at every token."""
 
     kind = "static"
 
@@ -88,19 +93,21 @@ class StaticConvolution(_PlacedConvolution):
 
 @dataclass(frozen=True)
 class _DynamicConvolution(_PlacedConvolution):
-    static_filter: bool = True  # a filter for each channel beside the one that the token makes
+    """The settings of the kinds whose filters are generated from the input, for each token anew."""
+
+    static_filter: bool = True  # add a filter for each channel that is the same at every token
 
     def parameters(self, site: LinearMap) -> int:
-        return self._generator(site) + (self.width * site.outputs if self.static_filter else 0)
+        return self._generator_parameters(site) + (self.width * site.outputs if self.static_filter else 0)
 
     def forward_flops(self, site: LinearMap) -> dict[str, int]:
-        """Each parameter of the generator is one multiply-add; adding the static filter is one FLOP a tap."""
+        # Each parameter of the generator takes one multiply-add. Adding the static filter takes one FLOP for each tap.
         applying = (3 if self.static_filter else 2) * self.width * site.outputs
-        return {"generator": 2 * self._generator(site), "convolution": applying}
+        return {"generator": 2 * self._generator_parameters(site), "convolution": applying}
 
     @abstractmethod
-    def _generator(self, site: LinearMap) -> int:
-        """Parameters of what makes the filter."""
+    def _generator_parameters(self, site: LinearMap) -> int:
+        """Parameters of the generator."""
 
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
         return {**super().facts(sites), "static_filter": self.static_filter}
@@ -108,11 +115,11 @@ class _DynamicConvolution(_PlacedConvolution):
 
 @dataclass(frozen=True)
 class HeadwiseConvolution(_DynamicConvolution):
-    """Consecutive channels share a filter, which one projection of the input makes."""
+    """Consecutive channels share a filter, which one linear projection of the input generates."""
 
     kind = "headwise"
 
-    head_size: int | None = None  # channels that share a filter; the rung's where none is given
+    head_size: int | None = None  # channels that share a filter; None: the ladder's
 
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:
         head_size = shape.head_size if self.head_size is None else self.head_size
@@ -123,7 +130,7 @@ class HeadwiseConvolution(_DynamicConvolution):
                 )
         return replace(super().fitted(shape, maps), head_size=head_size)
 
-    def _generator(self, site: LinearMap) -> int:
+    def _generator_parameters(self, site: LinearMap) -> int:
         assert self.head_size is not None, "fitted() comes first"
         return site.inputs * self.width * (site.outputs // self.head_size)
 
@@ -134,11 +141,11 @@ class HeadwiseConvolution(_DynamicConvolution):
 
 @dataclass(frozen=True)
 class LowRankConvolution(_DynamicConvolution):
-    """A filter for each channel, made by a projection of the input through a few ranks."""
+    """Each channel has its own filter, which a low-rank projection of the input generates."""
 
     kind = "lowrank"
 
-    rank: int | None = None  # the rung's where none is given
+    rank: int | None = None  # None: the rank of the size
 
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:
         rank = shape.rank if self.rank is None else self.rank
@@ -146,7 +153,7 @@ class LowRankConvolution(_DynamicConvolution):
             raise ValueError(f"rank must be at least 1; got {rank}")
         return replace(super().fitted(shape, maps), rank=rank)
 
-    def _generator(self, site: LinearMap) -> int:
+    def _generator_parameters(self, site: LinearMap) -> int:
         assert self.rank is not None, "fitted() comes first"
         return self.rank * (site.inputs + self.width * site.outputs)
 
@@ -156,9 +163,10 @@ class LowRankConvolution(_DynamicConvolution):
 
 
 def sites_name(chosen: Iterable[str], sites: Iterable[str]) -> str:
-    """Where the convolutions are, in one word: "qkv", "all-linear", "q+gate"; in the order of the model's sites."""
+    """The chosen sites as one word, in the order of `sites`: "qkv", "all-linear" or "q+gate"."""
     sites, chosen = list(sites), set(chosen)
     if chosen == set(sites):
         return "all-linear"
     named = [site for site in sites if site in chosen]
-    return ("" if all(len(site) == 1 for site in named) else "+").join(named)
+    separator = "" if all(len(site) == 1 for site in named) else "+"
+    return separator.join(named)

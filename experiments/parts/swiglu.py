@@ -8,11 +8,11 @@ from experiments.parts.base import LinearMap, Part, Shape
 
 @dataclass(frozen=True)
 class SwiGLU(Part):
-    """Three linear maps: gate and up of the normed input, down back into the residual stream."""
+    """Three linear maps: gate and up map the normed input, and down maps their product into the residual stream."""
 
     kind = "swiglu"
 
-    hidden: int | None = None  # width between up and down; the rung's `ffn` where none is given
+    hidden: int | None = None  # width between up and down; None: the `ffn` of the size
 
     def fitted(self, shape: Shape) -> Self:
         hidden = shape.ffn if self.hidden is None else self.hidden

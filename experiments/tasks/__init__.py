@@ -1,1 +1,1 @@
-"""What a model is trained on: batches, targets with a mask, and metrics by name."""
+"""Tasks on which a model is trained: batches, targets with a mask, and metrics by name."""

@@ -1,4 +1,4 @@
-"""What a model can be trained on. numpy only.
+"""The interface of tasks, in numpy.
 
 Shapes: n sequences, T sequence length.
 """
@@ -11,36 +11,36 @@ from numpy.typing import NDArray
 
 
 class Examples(NamedTuple):
-    """Sequences, and where they ask something of the model."""
+    """Sequences of inputs and targets, and which of the targets count."""
 
     inputs: NDArray[np.int64]  # [n, T] token ids
     targets: NDArray[np.int64]  # [n, T]
-    mask: NDArray[np.bool_] | None = None  # [n, T]: which targets count; None: all of them
+    mask: NDArray[np.bool_] | None = None  # [n, T]: True where a target counts; None: all count
 
     def rows(self, low: int, high: int) -> "Examples":
-        """Some of the sequences."""
+        """Sequences `low` to `high` - 1."""
         return Examples(*(None if array is None else array[low:high] for array in self))  # type: ignore[arg-type]
 
     @property
     def positions(self) -> int:
-        """How many targets count."""
+        """The number of targets that count."""
         return int(self.targets.size if self.mask is None else self.mask.sum())
 
 
 class Task(Protocol):
-    """A stream of training examples, a fixed held-out set, and the metrics of a pass over it.
+    """A stream of training examples, a fixed held-out set, and the metrics of an evaluation on it.
 
-    Losses are means over the positions that count.
+    Losses are means over the targets that count.
     """
 
     name: str
-    sha256: str  # of the data: a checkpoint belongs to it
+    sha256: str  # of the data; a checkpoint is only loaded with the data it was trained on
     held_out: Examples
 
     def batch(self, step: int, first: int, count: int) -> Examples:
-        """`count` sequences of the global batch of a 0-based step, from its `first` on. The same whenever asked."""
+        """Sequences `first` to `first + count` - 1 of the global batch of a 0-based step. Every call gives the same."""
         ...
 
     def metrics(self, loss: float) -> Mapping[str, float]:
-        """By name, from the mean held-out loss in nats a target: at least "loss"."""
+        """Metrics by name, at least "loss", from the mean held-out loss in nats per target."""
         ...

@@ -1,4 +1,4 @@
-"""Language modelling: predict the next token of text at every position."""
+"""Language modelling: predict the next token at every position of a text."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from experiments.tasks.base import Examples
 
 
 class Text:
-    """The task of a built dataset: its shuffled training windows, and the first windows of its validation split."""
+    """Shuffled windows of a dataset's training split, and the first windows of its validation split as held-out set."""
 
     name = "text"
 
@@ -25,5 +25,5 @@ class Text:
         return Examples(*self._batches.batch(step, first, count))
 
     def metrics(self, loss: float) -> Mapping[str, float]:
-        """The loss, and bits for each UTF-8 byte of the text, which compares tokenizers."""
+        """The loss, and bits per UTF-8 byte of the text, which can be compared across tokenizers."""
         return {"loss": loss, "bits_per_byte": self._held_out.bits_per_byte(loss)}

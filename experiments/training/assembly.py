@@ -1,4 +1,4 @@
-"""From a run's configuration to the trainer of it: the one place that knows which parts go together."""
+"""Make the trainer of a run from its configuration: the model, the task and the optimizers are chosen here."""
 
 from experiments.data.dataset import Dataset
 from experiments.design.config import Execution, RunConfig
@@ -10,7 +10,12 @@ from experiments.training.trainer import Trainer
 
 
 def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: World) -> Trainer:
-    """The trainer of a run at its first step."""
+    """The trainer of a run at its first step. Raises ValueError if the data's vocabulary is larger than the model's."""
+    if dataset.vocabulary > run.model.vocabulary:
+        raise ValueError(
+            f"the data have {dataset.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "
+            "make them equal"
+        )
     model = Decoder(run.model, run.seed).to(world.device)
     return Trainer(
         model,

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read without unpickling code, newest complete one first."""
+"""Checkpoints of a run: written atomically, and loaded without executing pickled code (weights_only=True)."""
 
 import shutil
 import sys
@@ -9,13 +9,13 @@ import torch
 
 from analysis.logs.files import write_atomically
 
-KEPT = 2  # if the newest is unreadable, the run resumes from the one before it
+CHECKPOINTS_TO_KEEP = 2  # if the newest is unreadable, the run resumes from the one before it
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`, and delete all others but the KEPT - 1 before it.
+    """Write the checkpoint of `step`. Of the others, keep the CHECKPOINTS_TO_KEEP - 1 before it and delete the rest.
 
-    Checkpoints of later steps can exist where they were unreadable and the run resumed from an earlier one.
+    Checkpoints of later steps exist if they were unreadable and the run resumed from an earlier one.
     """
     folder = run_dir / "checkpoint"
     folder.mkdir(exist_ok=True)
@@ -23,20 +23,20 @@ def save(run_dir: Path, step: int, state: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save(state, temporary))
     earlier = [other for other in _newest_first(run_dir) if other.name < path.name]
     for other in folder.iterdir():
-        if other not in (path, *earlier[: KEPT - 1]):
+        if other not in (path, *earlier[: CHECKPOINTS_TO_KEEP - 1]):
             other.unlink(missing_ok=True)
 
 
 def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
-    """The newest readable checkpoint of this run, or None before the first.
+    """The newest readable checkpoint of this run, or None if there is none.
 
-    One that cannot be read is named on standard error and skipped. Raises ValueError for a checkpoint of another run.
+    A checkpoint that cannot be read is named on standard error and skipped. Raises ValueError for one of another run.
     """
     for path in _newest_first(run_dir):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a different type for each way in which a file can be torn
-            print(f"{path} is unreadable ({type(error).__name__}); trying the one before it", file=sys.stderr)
+        except Exception as error:  # The type that torch raises depends on what is damaged.
+            print(f"{path} is unreadable ({type(error).__name__}); trying the checkpoint before it", file=sys.stderr)
             continue
         if not isinstance(state, dict) or state.get("run_id") != run_id:
             got = state.get("run_id") if isinstance(state, dict) else None
@@ -46,20 +46,20 @@ def load_newest(run_dir: Path, run_id: str) -> dict[str, Any] | None:
 
 
 def keep_branch_point(run_dir: Path, step: int, state: dict[str, Any]) -> None:
-    """Keep a trunk's state after `step` for good: its branches begin there."""
+    """Write the state of a trunk after `step`. It is never deleted, because branches start from it."""
     folder = run_dir / "branch-points"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / f"step-{step:010d}.pt", lambda temporary: torch.save(state, temporary))
 
 
 def load_branch_point(trunk_dir: Path, step: int) -> dict[str, Any]:
-    """The state of a trunk after `step`. Raises ValueError where it has not come so far, or is unreadable."""
+    """The state of a trunk after `step`. Raises ValueError if the trunk has not reached it, or it is unreadable."""
     path = trunk_dir / "branch-points" / f"step-{step:010d}.pt"
     if not path.exists():
         raise ValueError(f"the trunk {trunk_dir.name} has kept no state after step {step}; retry when it has")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for each way in which a file can be torn
+    except Exception as error:  # The type that torch raises depends on what is damaged.
         raise ValueError(f"{path} is unreadable ({type(error).__name__}); train the trunk anew") from None
     assert isinstance(state, dict)
     return state

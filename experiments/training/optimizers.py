@@ -1,4 +1,7 @@
-"""Optimizers by the kind of their settings. A new one is a function here, its settings in design/train.py."""
+"""Optimizers by the kind of their settings.
+
+To add one, write a function here, enter it in `MAKERS`, and define its settings in design/train.py.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,11 +19,11 @@ Groups = Mapping[str, Mapping[str, nn.Parameter]]
 def make_optimizers(
     model: nn.Module,
     train: TrainConfig,
-    tables: Iterable[nn.Module] = (),  # embeddings, and an LM head: their weights are no matrices to Muon
+    tables: Iterable[nn.Module] = (),  # embeddings and LM head: Muon must not update their weights as matrices
 ) -> Optimizers:
-    """The optimizers that together update every parameter of the model, each once. They share the learning rate.
+    """Optimizers that together update every parameter of the model exactly once, all with the same learning rate.
 
-    Matrices of linear maps and embeddings decay; gains and all parameters of short convolutions do not.
+    Weight decay applies to linear maps and embeddings, and not to gains and parameters of short convolutions.
     """
     return MAKERS[train.optimizer.kind](optimizer_groups(model, tables), train.optimizer, train)
 
@@ -44,13 +47,16 @@ def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
 
 
 def _adamw(
-    groups: Iterable[tuple[Iterable[nn.Parameter], float]],  # parameters, their weight decay
+    groups: Iterable[tuple[Iterable[nn.Parameter], float]],  # (parameters, weight decay) of each group
     settings: AdamW | Muon,
     train: TrainConfig,
 ) -> torch.optim.AdamW:
     named: list[dict[str, Any]] = [{"params": list(parameters), "weight_decay": decay} for parameters, decay in groups]
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True)
+    on_gpu = all(parameter.is_cuda for group in named for parameter in group["params"])
+    return torch.optim.AdamW(
+        named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True, capturable=on_gpu
+    )
 
 
 MAKERS: dict[str, Callable[..., Optimizers]] = {"adamw": adamw, "muon": muon}

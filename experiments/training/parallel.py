@@ -1,4 +1,4 @@
-"""The processes that share a run, and how a model's gradients become the same in all of them."""
+"""The processes that train a run together, and the averaging of gradients over them."""
 
 import contextlib
 from dataclasses import dataclass
@@ -12,37 +12,38 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share a run, one a device."""
+    """The processes that train a run together, each on a device of its own."""
 
     rank: int
     size: int
     device: torch.device
 
     def share(self, count: int) -> tuple[int, int]:
-        """This process's part of `count` sequences: (first, how many)."""
+        """This process's share of `count` sequences, as (index of the first, number of sequences)."""
         first = count * self.rank // self.size
         return first, count * (self.rank + 1) // self.size - first
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """In place, over all processes."""
+        """`tensor`, replaced in place by its sum over all processes."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def agree(self, number: int) -> bool:
-        """Whether all processes have the same number: all of them get the same answer."""
+        """Whether all processes pass the same number. Every process gets the same answer."""
         if self.size == 1:
             return True
-        ends = torch.tensor([number, -number], dtype=torch.int64, device=self.device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MIN)  # of the numbers, and of their negatives
-        return int(ends[0]) == -int(ends[1])
+        # One reduction gives the minimum and, negated, the maximum. They are equal only if all numbers are.
+        extremes = torch.tensor([number, -number], dtype=torch.int64, device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+        return int(extremes[0]) == -int(extremes[1])
 
     def wait_for_all(self) -> None:
-        """Return once every process has come here."""
+        """Return once every process has called this."""
         self.any(False)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process: all processes get the same answer."""
+        """Whether any process passes True. Every process gets the same answer."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def replicate(self, model: nn.Module) -> nn.Module:
@@ -51,7 +52,10 @@ class World:
 
 
 def without_averaging(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Forward and backward passes inside leave the gradients of a replicated model to be averaged by a later one."""
+    """A context in which backward passes accumulate gradients without averaging them over the processes.
+
+    The next backward pass outside of it averages what was accumulated.
+    """
     if isinstance(model, DistributedDataParallel):
         return cast(contextlib.AbstractContextManager[None], model.no_sync())
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""A run's record: what `submit` freezes as STORE/<run_id>/config.json, and reads back when the run starts."""
+"""A run's record, STORE/<run_id>/config.json: `submit` writes it once, and the run reads it whenever it starts."""
 
 import shutil
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from experiments.data.dataset import Dataset
 
 TOKENIZER = "tokenizer.json"
-CELL = ("arm", "size", "budget", "seed")
+CELL = ("arm", "size", "budget", "seed")  # a store has one configuration for each, and for each point of [vary]
 NAMES = ("run_id", "sweep", "arm", "size", "budget", "seed", "baseline", "trunk", "branch_step")
 
 
@@ -29,7 +29,7 @@ def write_record(
     code_commit: str | None,
     submitted_at: float,  # unix seconds
 ) -> Path:
-    """Freeze everything a run needs as its config.json, with the tokenizer beside it; the run's directory."""
+    """Write config.json with everything that a run needs, and the tokenizer. Returns the run's directory."""
     record = {
         "schema": SCHEMA,
         **{key: getattr(run, key) for key in NAMES},
@@ -54,7 +54,7 @@ def write_record(
 
 
 def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
-    """The record of a run. Raises ValueError where it was edited after it was submitted."""
+    """The record of a run as it is stored, and parsed. Raises ValueError if it was edited after it was submitted."""
     path = run_dir / "config.json"
     record = read_json(path)
     run = strict.parse(record["config"], RunConfig, f"{path}: config")
@@ -67,9 +67,12 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
 
 
 def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> None:
-    """Raises ValueError where the store holds runs that cannot stand beside the new ones: runs trained on other data,
-    or another configuration of the same arm, size, budget, seed and place on the axes."""
-    new = [run for run in runs if run.budget != TRUNK]  # a trunk is no result
+    """Raises ValueError if the store holds runs that cannot be compared with the new ones.
+
+    These are runs that were trained on other data, and runs with another configuration of the same arm, size, budget,
+    seed and point of [vary].
+    """
+    new = [run for run in runs if run.budget != TRUNK]  # Trunks are left out, since no table shows them.
     cells = {_cell({name: getattr(run, name) for name in (*CELL, "vary")}): run for run in new}
     for path in sorted(store.glob("*/config.json")):
         try:

@@ -1,7 +1,7 @@
-"""One run, from its directory alone: train, log, checkpoint; resume where it stopped; leave when told to.
+"""Execute one run from its directory: train, log and checkpoint it, resume it, and stop when the scheduler asks.
 
-`Run(run_dir)` is what a scheduler pickles. It holds no state: a job that is requeued, by a preemption or after a
-node's failure, finds the newest complete checkpoint itself, and one that is already complete returns at once.
+The scheduler pickles `Run(run_dir)`, which holds no state. A job that is requeued, after a preemption or the failure of
+a node, finds the newest complete checkpoint in the directory; if the run is complete, it returns at once.
 """
 
 import contextlib
@@ -33,43 +33,43 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this 
     from experiments.training.trainer import Trainer
 
 
-SHARING_VARIABLE = "DYNCONV_SHARING"  # set by the launcher: how many runs share this one's device, empty if not known
+SHARING_VARIABLE = "DYNCONV_SHARING"  # The launcher sets it to the number of runs on this device; empty: unknown.
 
 
 class RunFailed(RuntimeError):
-    """The run gave up; failure.json in its directory says at which step and why."""
+    """The run failed; failure.json in its directory says at which step and why."""
 
 
 class Run:
-    """Callable that brings the run in `run_dir` to its end, whatever state it finds it in."""
+    """A callable that starts or resumes the run in `run_dir` and returns when the run has ended or must stop."""
 
     def __init__(self, run_dir: Path | str) -> None:
         self.run_dir = Path(run_dir)
 
     def __call__(self) -> None:
-        """Raises RunFailed, with the cause also in failure.json."""
+        """Raises RunFailed if the run fails; the cause is also in failure.json."""
         called_at = time.time()
         if (self.run_dir / "run.json").exists() or (self.run_dir / "cancelled").exists():
             return
         attempt = _Attempt(self.run_dir, called_at)
-        with attempt.alone():
+        with attempt.lock():
             try:
-                finished = attempt.go()
-            except Exception as error:  # whatever it is, a person has to look at it before the run is tried again
+                finished = attempt.execute()
+            except Exception as error:  # Any error ends the run: it is only tried again when a person says so.
                 raise RunFailed(f"{self.run_dir.name}: {attempt.fail(error)}") from error
         if not finished:
             attempt.stop.act()
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit when the state has been saved: requeue, unless the run was cancelled on purpose."""
+        """Called by submitit after the state was saved: what to submit again, or None if the run was cancelled."""
         return None if (self.run_dir / "cancelled").exists() else DelayedSubmission(Run(self.run_dir))
 
 
 class StopSignal:
-    """Notes the scheduler's signal and leaves acting on it to the training loop.
+    """Records that the scheduler sent its signal, so that the training loop can stop between two steps.
 
-    submitit would requeue from inside its signal handler, with the step half done. Its handler is put aside here,
-    and called by `act` once the state is saved.
+    submitit's own handler would requeue the job at once, in the middle of a step. It is replaced here, and called by
+    `act` after the state was saved.
     """
 
     def __init__(self) -> None:
@@ -84,13 +84,13 @@ class StopSignal:
         self.raised = True
 
     def act(self) -> None:
-        """Requeue through submitit, which ends the process of rank 0."""
-        assert self._handler is not None, "only a noted signal is acted on"
+        """Call submitit's handler, which requeues the job and ends the process of rank 0."""
+        assert self._handler is not None, "act is only called after the signal was received"
         self._handler(self._signal, None)
 
 
 class _Attempt:
-    """One process's go at a run. Rank 0 alone writes the log and the checkpoints."""
+    """One process in one attempt at a run. Only rank 0 writes the log and the checkpoints."""
 
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
@@ -102,8 +102,8 @@ class _Attempt:
         self._saved_at = time.monotonic()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the run's directory: two processes that train one run would interleave their logs."""
+    def lock(self) -> Iterator[None]:
+        """Hold the lock on the run's directory: the logs of two jobs that train the same run would be interleaved."""
         if self._place.rank > 0:
             yield
             return
@@ -111,17 +111,17 @@ class _Attempt:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunFailed(f"{self._run_dir.name}: another process has this run; leave it to that one") from None
-            except OSError:  # a file system without locks
+                raise RunFailed(f"{self._run_dir.name}: another process has this run; wait for it to end") from None
+            except OSError:  # The file system does not support locks.
                 pass
             yield
 
-    def go(self) -> bool:
-        """Whether the run is complete; if not it was told to stop, and its state is saved."""
+    def execute(self) -> bool:
+        """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
         if self._place.size == 1:
             self._remove_failure()
         config, run, self._execution = read_record(self._run_dir)
-        if self._number > self._execution.max_attempts:  # the same in all processes: none waits for the others
+        if self._number > self._execution.max_attempts:  # The same in all processes, so that none is left waiting.
             raise RuntimeError(
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
                 "allowed; raise it in the profile, then retry"
@@ -129,7 +129,7 @@ class _Attempt:
         with _world(self._run_dir, self._execution, self._place) as world:
             if world.rank == 0 and world.size > 1:
                 self._remove_failure()
-            world.wait_for_all()  # nobody goes on, and perhaps fails, before an earlier attempt's failure is gone
+            world.wait_for_all()  # A process that fails from here on writes failure.json, which must not be deleted.
             trainer = self._prepare(config, run, world)
             finished = self._train(trainer, world)
             if finished:
@@ -137,12 +137,15 @@ class _Attempt:
         return finished
 
     def _remove_failure(self) -> None:
-        """Delete what an earlier attempt left. Of several processes rank 0 does so, and only once all have met: before
-        that the failure may be this attempt's, from a process that was faster."""
+        """Delete the failure.json of an earlier attempt.
+
+        If there are several processes, rank 0 calls this after all have joined: none of them can have failed in this
+        attempt then.
+        """
         (self._run_dir / "failure.json").unlink(missing_ok=True)
 
     def fail(self, error: Exception) -> str:
-        """Record the cause and return it. The disk may be what failed, so errors of writing are passed over."""
+        """Record the cause and return it. If it cannot be written, as on a full disk, it is still returned."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         with contextlib.suppress(OSError):
             if self._log is not None:
@@ -152,7 +155,7 @@ class _Attempt:
         return f"step {self._step}: {cause}"
 
     def _prepare(self, config: dict[str, Any], run: RunConfig, world: "World") -> "Trainer":
-        """The trainer, resumed from the newest checkpoint, and the attempt's log."""
+        """Make the trainer, resumed from the newest checkpoint or the trunk's state, and open the attempt's log."""
         from experiments.data.dataset import Dataset
         from experiments.training import checkpoints
         from experiments.training.assembly import assemble
@@ -172,12 +175,12 @@ class _Attempt:
             trainer.load_state_dict(state)
         if not world.agree(trainer.steps_done):
             raise RuntimeError(
-                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and another rank another one; "
+                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and another rank found another; "
                 "retry when the file system shows the same files everywhere"
             )
         self._step = trainer.steps_done + 1
         if world.rank == 0:
-            about = _about(world, self._place.job, config["code_commit"])
+            about = _provenance(world, self._place.job, config["code_commit"])
             self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=about)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
@@ -189,7 +192,7 @@ class _Attempt:
         return trainer
 
     def _train(self, trainer: "Trainer", world: "World") -> bool:
-        """Steps and evaluations until the end; False if the run was told to stop, with its state saved."""
+        """Train and evaluate until the end. False if the scheduler asked to stop; the state is saved then."""
         from experiments.training import checkpoints
 
         def stopping() -> bool:
@@ -206,18 +209,19 @@ class _Attempt:
                     done = f"{evaluation.step}/{trainer.config.steps}"
                     print(f"step {done}  held-out loss {evaluation.metrics['loss']:.4f}", flush=True)
             else:
-                step = trainer.step()
-                self._step = step.step + 1
-                if step.step in trainer.config.branch_steps and self._log is not None:
-                    checkpoints.keep_branch_point(self._run_dir, step.step, trainer.state_dict())
-                if self._log is not None:
-                    self._log.step(**asdict(step))
+                steps = trainer.advance()
+                self._step = trainer.steps_done + 1
+                if trainer.steps_done in trainer.config.branch_steps and self._log is not None:
+                    checkpoints.keep_branch_point(self._run_dir, trainer.steps_done, trainer.state_dict())
+                for step in steps:
+                    if self._log is not None:
+                        self._log.step(**asdict(step))
             if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
                 self._save(trainer)
         return True
 
     def _save(self, trainer: "Trainer") -> None:
-        """A checkpoint, after the log that covers it."""
+        """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
         from experiments.training import checkpoints
 
         if self._log is not None:
@@ -229,7 +233,7 @@ class _Attempt:
         self._saved_at = time.monotonic()
 
     def _finish(self, trainer: "Trainer") -> None:
-        """The trained weights, the merged log, run.json; then the checkpoints may go."""
+        """Write the weights, merge the log and write run.json; only then are the checkpoints no longer needed."""
         import torch
 
         from experiments.training import checkpoints
@@ -247,7 +251,7 @@ class _Attempt:
 
 @dataclass(frozen=True)
 class _Place:
-    """This process's place in its job, as the scheduler says."""
+    """The place of this process among those of its job, as the scheduler gives it."""
 
     rank: int = 0
     size: int = 1
@@ -264,7 +268,7 @@ def _place() -> _Place:
 
 @contextmanager
 def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["World"]:
-    """The processes of this job, joined where there are several."""
+    """The processes of this job. If there are several, they are joined to a process group until the context ends."""
     import torch
     import torch.distributed as dist
 
@@ -283,20 +287,20 @@ def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["Worl
     if world.size == 1:
         yield world
         return
-    # A file all processes see: a port picked from the ephemeral range may be taken.
+    # The processes meet through a shared file: a port that we chose could be taken by another program.
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
+    rendezvous = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=world.rank, world_size=world.size)
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=world.rank, world_size=world.size)
     try:
         yield world
     finally:
         dist.destroy_process_group()
-        meeting.unlink(missing_ok=True)
+        rendezvous.unlink(missing_ok=True)
 
 
-def _about(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
-    """The provenance of this attempt, as the log keeps it."""
+def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
+    """The provenance of this attempt, for its log."""
     import torch
 
     cuda = world.device.type == "cuda"
@@ -322,7 +326,7 @@ def _version(package: str) -> str | None:
 
 
 def _waiting_since(run_dir: Path, config: dict[str, Any]) -> float:
-    """When the time in the queue began: at the submission, the resubmission, or the end of the last attempt."""
+    """Unix seconds since when the run waits for its job: its last submission, or the end of its last attempt."""
     job = run_dir / "job.json"
     resubmitted = read_json(job)["submitted_at"] if job.exists() else 0.0
     last = progress(run_dir)

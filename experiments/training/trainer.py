@@ -1,16 +1,15 @@
-"""The trainer: a model, its optimizers and its place in a task, advanced a step at a time.
+"""The trainer advances a model and its optimizers through a task, one step at a time.
 
 Shapes: B sequences of a batch or micro-batch, T sequence length, V vocabulary.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,27 +17,33 @@ from torch import Tensor, nn
 from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
 from experiments.tasks.base import Examples, Task
+from experiments.training.engine import Engine, add_gradients, padded, window_shape
+from experiments.training.loss import IGNORED, linear_cross_entropy
 from experiments.training.optimizers import Optimizers
-from experiments.training.parallel import World, without_averaging
+from experiments.training.parallel import World
+from experiments.training.precision import mixed_precision
 
-IGNORED = -100  # the target of a position that takes no part in the loss
-MICRO_BATCH_TOKENS = 32_768  # where none is set: at a vocabulary of 100k the logits then take some 30 GB
+MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
+# Steps of models up to this size are captured as CUDA graphs, since a GPU runs their kernels faster than the host can
+# launch them.
+CAPTURED_PARAMETERS = 10**8
+WINDOW_SECONDS = 1.0  # time of the steps that are launched together, after which the host reads losses and signals
 
 
 class NonFiniteLoss(ArithmeticError):
-    """Training diverged; the message says at which step and what was not finite."""
+    """Training diverged; the message says what was not finite."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step as it is logged. Loss in nats a target, seconds of wall clock."""
+    """One optimizer step as it is logged: the loss in nats per target, the time in seconds."""
 
     step: int
     tokens: int
     loss: float
     gradient_norm: float
     learning_rate: float
-    seconds: float
+    seconds: float  # on a GPU the mean of the steps that were launched together
 
 
 @dataclass(frozen=True)
@@ -48,37 +53,49 @@ class Evaluation:
     step: int
     tokens: int
     task: str
-    metrics: Mapping[str, float]  # the task's by name, and the model's auxiliary losses
+    metrics: Mapping[str, float]  # by name: those of the task, and auxiliary losses of the model
     seconds: float
 
 
 class Trainer:
-    """State of one training run. Its course depends on what it is given alone: on a CPU, bit for bit."""
+    """The state of one training run. On a CPU the same arguments give the same results, bit for bit."""
 
     def __init__(
         self,
-        model: nn.Module,  # tokens [B, T] -> (logits [B, T, V], auxiliary losses by name)
+        model: nn.Module,  # tokens [B, T] and perhaps a criterion -> `Output` or `Scored` of models/decoder.py
         task: Task,
         optimizers: Optimizers,
         config: TrainConfig,
         execution: Execution,
         world: World,
-        identity: Mapping[str, str],  # what a checkpoint must share with the run that takes it up
+        identity: Mapping[str, str],  # stored in checkpoints to tell to which run they belong
     ) -> None:
         self.model = model
         self.task = task
         self.config = config
         self.world = world
         self.steps_done = 0
-        self.evaluated_at = 0  # the step after which the held-out set was last read
+        self.evaluated_at = 0  # the step after which the last evaluation took place
         self._identity = {**identity, "data_sha256": task.sha256}
         self._optimizers = optimizers
         self._cuda = world.device.type == "cuda"
         share = math.ceil(config.batch_sequences / world.size)
         fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length)
         self._micro_batch = min(share, execution.micro_batch or fitting)
+        self._compiled = execution.compile and self._cuda
+        if self._compiled:
+            model.compile(dynamic=False)
         self._replicas = world.replicate(model)
-        self._forward = torch.compile(self._replicas) if execution.compile and self._cuda else self._replicas
+        self._losses = partial(losses_of, self._replicas, world.device)
+        self._engine: Engine | None = None
+        if runs_ahead(world, optimizers):
+            micro_batches = math.ceil(share / self._micro_batch)
+            shape = window_shape(micro_batches, self._micro_batch, config.sequence_length)
+            adamw = cast(torch.optim.AdamW, optimizers[0])
+            self._engine = Engine(self._replicas, self._losses, adamw, world, shape, config.clip_norm)
+        self._window = 1  # number of steps to launch together; grows once their time is measured
+        self._filled = range(0)  # steps whose batches are in the engine's next window
+        self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
 
     @property
     def finished(self) -> bool:
@@ -86,24 +103,98 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """After the last step and after each step that reaches a multiple of `evaluate_every` tokens."""
-        if self.steps_done == self.evaluated_at:
-            return False
-        before = self._tokens(self.steps_done - 1) // self.config.evaluate_every
-        return self.finished or self._tokens(self.steps_done) // self.config.evaluate_every > before
+        """Whether to evaluate: after the last step, and wherever a multiple of `evaluate_every` tokens is reached."""
+        return self.steps_done != self.evaluated_at and self._evaluates_after(self.steps_done)
 
     def warm_up(self) -> None:
-        """Compile and load what a GPU needs, without advancing: one forward and backward, one evaluation pass."""
+        """Compile the model and load kernels by a training and an evaluation pass whose results are discarded.
+
+        A small model's step is also captured as a CUDA graph.
+        """
+        if self._engine is not None:
+            small = sum(parameter.numel() for parameter in self.model.parameters()) <= CAPTURED_PARAMETERS
+            self._engine.warm_up(capture=self._compiled and small and self.world.size == 1)
         inputs, targets = self._to_device(next(self._micro_batches(0)))
-        loss, _ = self._losses(inputs, targets)
-        loss.backward()
+        if self._engine is None:
+            loss, _ = self._losses(inputs, targets)
+            loss.backward()
+            self._zero_grad()
         with torch.no_grad():
             self._losses(inputs, targets)
-        self._zero_grad()
         torch.cuda.synchronize()
 
     def step(self) -> Step:
-        """One optimiser step on the next global batch. Raises NonFiniteLoss before anything is updated."""
+        """One optimizer step on the next global batch. Raises NonFiniteLoss, and then updates nothing."""
+        (step,) = self.advance(1)
+        return step
+
+    def advance(self, most: int | None = None) -> list[Step]:
+        """The next optimizer steps, at most `most`: on a CPU one, on a GPU as many as are launched together.
+
+        An evaluation or a branch point can only be due after the last of them. Raises NonFiniteLoss after the finite
+        steps before it were returned; the model and the optimizer are then in the state before the step that failed.
+        """
+        if self._engine is None:
+            return [self._checked_step()]
+        if self._failure is not None:
+            raise self._failure
+        start = time.perf_counter()
+        wanted = self._window if most is None else most
+        if self._filled.start != self.steps_done or not 0 < len(self._filled) <= wanted:
+            self._fill(self.steps_done, wanted)
+        steps = self._filled
+        self._engine.launch(len(steps))
+        self._fill(steps.stop, self._window)  # while the device works
+        outcomes = self._engine.read(len(steps))
+        seconds = self._mean_over_processes((time.perf_counter() - start) / len(steps))
+        self._window = max(1, min(int(WINDOW_SECONDS / seconds), 2 * self._window, self._engine.shape.steps))
+        done: list[Step] = []
+        for index, (loss, norm) in zip(steps, outcomes, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._fail(loss, norm)
+                if not done:
+                    assert self._failure is not None
+                    raise self._failure
+                break
+            self.steps_done = index + 1
+            rate = self.config.learning_rate_at(index)
+            done.append(Step(index + 1, self._tokens(index + 1), loss, norm, rate, seconds))
+        return done
+
+    def _fill(self, first: int, most: int) -> None:
+        """Write the batches of the next steps into the engine's window, up to an evaluation or a branch point."""
+        assert self._engine is not None
+        last = first
+        while last < min(first + most, self.config.steps) and (last == first or not self._stops_after(last)):
+            rate = self.config.learning_rate_at(last)
+            self._engine.fill(last - first, self._micro_batches(last), self._tokens_of(last), rate)
+            last += 1
+        self._filled = range(first, last)
+
+    def _stops_after(self, steps: int) -> bool:
+        """Whether a branch point must be kept, or an evaluation made, after `steps` steps."""
+        return steps in self.config.branch_steps or self._evaluates_after(steps)
+
+    def _evaluates_after(self, steps: int) -> bool:
+        before = self._tokens(steps - 1) // self.config.evaluate_every
+        return steps == self.config.steps or self._tokens(steps) // self.config.evaluate_every > before
+
+    def _mean_over_processes(self, seconds: float) -> float:
+        """The mean of `seconds`, which is the same in all processes: they must launch windows of the same length."""
+        if self.world.size == 1:
+            return seconds
+        total = torch.tensor(seconds, dtype=torch.float64, device=self.world.device)
+        return self.world.sum(total).item() / self.world.size
+
+    def _fail(self, loss: float, norm: float) -> None:
+        """Compute the gradients of the failed step again, from the state before it, to find which are not finite."""
+        self._zero_grad()
+        self._backward(self.steps_done)
+        self._failure = NonFiniteLoss(self._cause(loss, norm))
+        self._zero_grad()
+
+    def _checked_step(self) -> Step:
+        """One step whose loss is checked before the update, which takes a synchronisation with the device."""
         start = time.perf_counter()
         total = self._backward(self.steps_done)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -125,26 +216,16 @@ class Trainer:
         return Step(self.steps_done, self._tokens(self.steps_done), loss_value, norm_value, rate, seconds)
 
     def _backward(self, index: int) -> Tensor:
-        """Add the gradients of the mean loss over a global batch; that loss, auxiliary losses left out."""
+        """Accumulate gradients of the mean loss over a global batch. Returns that loss without auxiliary losses."""
         micro_batches = list(self._micro_batches(index))
         counted = torch.tensor(sum(each.positions for each in micro_batches), device=self.world.device)
-        positions = int(self.world.sum(counted).item())
-        total = torch.zeros((), device=self.world.device)
-        for number, examples in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)  # the only one whose gradients are averaged over the processes
-            with contextlib.nullcontext() if last else without_averaging(self._replicas):
-                loss, auxiliary = self._losses(*self._to_device(examples))
-                loss = loss / positions
-                total += loss.detach()
-                for own in auxiliary.values():  # means over a micro-batch's tokens
-                    loss = loss + own * (examples.inputs.size / self._tokens_of(index))
-                # DDP averages gradients over the processes; our loss is a sum over them, so scale by their number.
-                (loss * self.world.size).backward()
-        return self.world.sum(total)
+        tokens = self._tokens_of(index)
+        on_device = [(*self._to_device(each), each.inputs.size / tokens) for each in micro_batches]
+        return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
     @torch.no_grad()
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """The task's metrics on its held-out set; None if `interrupted` (asked before every micro-batch) says so."""
+        """The task's metrics on its held-out set. None if `interrupted`, called before each micro-batch, is True."""
         start = time.perf_counter()
         held_out = self.task.held_out
         first, count = self.world.share(len(held_out.inputs))
@@ -171,7 +252,7 @@ class Trainer:
         return Evaluation(self.steps_done, self._tokens(self.steps_done), self.task.name, metrics, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain numbers."""
+        """Everything that is needed to resume the run, as tensors, numbers and strings."""
         return {
             **self._identity,
             "steps_done": self.steps_done,
@@ -181,16 +262,24 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. Raises ValueError where it was trained on other data."""
+        """Continue from a checkpoint. Raises ValueError if it was trained on other data."""
         data_sha256 = self._identity["data_sha256"]
         if state["data_sha256"] != data_sha256:
             raise ValueError(
                 f"the checkpoint was trained on data {state['data_sha256'][:12]}; this run has "
                 f"{data_sha256[:12]}; restore the data it began with or start the run anew"
             )
+        assert self._engine is None or not self._engine.captured, (
+            "load the state before warm_up: a captured step uses the tensors that it was captured with"
+        )
         self.model.load_state_dict(state["model"])
-        for optimizer, own in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            # Keep the tensor of the rate and `capturable`, which depend on the device and not on the checkpoint.
+            groups = optimizer.param_groups
+            settings = [{k: v for k, v in group.items() if k in ("lr", "capturable")} for group in groups]
+            optimizer.load_state_dict(saved)
+            for group, kept in zip(optimizer.param_groups, settings, strict=True):
+                group.update(kept)
         self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
 
     def _tokens(self, steps: int) -> int:
@@ -202,30 +291,18 @@ class Trainer:
         return self._tokens(index + 1) - self._tokens(index)
 
     def _micro_batches(self, index: int) -> Iterator[Examples]:
-        """This process's share of global batch `index`; at least one, so that every process has gradients."""
+        """This process's share of global batch `index`, in micro-batches.
+
+        There is at least one, even if it is empty, because every process must take part in averaging gradients.
+        """
         first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length)
         for low in range(0, max(share, 1), self._micro_batch):
             yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, padded to whole micro-batches, so that compiled code meets one shape. Targets that do not
-        count are IGNORED."""
-        padding = ((0, self._micro_batch - len(examples.inputs)), (0, 0))
-        targets = examples.targets if examples.mask is None else np.where(examples.mask, examples.targets, IGNORED)
-        arrays = np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
-        inputs_, targets_ = (torch.from_numpy(array).to(self.world.device) for array in arrays)
-        return inputs_, targets_
-
-    def _losses(
-        self,
-        inputs: Tensor,  # [B, T]
-        targets: Tensor,  # [B, T]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed cross-entropy in nats, in float32 from the logits on; auxiliary losses by name."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self._cuda):
-            logits, auxiliary = self._forward(inputs)  # [B, T, V]
-        logits = logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
+        """Inputs and targets on the device, padded to a whole micro-batch."""
+        inputs, targets = padded(examples, self._micro_batch)
+        return torch.from_numpy(inputs).to(self.world.device), torch.from_numpy(targets).to(self.world.device)
 
     def _zero_grad(self) -> None:
         for optimizer in self._optimizers:
@@ -237,3 +314,29 @@ class Trainer:
         where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
         rate = self.config.learning_rate_at(self.steps_done)
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
+
+
+def losses_of(
+    model: nn.Module,
+    device: torch.device,
+    inputs: Tensor,  # [B, T]
+    targets: Tensor,  # [B, T]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses by name."""
+    if device.type == "cuda":
+        with mixed_precision(device):
+            loss, auxiliary = model(
+                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+            )
+        return loss, auxiliary
+    logits, auxiliary = model(inputs)
+    logits = logits.float().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
+
+
+def runs_ahead(world: World, optimizers: Optimizers) -> bool:
+    """Whether steps are launched before the losses of earlier ones are read: on a GPU with fused AdamW only.
+
+    Only this optimizer can skip an update by a flag on the device. On a CPU nothing would be gained.
+    """
+    return world.device.type == "cuda" and all(type(optimizer) is torch.optim.AdamW for optimizer in optimizers)

@@ -1,0 +1,220 @@
+"""Optimizer steps on a device that do not wait for the host, which launches many and then reads all their losses.
+
+Shapes: L steps of a window, M micro-batches of a step, B sequences of a micro-batch, T sequence length.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from experiments.tasks.base import Examples
+from experiments.training.loss import IGNORED
+from experiments.training.parallel import World, without_averaging
+
+LONGEST_WINDOW = 64  # steps; with steps of 1.6 ms the host reads results ten times a second
+WINDOW_TOKENS = 2**21  # of one process; each takes 16 bytes on the device
+_WARM_UPS = 3  # steps before the capture, during which nothing may be compiled, tuned or allocated for the first time
+
+
+class Losses(Protocol):
+    """A function that gives the summed loss of a micro-batch in nats, and its auxiliary losses by name."""
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Shape(NamedTuple):
+    """The shape of a window, which holds the batches of the steps that are launched together."""
+
+    steps: int  # L
+    micro_batches: int  # M
+    sequences: int  # B
+    time: int  # T
+
+
+def window_shape(micro_batches: int, sequences: int, time: int) -> Shape:
+    """The shape of the longest window whose tokens fit in WINDOW_TOKENS."""
+    steps = WINDOW_TOKENS // (micro_batches * sequences * time)
+    return Shape(max(1, min(LONGEST_WINDOW, steps)), micro_batches, sequences, time)
+
+
+def padded(examples: Examples, sequences: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # [B, T] each
+    """Inputs and targets, with IGNORED as target where none counts.
+
+    They are padded to whole micro-batches, so that the compiled model is always called with the same shape.
+    """
+    padding = ((0, sequences - len(examples.inputs)), (0, 0))
+    targets = examples.targets if examples.mask is None else np.where(examples.mask, examples.targets, IGNORED)
+    return np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
+
+
+def add_gradients(
+    model: nn.Module,  # replicated, if there are several processes
+    losses: Losses,
+    # inputs, targets, and the share of the global batch's tokens
+    micro_batches: Sequence[tuple[Tensor, Tensor, Tensor | float]],
+    positions: Tensor,  # []: number of targets of the global batch that count
+    world: World,
+) -> Tensor:  # []
+    """Accumulate gradients of the mean loss over a global batch. Returns that loss without auxiliary losses."""
+    total = torch.zeros((), device=world.device)
+    for number, (inputs, targets, share) in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
+        with contextlib.nullcontext() if last else without_averaging(model):
+            loss, auxiliary = losses(inputs, targets)
+            loss = loss / positions
+            total += loss.detach()
+            for auxiliary_loss in auxiliary.values():  # Each is a mean over the tokens of this micro-batch.
+                loss = loss + auxiliary_loss * share
+            # DDP averages gradients over the processes; our loss is a sum over them, so scale by their number.
+            (loss * world.size).backward()
+    return world.sum(total)
+
+
+class _Window:
+    """The inputs of the steps that are launched together, in host or device memory."""
+
+    def __init__(self, shape: Shape, device: torch.device, pinned: bool = False) -> None:
+        def zeros(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
+
+        self.inputs = zeros(*shape, dtype=torch.int64)
+        self.targets = zeros(*shape, dtype=torch.int64)
+        self.positions = zeros(shape.steps, dtype=torch.int64)  # number of targets that count, over all processes
+        self.shares = zeros(
+            *shape[:2], dtype=torch.float32
+        )  # share of each micro-batch in the tokens of the global batch
+        self.rates = zeros(shape.steps, dtype=torch.float32)  # learning rates
+
+    def copy(self, source: "_Window", steps: int) -> None:
+        for name, tensor in vars(self).items():
+            tensor[:steps].copy_(vars(source)[name][:steps], non_blocking=True)
+
+
+class Engine:
+    """Whole optimizer steps: forward, backward, clipping and AdamW. `warm_up` can capture them as one CUDA graph.
+
+    If the loss or the gradient norm of a step is not finite, this step and all later ones update nothing, neither
+    parameters nor moments nor AdamW's step count: the state stays as it was before that step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,  # replicated, if there are several processes
+        losses: Losses,
+        optimizer: torch.optim.AdamW,  # fused
+        world: World,
+        shape: Shape,
+        clip_norm: float,
+    ) -> None:
+        self._model, self._losses, self._optimizer, self._world = model, losses, optimizer, world
+        self._clip_norm, self.shape = clip_norm, shape
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        cuda = world.device.type == "cuda"
+        self._host = _Window(shape, torch.device("cpu"), pinned=cuda)
+        self._window = _Window(shape, world.device)
+        self._results = torch.zeros(2, shape.steps, device=world.device)  # losses and gradient norms
+        self._place = torch.zeros(1, dtype=torch.int64, device=world.device)  # index of the next step in the window
+        self._stopped = torch.zeros((), device=world.device)  # 1 after a step that was not finite, else 0
+        self._rate = torch.zeros((), device=world.device)
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream() if cuda else None
+        self._uploaded = torch.cuda.Event() if cuda else None
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def fill(self, place: int, micro_batches: Iterable[Examples], tokens: int, rate: float) -> None:
+        """Write a step's batch into the next window, after the upload of the current one.
+
+        `tokens` is the size of the global batch.
+        """
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+        host = self._host
+        host.inputs[place].zero_()
+        host.targets[place].fill_(IGNORED)
+        host.shares[place].zero_()
+        host.positions[place] = 0
+        host.rates[place] = rate
+        for number, examples in enumerate(micro_batches):
+            inputs, targets = padded(examples, self.shape.sequences)
+            host.inputs[place, number] = torch.from_numpy(inputs)
+            host.targets[place, number] = torch.from_numpy(targets)
+            host.shares[place, number] = examples.inputs.size / tokens
+            host.positions[place] += examples.positions
+
+    def launch(self, steps: int) -> None:
+        """Upload the window and launch its first `steps`, without waiting for their results."""
+        self._window.copy(self._host, steps)
+        if self._uploaded is not None:
+            self._uploaded.record()
+        self._world.sum(self._window.positions[:steps])
+        self._place.zero_()
+        for _ in range(steps):
+            if self._graph is None:
+                self._step()
+                self._release_gradients()
+            else:
+                self._graph.replay()
+
+    def read(self, steps: int) -> list[tuple[float, float]]:
+        """Wait for the launched steps. Returns (mean loss, gradient norm) of each."""
+        losses, norms = self._results[:, :steps].tolist()
+        return list(zip(losses, norms, strict=True))
+
+    def warm_up(self, capture: bool) -> None:
+        """Compile and allocate without updating anything. With `capture`, also record the step as one CUDA graph."""
+        self._stopped.fill_(1.0)
+        self._window.positions.fill_(1)
+        with self._own_stream() if capture else contextlib.nullcontext():
+            for _ in range(_WARM_UPS if capture else 1):
+                self._place.zero_()
+                self._step()
+                self._release_gradients()
+        if capture:
+            self._graph = torch.cuda.CUDAGraph()
+            # Capture on a separate stream. cuBLAS has one workspace per stream: graphs that were captured on the same
+            # stream would share it, and corrupt each other's products if they are replayed at the same time.
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._step()
+            self._release_gradients()  # Their memory belongs to the graph.
+        self._stopped.zero_()
+
+    @contextlib.contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Launch on the engine's stream, after all earlier work of the current stream and before all later work."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _step(self) -> None:
+        """One step on the batch at index `_place` of the window. The gradients are not released."""
+        window, at = self._window, self._place
+        self._rate.copy_(window.rates.index_select(0, at)[0])
+        inputs, targets, shares, positions = (
+            tensor.index_select(0, at)[0] for tensor in (window.inputs, window.targets, window.shares, window.positions)
+        )
+        micro_batches = list(zip(inputs, targets, shares, strict=True))
+        loss = add_gradients(self._model, self._losses, micro_batches, positions, self._world)
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        self._stopped.logical_or_(~(loss + norm).isfinite())
+        # Fused AdamW divides gradients by grad_scale, which clips them, and updates nothing if found_inf is 1.
+        scale = ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+        self._optimizer.grad_scale, self._optimizer.found_inf = scale, self._stopped  # type: ignore[attr-defined]
+        self._optimizer.step()
+        self._results.index_copy_(1, at, torch.stack([loss, norm])[:, None])
+        self._place += 1
+
+    def _release_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None

@@ -1,0 +1,293 @@
+"""Steps that are launched without a look at their losses: they follow the trainer's checked steps, stop where something
+is due, and leave the state alone once a loss is not finite. On a CPU the engine runs the same code, uncaptured."""
+
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from experiments.data.dataset import Dataset
+from experiments.design.arms import ALL_LINEAR
+from experiments.design.config import Execution, RunConfig
+from experiments.design.train import Muon
+from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, NoConvolution
+from experiments.training import checkpoints
+from experiments.training.assembly import assemble
+from experiments.training.loss import linear_cross_entropy
+from experiments.training.parallel import World
+from experiments.training.trainer import NonFiniteLoss, Step, Trainer
+
+ALONE = World(0, 1, torch.device("cpu"))
+CPU = Execution(device="cpu")
+
+
+def on_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Warnings are listed, not errors: torch's compiler has advice for every GPU."""
+    test = pytest.mark.filterwarnings("default")(test)
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> Callable[..., Trainer]:
+    """A trainer on a CPU that launches windows of steps, as on a GPU."""
+
+    def make(run: RunConfig, window: int = 1, execution: Execution = CPU) -> Trainer:
+        with monkeypatch.context() as patch:
+            patch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
+            trainer = assemble(run, dataset, execution, ALONE)
+        trainer._window = window
+        return trainer
+
+    return make
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.model.parameters()])
+
+
+def to_the_end(trainer: Trainer) -> list[list[Step]]:
+    """All windows."""
+    windows = []
+    while not trainer.finished:
+        windows.append(trainer.advance())
+    return windows
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_windows_follow_checked_steps(
+    micro_batch: int, tiny_run: RunConfig, dataset: Dataset, ahead: Callable[..., Trainer]
+) -> None:
+    """8 = 3 + 3 + 2, and the last batch of 5 = 3 + 2 has an empty third micro-batch."""
+    execution = replace(CPU, micro_batch=micro_batch)
+    checked = assemble(tiny_run, dataset, execution, ALONE)
+    expected = [checked.step() for _ in range(25)]
+    trainer = ahead(tiny_run, 4, execution)
+    got = [step for window in to_the_end(trainer) for step in window]
+    for one, other in zip(expected, got, strict=True):
+        assert (one.step, one.tokens, one.learning_rate) == (other.step, other.tokens, other.learning_rate)
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3)
+    torch.testing.assert_close(weights(trainer), weights(checked), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "conv", [NoConvolution(), LowRankConvolution(ALL_LINEAR, rank=2)], ids=lambda conv: type(conv).__name__
+)
+def test_what_a_gpu_computes_follows_float32_on_a_cpu_too(
+    conv: Convolution,
+    tiny_run: RunConfig,
+    dataset: Dataset,
+    ahead: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bfloat16 residual stream, shared products, padded channels and the chunked loss, by torch instead of kernels."""
+    run = replace(tiny_run, model=replace(tiny_run.model, conv=conv))
+    checked = assemble(run, dataset, CPU, ALONE)
+    expected = [checked.step() for _ in range(25)]
+
+    def losses_of(
+        model: torch.nn.Module, _: torch.device, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, losses = model(
+                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), chunk=48)
+            )
+        return loss, losses
+
+    monkeypatch.setattr("experiments.training.trainer.losses_of", losses_of)
+    monkeypatch.setattr("experiments.models.short_convolution._shares_products", lambda _: True)
+    got = [step for window in to_the_end(ahead(run, 4)) for step in window]
+    differences = [abs(other.loss - one.loss) for one, other in zip(expected, got, strict=True)]
+    assert 1e-6 < max(differences) < 5e-3  # measured: 1.1e-3 and 1.5e-3
+
+
+def test_windows_end_where_something_is_due_and_change_no_bit(
+    tiny_run: RunConfig, ahead: Callable[..., Trainer]
+) -> None:
+    run = replace(tiny_run, train=replace(tiny_run.train, branch_steps=(11,)))
+    by_one = ahead(run)
+    expected = [by_one.step() for _ in range(25)]
+    trainer = ahead(run, 1000)
+    windows = to_the_end(trainer)
+    assert {8, 11, 16, 24, 25} <= {window[-1].step for window in windows}
+    assert max(map(len, windows)) > 1
+    assert [step.loss for window in windows for step in window] == [step.loss for step in expected]
+    assert torch.equal(weights(trainer), weights(by_one))
+    for window in windows:
+        assert len({step.seconds for step in window}) == 1
+
+
+def test_a_step_that_is_not_finite_stops_the_run_in_the_state_before_it(
+    tiny_run: RunConfig, ahead: Callable[..., Trainer]
+) -> None:
+    whole = ahead(tiny_run)
+    expected = [whole.step() for _ in range(3)]
+    trainer = ahead(tiny_run, 8)
+    calls = []
+    parameter = dict(trainer.model.named_parameters())["blocks.1.ffn.maps.up.linear.weight"]
+    parameter.register_hook(lambda gradient: calls.append(0) or gradient * (math.nan if len(calls) > 3 else 1))
+    assert [step.loss for step in trainer.advance()] == [step.loss for step in expected]
+    assert len(calls) == 8 + 1  # the window ran to its end; then the step's gradients were made again
+    cause = r"loss \d\.\d+, gradient norm nan, first in blocks\.1\.ffn\.maps\.up\.linear\.weight \(1 of 38 parameters\)"
+    for _ in range(2):
+        with pytest.raises(NonFiniteLoss, match=cause):
+            trainer.advance()
+    assert trainer.steps_done == 3
+    assert torch.equal(weights(trainer), weights(whole))
+    (optimizer,) = trainer._optimizers
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    first = ahead(tiny_run, 8)
+    first.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteLoss, match=r"gradient norm (inf|nan), first in norm\.weight"):
+        first.advance()
+    assert first.steps_done == 0
+
+
+def test_a_checkpoint_goes_on_in_either_kind_of_step(
+    tiny_run: RunConfig, dataset: Dataset, ahead: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    straight = [step.loss for window in to_the_end(ahead(tiny_run, 4)) for step in window]
+    first = ahead(tiny_run, 8)
+    losses = [step.loss for step in first.advance()]
+    assert len(losses) == 8
+    checkpoints.save(tmp_path, 8, first.state_dict())
+    for trainer, tolerance in ((ahead(tiny_run, 3), 0.0), (assemble(tiny_run, dataset, CPU, ALONE), 1e-5)):
+        state = checkpoints.load_newest(tmp_path, tiny_run.run_id)
+        assert state is not None
+        trainer.load_state_dict(state)
+        rest = [trainer.step().loss for _ in range(17)]
+        assert losses + rest == pytest.approx(straight, rel=tolerance, abs=0)
+
+
+def test_warming_up_changes_nothing(tiny_run: RunConfig, ahead: Callable[..., Trainer]) -> None:
+    plain, warm = ahead(tiny_run), ahead(tiny_run)
+    assert warm._engine is not None
+    warm._engine.warm_up(capture=False)
+    assert [warm.step().loss for _ in range(3)] == [plain.step().loss for _ in range(3)]
+    assert torch.equal(weights(warm), weights(plain))
+
+
+def test_a_trainer_frees_its_memory_when_it_is_dropped(tiny_run: RunConfig, ahead: Callable[..., Trainer]) -> None:
+    """Without waiting for the garbage collector: the next run of a process needs the device."""
+    trainer = ahead(tiny_run)
+    trainer.step()
+    engine = weakref.ref(trainer._engine)
+    gc.disable()
+    try:
+        del trainer
+        assert engine() is None
+    finally:
+        gc.enable()
+
+
+def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
+        world = World(rank, size, torch.device("cpu"))
+        trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
+    windows = to_the_end(trainer)
+    torch.save([[step.loss for step in window] for window in windows], folder / f"losses-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_three_processes_run_ahead_as_one(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    """Windows of the same lengths, whatever clock each has; the short last batch leaves one without a sequence."""
+    run = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * (8 * 6 + 2)))
+    alone = assemble(run, dataset, CPU, ALONE)
+    expected = [alone.step().loss for _ in range(run.train.steps)]
+    mp.spawn(_train_in_company, (3, tmp_path, run, dataset.path), nprocs=3)
+    got = [torch.load(tmp_path / f"losses-{rank}.pt") for rank in range(3)]
+    assert got[0] == got[1] == got[2]
+    assert [loss for window in got[0] for loss in window] == pytest.approx(expected, rel=1e-5)
+
+
+def gpu_trainer(run: RunConfig, dataset: Dataset, **execution: object) -> Trainer:
+    settings = Execution(**({"device": "cuda"} | execution))  # type: ignore[arg-type]  # checked by the class
+    trainer = assemble(run, dataset, settings, World(0, 1, torch.device("cuda")))
+    trainer.warm_up()
+    return trainer
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("conv", "execution"),
+    [
+        (NoConvolution(), {}),
+        (HeadwiseConvolution(ALL_LINEAR, head_size=8), {}),
+        (LowRankConvolution(ALL_LINEAR, rank=2), {}),
+        (LowRankConvolution(ALL_LINEAR, rank=2), {"micro_batch": 3}),
+        (LowRankConvolution(ALL_LINEAR, rank=2), {"compile": False}),
+    ],
+    ids=["none", "headwise", "lowrank", "lowrank in micro-batches", "lowrank uncompiled"],
+)
+def test_bfloat16_on_a_gpu_follows_float32(
+    conv: Convolution, execution: dict[str, object], tiny_run: RunConfig, dataset: Dataset
+) -> None:
+    run = replace(tiny_run, model=replace(tiny_run.model, conv=conv))
+    torch.compiler.reset()
+    checked = assemble(run, dataset, CPU, ALONE)
+    trainer = gpu_trainer(run, dataset, **execution)
+    assert trainer._engine is not None
+    assert trainer._engine.captured == execution.get("compile", True)
+    got = [step for window in to_the_end(trainer) for step in window]
+    for step in got:
+        assert step.loss == pytest.approx(checked.step().loss, abs=4e-2)  # an H200 showed up to .022
+    one, other = checked.evaluate(lambda: False), trainer.evaluate(lambda: False)
+    assert one is not None
+    assert other is not None
+    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], abs=4e-2)
+
+
+@on_a_gpu
+def test_muon_on_a_gpu_is_checked_at_every_step(tiny_run: RunConfig, dataset: Dataset) -> None:
+    run = replace(tiny_run, train=replace(tiny_run.train, optimizer=Muon()))
+    torch.compiler.reset()
+    checked, trainer = assemble(run, dataset, CPU, ALONE), gpu_trainer(run, dataset)
+    assert trainer._engine is None
+    for _ in range(10):
+        assert trainer.step().loss == pytest.approx(checked.step().loss, rel=2e-2)
+
+
+@on_a_gpu
+def test_a_captured_step_that_is_not_finite_leaves_the_state(tiny_run: RunConfig, dataset: Dataset) -> None:
+    torch.compiler.reset()
+    trainer = gpu_trainer(tiny_run, dataset)
+    trainer.step()
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = math.nan
+    before, trainer._window = weights(trainer), 4
+    with pytest.raises(NonFiniteLoss, match="loss nan, gradient norm nan, first in"):
+        trainer.advance(4)
+    assert trainer.steps_done == 1
+    torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0, equal_nan=True)
+    (optimizer,) = trainer._optimizers
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+@on_a_gpu
+def test_a_gpu_checkpoint_goes_on_on_a_gpu_and_on_a_cpu(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    trainer = gpu_trainer(tiny_run, dataset)
+    for _ in range(5):
+        trainer.step()
+    checkpoints.save(tmp_path, 5, trainer.state_dict())
+    state = checkpoints.load_newest(tmp_path, tiny_run.run_id)
+    assert state is not None
+    expected = [trainer.step().loss for _ in range(5)]
+    cpu = assemble(tiny_run, dataset, CPU, ALONE)
+    cpu.load_state_dict(state)
+    again = assemble(tiny_run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
+    again.load_state_dict(state)
+    again.warm_up()
+    for want in expected:
+        assert again.step().loss == pytest.approx(want, rel=1e-3)
+        assert cpu.step().loss == pytest.approx(want, rel=1e-2)

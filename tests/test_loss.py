@@ -1,0 +1,86 @@
+"""The chunked cross-entropy against one whole cross-entropy in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.training.loss import IGNORED, linear_cross_entropy
+
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+)
+devices = pytest.mark.parametrize("device", ["cpu", GPU])
+
+
+def inputs(device: str, dtype: torch.dtype, vocabulary: int = 300) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, D], weight [V, D] in at least float32, targets [N] of which one in seven is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(101, 32, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(vocabulary, 32, generator=generator) * 0.3
+    weight = weight.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+    targets = torch.randint(vocabulary, (101,), generator=generator)
+    targets[::7] = IGNORED
+    return x, weight, targets.to(device)
+
+
+def outcome(loss: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss * 0.25, [x, weight])]
+
+
+def errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
+    return [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
+
+
+@devices
+@pytest.mark.parametrize("chunk", [1, 32, 101, 8192])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_loss_and_gradients_equal_those_of_whole_logits_in_float64(device: str, dtype: torch.dtype, chunk: int) -> None:
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("the kernel computes in float32")
+    x, weight, targets = inputs(device, dtype)
+    got = outcome(linear_cross_entropy(x, weight, targets, chunk), x, weight)
+    assert [each.dtype for each in got[1:]] == [x.dtype, weight.dtype]
+    exact_x, exact_weight = (each.detach().double().requires_grad_() for each in (x, weight))
+    rounded = exact_weight if dtype == torch.float64 else exact_weight.to(dtype).double()
+    whole = F.cross_entropy(exact_x @ rounded.T, targets, ignore_index=IGNORED, reduction="sum")
+    want = outcome(whole, exact_x, exact_weight)
+    # bfloat16: logits, their gradients and the products' results are rounded to 8 bits
+    float32 = [1e-6 if device == "cpu" else 1e-5] * 3  # a GPU's exponential is an approximation
+    bounds = {torch.float64: [1e-14] * 3, torch.float32: float32, torch.bfloat16: [1e-3, 5e-3, 5e-3]}[dtype]
+    assert all(error < bound for error, bound in zip(errors(got, want), bounds, strict=True)), errors(got, want)
+
+
+@devices
+def test_ignored_targets_give_neither_loss_nor_gradient(device: str) -> None:
+    x, weight, targets = inputs(device, torch.float32)
+    loss, dx, dweight = outcome(linear_cross_entropy(x, weight, targets, 16), x, weight)
+    counted = targets != IGNORED
+    assert not dx[~counted].any()
+    assert dx[counted].any(1).all()
+    kept = outcome(linear_cross_entropy(x[counted], weight, targets[counted], 16), x, weight)
+    torch.testing.assert_close(kept[0], loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(kept[2], dweight, rtol=1e-5, atol=1e-5)
+    nothing = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED), 16)
+    assert outcome(nothing, x, weight)[0] == 0
+
+
+@devices
+def test_without_gradients_the_loss_is_the_same(device: str) -> None:
+    x, weight, targets = inputs(device, torch.float32)
+    with torch.no_grad():
+        loss = linear_cross_entropy(x, weight, targets, 16)
+    assert loss == linear_cross_entropy(x, weight, targets, 16).detach()
+
+
+@devices
+@pytest.mark.parametrize("target", [300, -1])
+def test_a_target_outside_the_vocabulary_is_not_passed_over(device: str, target: int) -> None:
+    x, weight, targets = inputs(device, torch.float32)
+    targets[5] = target
+    if device == "cpu":
+        with pytest.raises(IndexError, match="out of bounds"):
+            linear_cross_entropy(x, weight, targets)
+    else:
+        assert linear_cross_entropy(x, weight, targets).isnan()
