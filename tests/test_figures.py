@@ -401,3 +401,11 @@ def test_another_process_draws_the_same_bytes(drawn: Drawn, tmp_path: Path) -> N
 def test_unknown_kinds_of_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="figures are written as svg, pdf, png"):
         save(Figure(), tmp_path / "figure.gif")
+
+
+def test_axes_have_the_unit_of_the_losses() -> None:
+    rows = pd.DataFrame({"arm": ["a", "a"], "loss": [1.0, 0.9], "tokens": [1e8, 1e9], "size": ["s", "m"]})
+    rows = rows.assign(parameters=[1e6, 1e7])
+    for unit in ("nats/token", "bits/byte"):
+        figure = run_figures.loss_against(rows.assign(loss_unit=unit), "tokens", "training tokens D", "a")
+        assert figure.axes[0].get_ylabel() == f"held-out loss ({unit})"

@@ -12,6 +12,7 @@ from experiments.design.ladder import LADDERS
 from experiments.design.model import ModelConfig
 from experiments.models.decoder import Decoder
 from experiments.parts.attention import Attention
+from experiments.parts.registry import CONVOLUTIONS, FEED_FORWARDS, MIXERS
 from experiments.parts.short_convolution import (
     Convolution,
     HeadwiseConvolution,
@@ -108,3 +109,10 @@ def test_conventions() -> None:
     # 6ND leaves out attention alone (norms are in N but are not matrix products: under one part in 10^4)
     attention = 3 * 10 * config.forward_flops(4096)["attention"]
     assert counts.flops_exact - attention == pytest.approx(counts.flops_6nd, rel=2e-4)
+
+
+def test_every_part_of_the_registry_is_counted_here() -> None:
+    """Whoever registers a part adds it to the cases above, which hold it to torch's counter and the built module."""
+    assert {type(conv) for conv in CONVS} == set(CONVOLUTIONS)
+    assert {type(SMALL.mixer)} == set(MIXERS)
+    assert {type(SMALL.ffn)} == set(FEED_FORWARDS)

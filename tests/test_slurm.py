@@ -21,6 +21,8 @@ from analysis.logs.reader import read_rows
 from experiments.cli.main import main
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
+from experiments.design.schedules import WarmupStableDecay
+from experiments.design.trunks import with_trunks
 from experiments.launching import jobs, slurm, states
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm
@@ -275,7 +277,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
 def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     tiny_run: RunConfig, long_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    diverging = replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e30))
+    diverging = replace(tiny_run, seed=99, train=replace(tiny_run.train, learning_rate=1e30))
     submit([diverging, long_run], tmp_path)
     wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
     ask("scancel", "--signal=ABRT", str(state_of(tmp_path, long_run).job_id))
@@ -367,3 +369,29 @@ def test_the_shipped_profile_through_the_command_line(
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["state"], row["attempts"]) == ("complete", 1)
     assert row["job_id"].isdigit()
+
+
+def _shared(run: RunConfig) -> list[RunConfig]:
+    """A trunk and its branches of 40 and 60 steps."""
+    train = replace(run.train, schedule=WarmupStableDecay(0.25))
+    budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
+    return with_trunks([replace(run, budget=budget, train=train) for budget, train in budgets])
+
+
+def test_branches_begin_when_their_trunk_has_ended(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    sharing = _shared(tiny_run)
+    outcome = submit(sharing[::-1], tmp_path, wait=True)
+    assert outcome.unsuccessful == []
+    trunk, *branches = (read_json(tmp_path / run.run_id / "run.json") for run in sharing)
+    begun = [read_json(tmp_path / run["run_id"] / "attempt-0001.json")["started_at"] for run in branches]
+    assert min(begun) > trunk["finished_at"]
+
+
+def test_slurm_drops_the_branches_of_a_trunk_that_failed(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    trunk, *branches = [
+        replace(run, train=replace(run.train, learning_rate=1e30)) for run in _shared(replace(tiny_run, seed=4))
+    ]
+    branches = [replace(run, trunk=trunk.run_id) for run in branches]
+    outcome = submit([trunk, *branches], tmp_path, wait=True)
+    assert [state.state for state in outcome.ended] == ["failed", "lost", "lost"]
+    assert {state.cause for state in outcome.ended[1:]} == {f"its trunk {trunk.run_id} failed; retry that"}

@@ -20,7 +20,7 @@ from analysis.pages.chart_style import INK, Plot, answers_to_pointer, colour, do
 from analysis.pages.figures import TALLEST
 from analysis.pages.isoflop_figures import curve_of
 from analysis.pages.run_figures import time_of
-from analysis.pages.style import LOSS, budget_shades, marks
+from analysis.pages.style import budget_shades, loss_label, marks
 from analysis.pages.tables import is_missing, short
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Charts:
     def __init__(self, rows: pd.DataFrame, answer: Answers) -> None:
         self.rows, self.answer = rows, answer
         self.mark_of = marks(list(rows["arm"]), answer.baseline)
+        self.loss_axis = loss_label(rows)
         self.compute = f"training FLOPs ({answer.convention})"
         time, self.time = time_of(rows)
         numbers = {
@@ -64,7 +65,7 @@ class Charts:
 
     def loss_against(self, column: str, label: str) -> Plot:
         """The final loss of every run against a column of the shared table."""
-        made = plot(label, LOSS, "time" if column == "time" else "counts")
+        made = plot(label, self.loss_axis, "time" if column == "time" else "counts")
         self._dots(made, column, "loss")
         return made
 
@@ -130,7 +131,7 @@ class Charts:
 
     def loss_curves(self, evals: pd.DataFrame) -> list[Plot]:
         """Held-out loss over training, every run a line; at most MOST_POINTS of its evaluations."""
-        made = plot("training tokens", LOSS)
+        made = plot("training tokens", self.loss_axis)
         evals = evals[evals["tokens"] > 0].sort_values(["tokens"], kind="stable")
         curve_of = {str(run): part for run, part in evals.groupby("run_id")}
         drawn = []
@@ -161,7 +162,7 @@ class Charts:
         budgets = [item.compute for item in self.answer.optima]
         mapper = LogColorMapper(palette=budget_shades(), low=min(budgets), high=max(*budgets, 1.01 * min(budgets)))
         shade = {"field": "budget", "transform": mapper}
-        curves = plot("parameters N", LOSS)
+        curves = plot("parameters N", self.loss_axis)
         growth = plot(self.compute, "best N* (parameters)", y="counts")
         runs, stars = [], []
         for panel, law in enumerate(self.answer.allocations):
@@ -209,7 +210,7 @@ class Charts:
         baseline = baseline_loss(self.rows, rows, self.answer.baseline)
         plots = []
         for factor, part in rows.groupby("factor", sort=False):
-            made = plot(str(factor), LOSS, "linear", height=260, x_range=list(dict.fromkeys(part["setting"])))
+            made = plot(str(factor), self.loss_axis, "linear", height=260, x_range=list(dict.fromkeys(part["setting"])))
             drawn = []
             for line, mine in part.groupby("line", sort=False):
                 means = mine.groupby("setting", sort=False)["loss"].mean()

@@ -27,6 +27,7 @@ from analysis.logs.selection import (
 )
 from analysis.logs.store import Store
 from analysis.pages.ablations import ablations, baseline_loss
+from analysis.pages.style import loss_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,7 +160,8 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
     if found:
         todo["multipliers"] = lambda: figures.forest(found)
     if law is not None:
-        todo["loss-against-compute"] = lambda: figures.loss_against_compute(law, found, answer.convention)
+        axes = (answer.convention, loss_label(done))
+        todo["loss-against-compute"] = lambda: figures.loss_against_compute(law, found, *axes)
     elif not answer.optima:
         compute = f"training FLOPs ({answer.convention})"
         todo["loss-against-compute"] = lambda: run_figures.loss_against(done, column, compute, base)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TALLEST = 2.5  # times the largest m is as far as the axis of m goes: an interval may go to infinity
 
 
-def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str) -> Figure:
+def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str, loss_axis: str = LOSS) -> Figure:
     """Loss of every run against training FLOPs, the law of each arm with its 68% band, and the residuals below.
 
     68%, because four sizes leave a law one degree of freedom, at which a 95% band is seven times as wide and hides
@@ -32,7 +32,7 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
         raise ValueError(f"loss against compute needs a law in C; got form {law.form}")
     with mpl.rc_context(STYLE):
         if len(set(law.points.arm)) > MANY:
-            return settled(_laws_by_arm(law, multipliers, f"training FLOPs ({convention})"))
+            return settled(_laws_by_arm(law, multipliers, f"training FLOPs ({convention})", loss_axis))
         figure = Figure(figsize=(6.4, 5.6), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         compute = law.points.x["C"]
@@ -53,7 +53,7 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
         bottom.axhline(0, color=BLACK, lw=0.6)
         spare = 0.08 * np.ptp(law.points.loss) + 0.01
         top.set_ylim(law.points.loss.min() - spare, law.points.loss.max() + spare)  # the bands may be far wider
-        top.set(xscale="log", ylabel=LOSS)
+        top.set(xscale="log", ylabel=loss_axis)
         bottom.set(xlabel=f"training FLOPs ({convention})", ylabel="residual (%)")
         for item in multipliers:
             if item.status == "ok":
@@ -67,13 +67,13 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
     return settled(figure)
 
 
-def _laws_by_arm(law: Fit, multipliers: Sequence[Multiplier], x_label: str) -> Figure:
+def _laws_by_arm(law: Fit, multipliers: Sequence[Multiplier], x_label: str, loss_axis: str) -> Figure:
     """A panel for each arm: its runs and law over the baseline's, the other arms' pale behind."""
     compute, arms = law.points.x["C"], np.array(law.points.arm, dtype=object)
     grid = np.geomspace(compute.min(), compute.max(), 50)
     curves = {arm: (grid, law.predict({"C": grid}, arm)) for arm in dict.fromkeys(law.points.arm)}
     dots = {arm: (compute[arms == arm], law.points.loss[arms == arm]) for arm in curves}
-    return arm_panels(curves, dots, law.points.baseline, (x_label, LOSS), _advantages(multipliers))[0]
+    return arm_panels(curves, dots, law.points.baseline, (x_label, loss_axis), _advantages(multipliers))[0]
 
 
 def local_multipliers(multipliers: Sequence[Multiplier]) -> Figure:

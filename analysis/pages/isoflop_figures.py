@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from analysis.pages.style import BLACK, BUDGETS, COLOURS, LOSS, STYLE, grid_of_panels, printable, settled
+from analysis.pages.style import BLACK, BUDGETS, COLOURS, STYLE, grid_of_panels, loss_label, printable, settled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ def isoflop_panels(
     """
     with mpl.rc_context(STYLE):
         if len(laws) > FEW_ARMS:
-            figure, panels = grid_of_panels([law.arm for law in laws], "parameters N", LOSS)
+            figure, panels = grid_of_panels([law.arm for law in laws], "parameters N", loss_label(rows))
             panels[0].set_xscale("log")
             for law, axes in zip(laws, panels, strict=True):
                 _curves(axes, rows[rows["arm"] == law.arm], optima, law.arm)
@@ -44,7 +44,7 @@ def isoflop_panels(
         grid = figure.subplots(len(laws), 3, squeeze=False)
         for (curves, *growths), law in zip(grid, laws, strict=True):
             _curves(curves, rows[rows["arm"] == law.arm], optima, law.arm)
-            curves.set(xscale="log", xlabel="parameters N", ylabel=LOSS)
+            curves.set(xscale="log", xlabel="parameters N", ylabel=loss_label(rows))
             curves.set_title(printable(law.arm) if len(laws) > 1 else "", loc="left")
             for axes, name in zip(growths, GROWTH, strict=True):
                 _growth(axes, name, law, optima)

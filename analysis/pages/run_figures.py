@@ -22,6 +22,7 @@ from analysis.pages.style import (
     Mark,
     arm_panels,
     grid_of_panels,
+    loss_label,
     marks,
     printable,
     settled,
@@ -56,7 +57,7 @@ def loss_curves(evals: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> Figur
         for axes in panels[len(sizes) :]:
             axes.remove()
         figure.supxlabel("training tokens", fontsize=9)
-        figure.supylabel(LOSS, fontsize=9)
+        figure.supylabel(loss_label(runs), fontsize=9)
         _legend(figure, mark_of)
     return settled(figure)
 
@@ -89,8 +90,8 @@ def loss_against(runs: pd.DataFrame, column: str, label: str, baseline: str) -> 
         if len(mark_of) > MANY:
             return settled(_spent_by_arm(runs, column, label, baseline))
         figure = Figure(figsize=(6.4, 3.6 + _legend_height(mark_of)), layout="constrained")
-        axes = figure.subplots()
-        _spent(axes, runs.assign(**{LOSS: runs["loss"], label: runs[column]}), label, LOSS, mark_of)
+        axes, loss = figure.subplots(), loss_label(runs)
+        _spent(axes, runs.assign(**{loss: runs["loss"], label: runs[column]}), label, loss, mark_of)
         _legend(figure, mark_of)
     return settled(figure)
 
@@ -104,16 +105,16 @@ def time_of(runs: pd.DataFrame) -> tuple[pd.Series, str]:
 
 def wall_clock(runs: pd.DataFrame, column: str, convention: str, baseline: str) -> Figure:
     """What compute in `column` costs in measured training time, and what that time buys."""
-    time, label = time_of(runs)
+    (time, label), loss = time_of(runs), loss_label(runs)
     compute = f"training FLOPs ({convention})"
-    table = runs.assign(**{compute: runs[column], label: time, LOSS: runs["loss"]})
+    table = runs.assign(**{compute: runs[column], label: time, loss: runs["loss"]})
     mark_of = marks(list(runs["arm"]), baseline)
     with mpl.rc_context(STYLE):
         if len(mark_of) > MANY:
             return settled(_spent_by_arm(table, label, label, baseline))
         figure = Figure(figsize=(6.4, 3.0 + _legend_height(mark_of)), layout="constrained")
         panels = figure.subplots(1, 2)
-        for axes, (x, y) in zip(panels, [(compute, label), (label, LOSS)], strict=True):
+        for axes, (x, y) in zip(panels, [(compute, label), (label, loss)], strict=True):
             _spent(axes, table, x, y, mark_of)
         panels[0].set_yscale("log")
         devices = ", ".join(sorted(runs["device"].dropna().unique()))
@@ -135,7 +136,7 @@ def _spent_by_arm(runs: pd.DataFrame, column: str, label: str, baseline: str) ->
     cells = runs.groupby(["arm", "size", "parameters"], dropna=False)[[column, "loss"]].mean().sort_values(column)
     curves = {str(arm): (part[column], part["loss"]) for arm, part in cells.groupby(level="arm")}
     dots = {str(arm): (part[column], part["loss"]) for arm, part in runs.groupby("arm")}
-    return arm_panels(curves, dots, baseline, (label, LOSS), {})[0]
+    return arm_panels(curves, dots, baseline, (label, loss_label(runs)), {})[0]
 
 
 def ablation_panels(rows: pd.DataFrame, baseline_loss: float | None) -> Figure:
@@ -165,7 +166,7 @@ def ablation_panels(rows: pd.DataFrame, baseline_loss: float | None) -> Figure:
             axes.set_xlabel(printable(factor))
             axes.margins(y=0.1)
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, fontsize=7)
-        panels[0].set_ylabel(f"{LOSS}, {printable(rows['size'].iloc[0])}")
+        panels[0].set_ylabel(f"{loss_label(rows)}, {printable(rows['size'].iloc[0])}")
         if baseline_loss is not None:
             place: Any = {"xytext": (0, 2), "textcoords": "offset points", "fontsize": 7}
             panels[0].annotate("baseline", (0, baseline_loss), **place)

@@ -21,13 +21,15 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, StrMethodFormatter
 
+from analysis.logs.columns import loss_unit
 from analysis.logs.files import write_atomically
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-LOSS = "held-out loss (nats/token)"
+LOSS = "held-out loss (nats/token)"  # the axis of logs; of a table of points, `loss_label` says
 MANY = 8  # more arms than this get a panel each: no one tells more colours apart
 BLACK = "#000000"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -77,6 +79,11 @@ class Mark:
         """The baseline's are hollow, so that they show under the others'."""
         face = "none" if self.marker == "o" else self.colour
         return {"color": self.colour, "marker": self.marker, "ls": "", "ms": 4.5, "mfc": face} | changes
+
+
+def loss_label(runs: pd.DataFrame) -> str:
+    """The axis of a run table's loss, in its own unit."""
+    return f"held-out loss ({loss_unit(runs)})"
 
 
 def budget_shades(count: int = 64) -> list[str]:
