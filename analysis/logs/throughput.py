@@ -1,4 +1,4 @@
-"""Training throughput as `dynconv bench train` writes it, or as anyone measured it: tokens a second by size and arm."""
+"""Training throughput as anyone measured it: tokens a second by size and arm, with the settings that must be equal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_throughput(path: Path) -> pd.DataFrame:
 
     readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
     if path.suffix not in readers:
-        raise ValueError(f"--throughput takes a .csv or .parquet file, as `dynconv bench train` writes; got {path}")
+        raise ValueError(f"--throughput takes a .csv or .parquet file of measured throughput; got {path}")
     try:
         rows = readers[path.suffix](path)
     except (OSError, ValueError) as error:  # parser errors are ValueErrors

@@ -56,7 +56,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "--throughput",
         type=Path,
         metavar="FILE",
-        help="what `dynconv bench train` wrote, or columns size, arm, tokens_per_second: for the wall clock",
+        help="a .csv or .parquet of measured throughput, with columns size, arm, tokens_per_second: for the wall clock",
     )
     parser.add_argument(
         "--where", metavar="CONDITION", help="use only runs that fulfil this SQL condition on columns of the run table"
