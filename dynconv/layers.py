@@ -342,7 +342,8 @@ def optimizer_groups(
     "matrices": the weights of linear maps. They take weight decay, and Muon (torch.optim.Muon) can optimise them.
     "decayed": all other parameters of two or more dimensions, mainly embeddings. They take weight decay, under AdamW.
     "undecayed": gains, biases, and all parameters of short convolutions: weight decay and Muon are not meant for
-    filters and their bases. The generators belong here too, so that all kinds of convolution are treated alike.
+    filters and their bases. Generators that a convolution owns belong here too. The fused modules own none: theirs are
+    rows of the caller's projection, which is one of the matrices.
 
     The groups follow from the types of the modules. Call this after `fully_shard`, `to_empty` or
     `load_state_dict(assign=True)`, because these replace the parameters. A weight that a linear map shares with an
