@@ -322,8 +322,10 @@ class FusedHeadwiseConv(_ShortConv):
         if len(weight) != self.channels + self.generator_columns:
             wanted = self.channels + self.generator_columns
             raise ValueError(f"weight must have {wanted} rows; got {len(weight)}; widen the projection")
+        kept, zeroed = weight.detach().split([self.channels, self.generator_columns])
+        # A slice of a row-sharded DTensor is a copy, so zeroing it in place would change nothing.
         with torch.no_grad():
-            weight[self.channels :].zero_()
+            weight.copy_(torch.cat([kept, torch.zeros_like(zeroed)]))
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         x, weight = self._split(x, self.generator_columns)
