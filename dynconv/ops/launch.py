@@ -30,9 +30,8 @@ class _Record:
     """
 
     def __init__(self) -> None:
-        self.made: list[
-            tuple[Tensor, Any]
-        ] = []  # a tensor, and its origin: torch.empty, torch.zeros, or the tensor that it copies
+        # a tensor, and its origin: torch.empty, torch.zeros, or the tensor that it copies
+        self.made: list[tuple[Tensor, Any]] = []
         # the compiled kernel, the number of programs, the tensors, and the other arguments
         self.launched: list[tuple[Any, int, tuple[Tensor | None, ...], tuple[Any, ...]]] = []
 
@@ -44,50 +43,51 @@ class _Record:
         Returns None if the pass cannot be repeated: it used a tensor that is neither an input nor recorded here, it
         copied a tensor that a launch may have changed, or Triton's interpreter ran the kernels.
         """
-        kept = {id(r) for r in results if r is not None}
-        alone = [(t, how) for t, how in self.made if how is not torch.empty or id(t) in kept]
-        shared = [t for t, how in self.made if how is torch.empty and id(t) not in kept]  # one buffer for all of them
-        number = {id(t): n for n, t in enumerate([*inputs, *(t for t, _ in alone), *shared, None])}
+        result_ids = {id(r) for r in results if r is not None}
+        allocated = [(t, origin) for t, origin in self.made if origin is not torch.empty or id(t) in result_ids]
+        # All other tensors are scratch memory, and share one buffer.
+        scratch = [t for t, origin in self.made if origin is torch.empty and id(t) not in result_ids]
+        index = {id(t): n for n, t in enumerate([*inputs, *(t for t, _ in allocated), *scratch, None])}
         used = {id(t) for _, _, tensors, _ in self.launched for t in tensors}
-        copies = [(t, how) for t, how in alone if isinstance(how, Tensor)]
-        copyable = {id(t) for t in (*inputs, *(copy for copy, _ in copies))}  # copies come before any launch
-        known = used <= number.keys() and {id(source) for _, source in copies} <= copyable
-        known &= kept <= {id(t) for t, _ in alone}
+        # The repeating function makes all copies before the first launch, so a copy's source must exist by then.
+        copies = [(t, origin) for t, origin in allocated if isinstance(origin, Tensor)]
+        copyable = {id(t) for t in (*inputs, *(copy for copy, _ in copies))}
+        known = used <= index.keys() and {id(source) for _, source in copies} <= copyable
+        known &= result_ids <= {id(t) for t, _ in allocated}
         interpreted = any(compiled is None for compiled, *_ in self.launched)
         if interpreted or not known:
             return None
         device = next(t.device for t in inputs if t is not None)
-        makers = [
-            (torch.zeros if how is torch.zeros else torch.empty, t.shape, t.dtype, number.get(id(how)))
-            for t, how in alone
+        allocations = [
+            (torch.zeros if origin is torch.zeros else torch.empty, t.shape, t.dtype, index.get(id(origin)))
+            for t, origin in allocated
         ]
-        sizes = (-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in shared)
+        sizes = (-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in scratch)
         *offsets, size = itertools.accumulate(sizes, initial=0)
         launches = [
-            (compiled[programs, 1, 1], [number[id(t)] for t in tensors], rest)
+            (compiled[programs, 1, 1], [index[id(t)] for t in tensors], rest)
             for compiled, programs, tensors, rest in self.launched
         ]
-        returned = [None if r is None else number[id(r)] for r in results]
+        returned = [None if r is None else index[id(r)] for r in results]
 
-        def again(*inputs: Tensor | None) -> tuple[Any, ...]:  # each result is a Tensor or None
+        def repeat_pass(*inputs: Tensor | None) -> tuple[Any, ...]:  # each result is a Tensor or None
             tensors: list[Any] = [*inputs]
-            for make, shape, dtype, source in makers:
-                tensor = make(shape, dtype=dtype, device=device)
+            for allocate, shape, dtype, source in allocations:
+                tensor = allocate(shape, dtype=dtype, device=device)
                 tensors.append(tensor if source is None else tensor.copy_(tensors[source]))
             addresses = [None if t is None else t.data_ptr() for t in tensors]
             if offsets:
-                scratch = torch.empty(
-                    size, dtype=torch.uint8, device=device
-                )  # freed on return, but reused only after this stream's kernels
-                start = scratch.data_ptr()
+                # Freed on return, which is safe: the allocator reuses it only for later work on the same stream.
+                buffer = torch.empty(size, dtype=torch.uint8, device=device)
+                start = buffer.data_ptr()
                 addresses += [start + offset for offset in offsets]
             addresses.append(None)
             stream = driver.active.get_current_stream(device.index)
-            for run, numbers, rest in launches:
-                run(*[addresses[n] for n in numbers], *rest, stream=stream)
+            for run, indices, rest in launches:
+                run(*[addresses[n] for n in indices], *rest, stream=stream)
             return tuple([None if n is None else tensors[n] for n in returned])
 
-        return again
+        return repeat_pass
 
 
 def repeated(
@@ -113,9 +113,9 @@ def _repeated(
     device = inputs[0].device.index  # type: ignore[union-attr]
     signature = [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in inputs]
     key = (run, device, options, *signature)
-    again = _repeats.get(key)
-    if again is not None:
-        return again(*inputs)
+    repeat_pass = _repeats.get(key)
+    if repeat_pass is not None:
+        return repeat_pass(*inputs)
     ids = [id(t) for t in inputs if t is not None]
     # A record knows tensors by identity: if one is passed twice, it cannot tell which of the two a launch used.
     if key in _repeats or len(set(ids)) < len(ids):
@@ -144,10 +144,11 @@ def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return _recorded(copy, tensor)
 
 
-def _recorded(made: Tensor, how: Any) -> Tensor:
+def _recorded(made: Tensor, origin: Any) -> Tensor:
+    """Note the tensor and its origin in the record, if one is being made on this thread."""
     record = getattr(_state, "record", None)
     if record is not None:
-        record.made.append((made, how))
+        record.made.append((made, origin))
     return made
 
 
