@@ -41,7 +41,7 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_WIDTH = 8  # of filters in the kernels; wider ones run through the reference
-_FEW_TOKENS = 8  # up to here decoding runs through the reference alone, which takes fewer launches than adding a kernel
+_FEW_TOKENS = 8  # up to so many, decoding runs through the reference alone: adding the kernels would take more launches
 
 
 class _Filters(NamedTuple):
@@ -225,7 +225,7 @@ def _run(
     if isinstance(return_final_state, Tensor):
         raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
     for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
-        if isinstance(flag, str):
+        if isinstance(flag, str | float):  # a residual of 0.5 would add all of x, not half of it
             raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
     if activation not in (None, "silu"):
         got = repr(activation) if isinstance(activation, str) else kind_of(activation)
