@@ -32,9 +32,8 @@ def find_documents(
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device}; got {cu_seqlens.device}; move it")
-    readable = (
-        cu_seqlens.is_cpu and type(cu_seqlens) is Tensor
-    )  # fake tensors have no values; a GPU's would force a synchronisation
+    # Fake tensors have no values to check, and reading those of a GPU would force a synchronisation.
+    readable = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor
     if readable and not torch.compiler.is_compiling():
         edges = cu_seqlens.tolist()
         if edges[0] != 0 or edges[-1] > time or sorted(edges) != edges:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 _ALIGNMENT = 512  # in bytes; PyTorch's allocator aligns its blocks to as much
-_MOST = 4096  # the most signatures to keep; each takes a few KB
+_MAX_SIGNATURES = 4096  # to keep; each takes a few KB
 _state = threading.local()  # a record per thread, because autograd runs backward passes in threads of its own
 _repeats: dict[tuple[Any, ...], Callable[..., tuple[Any, ...]] | None] = {}
 
@@ -120,8 +120,8 @@ def _repeated(
     # A record knows tensors by identity: if one is passed twice, it cannot tell which of the two a launch used.
     if key in _repeats or len(set(ids)) < len(ids):
         return run(*inputs, *options)
-    if len(_repeats) >= _MOST:
-        for oldest in list(_repeats)[: _MOST // 2]:
+    if len(_repeats) >= _MAX_SIGNATURES:
+        for oldest in list(_repeats)[: _MAX_SIGNATURES // 2]:
             _repeats.pop(oldest, None)  # with a default, as another thread may have removed it
     _state.record = record = _Record()
     try:
