@@ -1,4 +1,4 @@
-"""Dynamic short convolutions: causal depthwise convolutions whose filter every token makes for itself."""
+"""Dynamic short convolutions: causal depthwise convolutions in which each token computes its own filter."""
 
 from dynconv.ops import (
     headwise_dynamic_convolution,

@@ -1,12 +1,17 @@
-"""The convolutions as modules, initialised as in the paper: each starts as identity + a random static filter.
+"""The convolutions as modules, initialised as in the paper.
 
-Shapes: B batch, T time, D channels of the convolved tensor, G width of the generator's input, W taps, N sequences.
-Source: arXiv 2606.03825, section 2 (initialisation: generator input default linear, generator output zero,
-static filter uniform on +-1/sqrt(W)).
+With the default options each module starts as the identity (the residual) plus a random static filter, because the
+dynamic filters start at zero.
 
-Every module takes `device` and `dtype` as torch's own do. Made on the meta device, then given memory by `to_empty`, it
-wants `reset_parameters`, which draws initial values as the constructor does. With activation "silu" it is silu of the
-convolution that x is added to.
+A generator is the linear map that computes a token's filter, or in the low-rank form the filter's R coefficients z.
+Shapes: B batch, T time, D channels of the convolved tensor, G width of the generator's input, W taps, R rank,
+N sequences.
+Source: arXiv 2606.03825, section 2 (initialisation: the generator's first map as in nn.Linear, its last map
+zero, the static filter uniform on +-1/sqrt(W)).
+
+Every module takes `device` and `dtype` with the same meaning as in torch.nn. After a module is built on the meta device
+and given memory by `to_empty`, call `reset_parameters`, which draws initial values as the constructor does. With
+activation "silu", silu is applied to the convolution before the residual x is added.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,14 +26,17 @@ from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolutio
 from dynconv.ops.sharded import any_sharded, check_all_sharded
 
 Device = torch.device | str | int | None
-_LINE = 64  # 16-bit values of a cache line of 128 bytes: rows of so many start at one
+_CACHE_LINE_VALUES = 64  # 16-bit values in a 128-byte cache line; rows of a multiple of this all start at one
 
 
 class _ZeroLinear(nn.Linear):
-    """A linear map that starts at zero, by its own reset, too: one called for every module of a model reaches it."""
+    """A linear map whose weight starts at zero.
+
+    Its own `reset_parameters` sets the zeros, so that code which resets every module of a model keeps them.
+    """
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # whose draws stay, so that a seed gives the filters that it always gave
+        super().reset_parameters()  # still consumes random numbers: a seed must keep giving the same static filters
         nn.init.zeros_(self.weight)
 
 
@@ -38,7 +46,7 @@ def _check_positive(name: str, value: int) -> None:
 
 
 class _ShortConv(nn.Module):
-    """What the modules share: training, prefill and decoding are one function of `dynconv.ops`."""
+    """Base of all modules: training, prefill and decoding all call one function of `dynconv.ops`."""
 
     static_filter: nn.Parameter | None  # [W, D]
 
@@ -54,23 +62,26 @@ class _ShortConv(nn.Module):
         self.channels, self.width, self.residual, self.activation = channels, width, residual, activation
 
     def reset_parameters(self) -> None:
-        """Draw initial values, in the constructor's order. A fused form's caller resets its projection by itself."""
+        """Draw initial values, in the constructor's order.
+
+        The fused modules do not own the projection that computes their input: its owner must reset it.
+        """
         if self.generator_map is not None:
             self.generator_map.reset_parameters()
         self._reset_filters()
 
     def _reset_filters(self) -> None:
-        """Of the parameters, those that no module inside this one resets."""
+        """Reset the parameters that this module holds directly, rather than through a submodule."""
         if self.static_filter is not None:
             bound = self.width**-0.5
             nn.init.uniform_(self.static_filter, -bound, bound)
 
     def forward(
         self,
-        x: Tensor,  # [B, T, D]; the fused forms: [B, T, D + generator_columns], the projection's output
-        generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused forms do without
-        cu_seqlens: Tensor | None = None,  # [N + 1]: where packed documents start in T, and T; needs B = 1
-        generated: Tensor | None = None,  # [B, T, columns] of `project_together`, in place of generator_input
+        x: Tensor,  # [B, T, D]; for the fused modules [B, T, D + generator_columns], the projection's output
+        generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused modules need none
+        cu_seqlens: Tensor | None = None,  # [N + 1]: packed documents' starts and the last one's end; B must be 1
+        generated: Tensor | None = None,  # [B, T, columns]: an output of `project_together`, replaces generator_input
     ) -> Tensor:  # [B, T, D]
         y: Tensor = self._convolve(x, generator_input, generated, cu_seqlens=cu_seqlens)
         return y
@@ -79,35 +90,35 @@ class _ShortConv(nn.Module):
         self,
         x: Tensor,  # as in `forward`
         generator_input: Tensor | None = None,  # as in `forward`
-        state: Tensor | None = None,  # [N, W-1, D]: the inputs before, oldest first; None: none
+        state: Tensor | None = None,  # [N, W-1, D]: the inputs before x, oldest first; None means zeros
         cu_seqlens: Tensor | None = None,  # [N + 1]
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [N, W-1, D]
-        """The outputs, and the state that `step` goes on from."""
+        """Return the outputs, and the state from which `step` continues."""
         options = {"cu_seqlens": cu_seqlens, "initial_state": state, "return_final_state": True}
         y, state = self._convolve(x, generator_input, None, **options)
         return y, state
 
     def step(
         self,
-        x: Tensor,  # as in `forward`, of T tokens: one, or a few to be verified
+        x: Tensor,  # as in `forward`; T is 1, or the number of drafted tokens in speculative decoding
         generator_input: Tensor | None,  # as in `forward`
         state: Tensor,  # [B, W-1, D]
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
-        """Decode from a state: the outputs, and the next state."""
+        """Decode from a state: return the outputs and the next state."""
         if state is None:
             raise ValueError("state must be a tensor; got None; begin with prefill, or with zeros")
         return self.prefill(x, generator_input, state)
 
     @property
     def generator_map(self) -> nn.Linear | None:
-        """The map from the generator's input, where the module has its own."""
+        """The linear map that computes the filters (or z) from generator_input; None if the module does not own one."""
         return None
 
     def _convolve(self, x: Tensor, generator_input: Tensor | None, generated: Tensor | None, **options: Any) -> Any:
         columns = getattr(self, "generator_columns", 0)
         if isinstance(x, Tensor) and x.shape[-1] != self.channels + columns:
             wanted = f"{self.channels} channels" + (f" and {columns} generator columns" if columns else "")
-            raise ValueError(f"x must have {wanted}; got {x.shape[-1]} in all; mind the projection before it")
+            raise ValueError(f"x must have {wanted}; got {x.shape[-1]} in all; mind the projection that computes x")
         if self.generator_map is not None:
             if generated is None:
                 generated = self._generate(x, generator_input, self.generator_map)
@@ -117,18 +128,20 @@ class _ShortConv(nn.Module):
 
     def _generate(self, x: Tensor, generator_input: Tensor | None, generator: nn.Linear) -> Tensor:
         if generator_input is None:
-            raise ValueError("a dynamic filter needs generator_input [B, T, G]; got None; pass what makes the filters")
+            raise ValueError(
+                "a dynamic filter needs generator_input [B, T, G]; got None; pass the tensor that the filters depend on"
+            )
         _check_made("generator_input", generator_input, x, generator.in_features)
         check_all_sharded({"generator_input": generator_input, "the generator's weight": generator.weight})
         made: Tensor = generator(generator_input)
         return made
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
-        """What the function takes before the static filter: x, and what makes a token's own filters, if anything."""
+        """The function's arguments before the static filter: x, then the tensors that define the dynamic filters."""
         return (x,)
 
     def _split(self, projected: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """The channels and the generator columns of a fused form's input."""
+        """Split the projection's output into the channels to convolve and the generator columns."""
         x, made = projected.split([self.channels, columns], -1)
         return x, made
 
@@ -139,7 +152,7 @@ class _ShortConv(nn.Module):
 
 
 class StaticShortConv(_ShortConv):
-    """y_t = sum_w filter[w] x_{t-w} (+ x_t): the same filter at every position."""
+    """The same filter at every position: y_t = sum_w filter[w] x_{t-w}, plus x_t with `residual`."""
 
     def __init__(
         self,
@@ -157,7 +170,7 @@ class StaticShortConv(_ShortConv):
 
 
 class HeadwiseDynamicConv(_ShortConv):
-    """Each token makes one filter for every `head_size` consecutive channels."""
+    """Each token has its own filters: one for each head of `head_size` consecutive channels."""
 
     def __init__(
         self,
@@ -191,7 +204,7 @@ class HeadwiseDynamicConv(_ShortConv):
 
 
 class LowRankDynamicConv(_ShortConv):
-    """Each token makes a filter for every channel, through a bottleneck of `rank`."""
+    """Each token has its own filter for every channel, a combination of `rank` learned basis filters."""
 
     def __init__(
         self,
@@ -230,10 +243,10 @@ class LowRankDynamicConv(_ShortConv):
 
 
 class FusedLowRankConv(_ShortConv):
-    """The low-rank convolutions of several branches side by side (Q, K and V, say) in one launch.
+    """The low-rank convolutions of several branches (for example Q, K and V, concatenated) in one kernel launch.
 
-    The caller's projection makes the generators, too: it has `generator_columns` more columns after the branches',
-    with the projection's own initialisation.
+    The caller's projection also computes z: after the branches' channels it has `generator_columns` more outputs, which
+    keep the projection's own initialisation.
     """
 
     def __init__(
@@ -273,9 +286,10 @@ class FusedLowRankConv(_ShortConv):
 
 
 class FusedHeadwiseConv(_ShortConv):
-    """The head-wise convolution whose coefficients are the last `generator_columns` of the caller's projection.
+    """The head-wise convolution whose filters are the last `generator_columns` outputs of the caller's projection.
 
-    Branches need nothing more, as heads partition the channels. `init_projection` zeroes the projection's rows.
+    Several branches (for example Q, K and V) can be concatenated without further options, because each head has its
+    own filter. Call `init_projection` to zero the rows of the projection that compute the filters.
     """
 
     def __init__(
@@ -301,12 +315,17 @@ class FusedHeadwiseConv(_ShortConv):
         self,
         weight: Tensor,  # [D + generator_columns, inputs], as in nn.Linear
     ) -> None:
-        """Zero the rows that make the coefficients: the convolution starts as its static filter."""
+        """Zero the rows that compute the dynamic filters, so that only the static filter acts at the start.
+
+        Raises ValueError where the weight has no such rows.
+        """
         if len(weight) != self.channels + self.generator_columns:
             wanted = self.channels + self.generator_columns
             raise ValueError(f"weight must have {wanted} rows; got {len(weight)}; widen the projection")
+        kept, zeroed = weight.detach().split([self.channels, self.generator_columns])
+        # A slice of a row-sharded DTensor is a copy, so zeroing it in place would change nothing.
         with torch.no_grad():
-            weight[self.channels :].zero_()
+            weight.copy_(torch.cat([kept, torch.zeros_like(zeroed)]))
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         x, weight = self._split(x, self.generator_columns)
@@ -318,18 +337,19 @@ class FusedHeadwiseConv(_ShortConv):
 
 def optimizer_groups(
     model: nn.Module,
-    embeddings: Iterable[nn.Module] = (),  # modules beside nn.Embedding whose weights are no matrices: an untied head
+    embeddings: Iterable[nn.Module] = (),  # modules to treat as nn.Embedding, such as an untied output layer
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """The model's parameters by name, each in one of three groups, in the model's order:
+    """Sort the model's parameters into three groups for the optimizer; each group maps names to parameters.
 
-    "matrices": the weights of linear maps. They decay, and Muon (torch.optim.Muon) fits them.
-    "decayed": the others of two and more dimensions, embeddings above all. They decay, and are AdamW's.
-    "undecayed": gains, biases, and all parameters of short convolutions, whose filters and bases are not what decay and
-    Muon are meant for; their generators go with them, so that all kinds of convolution are treated alike.
+    "matrices": the weights of linear maps. They take weight decay, and Muon (torch.optim.Muon) can optimise them.
+    "decayed": all other parameters of two or more dimensions, mainly embeddings. They take weight decay, under AdamW.
+    "undecayed": gains, biases, and all parameters of short convolutions: weight decay and Muon are not meant for
+    filters and their bases. Generators that a convolution owns belong here too. The fused modules own none: theirs are
+    rows of the caller's projection, which is one of the matrices.
 
-    The types of the modules decide, so that nothing is lost where `fully_shard`, `to_empty` or
-    `load_state_dict(assign=True)` replace parameters; ask after those. A weight that a linear map shares with an
-    embedding is the embedding's. Raises ValueError where one of `embeddings` is not in the model.
+    The groups follow from the types of the modules. Call this after `fully_shard`, `to_empty` or
+    `load_state_dict(assign=True)`, because these replace the parameters. A weight that a linear map shares with an
+    embedding counts as the embedding's. Raises ValueError if one of `embeddings` is not in the model.
     """
     modules = list(model.modules())
     tables: list[nn.Module] = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
@@ -354,10 +374,11 @@ def project_together(
     weight: Tensor,  # [D, G], as in nn.Linear
     convolutions: Sequence[HeadwiseDynamicConv | LowRankDynamicConv],
     generator_input: Tensor,  # [B, T, G]
-) -> tuple[Tensor, ...]:  # [B, T, D]; then [B, T, columns] each, `generated` of a convolution's `forward`
-    """A linear map of one input, and what generators make of it, by one matrix product.
+) -> tuple[Tensor, ...]:  # [B, T, D]; then for each convolution [B, T, columns], the `generated` of its `forward`
+    """Apply a linear map and the convolutions' generators to one input with a single matrix product.
 
-    A narrow product of its own takes a pass over all of the input, and its gradient is one more term of the input's.
+    A generator has few outputs, so a matrix product of its own is bound by reading the whole input, and its backward
+    pass by writing and adding another gradient of the input's size. Raises ValueError if a tensor is a DTensor.
     """
     generators = [convolution.generator_map for convolution in convolutions]
     if any_sharded([weight, generator_input, *(generator.weight for generator in generators)]):
@@ -365,7 +386,7 @@ def project_together(
     assert all(generator.bias is None for generator in generators)
     weights = [weight, *(generator.weight for generator in generators)]
     widths = [len(part) for part in weights]
-    widths.append(-sum(widths) % _LINE)
+    widths.append(-sum(widths) % _CACHE_LINE_VALUES)
     together = torch.cat([*weights, weight.new_zeros(widths[-1], weight.shape[1])])
     return F.linear(generator_input, together).split(widths, 2)[:-1]
 
@@ -375,7 +396,7 @@ def _check_made(name: str, made: Tensor, x: Tensor, columns: int) -> None:
         raise ValueError(f"{name} must be a tensor; got a {type(made).__name__}; mind the order of the arguments")
     if isinstance(x, Tensor) and (made.dim() != 3 or made.shape[:2] != x.shape[:2] or made.shape[2] != columns):
         wanted = f"[B, T, {columns}] with x's B and T, {list(x.shape[:2])}"
-        raise ValueError(f"{name} must be {wanted}; got {list(made.shape)}; pass what this module was made for")
+        raise ValueError(f"{name} must be {wanted}; got {list(made.shape)}; match the module's sizes")
 
 
 def _heads(channels: int, head_size: int) -> int:

@@ -168,6 +168,7 @@ def test_packed_documents_are_separate_sequences() -> None:
         ),
         (lambda: static_convolution(X, torch.ones(4, 6), return_final_state=X), "return_final_state must be True or"),
         (lambda: static_convolution(X, torch.ones(4, 6), "no"), "residual must be True or False; got 'no'"),
+        (lambda: static_convolution(X, torch.ones(4, 6), 0.5), "residual must be True or False; got 0.5"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation="relu"), "got 'relu'; apply another one to"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation=X), "got a Tensor; apply another one to"),
         (

@@ -146,7 +146,7 @@ def test_a_pass_that_raises_leaves_nothing_recorded(launch: Any) -> None:
 
 
 def test_old_signatures_go_and_new_ones_stay(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_MOST", 4)
+    monkeypatch.setattr(launch, "_MAX_SIGNATURES", 4)
 
     def run(x: Tensor, _: int) -> tuple[Tensor]:
         return (launch.new(x, x.shape, x.dtype),)

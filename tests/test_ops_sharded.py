@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch import multiprocessing as mp
 from torch.testing._internal.two_tensor import TwoTensor
 
-from dynconv.layers import FusedLowRankConv, HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, project_together
+from dynconv.layers import (
+    FusedHeadwiseConv,
+    FusedLowRankConv,
+    HeadwiseDynamicConv,
+    LowRankDynamicConv,
+    StaticShortConv,
+    project_together,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch raises its own on import
 CLOSE = 2 * BOUND[torch.float32]
@@ -146,6 +153,20 @@ def check_modules_in_columns(mesh: Any) -> None:
         got.sum().backward()
 
 
+def check_init_projection(mesh: Any) -> None:
+    """A projection that is sharded by rows, as by fully_shard, is initialised as a plain one is."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    fused = FusedHeadwiseConv(6, head_size=3)
+    plain = torch.randn(6 + fused.generator_columns, 4)
+    sharded = distribute_tensor(plain, mesh, [Shard(0)])
+    fused.init_projection(sharded)
+    assert sharded.placements == (Shard(0),)
+    whole = sharded.full_tensor()
+    assert torch.equal(whole[:6], distribute_tensor(plain, mesh, [Shard(0)]).full_tensor()[:6])
+    assert not whole[6:].any()
+
+
 def check_compiled(mesh: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -175,6 +196,7 @@ def process(rank: int, folder: Path) -> None:
         check_modules_in_columns(mesh)
         check_fully_sharded(mesh)
         check_refusals(mesh)
+        check_init_projection(mesh)
         check_compiled(mesh)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the convolution functions ask of their arguments: an error says what was got and wanted, and the remedy."""
+"""Checks of the convolution functions' arguments. An error says what was got, what was wanted, and the remedy."""
 
 import operator
 from typing import Any
@@ -10,11 +10,12 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def kind_of(value: object) -> str:
+    """How an error message names the type of a value."""
     return "None" if value is None else f"a {type(value).__name__}"
 
 
 def as_segments(segments: Any, channels: int) -> tuple[int, ...]:
-    """The widths, if they are what they must be."""
+    """The widths as a tuple of integers. Raises ValueError unless they are positive and add up to the channels."""
     try:
         widths: tuple[Any, ...] = tuple(
             n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in segments
@@ -27,12 +28,14 @@ def as_segments(segments: Any, channels: int) -> tuple[int, ...]:
 
 
 def check_input(x: Tensor) -> None:
+    """Raise ValueError unless x is a floating tensor [B, T, D]."""
     check_floating(x, "x")
     if x.dim() != 3:
         raise ValueError(f"x must be [B, T, D]; got {list(x.shape)}; add or merge dimensions")
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
+    """Raise ValueError unless the argument is a dense tensor of a supported floating dtype."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor; got {kind_of(tensor)}; mind the order of the arguments")
     if tensor.is_nested:
@@ -41,7 +44,14 @@ def check_floating(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}; convert it")
 
 
-def check(tensor: Tensor, shape: tuple[int | None, ...], name: str, letters: str, x: Tensor) -> None:
+def check(
+    tensor: Tensor,
+    shape: tuple[int | None, ...],  # None where any size will do
+    name: str,  # of the argument, for the error message
+    letters: str,  # the shape in the documentation's letters, for the error message
+    x: Tensor,
+) -> None:
+    """Raise ValueError unless the argument is a floating tensor of this shape on x's device."""
     check_floating(tensor, name)
     fits = tensor.dim() == len(shape) and all(
         want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)

@@ -1,6 +1,6 @@
-"""Packed documents, and the states that sequences end with.
+"""Packed documents, and the final states from which decoding continues.
 
-Legend: T time, D channels, W taps, N sequences: as many as x holds, or as cu_seqlens names.
+Legend: B batch, T time, D channels, W taps, N sequences (the number of documents if cu_seqlens is given, else B).
 """
 
 import itertools
@@ -15,9 +15,10 @@ def find_documents(
     x: Tensor,  # [1, T, D]
     cu_seqlens: Tensor,  # [N + 1]
 ) -> tuple[Tensor, Tensor]:  # [T] int64, [T + 1] int32
-    """Each token's document, N past the last one's end; and its place there. The last place is the padding's length.
+    """Each token's document (N for padding after the last document), and its index within that document.
 
-    Raises ValueError where they are no documents of x.
+    The second result has one more element, the length of the padding. Raises ValueError if cu_seqlens does not
+    describe documents of x.
     """
     batch, time, _ = x.shape
     if not isinstance(cu_seqlens, Tensor):
@@ -31,12 +32,13 @@ def find_documents(
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device}; got {cu_seqlens.device}; move it")
-    readable = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor  # fake tensors have no values; a GPU's would stall it
+    # Fake tensors have no values to check, and reading those of a GPU would force a synchronisation.
+    readable = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor
     if readable and not torch.compiler.is_compiling():
         edges = cu_seqlens.tolist()
         if edges[0] != 0 or edges[-1] > time or sorted(edges) != edges:
-            falls = next((f", {b} after {a}" for a, b in itertools.pairwise(edges) if b < a), "")
-            got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}{falls}"
+            decrease = next((f", {b} after {a}" for a, b in itertools.pairwise(edges) if b < a), "")
+            got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}{decrease}"
             raise ValueError(
                 f"cu_seqlens must rise from 0 to T = {time} at most; got {got}; pass the starts and the last one's end"
             )
@@ -51,12 +53,12 @@ def final_state(
     cu_seqlens: Tensor | None,  # [N + 1]
     initial_state: Tensor | None,  # [N, W-1, D]
 ) -> Tensor:  # [N, W-1, D]
-    """The last W-1 inputs of every sequence, oldest first."""
+    """The last W-1 inputs of every sequence, oldest first; a shorter one is preceded by its initial state, or zeros."""
     count = width - 1
     if cu_seqlens is None or x.shape[1] == 0:
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         before = x.new_zeros(sequences, count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-        if cu_seqlens is not None:  # of documents that are all empty
+        if cu_seqlens is not None:  # all documents are empty, so their states stay as they were
             return before.clone()
         recent = x if torch.compiler.is_exporting() else x[:, max(0, x.shape[1] - count) :]
         return torch.cat([before, recent], 1)[:, recent.shape[1] :]

@@ -1,6 +1,6 @@
-"""What torch.utils.flop_counter counts of the operators, from the shapes of their arguments.
+"""FLOP formulas of the operators for torch.utils.flop_counter, from the shapes of their arguments.
 
-A multiply-add counts as two. Legend: B batch, T time, D channels, H heads, W taps, R rank.
+A multiply-add counts as two FLOPs. Legend: B batch, T time, D channels, H heads, W taps, R rank.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _Shape = Sequence[int]
 
 
 def _products(x: _Shape, z: _Shape | None, weight: _Shape | None, static_w: _Shape | None) -> tuple[int, int]:
-    """Of the convolution, and of the low-rank convolution's filters z U."""
+    """FLOPs of applying the filters to x, and of the product z U that computes low-rank filters."""
     if z is not None:
         assert weight is not None  # [R, W*D]
         convolution = 2 * x[0] * x[1] * weight[1]
@@ -21,12 +21,12 @@ def _products(x: _Shape, z: _Shape | None, weight: _Shape | None, static_w: _Sha
 
 
 def forward(x: _Shape, z: _Shape | None, weight: _Shape | None, static_w: _Shape | None, *_: Any, **__: Any) -> int:
-    """The filters, and their product with the inputs."""
+    """FLOPs of the forward pass: computing the filters and applying them."""
     return sum(_products(x, z, weight, static_w))
 
 
 def backward(
-    dy: _Shape,  # noqa: ARG001 - x's
+    dy: _Shape,  # noqa: ARG001 - has x's shape
     x: _Shape,
     z: _Shape | None,
     weight: _Shape | None,
@@ -38,7 +38,11 @@ def backward(
     needs: Sequence[bool],  # whether x, z, weight and static_w want gradients
     **_: Any,
 ) -> int:
-    """Convolutions for dx, for the filters' gradient and for what silu is applied to; the filters again, dz and dU."""
+    """FLOPs of the backward pass.
+
+    Work of the size of a convolution: dx, the gradient of the filters, and, with silu, recomputing silu's input.
+    Work of the size of z U: recomputing the filters, dz and dU.
+    """
     convolution, filters = _products(x, z, weight, static_w)
     convolutions = needs[0] + any(needs[1:]) + silu
     return convolution * convolutions + filters * ((needs[0] or silu) + needs[1] + needs[2])

@@ -1,22 +1,25 @@
 """The convolution functions: they check their arguments and run on the best implementation for the device.
 
-Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments, N sequences: B, or
-as many documents as cu_seqlens names. Tap 0 is the current token. The result has x's dtype. Sums are in float32 (of
-float64 inputs in float64), and so is silu of them; in the low-rank kernels z, U, the gradient of what silu is applied
-to, and the gradients' products are rounded to x's dtype first, as in a matrix product.
-All tensors may be DTensors; see `sharded` for how they may lie, which each function checks.
-Rows of views are read where they lie if their last dimension is contiguous; on a GPU some kernels copy 16-bit rows
-whose strides are no multiples of 16. Keywords of all three functions:
+Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments, N sequences (the
+number of documents if cu_seqlens is given, else B). Tap 0 is the current token. The result has x's dtype.
 
-cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds documents that start at these places, and the last one's end;
-nothing crosses them. What follows that end is padding: it is not read, its outputs are zeros, and so are its gradients.
-The places rise from 0 to T at most, which is checked on a CPU only: on a GPU it is the caller's duty, as reading them
-would stall it.
+Precision: sums and silu are computed in float32, or in float64 for float64 inputs. The low-rank kernels use matrix
+products, so they first round to x's dtype: z, U, the gradient with respect to silu's input, and the products dy * x.
+Memory: a view is read without a copy if its last dimension is contiguous, except that some GPU kernels copy 16-bit
+tensors whose strides are not multiples of 16. All tensors may be DTensors; `sharded` lists the placements supported.
+Each function raises ValueError for arguments that do not fit together. Keywords of all three functions:
+
+cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds packed documents; these are their starts, followed by the
+last one's end. No filter reaches into another document. Tokens after that end are padding: they are not read, and
+their outputs and gradients are zero. The values must not decrease, start at 0 and not exceed T. This is checked on the
+CPU only; on a GPU it is the caller's responsibility, because reading the values would force a synchronisation.
 initial_state [N, W-1, D]: the inputs before x, oldest first; zeros by default.
-return_final_state: the result is (y, state [N, W-1, D]), the state to go on from.
+return_final_state: if true, return (y, state), where state [N, W-1, D] is the initial_state of what follows.
 activation: None or "silu"; y = silu(conv) (+ x).
-bias [D]: added to the convolution, before silu. And `residual` may be a tensor [B, T, D], which is added in place of x.
-No kernel has these two: they cost passes over float32 copies of x and y, and y is rounded once.
+bias [D]: added to the convolution, before silu.
+residual: whether to add x; or a tensor [B, T, D] to add instead of x.
+The kernels support neither a bias nor a residual tensor. PyTorch adds these, to the kernels' result for a float32 copy
+of x, which takes extra passes over memory; the result is rounded to x's dtype once.
 """
 
 import importlib.util
@@ -37,12 +40,12 @@ from dynconv.ops.documents import final_state, find_documents
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_WIDTH = 8  # of the kernels; the reference takes any
-_FEW_TOKENS = 8  # a decoding step: fewer launches through the reference than through the kernels
+_MAX_WIDTH = 8  # of filters in the kernels; wider ones run through the reference
+_FEW_TOKENS = 8  # up to so many, decoding runs through the reference alone: adding the kernels would take more launches
 
 
 class _Filters(NamedTuple):
-    """What makes the filters; see `reference.convolve`."""
+    """The tensors and sizes that define the filters; their shapes are those of `reference.convolve`."""
 
     z: Tensor | None
     weight: Tensor | None
@@ -50,11 +53,11 @@ class _Filters(NamedTuple):
     segments: tuple[int, ...]
     width: int
 
-    def of_tokens(self, take: Callable[[Tensor], Tensor]) -> "_Filters":
-        """Those of the tokens that `take` picks from a tensor [B, T, ...]."""
+    def select_tokens(self, select: Callable[[Tensor], Tensor]) -> "_Filters":
+        """The filters of the tokens that `select` picks from a tensor [B, T, ...]."""
         if self.z is not None:
-            return self._replace(z=take(self.z))
-        return self if self.weight is None else self._replace(weight=take(self.weight))
+            return self._replace(z=select(self.z))
+        return self if self.weight is None else self._replace(weight=select(self.weight))
 
 
 def static_convolution(
@@ -68,7 +71,7 @@ def static_convolution(
     activation: str | None = None,
     bias: Tensor | None = None,
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
-    """y[b,t,d] = sum_w weight[w,d] x[b,t-w,d] (+ x[b,t,d])."""
+    """One filter per channel, the same at every time: y[b,t,d] = sum_w weight[w,d] x[b,t-w,d] (+ x[b,t,d])."""
     check_input(x)
     check(weight, (None, x.shape[2]), "weight", "[W, D]", x)
     filters = _Filters(None, None, weight, (), weight.shape[0])
@@ -117,10 +120,10 @@ def lowrank_dynamic_convolution(
     bias: Tensor | None = None,
     segments: tuple[int, ...] | list[int] | None = None,
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
-    """Every channel has its own filter: (z U) viewed [W, D], plus an optional static one.
+    """One filter per token and channel: (z U) viewed as [W, D], plus an optional static filter.
 
-    `segments`: the channels are G runs of these widths (Q, K and V side by side, say), and run g's filters are made
-    from z's g-th R columns.
+    `segments` are the widths of G groups of consecutive channels (for example Q, K and V, concatenated). The filters
+    of group g use the g-th R columns of z.
     """
     check_input(x)
     batch, time, channels = x.shape
@@ -130,27 +133,27 @@ def lowrank_dynamic_convolution(
             "choose R and W of at least 1" if U.numel() == 0 else "pass a basis of R rows, for W taps of D channels"
         )
         raise ValueError(f"U must be [R, W*D] with D = {channels}; got {list(U.shape)}; {remedy}")
-    runs = (channels,) if segments is None else as_segments(segments, channels)
-    check(z, (batch, time, len(runs) * U.shape[0]), "z", "[B, T, G*R]", x)
+    widths = (channels,) if segments is None else as_segments(segments, channels)
+    check(z, (batch, time, len(widths) * U.shape[0]), "z", "[B, T, G*R]", x)
     width = U.shape[1] // channels
     if static_w is not None:
         check(static_w, (width, channels), "static_w", "[W, D]", x)
-    filters = _Filters(z, U, static_w, runs, width)
+    filters = _Filters(z, U, static_w, widths, width)
     return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias)
 
 
 def static_convolution_step(
-    x: Tensor,  # [B, T, D]: one token, or a few to be verified
-    state: Tensor,  # [B, W-1, D]: the inputs before, oldest first
+    x: Tensor,  # [B, T, D]; T is 1, or the number of drafted tokens in speculative decoding
+    state: Tensor,  # [B, W-1, D]: the inputs before x, oldest first
     weight: Tensor,  # [W, D]
     residual: bool | Tensor = False,
     *,
     activation: str | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
-    """Decode: `static_convolution` from a state, and the next state.
+    """Decode: `static_convolution` continued from a state. Returns the outputs and the next state.
 
-    If only k of several tokens are accepted, the state is torch.cat([state, x], 1)[:, k : k + W - 1].
+    If only the first k of several tokens are accepted, the next state is torch.cat([state, x], 1)[:, k : k + W - 1].
     """
     check_floating(state, "state")
     options: dict[str, Any] = {
@@ -172,7 +175,7 @@ def headwise_dynamic_convolution_step(
     activation: str | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
-    """Decode: `headwise_dynamic_convolution` from a state, and the next state."""
+    """Decode: `headwise_dynamic_convolution` continued from a state. Returns the outputs and the next state."""
     check_floating(state, "state")
     options: dict[str, Any] = {
         "initial_state": state,
@@ -195,7 +198,7 @@ def lowrank_dynamic_convolution_step(
     bias: Tensor | None = None,
     segments: tuple[int, ...] | list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
-    """Decode: `lowrank_dynamic_convolution` from a state, and the next state."""
+    """Decode: `lowrank_dynamic_convolution` continued from a state. Returns the outputs and the next state."""
     check_floating(state, "state")
     options: dict[str, Any] = {
         "initial_state": state,
@@ -216,12 +219,13 @@ def _run(
     activation: str | None,
     bias: Tensor | None = None,  # [D]
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
+    """Check the arguments that all functions share, and run the implementation that they need."""
     if isinstance(residual, Tensor):
         check(residual, tuple(x.shape), "residual (True, False or a tensor)", "[B, T, D]", x)
     if isinstance(return_final_state, Tensor):
         raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
     for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
-        if isinstance(flag, str):
+        if isinstance(flag, str | float):  # a residual of 0.5 would add all of x, not half of it
             raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
     if activation not in (None, "silu"):
         got = repr(activation) if isinstance(activation, str) else kind_of(activation)
@@ -241,19 +245,20 @@ def _run(
             check(bias, (x.shape[2],), "bias", "[D]", x)
         return _unfused(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias)
     if sharded.any_sharded((x, *filters[:3], initial_state)):
-        one = len(filters.segments) == 1
+        one_segment = len(filters.segments) == 1
 
-        def share(x: Tensor, z: Any, weight: Any, static_w: Any, state: Any) -> Any:
-            own = _Filters(z, weight, static_w, (x.shape[2],) if one else filters.segments, filters.width)
-            return _run(x, own, residual, cu_seqlens, state, return_final_state, activation)
+        def run_local(x: Tensor, z: Any, weight: Any, static_w: Any, state: Any) -> Any:
+            segments = (x.shape[2],) if one_segment else filters.segments
+            local_filters = _Filters(z, weight, static_w, segments, filters.width)
+            return _run(x, local_filters, residual, cu_seqlens, state, return_final_state, activation)
 
         packed = cu_seqlens is not None
-        return sharded.run(share, x, *filters[:3], initial_state, filters.segments, packed)
+        return sharded.run(run_local, x, *filters[:3], initial_state, filters.segments, packed)
     silu = activation == "silu"
     if initial_state is None:
         y = _convolve(x, filters, positions, residual, silu)
     else:
-        y = _continue(x, filters, document, positions, cu_seqlens, residual, silu, initial_state)
+        y = _convolve_from_state(x, filters, document, positions, cu_seqlens, residual, silu, initial_state)
     if not return_final_state:
         return y
     return y, final_state(x, filters.width, cu_seqlens, initial_state)
@@ -269,7 +274,10 @@ def _unfused(
     activation: str | None,
     bias: Tensor | None,  # [D]
 ) -> Any:  # as `_run`
-    """What the kernels lack, around the convolution of x in float32, so that the result is rounded once."""
+    """Add a bias or a residual tensor in PyTorch, because the kernels support neither.
+
+    The convolution runs on x in float32, so that the result is rounded to x's dtype only once, at the end.
+    """
     added = residual if isinstance(residual, Tensor) else x if residual else None
     sharded.check_all_sharded({"x": x, "bias": bias, "residual": added})
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -292,7 +300,7 @@ def _convolve(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     kernels = _HAS_TRITON and (x.is_cuda or (_INTERPRET and x.is_cpu)) and x.dtype in _KERNEL_DTYPES
-    forward_mode = forward_ad._current_level >= 0  # whose derivatives only the reference has
+    forward_mode = forward_ad._current_level >= 0  # only the reference supports forward-mode derivatives
     if kernels and filters.width <= _MAX_WIDTH and not forward_mode:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
@@ -301,7 +309,7 @@ def _convolve(
     return reference.convolve(x, *filters[:3], positions, filters.segments, residual, silu)
 
 
-def _continue(
+def _convolve_from_state(
     x: Tensor,  # [B, T, D]
     filters: _Filters,
     document: Tensor | None,  # [T]
@@ -311,34 +319,42 @@ def _continue(
     silu: bool,
     state: Tensor,  # [N, W-1, D]
 ) -> Tensor:  # [B, T, D]
-    """The convolution of sequences that go on from a state, which reaches their first W-1 outputs only."""
+    """The convolution of sequences that continue from a state.
+
+    Only the first W-1 outputs of a sequence depend on the state. The reference computes those, and the kernels, which
+    take no state, compute the rest.
+    """
     count = filters.width - 1
     if count == 0 or x.shape[1] == 0:
         return _convolve(x, filters, positions, residual, silu)
-    if cu_seqlens is None and torch.compiler.is_exporting():  # one program for every T, few tokens or many
-        after = filters.of_tokens(
-            lambda made: torch.cat([made.new_zeros(made.shape[0], count, *made.shape[2:]), made], 1)
+    if cu_seqlens is None and torch.compiler.is_exporting():  # an exported program must serve every T
+        padded_filters = filters.select_tokens(
+            lambda tensor: torch.cat([tensor.new_zeros(tensor.shape[0], count, *tensor.shape[2:]), tensor], 1)
         )
-        return _convolve(torch.cat([state.to(x.dtype), x], 1), after, None, residual, silu)[:, count:]
+        return _convolve(torch.cat([state.to(x.dtype), x], 1), padded_filters, None, residual, silu)[:, count:]
     if cu_seqlens is None or document is None or positions is None:
         count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
-        few = filters.of_tokens(lambda made: made[:, :count])
-        heads = reference.convolve(x[:, :count], *few[:3], None, few.segments, residual, silu, state)
+        first_filters = filters.select_tokens(lambda tensor: tensor[:, :count])
+        from_state = reference.convolve(x[:, :count], *first_filters[:3], None, filters.segments, residual, silu, state)
         if count == x.shape[1]:
-            return heads
-        return torch.cat([heads, _convolve(x, filters, None, residual, silu)[:, count:]], 1)
+            return from_state
+        return torch.cat([from_state, _convolve(x, filters, None, residual, silu)[:, count:]], 1)
     tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)  # [N, W-1]
     inside = tokens < cu_seqlens[1:, None]
     tokens = tokens.clamp(max=x.shape[1] - 1)
 
-    def first(made: Tensor) -> Tensor:  # [1, T, ...] -> [N, W-1, ...]
-        """Zeros past a short document's end, lest gradients that are zero there meet the next one's NaN."""
-        return torch.where(inside.view(*inside.shape, *[1] * (made.dim() - 2)), made[0, tokens], 0.0)
+    def first_tokens(tensor: Tensor) -> Tensor:  # [1, T, ...] -> [N, W-1, ...]
+        """The first W-1 tokens of every document; zeros after the end of a shorter one.
 
-    few = filters.of_tokens(first)
-    heads = reference.convolve(first(x), *few[:3], None, few.segments, residual, silu, state)
+        Without the zeros these places would hold the next document's values. If those are NaN, the zero gradients of
+        these places times NaN would be NaN.
+        """
+        return torch.where(inside.view(*inside.shape, *[1] * (tensor.dim() - 2)), tensor[0, tokens], 0.0)
+
+    first_filters = filters.select_tokens(first_tokens)
+    from_state = reference.convolve(first_tokens(x), *first_filters[:3], None, filters.segments, residual, silu, state)
     y = _convolve(x, filters, positions, residual, silu)
-    place, documents = positions[:-1], len(heads)
-    near = (place < count) & (document < documents)  # padding belongs to none
-    own = heads[document.clamp(max=documents - 1), place.clamp(min=0, max=count - 1)]
-    return torch.where(near[:, None], own, y)
+    place, documents = positions[:-1], len(from_state)
+    uses_state = (place < count) & (document < documents)  # padding belongs to no document
+    token_from_state = from_state[document.clamp(max=documents - 1), place.clamp(min=0, max=count - 1)]
+    return torch.where(uses_state[:, None], token_from_state, y)

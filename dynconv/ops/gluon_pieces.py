@@ -1,19 +1,23 @@
-"""Pieces that the Gluon kernels share: rings in shared memory, the inputs before a run, documents, and silu.
+"""Functions that the Gluon kernels share: ring buffers in shared memory, the inputs before a run, documents, and silu.
 
-A row is a run of slots, one time step each; `ring_kernels` and `lowrank_mma_kernels` say how rows lie in a program.
+A run is RUN consecutive time steps, called slots, and a row is the part of a program that works on one run. The
+docstrings of `ring_kernels` and `lowrank_mma_kernels` say how a program divides its time steps into rows.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-# Triton 3.9 renamed it.
+# Triton 3.9 renamed this function, so look for both names.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
 def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
-    """Shared memory for groups of SLOTS slots: a buffer each, lest Triton put barriers between their copies."""
+    """Shared memory for a ring buffer of groups of SLOTS slots.
+
+    Each slot of a group has a buffer of its own, because Triton would put barriers between copies into a common one.
+    """
     ring = ()
     for _ in gl.static_range(SLOTS):
         ring = ring + (gl.allocate_shared_memory(dtype, shape, layout),)
@@ -22,7 +26,11 @@ def allocate_ring(SLOTS: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr
 
 @gluon.jit
 def load_position(positions, start, row, limit, slot):
-    """Each row's place in its document: loaded, 0 beyond the end; or, of documents `positions` long, computed."""
+    """The index within its document of each row's token at this slot.
+
+    If `positions` is a pointer, the index is loaded, with 0 past the end; if it is the length of every document, the
+    index is computed.
+    """
     if positions.dtype.is_ptr():
         place = gl.load(positions + start + row + slot, mask=slot < limit, other=0)
     else:
@@ -41,7 +49,7 @@ def end_of_documents(positions, time):
 
 @gluon.jit
 def drop_first(values):
-    """A tuple without its first."""
+    """A tuple without its first element."""
     rest = ()
     for index in gl.static_range(1, len(values)):
         rest = rest + (values[index],)
@@ -50,7 +58,7 @@ def drop_first(values):
 
 @gluon.jit
 def load_positions(positions, start, row, limit, first, SLOTS: gl.constexpr):
-    """`load_position` of SLOTS slots."""
+    """`load_position` for SLOTS slots from `first` on, as a tuple."""
     places = ()
     for slot in gl.static_range(SLOTS):
         places = places + (load_position(positions, start, row, limit, first + slot),)
@@ -59,7 +67,7 @@ def load_positions(positions, start, row, limit, first, SLOTS: gl.constexpr):
 
 @gluon.jit
 def load_history(x, positions, start, row, limit, d_ok, x_time: gl.constexpr, W: gl.constexpr):
-    """The W - 1 slots before a run, oldest first; zero before the document's start."""
+    """The inputs of the W - 1 slots before a run, oldest first; zeros for those before the document's start."""
     xs = ()
     for slot in gl.static_range(1 - W, 0):
         ok = (slot >= -start - row) & (slot < limit) & d_ok
@@ -71,7 +79,7 @@ def load_history(x, positions, start, row, limit, d_ok, x_time: gl.constexpr, W:
 
 @gluon.jit
 def forget(xs, position, W: gl.constexpr):
-    """The W - 1 slots before this one; zero where this one starts a document."""
+    """The inputs of the W - 1 slots before this one, set to zero where this slot starts a document."""
     kept = ()
     for index in gl.static_range(W - 1):
         kept = kept + (gl.where(position == 0, gl.zeros_like(xs[index]), xs[index]),)
@@ -80,7 +88,7 @@ def forget(xs, position, W: gl.constexpr):
 
 @gluon.jit
 def sigmoid(value):
-    """The logistic function, by the hardware's approximate exponential and reciprocal."""
+    """The logistic function, computed with the hardware's approximate exponential and reciprocal."""
     asm: gl.constexpr = """{ .reg .f32 e;
         mul.f32 e, $1, 0fBFB8AA3B;  // -1 / ln 2
         ex2.approx.ftz.f32 e, e;
@@ -91,6 +99,6 @@ def sigmoid(value):
 
 @gluon.jit
 def through_silu(gradient, inner):
-    """The gradient of `inner` from that of silu of it."""
+    """The gradient with respect to `inner`, from the gradient with respect to silu(inner)."""
     share = sigmoid(inner)
     return gradient * share * (1.0 + inner * (1.0 - share))

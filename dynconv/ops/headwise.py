@@ -1,7 +1,7 @@
 """The head-wise dynamic convolution in Triton. Legend: B batch, T time, D channels, H heads, W taps.
 
-A tile's channels are HEADS whole heads of D/H channels, padded to HP, a power of two. A token's coefficients
-load as one vector, W taps padded to WP, and split in registers.
+A tile's channels are HEADS whole heads. Each head's D/H channels are padded to HP, the next power of two. The taps of
+all heads of a token are loaded as one vector, with W padded to WP, and split into single taps in registers.
 """
 
 import torch
@@ -244,7 +244,7 @@ def _backward_kernel(
 
 
 def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
-    """(rows, heads, padded head size) of a tile of about so many elements."""
+    """(rows, heads, padded head size) of a tile with about `elements` elements a slot."""
     padded = triton.next_power_of_2(head_size)
     in_block = min(max(1, 256 // padded), triton.next_power_of_2(heads))
     return max(1, elements // (in_block * padded)), in_block, padded
@@ -253,15 +253,19 @@ def _tile(head_size: int, heads: int, elements: int) -> tuple[int, int, int]:
 def _by_ring(
     x: Tensor, weight: Tensor, static_w: Tensor | None, positions: Tensor | None, silu: bool, backward: bool
 ) -> bool:
-    """Whether the kernels with a ring run: where they fit, and silu wants them or they are the faster."""
+    """Whether to run the Gluon kernels of `ring`: they must fit, and silu must need them or they must be faster.
+
+    They are faster for packed documents, and with a static filter, in the forward pass from 8 channels a head on.
+    """
     large = static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2])
     return ring_fits(x, weight, weight.shape[3]) and (silu or positions is not None or large)
 
 
 def _backward_shape(static: bool) -> tuple[int, int, int, int]:
-    """(elements of a tile, slots, slots loaded ahead, programs a multiprocessor; 0: a program a tile).
+    """(elements of a slot, slots, slots loaded ahead, programs per multiprocessor), with 0 for one program per tile.
 
-    The static filter's sums want registers, and long chunks; without them, a program a tile does.
+    The static filter's gradient sums take registers, so the tile is small, and every program writes such sums, so few
+    programs loop over many tiles each. Without a static filter one program per tile will do.
     """
     return (512, 8, 2, 6) if static else (1024, 4, 1, 0)
 
@@ -272,10 +276,10 @@ def forward(
     static_w: Tensor | None,  # [W, D]
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
-    silu: bool,  # where `ring_fits`
+    silu: bool,  # True only if `ring_fits`
     dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
+    """The result in `dtype`: x's dtype, or float32 if the caller is still to apply silu."""
     if _by_ring(x, weight, static_w, positions, silu, backward=False):
         return ring.forward(x, weight, static_w, positions, weight.shape[3], residual, silu)
     batch, time, channels = x.shape
@@ -307,7 +311,7 @@ def backward(
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
     silu: bool,
-    needs: tuple[bool, bool, bool],  # whether x, weight and static_w want gradients
+    needs: tuple[bool, bool, bool],  # whether x, weight and static_w require gradients
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, H, W], [W, D]
     """The gradients of x, weight and static_w, in their dtypes."""
     if _by_ring(x, weight, static_w, positions, silu, backward=True):

@@ -1,7 +1,7 @@
 """The low-rank dynamic convolution in Triton, for any shape and dtype.
 
 Legend: B batch, T time, D channels, W taps, R rank, G segments of the channels, each with its own z.
-The filters are made on chip, a tile at a time, as z U; they are never stored.
+The filters z U are computed tile by tile in registers and never stored in memory.
 """
 
 import torch
@@ -177,14 +177,17 @@ def _backward_kernel(
 
 
 def _tile(x: Tensor, rank: int, backward: bool) -> tuple[int, int, int]:
-    """(time steps, channels, padded rank) of a tile: W bases of [R, channels], and W sums, are in registers."""
+    """(time steps, channels, padded rank) of a tile.
+
+    Tiles shrink as the rank grows, because the W bases [R, channels] and, backward, the W sums must fit in registers.
+    """
     padded = max(16, triton.next_power_of_2(rank))
     small = backward or padded > 32 or x.dtype == torch.float32
     return 32 if small else 64, 16 if padded > 64 else 32 if small else 64, padded
 
 
 def _dot_dtype(x: Tensor) -> tl.dtype:
-    """x's dtype; float32 in Triton's interpreter, whose dot takes bfloat16's bits for integers."""
+    """The dtype of tl.dot's operands: x's; float32 in Triton's interpreter, whose dot misreads bfloat16 as integers."""
     names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return names[x.dtype] if isinstance(_forward_kernel, JITFunction) else tl.float32
 
@@ -197,13 +200,13 @@ def forward(
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
-    silu: bool,  # where `mma_fits`
+    silu: bool,  # True only if `mma_fits`
     dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
+    """The result in `dtype`: x's dtype, or float32 if the caller is still to apply silu."""
     if mma_fits(x, up, segments, silu):
         return mma.forward(x, z, up, static_w, positions, segments, residual, silu, dtype)
-    assert not silu, "the caller applies it"
+    assert not silu, "silu must be applied by the caller here"
     batch, time, channels = x.shape
     rank = up.shape[0]
     steps, columns, padded = _tile(x, rank, backward=False)
@@ -235,12 +238,12 @@ def backward(
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,
-    needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w want gradients
+    needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w require gradients
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
     if mma_fits(x, up, segments, silu):
         return mma.backward(dy, x, z, up, static_w, positions, segments, residual, silu, needs)
-    assert not silu, "the caller applies it"
+    assert not silu, "silu must be applied by the caller here"
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     steps, columns, padded = _tile(x, rank, backward=True)
@@ -251,7 +254,7 @@ def backward(
     per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, per_chunk)
     dx = new_like(x) if needs[0] else None
-    # segments of fewer blocks than the widest leave parts of dz unwritten
+    # A segment with fewer blocks of channels than the widest one leaves parts of dz unwritten, so start from zeros.
     uneven = min(in_segment) != max(in_segment)
     dz_partial, dz = new_sums(z if needs[1] else None, max(in_segment), zero=uneven)
     up_partial, dup = new_sums(up if needs[2] else None, batch * chunks)

@@ -1,6 +1,6 @@
 """The low-rank convolution on NVIDIA tensor cores: which inputs fit, how the work is cut, and the launches.
 
-Legend: B batch, T time, D channels, W taps, R rank (in z to a multiple of 16), G segments.
+Legend: B batch, T time, D channels, W taps, R rank (padded in z to RP, a multiple of 16), G segments.
 """
 
 from typing import NamedTuple
@@ -17,19 +17,21 @@ from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, 
 MAX_WIDTH = 4
 _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
 BLOCK = 16 * _BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
-_FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # that a launch may take
-_ROWS = 16
-_DOCUMENTS = 1.25  # a margin: joined sequences took 1.13 to 1.20 times as long where neither fills the device better
-_SLOTS = 4  # of the forward ring; runs are multiples of it, and so of the backward ring's 2 or 1
+_FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # the most ranks of U in one launch; larger ranks take several launches
+_ROWS = 16  # of a warp, as in the matrix unit's instruction
+# Sequences are joined only if this makes the estimated time this many times shorter: where joining did not fill the
+# device better, it took 1.13 to 1.20 times as long.
+_DOCUMENTS = 1.25
+_SLOTS = 4  # of the forward ring; run lengths are multiples of it, hence also of the backward ring's 2 or 1 slots
 
 
 def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -> bool:
-    """Whether these kernels take the inputs, and with `silu` apply it; `lowrank` has kernels for any, without it."""
+    """Whether these kernels support the inputs, and silu if asked for. `lowrank` supports all inputs, but not silu."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and up.shape[1] <= MAX_WIDTH * x.shape[2]
         and x.shape[2] % 16 == 0
-        and not (silu and up.shape[0] > _BACKWARD_RANKS)  # launches that add up see no whole sum
+        and not (silu and up.shape[0] > _BACKWARD_RANKS)  # silu needs the sum over all ranks in one launch
         and (len(segments) == 1 or all(width % BLOCK == 0 for width in segments))
     )
 
@@ -69,15 +71,15 @@ def _padded(
 
 
 class _Cut(NamedTuple):
-    """How the kernels are to take [B, T, ...]: as it is, or as one sequence of B documents that are T long."""
+    """How the kernels treat [B, T, ...]: as B sequences, or as one sequence of B documents of length T."""
 
     batch: int
     time: int
-    # one of these is empty; the other is the kernels' `positions`, the last of the tensors or the first of the integers
+    # The kernels' `positions` argument is the last tensor or the first integer, so one of these tuples is empty:
     positions: tuple[Tensor | None, ...]
     length: tuple[int, ...]
     run: int  # slots of a row
-    chunks: int  # that programs make of the time
+    chunks: int  # into which the time is divided, one for each program
 
 
 def _cut(
@@ -87,9 +89,10 @@ def _cut(
     at_once: int,  # programs that a multiprocessor runs
     longest: int,
 ) -> _Cut:
-    """The faster way: sequences too short for a program are better joined, which wants them to lie one after the other.
+    """Choose the faster of the two treatments.
 
-    It leaves fewer partial sums, too.
+    Joining helps sequences that are too short to fill a program, and leaves fewer partial sums. It requires that the
+    sequences lie one after the other in memory.
     """
     batch, time = inputs[0].shape[:2]
     by_device = (at_once * multiprocessors(inputs[0]), _SLOTS, longest, at_once == 1)
@@ -111,10 +114,10 @@ def forward(
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
-    silu: bool,  # where it `fits`
+    silu: bool,  # True only if it `fits`
     dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
+    """The result in `dtype`: x's dtype, or float32 if the caller is still to apply silu."""
     channels, rank = x.shape[2], up.shape[0]
     x = aligned(x)
     y = new(x, x.shape, dtype)
@@ -122,7 +125,8 @@ def forward(
     padded = _padded(z, rank, x.dtype)
     for first in range(0, rank, _FORWARD_RANKS):
         ranks = min(rank - first, _FORWARD_RANKS)
-        # registers hold so many programs a multiprocessor; each starts by loading its ranks of U
+        # Registers limit the programs per multiprocessor. Every program first loads its ranks of U, so more ranks
+        # need longer runs.
         at_once, longest = (3, 32) if ranks <= 16 else (2, 128)
         cut = _cut((x, padded), positions, blocks, at_once, longest)
         launch(
@@ -151,7 +155,7 @@ def backward(
     segments: tuple[int, ...],
     residual: bool,
     silu: bool,
-    needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w want gradients
+    needs: tuple[bool, bool, bool, bool],  # whether x, z, up and static_w require gradients
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, G*R], [R, W*D], [W, D]
     """The gradients of x, z, up and static_w, in their dtypes."""
     batch, time, channels = x.shape
@@ -161,9 +165,9 @@ def backward(
     padded = _padded(z, rank, x.dtype)
     cut = _cut((dy, x, padded), positions, blocks, at_once=1, longest=160)
     dx = new_like(x) if needs[0] else None
-    dz_partial, dz, columns = None, None, min(rank, 16)  # of a launch's dz, whose memory the next one takes
+    dz_partial, dz, columns = None, None, min(rank, 16)  # all launches share one dz_partial
     if needs[1]:
-        # segments of fewer blocks than the widest leave parts of dz unwritten
+        # A segment with fewer blocks of channels than the widest one leaves parts of dz unwritten: start from zeros.
         parts, uneven = triton.cdiv(max(segments), BLOCK), min(segments) != max(segments)
         dz_partial = new(z, (parts, batch, time, len(segments) * columns), torch.float32, zero=uneven)
         dz = new_like(z)
@@ -186,7 +190,7 @@ def backward(
                 "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": padded.stride(1), "dx_time": channels,
                 "SEGMENTS": segments, "ALL_RANKS": rank, "R": ranks, "W": width,
                 "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
-                "SLOTS": 1 if silu else 2, "STAGES": 8 if silu else 4,  # two at a time want more registers
+                "SLOTS": 1 if silu else 2, "STAGES": 8 if silu else 4,  # 2 slots with silu need more registers
                 "WARPS": _BACKWARD_WARPS,
             },
             num_warps=_BACKWARD_WARPS,

@@ -1,18 +1,20 @@
 """The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, W <= 4.
 
-Legend: B batch, T time, D channels, W taps, R rank (in z to a multiple of 16), G segments. Of ALL_RANKS a launch takes
-R, from first_rank on: at most 64 forward and 16 backward. Those of later ranks ADD to what the launches before left in
-y or dx, rounded to its dtype. `positions` are each token's place in its document, or every document's length.
+Legend: B batch, T time, D channels, W taps, R rank (padded in z to a multiple of 16), G segments.
 
-Everything a thread needs stays in its registers. A warp owns 16 channels and 16 rows; row r, slot s stands for
-time r * RUN + s of the program's chunk, so the earlier inputs of a slot are the slots before it, of the same thread.
-Two identities make the matrix unit's layouts fit without moving data:
-- a product does not care in which order its columns (or summed-over channels) come, so column c holds channel
-  `mma.channel_of(c)` and each thread's four channels lie side by side in memory;
-- the transpose of an 8 x 8 block across a warp is one instruction, so g = dy * x serves both as the left operand of
+A launch handles R of ALL_RANKS ranks, from first_rank on: at most 64 forward and 16 backward. Larger ranks take several
+launches; all but the first have ADD set, and add to the y or dx that the launches before them rounded to its dtype.
+`positions` is a pointer to each token's index within its document, or the length that all documents have.
+
+The filters and sums stay in registers. A warp owns 16 channels and 16 rows. Row r, slot s stands for time r * RUN + s
+of the program's chunk, so the earlier inputs of a slot are the slots before it, in the same thread.
+Two properties make the data fit the matrix unit's layouts without moving between threads:
+- the order of a matrix product's columns, or of the channels it sums over, is arbitrary, so column c holds channel
+  `mma.channel_of(c)`, which makes each thread's four channels adjacent in memory;
+- one instruction transposes an 8 x 8 block across a warp, so g = dy * x serves both as the left operand of
   dz = g U^T (summed over channels) and, transposed, of dU^T = g^T z (summed over time).
-x, dy, z and positions stream through a ring in shared memory (cp.async); the static filter is what the filters' sums
-start from.
+x, dy, z and positions stream through a ring buffer in shared memory (cp.async). The accumulators of the filters z U
+start from the static filter.
 """
 
 from triton.experimental import gluon
@@ -54,7 +56,10 @@ from dynconv.ops.mma import (
 
 @gluon.jit
 def _gradient_of_sum(gradient, xs, generator, basis, starts, W: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr):
-    """The gradient of a slot's sum from that of silu of it. xs: its W inputs, oldest first."""
+    """The gradient with respect to silu's input, from the gradient with respect to its output.
+
+    That input, the convolution's sum for this slot, is recomputed from xs, the slot's W inputs, oldest first.
+    """
     inner = gl.zeros([WARPS, 16, 16], gl.float32, OWN)
     for tap in gl.static_range(W):
         filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
@@ -77,7 +82,7 @@ def forward_kernel(
     OWN: gl.constexpr = own_layout(WARPS)
     COPY: gl.constexpr = copy_layout(WARPS)
     READ: gl.constexpr = read_layout(WARPS)
-    RANKS: gl.constexpr = 16 if R <= 16 else 32 if R <= 32 else 64  # in the ring, of which some are not read
+    RANKS: gl.constexpr = 16 if R <= 16 else 32 if R <= 32 else 64  # columns of z in the ring; some are not used
     BLOCKS: gl.constexpr = (R + 15) // 16
     Z_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0])
     LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
@@ -144,7 +149,7 @@ def forward_kernel(
         x_ahead += SLOTS * x_time
         z_ahead += SLOTS * z_time
         place = group // SLOTS % STAGES
-        if ADD:  # a group ahead, too
+        if ADD:  # load what is added a group ahead, to hide its latency
             before = earlier
             earlier = load_before(out, SLOTS, y_time, 0, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
@@ -206,7 +211,7 @@ def backward_kernel(
     dy += batch * dy_batch + start.to(gl.int64) * dy_time
     z += batch * z_batch + start.to(gl.int64) * z_time + segment * ((ALL_RANKS + 15) // 16 * 16) + first_rank
     if dx is not None:
-        dx += (batch * time + start + 1 - W) * dx_time  # of the slot W - 1 before the one that is read
+        dx += (batch * time + start + 1 - W) * dx_time  # dx is written W - 1 slots behind the slot that is read
     part = (first - begin) // (16 * WARPS)
     COLUMNS: gl.constexpr = min(ALL_RANKS, 16)
     RANKS: gl.constexpr = COLUMNS * len(SEGMENTS)
@@ -235,7 +240,7 @@ def backward_kernel(
     dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, 16], Z_ROWS, dtype)
     place_ring = allocate_ring(SLOTS, [STAGES, 16], PLACES, gl.int32)
-    end = RUN + W - 1  # the next run's first steps give to this run's last dx
+    end = RUN + W - 1  # the outputs of the W - 1 slots after this run depend on its inputs, too
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         early = (slot < copy_limit) & copy_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=early)
@@ -272,7 +277,7 @@ def backward_kernel(
     dy_ahead = dy + (STAGES - 1) * SLOTS * dy_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
-        gl.assume(group >= 0)  # else the compiler corrects remainders for negative numbers
+        gl.assume(group >= 0)  # without this, the compiler adds code for remainders of negative numbers
         async_copy.wait_group(STAGES - 2)
         ahead = group + (STAGES - 1) * SLOTS
         place = ahead // SLOTS % STAGES
@@ -291,7 +296,7 @@ def backward_kernel(
         if dx is not None:
             out = dx + row * dx_time + d
             dx += SLOTS * dx_time
-            if ADD:  # a group ahead, too
+            if ADD:  # load what is added a group ahead, to hide its latency
                 before = earlier
                 earlier = load_before(out, SLOTS, dx_time, W - 1 - group, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
@@ -307,7 +312,7 @@ def backward_kernel(
             if SILU:
                 gradient = _gradient_of_sum(gradient, xs, generator, basis, starts, W, WARPS, OWN)
                 dy_slot = gradient.to(dtype)
-                generator = renewed(generator, time >> 31, WARPS, LEFT)  # time is positive
+                generator = renewed(generator, time >> 31, WARPS, LEFT)  # the shift gives 0, as time is positive
             dz_slot = gl.zeros([WARPS, 16, 16], gl.float32, MMA)
             new_up_sums = ()
             new_static_sums = ()
@@ -340,7 +345,7 @@ def backward_kernel(
                 if ADD:
                     result += before[slot].to(gl.float32)
                 gl.store(out + slot * dx_time, result.to(dtype), mask=done)
-            # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
+            # partial[k] is the part summed so far of dx, for the slot that lies W - 1 - k before the next one.
             partial = ()
             for index in gl.static_range(W - 1):
                 partial = partial + (backs[W - 2 - index],)
@@ -352,7 +357,7 @@ def backward_kernel(
                 gl.store(dz + slot * RANKS + dz_time * RANKS + dz_rank, total, mask=dz_ok)
             dz += SLOTS * RANKS
 
-    # the first steps of the next run still give to this run's last dx
+    # The last W - 1 inputs of this run also enter the first outputs of the next run: add those to their dx.
     async_copy.wait_group(0)
     for slot in gl.static_range(W - 1):
         place = (RUN + slot) // SLOTS % STAGES

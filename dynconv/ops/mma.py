@@ -1,6 +1,7 @@
-"""Pieces of the tensor-core kernels, in Gluon: layouts, changes of layout that move nothing, and loads.
+"""Functions of the tensor-core kernels, in Gluon: layouts, layout changes that keep data in its thread, and loads.
 
-Tensors are [WARPS, 16 rows, 16 channels or ranks]; `lowrank_mma_kernels` says what a row is.
+Tensors are [WARPS, 16 rows, 16 channels or ranks]. Each row is a run of consecutive time steps, as the docstring of
+`lowrank_mma_kernels` explains.
 """
 
 from triton.experimental import gluon
@@ -29,7 +30,7 @@ def own_layout(warps):
 
 @gluon.constexpr_function
 def read_layout(warps):
-    """[16 rows, channel]: `own_layout`, the warps' channels side by side as in memory."""
+    """[16 rows, channel]: the same distribution as `own_layout`, with the channels of all warps in one dimension."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0]],
         lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
@@ -41,19 +42,19 @@ def read_layout(warps):
 
 @gluon.constexpr_function
 def copy_layout(warps):
-    """[16 rows, channel] on the way into a ring: neighbouring lanes copy whole cache lines."""
+    """[16 rows, channel] for copies into a ring buffer: neighbouring lanes together copy whole cache lines."""
     return gl.BlockedLayout([1, 8], [16 // warps, 2 * warps], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def read_slot(slot, WARPS: gl.constexpr, read: gl.constexpr, own: gl.constexpr):
-    """One slot of a ring [16 rows, channel] -> [WARPS, 16 rows, 16 channels]."""
+    """Read one slot of a ring buffer: [16 rows, channel] -> [WARPS, 16 rows, 16 channels]."""
     return gl.convert_layout(slot.load(read).reshape([16, WARPS, 16]).permute([1, 0, 2]), own)
 
 
 @gluon.jit
 def axis(size: gl.constexpr, dim: gl.constexpr, layout: gl.constexpr):
-    """arange along one of three dimensions, the others of size one."""
+    """arange along one of three dimensions; the other two have size one."""
     if dim == 0:
         value = gl.expand_dims(gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1)
         value = gl.expand_dims(value, 2)
@@ -68,27 +69,27 @@ def axis(size: gl.constexpr, dim: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def channel_of(column):
-    """The channel, of a warp's 16, that stands in a column of the matrix unit's result."""
+    """Which of a warp's 16 channels a column of the matrix unit's result holds."""
     return column % 8 // 2 * 4 + column // 8 * 2 + column % 2
 
 
 @gluon.jit
 def to_channels(columns, WARPS: gl.constexpr, layout: gl.constexpr):
-    """Columns in the matrix unit's order -> channels in memory's; registers are renamed, nothing moves."""
+    """Reorder columns of the matrix unit into channels in memory's order. Only registers are renamed; no data moves."""
     columns = columns.reshape([WARPS, 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([WARPS, 16, 16])
     return gl.convert_layout(columns, layout)
 
 
 @gluon.jit
 def to_columns(channels, WARPS: gl.constexpr, layout: gl.constexpr):
-    """The inverse."""
+    """The inverse of `to_channels`: channels in memory's order -> columns of the matrix unit."""
     channels = channels.reshape([WARPS, 16, 4, 2, 2]).permute([0, 1, 3, 2, 4]).reshape([WARPS, 16, 16])
     return gl.convert_layout(channels, layout)
 
 
 @gluon.jit
 def transpose(g, WARPS: gl.constexpr, layout: gl.constexpr):
-    """[row, channel] -> [column, row] as a left operand."""
+    """[row, channel] -> [column, row], laid out as the left operand of a matrix product."""
     g = gl.inline_asm_elementwise(
         "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [g], dtype=g.dtype, is_pure=False, pack=2
     )
@@ -98,7 +99,7 @@ def transpose(g, WARPS: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def multiply(a, b):
-    """The product of 16-bit values, rounded once, two at a time."""
+    """The elementwise product of 16-bit values, rounded once; one instruction multiplies two pairs."""
     if a.dtype == gl.bfloat16:
         asm: gl.constexpr = "{ .reg .b32 c; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, $1, $2, c; }"
     else:
@@ -108,14 +109,17 @@ def multiply(a, b):
 
 @gluon.jit
 def load_generator(z, WARPS: gl.constexpr, layout: gl.constexpr):
-    """One slot's z [row, rank] from shared memory, the same for every warp."""
+    """Read one slot's z [row, rank] from shared memory; every warp gets the same values."""
     value = gl.expand_dims(z.load(gl.SliceLayout(0, layout)), 0)
     return gl.convert_layout(value.broadcast_to([WARPS, 16, 16]), layout)
 
 
 @gluon.jit
 def renewed(generator, zero, WARPS: gl.constexpr, layout: gl.constexpr):
-    """The same, unknown to the compiler: what is made of it is made again, where keeping it would spill registers."""
+    """The generator unchanged, as `zero` is 0, but in a way that the compiler cannot know.
+
+    So it computes the filters from it a second time; reusing the first ones would keep them live and spill registers.
+    """
     zeros = gl.full([WARPS, 16, 16], zero, gl.int32, layout)
     return gl.inline_asm_elementwise(
         "xor.b32 $0, $1, $2;", "=r,r,r,r", [generator, zeros], dtype=generator.dtype, is_pure=True, pack=2
@@ -135,7 +139,10 @@ def load_basis(
     layout: gl.constexpr,
     dtype: gl.constexpr,
 ):
-    """16 ranks of U's taps as a right operand: [rank, column] of z U (ranks 1) or [column, rank] of g U^T (ranks 2)."""
+    """16 ranks of U for each tap, as the right operand of a matrix product.
+
+    The operand is [rank, column] for z U, with `ranks` = 1, or [column, rank] for g U^T, with `ranks` = 2.
+    """
     rank = first_rank + axis(16, ranks, layout)
     d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 3 - ranks, layout))
     ok = (rank < R) & (d < channels)
@@ -147,7 +154,7 @@ def load_basis(
 
 @gluon.jit
 def load_starts(static_w, first, channels, W: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
-    """What the filters' sums start from: the static filter's taps, or zero."""
+    """Initial accumulators of the products z U: the taps of the static filter, or zeros without one."""
     d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 2, layout))
     starts = ()
     for tap in gl.static_range(W):
@@ -161,7 +168,10 @@ def load_starts(static_w, first, channels, W: gl.constexpr, WARPS: gl.constexpr,
 
 @gluon.jit
 def copy_positions(slot, positions, start, time, step, RUN, end, WARPS: gl.constexpr):
-    """The rows' places in their documents on the way into a slot of a ring, where they are in memory."""
+    """Start copying the tokens' indices within their documents into a slot of a ring buffer.
+
+    Nothing is copied if `positions` is a document length, from which `read_position` computes the indices.
+    """
     if positions is not None and positions.dtype.is_ptr():
         row = gl.arange(0, 16, gl.BlockedLayout([1], [32], [WARPS], [0])) * RUN
         async_load(slot, positions + start + row + step, mask=(step < time - start - row) & (step < end))
@@ -169,7 +179,7 @@ def copy_positions(slot, positions, start, time, step, RUN, end, WARPS: gl.const
 
 @gluon.jit
 def read_position(slot, positions, start, row, limit, step, own: gl.constexpr):
-    """A slot's places [1, 16 rows, 1]."""
+    """The index within its document of each row's token at this slot, [1, 16 rows, 1]."""
     if positions.dtype.is_ptr():
         rows = slot.load(gl.SliceLayout(0, gl.SliceLayout(2, own)))
         place = gl.expand_dims(gl.expand_dims(rows, 0), 2)
@@ -180,7 +190,7 @@ def read_position(slot, positions, start, row, limit, step, own: gl.constexpr):
 
 @gluon.jit
 def load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLOTS: gl.constexpr):
-    """What earlier launches left of SLOTS slots from `first` on; the pointers are those of slot 0."""
+    """Load what earlier launches wrote to SLOTS slots from `first` on; the pointers are those of slot 0."""
     before = ()
     for slot in gl.static_range(first, first + SLOTS):
         ok = (slot >= lowest) & (slot < limit) & d_ok
@@ -190,7 +200,7 @@ def load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLOT
 
 @gluon.jit
 def find_segment(first, SEGMENTS: gl.constexpr):
-    """The segment a program's first channel lies in, and the segment's own first channel."""
+    """The segment that contains a program's first channel, and that segment's own first channel."""
     segment = 0
     begin = 0
     end = 0

@@ -1,7 +1,8 @@
 """One differentiable operator over the kernels: an autograd function when eager, a custom op when compiled.
 
-The custom op `dynconv::convolve` is what torch.compile and tensor subclasses see: functional, with fake kernels. Other
-eager calls skip it, because the dispatch of a Python custom op costs more host time than the launches.
+torch.compile, dispatch modes and tensor subclasses see the custom op `dynconv::convolve`, which mutates nothing and has
+fake kernels. Other eager calls skip it, because dispatching a Python custom op costs more host time than the launches.
+Shapes: B batch, T time, D channels, H heads, W taps, R rank, G segments.
 """
 
 from collections.abc import Callable
@@ -20,14 +21,15 @@ from dynconv.ops.sharded import all_plain
 _TENSORS = "Tensor x, Tensor? z, Tensor? weight, Tensor? static_w, Tensor? positions"
 _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
 
-# The kernels reach a tile by 64-bit offsets, and go by 32-bit ones within it: up to 2,560 rows, or 4,096 heads.
-_FARTHEST = 2**19
+# The kernels compute a tile's address with 64-bit offsets, but offsets within it with 32 bits. A tile spans up to 2,560
+# rows or 4,096 heads, and 4,096 strides of less than 2**19 elements stay below 2**31.
+_STRIDE_LIMIT = 2**19
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:  # [B, T, ...]
-    """The tensor, or a copy where its last dimension is strided, or views put its rows or heads too far apart."""
+    """The tensor, or a contiguous copy if its last dimension is strided or its rows or heads lie too far apart."""
     strides = tensor.stride()
-    near = max(strides[1:-1]) < _FARTHEST and (strides[-1] == 1 or tensor.shape[-1] == 1)
+    near = max(strides[1:-1]) < _STRIDE_LIMIT and (strides[-1] == 1 or tensor.shape[-1] == 1)
     return tensor if near or tensor.is_contiguous() else copied(tensor)
 
 
@@ -43,9 +45,10 @@ def _forward(
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     segments: tuple[int, ...],
     residual: bool,
-    silu: bool,  # where `_fuses`
-    dtype: torch.dtype,  # x's, or float32 where not `_fuses`
+    silu: bool,  # True only if `_fuses_silu`
+    dtype: torch.dtype,  # of the result: x's, or float32 if silu is applied afterwards
 ) -> tuple[Tensor]:  # [B, T, D]
+    """Run the forward kernels; returns a tuple, as `repeated` requires."""
     if x.numel() == 0:
         return (x.new_empty(x.shape, dtype=dtype),)
     x = _rows_contiguous(x)
@@ -92,8 +95,8 @@ def _backward(
     return lowrank.backward(dy, x, z, up, static_w, positions, segments, residual, silu, wanted)
 
 
-def _fuses(inputs: tuple[Any, ...], segments: tuple[int, ...]) -> bool:
-    """Whether the kernels for these inputs apply silu; else PyTorch does, to their sums in float32."""
+def _fuses_silu(inputs: tuple[Any, ...], segments: tuple[int, ...]) -> bool:
+    """Whether the kernels for these inputs can apply silu; otherwise PyTorch applies it to their float32 result."""
     x, z, weight, static_w, _ = inputs
     if z is not None:
         return mma_fits(x, weight, segments, silu=True)
@@ -107,8 +110,9 @@ def _run_forward(
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
+    """The convolution, with silu in the kernels or after them."""
     x: Any = inputs[0]
-    if not silu or _fuses(inputs, segments):
+    if not silu or _fuses_silu(inputs, segments):
         (y,) = repeated(_forward, inputs, (segments, residual, silu, x.dtype))
         return y
     (y,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
@@ -125,21 +129,21 @@ def _run_backward(
     silu: bool,
     needs: tuple[bool, ...],  # whether the first four want gradients
 ) -> tuple[Tensor | None, ...]:
-    """Their gradients."""
-    if not silu or _fuses(inputs, segments):
+    """The gradients of x, z, weight and static_w; None for those not in `needs`."""
+    if not silu or _fuses_silu(inputs, segments):
         return repeated(_backward, (dy, *inputs), (segments, residual, silu, needs))
     x, z, _, _, positions = inputs
     assert x is not None
-    # again, rather than kept: it is as large as x, or twice as large
+    # Recompute silu's input rather than save it in the forward pass: in float32 it takes at least x's memory.
     (inner,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
     dinner = torch.ops.aten.silu_backward.grad_input(dy.float(), inner, grad_input=inner)
-    dinner = dinner if z is None else dinner.to(x.dtype)  # of which the low-rank kernels make matrix products
+    dinner = dinner if z is None else dinner.to(x.dtype)  # the low-rank kernels use it in 16-bit matrix products
     dx, *others = repeated(_backward, (dinner, *inputs), (segments, False, False, needs))
     return dx.add_(_without_padding(dy, positions)) if residual and needs[0] else dx, *others
 
 
 def _without_padding(value: Tensor, positions: Tensor | None) -> Tensor:  # [B, T, D], [T + 1]
-    """Zeros after the last document."""
+    """The value, with zeros after the end of the last document."""
     if positions is None:
         return value
     time = value.shape[1]
@@ -175,7 +179,7 @@ def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in wanted)
 
 
-def _refuse(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
+def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
     raise RuntimeError(
         "the convolutions' kernels have first derivatives only; got a backward through their backward; "
         "for second derivatives pass float64 tensors, which run in plain PyTorch"
@@ -195,11 +199,11 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _convolve_op.register_autograd(_differentiate, setup_context=_save)
-_backward_op.register_autograd(_refuse)
+_backward_op.register_autograd(_raise_no_second_derivatives)
 
 
 class _Convolve(torch.autograd.Function):
-    """The fast path: no operator is dispatched."""
+    """The eager path: it calls the kernels directly, because dispatching the custom op takes more host time."""
 
     @staticmethod
     def forward(
@@ -219,8 +223,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
-        # by create_graph, somebody may ask for the gradients' gradients
-        if torch.is_grad_enabled() or _somebody_watches():
+        # Grad mode is on in a backward pass with create_graph=True, after which second derivatives may be requested.
+        if torch.is_grad_enabled() or _dispatch_is_observed():
             made = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
             gradients = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
         else:
@@ -229,8 +233,11 @@ class _Convolve(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def _over_slices(function: Any) -> Callable[..., Any]:
-    """A function's rule for torch.func.vmap: one slice after the other, as each has its own sums over B and T."""
+def _vmap_rule(function: Any) -> Callable[..., Any]:
+    """A function's rule for torch.func.vmap: it runs the slices one after the other.
+
+    Merging the slices into the batch would be wrong, because each needs its own gradient sums over B and T.
+    """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         results = []
@@ -248,8 +255,11 @@ def _over_slices(function: Any) -> Callable[..., Any]:
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward pass where its results take part in a graph. `once_differentiable` would not do: it refuses only
-    where dy itself wants a gradient, and elsewhere leaves the inputs' share of a second derivative out."""
+    """The backward pass under create_graph=True: any attempt to differentiate its results raises an error.
+
+    PyTorch's `once_differentiable` raises only if dy itself requires a gradient. Otherwise it would silently leave out
+    the part of a second derivative that flows through x, z, weight and static_w.
+    """
 
     @staticmethod
     def forward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -260,15 +270,18 @@ class _Gradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
-    backward = staticmethod(_refuse)
+    backward = staticmethod(_raise_no_second_derivatives)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _over_slices(_Gradients.apply)(info, in_dims, *arguments)
+        return _vmap_rule(_Gradients.apply)(info, in_dims, *arguments)
 
 
 class _Transformed(_Convolve):
-    """What the transforms of torch.func see, in the form that they ask for; it takes more host time."""
+    """The form that torch.func's transforms require: a separate `setup_context`, and a rule for vmap.
+
+    It dispatches the custom op, which takes more host time than `_Convolve`.
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
@@ -281,16 +294,18 @@ class _Transformed(_Convolve):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _over_slices(_Transformed.apply)(info, in_dims, *arguments)
+        return _vmap_rule(_Transformed.apply)(info, in_dims, *arguments)
 
 
 register_flop_formula(torch.ops.dynconv.convolve)(flops.forward)
 register_flop_formula(torch.ops.dynconv.convolve_backward)(flops.backward)
 
 
-def _somebody_watches() -> bool:
-    """Whether a compiler, a tracer or a dispatch mode (make_fx, FlopCounterMode, selective checkpointing) is at work,
-    which sees operators, and nothing of launches by address."""
+def _dispatch_is_observed() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode (make_fx, FlopCounterMode, selective checkpointing) is active.
+
+    These observe the operators that PyTorch dispatches, so they would miss kernels that are launched directly.
+    """
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -308,10 +323,10 @@ def convolve(
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    """`reference.convolve` by kernels."""
+    """Compute `reference.convolve` with the kernels."""
     inputs = (x, z, weight, static_w, positions)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _Transformed.apply(*inputs, segments, residual, silu)
-    if not all_plain(inputs) or _somebody_watches():
+    if not all_plain(inputs) or _dispatch_is_observed():
         return _convolve_op(*inputs, segments, residual, silu)
     return _Convolve.apply(*inputs, segments, residual, silu)

@@ -1,4 +1,7 @@
-"""The modules of Gluon kernels; None where this Triton lacks what they use, and the plain Triton kernels do."""
+"""The modules of Gluon kernels, or None if the installed Triton lacks what they use.
+
+The plain Triton kernels of `static`, `headwise` and `lowrank` run instead.
+"""
 
 import importlib
 from typing import Any
@@ -9,9 +12,9 @@ from dynconv.ops.tiles import runs_gluon
 
 
 def _module(name: str) -> Any:
-    try:  # Gluon is experimental, and its names move
+    try:  # Gluon is experimental, and its names change between releases
         return importlib.import_module(f"dynconv.ops.{name}")
-    except (AssertionError, AttributeError, ImportError):  # a Triton with other names; the interpreter
+    except (AssertionError, AttributeError, ImportError):  # other names, or Triton's interpreter
         return None
 
 
@@ -24,7 +27,7 @@ def ring_fits(
     weight: Tensor | None,  # [B, T, H, W]; None: static
     width: int,
 ) -> bool:
-    """Whether the kernels with a ring take the inputs; they apply silu, too."""
+    """Whether the Gluon kernels of `ring` support these inputs. They can apply silu."""
     return ring is not None and runs_gluon(x) and ring.fits(x, weight, width)
 
 
@@ -34,5 +37,5 @@ def mma_fits(
     segments: tuple[int, ...],
     silu: bool = False,
 ) -> bool:
-    """Whether the low-rank kernels on tensor cores take the inputs, and with `silu` apply it, too."""
+    """Whether the tensor-core kernels of `lowrank_mma` support these inputs, including silu if asked for."""
     return lowrank_mma is not None and runs_gluon(x) and lowrank_mma.fits(x, up, segments, silu)

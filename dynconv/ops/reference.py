@@ -1,6 +1,6 @@
 """The convolutions in plain PyTorch: any device, any dtype, differentiable by autograd.
 
-This is the definition the kernels are held to (in float64) and what runs where Triton cannot.
+This defines the result. Tests compare the kernels with it in float64, and it runs wherever the kernels cannot.
 
 Shapes: B batch, T time, D channels, H heads of filters (H divides D), W taps, R rank, G segments.
 Tap 0 is the current token, so every filter is causal by construction.
@@ -20,26 +20,26 @@ def convolve(
     z: Tensor | None,  # [B, T, G*R]: low-rank
     weight: Tensor | None,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
     static_w: Tensor | None,  # [W, D]
-    positions: Tensor | None,  # [T + 1] int32: places in documents, where B = 1 holds several; the padding's length
-    segments: tuple[int, ...],  # widths of the G segments of D: low-rank; (): one segment
+    positions: Tensor | None,  # [T + 1] int32: each token's index in its document, then the padding's length; or None
+    segments: tuple[int, ...],  # low-rank: the widths of the G segments of D; empty means one segment
     residual: bool,
     silu: bool = False,
     history: Tensor | None = None,  # [B, W-1, D]: the inputs before x, oldest first; zeros by default
 ) -> Tensor:  # [B, T, D], x's dtype
     """y[b,t,d] = sum_w filter[b,t,w,d] x[b,t-w,d] (+ x[b,t,d]), with zeros before a document's start.
 
-    With `silu` the sum goes through it, before x is added.
-    The filter is weight[b,t,d//(D/H),w] (head-wise), or z[b,t,segment of d] @ weight viewed [W, D]
-    (low-rank), or absent (static); plus static_w[w,d]. 16-bit inputs are computed with in float32, and the result is
-    rounded once.
+    With `silu`, silu is applied to the sum before x is added.
+    The filter is static_w[w,d] plus a dynamic filter: weight[b,t,d//(D/H),w] (head-wise); z @ weight viewed as [W, D],
+    with the columns of z that belong to d's segment (low-rank); or nothing (static).
+    16-bit inputs are converted to float32 first, and the result is rounded to x's dtype once.
     """
     channels, dtype = x.shape[2], x.dtype
-    x, z, weight, static_w, history = (_wide(t) for t in (x, z, weight, static_w, history))
+    x, z, weight, static_w, history = (_at_least_float32(t) for t in (x, z, weight, static_w, history))
     inside = place = None
     if positions is not None:
         place = positions[:-1, None]  # [T, 1]
         inside = torch.arange(x.shape[1], device=x.device)[:, None] + positions[-1] < x.shape[1]
-        x = torch.where(inside, x, 0.0)  # what follows the last document is read by nothing
+        x = torch.where(inside, x, 0.0)  # padding after the last document must affect nothing, even if NaN
         z = None if z is None else torch.where(inside, z, 0.0)
         if weight is not None and z is None:
             weight = torch.where(inside[..., None], weight, 0.0)
@@ -54,7 +54,8 @@ def convolve(
     y = x if residual and not silu else None
     for tap in range(width):
         earlier = padded[:, width - 1 - tap :][:, :time]
-        if place is not None and tap > 0:  # before the product: after it, NaN would pass through its gradients
+        if place is not None and tap > 0:
+            # Mask before the product: a mask after it would give gradients of zero times NaN if a token outside is NaN.
             earlier = torch.where(place >= tap, earlier, 0.0)
         term = taps[..., tap, :] * earlier
         y = term if y is None else y + term
@@ -66,7 +67,7 @@ def convolve(
     return y.to(dtype)
 
 
-def _wide(tensor: Any) -> Any:  # Tensor or None
+def _at_least_float32(tensor: Any) -> Any:  # Tensor or None
     return tensor if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -88,7 +89,9 @@ def _lowrank(
     with torch.autocast(z.device.type, enabled=False) if z.device.type != "meta" else contextlib.nullcontext():
         if len(segments) <= 1:
             return (z @ up).unflatten(2, (-1, channels))
-        basis = up.unflatten(1, (-1, channels)).split(segments, dim=2)  # each [R, W, D of the segment]
+        bases = up.unflatten(1, (-1, channels)).split(segments, dim=2)  # each [R, W, D of the segment]
         generators = z.chunk(len(segments), dim=2)
-        taps = [torch.einsum("btr,rwd->btwd", each, of) for each, of in zip(generators, basis, strict=True)]
+        taps = [
+            torch.einsum("btr,rwd->btwd", generator, basis) for generator, basis in zip(generators, bases, strict=True)
+        ]
         return torch.cat(taps, dim=3)

@@ -13,28 +13,28 @@ from dynconv.ops import ring_kernels as kernels
 from dynconv.ops.launch import launch
 from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
-_WARP = 128  # channels of a warp
+_WARP_CHANNELS = 128  # four for each of a warp's 32 lanes
 
 
 def fits(x: Tensor, weight: Tensor | None, width: int) -> bool:
-    """Whether these kernels take the inputs; `static` and `headwise` have kernels for any."""
+    """Whether these kernels support the inputs. The kernels of `static` and `headwise` support all, but not silu."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and width in (2, 4)
         and x.shape[2] % 16 == 0
-        and (weight is None or _fits(x, weight, width))
+        and (weight is None or _weight_fits(x, weight, width))
     )
 
 
-def _fits(x: Tensor, weight: Tensor, width: int) -> bool:
+def _weight_fits(x: Tensor, weight: Tensor, width: int) -> bool:
     heads = weight.shape[2]
     head_size = x.shape[2] // heads
     return (
         weight.dtype == x.dtype
         and weight.stride(2) == width
-        and heads * width % 16 == 0  # cp.async wants aligned rows
+        and heads * width % 16 == 0  # cp.async requires aligned rows
         and head_size & (head_size - 1) == 0
-        and head_size <= 4 * width  # and two coefficients a lane
+        and head_size <= 4 * width  # so that a lane copies at least two coefficients
     )
 
 
@@ -48,17 +48,17 @@ def _plan(
     stages: int,
     at_once: int,  # programs of four warps that a multiprocessor holds
 ) -> tuple[int, int, int, dict[str, Any]]:
-    """Chunks of time, blocks of channels and RUN; and the constants both passes share."""
+    """The number of chunks of time, of blocks of channels, RUN, and the constants that both passes share."""
     batch, time, channels = x.shape
-    warps = 4 if channels % (4 * _WARP) == 0 else 2 if channels % (2 * _WARP) == 0 else 1
-    blocks = triton.cdiv(channels, warps * _WARP)
+    warps = 4 if channels % (4 * _WARP_CHANNELS) == 0 else 2 if channels % (2 * _WARP_CHANNELS) == 0 else 1
+    blocks = triton.cdiv(channels, warps * _WARP_CHANNELS)
     _, run = cheapest_run(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, slots * stages, 128)
     constants = {
         "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
         "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual, "SILU": silu,
         "SLOTS": slots, "STAGES": stages, "WARPS": warps,
     }  # fmt: skip
-    assert run % (slots * stages) == 0, "the kernels leave a run's last inputs where its next would start"
+    assert run % (slots * stages) == 0, "the kernels expect a run's last inputs at the ring's start"
     return triton.cdiv(time, run), blocks, run, constants
 
 
@@ -96,13 +96,13 @@ def backward(
     width: int,
     residual: bool,
     silu: bool,
-    needs: tuple[bool, bool, bool],  # whether x, weight and static_w want gradients
+    needs: tuple[bool, bool, bool],  # whether x, weight and static_w require gradients
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, H, W], [W, D]
     """The gradients of x, weight and static_w, in their dtypes."""
     batch, time, channels = x.shape
     dy, x, weight = aligned(dy), aligned(x), None if weight is None else aligned(weight)
-    if weight is not None and channels < 4 * weight.shape[2]:  # a lane has many coefficients
-        slots, registers, at_once = 8, None, 2  # as shared memory allows
+    if weight is not None and channels < 4 * weight.shape[2]:  # heads of under 4 channels: a lane holds several filters
+        slots, registers, at_once = 8, None, 2  # shared memory allows two programs
     elif weight is not None and silu:
         slots, registers, at_once = 4, 168, 3
     else:

@@ -1,10 +1,11 @@
-"""The static and head-wise convolutions in Gluon: 16-bit inputs stream through a ring in shared memory.
+"""The static and head-wise convolutions in Gluon: 16-bit inputs stream through a ring buffer in shared memory.
 
 Legend: B batch, T time, D channels, H heads, W taps. Head sizes and W are powers of two.
 
-A program owns 128 * WARPS channels of RUN time steps, and takes one step, a slot, after the other. A lane holds four
-neighbouring channels, and the W coefficients of the head or heads they belong to, so that nothing but a head's sum
-crosses lanes. Registers hold the static filter and its sums; what is read (cp.async) waits in the ring.
+A program computes 128 * WARPS channels of RUN time steps (slots), one step after the other. A lane holds four
+neighbouring channels, and the W coefficients of the head or heads they belong to, so only the sums over a head's
+channels need an exchange between lanes. Registers hold the static filter and the sums of its gradient. Asynchronous
+copies (cp.async) bring the inputs of later steps into the ring buffer while the current step is computed.
 """
 
 from triton.experimental import gluon
@@ -36,7 +37,7 @@ from dynconv.ops.ring_layouts import (
 
 @gluon.jit
 def _filter(taps, static, tap: gl.constexpr, WARPS: gl.constexpr, HP: gl.constexpr):
-    """One tap of a slot's filters [channel]: dynamic, static, or their sum."""
+    """One tap of a slot's filters [channel]: the dynamic filter, the static one, or their sum if there are both."""
     if len(taps) == 0:
         values = static[tap]
     else:
@@ -48,7 +49,10 @@ def _filter(taps, static, tap: gl.constexpr, WARPS: gl.constexpr, HP: gl.constex
 
 @gluon.jit
 def _gradient_of_sum(gradient, xs, filters, W: gl.constexpr):
-    """The gradient of a slot's sum from that of silu of it. xs: its W inputs, oldest first."""
+    """The gradient with respect to silu's input, from the gradient with respect to its output.
+
+    That input, the convolution's sum for this slot, is recomputed from xs, the slot's W inputs, oldest first.
+    """
     inner = filters[0] * xs[W - 1].to(gl.float32)
     for tap in gl.static_range(1, W):
         inner += filters[tap] * xs[W - 1 - tap].to(gl.float32)
@@ -57,7 +61,7 @@ def _gradient_of_sum(gradient, xs, filters, W: gl.constexpr):
 
 @gluon.jit
 def _filters(taps, static, W: gl.constexpr, WARPS: gl.constexpr, HP: gl.constexpr):
-    """All taps of a slot's filters."""
+    """All taps of a slot's filters, as a tuple."""
     filters = ()
     for tap in gl.static_range(W):
         filters = filters + (_filter(taps, static, tap, WARPS, HP),)
@@ -66,7 +70,7 @@ def _filters(taps, static, W: gl.constexpr, WARPS: gl.constexpr, HP: gl.constexp
 
 @gluon.jit
 def _load_static(static_w, d, channels, W: gl.constexpr):
-    """The static filter's taps, each [channel] in float32; none without one."""
+    """The static filter's taps, each [channel] in float32; an empty tuple if there is no static filter."""
     static = ()
     if static_w is not None:
         for tap in gl.static_range(W):
@@ -121,7 +125,7 @@ def forward_kernel(
         places = load_positions(positions, start, 0, limit, 0, SLOTS)
     for begin in range(0, RUN, SLOTS * STAGES):
         for stage in gl.static_range(STAGES):
-            if positions is not None:  # a stage ahead, to hide their latency
+            if positions is not None:  # load them a stage ahead, to hide their latency
                 position = places
                 places = load_positions(positions, start, 0, limit, begin + (stage + 1) * SLOTS, SLOTS)
             async_copy.wait_group(STAGES - 2)
@@ -222,7 +226,7 @@ def backward_kernel(
         places = load_positions(positions, start, 0, limit, 0, SLOTS)
     for begin in range(0, RUN, SLOTS * STAGES):
         for stage in gl.static_range(STAGES):
-            if positions is not None:  # a stage ahead, to hide their latency
+            if positions is not None:  # load them a stage ahead, to hide their latency
                 position = places
                 places = load_positions(positions, start, 0, limit, begin + (stage + 1) * SLOTS, SLOTS)
             async_copy.wait_group(STAGES - 2)
@@ -273,7 +277,7 @@ def backward_kernel(
                 if dweight is not None:
                     flat = gl.convert_layout(join_taps(coefficients, HEADS, W), FILTER)
                     gl.store(dweight_at + now * dweight_time, flat, mask=(begin + now < limit) & filter_ok)
-                # partial[k]: what this run gave so far to dx of W - 1 - k slots before the next one
+                # partial[k] is the part summed so far of dx, for the slot that lies W - 1 - k before the next one.
                 partial = ()
                 for index in gl.static_range(W - 1):
                     partial = partial + (backs[W - 2 - index],)
@@ -287,7 +291,7 @@ def backward_kernel(
         if dweight is not None:
             dweight_at += SLOTS * STAGES * dweight_time
 
-    # the first steps of the next run still give to this run's last dx
+    # The last W - 1 inputs of this run also enter the first outputs of the next run: add those to their dx.
     async_copy.wait_group(0)
     for slot in gl.static_range(W - 1):
         gradient = dy_ring[slot % SLOTS].index(slot // SLOTS).load(OWN).to(gl.float32)

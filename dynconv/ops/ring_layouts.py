@@ -1,4 +1,4 @@
-"""How channels, heads and their filters' coefficients lie across the lanes of the ring kernels.
+"""How the ring kernels distribute channels, heads and the coefficients of their filters over the lanes of a warp.
 
 A lane holds four neighbouring channels, and the W coefficients of the head or heads they belong to. Head sizes and W
 are powers of two.
@@ -15,13 +15,13 @@ def _bits(number):
 
 @gluon.constexpr_function
 def channel_layout(warps):
-    """[channel]: four neighbours a lane."""
+    """[channel]: four neighbouring channels per lane."""
     return gl.BlockedLayout([4], [32], [warps], [0])
 
 
 @gluon.constexpr_function
 def head_layout(warps, head_size):
-    """[head, channel of the head]: `channel_layout`, the channels split."""
+    """[head, channel of the head]: the same distribution as `channel_layout`, with the dimension of channels split."""
 
     def basis(bit):
         return [0, 2**bit] if 2**bit < head_size else [2**bit // head_size, 0]
@@ -53,7 +53,7 @@ def coefficient_layout(warps, head_size, width):
 
 @gluon.constexpr_function
 def copy_layout(warps, columns):
-    """[head * W + tap] on the way into the ring."""
+    """[head * W + tap] for copies into the ring buffer."""
     return gl.BlockedLayout([min(8, max(2, columns // (32 * warps)))], [32], [warps], [0])
 
 
@@ -72,7 +72,7 @@ def split_taps(flat, HEADS: gl.constexpr, W: gl.constexpr):
 
 @gluon.jit
 def join_taps(taps, HEADS: gl.constexpr, W: gl.constexpr):
-    """The inverse."""
+    """The inverse of `split_taps`: the W taps, each [HEADS] -> [HEADS * W]."""
     if W == 2:
         flat = gl.join(taps[0], taps[1])
     else:

@@ -1,9 +1,12 @@
-"""The convolutions of DTensors: each device's share is a convolution by itself, as sequences and channels are.
+"""The convolutions of DTensors. Sequences and channels are independent, so each device convolves its own shard.
 
-Legend: B batch, T time, D channels, H heads, W taps, R rank, N sequences. On every dimension of the device mesh, how x
-is placed says how all is: replicated; sharded by batch, with the parameters replicated; or sharded by channels, with
-static_w and U's channels sharded likewise, weight [B, T, H, W] by heads, and z replicated. What is placed otherwise is
-moved first.
+Legend: B batch, T time, D channels, H heads, W taps, R rank, N sequences.
+On each dimension of the device mesh, x's placement decides how all other tensors must be placed:
+- x replicated: everything is replicated;
+- x sharded by batch: z, weight [B, T, H, W] and initial_state are sharded by batch, static_w and U are replicated;
+- x sharded by channels: static_w, U and initial_state are sharded by channels, weight [B, T, H, W] by heads, and z is
+  replicated.
+Tensors that are placed differently are redistributed first.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +21,7 @@ _BATCH, _CHANNELS = 0, 2  # the dimensions of x [B, T, D] that may be sharded
 
 
 def all_plain(tensors: Iterable[Any]) -> bool:  # each a Tensor or None
-    """Whether all that are there have memory of their own, as fake tensors and wrapper subclasses have not."""
+    """Whether all are plain tensors or parameters. Fake tensors and wrapper subclasses have no memory to launch on."""
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter and tensor is not None:
@@ -28,18 +31,18 @@ def all_plain(tensors: Iterable[Any]) -> bool:  # each a Tensor or None
 
 def any_sharded(tensors: Sequence[Any]) -> bool:  # each a Tensor or None
     """Whether one of them is a DTensor."""
-    if all_plain(tensors):  # which takes no time
+    if all_plain(tensors):  # the common case, decided without importing DTensor
         return False
     wrapped = [t for t in tensors if is_traceable_wrapper_subclass(t)]
     if not wrapped or not torch.distributed.is_available():
         return False
-    from torch.distributed.tensor import DTensor  # half a second of imports
+    from torch.distributed.tensor import DTensor  # imported only here, as it takes half a second
 
     return any(isinstance(t, DTensor) for t in wrapped)
 
 
-def check_all_sharded(tensors: dict[str, Any]) -> None:  # by their names in the caller's call
-    """Raises ValueError where some are DTensors and others are not."""
+def check_all_sharded(tensors: dict[str, Any]) -> None:  # keyed by the name that the error message shall show
+    """Raise ValueError if some are DTensors and others plain tensors."""
     given = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     sharded = [name for name, t in given.items() if any_sharded([t])]
     plain = [name for name in given if name not in sharded]
@@ -51,7 +54,7 @@ def check_all_sharded(tensors: dict[str, Any]) -> None:  # by their names in the
 
 
 def run(
-    convolve: Callable[..., Any],  # of x, z, weight, static_w and initial_state: a device's share of each
+    convolve: Callable[..., Any],  # called with the local shards of x, z, weight, static_w and initial_state
     x: Any,  # [B, T, D]
     z: Any,  # [B, T, G*R]: low-rank
     weight: Any,  # [B, T, H, W]: head-wise; [R, W*D]: low-rank; None: static
@@ -59,8 +62,11 @@ def run(
     initial_state: Any,  # [N, W-1, D]
     segments: tuple[int, ...],
     packed: bool,
-) -> Any:  # what `convolve` returns, as DTensors that are placed as x is
-    """Raises ValueError, on every device, where a device's share is no convolution by itself."""
+) -> Any:  # what `convolve` returns, as DTensors with x's placements
+    """Run `convolve` on every device's local shards.
+
+    Raises ValueError, on every device alike, if x is placed so that the shards are no independent convolutions.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     basis = "weight" if z is None else "U"
@@ -68,16 +74,16 @@ def run(
     check_all_sharded(named | {"initial_state": initial_state})
     _check_placements(x, None if weight is None or z is not None else weight.shape[2], segments, packed)
     if z is None:
-        share = _share(weight, x, batch=0, channels=2)
-    else:  # U's columns are the channels of one tap after the other's; only apart can channels be sharded
+        local_weight = _local_shard(weight, x, batch=0, channels=2)
+    else:  # U's columns are W blocks of D channels, so view U as [R, W, D] before sharding by channels
         whole = weight.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
-        share = _share(whole.unflatten(1, (-1, x.shape[2])), x, channels=2).flatten(1)
+        local_weight = _local_shard(whole.unflatten(1, (-1, x.shape[2])), x, channels=2).flatten(1)
     results = convolve(
-        _share(x, x, batch=0, channels=2),
-        _share(z, x, batch=0),
-        share,
-        _share(static_w, x, channels=1),
-        _share(initial_state, x, batch=0, channels=2),
+        _local_shard(x, x, batch=0, channels=2),
+        _local_shard(z, x, batch=0),
+        local_weight,
+        _local_shard(static_w, x, channels=1),
+        _local_shard(initial_state, x, batch=0, channels=2),
     )
     together = [
         DTensor.from_local(result, x.device_mesh, x.placements, run_check=False)
@@ -87,6 +93,7 @@ def run(
 
 
 def _check_placements(x: Any, heads: int | None, segments: Sequence[int], packed: bool) -> None:
+    """Raise ValueError unless the placement of x gives each device an independent convolution of equal size."""
     from torch.distributed.tensor import Replicate, Shard
 
     shards = {_BATCH: 1, _CHANNELS: 1}
@@ -104,13 +111,21 @@ def _check_placements(x: Any, heads: int | None, segments: Sequence[int], packed
     if packed and shards[_BATCH] > 1:
         raise ValueError("packed documents are one sequence; got x sharded by batch; shard it by channels")
     if len(segments) > 1 and shards[_CHANNELS] > 1:
-        raise ValueError(f"channels of one segment can be sharded; got segments {tuple(segments)}; pass them apart")
+        raise ValueError(
+            f"only channels of one segment can be sharded; got segments {tuple(segments)}; call once per segment"
+        )
 
 
-def _share(tensor: Any, x: Any, batch: int | None = None, channels: int | None = None) -> Any:
-    """This device's part of a tensor whose sequences and channels (or heads) are these dimensions, if it has them.
+def _local_shard(
+    tensor: Any,
+    x: Any,
+    batch: int | None = None,  # the tensor's dimension of sequences; None if it has none
+    channels: int | None = None,  # the tensor's dimension of channels or heads; None if it has none
+) -> Any:
+    """This device's part of a tensor, once it is placed as x's placement requires.
 
-    What is replicated where x is sharded gets a gradient on every device, of which the sum is its own.
+    If the tensor is replicated where x is sharded, each device's gradient holds only its own shard's contribution.
+    Such a gradient is marked as Partial, so that DTensor sums it over the devices.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 

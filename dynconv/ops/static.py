@@ -124,10 +124,10 @@ def forward(
     weight: Tensor,  # [W, D]
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
-    silu: bool,  # where `ring_fits`
+    silu: bool,  # True only if `ring_fits`
     dtype: torch.dtype,
 ) -> Tensor:  # [B, T, D]
-    """The result, in that dtype: x's, or float32 of what is yet to go through silu."""
+    """The result in `dtype`: x's dtype, or float32 if the caller is still to apply silu."""
     if ring_fits(x, None, weight.shape[0]) and (silu or positions is not None):
         return ring.forward(x, None, weight, positions, weight.shape[0], residual, silu)
     batch, time, channels = x.shape
@@ -155,7 +155,7 @@ def backward(
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     residual: bool,
     silu: bool,
-    needs: tuple[bool, bool],  # whether x and weight want gradients
+    needs: tuple[bool, bool],  # whether x and weight require gradients
 ) -> tuple[Tensor | None, Tensor | None]:  # [B, T, D], [W, D]
     """The gradients of x and weight, in their dtypes."""
     if ring_fits(x, None, weight.shape[0]):

@@ -1,8 +1,8 @@
-"""What the kernels share: tiles of interleaved time, and the second launch that adds up partial sums.
+"""What the Triton kernels share: tiles of time steps and channels, and the launch that adds up partial gradients.
 
-A tile is ROWS x SLOTS time steps by a block of channels. Row r, slot s stands for time r * SLOTS + s, so
-that a thread which owns a row holds consecutive times: the W - 1 earlier inputs of a slot are other slots of
-the same thread, and a causal filter needs neither shared memory nor a second load.
+A tile is ROWS x SLOTS time steps by a block of BD channels. Row r, slot s stands for time r * SLOTS + s, so a thread
+that owns a row holds consecutive times: the W - 1 earlier inputs of a slot are other slots of the same thread, and a
+causal filter needs neither shared memory nor a second load of the same input.
 """
 
 import functools
@@ -17,16 +17,17 @@ from dynconv.ops.launch import copied, launch, new
 
 @triton.jit
 def load_slot(pointers, slot, stride: tl.constexpr, limit, ok):
-    """Slot `slot` of a tile [ROWS, BD], zero from `limit` [ROWS] on. `pointers` are those of slot 0.
+    """Load one slot of a tile [ROWS, BD]; zeros for slots from the row's `limit` [ROWS] on.
 
-    The stride is a constant, so that the slots of a tile differ by an immediate offset and share one address.
+    `pointers` are those of slot 0. The stride is a compile-time constant, so that the loads of all slots share one
+    address register and differ only in an immediate offset.
     """
     return tl.load(pointers + slot * stride, mask=(slot < limit)[:, None] & ok[None, :], other=0.0)
 
 
 @triton.jit
 def load_slots(pointers, first: tl.constexpr, last: tl.constexpr, stride: tl.constexpr, start, limit, ok):
-    """Slots first..last-1, as a tuple; zero before `start` [ROWS], too."""
+    """Load slots first..last-1 as a tuple; zeros for slots before the row's `start` [ROWS] or from its `limit` on."""
     slots = ()
     for slot in tl.static_range(first, last):
         if slot < 0:
@@ -39,7 +40,7 @@ def load_slots(pointers, first: tl.constexpr, last: tl.constexpr, stride: tl.con
 
 @triton.jit
 def drop_first(slots, length: tl.constexpr):
-    """A tuple of `length` slots without its first."""
+    """A tuple of `length` slots without its first element."""
     rest = ()
     for index in tl.static_range(1, length):
         rest = rest + (slots[index],)
@@ -58,7 +59,7 @@ def load_static(static_w, channels, d, d_ok, W: tl.constexpr):
 
 @triton.jit
 def load_positions(pointer, rows, last: tl.constexpr, highest):
-    """Each time's position in its document for slots 0..last-1, as a tuple of [ROWS]."""
+    """The index within its document of each token in slots 0..last-1, as a tuple of [ROWS]."""
     slots = ()
     for slot in tl.static_range(0, last):
         time = rows + slot
@@ -116,23 +117,24 @@ def new_like(tensor: Tensor) -> Tensor:
 
 
 def new_sums(
-    like: Tensor | None,  # what wants a gradient, if anything does
-    parts: int,
-    zero: bool = False,  # where programs leave some of the parts out
-) -> tuple[Tensor | None, Tensor | None]:  # [parts, *like.shape] float32, like
-    """Where programs leave their shares of a gradient, and where `sum_parts` writes it."""
+    like: Tensor | None,  # the tensor whose gradient is summed; None if it needs none
+    parts: int,  # partial sums that the programs write
+    zero: bool = False,  # whether to start from zeros, because programs leave some parts unwritten
+) -> tuple[Tensor | None, Tensor | None]:  # [parts, *like.shape] float32; like.shape, like's dtype
+    """Allocate the partial sums of a gradient, which programs write, and its total, which `sum_parts` writes."""
     if like is None:
         return None, None
     return new(like, (parts, *like.shape), torch.float32, zero), new_like(like)
 
 
 def sum_parts(
-    *sums: tuple[Tensor | None, Tensor | None],
-    place: tuple[int, int, int] | None = None,  # where the first's columns belong: their number, the total's, and from
+    *sums: tuple[Tensor | None, Tensor | None],  # up to three results of `new_sums`
+    place: tuple[int, int, int] | None = None,  # (columns, width, first); see below
 ) -> None:
-    """Write each partial's sum over its first dimension into its total: up to three of `new_sums`, in one launch.
+    """Sum each partial tensor over its first dimension into its total, all in one launch.
 
-    The order of addition is fixed, so the sums are the same bits every time.
+    The order of addition is fixed, so the results are bitwise reproducible. With `place`, the first pair's rows of
+    `columns` sums are written into the total's rows of `width`, from column `first` on.
     """
     jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
     if not jobs:
@@ -154,9 +156,9 @@ def sum_parts(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The 16-bit tensor, or a copy where its rows do not start at multiples of 16 bytes, which cp.async needs.
+    """The 16-bit tensor, or a contiguous copy if its rows are not aligned to 16 bytes, as cp.async requires.
 
-    Of a stride, Triton knows only whether it is a multiple of 16.
+    Strides must be multiples of 16 elements, not just of 8, because Triton tracks only their divisibility by 16.
     """
     batch, time = tensor.stride()[:2]
     if tensor.data_ptr() % 16 == 0 and (batch | time) % 16 == 0:
@@ -167,17 +169,17 @@ def aligned(tensor: Tensor) -> Tensor:
 def cheapest_run(
     time: int,
     rows: int,
-    programs_a_chunk: int,
-    at_once: int,  # programs that the device runs
-    step: int,
-    longest: int,
+    programs_a_chunk: int,  # that work on one chunk of time: channel blocks times sequences
+    at_once: int,  # programs that run on the device at the same time
+    step: int,  # run lengths differ by multiples of this
+    longest: int,  # the longest run length to consider
     alone: bool = False,  # whether a program has a multiprocessor to itself
 ) -> tuple[float, int]:
-    """The least time that programs of so many rows take, in slots, and the slots of a row that take it.
+    """The estimated time of the fastest launch, in slots, and the run length (slots of a row) that gives it.
 
-    These are a multiple of `step`, from 8 on. Long runs set up less often, which costs about 16 slots' worth of time;
-    short ones fill the device. The last programs take some .8 of the others' time where they share a multiprocessor
-    with fewer (measured on an H100).
+    A program's chunk of time is `rows` rows of one run each. Long runs repeat the set-up less often, which costs about
+    as much time as 16 slots. Short runs give more programs, which fill the device better. Where the last wave of
+    programs leaves multiprocessors partly empty, it takes at least 0.8 of a full wave's time (measured on an H100).
     """
 
     def cost(run: int) -> float:
@@ -195,7 +197,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """How many multiprocessors the tensor's device has; 4 where the interpreter stands in for one."""
+    """How many multiprocessors the tensor's device has; 4 on the CPU, where Triton's interpreter runs the kernels."""
     return _multiprocessors(tensor.device) if tensor.is_cuda else 4
 
 
@@ -205,5 +207,5 @@ def _has_async_copies(device: torch.device) -> bool:
 
 
 def runs_gluon(tensor: Tensor) -> bool:
-    """Whether the tensor's device has what the Gluon kernels use, cp.async and mma.sync: NVIDIA's from sm_80 on."""
+    """Whether the device has the cp.async and mma.sync that the Gluon kernels use: NVIDIA GPUs from sm_80 on."""
     return tensor.is_cuda and _has_async_copies(tensor.device)
