@@ -101,7 +101,7 @@ def rates_of_throughput(
         value, why = _measured_ratio(measured[measured["size"] == size], baseline, arm)
         per_token = [(rows[column + side] / rows["tokens" + side].astype(float)).mean() for side in ("_0", "_1")]
         if why is None and not np.isfinite(per_token).all():
-            why = "tokens a second are no FLOPs a second without the runs' tokens; add a column D"
+            why = "FLOPs a second cannot be computed from tokens a second without the runs' tokens; add a column D"
         found.append(np.nan if why else value * per_token[1] / per_token[0])
         reason = reason or (why and f"at {size} {why}")
     devices = some(sorted(measured["device"].dropna().unique())) or "an unnamed device"

@@ -63,7 +63,9 @@ def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
         )
     m, ci = joint_interval(pairs) or (math.nan, None)
     if ci is None:
-        raise ValueError(f"{gap}, and their curves tell no m with an interval; train three sizes over the same compute")
+        raise ValueError(
+            f"{gap}, and the joint fit of their curves gives m no interval; train three sizes over the same compute"
+        )
     laws = aicc(pairs)
     remarks = [f"{gap}, so m is that of the two fitted curves, which share {high / low:.3g}x of compute"]
     if ci[0] <= 1 <= ci[1]:
