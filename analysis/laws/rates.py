@@ -225,7 +225,7 @@ def remarks(used: Sequence[Tuned]) -> Iterator[str]:
     if any(item.rates > 1 and item.given_back is None for item in used):
         rates = {item.rates for item in used}
         if len(rates) > 1:
-            yield "the best of unequal numbers of rates is taken without a correction, as no repeated seeds show the noise"
+            yield "the best of unequal numbers of rates is not corrected for noise, as there are no repeated seeds"
 
 
 def notes(tuned: Sequence[Tuned]) -> list[str]:

@@ -1,7 +1,7 @@
 """What figures share: the marks of arms, ticks, labels beside curves, and how a figure becomes a file.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell arms apart in grey print. The
-baseline is black, round and solid.
+Colours are those of Okabe and Ito, which colour-blind readers can distinguish; markers and dashes distinguish arms in
+grey print. The baseline is black, with round markers and solid lines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 LOSS = "held-out loss (nats/token)"
-MANY = 8  # more arms than this get a panel each: no one tells more colours apart
+MANY = 8  # more arms than this get a panel each, since more colours are hard to distinguish
 BLACK = "#000000"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", "h")  # as many as have no factor in common with the colours
@@ -119,7 +119,7 @@ def write(figure: Figure, target: Path | BytesIO, kind: str, dpi: int = 200) -> 
 
 
 def settled(figure: Figure) -> Figure:
-    """Lay the figure out once and for all: each saving would lay it out anew, a little differently."""
+    """Fix the layout of the figure; otherwise each save would compute it again, with slightly different results."""
     with mpl.rc_context(STYLE):
         figure.draw_without_rendering()
         for axes in figure.axes:
@@ -133,7 +133,7 @@ def settled(figure: Figure) -> Figure:
 
 
 def _space_ticks(axis: Axis, room: float) -> None:
-    """At most `room` labels, plain numbers where these are short: matplotlib's own run into one another."""
+    """At most `room` tick labels, as plain numbers where these are short; matplotlib's default labels overlap."""
     low, high = axis.get_view_interval()
     closest = math.log10(high / low) / room  # of two labels, in decades
     steps = next((steps for steps in STEPS if _closest(steps, low, high) >= closest), STEPS[-1])
@@ -152,7 +152,7 @@ def _closest(steps: Sequence[int], low: float, high: float) -> float:
 
 
 def grid_of_panels(titles: Sequence[str], x_label: str, y_label: str) -> tuple[Figure, list[Axes]]:
-    """Small multiples: a panel for each title, all with the same axes, nearly as many across as down.
+    """Small multiples: a panel for each title, all with the same axes, in a nearly square grid.
 
     Placed by hand: matplotlib's constrained layout takes a second for each ten panels.
     """
