@@ -1,4 +1,4 @@
-"""Reads what schema 1 of the log wrote, as schema 2: the only module that knows how old stores look.
+"""Reads logs of schema 1 as schema 2. This is the only module that knows the format of old stores.
 
 Schema 1 described an arm by a fixed list of columns, taken from the model's frozen configuration, logged an evaluation
 as one row with its loss and bits per byte, and kept the device of a run's last attempt only. It trained on text alone,

@@ -265,7 +265,7 @@ def charts(names: Iterable[str], of: Material, answer: Answers) -> dict[str, lis
 
 
 def _narrow(data: dict[str, Any]) -> dict[str, Any]:
-    """Numbers as 32-bit floats, which halves the page: seven digits are more than a screen or a tooltip shows."""
+    """Numbers as 32-bit floats, to halve their bytes: seven digits are more than a screen or a tooltip shows."""
     return {
         name: column.astype(np.float32) if isinstance(column, np.ndarray) and column.dtype == float else column
         for name, column in data.items()
@@ -273,7 +273,7 @@ def _narrow(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spread(count: int) -> list[int]:
-    """Up to MOST_POINTS places among `count`, evenly, with the first and the last."""
+    """Indices of up to MOST_POINTS evenly spaced items of `count`, including the first and the last."""
     return sorted(set(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int).tolist()))
 
 

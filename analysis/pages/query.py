@@ -84,8 +84,9 @@ def with_short_names(runs: pd.DataFrame, convention: str | None = None) -> pd.Da
 
 
 def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None) -> pd.DataFrame:
-    """The rows that meet a condition on the run table's columns, in pandas' notation: size != "25k", N > 1e8. Names with
-    a dot are written in backquotes: `conv.width` == 4. N, D and C may be used for their columns, C by `convention`.
+    """The rows that meet a condition on the run table's columns, in pandas' notation: size != "25k", N > 1e8. Names
+    with a dot are written in backquotes: `conv.width` == 4. N, D and C may be used for their columns, C by
+    `convention`.
 
     Raises ValueError where `where` is not a condition, or no row meets it.
     """
