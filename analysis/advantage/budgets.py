@@ -182,17 +182,19 @@ def _mean(values: Floats, weight: Floats) -> tuple[float, float]:
 
 
 def _same_p(values: dict[str, dict[str, tuple[float, float]]]) -> float | None:
+    """The p-value of the test in `by_budget`; `values` are (ln m, weight) by budget and size."""
     if len(values) < 2:
         return None
-    sizes = [size for size in next(iter(values.values())) if all(size in of for of in values.values())]
+    sizes = [size for size in next(iter(values.values())) if all(size in by_size for by_size in values.values())]
     if len(sizes) < 2:
         return None
-    ln_m = np.array([[of[size][0] for size in sizes] for of in values.values()])
-    weight = np.array([[of[size][1] for size in sizes] for of in values.values()]).mean(axis=0)
-    asked = ln_m - ln_m.mean(axis=0)
+    ln_m = np.array([[by_size[size][0] for size in sizes] for by_size in values.values()])
+    weight = np.array([[by_size[size][1] for size in sizes] for by_size in values.values()]).mean(axis=0)
+    deviations = ln_m - ln_m.mean(axis=0)
     tolerated = SLOPE_ERROR * abs(_mean(ln_m.mean(axis=0), weight)[0])
     least = 1.0
-    for off in asked if len(asked) > 2 else asked[:1]:  # of two budgets, deviations are equal and opposite
-        mean, error = _mean(off, weight)
+    tested = deviations if len(deviations) > 2 else deviations[:1]  # of two budgets, deviations are equal and opposite
+    for deviation in tested:
+        mean, error = _mean(deviation, weight)
         least = min(least, 2 * stdtr(len(sizes) - 1, -max(abs(mean) - tolerated, 0.0) / max(error, 1e-300)))
-    return float(min(1.0, least * (len(asked) if len(asked) > 2 else 1)))
+    return float(min(1.0, least * len(tested)))  # Bonferroni

@@ -74,15 +74,15 @@ def constancy_p(
     seen = local_multipliers(c0, c1, y0, y1, floor)
     strength = np.abs(trend(seen, c0[-1], seeds.variance if seeds else None).t)
     noise = _Noise(seen, seeds)
-    farther = np.where(noise.of_difference < ROUNDING * y0.min(axis=1), resamples, 0)
+    as_strong = np.where(noise.of_difference < ROUNDING * y0.min(axis=1), resamples, 0)  # resamples, [K]
     for drawn in range(0, resamples, BLOCK):
         count = min(BLOCK, resamples - drawn)
-        going = np.flatnonzero((farther < resamples) & ((1 + farther) / (1 + resamples) < until))
-        for part in np.array_split(going, max(1, len(going) * BLOCK // TOGETHER)):
+        undecided = np.flatnonzero((as_strong < resamples) & ((1 + as_strong) / (1 + resamples) < until))
+        for part in np.array_split(undecided, max(1, len(undecided) * BLOCK // TOGETHER)):
             losses, least = noise.draw(part, count, random)
             null = trend(local_multipliers(c0, c1, *losses, floor), c0[-1], least)
-            farther[part] += (np.abs(null.t).reshape(-1, count) >= strength[part, None]).sum(axis=1)
-    return (1 + farther) / (1 + resamples)
+            as_strong[part] += (np.abs(null.t).reshape(-1, count) >= strength[part, None]).sum(axis=1)
+    return (1 + as_strong) / (1 + resamples)
 
 
 class _Noise:

@@ -68,12 +68,12 @@ def judge(
     p = float(constancy_p(c0, c1, y0[None], y1[None], resamples, seed, floor=floor, seeds=seeds)[0])
     low, high = change_bounds(changing)
     # The residuals of losses without noise are rounding errors, which are far from independent.
-    in_order = np.nan if np.ptp(local.ln_m[0]) < ROUNDING else float(correlation_p(changing)[0])
+    independence_p = np.nan if np.ptp(local.ln_m[0]) < ROUNDING else float(correlation_p(changing)[0])
     return Verdict(
         local=local,
         changing=changing,
         constant_m_p=p,
         constancy="rejected" if p < SIGNIFICANCE else "shown" if shown_constant(changing)[0] else "not shown",
         change=(ratio(low[0]), ratio(high[0])),
-        correlation_p=None if math.isnan(in_order) else in_order,
+        correlation_p=None if math.isnan(independence_p) else independence_p,
     )

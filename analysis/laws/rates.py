@@ -220,7 +220,7 @@ def remarks(used: Sequence[Tuned]) -> Iterator[str]:
         if item.off_rule is not None and abs(np.log(item.off_rule)) > np.log(FAR_OFF):
             yield (
                 f"{item.arm} has one rate at {item.size}, {item.off_rule:.2g}x that of its tuned sizes' rule "
-                f"(some {item.cost:.2g} nats)"
+                f"(which costs about {item.cost:.2g} nats)"
             )
     if any(item.rates > 1 and item.given_back is None for item in used):
         rates = {item.rates for item in used}

@@ -80,7 +80,8 @@ OPENERS: dict[str, Callable[[Path], bytes]] = {
 
 
 def _decoded(path: Path, content: bytes) -> str:
-    """Text as UTF-8 or UTF-16, which a byte order mark or the zero bytes of a Latin header give away."""
+    """Decode text as UTF-8 or UTF-16. UTF-16 is recognised by its byte order mark, or by the zero bytes that Latin
+    letters have in it."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
     elif content[:2].count(0) == 1 and len(content) % 2 == 0:

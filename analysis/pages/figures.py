@@ -25,8 +25,8 @@ TALLEST = 2.5  # the axis of m ends at most at this multiple of the largest m, s
 def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str) -> Figure:
     """Loss of every run against training FLOPs, the law of each arm with its 68% band, and the residuals below.
 
-    68%, because four sizes leave a law one degree of freedom, at which a 95% band is seven times as wide and hides
-    everything; the 95% intervals are the tables'.
+    The band is 68% because four sizes leave a law one degree of freedom, at which a 95% band is seven times as wide and
+    would cover the whole figure; 95% intervals are in the tables.
     """
     if law.form != "c":
         raise ValueError(f"loss against compute needs a law in C; got form {law.form}")

@@ -102,7 +102,9 @@ def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None)
             "in backquotes, as in '`conv.width` == 4'"
         ) from None
     if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
-        raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
+        raise ValueError(
+            f"--where {where!r} is not true or false for each run; write a condition, as in 'size != \"25k\"'"
+        )
     kept = runs[holds.fillna(False)]
     if kept.empty:
         raise ValueError(f"--where {where!r} leaves no row of {len(runs)}")

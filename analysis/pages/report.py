@@ -69,7 +69,7 @@ HOW = {  # column -> how its number is computed, and its key in the JSON of `dyn
     "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),
-    "other E": ("range of m with the irreducible loss moved", "floor_sensitivity"),
+    "other E": ("range of m over several values of the irreducible loss", "floor_sensitivity"),
 }
 
 

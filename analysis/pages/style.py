@@ -57,7 +57,7 @@ STYLE: Any = {  # matplotlib types the keys as a union of literals
     "svg.hashsalt": "dynconv",  # else the ids in an SVG are random
     "path.simplify": False,
 }
-STEPS = (tuple(range(1, 10)), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # labels a decade of a log axis, densest first
+STEPS = (tuple(range(1, 10)), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # tick labels in a decade, densest first
 LABEL = (0.7, 0.2)  # inches that a tick's label takes, across and down
 METADATA: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
 
@@ -74,7 +74,7 @@ class Mark:
         return {"color": self.colour, "ls": self.dash, "lw": 1.2} | changes
 
     def dots(self, **changes: Any) -> dict[str, Any]:
-        """The baseline's are hollow, so that they show under the others'."""
+        """How an arm's points are drawn; the baseline's are hollow, so that others remain visible under them."""
         face = "none" if self.marker == "o" else self.colour
         return {"color": self.colour, "marker": self.marker, "ls": "", "ms": 4.5, "mfc": face} | changes
 
@@ -86,7 +86,8 @@ def budget_shades(count: int = 64) -> list[str]:
 
 
 def printable(name: object, longest: int = 28) -> str:
-    """A name as matplotlib can draw it: bounded, in the font's characters, no mathematics, not hidden from legends."""
+    """A name as matplotlib can draw it: at most `longest` characters, all in the font, not read as mathematics, and not
+    hidden from legends as names with a leading underscore are."""
     font = get_font(findfont(STYLE["font.family"]))
     text = str(name) if len(str(name)) <= longest else f"{str(name)[: longest - 1]}…"
     text = "".join(char if font.get_char_index(ord(char)) else "?" for char in text)
@@ -105,7 +106,7 @@ def _of(choices: Sequence[Any], place: int) -> Any:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as path's suffix says."""
+    """Write a figure in the format of the path's suffix. Raises ValueError for an unknown one."""
     kind = path.suffix.lstrip(".")
     if kind not in METADATA:
         raise ValueError(f"{path}: figures are written as {', '.join(METADATA)}")
@@ -185,8 +186,8 @@ def arm_panels(
     labels: tuple[str, str],
     advantages: Mapping[str, str],
 ) -> tuple[Figure, dict[str, Axes]]:
-    """A panel for each arm but the baseline, x being logarithmic: the arm in colour, the baseline in black, the others'
-    curves pale behind. `advantages` are written into the panels of the arms that have one."""
+    """A panel for each arm but the baseline, with a logarithmic x axis: the arm in colour, the baseline in black, the
+    other arms pale in the background. `advantages` are texts by arm, written into the arm's panel."""
     arms = [arm for arm in sorted(curves) if arm != baseline]
     figure, panels = grid_of_panels(arms, *labels)
     panels[0].set_xscale("log")
@@ -205,7 +206,7 @@ def arm_panels(
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Mark]]) -> None:
-    """Name curves to the right of the axes by (height, text, mark), moved apart where they would overlap."""
+    """Label curves to the right of the axes, given (height, text, mark); labels that would overlap are moved apart."""
     low, high = axes.get_ylim()
     labels = sorted(labels, key=lambda label: label[0])
     line = 0.045 * (high - low)
