@@ -2,6 +2,8 @@
 
 The 95% interval cuts 2.5% off each end of the mixture of the laws' t distributions (Turek and Fletcher, Computational
 Statistics and Data Analysis 56, 2012, 2809).
+
+Legend: K comparisons at once.
 """
 
 from __future__ import annotations

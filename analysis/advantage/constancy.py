@@ -79,8 +79,8 @@ def constancy_p(
         count = min(BLOCK, resamples - drawn)
         undecided = np.flatnonzero((as_strong < resamples) & ((1 + as_strong) / (1 + resamples) < until))
         for part in np.array_split(undecided, max(1, len(undecided) * BLOCK // TOGETHER)):
-            losses, least = noise.draw(part, count, random)
-            null = trend(local_multipliers(c0, c1, *losses, floor), c0[-1], least)
+            losses, seed_variance = noise.draw(part, count, random)
+            null = trend(local_multipliers(c0, c1, *losses, floor), c0[-1], seed_variance)
             as_strong[part] += (np.abs(null.t).reshape(-1, count) >= strength[part, None]).sum(axis=1)
     return (1 + as_strong) / (1 + resamples)
 
@@ -113,11 +113,11 @@ class _Noise:
         common = self.shared[rows, None, None] * random.standard_normal(shape)
         half = self.of_difference[rows, None, None] / np.sqrt(2)
         y0, y1 = (law[rows, None] + common + half * random.standard_normal(shape) for law in self.laws)
-        least = None
+        seed_variance = None
         if self.seeds:
-            luck = random.chisquare(self.seeds.dof, shape[:2]) / self.seeds.dof
-            least = (self.seeds.variance[rows, None] * luck).ravel()
-        return (y0.reshape(-1, shape[2]), y1.reshape(-1, shape[2])), least
+            relative = random.chisquare(self.seeds.dof, shape[:2]) / self.seeds.dof  # estimated over true variance
+            seed_variance = (self.seeds.variance[rows, None] * relative).ravel()
+        return (y0.reshape(-1, shape[2]), y1.reshape(-1, shape[2])), seed_variance
 
 
 def change_bounds(changing: Local) -> tuple[Floats, Floats]:

@@ -74,19 +74,22 @@ class Curves:
         self.points = int(count.sum())
 
     def minima(self) -> Minima:
+        """Fit all curves. By the delta method, the errors of N* and L* have two parts: those of the coefficients of the
+        budget's own curve at given (a, b), and those of a and b, which all budgets share."""
         theta, precision, noise, dof = self._fit_bend()
         here = self._given(theta)
         around = self._around(theta)
-        moves = np.stack([(up.best - down.best) / (2 * STEP) for up, down in around])
-        own = np.linalg.inv(here.gram) * noise**2
+        of_theta = np.linalg.inv(precision)
+        of_coefficients = np.linalg.inv(here.gram) * noise**2
+        best_by_theta = np.stack([(up.best - down.best) / (2 * STEP) for up, down in around])
+        loss_by_theta = np.stack([(up.loss - down.loss) / (2 * STEP) for up, down in around])
         slope = self._best_slope(theta, here)
-        covariance = np.diag(np.einsum("bi,bij,bj->b", slope, own, slope))
-        covariance = covariance + moves.T @ np.linalg.inv(precision) @ moves
-        lifts = np.stack([(up.loss - down.loss) / (2 * STEP) for up, down in around])
+        covariance = np.diag(np.einsum("bi,bij,bj->b", slope, of_coefficients, slope))
+        covariance = covariance + best_by_theta.T @ of_theta @ best_by_theta
         at_best = self._functions(theta, here.best[:, None])[:, 0]
-        loss_variance = np.einsum("bi,bij,bj->b", at_best, own, at_best)
-        loss_variance += np.einsum("ib,ij,jb->b", lifts, np.linalg.inv(precision), lifts)
-        error = np.sqrt(np.maximum(own[:, 2, 2], 1e-300))
+        loss_variance = np.einsum("bi,bij,bj->b", at_best, of_coefficients, at_best)
+        loss_variance += np.einsum("ib,ij,jb->b", loss_by_theta, of_theta, loss_by_theta)
+        error = np.sqrt(np.maximum(of_coefficients[:, 2, 2], 1e-300))
         misfit_p, joint_misfit_p = self._misfit_p(here)
         return Minima(
             bend=np.exp(theta),

@@ -185,7 +185,7 @@ class Charts:
         return [curves, growth]
 
     def _growth(self, made: Plot, arm: str, optima: Sequence[Optimum], exponent: float | None) -> GlyphRenderer:
-        """N* of every budget, hollow where it does not count, and the law through those that do."""
+        """N* of every budget, hollow where its status is not ok, and the law through the others."""
         sizes = np.array([item.N for item in optima], float)
         counts = np.array([item.status == "ok" for item in optima], bool)
         compute = np.array([item.compute for item in optima], float)

@@ -137,9 +137,8 @@ def _growth(axes: Axes, name: str, law: Allocation, optima: Sequence[Optimum]) -
         value: float | None = getattr(item, name)
         if value is None or item.N is None or item.ci is None:
             continue
-        ends = [
-            item.N * value / end if name == "D" else end for end in item.ci
-        ]  # D follows from N, since N D is fixed by the budget
+        # N D is fixed by the budget, so the interval of D follows from that of N.
+        ends = [item.N * value / end if name == "D" else end for end in item.ci]
         axes.plot([item.compute] * 2, ends, color=BLACK, lw=1 if size == 10 else 0.5)
         axes.plot(item.compute, value, "*", ms=size, color=BLACK, mew=0.6, mfc=_face(item, BLACK))
     good = [item for item in mine if item.status == "ok"]

@@ -1,4 +1,4 @@
-"""Figures of runs: their loss against what was spent on them, their curves, and arms that differ in one fact."""
+"""Figures of runs: final loss against cost, loss curves, and arms that differ in one fact."""
 
 from __future__ import annotations
 
