@@ -9,5 +9,5 @@ class WorkFailed(RuntimeError):
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's message; its kind where it has none."""
+    """The first line of an error's message, or the name of its class where there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

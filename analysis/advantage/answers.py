@@ -1,4 +1,4 @@
-"""What `dynconv table` answers of one arm."""
+"""The records that `dynconv table` reports for each arm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from analysis.logs.selection import Excluded
 
 @dataclass(frozen=True)
 class Answer:
-    """A multiplier and its 95% interval; the interval is None where one size gives none."""
+    """A multiplier and its 95% interval; the interval is None where there is only one size."""
 
     m: float
     ci: Interval | None
@@ -22,17 +22,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Clock(Answer):
-    """The same in measured seconds, with its own test that it is constant: throughput may change with size."""
+    """The multiplier in measured seconds. It has its own test of constancy, since throughput may change with size."""
 
     constant_m_p: float | None = None
     m_at_cmax: float | None = None
     m_at_cmax_ci: Interval | None = None
-    source: str = ""  # of the seconds
+    source: str = ""  # where the seconds were measured
 
 
 @dataclass(frozen=True)
 class At:
-    """m at a compute, and its 95% interval."""
+    """m at one compute (FLOPs), and its 95% interval."""
 
     compute: float
     m: float
@@ -47,11 +47,11 @@ class Multiplier:
     baseline: str
     m: float
     ci: Interval | None
-    family_ci: Interval | None = None  # of which all arms' hold at once with 95%; `ci` where there is one arm
-    family: int = 1  # arms with an interval
+    family_ci: Interval | None = None  # simultaneous over all arms at 95% (family.py); equals `ci` for a single arm
+    family: int = 1  # how many arms have an interval
     method: str
-    constant_m_p: float | None = None  # None below three sizes
-    m_at_cmax: float  # by the law of a changing m alone, on its line of local ln m at the largest compute
+    constant_m_p: float | None = None  # p-value of the test that m is constant; None below three sizes
+    m_at_cmax: float  # at the largest compute, read off the line of local ln m under the law in which m changes
     m_at_cmax_ci: Interval | None = None
     loso: Interval | None = None  # range of m with each size left out
     convention: str
@@ -60,11 +60,11 @@ class Multiplier:
     status: str  # "ok", or what a reader must know, "not resolved" first
     excluded: tuple[Excluded, ...]
     conventions: dict[str, Answer] = field(default_factory=dict)  # the same under the other conventions
-    joint: Answer | None = None  # the cross-check
-    aicc: dict[str, float] | None = None  # of "shared", "free exponent", "free E"; lower is better
+    joint: Answer | None = None  # by the joint fit of both arms, as a cross-check
+    aicc: dict[str, float] | None = None  # by model: "shared", "free exponent", "free E"; lower is better
     wild_cluster: Interval | None = None
-    floor_sensitivity: tuple[dict[str, Any], ...] = ()  # with E moved: E, m, and m under the other conventions
-    noise_floor: float | None = None  # the m below which seed noise hides it; None without repeated seeds
+    floor_sensitivity: tuple[dict[str, Any], ...] = ()  # for several E: E, m, and m under the other conventions
+    noise_floor: float | None = None  # the smallest m that stands out from seed noise; None without repeated seeds
     wall_clock: Clock | None = None
     gpu_cost: Clock | None = None
     no_clock: str | None = None  # why wall_clock is None
@@ -73,9 +73,9 @@ class Multiplier:
     local: tuple[dict[str, Any], ...] = ()  # by size: size, compute and loss of both, m
     curve: tuple[At, ...] = ()  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
     budgets: tuple[OfBudget, ...] = ()  # m at each budget, where sizes have several
-    same_budget_p: float | None = None  # of the test that m is the same at every budget
-    rates: tuple[Tuned, ...] = ()  # of both arms by size, where runs differ in their learning rate
+    same_budget_p: float | None = None  # p-value of the test that m is the same at every budget
+    rates: tuple[Tuned, ...] = ()  # how both arms were tuned at each size, where runs differ in their learning rate
     constancy: str | None = None  # "shown", "not shown" or "rejected"; None below three sizes
-    change: Interval | None = None  # m at the largest compute over the mean m: 90% interval, the verdict's ground
-    correlation_p: float | None = None  # of the test that errors are independent over sizes; None where it is blind
-    notes: tuple[str, ...] = ()  # how the rows were taken, which is no fault of the answer
+    change: Interval | None = None  # 90% interval of m at the largest compute over the mean m; decides `constancy`
+    correlation_p: float | None = None  # p-value of the test that errors are independent over sizes; None if untestable
+    notes: tuple[str, ...] = ()  # how rows were selected, for information; problems are in `status`

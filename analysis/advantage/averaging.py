@@ -1,7 +1,9 @@
-"""Several laws' answers as one interval, by how well each law fits.
+"""Model averaging: combine the estimates of several laws into one interval, weighted by how well each law fits.
 
 The 95% interval cuts 2.5% off each end of the mixture of the laws' t distributions (Turek and Fletcher, Computational
 Statistics and Data Analysis 56, 2012, 2809).
+
+Legend: K comparisons at once.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ HALVINGS = 50
 
 @dataclass(frozen=True)
 class Student:
-    """A t distribution of an estimate by one law, and that law's support."""
+    """The t distribution of one law's estimate, and the weight of that law."""
 
-    at: Floats  # [K]
-    error: Floats  # [K] standard error
-    dof: Floats  # [K]
-    support: Floats  # [K] log of its weight among the laws
+    at: Floats  # [K] the estimate
+    error: Floats  # [K] its standard error
+    dof: Floats  # [K] degrees of freedom
+    support: Floats  # [K] log of the law's weight, up to a constant that all laws share
 
 
 def fit_gain(t: Floats, sizes: int) -> Floats:
-    """How much likelier normal errors make a law with one parameter more, by that parameter's t [K]: the log."""
+    """Log likelihood ratio [K], under normal errors, of a law with one more parameter whose t statistic is `t` [K]."""
     gain: Floats = sizes / 2 * np.log1p(t**2 / (sizes - 2))
     return gain
 
 
 def weights(laws: Sequence[Student]) -> Floats:
-    """[laws, K], summing to 1 over the laws."""
+    """The weights of the laws, [laws, K], summing to 1 over the laws."""
     support = np.stack([law.support for law in laws])
     weight: Floats = np.exp(support - support.max(axis=0))
     return weight / weight.sum(axis=0)

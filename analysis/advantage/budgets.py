@@ -1,10 +1,11 @@
-"""Several budgets of one size: which rows of two arms had the same one, which budgets every size had, and whether m
-depends on them.
+"""Sizes that were trained at several budgets: match the budgets of two arms, find those that every size has, and test
+whether m depends on the budget.
 
-A size with several budgets is one replicate of a claim and not several: its runs share what is particular to the size,
-and branches of one trunk share their weights. So losses are averaged over the budgets that every size has, as over
-seeds. The mean of power laws E + a_b C^-g over the same multiples of each size's compute is again one with the same E
-and g, whatever the amplitudes a_b; the estimator, its tests and their degrees of freedom then count sizes.
+A size with several budgets counts as one replicate: its runs share the deviation of that size from the law, and
+branches of one trunk share weights. So losses are averaged over the budgets that every size has, as they are over
+seeds. If each budget b follows E + a_b C^-g and the budgets are the same multiples of compute at every size, then the
+mean over budgets follows a power law with the same E and g. The paired estimator therefore applies to the means, and
+its degrees of freedom count sizes.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from analysis.logs.selection import alike
 if TYPE_CHECKING:
     import pandas as pd
 
-SLOPE_ERROR = 0.03  # relative, of the shared law at one budget
+SLOPE_ERROR = 0.03  # relative error of the shared law's slope at one budget, which the test of budgets tolerates
 UNITS = {"C": "FLOPs", "D": "tokens", "D/N": "tokens per parameter"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One size at one budget: what both arms' seeds came to on average."""
+    """One size at one budget: compute and loss of both arms, averaged over seeds."""
 
     size: str
     budget: str
@@ -40,12 +41,13 @@ class Cell:
 
 
 def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, str | None]:
-    """The runs of two arms with the budget that they are paired on in `_budget`, "" where each has one at every size,
-    and how budgets were told to be equal; None without several.
+    """The runs of two arms with the budget that they are paired on in a new column `_budget`, and how budgets were
+    matched. With a single budget at every size, `_budget` is "" and the second value is None.
 
-    Budgets stored in words count. In tables without, or with numbers, which arms matched by compute need not share,
-    two arms' budgets of a size are equal where their C, else D, else D/N is (whichever most rows of the other arm share
-    with `baseline`). `column` holds the compute. Raises ValueError where none of these is.
+    A column `budget` that holds text is used as it is. Numbers in it are not, since arms matched by compute may have
+    different ones. Without text, two runs of a size have the same budget if they agree in C, D or D/N: of these, the
+    one in which most rows of the other arm match the `baseline`. `column` holds the compute. Raises ValueError where
+    no row of the other arm matches in any of them.
     """
     stored = runs["budget"].astype("string") if "budget" in runs else None
     if stored is not None and stored.notna().any() and not stored.map(_is_number).all():
@@ -84,7 +86,7 @@ def _most_in_a_cell(runs: pd.DataFrame, group: Indices) -> int:
 
 
 def _measures(runs: pd.DataFrame, column: str) -> dict[str, Floats]:
-    """What a budget may be equal in, [rows] each: those that every row has."""
+    """The quantities by which budgets may be matched, [rows] each; only those that every row has."""
     measures = {"C": runs[column].to_numpy(float)}
     if (runs["tokens"] > 0).all():
         measures["D"] = runs["tokens"].to_numpy(float)
@@ -94,8 +96,8 @@ def _measures(runs: pd.DataFrame, column: str) -> dict[str, Floats]:
 
 
 def _names(runs: pd.DataFrame, groups: Indices, measures: dict[str, Floats], baseline: str) -> list[str]:
-    """A name for every row's budget that is the same at every size: by D/N, D or C, whichever needs the fewest for the
-    baseline's sizes, else by its place from the largest."""
+    """A name for every row's budget that can be shared by all sizes: its D/N, D or C, whichever gives the fewest
+    different names over the baseline's sizes; else its rank at its size, counted from the largest."""
     table = runs[["arm", "_size"]].assign(_group=groups, **measures)
     cells = table[table["arm"] == baseline].groupby(["_size", "_group"])[list(measures)].mean().reset_index()
     place = cells.groupby("_size")["_group"].rank(ascending=False).astype(int)
@@ -114,8 +116,8 @@ def _names(runs: pd.DataFrame, groups: Indices, measures: dict[str, Floats], bas
 
 
 def full_grid(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
-    """The sizes and budgets of which every pair is there: the budget that most sizes have (of equally common ones that
-    with the largest compute), its sizes, and the other budgets that all of these have."""
+    """Sizes and budgets that form a complete grid, every size having every budget. Start from the budget that most
+    sizes have (on a tie, the one with the larger compute); keep its sizes, and all budgets that each of them has."""
     sizes_of = {name: {cell.size for cell in cells if cell.budget == name} for name in _budgets(cells)}
     if not sizes_of:
         return [], []
@@ -125,7 +127,7 @@ def full_grid(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
 
 
 def _budgets(cells: Sequence[Cell]) -> list[str]:
-    """Their names, the budget of most compute last."""
+    """The names of the budgets, in ascending order of their largest compute."""
     largest = {cell.budget: 0.0 for cell in cells}
     for cell in cells:
         largest[cell.budget] = max(largest[cell.budget], cell.c0)
@@ -134,7 +136,7 @@ def _budgets(cells: Sequence[Cell]) -> list[str]:
 
 @dataclass(frozen=True)
 class OfBudget:
-    """m at one budget, by the law that all budgets share in E and the exponent."""
+    """m at one budget, by a law whose E and exponent are shared by all budgets."""
 
     budget: str
     m: float
@@ -143,14 +145,16 @@ class OfBudget:
 
 
 def by_budget(cells: Sequence[Cell], E: float, g: float) -> tuple[tuple[OfBudget, ...], float | None]:
-    """m of every budget that has two sizes, and the p of the test that all have the same, None without two sizes.
+    """m of every budget that has at least two sizes, and the p-value of the test that all budgets have the same m
+    (None where fewer than two budgets have two sizes in common).
 
-    The baseline's amplitude at a budget is least squares given E and the exponent g of the law over all budgets. The
-    test asks of every budget whether its ln m lies off the mean of its size by the same at all sizes, by t over the
-    sizes, Bonferroni over the budgets; sizes count by (g r)^2 as in the paired estimator. The shared law is some
-    hundredths off in a budget's slope where budgets are 4- to 16-fold apart, which moves all of its ln m in
-    proportion, so only what lies further off than SLOPE_ERROR is tested. Simulated, that rejects 0% to 4% of sweeps
-    whose m does not depend on the budget (tests/test_budgets.py); without it, up to three quarters of those with m = 2.
+    The baseline's amplitude at each budget is fitted by least squares, given the E and exponent g of the law over all
+    budgets. For each budget the test takes, size by size, the deviation of ln m from its mean over budgets, and asks by
+    a t test over sizes whether these deviations average to zero; p-values are Bonferroni-corrected over the budgets.
+    Sizes are weighted by (g r)^2 as in the paired estimator. Where budgets are 4- to 16-fold apart, the shared law's
+    slope at one budget is wrong by some hundredths, which scales all ln m of that budget; so deviations up to
+    SLOPE_ERROR times ln m are tolerated. In simulation the test then rejects 0% to 4% of sweeps whose m does not depend
+    on the budget (tests/test_budgets.py); without the tolerance, up to three quarters of those with m = 2.
     """
     found = []
     values: dict[str, dict[str, tuple[float, float]]] = {}  # budget -> size -> ln m, weight
@@ -171,24 +175,26 @@ def by_budget(cells: Sequence[Cell], E: float, g: float) -> tuple[tuple[OfBudget
 
 
 def _mean(values: Floats, weight: Floats) -> tuple[float, float]:
-    """Weighted mean and its standard error, from the spread."""
+    """Weighted mean, and its standard error estimated from the spread of the values."""
     share = weight / weight.sum()
     mean = float(share @ values)
     return mean, float(np.sqrt(share @ (values - mean) ** 2 / (len(values) - 1)))
 
 
 def _same_p(values: dict[str, dict[str, tuple[float, float]]]) -> float | None:
+    """The p-value of the test in `by_budget`; `values` are (ln m, weight) by budget and size."""
     if len(values) < 2:
         return None
-    sizes = [size for size in next(iter(values.values())) if all(size in of for of in values.values())]
+    sizes = [size for size in next(iter(values.values())) if all(size in by_size for by_size in values.values())]
     if len(sizes) < 2:
         return None
-    ln_m = np.array([[of[size][0] for size in sizes] for of in values.values()])
-    weight = np.array([[of[size][1] for size in sizes] for of in values.values()]).mean(axis=0)
-    asked = ln_m - ln_m.mean(axis=0)
+    ln_m = np.array([[by_size[size][0] for size in sizes] for by_size in values.values()])
+    weight = np.array([[by_size[size][1] for size in sizes] for by_size in values.values()]).mean(axis=0)
+    deviations = ln_m - ln_m.mean(axis=0)
     tolerated = SLOPE_ERROR * abs(_mean(ln_m.mean(axis=0), weight)[0])
     least = 1.0
-    for off in asked if len(asked) > 2 else asked[:1]:  # two budgets' distances mirror each other
-        mean, error = _mean(off, weight)
+    tested = deviations if len(deviations) > 2 else deviations[:1]  # of two budgets, deviations are equal and opposite
+    for deviation in tested:
+        mean, error = _mean(deviation, weight)
         least = min(least, 2 * stdtr(len(sizes) - 1, -max(abs(mean) - tolerated, 0.0) / max(error, 1e-300)))
-    return float(min(1.0, least * (len(asked) if len(asked) > 2 else 1)))
+    return float(min(1.0, least * len(tested)))  # Bonferroni

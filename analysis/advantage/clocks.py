@@ -1,6 +1,7 @@
-"""How fast an arm is beside the baseline, at each size: from a file of measured throughput, else from the runs' clocks.
+"""The arm's speed relative to the baseline at each size, from a file of measured throughput or from the runs' clocks.
 
-A clock counts where its run had the device to itself and all runs were on one kind of device; else there is a reason.
+Clocks are used only if every run had its device to itself and all runs were on one kind of device; otherwise the result
+states why they are not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from analysis.logs.selection import some
 if TYPE_CHECKING:
     import pandas as pd
 
-SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # throughput is compared at equal ones
+SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # compared only where all are equal
 RUNS = "the runs' own clocks, each alone on its device"
 TABLE = "the table's train seconds, of which it does not say that runs were alone on one kind of device"
 
@@ -33,7 +34,8 @@ class Rates:
 
 
 def rates_of_runs(sizes: Sequence[pd.DataFrame], column: str) -> Rates:
-    """By the runs' train seconds; a frame of paired runs for each size, the arms' columns ending in _0 and _1."""
+    """Relative speed from the runs' train seconds. `sizes` has a frame of paired runs for each size, in which the
+    baseline's columns end in _0 and the arm's in _1; `column` holds the compute."""
     reasons = [_unusable(rows) for rows in sizes]
     found = [
         (np.nan, np.nan) if reason else (_ratio(rows, column, per_gpu=False), _ratio(rows, column, per_gpu=True))
@@ -43,12 +45,12 @@ def rates_of_runs(sizes: Sequence[pd.DataFrame], column: str) -> Rates:
     reason = next((text for text in reasons if text), None)
     if reason is None and np.isnan(wall).any():
         reason = "the arms were trained on different numbers of GPUs"
-    told = any(rows["clock_0"].notna().any() for rows in sizes)
-    return Rates(wall, gpu, RUNS if told else TABLE, reason)
+    recorded = any(rows["clock_0"].notna().any() for rows in sizes)
+    return Rates(wall, gpu, RUNS if recorded else TABLE, reason)
 
 
 def _unusable(rows: pd.DataFrame) -> str | None:
-    """Why the clocks of one size's runs cannot be compared."""
+    """Why the clocks of one size's runs cannot be compared; None if they can."""
     import pandas as pd
 
     names, clocks, devices, seconds = (
@@ -91,15 +93,15 @@ def _ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
 def rates_of_throughput(
     sizes: Sequence[pd.DataFrame], column: str, measured: pd.DataFrame, baseline: str, arm: str
 ) -> Rates:
-    """By tokens a second as `logs.throughput.read_throughput` gives them, at equal SETTING; repeated measurements are
-    averaged, and several settings by the geometric mean of their ratios."""
+    """Relative speed from measured tokens a second (`logs.throughput.read_throughput`), compared at equal SETTING.
+    Repeated measurements are averaged; the ratios at several settings are combined by their geometric mean."""
     found, reason = [], None
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
         value, why = _measured_ratio(measured[measured["size"] == size], baseline, arm)
         per_token = [(rows[column + side] / rows["tokens" + side].astype(float)).mean() for side in ("_0", "_1")]
         if why is None and not np.isfinite(per_token).all():
-            why = "tokens a second are no FLOPs a second without the runs' tokens; add a column D"
+            why = "FLOPs a second cannot be computed from tokens a second without the runs' tokens; add a column D"
         found.append(np.nan if why else value * per_token[1] / per_token[0])
         reason = reason or (why and f"at {size} {why}")
     devices = some(sorted(measured["device"].dropna().unique())) or "an unnamed device"

@@ -1,7 +1,7 @@
-"""Is m the same at every compute? A test, what a change could amount to, and whether errors go together over sizes.
+"""Is m the same at every compute? A test of it, bounds on the change, and a test of correlated errors between sizes.
 
-A test that does not reject shows nothing: with few sizes it sees only large changes. So m counts as shown constant only
-where the change that the data allow is small (`change_bounds`), as in tests of equivalence.
+A test that does not reject is no evidence of constancy: with few sizes it detects only large changes. So m is called
+constant only where the interval of its change is small (`change_bounds`), as in equivalence testing.
 
 Legend: K comparisons at once, S sizes.
 """
@@ -18,25 +18,25 @@ from scipy.special import stdtrit
 from analysis.advantage.paired import Local, local_multipliers, trend
 from analysis.laws.solver import Bools, Floats, Indices
 
-SIGNIFICANCE = 0.05  # of the test that m is constant
-NEGLIGIBLE = 0.05  # m is shown constant where m at the largest compute is within this share of it
-ROUNDING = 1e-6  # relative noise of losses below which a trend is not looked for: it would be the arithmetic's own
-BLOCK = 20  # resamples of a comparison before it is asked whether more are needed
-TOGETHER = 4000  # laws fitted at once: few enough for a processor's cache
-NULL_DRAWS = 20_000  # of the test that errors are independent over sizes
-FEWEST_FOR_CORRELATION = 5  # sizes: below, two residuals are free and tell nothing of their order
+SIGNIFICANCE = 0.05  # level of the test that m is constant
+NEGLIGIBLE = 0.05  # m is called constant if m at the largest compute is within this share of the mean m
+ROUNDING = 1e-6  # relative noise of losses below which no trend is tested: it would be floating-point rounding
+BLOCK = 20  # resamples drawn between two checks of whether the p-value is already decided
+TOGETHER = 4000  # laws fitted in one batch, small enough for a processor's cache
+NULL_DRAWS = 20_000  # simulated draws of the test that errors are independent over sizes
+FEWEST_FOR_CORRELATION = 5  # sizes; with four, two residual degrees of freedom say nothing about correlation
 
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """What repeated seeds show of the noise of a size's loss difference, seeds averaged: a part of it."""
+    """The part of the noise of a size's mean loss difference that is due to seeds, estimated from repeated seeds."""
 
-    variance: Floats  # [K] nats squared
+    variance: Floats  # [K] of the difference averaged over seeds, nats squared
     dof: int
 
 
 def seed_noise_of(differences: Sequence[Floats]) -> SeedNoise | None:
-    """Of the loss differences of each size's paired seeds; None where no size has two."""
+    """Seed noise from the loss differences of each size's paired seeds; None where no size has two seeds."""
     dof = sum(len(each) - 1 for each in differences)
     if dof < 1:
         return None
@@ -55,36 +55,38 @@ def constancy_p(
     floor: float | None = None,
     seeds: SeedNoise | None = None,
 ) -> Floats:
-    """How often a constant m gives a trend of ln m as strong as the one seen, by parametric bootstrap: p [K].
+    """p-value [K] of the test that m is constant: how often, under a constant m, the trend of ln m is as strong as the
+    observed one, by parametric bootstrap.
 
-    The t distribution would reject too often: E and g are estimated from the same points. Losses y0, y1 [K, S] at
-    computes c0, c1 [S]; for a test in seconds give the arm's compute divided by its relative throughput. The simulated
-    losses have the fitted law with constant m, noise on the differences as the local values show it, and noise shared
-    by the arms as the fit's residuals show it. `floor` holds E. A p that cannot come out below `until` any more is
-    returned at once, too small.
+    The t distribution would reject too often, since E and g are estimated from the same points. Losses y0, y1 [K, S] at
+    computes c0, c1 [S]; for a test in seconds give the arm's compute divided by its relative throughput. Simulated
+    losses follow the fitted law with constant m, with noise on the differences estimated from the local values, and
+    noise shared by the arms estimated from the fit's residuals. `floor` is a stated irreducible loss E, which is then
+    not fitted. Resampling stops early once p can no longer come out below `until`; the p returned is then only known to
+    be at least `until`.
 
-    With few sizes the trend's residuals often have a small variance by luck, and the test must ask for a large t.
-    Repeated seeds bound the variance from below, also in the resamples, and less is asked. At the same size that gains
-    a little power where sizes are four and seeds are much of the noise (.27 to .31), hardly any with more
-    (analysis/README.md).
+    With few sizes the residuals about the trend often have a small variance by chance, so the critical t is large.
+    Repeated seeds bound this variance from below, in the data as in the resamples, which lowers the critical t. At the
+    same level that raises the power a little with four sizes where much of the noise is the seeds' (.27 to .31), and
+    hardly with more sizes (analysis/README.md).
     """
     random = np.random.default_rng(seed)
     seen = local_multipliers(c0, c1, y0, y1, floor)
     strength = np.abs(trend(seen, c0[-1], seeds.variance if seeds else None).t)
     noise = _Noise(seen, seeds)
-    farther = np.where(noise.of_difference < ROUNDING * y0.min(axis=1), resamples, 0)
+    as_strong = np.where(noise.of_difference < ROUNDING * y0.min(axis=1), resamples, 0)  # resamples, [K]
     for drawn in range(0, resamples, BLOCK):
         count = min(BLOCK, resamples - drawn)
-        going = np.flatnonzero((farther < resamples) & ((1 + farther) / (1 + resamples) < until))
-        for part in np.array_split(going, max(1, len(going) * BLOCK // TOGETHER)):
-            losses, least = noise.draw(part, count, random)
-            null = trend(local_multipliers(c0, c1, *losses, floor), c0[-1], least)
-            farther[part] += (np.abs(null.t).reshape(-1, count) >= strength[part, None]).sum(axis=1)
-    return (1 + farther) / (1 + resamples)
+        undecided = np.flatnonzero((as_strong < resamples) & ((1 + as_strong) / (1 + resamples) < until))
+        for part in np.array_split(undecided, max(1, len(undecided) * BLOCK // TOGETHER)):
+            losses, seed_variance = noise.draw(part, count, random)
+            null = trend(local_multipliers(c0, c1, *losses, floor), c0[-1], seed_variance)
+            as_strong[part] += (np.abs(null.t).reshape(-1, count) >= strength[part, None]).sum(axis=1)
+    return (1 + as_strong) / (1 + resamples)
 
 
 class _Noise:
-    """Losses with constant m, and noise as seen."""
+    """Simulates losses with a constant m and the estimated noise."""
 
     def __init__(self, seen: Local, seeds: SeedNoise | None) -> None:
         c1, (y0, y1) = seen.c1, seen.losses
@@ -105,21 +107,22 @@ class _Noise:
     def draw(
         self, rows: Indices, count: int, random: np.random.Generator
     ) -> tuple[tuple[Floats, Floats], Floats | None]:
-        """Losses of both arms, [len(rows) * count, S] each, and the variance that their seeds show."""
+        """Simulated losses of both arms, [len(rows) * count, S] each, and the simulated variance estimates of repeated
+        seeds [len(rows) * count] (None without them)."""
         shape = (len(rows), count, self.laws[0].shape[1])
         common = self.shared[rows, None, None] * random.standard_normal(shape)
         half = self.of_difference[rows, None, None] / np.sqrt(2)
         y0, y1 = (law[rows, None] + common + half * random.standard_normal(shape) for law in self.laws)
-        least = None
+        seed_variance = None
         if self.seeds:
-            luck = random.chisquare(self.seeds.dof, shape[:2]) / self.seeds.dof
-            least = (self.seeds.variance[rows, None] * luck).ravel()
-        return (y0.reshape(-1, shape[2]), y1.reshape(-1, shape[2])), least
+            relative = random.chisquare(self.seeds.dof, shape[:2]) / self.seeds.dof  # estimated over true variance
+            seed_variance = (self.seeds.variance[rows, None] * relative).ravel()
+        return (y0.reshape(-1, shape[2]), y1.reshape(-1, shape[2])), seed_variance
 
 
 def change_bounds(changing: Local) -> tuple[Floats, Floats]:
-    """How far ln m at the largest compute may be from its weighted mean over the sizes: the ends of a 90% interval, [K]
-    each, by the law of a changing m (`changing_multipliers`); S >= 3."""
+    """Ends of the 90% interval, [K] each, of ln m at the largest compute minus its weighted mean over the sizes, by the
+    law of a changing m (`changing_multipliers`); S >= 3."""
     top = trend(changing, changing.c0[-1])
     middle = (changing.weight * np.log(changing.c0)).sum(axis=1)
     distance = np.log(changing.c0[-1]) - middle
@@ -128,21 +131,21 @@ def change_bounds(changing: Local) -> tuple[Floats, Floats]:
 
 
 def shown_constant(changing: Local) -> Bools:
-    """[K] whether m at the largest compute is shown to be within NEGLIGIBLE of the m that is reported: two one-sided
-    tests at 5% (Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987, 657). Simulated, an m that ends 5% away
-    is called constant in at most 5% of designs (analysis/README.md)."""
+    """Whether m at the largest compute is shown to be within NEGLIGIBLE of the mean m [K], by two one-sided tests at 5%
+    (Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987, 657). In simulation, an m that is 5% off at the
+    largest compute is called constant in at most 5% of the designs (analysis/README.md)."""
     low, high = change_bounds(changing)
     margin = math.log1p(NEGLIGIBLE)
     return (low > -margin) & (high < margin)
 
 
 def correlation_p(local: Local, seed: int = 0) -> Floats:
-    """How often independent errors of the sizes go together as much as those seen: p [K].
+    """p-value [K] of the test that the errors of the sizes are independent, against neighbours that are correlated.
 
-    The errors are those of the loss differences about the line of local ln m (`changing_multipliers`). The statistic is
-    von Neumann's ratio (Annals of Math. Stat. 12, 1941, 367), which sees more than the number of runs of equal sign
-    does; its distribution is that of independent normal errors about the same line, simulated. NaN below
-    FEWEST_FOR_CORRELATION sizes.
+    The errors are the residuals of the loss differences about the line of local ln m (`changing_multipliers`). The
+    statistic is von Neumann's ratio (Annals of Math. Stat. 12, 1941, 367), which has more power than a runs test; its
+    null distribution is simulated with independent normal errors about the same line. NaN below FEWEST_FOR_CORRELATION
+    sizes.
     """
     count, sizes = local.ln_m.shape
     p = np.full(count, np.nan)
@@ -150,16 +153,16 @@ def correlation_p(local: Local, seed: int = 0) -> Floats:
         return p
     draws = np.random.default_rng(seed).standard_normal((NULL_DRAWS, sizes))
     for k in range(count):
-        scale = local.law.g[k] * local.reducible[k]  # of ln m, to a loss difference
+        scale = local.law.g[k] * local.reducible[k]  # converts ln m to a loss difference
         axes = np.linalg.qr(np.stack([scale, scale * np.log(local.c0 / local.c0[0])], axis=1))[0]
         errors = np.concatenate([(scale * local.ln_m[k])[None], draws])
         found = _neighbours(errors - (errors @ axes) @ axes.T)
-        p[k] = (found >= found[0]).mean()  # the seen one counts as a draw
+        p[k] = (found >= found[0]).mean()  # the observed statistic counts as one of the draws
     return p
 
 
 def _neighbours(residual: Floats) -> Floats:
-    """1 - half of von Neumann's ratio of residuals [N, S]: close to the correlation of neighbours."""
+    """1 minus half of von Neumann's ratio of residuals [N, S], approximately the lag-one autocorrelation [N]."""
     steps = (np.diff(residual, axis=1) ** 2).sum(axis=1)
     ratio: Floats = 1 - steps / np.maximum(2 * (residual**2).sum(axis=1), 1e-300)
     return ratio

@@ -1,9 +1,9 @@
-"""Many arms against one baseline: intervals that hold all at once, and "resolved" by these.
+"""Many arms against one baseline: simultaneous 95% intervals, which also decide whether an arm is resolved.
 
-Of 9 null arms over five sizes some plain 95% interval leaves out 1 in 30% of sweeps, of 19 in 49%. Each interval is
-made at 1 - .05 / A instead (Bonferroni), with which it is 4% to 5% whatever the number of arms and sizes
-(tests/test_family.py). Simulated critical values of the largest t, given the baseline that all arms share, would narrow
-the intervals by 2% to 3% only.
+If no arm differs from the baseline, at least one plain 95% interval excludes 1 in 30% of simulated sweeps with 9 arms
+and five sizes, and in 49% with 19 arms. So with A arms each interval is computed at level 1 - .05 / A (Bonferroni); the
+error rate is then 4% to 5% for any number of arms and sizes (tests/test_family.py). Simulated critical values of the
+largest t, which use that all arms share one baseline, would narrow the intervals by 2% to 3% only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEVEL = 0.05
 
 
 def at_once(found: Sequence[Multiplier]) -> list[Multiplier]:
-    """The arms with `family_ci`, and a status that calls none resolved whose `family_ci` holds 1."""
+    """The arms with `family_ci` added. The status of an arm whose `family_ci` contains 1 begins "not resolved"."""
     arms = sum(item.ci is not None for item in found)
     return [item if item.ci is None else _with_interval(item, arms) for item in found]
 
@@ -31,8 +31,8 @@ def _with_interval(item: Multiplier, arms: int) -> Multiplier:
     ci = wider(item.m, item.ci, _degrees_of_freedom(item), arms)
     status = item.status
     if ci[0] <= 1 <= ci[1] and not status.startswith("not resolved"):
-        told = f"not resolved: the interval of all {arms} arms at once holds 1"
-        status = told if status == "ok" else f"{told}; {status}"
+        remark = f"not resolved: the interval of all {arms} arms at once holds 1"
+        status = remark if status == "ok" else f"{remark}; {status}"
     return replace(item, family_ci=ci, family=arms, status=status)
 
 
@@ -43,7 +43,8 @@ def _degrees_of_freedom(item: Multiplier) -> int:
 
 
 def wider(m: float, ci: Interval, dof: int, arms: int) -> Interval:
-    """The interval's distances from m, in logs, in the ratio of t's quantiles for one of `arms` and for one alone."""
+    """The 95% interval of one arm widened to level 1 - LEVEL / `arms`: in ln m, both distances from m are multiplied by
+    the ratio of the t quantiles with `dof` degrees of freedom."""
     if arms == 1:
         return ci
     by = float(stdtrit(dof, 1 - LEVEL / arms / 2) / stdtrit(dof, 1 - LEVEL / 2))

@@ -1,7 +1,7 @@
-"""Compute multipliers between isoFLOP frontiers: the loss at each arm's own best size, budget by budget.
+"""Compute multipliers between isoFLOP frontiers: both arms are compared at their own best size, budget by budget.
 
-Arms compared at equal sizes are each somewhere beside their optimum; here each is at its own. Budgets take the place of
-sizes in the paired estimator (paired.py), the curves' least losses that of losses.
+A comparison at equal sizes may put each arm off its optimal size; here each arm is at its own. In the paired estimator
+(paired.py) budgets take the place of sizes, and the minima of the isoFLOP curves take the place of measured losses.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from analysis.laws.isoflop import SAME_BUDGET, Optimum
 def frontier_multipliers(
     optima: Sequence[Optimum], baseline: str, convention: str, seed: int = 0
 ) -> tuple[list[Multiplier], list[str]]:
-    """Every arm's m against the baseline over the budgets at which both have an optimum that counts, and a line for
-    each arm without an answer."""
+    """Every arm's m against the baseline, over the budgets at which both have a valid optimum; and for each arm without
+    an m, one line that says why."""
     good = [item for item in optima if item.status == "ok"]
     found, refused = [], []
     for arm in dict.fromkeys(item.arm for item in optima):

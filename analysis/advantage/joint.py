@@ -16,7 +16,7 @@ from analysis.laws.solver import ROUNDING, Floats
 
 Interval = tuple[float, float]
 
-LN_M = (-3.0, 3.0)  # m from 1/20 to 20
+LN_M = (-3.0, 3.0)  # range of ln m that is searched: m from 1/20 to 20
 MODELS = {"shared": ("A",), "free exponent": ("A", "alpha"), "free E": ("A", "E")}
 DRAWS = 3999
 SIGNIFICANCE = 0.05
@@ -25,11 +25,12 @@ WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(
 
 
 def joint_interval(pairs: Pairs) -> tuple[float, Interval | None] | None:
-    """m of the least-squares fit with E and exponent shared, and its F-profile interval, None below three sizes; None
-    at all where every m fits alike, as to losses that do not fall with compute. Infinite or 0 beyond LN_M.
+    """m of the least-squares fit with E and exponent shared, and its 95% profile interval by the F distribution (None
+    below three sizes). Values beyond LN_M are returned as 0 or infinity. The result is None if every m fits equally
+    well, as happens when losses do not fall with compute.
 
-    The law of both arms is E + a (k C)^-g, with k = m for the arm and 1 for the baseline. The interval holds the m
-    whose best residual sum of squares is at most RSS (1 + F / (n - 4)), n = 2 S.
+    The law of both arms is E + a (k C)^-g, with k = m for the arm and 1 for the baseline. The interval contains every m
+    at which the smallest residual sum of squares is at most RSS (1 + F / (n - 4)), n = 2 S.
     """
     points = 2 * len(pairs.sizes)
     low, high = LN_M
@@ -53,8 +54,8 @@ def joint_interval(pairs: Pairs) -> tuple[float, Interval | None] | None:
 
 
 def _edge(rejected: Callable[[float], bool], inside: float, step: float) -> float:
-    """Where a test of ln m starts to reject, from `inside` the way `step` points; infinite if beyond the width of LN_M,
-    and `inside` itself where data without noise leave no step."""
+    """The ln m at which a test starts to reject, searched from `inside` in the direction of `step`. Infinite if it is
+    farther away than the width of LN_M; `inside` itself if `step` is 0, as for data without noise."""
     if step == 0:
         return inside
     outside = inside + step
@@ -70,7 +71,7 @@ def _edge(rejected: Callable[[float], bool], inside: float, step: float) -> floa
 
 
 def _profile(pairs: Pairs, ln_m: Floats) -> Floats:
-    """Least residual sum of squares [M] over E, a and g at each ln m [M]."""
+    """The smallest residual sum of squares [M] over E, a and g, at each ln m [M]."""
     log_c = np.log(np.concatenate([pairs.c0, pairs.c1]))
     log_c -= log_c.mean()
     y = np.concatenate([pairs.y0, pairs.y1])
@@ -84,7 +85,7 @@ def _profile(pairs: Pairs, ln_m: Floats) -> Floats:
         a = ((x - x_mean) * (y - y_mean)).sum(axis=2) / ((x - x_mean) ** 2).sum(axis=2)
         E = y_mean - a * x_mean[:, :, 0]
         a, E = np.maximum(a, 0), np.where(a < 0, y_mean, E)
-        from_zero = (x * y).sum(axis=2) / (x * x).sum(axis=2)  # E has its lower bound at 0
+        from_zero = (x * y).sum(axis=2) / (x * x).sum(axis=2)  # the fit with E at its lower bound, 0
         a, E = np.where(E < 0, from_zero, a), np.maximum(E, 0)
         rss = ((y - E[:, :, None] - a[:, :, None] * x) ** 2).sum(axis=2)
         best = rss.argmin(axis=1)
@@ -94,7 +95,7 @@ def _profile(pairs: Pairs, ln_m: Floats) -> Floats:
 
 
 def aicc(pairs: Pairs) -> dict[str, float] | None:
-    """AICc of least-squares fits by MODELS, lower is better; None where points are too few."""
+    """AICc of least-squares fits of each of MODELS (lower is better); None where points are too few."""
     count = 2 * len(pairs.sizes)
     points = Points(
         loss=np.concatenate([pairs.y0, pairs.y1]),
@@ -105,7 +106,7 @@ def aicc(pairs: Pairs) -> dict[str, float] | None:
     )
     found = {}
     for name, per_arm in MODELS.items():
-        k = 4 + len(per_arm)  # E, two amplitudes, exponent, the noise; one more where something is free
+        k = 4 + len(per_arm)  # E, two amplitudes, exponent, noise; one more for a second free parameter
         if count - k - 1 < 1:
             return None
         rss = fit(points, "c", delta=None, per_arm=per_arm, starts=200, polished=6).objective
@@ -114,15 +115,16 @@ def aicc(pairs: Pairs) -> dict[str, float] | None:
 
 
 def wild_cluster_interval(local: Local, seed: int = 0) -> Interval:
-    """Interval of m by the restricted wild cluster bootstrap-t: the ln m that its test does not reject at 5%.
+    """95% interval of m by the restricted wild cluster bootstrap-t: all m that its test does not reject at 5%.
 
-    Under each ln m tested, the local values' distances from it are multiplied by one of Webb's weights a size, and t
-    must not lie among the farthest 5%. Coverage, simulated at m = 1.05 to 2 (tests/test_multiplier.py): .99 at three
-    sizes, .97 at four, .93 at five, .93 to .95 at six; around the estimate, without the restriction, it is .87 at
-    three, .90 at four and .91 at five, and with Rademacher's two weights the restricted one never ends below six.
+    To test a value of ln m, the deviations of the local values from it are multiplied by random weights, one of Webb's
+    six for each size; the value is rejected if the observed t is among the 5% most extreme. Coverage simulated at
+    m = 1.05 to 2 (tests/test_multiplier.py): .99 at three sizes, .97 at four, .93 at five, .93 to .95 at six. The
+    unrestricted bootstrap, with deviations from the estimate, covers .87 at three, .90 at four and .91 at five. With
+    Rademacher's two weights, the restricted one cannot reject any value below six sizes, so its interval is infinite.
     """
     values, weight, sizes = local.ln_m[0], local.weight[0], len(local.ln_m[0])
-    if len(WEBB) ** sizes // 2 <= DRAWS:  # every pattern; its opposite has the same |t|
+    if len(WEBB) ** sizes // 2 <= DRAWS:  # all patterns, up to their sign: opposites give the same |t|
         signs = np.array(list(itertools.product(WEBB[:3], *[WEBB] * (sizes - 1))))
     else:
         signs = np.random.default_rng(seed).choice(WEBB, (DRAWS, sizes))
@@ -132,7 +134,7 @@ def wild_cluster_interval(local: Local, seed: int = 0) -> Interval:
         draws = signs * (values - ln_m)
         mean = draws @ weight
         spread = ((draws - mean[:, None]) ** 2) @ weight / (sizes - 1)
-        # Products, not ratios: a pattern of equal weights has no spread, and a t beyond any.
+        # Compare products, not ratios: a pattern of equal weights has zero spread, so its t is infinite.
         farther = np.abs(mean) * error >= abs(middle - ln_m) * np.sqrt(spread) * (1 - ROUNDING)
         return float(farther.mean()) <= SIGNIFICANCE
 

@@ -1,4 +1,4 @@
-"""The law and the noise that finished runs show, for the simulation of a design (planning.py)."""
+"""Estimates the law and the noise from finished runs, as input to the simulation of a design (planning.py)."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from analysis.logs.selection import choose_baseline, choose_convention
 if TYPE_CHECKING:
     import pandas as pd
 
-FEWEST_SIZES = 4  # of two arms, that leave something of their sum for noise after E, a and g are fitted
+FEWEST_SIZES = 4  # with three, fitting E, a and g leaves no degrees of freedom for the noise of the arms' mean
 
 
 @dataclass(frozen=True)
 class Assumption:
-    """A number of the simulation, and where it is from."""
+    """One input number of the simulation, and where it comes from."""
 
-    name: str  # of the option that changes it
+    name: str  # also the name of the option that changes it
     value: float
     source: str
 
 
 def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, list[Assumption]]:
-    """The world of World's numbers, with those that the runs show in their place; and the source of each.
+    """The inputs of the simulation, estimated from the runs where they allow it and World's defaults otherwise; and the
+    source of each.
 
-    Seed noise: the spread of paired seeds' loss differences over the square root of 2, pooled over arms and sizes; with
-    one arm, the spread of its seeds. The arms' noise: what the differences' spread about a constant m has beyond the
-    seeds'. Shared noise: what the arms' mean loss has about the law beyond both. Each is zero where the other parts
-    explain all. The law: the baseline's, with the first arm that has enough sizes.
+    Seed noise is the standard deviation of paired seeds' loss differences over the square root of 2, pooled over arms
+    and sizes; with one arm, the standard deviation over its seeds. The arms' noise is the part of the variance of the
+    differences about a constant m that seed noise does not explain. Shared noise is the part of the variance of the
+    arms' mean loss about the law that the other two do not explain. Estimates of variance below zero become zero. The
+    law is that of the baseline and the first arm with enough sizes.
     """
     found: dict[str, tuple[float, str]] = {}
     rows, _ = usable(runs)
@@ -49,7 +51,7 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
     if len(arms) > 1:
         baseline = choose_baseline(runs, baseline)
         for arm in arms:
-            with contextlib.suppress(ValueError):  # an arm that cannot be compared tells nothing of the noise
+            with contextlib.suppress(ValueError):  # an arm that cannot be compared contributes nothing to the estimates
                 both, _, _ = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
                 paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
         paired = [each for each in paired if len(each.sizes) > 1]
@@ -69,7 +71,7 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
 
 
 def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[float, str] | None:
-    """The standard deviation of one run's loss over seeds, and what it is from."""
+    """The standard deviation of one run's loss over seeds, and its source in words; None without repeated seeds."""
     squares, dof, what = 0.0, 0, "paired seeds"
     for each in paired:
         noise = seed_noise_of(each.differences)
@@ -77,7 +79,7 @@ def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[f
             squares += sum(float(((d - d.mean()) ** 2).sum()) for d in each.differences) / 2
             dof += noise.dof
     if not dof:
-        # Runs that differ in more than the seed, such as the learning rate, say nothing of the seeds' noise.
+        # Group by everything but the seed: runs that also differ in, say, the learning rate do not show seed noise.
         made = [name for name in [*axis_columns(rows), *fact_columns(rows)] if not name.endswith("seed")]
         cells = rows.groupby(["arm", "_size", column, *made], dropna=False)["loss"]
         spread, counts = cells.var(ddof=0), cells.size()
@@ -90,7 +92,8 @@ def _law(pairs: Pairs) -> Local:
 
 
 def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dict[str, tuple[float, str]]:
-    """Of the arms at a size, and of a size; pooled over the arms by degrees of freedom."""
+    """Standard deviations of the arms' noise and of the shared noise, each with its source in words. Variances are
+    pooled over the arms by degrees of freedom; `seed_noise` is subtracted from the former."""
     own, shared, dof_own, dof_shared = 0.0, 0.0, 0, 0
     for pairs, local in laws:
         sizes, g, E = len(pairs.sizes), local.law.g[0], local.law.E[0]

@@ -1,9 +1,9 @@
-"""Compute multipliers with what must stand beside them: the answer of `dynconv table`.
+"""Compute multipliers with all their checks, as `dynconv table` reports them.
 
 m is the baseline compute that reaches the arm's loss, over the arm's compute, under a named FLOP convention. The
-headline is the paired estimator (paired.py); a joint fit with profile likelihood cross-checks it. A trend of m
-with compute makes m at the largest compute the headline, by a law in which m changes too; the interval covers m at the
-largest compute in any case (changing.py). Coverage and sizes of tests: analysis/README.md.
+headline is the paired estimate (paired.py); a joint fit with profile likelihood cross-checks it. If m has a significant
+trend in compute, the headline is m at the largest compute, by a law in which m changes. The interval is for m at the
+largest compute in either case (changing.py). Coverage of intervals and levels of tests: analysis/README.md.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from analysis.logs.selection import choose_baseline, choose_convention, conventi
 if TYPE_CHECKING:
     import pandas as pd
 
-EXTRAPOLATED = 10.0  # m(C) is drawn no further than this times the largest compute
-FEW_SIZES = 5  # below, the checks over sizes are warned about
-FLOOR_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # E times these, for the sensitivity to the floor
-ASSUMED_FLOORS = (0.0, 1.6)  # nats a token, where two sizes cannot identify E: none, and near published ones
+EXTRAPOLATED = 10.0  # m(C) is drawn up to this multiple of the largest compute
+FEW_SIZES = 5  # with fewer, the status warns that the checks over sizes are weak
+FLOOR_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # multiples of the fitted E at which m is recomputed, as a sensitivity check
+ASSUMED_FLOORS = (0.0, 1.6)  # E in nats a token, assumed for two sizes, which cannot identify it: 0, and as published
 
 
 def multipliers(
@@ -60,12 +60,13 @@ def multipliers(
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
-    """Every arm against the baseline, and a line for each arm that has no answer.
+    """Every arm's multiplier against the baseline; and for each arm without one, a line that says why.
 
-    `floors` states E in nats a token instead of fitting it: the first for the headline, all for the sensitivity; a
-    table of points may state them in a column stated_E. With E stated, an arm with one size gets its local m, by the
-    baseline's exponent, without an interval. Measured `throughput` (`logs.throughput.read_throughput`) counts for the
-    wall clock, else the runs' own. Raises ValueError where no arm has an answer.
+    `floors` are stated values of the irreducible loss E (nats a token), used instead of fitting it: the first for the
+    headline, all of them for the sensitivity. A table of points may state them in a column stated_E. With E stated, an
+    arm with a single size gets its local m, by the exponent of the baseline, without an interval. The wall-clock
+    multiplier uses measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks.
+    Raises ValueError where no arm has a multiplier.
     """
     rows, excluded = usable(runs)
     baseline = choose_baseline(runs, baseline)
@@ -78,14 +79,14 @@ def multipliers(
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
         try:
-            both, tuned, told = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+            both, tuned, lines = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
             pairs = pair(both, arm, baseline, convention, excluded, throughput)
             others = {name: pair(both, arm, baseline, name) for name in conventions_in(both) if name != convention}
             if floors and len(pairs.sizes) == 1:
                 answer = single_size(pairs, others, both, floors)
             else:
                 answer = compare(pairs, others, floors=floors, resamples=resamples, seed=seed)
-            found.append(_with_rates(replace(answer, notes=tuple(told)), tuned))
+            found.append(_with_rates(replace(answer, notes=tuple(lines)), tuned))
         except ValueError as error:
             refused.append(f"{arm}: {error}")
     if not found:
@@ -94,20 +95,21 @@ def multipliers(
 
 
 def comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
-    """The runs of two arms, which `usable` returned, with the budget that each is paired on, at each arm's best rate;
-    how the rates were tuned; and in words how budgets were told and which rates are best."""
+    """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
+    and keep the best learning rate of each arm. Also returns how the rates were tuned, and lines for the reader on how
+    budgets were matched and which rates are best."""
     rows, how = with_budgets(rows, baseline, column)
     rows = with_axes(rows)
     require_one_configuration(rows)
     rows, tuned = at_best_rates(rows, rate_column(rows), column)
-    told = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
-    return rows, tuned, told + notes(tuned)
+    lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
+    return rows, tuned, lines + notes(tuned)
 
 
 def _with_rates(item: Multiplier, tuned: Sequence[Tuned]) -> Multiplier:
-    """The answer with how the rates of both its arms were tuned, and what must be known of that in its status."""
-    told = [remark for remark in (item.status, *remarks(tuned)) if remark != "ok"]
-    return replace(item, rates=tuple(tuned), status="; ".join(told) or "ok")
+    """The multiplier with the tuning of both arms' learning rates added, and any warnings about it in the status."""
+    warnings = [remark for remark in (item.status, *remarks(tuned)) if remark != "ok"]
+    return replace(item, rates=tuple(tuned), status="; ".join(warnings) or "ok")
 
 
 def compare(
@@ -186,23 +188,25 @@ def compare(
 
 @dataclass(frozen=True)
 class _Estimate:
+    """The headline estimate, with the tests of its assumptions."""
+
     verdict: Verdict
     at_top: Answer  # at the largest compute
     headline: Answer
 
     @property
     def local(self) -> Local:
-        """By the law of a constant m."""
+        """Local multipliers by the law of a constant m."""
         return self.verdict.local
 
     @property
     def changing(self) -> Local:
-        """By the law in which m changes; the constant one's below three sizes."""
+        """Local multipliers by the law in which m changes; below three sizes, those of the constant one."""
         return self.verdict.changing
 
     @property
     def p(self) -> float | None:
-        """Of constancy; None below three sizes."""
+        """p-value of the test that m is constant; None below three sizes."""
         return self.verdict.constant_m_p
 
     @property
@@ -220,10 +224,12 @@ def _estimate(pairs: Pairs, floor: float | None, resamples: int, seed: int) -> _
 
 
 def _clock(pairs: Pairs, rates: Floats, floor: float | None, resamples: int, seed: int) -> Clock | None:
-    """m in measured seconds, which is m of compute by the arm's FLOPs a second over the baseline's, `rates` [S]: an arm
-    that is half as fast needs, in the baseline's seconds, twice its compute. None where a rate is not known.
+    """m in measured seconds; None where a rate is not known. `rates` [S] are the arm's FLOPs a second over the
+    baseline's. Dividing the arm's compute by them expresses it in the baseline's seconds: an arm half as fast then
+    costs twice its compute.
 
-    The whole estimate is made anew: rates that change with size make an m that changes of one that is constant.
+    The whole estimate is repeated, with its test of constancy: if rates change with size, m in seconds changes even
+    where m in compute is constant.
     """
     if np.isnan(rates).any():
         return None
@@ -238,7 +244,7 @@ def _clock(pairs: Pairs, rates: Floats, floor: float | None, resamples: int, see
 
 
 def _stated_floors(rows: pd.DataFrame) -> tuple[float, ...]:
-    """The irreducible losses that a table of points states in its column stated_E, separated by spaces."""
+    """The irreducible losses that a table of points states in its column stated_E, where spaces separate them."""
     if "stated_E" not in rows or rows["stated_E"].isna().all():
         return ()
     texts = rows["stated_E"].dropna().astype(str).unique()
@@ -254,7 +260,7 @@ def _local(pairs: Pairs, floor: float | None) -> Local:
 
 
 def _reported(local: Local, p: float | None) -> Answer:
-    """The headline; p is None below three sizes."""
+    """The headline m and its interval, given the p-value of the test of constancy (None below three sizes)."""
     if p is None:
         return _answer(local.mean, *local.interval())
     return _answer(*reported(local, np.array([p]), changing_multipliers(local)))
@@ -270,8 +276,9 @@ def _joint(pairs: Pairs) -> Answer | None:
 
 
 def _curve(pairs: Pairs, local: Local) -> Iterator[At]:
-    """m(C) by the laws in which it changes, from three sizes on: beyond the data a constant m would be taken for
-    granted. Below three nothing says how it changes; the constant's is drawn and ends with the sizes."""
+    """m(C) with its 95% band. From three sizes on it is given by the laws in which m changes, since an extrapolation
+    should not assume that m is constant. Two sizes cannot show a change, so the constant m is drawn, over the sizes
+    only."""
     if len(pairs.sizes) < 3:
         for compute in np.geomspace(pairs.c0[0], pairs.c0[-1], 40):
             answer = _reported(local, None)
@@ -293,7 +300,7 @@ def _remarks(
     stated: bool,
     conventions: dict[str, Answer],
 ) -> Iterator[str]:
-    """What a reader must know before the number, the gravest first."""
+    """Warnings about the headline, the gravest first."""
     assert headline.ci is not None
     low, high = headline.ci
     exponent = float(local.law.g[0])
@@ -321,7 +328,7 @@ def _remarks(
 
 
 def _over_budgets(headline: Answer, budgets: Sequence[OfBudget]) -> Answer:
-    """Where m depends on the budget, an interval that holds those of all budgets."""
+    """The headline with its interval extended to include the interval of every budget, for an m that depends on it."""
     assert headline.ci is not None
     ends = [headline.ci, *(item.ci for item in budgets)]
     return replace(headline, ci=(min(low for low, _ in ends), max(high for _, high in ends)))
@@ -334,13 +341,13 @@ def _budget_remarks(budgets: Sequence[OfBudget], p: float | None) -> Iterator[st
 
 
 def _headline(local: Local, varies: bool, top: float) -> float:
-    """m as the headline gives it: the constant, or that at compute `top` where it varies."""
+    """m as in the headline: the constant one, or m at compute `top` where m varies."""
     return ratio((trend(changing_multipliers(local), top).at if varies else local.mean)[0])
 
 
 def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float, varies: bool) -> Interval | None:
-    """The range of the headline's m with each size left out; E is fitted anew while three sizes remain. None with
-    fewer than two sizes left, or three where m varies."""
+    """The range of the headline's m with each size left out in turn. E is refitted as long as three sizes remain, else
+    it is held at `fitted`. None if fewer than two sizes would remain, or fewer than three where m varies."""
     sizes = len(pairs.sizes)
     if sizes < (4 if varies else 3):
         return None
@@ -356,7 +363,8 @@ def _leave_one_out(pairs: Pairs, stated: float | None, fitted: float, varies: bo
 def _floor_sensitivity(
     pairs: Pairs, others: dict[str, Pairs], local: Local, stated: Sequence[float], varies: bool
 ) -> tuple[dict[str, Any], ...]:
-    """m at the stated irreducible losses, else with the fitted one moved; those at or above a loss are left out."""
+    """m at each stated irreducible loss, or without any at multiples of the fitted one. Values that are not below every
+    measured loss are left out."""
     floors = stated or dict.fromkeys(shift * float(local.law.E[0]) for shift in FLOOR_SHIFTS)
     least = min(pairs.y0.min(), pairs.y1.min())
     possible = [floor for floor in floors if floor < 0.999 * least]
@@ -375,7 +383,7 @@ def _floor_sensitivity(
 
 
 def _noise_floor(pairs: Pairs, local: Local) -> float | None:
-    """The smallest m above 1 that the spread over repeated seeds alone would let through at 95%."""
+    """The smallest m above 1 that is significant at 95% against seed noise alone; None without repeated seeds."""
     dof = sum(len(group) - 1 for group in (*pairs.differences, *pairs.replicates))
     if dof < 1:
         return None

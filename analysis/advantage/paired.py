@@ -3,9 +3,10 @@
 Both arms follow L = E + a C^-g with E and g shared; at size i the baseline's loss is y0, the arm's y1, the baseline's
 reducible loss r = a0 c0^-g, and
     local ln m_i = -ln(1 - (y0 - y1) / r) / g + ln(c0 / c1),
-averaged with weights (g r)^2, which undo the spread that equal noise on the differences gives the local values. What
-the arms share (data order, seeds, the scale's own luck) drops out of the difference. Interval: t at S - 1 degrees of
-freedom on the weighted spread over sizes. Only the sizes enter as replicates: seeds are averaged within a size.
+averaged with weights (g r)^2: noise of equal variance on y0 - y1 gives the local values variances in proportion to
+1 / (g r)^2, so these are inverse-variance weights. Errors that the arms share (data order, seeds, the deviation of a
+size from the law) cancel in the difference. The interval is t's at S - 1 degrees of freedom, from the weighted spread
+over sizes. Only sizes count as replicates; seeds are averaged within a size.
 
 Legend: K comparisons solved at once, S sizes, G values of log g.
 """
@@ -20,25 +21,25 @@ from scipy.special import stdtrit
 
 from analysis.laws.solver import Floats
 
-EXPONENTS = (0.005, 2.0)
-GRID = 48  # of log g at first
-FINE = 9  # about the best of it, in every zoom
-ZOOMS = 5  # each narrows log g by FINE / 2
-REFITS = 3  # of the law to an m that changes: each takes ln m ten times nearer, to .0001
-TILTS = (-0.9, 3.0)  # of that change, d ln m / d ln C
-LARGEST = 300.0  # of |ln m|
-MOST_SHARE = 0.999  # d / r at most, where an arm would be below the estimated E: its local m is a lower bound then
+EXPONENTS = (0.005, 2.0)  # bounds of g
+GRID = 48  # values of log g in the first, coarse search
+FINE = 9  # values of log g around the best one, in every refinement
+ZOOMS = 5  # refinements, each of which narrows the range of log g by a factor of about FINE / 2
+REFITS = 3  # of the law with a changing m: each brings ln m ten times nearer its limit, to .0001
+TILTS = (-0.9, 3.0)  # bounds of d ln m / d ln C
+LARGEST = 300.0  # bound of |ln m|, so that exp stays finite
+MOST_SHARE = 0.999  # bound of (y0 - y1) / r; an arm whose loss is below the estimated E gets a lower bound as local m
 
 
 def ratio(ln_m: float) -> float:
-    """exp, kept a finite number: for arms that no compute makes equal ln m can have any size."""
+    """exp(ln_m), clipped to be finite: ln m is unbounded for arms whose losses no compute would make equal."""
     return math.exp(min(max(float(ln_m), -LARGEST), LARGEST))
 
 
 @dataclass(frozen=True)
 class SharedLaw:
-    """E and g shared, an amplitude for each arm; compute in units of `unit` FLOPs. The arm's loss is
-    E + a1 C^(-g (1 + tilt)): m grows as C^tilt."""
+    """A law with E and g shared and an amplitude for each arm; C is compute in units of `unit` FLOPs. The baseline's
+    loss is E + a0 C^-g, the arm's E + a1 C^(-g (1 + tilt)), so that m grows as C^tilt."""
 
     E: Floats  # [K] nats a token
     g: Floats  # [K]
@@ -52,8 +53,8 @@ class SharedLaw:
 def shared_law(
     c0: Floats, c1: Floats, y0: Floats, y1: Floats, floor: float | None = None, tilt: Floats | None = None
 ) -> SharedLaw:
-    """Least squares of losses y0, y1 [K, S] at computes c0, c1 [S], given `tilt` [K]; `floor` states E instead of
-    fitting it."""
+    """Least-squares fit to losses y0, y1 [K, S] at computes c0, c1 [S], given `tilt` [K]. `floor` is a stated
+    irreducible loss E, which is then not fitted."""
     tilt = np.zeros(len(y0)) if tilt is None else tilt
     unit = float(np.exp(np.log(np.concatenate([c0, c1])).mean()))
     logs = np.log(c0 / unit), (1 + tilt[:, None, None]) * np.log(c1 / unit)
@@ -74,7 +75,8 @@ def shared_law(
 
 
 def _parabola_minimum(x: Floats, y: Floats) -> Floats:
-    """Of each row of y [K, G] at evenly spaced x, by the parabola through the least and its neighbours."""
+    """The x [K] of the minimum of each row of y [K, G] at evenly spaced x [K, G], by the parabola through the smallest
+    value and its two neighbours."""
     rows, best = np.arange(len(x)), np.clip(np.argmin(y, axis=1), 1, x.shape[1] - 2)
     below, least, above = (y[rows, best + shift] for shift in (-1, 0, 1))
     bend = below - 2 * least + above
@@ -85,10 +87,10 @@ def _parabola_minimum(x: Floats, y: Floats) -> Floats:
 def _given_exponent(
     log_g: Floats, logs: tuple[Floats, Floats], losses: tuple[Floats, Floats], limits: tuple[Floats, Floats]
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """E within limits, a0, a1 and the residual sum of squares, each [K, G], for log exponents log_g [K, G]; `logs`
-    of compute that broadcast to [K, G, S]."""
+    """The best E (within `limits`), a0, a1 and their residual sum of squares, each [K, G], at the exponents exp(log_g)
+    [K, G]. `logs` are the arms' log computes and broadcast to [K, G, S]."""
     g = np.exp(log_g)[:, :, None]
-    middle = losses[0].mean(axis=1, keepdims=True)  # sums of squares about it keep their digits
+    middle = losses[0].mean(axis=1, keepdims=True)  # subtracted, to avoid cancellation in the sums of squares
     top, bottom = np.zeros(log_g.shape), np.zeros(log_g.shape)
     sums = []
     for log_c, y in zip(logs, losses, strict=True):
@@ -113,13 +115,13 @@ class Local:
     c0: Floats  # [S] the baseline's compute, FLOPs
     c1: Floats  # [S] the arm's
     losses: tuple[Floats, Floats]  # [K, S] each
-    floor: float | None  # E where it was stated
+    floor: float | None  # the stated irreducible loss; None where E is fitted
     law: SharedLaw
     law_error: Floats  # [K, 2, 2] covariance of ln g and ln a0
     law_dof: int
     reducible: Floats  # [K, S] r, nats a token
     ln_m: Floats  # [K, S]
-    sensitivity: Floats  # [K, S, 2] change of ln_m with ln g and ln a0
+    sensitivity: Floats  # [K, S, 2] derivatives of ln_m in ln g and ln a0
     weight: Floats  # [K, S], summing to 1 over S
     mean: Floats  # [K]
     error: Floats  # [K] standard error of the mean
@@ -127,12 +129,12 @@ class Local:
     def interval(self) -> tuple[Floats, Floats]:
         """Ends of the 95% interval of ln m, [K] each.
 
-        The law's error is left out. Simulated on 4 to 6 sizes with 1 and 3 seeds, coverage is .944 to .954 without it
-        at m = 1.05 and 1.33, and .93 to .95 at m = 2 (.915 with 6 sizes and an exponent of .3). Adding it (delta
-        method, Welch's degrees of freedom) gains no width at m up to 1.33 (within 4%, coverage .946 to .961), and at
-        m = 2 makes the interval 8% to 21% wider for a coverage of .964 to .978: the spread of the local values holds
-        some of it already. Adding only the rest does nothing over 100x of compute, and over 1,000x takes m = 2 from
-        .942 to .955 for 4% to 6% more width.
+        The error of the fitted law is not included. Simulated on 4 to 6 sizes with 1 and 3 seeds, coverage without it
+        is .944 to .954 at m = 1.05 and 1.33, and .93 to .95 at m = 2 (.915 with 6 sizes and an exponent of .3).
+        Including it (delta method, Welch's degrees of freedom) changes the width by at most 4% for m up to 1.33
+        (coverage .946 to .961), but at m = 2 widens the interval by 8% to 21%, for a coverage of .964 to .978: part of
+        this error is already in the spread of the local values. Including only the other part changes nothing over
+        100x of compute, and over 1,000x raises the coverage at m = 2 from .942 to .955, for 4% to 6% more width.
         """
         half = stdtrit(self.ln_m.shape[1] - 1, 0.975) * self.error
         return self.mean - half, self.mean + half
@@ -144,10 +146,13 @@ def local_multipliers(c0: Floats, c1: Floats, y0: Floats, y1: Floats, floor: flo
 
 
 def changing_multipliers(local: Local) -> Local:
-    """The same by a law in which m changes with compute as the line of local ln m shows, fitted anew until both agree;
-    S >= 3. The law of a constant m lets E and g take up part of the change: simulated (5 sizes, 100x of compute), its
-    ln m at the top is .01 too low where m doubles in six decades of compute, .06 where in one and a half, and covered
-    in 95% and 60%. This one's is .001 off, spreads 8% to 10% more, and is covered in 95% to 97%.
+    """The paired estimator by a law in which m changes with compute; S >= 3. The rate of change is the slope of the
+    line of local ln m; law and line are refitted in turn until they agree (REFITS times).
+
+    Under the law of a constant m, E and g absorb part of a change. Simulated (5 sizes, 100x of compute), that law's
+    ln m at the largest compute is .01 too low where m doubles over six decades of compute, and .06 where it doubles
+    over one and a half; its interval covers 95% and 60%. By the law of a changing m the bias is .001, the spread 8% to
+    10% larger and the coverage 95% to 97%.
     """
     for _ in range(REFITS):
         tilt = np.clip(trend(local, local.c0[-1]).slope, *TILTS)
@@ -157,7 +162,7 @@ def changing_multipliers(local: Local) -> Local:
 
 
 def by_law(law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats], floor: float | None) -> Local:
-    """The paired estimator by a law that is known. `floor` says that its E was stated."""
+    """The paired estimator given a fitted law; `floor` is its E if that was stated, else None."""
     y0, y1 = losses
     g, log_c0 = law.g[:, None], np.log(c0 / law.unit)
     log_c1 = (1 + law.tilt[:, None]) * np.log(c1 / law.unit)
@@ -180,8 +185,9 @@ def by_law(law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats]
 
 
 def _law_error(slopes: list[Floats], residual: Floats) -> tuple[Floats, int]:
-    """Covariance [K, 2, 2] of the last two parameters, and its degrees of freedom, from a fit's slopes and residuals
-    [K, S]: of the arms' mean, whose error they share and the differences do not show."""
+    """Covariance [K, 2, 2] of the last two parameters, and its degrees of freedom, from the derivatives (`slopes`) and
+    residuals [K, S] of the arms' mean loss. The mean contains the errors that the arms share, which cancel in the
+    differences but do affect the law."""
     jacobian = np.stack(slopes, axis=2)
     dof = max(residual.shape[1] - len(slopes), 1)
     gram = jacobian.transpose(0, 2, 1) @ jacobian
@@ -193,33 +199,33 @@ def _law_error(slopes: list[Floats], residual: Floats) -> tuple[Floats, int]:
 
 
 def seed_noise(local: Local, variance: Floats, seeds: Floats, dof: int) -> Floats:
-    """The |ln m| [K] that the spread over repeated seeds alone would let through at 95%: `variance` [K] of one seed's
-    loss difference, with `dof` degrees of freedom, and paired `seeds` [S] at each size."""
-    slope = local.law.g[:, None] * local.reducible  # of the loss difference, in ln m
+    """The smallest |ln m| [K] that is significant at 95% against seed noise alone. `variance` [K] is that of one seed's
+    loss difference, estimated with `dof` degrees of freedom; `seeds` [S] are the paired seeds at each size."""
+    slope = local.law.g[:, None] * local.reducible  # derivative of the loss difference in ln m
     error = np.sqrt((local.weight**2 * variance[:, None] / seeds / slope**2).sum(axis=1))
     return stdtrit(dof, 0.975) * error
 
 
 @dataclass(frozen=True)
 class Trend:
-    """The weighted line of local ln m on ln C, with the law's error in its standard errors."""
+    """The weighted regression line of local ln m on ln C; its standard errors include the error of the law."""
 
     slope: Floats  # [K] change of ln m with ln C
     slope_error: Floats  # [K] its standard error
     t: Floats  # [K] slope over its standard error
-    at: Floats  # [K] ln m on the line at the asked compute
-    error: Floats  # [K] standard error there
-    dof: Floats  # [K] degrees of freedom of it, by Welch and Satterthwaite
+    at: Floats  # [K] ln m on the line at the requested compute
+    error: Floats  # [K] standard error of `at`
+    dof: Floats  # [K] degrees of freedom of `error`, by Welch and Satterthwaite
 
     def estimate(self) -> tuple[Floats, Floats, Floats]:
-        """ln m at the asked compute and the ends of its 95% interval, [K] each."""
+        """ln m at the requested compute and the ends of its 95% interval, [K] each."""
         half = stdtrit(self.dof, 0.975) * self.error
         return self.at, self.at - half, self.at + half
 
 
 def trend(local: Local, at: float, least: Floats | None = None) -> Trend:
-    """The line at compute `at` (FLOPs); S >= 3. The variance of the loss differences is not estimated below `least`
-    [K], in squared nats: what repeated seeds show of it."""
+    """The line, evaluated at compute `at` (FLOPs); S >= 3. `least` [K] is a lower bound for the variance of the loss
+    differences (nats squared), such as the part of it that repeated seeds show."""
     x, sizes = np.log(local.c0), len(local.c0)
     middle = (local.weight * x).sum(axis=1, keepdims=True)
     lever = (local.weight * (x - middle) ** 2).sum(axis=1, keepdims=True)

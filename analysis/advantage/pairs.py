@@ -1,8 +1,9 @@
-"""Which runs may be compared: refuse what cannot support a claim, leave out and list what has no partner.
+"""Which runs may be compared: tables that cannot support a claim are refused; runs without a partner are left out and
+listed.
 
-Pairs are made on size, budget and seed. Runs of one such cell that no seed tells apart are replicates and averaged;
-runs of a size and budget that are configured differently are refused by name, but for declared axes and the learning
-rate.
+Runs are paired on size, budget and seed. Several runs of an arm that agree in all three are replicates, and averaged.
+Runs of one arm, size and budget that differ in their configuration are refused by name, except in declared [vary] axes
+and in the learning rate.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ON = ["_size", "_budget", "_seed"]  # what pairs are made on
-UNSEEDED = -1  # in place of a seed; a merge would not match missing with missing on every version
+UNSEEDED = -1  # stands for a missing seed, since not every version of pandas merges missing keys with each other
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,17 @@ class Pairs:
     y0: Floats  # [S] the baseline's loss, nats a token
     y1: Floats  # [S] the arm's
     seeds: tuple[int, ...]  # paired seeds at each size
-    differences: tuple[Floats, ...]  # y0 - y1 of each seed, by size; one where seeds are not paired
-    rates: Rates  # how fast the arm is beside the baseline
+    differences: tuple[Floats, ...]  # for each size, y0 - y1 of each seed; a single value where seeds are not paired
+    rates: Rates  # the arm's speed relative to the baseline
     excluded: tuple[Excluded, ...]
-    cells: tuple[Cell, ...] = ()  # with several budgets: every paired size and budget
-    budgets: tuple[str, ...] = ()  # those that were averaged, which every size has
-    replicates: tuple[Floats, ...] = ()  # losses that no seed tells apart, by arm, size and budget
+    cells: tuple[Cell, ...] = ()  # every paired size and budget; empty where each size has one budget
+    budgets: tuple[str, ...] = ()  # the budgets averaged over, which every size has; empty where each size has one
+    replicates: tuple[Floats, ...] = ()  # losses of replicates (equal arm, size, budget and seed), one array a cell
 
 
 def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """The finished rows that pairs can be made of, with what they are paired on in `_size` and `_seed`; and those left
-    out."""
+    """The finished rows, with the size and seed that they are paired on in new columns `_size` and `_seed`; and the
+    rows left out. Raises ValueError where a row names no arm."""
     nameless = runs[runs["arm"].isna()]
     if len(nameless):
         raise ValueError(f"no arm in {some(nameless['run_id'])}; add a column arm, or name it with --columns arm=...")
@@ -58,7 +59,8 @@ def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
 
 
 def size_key(runs: pd.DataFrame) -> pd.Series:
-    """What pairs are made on: the size, else N."""
+    """The key by which sizes are paired: the column size, or N where some row lacks a size. Raises ValueError where
+    both are missing."""
     if runs["size"].notna().all():
         return runs["size"].astype("string")
     if runs["parameters"].notna().all():
@@ -68,8 +70,8 @@ def size_key(runs: pd.DataFrame) -> pd.Series:
 
 
 def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with the values of a sweep's declared axes in `_budget`: runs are paired at equal values. The rate's
-    factor is no such axis: each arm has its own best one."""
+    """The runs with the values of the sweep's declared [vary] axes appended to `_budget`, so that runs are paired at
+    equal values. The factor of the learning rate is excepted, since each arm is compared at its own best rate."""
     budget = runs["_budget"]
     for name in axis_columns(map(str, runs)):
         if not is_rate(name) and runs[name].nunique() > 1:
@@ -103,7 +105,8 @@ def pair(
     throughput: pd.DataFrame | None = None,
 ) -> Pairs:
     """Pair `arm` with `baseline` by size, budget and seed. `runs` and `excluded` are what `usable` returned, the runs
-    with their budgets (`budgets.with_budgets`); measured `throughput` counts before the runs' clocks."""
+    with their budgets (`budgets.with_budgets`). Measured `throughput`, if given, is used instead of the runs' clocks.
+    Raises ValueError where the arms have no pair, or all sizes have the same compute."""
     import pandas as pd
 
     column = CONVENTIONS[convention]
@@ -159,7 +162,7 @@ def pair(
 
 
 def _nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
-    """Why two arms have no pair: the first of size, budget and seed that they have nothing in common in."""
+    """The message for two arms without a pair: names the first of size, budget and seed in which no value is common."""
     for column, name in (("_size", "size"), ("_budget", "budget"), ("_seed", "seed")):
         of_arm = {arm: set(rows[column]) for arm, rows in sides.items()}
         if not set.intersection(*of_arm.values()):
@@ -176,7 +179,8 @@ def _nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
 
 
 def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One arm's rows with replicates averaged; they keep the first name and device."""
+    """One arm's rows with replicates averaged, and their number in `_count`. Averaged rows keep the run_id and device
+    of the first replicate."""
     if not side.duplicated(ON).any():
         return side.assign(_count=1)
     means = ["loss", "train_seconds", column]
@@ -189,7 +193,8 @@ def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _fewest_seeds(rows: pd.DataFrame) -> int:
-    """Of the budgets of one size: paired seeds, or replicates of the arm that has fewer."""
+    """The number of paired seeds at one size, at the budget that has fewest. Replicates without a seed count as seeds;
+    where the arms have different numbers of them, the smaller counts."""
     return int(rows[["_count_0", "_count_1"]].min(axis=1).groupby(rows["_budget"]).sum().min())
 
 
@@ -200,12 +205,12 @@ def _differences(rows: pd.DataFrame) -> Floats:
 
 
 def _keys(rows: pd.DataFrame) -> list[tuple[str, str, float]]:
-    """What each row is paired on."""
+    """The size, budget and seed that each row is paired on."""
     return list(zip(rows["_size"], rows["_budget"], rows["_seed"], strict=True))
 
 
 def _replicates(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Floats]:
-    """The losses of each arm's paired cells that have several runs which no seed tells apart."""
+    """For each arm and each paired size, budget and seed with several runs: their losses, sorted."""
     for side in sides.values():
         repeated = side[side.duplicated(ON, keep=False)]
         for key, rows in repeated.groupby(ON):
@@ -231,7 +236,8 @@ def _off_the_grid(
 
 
 def _require_a_ladder(pairs: Pairs) -> None:
-    """Raises ValueError where all sizes have the same compute, or computes: then no law of compute can be told."""
+    """Raises ValueError where all sizes have the same compute, or the same budgets: no law of compute can be fitted to
+    them."""
     if len(pairs.sizes) > 1 and pairs.c0.max() <= ALIKE * pairs.c0.min():
         several = len(pairs.budgets) > 1
         same = f"the same {len(pairs.budgets)} budgets of compute" if several else "the same compute"

@@ -1,7 +1,8 @@
-"""Before a sweep is paid for: which advantage its sizes and seeds could resolve, by simulation of what is reported.
+"""Power analysis before a sweep is run: simulate which advantage its sizes and seeds could resolve.
 
-Every simulated sweep goes the way of `multiplier.compare`: the paired estimator, the bootstrapped test that m is
-constant, the switch to m at the largest compute where it fails, and the seed noise below which nothing is resolved.
+Every simulated sweep is analysed as `multiplier.compare` would: the paired estimator, the bootstrap test that m is
+constant, the switch to m at the largest compute where that test rejects, and the bound set by seed noise, below which
+no m counts as resolved.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 FEWEST_SIZES = 3
 SIMULATIONS = 1000
-RESAMPLES = 199  # of the test that m is constant
-POWER = 0.8
+RESAMPLES = 199  # of the bootstrap test that m is constant
+POWER = 0.8  # the chance of resolving m at which a design counts as sufficient
 LN_M = np.log(np.array([1.01, 1.02, 1.03, 1.04, 1.05, 1.07, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0]))
 
 
@@ -43,7 +44,7 @@ class Ladder:
 
 @dataclass(frozen=True)
 class World:
-    """The truth that is simulated. Losses in nats a token; standard deviations of the errors."""
+    """The true law and the standard deviations of the errors in a simulation, all in nats a token."""
 
     irreducible_loss: float = 1.7
     reducible_loss: float = 1.3  # at the geometric middle of the ladder's compute
@@ -51,26 +52,27 @@ class World:
     seed_noise: float = 0.002  # of each run
     arm_noise: float = 0.002  # of each arm at a size, which more seeds do not average out
     shared_noise: float = 0.005  # of a size, shared by the arms
-    correlation: float = 0.0  # of the arms' and the shared errors from one size to the next; seeds' are independent
+    correlation: float = 0.0  # between neighbouring sizes, of the arm noise and of the shared noise; none of seed noise
 
 
 @dataclass(frozen=True)
 class Prospect:
-    """What the first `sizes` of the ladder with `seeds` seeds would tell about one arm of a constant m."""
+    """What a sweep over the smallest `sizes` of the ladder, with `seeds` seeds, would show of an arm of constant m."""
 
     sizes: int
     seeds: int
-    power: float  # chance to resolve the asked m
+    power: float  # chance of resolving the requested m
     smallest_m: float | None  # the least m resolved with 80% power, by interpolation; None beyond 2
-    coverage: float  # of the asked m by the reported 95% interval
-    half_width: float  # median, of the reported interval of ln m
-    called_varying: float  # how often the constant m would be called not constant
+    coverage: float  # how often the reported 95% interval contains the requested m
+    half_width: float  # of the reported interval of ln m, median over simulations
+    called_varying: float  # how often the test wrongly rejects that m is constant
     flops: float  # of both arms
     gpu_hours: float  # of both arms; NaN where unknown
 
 
 def cheapest(found: Sequence[Prospect]) -> Prospect | None:
-    """The least hours, or FLOPs where these are not known, that resolve the asked m with 80% power."""
+    """The design with the fewest GPU hours (FLOPs where hours are not known) among those that resolve the requested m
+    with a power of at least POWER; None if there is none."""
     able = [item for item in found if item.power >= POWER]
     return min(able, key=lambda item: item.flops if np.isnan(item.gpu_hours) else item.gpu_hours, default=None)
 
@@ -78,7 +80,8 @@ def cheapest(found: Sequence[Prospect]) -> Prospect | None:
 def prospects(
     ladder: Ladder, m: float, seeds: Sequence[int], world: World, simulations: int = SIMULATIONS, seed: int = 0
 ) -> Iterator[Prospect]:
-    """Each number of sizes from three, the cheap ones first, with each number of seeds."""
+    """Simulate each number of sizes from FEWEST_SIZES on, adding the next larger size each time, with each number of
+    seeds. Raises ValueError for fewer sizes and for an m that is not positive, or is 1."""
     if len(ladder.sizes) < FEWEST_SIZES:
         raise ValueError(f"a design needs {FEWEST_SIZES} sizes; got {len(ladder.sizes)}")
     if not 0 < m < np.inf or m == 1:
@@ -125,7 +128,7 @@ def _smallest(power: Callable[[float], float]) -> float | None:
 
 
 class Simulated:
-    """K sweeps with a constant ln m."""
+    """K simulated sweeps with a constant ln m, and the paired estimates from them."""
 
     def __init__(self, compute: Floats, ln_m: float, seeds: int, world: World, simulations: int, seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -140,7 +143,7 @@ class Simulated:
         self.compute, self.losses, self.seed = compute, losses, seed
         self.local = local_multipliers(compute, compute, losses[0], losses[1])
         self.changing = changing_multipliers(self.local)
-        self.noise_floor = np.zeros(simulations)  # |ln m| that the seeds alone would let through
+        self.noise_floor = np.zeros(simulations)  # the smallest |ln m| significant against seed noise
         self.seeds: SeedNoise | None = None
         if seeds > 1:
             dof = len(compute) * (seeds - 1)
@@ -149,7 +152,8 @@ class Simulated:
             self.seeds = SeedNoise(variance / seeds, dof)
 
     def constancy(self, asked: Bools) -> Floats:
-        """p [K] of the test that m is constant, not below SIGNIFICANCE unless rejected; 1 where not `asked` [K]."""
+        """p-value [K] of the test that m is constant; 1 where the mask `asked` [K] is false. A p above SIGNIFICANCE is
+        only a lower bound, since resampling stops once the test cannot reject any more."""
         y0, y1 = (losses[asked] for losses in self.losses)
         p = np.ones(len(asked))
         seeds = self.seeds and SeedNoise(self.seeds.variance[asked], self.seeds.dof)
@@ -159,18 +163,19 @@ class Simulated:
         return p
 
     def resolved(self, p: Floats) -> Bools:
-        """[K] whether the reported interval leaves out 1, and m is beyond the seed noise."""
+        """Whether the reported interval excludes 1 and m exceeds the bound set by seed noise [K]."""
         ln_m, low, high = reported(self.local, p, self.changing)
         return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
 
     def power(self) -> float:
-        """The test chooses the m that is held to the seed noise, and is only asked where the interval leaves out 1."""
+        """The share of sweeps that resolve m. The interval hardly depends on the test of constancy, so this slow test
+        is run only where the interval excludes 1; it then decides which m is compared with the seed noise."""
         _, low, high = reported(self.local, np.ones(len(self.noise_floor)), self.changing)
         return float(self.resolved(self.constancy((low > 0) | (high < 0))).mean())
 
 
 def in_order(errors: Floats, correlation: float) -> Floats:
-    """Independent normal errors [..., S] made an autoregression of first order over the sizes, of the same variance."""
+    """Turn independent normal errors [..., S] into a first-order autoregression over the sizes, of equal variance."""
     found = errors.copy()
     for i in range(1, errors.shape[-1]):
         found[..., i] = correlation * found[..., i - 1] + np.sqrt(1 - correlation**2) * errors[..., i]
@@ -178,14 +183,15 @@ def in_order(errors: Floats, correlation: float) -> Floats:
 
 
 def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float | None = None) -> Ladder:
-    """The ladder of planned or finished runs, by one of their arms: the asked, else the sweep's baseline.
+    """The ladder of planned or finished runs, taken from the arm `baseline`, or else from the sweep's baseline.
 
-    GPU hours are FLOPs over `gpu_flops` a second, else the plan's forecast or the measured train seconds.
+    GPU hours are FLOPs over `gpu_flops` (FLOPs a second) if given, else the plan's forecast, else the measured train
+    seconds. Raises ValueError for an unknown arm and for sizes with several budgets.
     """
     table = table.assign(**{name: None for name in ("run_id", *RUN_COLUMNS) if name not in table})
     table = table.assign(
         arm=table["arm"].fillna("all"), run_id=table["run_id"].fillna("a run"), status="complete"
-    )  # planned or not, a run counts
+    )  # planned runs count as finished ones do
     column = CONVENTIONS[choose_convention(table)]
     arms = list(dict.fromkeys(table["arm"]))
     named = table["baseline"].dropna().unique()

@@ -1,9 +1,9 @@
 """Local multipliers by a law in which the arm's irreducible loss is the baseline's plus a shift.
 
-The arm's reducible loss above the baseline's E is then a line in x = a0 c1^-g,
+The arm's loss minus the baseline's E is then linear in x = a0 c1^-g,
     r - d = slope x + shift,
-with the baseline's reducible loss r and the loss difference d = y0 - y1. It is fitted to the paired differences, so
-that what the arms share drops out; m at any compute follows from the line and r there.
+where r is the baseline's reducible loss and d = y0 - y1 the loss difference. The line is fitted to the paired
+differences, so that errors which the arms share cancel; m at any compute follows from the line and r there.
 
 Legend: K comparisons at once, S sizes.
 """
@@ -19,14 +19,14 @@ from analysis.advantage.averaging import Student, fit_gain
 from analysis.advantage.paired import REFITS, Local, SharedLaw, by_law, shared_law
 from analysis.laws.solver import Floats
 
-LARGEST_SHIFT = 0.5  # of the least loss
-LEAST_LEFT = 1e-3  # of the baseline's reducible loss, that the arm keeps: m has no end where the shift takes all of it
-STEP = 1e-4  # relative, of derivatives by differences
+LARGEST_SHIFT = 0.5  # bound of the shift, as a share of the smallest loss
+LEAST_LEFT = 1e-3  # lower bound of the arm's loss above E, as a share of the baseline's: m is infinite where it is 0
+STEP = 1e-4  # relative step of finite differences
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """The line, and the law of the arms without the shift."""
+    """The fitted shift, and the law of both arms after the shift is removed from the arm's losses."""
 
     local: Local
     difference: Floats  # [K, S] y0 - y1
@@ -34,7 +34,7 @@ class Shifted:
     t: Floats  # [K] shift over its standard error
 
     def at(self, compute: float) -> Student:
-        """ln m at a compute (FLOPs), with how much better a shift fits than none."""
+        """The estimate of ln m at a compute (FLOPs), weighted by how much better the law fits with a shift."""
         law, sizes = self.local.law, self.difference.shape[1]
         ln_m, left, own = _height(self.local, self.difference, law.g, law.a0, compute)
         own = own / (left * law.g) ** 2
@@ -45,7 +45,8 @@ class Shifted:
 
 
 def shifted_multipliers(local: Local) -> Shifted:
-    """Of the law with a constant m, fitted anew until the shift and the law agree; S >= 3."""
+    """Fit the shift, starting from the law with a constant m and refitting shift and law in turn (REFITS times);
+    S >= 3."""
     y0, y1 = local.losses
     difference, law = y0 - y1, local.law
     largest = LARGEST_SHIFT * np.minimum(y0.min(axis=1), y1.min(axis=1))
@@ -60,7 +61,7 @@ def shifted_multipliers(local: Local) -> Shifted:
 
 
 def _line(local: Local, difference: Floats, law: SharedLaw, g: Floats, a0: Floats, at: Floats) -> tuple[Floats, Floats]:
-    """The height [K] of the line at x = `at` [K], and its variance, for a law's g and a0 [K]."""
+    """The value [K] of the fitted line at x = `at` [K], and its variance [K], for a law's g and a0 [K]."""
     r, x = (a0[:, None] * (c / law.unit) ** -g[:, None] for c in (local.c0, local.c1))
     left, sizes = r - difference, len(local.c0)
     middle = x.mean(axis=1)
@@ -74,7 +75,7 @@ def _line(local: Local, difference: Floats, law: SharedLaw, g: Floats, a0: Float
 
 
 def _height(local: Local, difference: Floats, g: Floats, a0: Floats, compute: float) -> tuple[Floats, Floats, Floats]:
-    """ln m at a compute, the arm's loss above the baseline's E there, and its variance, [K] each."""
+    """ln m at a compute, the arm's loss above the baseline's E there, and the variance of that loss, [K] each."""
     r = a0 * (compute / local.law.unit) ** -g
     left, variance = _line(local, difference, local.law, g, a0, r)
     left = np.maximum(left, LEAST_LEFT * r)
@@ -82,7 +83,7 @@ def _height(local: Local, difference: Floats, g: Floats, a0: Floats, compute: fl
 
 
 def _law_variance(local: Local, value: Callable[[Floats, Floats], Floats]) -> Floats:
-    """Variance [K] that the errors of g and a0 give `value(g, a0)`, by the delta method."""
+    """The variance [K] of `value(g, a0)` due to the errors of g and a0, by the delta method."""
     g, a0 = local.law.g, local.law.a0
     middle = value(g, a0)
     slopes = np.stack([value(g * (1 + STEP), a0) - middle, value(g, a0 * (1 + STEP)) - middle], axis=1) / STEP

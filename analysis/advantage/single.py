@@ -21,7 +21,8 @@ def require_below(floors: Sequence[float], least: float) -> None:
 
 
 def single_size(pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, floors: Sequence[float]) -> Multiplier:
-    """The local m of an arm with one size, by the exponent of the baseline's curve at a stated E, over its budgets."""
+    """The local m of an arm with one size, from the exponent of the baseline's curve with E as stated in `floors`.
+    Several budgets of a size are averaged. Raises ValueError where the baseline's curve gives no exponent."""
     if pairs.budgets:
         rows = rows[rows["_budget"].isin(pairs.budgets)]
     curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}

@@ -1,8 +1,9 @@
-"""Pairs whose compute differs: far apart, the answer is read off the two fitted curves, where these share compute.
+"""Pairs whose arms differ in compute. Where they are far apart, m is taken from the joint fit of both arms' curves,
+provided that the curves overlap in compute.
 
-Simulated over five sizes at m = 1.33, the paired interval covers .95 at 1.5x apart, .93 at 2x, .90 at 3x, .77 at 10x,
-where the error of the law's exponent outweighs that of the pairs; the curves' interval .99 at 3x and .94 at 10x, and is
-wider by half.
+Simulated over five sizes at m = 1.33, the paired interval covers .95 where the arms' compute differs by 1.5x, .93 at
+2x, .90 at 3x and .77 at 10x, where the error of the law's exponent, which it leaves out, dominates. The interval of the
+joint fit covers .99 at 3x and .94 at 10x, and is half as wide again.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from analysis.advantage.answers import Answer, Multiplier
 from analysis.advantage.joint import aicc, joint_interval
 from analysis.advantage.pairs import Pairs
 
-SAID = 1.1  # pairs further apart in compute are told
-FAR = 2.0  # beyond, the two curves answer where they can
-APART = 3.0  # beyond, they alone
-OVERLAP = 3.0  # of compute that both curves must share, with two sizes of each arm in it
+SAID = 1.1  # ratio of compute within a pair, beyond which the status mentions it
+FAR = 2.0  # ratio beyond which the joint fit of the curves is used if it is possible
+APART = 3.0  # ratio beyond which the paired estimator is no longer used, even if the joint fit is impossible
+OVERLAP = 3.0  # ratio of largest to smallest compute over which both curves must have at least two sizes
 
 
 def apart(pairs: Pairs) -> float:
@@ -32,8 +33,8 @@ def remark(pairs: Pairs) -> str | None:
 
 
 def far_apart(pairs: Pairs, stated: bool) -> Multiplier | None:
-    """The answer of the two curves for pairs that are FAR apart; None for others, and up to APART where the curves have
-    none. Raises ValueError beyond."""
+    """The multiplier by the joint fit for pairs that are more than FAR apart. None for other pairs, and where the joint
+    fit is impossible for pairs up to APART. Raises ValueError where it is impossible beyond APART."""
     ratio = apart(pairs)
     if ratio <= FAR:
         return None
@@ -46,27 +47,27 @@ def far_apart(pairs: Pairs, stated: bool) -> Multiplier | None:
 
 
 def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
-    """m by the joint fit of both curves, E and exponent shared, with its likelihood profile's interval.
+    """m by the joint fit of both curves, E and exponent shared, with its likelihood-profile interval.
 
-    Raises ValueError where the curves do not share OVERLAP of compute with two sizes of each, or three sizes are
-    lacking.
+    Raises ValueError where the curves do not overlap by OVERLAP with two sizes of each arm, and where the fit gives no
+    interval, as with fewer than three sizes.
     """
     low, high = max(pairs.c0.min(), pairs.c1.min()), min(pairs.c0.max(), pairs.c1.max())
     inside = [int(((low / 1.01 <= c) & (c <= high * 1.01)).sum()) for c in (pairs.c0, pairs.c1)]
-    told = f"pairs of {pairs.arm} and {pairs.baseline} are up to {apart(pairs):.3g}x apart in compute"
+    gap = f"pairs of {pairs.arm} and {pairs.baseline} are up to {apart(pairs):.3g}x apart in compute"
     if high < OVERLAP * low or min(inside) < 2:
         shared = f"share {high / low:.3g}x of compute" if high > low else "share no compute"
         raise ValueError(
-            f"{told}, and their curves {shared} ({OVERLAP:g}x with two sizes of each are needed); train both over the "
+            f"{gap}, and their curves {shared} ({OVERLAP:g}x with two sizes of each are needed); train both over the "
             f"same compute{_units(pairs)}"
         )
     m, ci = joint_interval(pairs) or (math.nan, None)
     if ci is None:
         raise ValueError(
-            f"{told}, and their curves tell no m with an interval; train three sizes over the same compute"
+            f"{gap}, and the joint fit of their curves gives m no interval; train three sizes over the same compute"
         )
     laws = aicc(pairs)
-    remarks = [f"{told}, so m is that of the two fitted curves, which share {high / low:.3g}x of compute"]
+    remarks = [f"{gap}, so m is that of the two fitted curves, which share {high / low:.3g}x of compute"]
     if ci[0] <= 1 <= ci[1]:
         remarks.insert(0, "not resolved: the interval holds 1")
     if laws and min(laws, key=laws.__getitem__) != "shared":
@@ -95,7 +96,8 @@ def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
 
 
 def _units(pairs: Pairs) -> str:
-    """A hint where the ratio of compute is a thousand or a million at every size."""
+    """A hint for the message: where the ratio is close to a thousand, a million or a billion at every size, the arms'
+    compute is probably in different units. "" elsewhere."""
     for power, name in ((3, "thousands"), (6, "millions"), (9, "billions")):
         if np.all(np.abs(np.abs(np.log10(pairs.c1 / pairs.c0)) - power) < 0.5):
             return f", or give N, D or C of both in one unit (one arm's seem to be in {name})"

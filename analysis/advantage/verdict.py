@@ -1,6 +1,6 @@
-"""What a comparison takes for granted, and whether the data show it: that m is constant, that errors are independent.
+"""Tests of the assumptions behind a comparison: that m is constant, and that errors are independent over sizes.
 
-`judge` takes arrays, so that it also serves m in seconds: give the arm's compute divided by its relative throughput.
+`judge` takes arrays, so that it also works for m in seconds: give the arm's compute divided by its relative throughput.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from analysis.laws.solver import Floats
 
 @dataclass(frozen=True)
 class Verdict:
-    """One comparison by both laws, and what the data say of their assumptions; the last four are None below three
+    """One comparison by both laws, and the tests of its assumptions; the last four fields are None below three
     sizes."""
 
     local: Local  # by the law of a constant m
-    changing: Local  # by that of a changing one
-    constant_m_p: float | None
+    changing: Local  # by the law of a changing m
+    constant_m_p: float | None  # p-value of the test that m is constant
     constancy: str | None  # "shown", "not shown" or "rejected"
-    change: Interval | None  # m at the largest compute over the mean m: 90% interval
-    correlation_p: float | None  # of the test that errors are independent over sizes; None where it is blind
+    change: Interval | None  # 90% interval of m at the largest compute over the mean m
+    correlation_p: float | None  # p-value of the test that errors are independent over sizes; None if untestable
 
     def remarks(self) -> Iterator[str]:
         if self.constancy == "not shown":
@@ -59,20 +59,21 @@ def judge(
     resamples: int = 999,
     seed: int = 0,
 ) -> Verdict:
-    """Of losses y0, y1 [S] at computes c0, c1 [S], seeds averaged within a size; `floor` holds E."""
+    """Compare losses y0, y1 [S] at computes c0, c1 [S], seeds averaged within a size, and test the assumptions. `floor`
+    is a stated irreducible loss E, which is then not fitted."""
     local = local_multipliers(c0, c1, y0[None], y1[None], floor)
     if len(c0) < 3:
         return Verdict(local, local, None, None, None, None)
     changing = changing_multipliers(local)
     p = float(constancy_p(c0, c1, y0[None], y1[None], resamples, seed, floor=floor, seeds=seeds)[0])
     low, high = change_bounds(changing)
-    # Residuals of exact losses are the arithmetic's own, which are far from independent.
-    in_order = np.nan if np.ptp(local.ln_m[0]) < ROUNDING else float(correlation_p(changing)[0])
+    # The residuals of losses without noise are rounding errors, which are far from independent.
+    independence_p = np.nan if np.ptp(local.ln_m[0]) < ROUNDING else float(correlation_p(changing)[0])
     return Verdict(
         local=local,
         changing=changing,
         constant_m_p=p,
         constancy="rejected" if p < SIGNIFICANCE else "shown" if shown_constant(changing)[0] else "not shown",
         change=(ratio(low[0]), ratio(high[0])),
-        correlation_p=None if math.isnan(in_order) else in_order,
+        correlation_p=None if math.isnan(independence_p) else independence_p,
     )

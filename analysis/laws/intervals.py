@@ -1,9 +1,9 @@
-"""Intervals around a fitted law: bootstrap at the levels at which its errors arise, and calibrated profiles.
+"""Intervals of a fitted law: a hierarchical bootstrap (clusters, arms within them, rows), and calibrated profiles.
 
-Coverage of the bootstrap's 95% intervals on grids of (N, D), with equal and with unequal noise, stands in
-analysis/README.md; on ladders of 5 to 8 sizes it is .95 to .97. Profiles cover .93 to .96 where all noise is of one
-size, but .91 to .92 of A and alpha in the worst, by least squares. The multiplier m[arm] of a ladder with shared errors
-is covered in .98: the paired estimator (`paired`) is narrower.
+The coverage of the bootstrap's 95% intervals on grids of (N, D), with equal and with unequal noise, is in
+analysis/README.md; on ladders of 5 to 8 sizes it is .95 to .97. Profiles cover .93 to .96 where all points have equal
+noise, and at worst .91 to .92, for A and alpha by least squares. For a ladder with shared errors the interval of
+m[arm] covers .98, so it is wider than needed; the paired estimator (advantage/paired.py) gives a narrower one.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from analysis.laws.solver import ROUNDING, Floats, Solution
 
 Interval = tuple[float, float]
 
-ENOUGH = 30  # clusters to be drawn as they are; residuals of a level to draw from, for which else a normal stands in
-MOST_LEVERAGE = 0.9  # a point with more has its residual widened by no more than this
-SMOOTHING = 1.0  # sd of the normal that smooths the drawn ones, in units of theirs
+ENOUGH = 30  # clusters (or residuals of a level) from which on they are resampled; below, a normal is drawn instead
+MOST_LEVERAGE = 0.9  # cap of the leverage when residuals are divided by one minus it
+SMOOTHING = 1.0  # sd of the normal noise added to resampled residuals, relative to theirs
 CALIBRATION = 400  # resamples that calibrate a profile
 LEVEL = 0.95
-NEAR_STARTS, GRID_STARTS = 4, 9  # of a fit with a value held: the nearest resamples, and exponents
-FAR = 50.0  # in the log of an amplitude or a multiplier: an end beyond is none
+NEAR_STARTS, GRID_STARTS = 4, 9  # starts of a fit with a value held: the nearest resamples, and a grid of exponents
+FAR = 50.0  # distance in the log of an amplitude or multiplier beyond which an interval is called unbounded
 
 
 def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0) -> Fit:
     """The fit with 95% percentile intervals of every value, and the resamples' values.
 
-    From 30 clusters on, errors may differ in size from point to point: Huber's fit, whose least resample would run
-    through as many points as it has parameters, is repeated on clusters drawn with their points (pairs), least squares
-    on its own residuals under random signs and sizes (wild).
+    From 30 clusters on, the method allows errors whose variance differs from point to point. Huber's fit is repeated on
+    clusters drawn with replacement (pairs bootstrap), because it passes exactly through as many points as it has
+    parameters, whose zero residuals would be useless for resampling. Least squares is repeated on its own residuals,
+    each multiplied by a random number (wild bootstrap).
 
-    With fewer clusters, log residuals are split into those of clusters (what the arms and seeds of a size share), of
-    arms within a cluster, and of rows within an arm; each level is drawn anew with its own spread over its own degrees
-    of freedom, and the spread itself is drawn too (from its scaled inverse chi-square), without which few sizes would
-    look certain. Drawn residuals are smoothed: Huber's fit runs through as many points as it has parameters, and their
-    zeros, drawn again, would make every resample look better known than the data. A resample that does not converge
-    keeps its value and is counted as failed in the certificate. Without degrees of freedom at a level there is no
-    interval, and the status says so.
+    With fewer clusters, log residuals are split into three levels: clusters (the error that the arms and seeds of a
+    size share), arms within a cluster, and rows within an arm. Each level is redrawn with its own standard deviation,
+    estimated on its own degrees of freedom. That standard deviation is itself drawn, from its scaled inverse
+    chi-square distribution; otherwise intervals from few sizes would be too narrow. Resampled residuals are smoothed
+    with normal noise, because the exact zeros of Huber's fit would make the resamples vary too little. A resample that
+    does not converge keeps its value and is counted as failed in the certificate. If a level has no degrees of freedom
+    there is no interval, and the status says so.
     """
     model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm, fit.hold)
     drawn = _resample(fit, model, resamples, np.random.default_rng(seed))
@@ -70,11 +71,12 @@ def profile(
 ) -> Fit:
     """The fit with 95% profile intervals of its values, by name; `each` may show progress over the names.
 
-    A value is in its interval while the least objective with it held exceeds the least at all by no more than q, the
-    95% quantile of that excess over resamples (drawn as `bootstrap` does) with the value held at the fit's. So it needs
-    neither independent errors nor Huber's curvature; under least squares with independent normal ones q is s^2 F.
-    An end that the bounds of the search hide is 0 for E, the bound for an exponent, else 0 or infinite. None for m of
-    form nd, which no linear condition holds, and without degrees of freedom.
+    The interval contains every value at which the objective, minimised over the other parameters, exceeds its overall
+    minimum by at most q. The threshold q is the 95% quantile of this excess over resamples (drawn as in `bootstrap`)
+    with the value held at the fitted one. So the interval assumes neither independent errors nor a quadratic objective;
+    for least squares with independent normal errors, q is s^2 F. Where the profile reaches a bound of the search, the
+    end is 0 for E, the bound for an exponent, and 0 or infinity otherwise. There is no interval for m of form nd, which
+    cannot be held by a linear condition, and none without degrees of freedom.
     """
     model = Model(fit.points, fit.form, fit.loss.delta, fit.per_arm, fit.hold)
     drawn = _resample(fit, model, resamples, np.random.default_rng(seed))
@@ -87,7 +89,8 @@ def profile(
 
 
 def band(fit: Fit, x: Mapping[str, Floats], arm: str, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Band of one arm's law at x ("C", or "N" and "D", each [n] in raw units), from a bootstrapped fit."""
+    """Ends [n] of the band of one arm's law at x ("C", or "N" and "D", each [n] in raw units), from a bootstrapped
+    fit."""
     assert fit.draws is not None
     curves = [replace(fit, values=draw).predict(x, arm) for draw in fit.draws]
     low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -95,7 +98,7 @@ def band(fit: Fit, x: Mapping[str, Floats], arm: str, level: float = LEVEL) -> t
 
 
 class _Profile:
-    """The profile of one value, in the coordinate u: its log for amplitudes and multipliers, else the value itself."""
+    """The profile of one value, in a coordinate u: the log of an amplitude or multiplier, and otherwise the value."""
 
     def __init__(self, fit: Fit, model: Model, drawn: _Resamples, name: str) -> None:
         self.model, self.name = model, name
@@ -131,10 +134,11 @@ class _Profile:
         return 0.0 if u <= low else math.inf if u >= high else math.exp(u)
 
     def _excess(self, u: float) -> float:
-        """How far the root of the objective's excess at u is beyond the allowed.
+        """The square root of the objective's excess at u, minus its threshold: positive outside the interval.
 
-        An amplitude held far from the fit's needs another exponent, too, and a descent from one start can stop short
-        of it. So it starts from the last solution inside, from the resamples nearest to u and from a grid.
+        With an amplitude held far from the fit's, the best exponent is far away too, and a descent from a single start
+        may not reach it. So the fit starts from the last solution inside, from the resamples nearest to u and from a
+        grid.
         """
         problem = self.model.holding(self.name, math.exp(u) if self.logged else u)
         near = self.drawn[np.argsort(np.abs(self.drawn_at - u), kind="stable")[:NEAR_STARTS]]
@@ -146,7 +150,8 @@ class _Profile:
         return excess
 
     def _end(self, side: int) -> float:
-        """Where the profile leaves the allowed on one side, by regula falsi (Illinois); the root is nearly straight."""
+        """The end of the interval on one side, by regula falsi (Illinois), which converges fast because the square root
+        of the excess is nearly linear."""
         if self.least <= len(self.model.log_y) * ROUNDING**2:  # an exact fit has no width
             return self.middle
         self.inside = self.theta
@@ -184,7 +189,7 @@ def _also(status: str, note: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Resamples:
-    """Resampled data [K, n] (log losses as the model has them, how often each counts) and the fits to them."""
+    """Resampled data [K, n] (log losses in the model's units, and the weight of each point) and the fits to them."""
 
     log_y: Floats
     weight: Floats
@@ -192,7 +197,7 @@ class _Resamples:
 
 
 def _resample(fit: Fit, model: Model, resamples: int, random: np.random.Generator) -> _Resamples | None:
-    """None without degrees of freedom at a level."""
+    """Draw resamples and fit each; None if a level of the errors has no degrees of freedom."""
     _, cluster = np.unique(fit.points.cluster, return_inverse=True)
     clusters = int(cluster.max()) + 1
     f = model.problem.predict(fit.theta[None])[0]
@@ -213,10 +218,12 @@ def _resample(fit: Fit, model: Model, resamples: int, random: np.random.Generato
 def _wild(
     fit: Fit, model: Model, f: Floats, cluster: NDArray[np.int_], resamples: int, random: np.random.Generator
 ) -> Floats:
-    """Residuals [resamples, n], each point's own times a normal number of its cluster, so that every point keeps its
-    own spread (Wu 1986; MacKinnon and White's HC3 undoes what a point bends the fit towards itself)."""
+    """Wild-bootstrap residuals [resamples, n]: each point's own residual times a normal number drawn for its cluster,
+    so that every point keeps its own variance (Wu 1986). Residuals are first divided by one minus the leverage (HC3 of
+    MacKinnon and White), since a point pulls the fit towards itself."""
     residual = (model.log_y - f) / (1 - np.minimum(model.problem.leverage(fit.theta), MOST_LEVERAGE))
-    # Where few points hold most of the noise, its size is known by few: by 3 of a normal's fourth moment.
+    # If few points carry most of the noise, its variance has few effective degrees of freedom. They are estimated from
+    # the kurtosis, which is 3 for a normal distribution.
     effective = 3 * (residual**2).sum() ** 2 / max(float((residual**4).sum()), 1e-300)
     clusters = int(cluster.max()) + 1
     dof = max(min(effective, clusters) * (1 - model.free / clusters), 1.0)
@@ -225,7 +232,8 @@ def _wild(
 
 
 class Level:
-    """Errors that arise once a group: `effects` [groups], less their parents' means."""
+    """One level of the errors, with one error for each group: `effects` [groups], minus the mean of the parent group
+    where there is one; `lost` degrees of freedom are used up by the fit."""
 
     def __init__(self, effects: Floats, group: NDArray[np.int_], parent: NDArray[np.int_] | None, lost: int) -> None:
         self.effects, self.group, self.parent = effects, group, parent  # group: [n] of each row; parent: of each group
@@ -234,7 +242,7 @@ class Level:
         self.spread = np.sqrt((effects**2).sum() / self.dof) if self.dof > 0 else np.nan
 
     def draw(self, resamples: int, random: np.random.Generator) -> Floats:
-        """[resamples, n]"""
+        """Redrawn errors of every row, [resamples, n]."""
         shape = (resamples, len(self.effects))
         unit = random.standard_normal(shape)
         if len(self.effects) >= ENOUGH and self.spread > 0:
@@ -249,8 +257,9 @@ class Level:
 
 
 def error_levels(fit: Fit, model: Model, residual: Floats) -> list[Level]:
-    """The levels at which rows differ: clusters, arms within them, rows within these."""
-    # Parameters that one arm alone would have; the others tell arms apart.
+    """The levels of the errors: clusters, arms within a cluster, rows within an arm."""
+    # Degrees of freedom: parameters that a single arm would also have are fitted between clusters, and those by which
+    # arms differ are fitted within clusters.
     between = min(1 + 2 * len(FORMS[fit.form]), model.free)
     _, cluster = np.unique(fit.points.cluster, return_inverse=True)
     _, first, cell = np.unique(

@@ -1,13 +1,13 @@
-"""Loss against ln N at equal compute: curves of several budgets that share how they bend.
+"""Curves of loss against ln N at equal compute, one for each budget, with two shape parameters common to all budgets.
 
 With L = E + A N^-alpha + B D^-beta and N D fixed by the budget, loss over u = ln N - ln N* is
     L* + k ((e^(-a u) - 1) / a + (e^(b u) - 1) / b),
-where a = alpha and b = beta, or nearly so, are the same at every budget while L*, k and N* are the budget's own. For
-small a and b it is a parabola. A plain parabola is exact at the minimum only: over a wide or lopsided range of sizes it
-moves N*, and on one ladder of sizes for every budget it moves the exponent of N*(C). Given (a, b) a curve is linear in
-three coefficients, so only these two are searched for (variable projection).
+where a and b, which are close to alpha and beta, are the same at every budget, while L*, k and N* differ by budget. For
+small a and b the curve is a parabola. A plain parabola is exact at the minimum only: over a wide or asymmetric range of
+sizes it biases N*, and if all budgets have the same sizes it biases the exponent of N*(C). Given (a, b) a curve is
+linear in three coefficients, so only a and b need a nonlinear search (variable projection).
 
-Where the sizes are too close together to show a and b, a broad prior holds them near the published exponents.
+Where the sizes are too close together to determine a and b, a broad prior keeps them near the published exponents.
 
 Legend: B budgets, n sizes at most in one (absent ones have weight 0), x = ln N.
 """
@@ -23,13 +23,13 @@ from analysis.laws.solver import Bools, Floats
 
 BEND = 0.3  # a and b before the data have been seen: published alpha and beta are .28 to .37 (arXiv 2404.10102)
 BEND_SPREAD = 0.5  # sd of ln a and ln b about it: 95% within a factor of 2.7
-BENDS = (0.02, 0.8)  # bounds: laws of loss bend no more, so that runs that failed are not taken for a bend
-STEP = 1e-4  # of ln a and ln b, for derivatives
+BENDS = (0.02, 0.8)  # bounds of a and b, so that diverged runs cannot be fitted by an implausibly steep curve
+STEP = 1e-4  # of ln a and ln b, in finite differences
 ITERATIONS = 40
 COEFFICIENTS = 3  # of a budget's curve
-FEWEST_CONTRASTS = 3  # of neighbours, to tell noise from lack of fit by
+FEWEST_CONTRASTS = 3  # contrasts of neighbouring sizes needed to estimate the noise for the lack-of-fit test
 NORMAL_MEDIAN = 0.6745  # median of |z|, z standard normal
-EFFICIENCY = 0.4  # degrees of freedom of a spread by the median, for each contrast
+EFFICIENCY = 0.4  # effective degrees of freedom for each contrast, when a variance is estimated by their median
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Minima:
 
     bend: Floats  # [2] a, b
     best: Floats  # [B] ln N*
-    covariance: Floats  # [B, B] of ln N*, noise and the uncertainty of the bend
+    covariance: Floats  # [B, B] of ln N*, from the noise and from the uncertainty of a and b
     loss: Floats  # [B] L*
     loss_error: Floats  # [B] standard error of it
     curvature: Floats  # [B] second derivative of loss in ln N at the minimum
-    bending: Floats  # [B] the coefficient of the curves' even part, over its standard error
+    bending: Floats  # [B] t statistic of the curvature: the coefficient of the function near u^2 / 2
     noise: float  # sd of a loss about its curve
     dof: float  # degrees of freedom of `noise`
-    misfit_p: Floats  # [B] of "the losses have no more spread about their curve than neighbouring sizes have"
-    joint_misfit_p: float  # the same of all budgets together; NaN, both, with nothing to tell by
+    misfit_p: Floats  # [B] p-value of the test that residuals are no larger than the noise between neighbouring sizes
+    joint_misfit_p: float  # the same for all budgets together; both are NaN where the noise cannot be estimated
 
 
 @dataclass(frozen=True)
 class _Given:
-    """The curves given (a, b)."""
+    """The curves of all budgets, fitted by least squares at given (a, b)."""
 
     coefficients: Floats  # [B, 3]
     gram: Floats  # [B, 3, 3]
@@ -74,19 +74,22 @@ class Curves:
         self.points = int(count.sum())
 
     def minima(self) -> Minima:
+        """Fit all curves. By the delta method, the errors of N* and L* have two parts: those of the coefficients of the
+        budget's own curve at given (a, b), and those of a and b, which all budgets share."""
         theta, precision, noise, dof = self._fit_bend()
         here = self._given(theta)
         around = self._around(theta)
-        moves = np.stack([(up.best - down.best) / (2 * STEP) for up, down in around])
-        own = np.linalg.inv(here.gram) * noise**2
+        of_theta = np.linalg.inv(precision)
+        of_coefficients = np.linalg.inv(here.gram) * noise**2
+        best_by_theta = np.stack([(up.best - down.best) / (2 * STEP) for up, down in around])
+        loss_by_theta = np.stack([(up.loss - down.loss) / (2 * STEP) for up, down in around])
         slope = self._best_slope(theta, here)
-        covariance = np.diag(np.einsum("bi,bij,bj->b", slope, own, slope))
-        covariance = covariance + moves.T @ np.linalg.inv(precision) @ moves
-        lifts = np.stack([(up.loss - down.loss) / (2 * STEP) for up, down in around])
+        covariance = np.diag(np.einsum("bi,bij,bj->b", slope, of_coefficients, slope))
+        covariance = covariance + best_by_theta.T @ of_theta @ best_by_theta
         at_best = self._functions(theta, here.best[:, None])[:, 0]
-        loss_variance = np.einsum("bi,bij,bj->b", at_best, own, at_best)
-        loss_variance += np.einsum("ib,ij,jb->b", lifts, np.linalg.inv(precision), lifts)
-        error = np.sqrt(np.maximum(own[:, 2, 2], 1e-300))
+        loss_variance = np.einsum("bi,bij,bj->b", at_best, of_coefficients, at_best)
+        loss_variance += np.einsum("ib,ij,jb->b", loss_by_theta, of_theta, loss_by_theta)
+        error = np.sqrt(np.maximum(of_coefficients[:, 2, 2], 1e-300))
         misfit_p, joint_misfit_p = self._misfit_p(here)
         return Minima(
             bend=np.exp(theta),
@@ -103,7 +106,7 @@ class Curves:
         )
 
     def _given(self, theta: Floats) -> _Given:
-        """Least squares given ln a, ln b."""
+        """The least-squares curves at given ln a, ln b."""
         basis = self._basis(theta)
         gram = np.einsum("bni,bn,bnj->bij", basis, self.weight, basis)
         right = np.einsum("bni,bn->bi", basis, self.weight * self.y)
@@ -119,7 +122,8 @@ class Curves:
         return _Given(c, gram, residual, best, loss, (a + b) * left * np.exp(-a * best))
 
     def _functions(self, theta: Floats, u: Floats) -> Floats:
-        """[B, n, 3]: 1, a function near u, one near u^2 / 2."""
+        """The three basis functions of a curve at u [B, n], as [B, n, 3]: 1, a function close to u, one close to
+        u^2 / 2."""
         a, b = np.exp(theta)
         falls, rises = -np.expm1(-a * u) / a, np.expm1(b * u) / b
         return np.stack([np.ones_like(u), (falls + rises) / 2, (rises - falls) / (a + b)], axis=2)
@@ -138,8 +142,9 @@ class Curves:
         return [(self._given(theta + step), self._given(theta - step)) for step in STEP * np.eye(2)]
 
     def _fit_bend(self) -> tuple[Floats, Floats, float, float]:
-        """ln a, ln b; their precision [2, 2]; the noise and its degrees of freedom. Damped Gauss-Newton steps on the
-        residuals with the coefficients projected out; the noise, which weighs the prior, is renewed on the way."""
+        """ln a and ln b; their precision matrix [2, 2]; the noise and its degrees of freedom. Takes damped Gauss-Newton
+        steps on the residuals of the least-squares curves. The noise, which sets the weight of the data against the
+        prior, is re-estimated after every step."""
         prior = np.full(2, np.log(BEND))
         theta, damping = prior.copy(), 1e-3
         here = self._given(theta)
@@ -167,20 +172,22 @@ class Curves:
         return theta, jacobian.T @ jacobian / variance + np.eye(2) / BEND_SPREAD**2, float(np.sqrt(variance)), dof
 
     def _linearised(self, theta: Floats, here: _Given) -> tuple[Floats, float, float]:
-        """The residuals' derivatives [B n, 2], their variance and its degrees of freedom, of which the bend takes as
-        many as the data, not the prior, decide."""
+        """The derivatives [B n, 2] of the residuals in ln a and ln b, the variance of the residuals and its degrees of
+        freedom. a and b use up a fraction of two degrees of freedom: the share that the data, rather than the prior,
+        determine."""
         jacobian = np.stack([((up.residual - down.residual) / (2 * STEP)).ravel() for up, down in self._around(theta)])
         gram = jacobian @ jacobian.T
         rss = float((here.residual**2).sum())
         dof = float(max(self.points - COEFFICIENTS * len(self.y), 1))
         for _ in range(3):
             variance = max(rss / dof, 1e-24)
-            told = np.linalg.solve(gram / variance + np.eye(2) / BEND_SPREAD**2, gram / variance)
-            dof = max(self.points - COEFFICIENTS * len(self.y) - float(np.trace(told)), 1.0)
+            by_data = np.linalg.solve(gram / variance + np.eye(2) / BEND_SPREAD**2, gram / variance)
+            dof = max(self.points - COEFFICIENTS * len(self.y) - float(np.trace(by_data)), 1.0)
         return jacobian.T, max(rss / dof, 1e-24), dof
 
     def _misfit_p(self, here: _Given) -> tuple[Floats, float]:
-        """F tests, of each budget and of all, of the residuals against noise as neighbouring sizes show it."""
+        """p-values of F tests, for each budget and for all together, that compare the residuals with the noise between
+        neighbouring sizes."""
         count = self.weight.sum(axis=1)
         rss = (here.residual**2).sum(axis=1)
         dof = np.maximum(count - COEFFICIENTS, 0)
@@ -194,8 +201,9 @@ class Curves:
         return np.where(dof > 0, each, np.nan), float(fdtrc(all_dof, noise_dof, rss.sum() / all_dof / variance))
 
     def _roughness(self, here: _Given) -> Floats:
-        """What each four neighbouring sizes' residuals have beside a parabola, in units of one loss's noise. A step
-        or a kink is in few of them, and their median does not feel it."""
+        """For every four neighbouring sizes, the contrast of their residuals that is zero for any parabola, scaled to
+        the standard deviation of a single loss. A step or a kink affects only a few contrasts, so their median is a
+        robust estimate of the noise."""
         found = []
         for u, residual, weight in zip(self.u, here.residual, self.weight, strict=True):
             order = np.argsort(u[weight > 0])

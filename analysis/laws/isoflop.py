@@ -1,9 +1,10 @@
 """Compute-optimal sizes: at each budget the minimum of loss over ln N, then N*(C) and D*(C) across budgets.
 
-The curves of an arm's budgets share how they bend (isocurves.py). Each is tested for lack of fit; where it fails, the
-sizes farthest from the minimum are left out until it passes, or the budget does not count. An optimum counts if the
-curvature is clear of zero, too, and the optimum lies inside the sizes tried; the others are shown with what is wrong
-and left out of the law. Coverage of the intervals, simulated on both kinds of design, is in analysis/README.md.
+The curves of an arm's budgets share two shape parameters (isocurves.py). Each curve is tested for lack of fit; where
+the test fails, the sizes farthest from the minimum are left out until it passes, or else the budget is not used. To be
+used, a budget must also have a curvature significantly above zero and an optimum inside the sizes tried. The other
+budgets are shown with the reason and left out of the law. The coverage of the intervals, simulated on both kinds of
+design, is in analysis/README.md.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]
 
-SAME_BUDGET = 0.05  # runs whose compute differs by less are of one budget
-FEWEST_POINTS = 4  # a curve through three leaves nothing to judge it by
-FEWEST_TESTED = 5  # sizes to which a window is narrowed: with fewer, a budget cannot show lack of fit by itself
-MISFIT = 0.01  # level of the tests for lack of fit of each budget, from which on its window is narrowed
-JOINT_MISFIT = 0.05  # the same of all budgets together, whose worst is narrowed
+SAME_BUDGET = 0.05  # runs whose compute differs by less than this share belong to one budget
+FEWEST_POINTS = 4  # a curve has three coefficients, so three sizes leave no residual to judge it by
+FEWEST_TESTED = 5  # sizes to which a window is narrowed at most; with fewer, a budget has too little power by itself
+MISFIT = 0.01  # level of the lack-of-fit test of each budget, below which its window is narrowed
+JOINT_MISFIT = 0.05  # level of the joint test of all budgets, below which the window of the worst one is narrowed
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Allocation:
-    """N* = N_at_top (C / compute_top)^N_exponent over the budgets that count, and D* likewise."""
+    """The law N* = N_at_top (C / compute_top)^N_exponent through the budgets whose status is ok, and D* likewise."""
 
     arm: str
     budgets: int
@@ -78,7 +79,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class _Budget:
-    """The sizes of one budget: means over the runs of a size, by which a repeated run counts once."""
+    """The sizes of one budget, as means over the runs of a size, so that sizes with several seeds weigh no more."""
 
     compute: float
     spread: float  # largest compute over the smallest
@@ -88,20 +89,21 @@ class _Budget:
 
 
 def isoflop(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
-    """Optima of every arm and budget, and each arm's law. Raises ValueError where a budget cannot be told."""
+    """Optima of every arm and budget, and each arm's law. Raises ValueError where N, D or compute is missing,
+    and where no budget has enough sizes."""
     return optima_of(usable_runs(runs, convention)[0], convention)
 
 
 def usable_runs(runs: pd.DataFrame, convention: str | None = None) -> tuple[pd.DataFrame, list[Excluded], list[str]]:
-    """The finished runs, each once, at the best learning rate of their size and budget; what was left out; and in
-    words what was taken."""
+    """The finished runs, each once, at the best learning rate of their size and budget; the runs left out; and lines
+    for the reader on how learning rates were chosen."""
     done, excluded = finished(runs.assign(arm=runs["arm"].fillna("all")))
-    used, others, told = for_a_law(done, CONVENTIONS[choose_convention(done, convention)])
-    return used, excluded + others, told
+    used, others, lines = for_a_law(done, CONVENTIONS[choose_convention(done, convention)])
+    return used, excluded + others, lines
 
 
 def optima_of(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
-    """`isoflop` of what `usable_runs` returned."""
+    """Like `isoflop`, for the runs that `usable_runs` returned."""
     convention = choose_convention(runs, convention)
     column = CONVENTIONS[convention]
     for name, what in (("parameters", "N"), ("tokens", "D")):
@@ -137,7 +139,7 @@ def _budgets(rows: pd.DataFrame, column: str) -> Iterator[_Budget]:
 
 
 def _arm_optima(arm: str, budgets: list[_Budget]) -> tuple[list[Optimum], Floats]:
-    """Every budget's optimum; and the covariance of ln N* and of ln D* [2, B, B], in the order of the budgets."""
+    """Every budget's optimum; and the covariances of ln N* and of ln D* [2, B, B], in the order of the budgets."""
     fitted = [i for i, item in enumerate(budgets) if len(item.x) >= FEWEST_POINTS]
     covariance = np.full((2, len(budgets), len(budgets)), np.nan)
     optima = [_no_optimum(arm, item, f"{len(item.x)} sizes; at least {FEWEST_POINTS} are needed") for item in budgets]
@@ -162,8 +164,8 @@ def _arm_optima(arm: str, budgets: list[_Budget]) -> tuple[list[Optimum], Floats
 
 
 def _narrowed(x: Floats, y: Floats, used: Bools) -> tuple[Minima, Bools, Bools]:
-    """The curves' minima over windows in which no lack of fit shows, the points used [B, n], and which budgets fail
-    however narrow [B]."""
+    """Narrow the windows until no lack of fit is found. Returns the minima, the points used [B, n], and which budgets
+    [B] fail the test even in the narrowest window."""
     while True:
         minima = Curves(x, y, used).minima()
         p = np.nan_to_num(minima.misfit_p, nan=1.0)
@@ -192,7 +194,7 @@ def _no_optimum(arm: str, budget: _Budget, status: str) -> Optimum:
 def _optimum(
     arm: str, budget: _Budget, inside: Bools, minima: Minima, place: int, misfit: bool
 ) -> tuple[float, Optimum]:
-    """The growth of ln D with ln N inside the window, and the optimum."""
+    """The slope of ln D in ln N inside the window, and the optimum."""
     x = budget.x[inside]
     growth, log_d = _line(x, budget.log_d[inside])
     best, p = float(minima.best[place]), float(minima.misfit_p[place])
@@ -244,11 +246,11 @@ def _allocation(arm: str, optima: list[Optimum], covariance: Floats, convention:
 
 
 def growth(x: Floats, y: Floats, covariance: Floats) -> tuple[float, Interval | None, float]:
-    """Slope of y in x, its 95% interval from three points on, and exp of the line's height at the last x.
+    """Slope of y in x, its 95% interval (None below three points), and exp of the line's value at the last x.
 
-    Generalised least squares with the `covariance` of y; what y scatters beyond it is added to its diagonal (Paule and
-    Mandel 1982), and the interval is t's at n - 2 degrees of freedom on the weighted spread about the line (Knapp and
-    Hartung 2003), which may also be less than the covariance says.
+    The fit is generalised least squares with the `covariance` of y. Scatter beyond it is added to its diagonal (Paule
+    and Mandel 1982). The interval is t's at n - 2 degrees of freedom, scaled by the weighted spread about the line
+    (Knapp and Hartung 2003), so it is narrower than the covariance implies where the points scatter less.
     """
     design = np.stack([np.ones_like(x), x - x[-1]], axis=1)
 
@@ -276,6 +278,6 @@ def growth(x: Floats, y: Floats, covariance: Floats) -> tuple[float, Interval | 
 
 
 def _line(x: Floats, y: Floats) -> tuple[float, float]:
-    """Slope, and height at the mean of x."""
+    """Slope of the least-squares line, and its value at the mean of x."""
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
     return float(slope), float(y.mean())

@@ -23,8 +23,8 @@ from analysis.logs.selection import alike, choose_convention, finished, require_
 if TYPE_CHECKING:
     import pandas as pd
 
-SQUARES = 1e6  # delta of Huber's function within which every log residual is: least squares
-MOST_APART = 1.5  # estimates of one arm's optimum at one compute, as a ratio
+SQUARES = 1e6  # a delta of Huber's function so large that it amounts to least squares
+MOST_APART = 1.5  # largest ratio between estimates of one arm's optimum at one compute
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fit_optima(
 
 
 def _require_optima(rows: pd.DataFrame, compute: str, column: str, name: str) -> None:
-    """Raises ValueError where one arm's values at a compute are further apart than estimates of one optimum."""
+    """Raises ValueError where one arm's values at a compute differ by more than estimates of one optimum would."""
     of_arm = rows["arm"].to_numpy(str)
     for _, same in rows.groupby(alike(rows[compute].to_numpy(float), of_arm)):
         low, high = float(same[column].min()), float(same[column].max())
@@ -85,9 +85,8 @@ def _require_optima(rows: pd.DataFrame, compute: str, column: str, name: str) ->
 def fit_bilinear(
     runs: pd.DataFrame, factor: str, *, delta: float | None = 1e-3, resamples: int = 1000, seed: int = 0
 ) -> list[LinearFit]:
-    """The bilinear law of every arm, through the best learning rate of each N, D and factor; `factor` is a column of
-    positive numbers. Raises ValueError where it cannot be
-    fitted."""
+    """The bilinear law of every arm, fitted to the runs at the best learning rate of each N, D and factor; `factor` is
+    a column of positive numbers. Raises ValueError where the law cannot be fitted."""
     if factor not in runs:
         raise ValueError(
             f"the table has no column {factor!r} to be the factor; it has {', '.join(map(str, runs.columns))}"
@@ -103,13 +102,13 @@ def fit_bilinear(
     budget = done["tokens"].astype("string").fillna("") + " " + done[factor].astype("string")
     cells = done.assign(_size=done["parameters"].astype("string"), _budget=budget)
     done, tuned = at_best_rates(cells, rate_column(done), "parameters")
-    told = tuple(notes(tuned))
+    lines = tuple(notes(tuned))
     found = []
     for arm, rows in done.groupby("arm", sort=False):
         log_n, log_e, y = (np.log(rows[name].to_numpy(float)) for name in ("parameters", factor, "loss"))
         columns = {"a": log_n, "b": log_e, "c": log_n * log_e, "d": np.ones_like(y)}
         law = _fit(str(arm), "loss", columns, y, delta, resamples, seed, None)
-        found.append(replace(law, notes=told))
+        found.append(replace(law, notes=lines))
     return found
 
 

@@ -1,12 +1,13 @@
 """Fit L = E + A C^-alpha ("c") or L = E + A N^-alpha + B D^-beta ("nd"), alone or for several arms at once.
 
 Parameters not in `per_arm` are shared by all arms. With only the amplitudes per arm, form nd is the rho form: an arm
-acts as if its N and D were multiplied by rho_N = (A_baseline / A_arm)^(1/alpha), rho_D likewise, and form c gives the
-compute multiplier m = (A_baseline / A_arm)^(1/alpha) by the joint fit.
+acts as if its N and D were multiplied by rho_N = (A_baseline / A_arm)^(1/alpha) and rho_D, defined likewise; and form c
+gives the compute multiplier m = (A_baseline / A_arm)^(1/alpha) of the joint fit.
 
-Objectives are sums over the points: Huber of log prediction minus log loss (Chinchilla's, arXiv 2203.15556, D.2), or
-squared residuals of the raw loss. For each point of a grid of exponents the rest of the model is linear, and solved
-(variable projection); the best of these starts and an even spread of the others are then descended from.
+The objective is a sum over the points: Huber's function of log prediction minus log loss, as in Chinchilla (arXiv
+2203.15556, D.2), or the squared residual of the raw loss. Starts come from a grid of exponents: given the exponents the
+model is linear in the remaining parameters, which are solved for (variable projection). The solver then descends from
+the best of these starts and from an even sample of the others.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from analysis.laws.solver import ROUNDING, Bools, Floats, Indices, Loss, Problem
 
 FORMS = {"c": (("A", "alpha", "C"),), "nd": (("A", "alpha", "N"), ("B", "beta", "D"))}
 STARTS = 4500
-POLISHED = 64  # half of them the best starts, half spread over the others
-EXPONENTS = (0.01, 3.0)  # bounds
-GRID = (0.02, 2.0)  # of the starts
-LOG_LEVELS = (-16.0, 6.0)  # bounds of log E and of log A C^-alpha mid-way, the losses' geometric mean being 1
-SAME = 1e-6  # relative difference of objectives that are the same optimum
+POLISHED = 64  # starts that are descended from: half are the best, half an even sample of the others
+EXPONENTS = (0.01, 3.0)  # bounds of the exponents
+GRID = (0.02, 2.0)  # range of the exponents in the starts
+LOG_LEVELS = (-16.0, 6.0)  # bounds of log E and log(A C^-alpha) at the mean log C, with losses of geometric mean 1
+SAME = 1e-6  # two solutions are the same optimum if their objectives differ by less than this share
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,15 @@ class Points:
     loss: Floats  # [n] nats a token
     x: Mapping[str, Floats]  # "C", or "N" and "D": [n], raw units
     arm: tuple[str, ...]  # [n]
-    cluster: tuple[str, ...]  # [n] points with a common error, such as the arms and seeds of a size
+    cluster: tuple[str, ...]  # [n] equal for points that share an error, such as the arms and seeds of a size
     baseline: str  # the arm whose amplitudes are reported first
-    sizes: Floats | None = None  # [n] N, for tests of form c against it
+    sizes: Floats | None = None  # [n] N, to test whether the residuals of form c depend on it (adequacy.py)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law, its certificate and status. `values` are in raw units, by name: "E", "A[arm]", "m[arm]"."""
+    """A fitted law, with diagnostics of its optimum in `certificate` and a summary of them in `status`. `values` are in
+    raw units, by name: "E", "A[arm]", "m[arm]"."""
 
     form: str
     loss: Loss
@@ -52,8 +54,8 @@ class Fit:
     values: dict[str, float]
     objective: float  # a sum over the points
     certificate: dict[str, Any]
-    status: str  # "ok", or what is wrong with it
-    theta: Floats  # [P] the solver's parameters: logs of levels mid-way, exponents
+    status: str  # "ok", or what is wrong with the fit
+    theta: Floats  # [P] the solver's parameters: exponents, and logs of E and of each term at the mean log N, D or C
     ci: dict[str, tuple[float, float]] | None = None  # 95%, by bootstrap
     profile_ci: dict[str, tuple[float, float]] | None = None  # 95%
     draws: tuple[dict[str, float], ...] | None = None  # `values` of each resample
@@ -75,14 +77,14 @@ def _key(name: str, arm: str, per_arm: Sequence[str]) -> str:
 
 
 def ratios(values: Mapping[str, float], form: str, per_arm: Sequence[str], arm: str, baseline: str) -> dict[str, float]:
-    """What `arm` multiplies the baseline's C (m), or its N and D (rho_N, rho_D; m is their product, 6 N D when every
-    arm trains at its own optimum), by name; none where the exponents are not shared."""
+    """The multipliers of `arm` over the baseline, by name: m in form c; rho_N, rho_D and m in form nd, where m is their
+    product and refers to C = 6 N D with every arm at its own optimal size. Empty where an exponent is not shared."""
     found = {}
     for amplitude, exponent, variable in FORMS[form]:
         if amplitude not in per_arm or exponent in per_arm:
             return {}
         log_ratio = math.log(values[f"{amplitude}[{baseline}]"] / values[f"{amplitude}[{arm}]"]) / values[exponent]
-        # A resample's exponent may be near 0, and the ratio then beyond what a float holds.
+        # A resample's exponent may be near 0, so that exp would overflow.
         found["m" if form == "c" else f"rho_{variable}"] = math.exp(min(max(log_ratio, -300), 300))
     return found if form == "c" else found | {"m": math.prod(found.values())}
 
@@ -97,10 +99,11 @@ def fit(
     polished: int = POLISHED,
     hold: Mapping[str, float] | None = None,
 ) -> Fit:
-    """Fit by Huber with `delta`, or by least squares (None), descending from `polished` of the `starts`. `hold` gives
-    raw values of E, A, alpha, B or beta, of all arms or, as "A[arm]", of one, that are not fitted.
+    """Fit by Huber's function with `delta`, or by least squares (None), descending from `polished` of the `starts`.
+    `hold` gives raw values of parameters that are then not fitted: E, A, alpha, B or beta, for all arms, or for one arm
+    as "A[arm]".
 
-    Raises ValueError where no fit can exist.
+    Raises ValueError where the points cannot determine the parameters.
     """
     hold = dict(hold or {})
     _refuse_undetermined(points, form, hold)
@@ -151,14 +154,15 @@ def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str
     if certificate["starts_agree"] < 3:
         faults.append("fewer than 3 starts agree")
     if (certificate["condition_number"] or 0) > 1e10:
-        faults.append("the parameters are not told apart")
+        faults.append("the points do not determine all parameters")
     if len(points.loss) <= model.free:
         faults.append("as many parameters as points")
     return "; ".join(faults) or "ok"
 
 
 class Model:
-    """A law as the solver sees it: logs of levels and points relative to their middle, so that units drop out."""
+    """A law in the solver's parameters. Losses, N, D and C are divided by their geometric means, so that the fit does
+    not depend on their units; a level is E, or the amplitude of a term at these means."""
 
     def __init__(
         self,
@@ -185,10 +189,11 @@ class Model:
         self.middle = {variable: float(np.log(points.x[variable]).mean()) for _, _, variable in laws}
         self.log_y = np.log(points.loss) - self.middle_loss
 
-        def index(name: str) -> Indices:  # [n] the place in theta of each point's own
+        def index(name: str) -> Indices:  # [n] for each point, the index in theta of its arm's parameter
             return np.array([self.names.index(_key(name, arm, self.per_arm)) for arm in points.arm])
 
-        # Of each term: its level's place in theta, its exponent's, and the points' log x. E is a term at x = 1.
+        # For each term: the indices in theta of its level and of its exponent, and log x of the points. E is treated
+        # as a term with x = 1.
         self.terms = [(index("E"), index(laws[0][1]), np.zeros(len(points.loss)))]
         self.terms += [(index(a), index(e), np.log(points.x[v]) - self.middle[v]) for a, e, v in laws]
         matrix = np.zeros((len(self.terms), len(self.names), len(points.loss)))
@@ -218,7 +223,8 @@ class Model:
         return ((theta <= low) | (theta >= high)) & (low < high)
 
     def _hold(self, name: str, value: float, known: Sequence[str]) -> None:
-        """Fix a raw value for good, of every arm where `name` names none."""
+        """Hold a raw value in every fit of this model; for all arms where `name` does not name one. Raises ValueError
+        for an unknown name, and for a value outside the bounds."""
         kind = name.partition("[")[0]
         if kind not in known or (name != kind and name not in self.names):
             there_are = ", ".join(dict.fromkeys([*known, *self.names]))
@@ -235,13 +241,13 @@ class Model:
     def holding(self, name: str, value: float) -> Problem:
         """The problem with one of the raw `values` held, E, A, alpha, B, beta, m (form c) or rho of an arm.
 
-        Held, each is a linear condition weights @ theta = total, by which one parameter, the pivot, is expressed by the
-        others; the pivot's place keeps the constant.
+        A held value is a linear condition weights @ theta = total. It is used to eliminate one parameter, the pivot, in
+        favour of the others; the pivot's entry of theta then holds the constant `total`.
         """
         return self._held(*self._condition(name, value))
 
     def _condition(self, name: str, value: float) -> tuple[int, Floats, float]:
-        """Pivot, weights [P] and total of a held raw value."""
+        """The linear condition that holds a raw value: its pivot, weights [P] and total (see `holding`)."""
         kind, _, arm = name.removesuffix("]").partition("[")
         arm = arm or self.arms[0]
         weights = np.zeros(len(self.names))
@@ -261,7 +267,7 @@ class Model:
         else:
             pivot = place(kind, arm)
             total = value if pivot not in self.levels else math.log(value) - self.middle_loss
-        for other, of_other, other_total in self._conditions:  # whose place in theta keeps its constant
+        for other, of_other, other_total in self._conditions:  # an eliminated pivot must not appear in a new one
             if weights[other]:
                 total -= weights[other] * other_total
                 weights = weights - weights[other] * (of_other + np.eye(len(weights))[other])
@@ -274,7 +280,8 @@ class Model:
         return replace(self.problem, terms=terms, low=low, high=high)
 
     def starts(self, count: int) -> Floats:
-        """[at least count, P]: a grid of exponents, equal in all arms, with levels by weighted linear least squares."""
+        """Starting points [at least count, P]: a grid of exponents, equal in all arms, with the levels that weighted
+        linear least squares gives for them."""
         axis = np.geomspace(*GRID, max(2, math.ceil(count ** (1 / len(self.laws)))))
         grid = np.stack(np.meshgrid(*[axis] * len(self.laws), indexing="ij"), axis=-1).reshape(-1, len(self.laws))
         theta = np.zeros((len(grid), len(self.names)))
@@ -286,11 +293,12 @@ class Model:
         return np.clip(theta, self.problem.low, self.problem.high)
 
     def _solve_levels(self, theta: Floats) -> Floats:
-        """Logs of the levels [K, levels] given the exponents in `theta`; those not positive become a small share."""
+        """Logs of the levels [K, levels] given the exponents in `theta`; levels that are not positive are replaced by a
+        small positive one."""
         place = np.zeros(len(self.names), dtype=int)
         place[self.levels] = np.arange(len(self.levels))
         features = np.zeros((len(theta), len(self.levels), len(self.log_y)))
-        weight = np.exp(-self.log_y)  # a relative residual is near the log residual
+        weight = np.exp(-self.log_y)  # minimises relative residuals, which approximate log residuals
         for level, exponent, log_x in self.terms:
             features[:, place[level], np.arange(len(level))] = np.exp(-theta[:, exponent] * log_x) * weight
         gram = features @ features.transpose(0, 2, 1)
@@ -318,11 +326,12 @@ class Model:
         return math.exp(theta[self.names.index(_key(name, arm, self.per_arm))] + self.middle_loss)
 
     def raw_objective(self, value: float) -> float:
-        """The sum of Huber's function of log residuals, or of squared raw residuals."""
+        """The objective in raw units: the sum of Huber's function of log residuals, or of squared raw residuals."""
         return value if self.problem.loss.delta is not None else 2 * value * math.exp(2 * self.middle_loss)
 
     def certificate(self, solution: Solution, best: int) -> dict[str, Any]:
-        """What a reader needs to trust the optimum, or not to."""
+        """Diagnostics by which a reader can judge the optimum: gradient, convergence, bounds that were reached, how
+        many starts agree, the next best optimum, and the condition number."""
         theta, least = solution.theta[best], float(solution.objective[best])
         limit = least * (1 + SAME) + len(self.log_y) * ROUNDING**2
         others = solution.objective[(solution.objective > limit) & solution.converged]

@@ -1,7 +1,8 @@
-"""What a law says of runs not yet made: a loss, or the best size, with a band; and how well it did so before.
+"""Predictions of a law for new runs: a loss, or the best size, with intervals; and a back-test of such predictions.
 
-Two bands: of the law (its bootstrap), and of a run, to which the spread of the runs about the law is added. Neither
-knows whether the law holds beyond the runs it was fitted to; the back-test asks that of the runs there are.
+There are two intervals: of the law (from its bootstrap), and of a single run, which adds the spread of the runs about
+the law. Neither covers the risk that the law does not hold beyond the runs it was fitted to; the back-test checks that
+on the largest of the existing runs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from analysis.laws.intervals import ENOUGH, LEVEL, Interval, bootstrap, error_le
 from analysis.laws.powerlaw import FORMS, Fit, Model, Points, fit
 from analysis.laws.solver import Floats
 
-FEWEST_KEPT = 4  # sizes of a back-test's fit
-CUTS = 3  # of a back-test
-FEW = 12  # sizes up to which one after the other is left out; with more, tenths of them
+FEWEST_KEPT = 4  # sizes that a back-test keeps for its fit, at least
+CUTS = 3  # fits of a back-test, each of which leaves out more sizes
+FEW = 12  # up to this many sizes, 1, 2 and 3 are left out in turn; with more, tenths of them
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Prediction:
     arm: str
     x: dict[str, float]
     loss: float
-    law_ci: Interval | None  # 95%, of the law there; None without resamples
-    ci: Interval | None  # 95%, of a run there
-    extrapolation: str | None  # how far outside the arm's runs, if it is
+    law_ci: Interval | None  # 95% interval of the law at x; None without resamples
+    ci: Interval | None  # 95% interval of the loss of a single run at x
+    extrapolation: str | None  # how far x is outside the range of the arm's runs; None inside
 
 
 @dataclass(frozen=True)
 class BestSize:
-    """N* and D* of one arm at a compute C = 6 N D, by arXiv 2203.15556, eq. 4, and the loss there."""
+    """N* and D* of one arm at a compute C = 6 N D (arXiv 2203.15556, eq. 4), and the loss there."""
 
     arm: str
     C: float
@@ -51,7 +52,7 @@ class BestSize:
 
 @dataclass(frozen=True)
 class BackTest:
-    """Runs of the largest sizes, predicted by the law of the others."""
+    """How well the runs of the largest sizes are predicted by the law fitted to the other sizes."""
 
     left_out: int  # sizes
     arm: str
@@ -59,7 +60,7 @@ class BackTest:
     beyond: float  # the largest compute left out over the largest kept
     error: float  # mean of predicted less measured loss, nats a token
     rms_error: float
-    inside: int  # runs inside their 95% band
+    inside: int  # how many runs lie inside their 95% interval
 
 
 def predict(law: Fit, x: Mapping[str, Floats], seed: int = 0) -> list[Prediction]:
@@ -96,8 +97,8 @@ def best_sizes(law: Fit, compute: Iterable[float]) -> list[BestSize]:
 
 
 def back_test(points: Points, form: str, resamples: int, seed: int, options: Mapping[str, Any]) -> list[BackTest]:
-    """Leave out the largest size, two, three (or tenths of many), and predict their runs; none with too few sizes.
-    `options` are keywords of `fit`."""
+    """Leave out the largest one, two and three sizes (with more than FEW sizes: one, two and three tenths of them) and
+    predict their runs from the others. Empty with too few sizes. `options` are keywords of `fit`."""
     scale = math.prod((points.x[variable] for _, _, variable in FORMS[form]), start=np.ones(1))
     names, cluster = np.unique(points.cluster, return_inverse=True)
     order = np.argsort(np.bincount(cluster, scale) / np.bincount(cluster), kind="stable")
@@ -142,8 +143,9 @@ def _part(points: Points, kept: Any) -> Points:
 def _bands(
     law: Fit, x: Mapping[str, Floats], arm: str, seed: int
 ) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]] | tuple[None, None]:
-    """Bands of the law and of a run at x. A run's departure from the law is drawn from the residuals where there are
-    enough sizes, else from a normal for each level at which errors arise, whose spread is drawn, too."""
+    """Intervals of the law and of a single run at x, each as two ends [n]; None without resamples. A run's deviation
+    from the law is drawn from the residuals if there are at least ENOUGH clusters. Otherwise it is a sum of normal
+    numbers, one for each level of the errors, whose standard deviations are drawn as well."""
     if law.draws is None:
         return None, None
     random = np.random.default_rng(seed)
@@ -163,7 +165,7 @@ def _bands(
 
 
 def _best(law: Fit, arm: str, C: float) -> tuple[float, float, float]:
-    """N*, D* and the loss there; logs, since a resample's amplitudes may be far off."""
+    """N*, D* and the loss there. Computed in logs, since the amplitudes of a resample may overflow a float."""
     A, alpha, B, beta = (law.parameter(name, arm) for name in ("A", "alpha", "B", "beta"))
     log_n = (math.log(alpha * A / (beta * B)) + beta * math.log(C / 6)) / (alpha + beta)
     N, D = np.exp([log_n]), np.exp([math.log(C / 6) - log_n])

@@ -1,13 +1,14 @@
-"""Each arm at its own best learning rate: where runs of one arm, size and budget differ in it, what the best came to.
+"""Compare each arm at its own best learning rate, where runs of one arm, size and budget differ in it.
 
-The best is the minimum of the parabola in ln rate through the best of the rates and its neighbours; where the best is
-the lowest or the highest rate, or one of two, it is that rate's own loss and the tuning is "at the edge". The least of
-several noisy losses is too low: where seeds or replicates tell the noise, the expected excess is simulated about a
-smooth curve through the losses, and given back. What is left of the tuning's noise differs from size to size, and so is
-in the spread over sizes from which the paired estimator has its interval.
+The best loss is the minimum of the parabola in ln rate through the best rate tried and its two neighbours. Where the
+best is the lowest or the highest rate, or one of only two, its measured loss is used and the tuning is "at the edge".
+The minimum of several noisy losses is biased low. Where repeated seeds or replicates show the noise, this bias is
+simulated about a smooth curve through the losses and added back. The remaining noise of the tuning differs from size to
+size, so it is part of the spread over sizes from which the paired estimator takes its interval.
 
-Simulated over five sizes with rates a factor of 2 apart (tests/test_rates.py): coverage .92 to .98 with 3 or 5 rates in
-both arms, in one 5 and 3 in the other; with 9 against 3, .95 to .97, where without giving back it is .89 to .93.
+Simulated over five sizes with rates a factor of 2 apart (tests/test_rates.py), coverage is .92 to .98 with 3 or 5 rates
+for both arms, or 5 for one and 3 for the other. With 9 against 3 it is .95 to .97, and .89 to .93 without the
+correction.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Key = tuple[str, str, str]  # arm, size, budget
-CELL = ["arm", "_size", "_budget"]  # runs of one differ in their rates and seeds
+CELL = ["arm", "_size", "_budget"]  # runs that agree in these differ only in learning rate and seed
 RATE = "train.learning_rate"
-FACTOR = "vary.learning_rate_factor"  # of the ladder's rate
-FAR_OFF = 1.5  # an only rate further from the tuned sizes' rule is told
-DRAWS = 1000  # of the simulated excess: known to a thirtieth of the noise
+FACTOR = "vary.learning_rate_factor"  # multiple of the ladder's own rate
+FAR_OFF = 1.5  # an untuned size whose rate is off by more than this factor gets a remark
+DRAWS = 1000  # of the simulated bias, whose standard error is then about a thirtieth of the noise
 
 
 def best_of(x: Floats, y: Floats) -> tuple[Floats, Floats, Bools]:
-    """The best ln rate, the loss there and whether it is bracketed, [K] each, of losses y [K, R] at ln rates x [R] that
-    ascend."""
+    """The best ln rate, the loss there and whether it is bracketed by worse rates, [K] each, given losses y [K, R] at
+    ascending ln rates x [R]."""
     rows, at = np.arange(len(y)), y.argmin(axis=1)
     if len(x) < 3:
         return x[at], y[rows, at], np.zeros(len(y), dtype=bool)
@@ -53,7 +54,8 @@ def best_of(x: Floats, y: Floats) -> tuple[Floats, Floats, Bools]:
 
 
 def excess(x: Floats, y: Floats, sd: Floats, seed: int = 0) -> float:
-    """How much too low `best_of` is on average, in nats: losses y [R] at ln rates x [R], standard errors sd [R]."""
+    """The bias of the loss that `best_of` returns, as a positive number of nats by which it is too low on average,
+    given losses y [R] at ln rates x [R] with standard errors sd [R]."""
     if not sd.any():
         return 0.0
     degree = min(2, len(x) - 1) if _bent(x, y) else min(1, len(x) - 1)
@@ -71,23 +73,24 @@ def _bent(x: Floats, y: Floats) -> bool:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The learning rates of one arm at one size and budget."""
+    """How the learning rate of one arm was tuned at one size and budget."""
 
     arm: str
     size: str
     budget: str
     rates: int  # how many were tried
     best: float | None  # the rate at the minimum; the only rate where one was tried
-    factor: float | None  # of the ladder's own rate, where the runs say which that is
-    at_edge: bool  # the best of several rates has no worse one on one side
-    given_back: float | None  # nats, for taking the least of several noisy losses; None where the noise is not known
-    off_rule: float | None = None  # of an only rate: over the rate that the arm's tuned sizes foretell
-    cost: float | None = None  # nats that this would lose, by the bend of the tuned sizes
+    factor: float | None  # `best` over the ladder's own rate, where the runs record that
+    at_edge: bool  # the best of several rates is the lowest or highest tried, or one of two
+    given_back: float | None  # nats added to undo the bias of the minimum; None where the noise is not known
+    off_rule: float | None = None  # where one rate was tried: that rate over the one extrapolated from tuned sizes
+    cost: float | None = None  # estimated loss of this deviation in nats, from the curvature at the tuned sizes
 
 
 def at_best_rates(runs: pd.DataFrame, rate: str | None, column: str) -> tuple[pd.DataFrame, list[Tuned]]:
-    """The runs of each arm, size and budget that were best in `rate`, moved so that their mean is the loss at the best
-    rate; and how every cell was tuned, nothing where none has two rates. `column` holds the compute."""
+    """Of each arm, size and budget, the runs at the best of the rates in column `rate`, with their losses shifted so
+    that the mean is the loss at the interpolated best rate; and how each was tuned. Where no cell has two rates, the
+    runs as they are and an empty list. `column` holds the compute."""
     import pandas as pd
 
     if rate is None or runs.groupby(CELL)[rate].nunique().max() < 2:
@@ -105,9 +108,9 @@ def at_best_rates(runs: pd.DataFrame, rate: str | None, column: str) -> tuple[pd
 
 
 def for_a_law(runs: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[Excluded], list[str]]:
-    """Of finished runs: those that a law of loss goes through, which are of one arm, size (N, else its name) and
-    compute (in `column`, within 10%) those at the best rate, as `at_best_rates` has them; the others; and in words
-    what was taken, and in what else the runs of such a cell differ."""
+    """Select the finished runs to which a law of loss is fitted: of each arm, size (N, else its name) and compute (in
+    `column`, within 10%) those at the best learning rate, as returned by `at_best_rates`. Also returns the other runs,
+    and lines for the reader: how rates were chosen, and in what else the runs of one arm, size and compute differ."""
     size = runs["parameters"].astype("string").fillna(runs["size"].astype("string")).fillna("")
     within = (runs["arm"].astype("string") + "\n" + size).to_numpy(str)
     cells = runs.assign(_size=size, _budget=[str(group) for group in alike(runs[column].to_numpy(float), within)])
@@ -121,22 +124,23 @@ def for_a_law(runs: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[Exclu
         if name.startswith(AXIS_PREFIX):
             cells["_budget"] += " " + cells[name].astype("string").fillna("-")
     rows, tuned = at_best_rates(cells, rate_column(runs), column)
-    told = notes(tuned)
+    lines = notes(tuned)
     edges = sum(item.rates > 1 and item.at_edge for item in tuned)
     if edges:
-        told.append(f"the best rate is at the edge of those tried in {edges} of {len(tuned)} sizes and budgets")
-    told += [f"the law goes through runs of one size and compute that differ in {name}" for name in differing]
+        lines.append(f"the best rate is at the edge of those tried in {edges} of {len(tuned)} sizes and budgets")
+    lines += [f"the law goes through runs of one size and compute that differ in {name}" for name in differing]
     others = excluded_rows(runs.drop(rows.index), "its learning rate is not the best of its size")
-    return rows[runs.columns], others, told
+    return rows[runs.columns], others, lines
 
 
 def rate_column(runs: pd.DataFrame) -> str | None:
-    """The column of learning rates: they themselves, else their factors of the ladder's."""
+    """The column of learning rates, else that of their factors of the ladder's rate; None without either."""
     return next((name for name in (RATE, FACTOR) if name in runs and runs[name].notna().any()), None)
 
 
 def _numbers(runs: pd.DataFrame, rate: str) -> pd.Series:
-    """The rates. Raises ValueError, with the rows at fault, unless all are positive: these would be left out."""
+    """The rates as numbers. Raises ValueError with the rows at fault unless all are positive, since a row without a
+    rate would otherwise be dropped silently."""
     import pandas as pd
 
     values = pd.to_numeric(runs[rate], errors="coerce").astype(float)
@@ -150,14 +154,15 @@ def _numbers(runs: pd.DataFrame, rate: str) -> pd.Series:
 
 
 def _variance(runs: pd.DataFrame, by: list[str]) -> float | None:
-    """Of one run's loss, from runs that differ in nothing but the seed; None where there are none."""
+    """The variance of one run's loss, from runs that agree in the columns `by`; None where no two do."""
     groups = runs.groupby(by)["loss"]
     dof = int((groups.size() - 1).sum())
     return float(((runs["loss"] - groups.transform("mean")) ** 2).sum() / dof) if dof else None
 
 
 def _tune(rows: pd.DataFrame, variance: float | None) -> tuple[pd.DataFrame, Tuned, float]:
-    """The best of one cell's runs, moved; how it was tuned; and the bend of loss in ln rate (NaN if not bracketed)."""
+    """The runs of one cell at the best rate, their losses shifted to the interpolated minimum; how it was tuned; and
+    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed)."""
     by_rate = rows.groupby("_rate")["loss"].agg(["mean", "size"])
     arm, size, budget = (str(rows[name].iloc[0]) for name in ("arm", "_size", "_budget"))
     factors = rows[FACTOR].astype(float) if FACTOR in rows else rows["_rate"] * np.nan
@@ -181,7 +186,8 @@ def _over(rate: float | None, own: float | None) -> float | None:
 
 
 def _with_rules(found: list[Tuned], bends: dict[Key, float], computes: dict[Key, float]) -> list[Tuned]:
-    """Each only rate beside the line of ln rate on ln compute through its arm's bracketed sizes, if these are two."""
+    """Fill in `off_rule` and `cost` where a single rate was tried: compare it with the line of ln rate on ln compute
+    through the arm's sizes whose best rate is bracketed, if there are two of them."""
 
     def beside(item: Tuned) -> Tuned:
         tuned = [each for each in found if each.arm == item.arm and each.rates > 1 and not each.at_edge]
@@ -198,7 +204,7 @@ def _with_rules(found: list[Tuned], bends: dict[Key, float], computes: dict[Key,
 
 
 def remarks(used: Sequence[Tuned]) -> Iterator[str]:
-    """What a reader of one comparison must know of the rates of both arms."""
+    """Warnings about the tuning of both arms of one comparison."""
     arms = list(dict.fromkeys(item.arm for item in used))
     for arm in arms:
         edges = list(dict.fromkeys(item.size for item in used if item.arm == arm and item.at_edge))
@@ -214,16 +220,16 @@ def remarks(used: Sequence[Tuned]) -> Iterator[str]:
         if item.off_rule is not None and abs(np.log(item.off_rule)) > np.log(FAR_OFF):
             yield (
                 f"{item.arm} has one rate at {item.size}, {item.off_rule:.2g}x that of its tuned sizes' rule "
-                f"(some {item.cost:.2g} nats)"
+                f"(which costs about {item.cost:.2g} nats)"
             )
     if any(item.rates > 1 and item.given_back is None for item in used):
         rates = {item.rates for item in used}
         if len(rates) > 1:
-            yield "taking the best of unequally many rates is not corrected, as no seeds tell the noise"
+            yield "the best of unequal numbers of rates is not corrected for noise, as there are no repeated seeds"
 
 
 def notes(tuned: Sequence[Tuned]) -> list[str]:
-    """At which rate each arm is best: as a factor of the ladder's, else of the baseline's best at the same size."""
+    """A line that says at which rates each arm is best: as factors of the ladder's rate, else the rates themselves."""
     found = []
     for arm in dict.fromkeys(item.arm for item in tuned):
         mine = [item for item in tuned if item.arm == arm and item.rates > 1 and item.best is not None]

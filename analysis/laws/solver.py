@@ -1,8 +1,8 @@
 """Minimise a loss of log y against log sum_t exp(terms), for many starts or many resamples at once.
 
 Every power law here is a sum of positive terms, and the log of each term is linear in the parameters (log E;
-log A - alpha log N; ...), so one solver serves all forms and all ways to share parameters among arms. It works on
-sums, never on an objective's absolute size, so that scaling the data or the objective changes nothing.
+log A - alpha log N; ...), so one solver serves all forms and all ways to share parameters among arms. All tolerances
+are relative, so that scaling the data or the objective does not change the result.
 
 Legend: K problems solved at once, T terms, P parameters, n points.
 """
@@ -18,15 +18,15 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Indices = NDArray[np.int_]
 
-# Steps of reweighted least squares, which take any start near an optimum, then of Newton's method, which take it there.
-# Huber's loss with a small delta is nearly all kinks; its optimum is reached through those of wider deltas.
+# Iteratively reweighted least squares brings any start close to an optimum, then Newton's method converges to it.
+# Huber's loss with a small delta is almost piecewise linear, so it is solved for decreasing deltas in turn.
 SCHEDULE = ((None, 40), (1.0, 60))  # multiple of delta (None: reweighted at the widest), iterations
 HUBER_SCHEDULE = ((None, 30), (64.0, 10), (16.0, 15), (4.0, 20), (1.0, 80))
-GRADIENT_TOLERANCE = 1e-9  # of the gradient, over the sum of its points' absolute contributions: stop there
-ROUNDING = 1e-8  # relative residuals below this are taken for it: a fit to exact data has converged too
-TOGETHER = 256  # problems iterated at once: many share an iteration's overhead, and still fit a processor's cache
-RIDGE = 1e-11  # of a system's unit diagonal, for parameters that the points do not tell apart
-CONVERGED = 1e-5  # the same: call it converged
+GRADIENT_TOLERANCE = 1e-9  # stop below this gradient, relative to the sum of the points' absolute contributions
+ROUNDING = 1e-8  # relative residuals below this count as rounding, so that a fit to exact data can converge
+TOGETHER = 256  # problems iterated at once: enough to share the overhead, few enough for a processor's cache
+RIDGE = 1e-11  # added to the unit diagonal of a scaled system, for parameters that the points do not determine
+CONVERGED = 1e-5  # a solution whose relative gradient is below this counts as converged
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Loss:
     delta: float | None
 
     def __call__(self, f: Floats, log_y: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        """Value, first and second derivative in f = log prediction, and a positive stand-in for the second."""
+        """Value, first and second derivative in f = log prediction, and a positive substitute for the second derivative
+        (that of reweighted least squares)."""
         if self.delta is None:
-            with np.errstate(over="ignore", invalid="ignore"):  # a wild step has an infinite value, and is not taken
+            with np.errstate(over="ignore", invalid="ignore"):  # a step that overflows is rejected
                 prediction = np.exp(f)
                 residual = prediction - np.exp(log_y)
                 square = prediction * prediction
@@ -62,7 +63,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """The points, the terms and the box in which the parameters lie."""
+    """A minimisation problem: the terms at every point, the bounds of the parameters and the loss function."""
 
     terms: Floats  # [T, P, n]: log term t of point i is theta @ terms[t, :, i]
     low: Floats  # [P]
@@ -83,7 +84,7 @@ class Problem:
         return (np.log(total) + top)[:, 0], share / total
 
     def objective(self, theta: Floats, log_y: Floats, weight: Floats | float = 1.0) -> Floats:
-        """[K] sums over the points."""
+        """The objective [K], a weighted sum over the points."""
         return (weight * self.loss(self.predict(theta), log_y)[0]).sum(axis=1)
 
     def solve(self, starts: Floats, log_y: Floats, weight: Floats | float = 1.0) -> Solution:
@@ -92,7 +93,7 @@ class Problem:
         log_y = np.broadcast_to(log_y, (len(starts), self.terms.shape[2]))
         weight = np.broadcast_to(weight, log_y.shape)
         gradient = np.empty(len(starts))
-        with np.errstate(over="ignore", invalid="ignore"):  # of wild steps, which are not taken
+        with np.errstate(over="ignore", invalid="ignore"):  # steps that overflow are rejected
             for first in range(0, len(starts), TOGETHER):
                 part = slice(first, first + TOGETHER)
                 for stage, newton, iterations in self._stages():
@@ -100,7 +101,7 @@ class Problem:
         return Solution(theta, self.objective(theta, log_y, weight), gradient, gradient < CONVERGED)
 
     def _stages(self) -> list[tuple[Problem, bool, int]]:
-        """The problems to solve one after the other, by Newton's method or not, and the iterations of each."""
+        """The problems to solve in turn; for each, whether by Newton's method, and the number of iterations."""
         delta = self.loss.delta
         if delta is None:
             return [(self, widen is not None, iterations) for widen, iterations in SCHEDULE]
@@ -111,8 +112,8 @@ class Problem:
         ]
 
     def leverage(self, theta: Floats) -> Floats:
-        """Of each point [n] on its own fit at theta [P], parameters at a bound left out: the diagonal of the hat matrix
-        of least squares, of raw or of log residuals as the loss has them."""
+        """The leverage [n] of each point at theta [P]: the diagonal of the hat matrix of least squares, on raw or log
+        residuals according to the loss, without the parameters that are at a bound."""
         f, share = self._shares(theta[None])
         jacobian = np.einsum("tn,tpn->np", share[0], self.terms)[:, (theta > self.low) & (theta < self.high)]
         if self.loss.delta is None:
@@ -121,13 +122,14 @@ class Problem:
         return np.asarray((basis**2).sum(axis=1))
 
     def curvature(self, theta: Floats, log_y: Floats) -> Floats:
-        """A positive stand-in [K, P, P] for the objective's Hessian: that of reweighted least squares."""
+        """A positive semidefinite approximation [K, P, P] of the Hessian: that of reweighted least squares."""
         return self._derivatives(theta, log_y, np.ones(1), newton=False)[2]
 
     def _descend(self, theta: Floats, log_y: Floats, weight: Floats, newton: bool, iterations: int) -> Floats:
-        """Damped steps that only ever go down; changes `theta` in place and returns the gradients [K].
+        """Damped steps, each accepted only if it lowers the objective; changes `theta` in place and returns the
+        relative gradients [K].
 
-        Steps are taken in the levels, not in their logs: so an E that tends to 0 gets there, and back.
+        Steps are taken in the levels, not in their logs, so that E can reach 0 and leave it again.
         """
         low, high = (np.broadcast_to(bound, theta.shape) for bound in (self.low, self.high))
         objective = self.objective(theta, log_y, weight)
@@ -142,7 +144,7 @@ class Problem:
                 hessian = hessian - np.eye(len(self.linear)) * np.where(self.linear, slope, 0.0)[:, None, :]
             product = level[:, :, None] * level[:, None, :]
             free = ~(((here <= low[running]) & (slope > 0)) | ((here >= high[running]) & (slope < 0)))
-            free &= self.low < self.high  # one that is held may be off its value by the rounding of exp and log
+            free &= self.low < self.high  # a held parameter may differ from its bound by rounding
             gradient[running] = np.where(free, np.abs(slope) / np.maximum(scale, 1e-300), 0).max(axis=1)
             ends = [np.where(self.linear, np.exp(end[running]), end[running]) for end in (low, high)]
             at = np.where(self.linear, level, here)
@@ -163,8 +165,8 @@ class Problem:
     def _derivatives(
         self, theta: Floats, log_y: Floats, weight: Floats, newton: bool
     ) -> tuple[Floats, Floats, Floats, Floats]:
-        """Slope [K, P], Hessian [K, P, P] (for `newton`; else the stand-in), its positive stand-in, and the sum of the
-        slope's absolute parts."""
+        """Gradient [K, P]; Hessian [K, P, P] if `newton`, else its positive approximation; that approximation; and the
+        sum of the absolute contributions to the gradient [K, P]."""
         f, share = self._shares(theta)
         jacobian = sum((share[:, t, None] * term for t, term in enumerate(self.terms)), np.zeros(1))
         first, second, stand_in = (weight * part for part in self.loss(f, log_y)[1:])
@@ -182,14 +184,16 @@ class Problem:
 def _step(
     slope: Floats, hessian: Floats, robust: Floats, free: Bools, damping: Floats, room: tuple[Floats, Floats]
 ) -> Floats:
-    """The damped step [K, P] within `room` below and above; where it would not descend, the stand-in's.
+    """The damped step [K, P], limited to `room` below and above; `robust`, the positive approximation of the Hessian,
+    replaces it where the step would not descend.
 
-    Parameters not free stay. One that would leave its room goes to its edge, and the others are solved for anew.
+    Parameters that are not free do not move. One that would leave its room is moved to the limit, and the step of the
+    others is then recomputed.
     """
     diagonal = np.einsum("kpp->kp", robust)
-    felt = diagonal > 1e-100  # a parameter that no prediction feels stays where it is
+    felt = diagonal > 1e-100  # a parameter without effect on any prediction does not move
     free = free & felt
-    unit = 1 / np.sqrt(np.where(felt, diagonal, 1.0))  # in these the system is well scaled
+    unit = 1 / np.sqrt(np.where(felt, diagonal, 1.0))  # scales the system to a unit diagonal
     scale = unit[:, :, None] * unit[:, None, :]
     damped = damping[:, None, None] * robust
     ridge = RIDGE * (1 + damping[:, None, None]) * np.eye(slope.shape[1])

@@ -1,8 +1,8 @@
-"""What the columns of other people's tables are called, and what --columns says about it.
+"""Maps the column names of tables from other sources to ours, with the help of the option --columns.
 
-A column is known by our name for it (schema.RUN_COLUMNS), by N, D or C, or by one of its usual names in any spelling:
-"Val Loss", "val/loss" and "summary.val_loss" are one. Two columns that could both be the loss, N, D or C and differ are
-refused: which one is meant, only the reader knows.
+A column is recognised by our name for it (schema.RUN_COLUMNS), by N, D or C, or by one of its usual names in any
+spelling: "Val Loss", "val/loss" and "summary.val_loss" are the same name. If two columns could both be, say, the loss,
+and their values differ, the table is refused, since only the user knows which one is meant.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POINT_COLUMNS = {  # the columns of a table of points, and their types
     "flops_given": "float64",
     "loss_unit": "string",
 }
-USUAL_NAMES = {  # lower case, with _ for every sign between words
+USUAL_NAMES = {  # our name -> usual names, in lower case with _ between words
     "run_id": ("run_id", "sys_id", "trial_id", "id"),
     "arm": ("arm", "variant", "architecture", "model"),
     "size": ("size", "model_size", "scale", "rung"),
@@ -66,15 +66,15 @@ USUAL_NAMES = {  # lower case, with _ for every sign between words
     "data_sha256": ("data_sha256", "data", "dataset"),
     "status": ("status", "state", "run_state", "sys_state", "done", "finished"),
 }
-EXACT = {"n": "parameters", "d": "tokens", "c": "flops_given"}  # too short to be looked for behind a tracker's prefix
-# Of these, the column with our own name wins: beside "arm", "model" may well name a size.
+EXACT = {"n": "parameters", "d": "tokens", "c": "flops_given"}  # too short to be recognised after a tracker's prefix
+# For these, a column with our own name is preferred: a table with a column "arm" may use "model" for the size.
 PREFERRED = ("run_id", "arm", "size", "tokenizer_sha256", "data_sha256", "status")
-# What trackers put before a name: W&B and Ray Tune "config/", MLflow "params." and "metrics.", Optuna "params_".
+# Prefixes that trackers add to names: W&B and Ray Tune "config/", MLflow "params." and "metrics.", Optuna "params_".
 _PREFIX = re.compile(
     r"(config|summary|summary_metrics|params?|parameters|metrics|hparams|hyperparameters|user_attrs|cfg|args)[./_]",
     re.I,
 )
-# What trackers put before what a run came to: no facts of the run, though their names have a dot.
+# Prefixes that trackers add to measured values. These are not facts of a run, although their names contain a dot.
 _MEASURED = re.compile(r"(summary|summary_metrics|metrics|tags|system|eval|val|valid|validation|test)\.", re.IGNORECASE)
 UNITS = {  # of a loss, by the name of the column that holds it
     r"bits?_per_byte|bpb": "bits/byte",
@@ -97,14 +97,16 @@ def without_prefix(name: str) -> str:
 
 
 def measured(name: str) -> str:
-    """ "metrics.accuracy" as "metrics/accuracy", since a name with a dot is that of a fact (schema.fact_columns)."""
+    """The name of a measured value without a dot, such as "metrics/accuracy" for "metrics.accuracy", since names with a
+    dot are facts (schema.fact_columns). Other names are returned as they are."""
     return name.replace(".", "/") if _MEASURED.match(name) else name
 
 
 def renaming(path: Path, raw: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
-    """The table's column names to ours: as `columns` says (N, D, C or our name -> theirs), else by their usual names.
+    """A mapping from the table's column names to ours: as given in `columns` (N, D, C or our name -> theirs), else by
+    usual names.
 
-    Raises ValueError for names that are not there, and for two columns that could both be what a claim rests on.
+    Raises ValueError for names that the table lacks, and for two columns that could be the same quantity and differ.
     """
     names = [str(name) for name in raw.columns]
     chosen: dict[str, str] = {}
@@ -139,7 +141,7 @@ def renaming(path: Path, raw: pd.DataFrame, columns: Mapping[str, str]) -> dict[
 
 
 def _target(name: str) -> tuple[str, int]:
-    """Our name for a column ("" for none), and its place among the usual ones; -1 is our own."""
+    """Our name for a column ("" for none), and its rank among the usual names, where -1 is our own name."""
     if name in POINT_COLUMNS:
         return name, -1
     if name.strip().lower() in EXACT:
@@ -158,9 +160,9 @@ def _same(one: pd.Series, other: pd.Series) -> bool:
 
 
 def unit_of(path: Path, column: str) -> str:
-    """The unit of a loss by the name of its column: nats a token unless the name says bits, or a byte or character.
+    """The unit of a loss, from the name of its column: nats a token unless the name contains bits, byte or character.
 
-    Raises ValueError for a perplexity, whose logarithm the loss is.
+    Raises ValueError for a perplexity, since the loss is its logarithm.
     """
     word = plain(column)
     if re.search(r"(^|_)(perplexity|ppl)(_|$)", word):
@@ -178,7 +180,8 @@ def loss_unit(runs: pd.DataFrame) -> str:
 
 
 def parse_columns(texts: Iterable[str]) -> dict[str, str]:
-    """What --columns says, once or several times: NAME=COLUMN,...; a name with a comma is quoted, C="flops, train"."""
+    """Parse the values of --columns, which may be given several times: NAME=COLUMN,...; a name with a comma is quoted,
+    as in C="flops, train". Raises ValueError for anything else."""
     columns: dict[str, str] = {}
     for text in texts:
         split = shlex.shlex(text, posix=True, punctuation_chars=False)
@@ -198,7 +201,7 @@ def parse_columns(texts: Iterable[str]) -> dict[str, str]:
 
 
 def format_columns(columns: Mapping[str, str]) -> list[str]:
-    """The flags that say `columns` on a command line, [] for none: what `parse_columns` reads back."""
+    """The command-line arguments that give `columns` ([] for none); the inverse of `parse_columns`."""
     items = []
     for ours, theirs in columns.items():
         quoted = f'"{theirs}"' if '"' not in theirs else shlex.quote(theirs)

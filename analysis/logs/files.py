@@ -1,4 +1,4 @@
-"""Small files that appear whole or not at all."""
+"""Atomic writes: a file appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, sync it to disk and rename it: whole or not at all."""
+    """Let `write` fill a temporary file beside `path`, sync it to disk and rename it; so `path` is never partial."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -26,7 +26,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a rename itself on disk, so that files survive a power cut in the order in which they were written."""
+    """Sync a directory after a rename in it, so that files survive a power cut in the order of their writing."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,7 +35,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically; NaN is refused, since JSON has none."""
+    """Write a JSON object atomically. Raises ValueError for NaN, which JSON cannot represent."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 

@@ -1,4 +1,4 @@
-"""Tables with a row for each step of a run, as trackers export them: each run's last row is the run."""
+"""Tables with a row for each step of a run, as trackers export them: the last row of each run is kept as its result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STEP_NAMES = ("step", "global_step", "trainer_global_step", "train_global_step", "iteration", "training_iteration")
-RUN_NAMES = ("name", "run_name", "run", "tags_mlflow_runname")  # what a tracker shows: two runs may share one
-SETTINGS = (  # what a run keeps from its first step to its last, and which tells runs apart where no id does
+RUN_NAMES = ("name", "run_name", "run", "tags_mlflow_runname")  # display names, which two runs may share
+SETTINGS = (  # constant throughout a run, and used to distinguish runs that have no id
     "sweep",
     "arm",
     "size",
@@ -23,18 +23,18 @@ SETTINGS = (  # what a run keeps from its first step to its last, and which tell
     "data_sha256",
     "tokenizer_sha256",
 )
-RATE = "train.learning_rate"  # a setting of a run, or logged at each step while it decays
-END = 0.99  # of a run's steps: a loss measured later than this is its final one
+RATE = "train.learning_rate"  # either a setting of the run, or the current value of a schedule at each step
+END = 0.99  # a loss measured after this share of a run's steps counts as its final loss
 
 
 def last_of_each_run(path: Path, points: pd.DataFrame, states_given: bool) -> tuple[pd.DataFrame, list[str]]:
-    """One row a run with a run_id each, and what is to be said about it.
+    """One row for each run, with a run_id, and notes on how the rows were reduced.
 
     Rows of one run_id at several steps (at several counts of tokens, where no column holds steps) are one run. Without
-    a run_id, rows equal in every setting and in the tokens or compute that the run was given are one run; rows that
-    differ in these, or in the learning rate, may be one run on its way or several runs, and are refused. The last row
-    is the run's result only if the run has finished, so a table without a column of states is refused. `points` are
-    typed, with our names, and their index is 0, 1, ... Raises ValueError with the rows at fault.
+    a run_id, rows that agree in every setting and in tokens or compute are one run; rows that differ in tokens, compute
+    or learning rate may be one run in progress or several runs, and are refused. The last row is the run's result only
+    if the run has finished, so a table without a column of states is refused. `points` are typed, with our names, and
+    their index is 0, 1, ... Raises ValueError with the rows at fault.
     """
     named = "run_id" in points and bool(points["run_id"].notna().any())
     weak = None if named else _first(points, RUN_NAMES)
@@ -54,7 +54,7 @@ def last_of_each_run(path: Path, points: pd.DataFrame, states_given: bool) -> tu
         kept -= set(rows.index) - {last}
         points.loc[last, "status"] = state
         if RATE in rows and rows[RATE].nunique() > 1:
-            points.loc[last, RATE] = float("nan")  # where a schedule came to is not what the run was given
+            points.loc[last, RATE] = float("nan")  # the last value of a schedule is not the run's setting
         runs, rows_of_runs = runs + 1, rows_of_runs + len(rows)
     if not runs:
         return points, []
@@ -67,7 +67,7 @@ def last_of_each_run(path: Path, points: pd.DataFrame, states_given: bool) -> tu
 
 
 def _first(points: pd.DataFrame, usual: tuple[str, ...]) -> str | None:
-    """The table's column that has the first of these names."""
+    """The table's column for the first of the names in `usual` that it has; None without any."""
     names = {plain(without_prefix(str(name))): str(name) for name in reversed(list(points))}
     return next((names[name] for name in usual if name in names), None)
 
@@ -112,7 +112,7 @@ def _last(path: Path, rows: pd.DataFrame, order: str, named: bool, states_given:
 
 
 def _refuse_differing(path: Path, rows: pd.DataFrame, names: list[str]) -> None:
-    """Refuse rows of one run_id that differ in what is one thing throughout a run."""
+    """Raises ValueError where rows of one run_id differ in columns that are constant throughout a run."""
     distinct = rows.drop_duplicates(names)
     if len(distinct) > 1:
         different = [str(name) for name in names if rows[name].nunique(dropna=False) > 1]

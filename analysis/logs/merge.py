@@ -1,4 +1,4 @@
-"""Several stores as one: a study that was trained on several machines, or written in several tables."""
+"""Reads several stores as one, for a study that was trained on several machines or is in several tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MergedStore(Store):
     """Several stores read as one, each run once."""
 
     parts: list[Store] = field(default_factory=list)
-    owners: list[set[str]] = field(default_factory=list)  # of each part, the runs whose steps are taken from it
+    owners: list[set[str]] = field(default_factory=list)  # for each part, the ids of the runs that are read from it
 
     @property
     def paths(self) -> list[Path]:
@@ -51,9 +51,9 @@ class MergedStore(Store):
 def load_all(paths: Sequence[Path], columns: Mapping[str, str] | None = None) -> Store:
     """Read one store, or several as one: live or frozen ones and tables of points, in any mixture.
 
-    Runs are merged by run_id: rows that are equal in two stores are one run, rows that differ are refused by name. Rows
-    of a table of points that has no ids are told apart by their file. `columns` applies to every table of points.
-    Raises ValueError where there is nothing to read, or where stores contradict each other.
+    Runs are merged by run_id: a run that is equal in two stores counts once, and one that differs is refused by name.
+    In a table of points without ids, the name of the file becomes part of each row's id. `columns` applies to every
+    table of points. Raises ValueError where there is nothing to read, or where stores contradict each other.
     """
     if len(paths) == 1:
         return load(paths[0], columns)
@@ -65,8 +65,8 @@ def load_all(paths: Sequence[Path], columns: Mapping[str, str] | None = None) ->
         raise ValueError("--columns renames the columns of a table in a file; all of these are directories")
     units = {loss_unit(part.runs): part.path for part in parts}
     if len(units) > 1:
-        told = ", ".join(f"{unit} in {path}" for unit, path in units.items())
-        raise ValueError(f"the losses are in several units ({told}) and cannot be compared; give stores of one unit")
+        listed = ", ".join(f"{unit} in {path}" for unit, path in units.items())
+        raise ValueError(f"the losses are in several units ({listed}) and cannot be compared; give stores of one unit")
     for part in parts:
         part.runs = _named_rows(part)
     runs, owners = _union(parts)
@@ -79,13 +79,13 @@ def _points_file(path: Path) -> bool:
 
 
 def _named_rows(part: Store) -> pd.DataFrame:
-    """The runs, those of a table without ids ("row 3") named after their file as well."""
+    """The runs, with the path of the file added to the ids of rows without one of their own ("row 3")."""
     nameless = part.runs["run_id"].map(lambda name: bool(re.fullmatch(r"row \d+", name)))
     return part.runs.assign(run_id=part.runs["run_id"].mask(nameless, f"{part.path} " + part.runs["run_id"]))
 
 
 def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]]]:
-    """The runs of all parts, each once, and for each part the ids of the runs that are taken from it."""
+    """The runs of all parts, each once; and for each part, the ids of the runs that are read from it."""
     import pandas as pd
 
     owner_of: dict[str, Store] = {}
@@ -126,7 +126,7 @@ def _equal(one: object, other: object) -> bool:
 
 
 def _joined(columns: Sequence[pd.Series]) -> pd.Series:
-    """One column of several: of the type that all have, numbers where all are numbers, else text."""
+    """Several columns concatenated: of their common type, else as numbers where all are numeric, else as text."""
     import pandas as pd
 
     cells = [cell for column in columns for cell in column.astype(object).where(column.notna(), None)]

@@ -1,7 +1,7 @@
 """Numbers as people write them: 91M, 1.3B, 1,024,000, 3,50 and 1.024,5.
 
-"1,234" is a thousand and some to one person and a little over one to another. Which it is, the table's other numbers
-tell where they leave no doubt; where they do not, the table is refused with the row and the column.
+"1,234" may be 1234 or 1.234, depending on the decimal mark. Other numbers of the table decide, if any of them is
+unambiguous; otherwise the table is refused with the row and the column.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ def decimal_mark(cells: Mapping[str, Sequence[Any]]) -> str:
     `cells` are the columns that hold numbers, by name. Raises ValueError, without the file's name, where the numbers
     contradict one another or could be read either way.
     """
-    told: dict[str, str] = {}  # mark -> where it is certain
+    certain: dict[str, str] = {}  # decimal mark -> the first cell that requires it
     open_cell = ""
     for name, column in cells.items():
         for row, cell in enumerate(column, 1):
             if not isinstance(cell, str) or (
-                "," not in cell and ("." not in cell or ("." in told and cell.count(".") == 1))
+                "," not in cell and ("." not in cell or ("." in certain and cell.count(".") == 1))
             ):
                 continue
             mark, where = _mark_of(cell), f"{cell!r} in row {row} of column {name}"
             if mark:
-                told.setdefault(mark, where)
+                certain.setdefault(mark, where)
             elif mark is None:
                 open_cell = open_cell or where
-    if len(told) == 2:
-        raise ValueError(f"decimals are points in {told['.']} and commas in {told[',']}; write them in one way")
-    if open_cell and not told:
+    if len(certain) == 2:
+        raise ValueError(f"decimals are points in {certain['.']} and commas in {certain[',']}; write them in one way")
+    if open_cell and not certain:
         raise ValueError(
             f"{open_cell} may be a decimal comma or a thousands separator; write decimals with points and no separators"
         )
-    return next(iter(told), ".")
+    return next(iter(certain), ".")
 
 
 def _mark_of(cell: str) -> str | None:
-    """The decimal mark that a number cannot do without; None if either would do, "" if it is no number."""
+    """The decimal mark that a number requires; None if it can be read with either, "" if it is not a number."""
     form = _FORM.fullmatch(cell.strip())
     if not form:
         return ""
@@ -64,7 +64,7 @@ def _mark_of(cell: str) -> str | None:
 
 
 def number(cell: Any, mark: str = ".") -> float:
-    """A cell as a number, NaN where it is missing. Raises ValueError if it is none under this decimal mark."""
+    """A cell as a number, NaN where it is missing. Raises ValueError if it is not a number with this decimal mark."""
     if not isinstance(cell, str):
         if cell is None or cell != cell:
             return math.nan
@@ -81,7 +81,7 @@ def number(cell: Any, mark: str = ".") -> float:
         return math.nan
     form = _FORM.fullmatch(text)
     if not form:
-        return float(text)  # inf, or the refusal
+        return float(text)  # reads "inf", and raises ValueError for anything else
     sign, digits, exponent, scale = form[1], form[2], form[3] or "", form[4].lower()
     whole, point, fraction = digits.partition(mark)
     separator = {",": ".", ".": ","}[mark]

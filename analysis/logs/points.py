@@ -1,4 +1,4 @@
-"""Other people's tables: a table of points, or a tracker's export, as a table of runs; and tables of kernel times."""
+"""Reads tables from other sources: a table of points or a tracker's export, as a table of runs; and kernel times."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KERNEL_COLUMNS = {"op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "us", "provider"}
-# Our word for where a run stands -> what W&B, MLflow, Optuna, ClearML and Slurm call it. Ray Tune's "terminated" is not
-# among them: a trial that a scheduler stopped early is called so, too.
+# Our name of a run's status -> the names that W&B, MLflow, Optuna, ClearML and Slurm use. Ray Tune's "terminated" is
+# left out, because it is also used for a trial that a scheduler stopped early.
 STATES = {
     "complete": ("complete", "completed", "finished", "done", "succeeded", "success", "published", "true"),
     "failed": ("failed", "fail", "crashed", "error", "errored", "diverged", "out_of_memory", "node_fail", "timeout"),
@@ -30,7 +30,7 @@ STATES = {
     ),
 }
 STATE_OF = {word: state for state, words in STATES.items() for word in words}
-SIX_N_D = {  # a convention that N and D alone decide -> the N that it counts
+SIX_N_D = {  # column of a convention that follows from N and D -> the column of the N that it counts
     "flops_6nd": "parameters",
     "flops_6n_nonemb_d": "parameters_nonembedding",
     "flops_6nactive_d": "parameters_active",
@@ -38,15 +38,15 @@ SIX_N_D = {  # a convention that N and D alone decide -> the N that it counts
 
 
 def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
-    """A table of points as a run table, and what is to be said about how it was read.
+    """A table of points as a run table, and notes on how it was read.
 
-    Compute given without a named convention becomes `flops_given`; 6 N D, 6 N_nonemb D and 6 N_active D follow from N
-    and D where the table has these. Columns with a dot are facts or [vary] axes, unless a tracker's prefix says that
-    they were measured. Counts that are not whole (D as C / 6 N) stay as they are, in a float64 column. Raises
-    ValueError with the file, the row and the column at fault.
+    Compute without a named convention becomes `flops_given`; 6 N D, 6 N_nonemb D and 6 N_active D are computed where
+    the table has N and D. Columns with a dot are facts or [vary] axes, unless they have a tracker's prefix for measured
+    values. Counts that are not whole numbers (such as D = C / 6 N) are kept, in a float64 column. Raises ValueError
+    with the file, the row and the column at fault.
     """
     raw = read_raw(path)
-    if set(raw.columns) >= KERNEL_COLUMNS:  # whose D are channels, not tokens
+    if set(raw.columns) >= KERNEL_COLUMNS:  # here D is the number of channels, not of tokens
         raise ValueError(
             f"{path} holds times of kernels, not runs; `dynconv plot` draws them, pandas and DuckDB read them"
         )
@@ -72,7 +72,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
 
 
 def run_types(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every column of RUN_COLUMNS with its type; counts that are not whole numbers are float64."""
+    """The runs with every column of RUN_COLUMNS, of its type; counts that are not whole numbers are float64."""
     import pandas as pd
 
     absent = {name: pd.Series(index=runs.index, dtype=dtype) for name, dtype in RUN_COLUMNS.items() if name not in runs}
@@ -84,7 +84,7 @@ def run_types(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_whole(column: pd.Series) -> bool:
-    """Whether all numbers of a column are whole ones that Int64 holds."""
+    """Whether all numbers of a column are whole and fit into Int64."""
     import numpy as np
 
     if str(column.dtype) in ("Int64", "int64"):
@@ -102,12 +102,13 @@ def read_kernels(path: Path) -> pd.DataFrame | None:
     try:
         rows = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError):
-        return None  # `load` says what is wrong with it
+        return None  # the caller then calls `load`, which reports the error
     return rows if set(rows.columns) >= KERNEL_COLUMNS else None
 
 
 def _name_compute(path: Path, points: pd.DataFrame) -> pd.DataFrame:
-    """The table with compute in the column of its convention, where a column `convention` names one."""
+    """The table with its compute renamed to the column of a convention, if a column `convention` names one for all
+    rows."""
     if "convention" not in points or points["convention"].nunique() != 1:
         return points
     name = str(points["convention"].dropna().iloc[0])
@@ -117,7 +118,8 @@ def _name_compute(path: Path, points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _typed(path: Path, points: pd.DataFrame, theirs: Mapping[str, str]) -> pd.DataFrame:
-    """The columns that we know by their types, the others by what they hold. `theirs` are the file's names for ours."""
+    """The table with typed columns: known columns have their defined type, others a type guessed from their cells.
+    `theirs` maps our names to those in the file, for messages."""
     import pandas as pd
 
     types = {name: POINT_COLUMNS.get(str(name), "") for name in points}
@@ -162,7 +164,7 @@ def _text(cell: Any) -> str:
 
 
 def _guessed(cells: pd.Series, mark: str) -> pd.Series:
-    """A column that we do not know: numbers or booleans where every cell is one, else text."""
+    """A column of unknown meaning: booleans or numbers where every cell is one, else text."""
     import pandas as pd
 
     if cells.dtype != object:
@@ -180,15 +182,16 @@ def _guessed(cells: pd.Series, mark: str) -> pd.Series:
 
 
 def _plain_number(cell: Any, mark: str) -> float:
-    """A cell as a number if it has no letter for a scale, which in a column that we do not know may be a name."""
+    """A cell as a number. Raises ValueError for one that ends in a letter, such as 91M: in a column of unknown meaning
+    it may be a name."""
     if isinstance(cell, str) and cell[-1:].isalpha():
         raise ValueError(f"{cell!r} is no plain number")
     return number(cell, mark)
 
 
 def _seeds(path: Path, cells: pd.Series) -> list[int | None]:
-    """Seeds as whole numbers. "seed 3" and "s3" are 3; other text becomes a number made of its letters (CRC-32), the
-    same in every file, so that several tables agree on which seeds are equal."""
+    """Seeds as whole numbers. "seed 3" and "s3" become 3. Other text becomes its CRC-32, which is the same in every
+    file, so that several tables agree on which seeds are equal. Raises ValueError where two seeds would coincide."""
     labels = [
         None if cell is None or cell != cell else _text(cell)
         for cell in cells.astype(object).where(cells.notna(), None)
@@ -202,7 +205,7 @@ def _seeds(path: Path, cells: pd.Series) -> list[int | None]:
         if not ending and not re.search(r"[A-Za-z]", label):
             raise _refusal(path, cells, "whole numbers or names", [(row, label)])
         numbers[label] = int(ending[1]) if ending else zlib.crc32(label.encode())
-    if len(set(numbers.values())) < len(numbers):  # "a1" and "b1"
+    if len(set(numbers.values())) < len(numbers):  # such as "a1" and "b1"
         numbers = {
             label: int(label) if re.fullmatch(r"-?\d{1,18}", label) else zlib.crc32(label.encode()) for label in numbers
         }
@@ -212,8 +215,8 @@ def _seeds(path: Path, cells: pd.Series) -> list[int | None]:
 
 
 def _states(points: pd.DataFrame) -> pd.Series:
-    """`status` in our words. A word that is not known stays, and counts as not finished; a table without a column
-    of states holds finished runs."""
+    """The column `status` in our terms (STATES). An unknown word is kept, and counts as not finished. In a table
+    without such a column, all runs count as finished."""
     import pandas as pd
 
     if "status" not in points:

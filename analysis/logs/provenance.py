@@ -1,4 +1,4 @@
-"""On what a run was trained, from its attempts: a value stands for the run only where all of them agree on it."""
+"""The hardware and versions that a run was trained on, from its attempts. A value is given only if all agree on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch")
-HARDWARE_AND_VERSIONS = ("device", "gpus", "dtype", "torch", "triton")  # what decides how fast a step is
+HARDWARE_AND_VERSIONS = ("device", "gpus", "dtype", "torch", "triton")  # what determines the speed of a step
 
 
 def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

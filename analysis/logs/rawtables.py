@@ -1,7 +1,7 @@
-"""What stands in somebody's table, before any column is understood: CSV, TSV, JSON lines or Parquet, maybe compressed.
+"""Reads the cells of a table, before columns are interpreted: CSV, TSV, JSON lines or Parquet, possibly compressed.
 
-Cells of text files stay text here: which of them are numbers, and how their decimals are written, only the whole table
-tells (numerals.py). A table whose cells do not line up with its header is refused with the row, never read shifted.
+Cells of text files remain text here, since only the whole table shows which of them are numbers and which decimal mark
+they use (numerals.py). A table whose rows do not match its header is refused with the row, never read shifted.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-TEXT_MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "<NA>", "null", "NULL"})  # "None" may well name an arm
+TEXT_MISSING = frozenset(
+    {"", "NA", "N/A", "NaN", "nan", "<NA>", "null", "NULL"}
+)  # not "None", which may be the name of an arm
 INDEX = "index"  # the name given to a column of row labels that has none
 
 
 def read_raw(path: Path) -> pd.DataFrame:
-    """The cells of a table; row i of the table is row i of the frame, counted from 1 in what is said about it.
+    """The cells of a table, one row of the frame for each row of the table; messages count rows from 1.
 
     Text is stripped and missing cells are NA. Raises ValueError naming the file, and the row where there is one.
     """
@@ -78,7 +80,8 @@ OPENERS: dict[str, Callable[[Path], bytes]] = {
 
 
 def _decoded(path: Path, content: bytes) -> str:
-    """Text as UTF-8 or UTF-16, which a byte order mark or the zero bytes of a Latin header give away."""
+    """Decode text as UTF-8 or UTF-16. UTF-16 is recognised by its byte order mark, or by the zero bytes that Latin
+    letters have in it."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
     elif content[:2].count(0) == 1 and len(content) % 2 == 0:

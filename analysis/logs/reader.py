@@ -1,4 +1,4 @@
-"""Reads the log of a run: where it stands, and its rows, each step once."""
+"""Reads the log of a run: its progress, and its rows, with each step once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run stood when its log was last written to disk; None where nothing is logged yet.
+    """The progress of a run when its log was last written to disk; fields are None where nothing is logged yet.
 
     An attempt that has logged no step yet shows the last step of the attempt before it.
     """
@@ -53,7 +53,7 @@ def progress(run_dir: Path) -> Progress | None:
 
 
 def status(run_dir: Path) -> str:
-    """ "complete", "cancelled", "failed" or "unfinished"."""
+    """The status of a run, from the files in its directory: "complete", "cancelled", "failed" or "unfinished"."""
     marks = {"run.json": "complete", "cancelled": "cancelled", "failure.json": "failed"}
     return next((name for mark, name in marks.items() if (run_dir / mark).exists()), "unfinished")
 
@@ -64,7 +64,7 @@ def attempt_numbers(run_dir: Path) -> list[int]:
 
 
 def read_attempts(run_dir: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The readable attempts by number, and what was wrong with the others."""
+    """The readable attempts by number, and a line for each one that is unreadable."""
     attempts, problems = {}, []
     for number in attempt_numbers(run_dir):
         try:
@@ -76,7 +76,7 @@ def read_attempts(run_dir: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The steps or the evaluations of one run, by step, without what a later attempt repeated."""
+    """The steps or the evaluations of one run, ordered by step, without rows that a later attempt repeated."""
 
     table: pa.Table
     lost_seconds: float = 0.0  # spent on rows that a later attempt repeated
@@ -84,7 +84,7 @@ class Rows:
 
 
 def read_rows(run_dir: Path, kind: str) -> Rows:
-    """The rows of `kind` ("steps" or "evals"): of the merged file if the run is complete, else of the parts."""
+    """The rows of `kind` ("steps" or "evals"), from the merged file if the run is complete, else from the parts."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -101,7 +101,7 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
         try:
             table = parquet.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            if not complete and (run_dir / "run.json").exists():  # it finished while we read: the parts are gone
+            if not complete and (run_dir / "run.json").exists():  # the run finished meanwhile, and removed the parts
                 return read_rows(run_dir, kind)
             problems.append(f"{path} is unreadable ({first_line(error)}); left out")
             continue
@@ -119,7 +119,7 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
 
 
 def _without_repeats(table: pa.Table, first_steps: Mapping[int, int]) -> tuple[pa.Table, float]:
-    """Drop the rows that a later attempt started over, and return the seconds that they had taken."""
+    """The table without rows that a later attempt repeated, and the seconds that these rows had taken."""
     import numpy as np
 
     attempt, step = table["attempt"].to_numpy(), table["step"].to_numpy()
@@ -128,7 +128,7 @@ def _without_repeats(table: pa.Table, first_steps: Mapping[int, int]) -> tuple[p
         keep &= (attempt >= number) | (step < first_step)
     order = np.lexsort((attempt, step))
     order = order[keep[order]]
-    # Two attempts that both start at step 1 may both have evaluated before it: the later attempt's rows stand.
+    # Two attempts that both start at step 1 may both have evaluated at step 0; keep the rows of the later attempt.
     last_row_of_step = np.searchsorted(step[order], step[order], side="right") - 1
     order = order[attempt[order] == attempt[order][last_row_of_step]]
     seconds = table["seconds"].to_numpy()

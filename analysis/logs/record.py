@@ -1,4 +1,4 @@
-"""One row of the run table from a run's own small files, and the table of such rows."""
+"""Reads one row of the run table from the JSON files of a run, and builds the table from such rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def schema_of(run_dir: Path) -> int | None:
-    """The schema that a run was submitted under; None where its config.json cannot be read or names none."""
+    """The schema version that a run was submitted with; None where config.json is unreadable or states none."""
     try:
         found = read_json(run_dir / "config.json").get("schema")
     except ValueError:
@@ -42,7 +42,8 @@ def schema_of(run_dir: Path) -> int | None:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """One row of the run table, from config.json and run.json alone. Raises ValueError where they are not ours."""
+    """One row of the run table, from config.json and run.json alone. Raises ValueError where they do not have the
+    schema of a run."""
     path = run_dir / "config.json"
     config = _read_config(path)
     if config["run_id"] != run_dir.name:
@@ -57,7 +58,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """config.json with the keys of the present schema."""
+    """config.json with the keys of the current schema. Raises ValueError where keys are missing."""
     config = read_json(path)
     if config.get("schema") == schema1.SCHEMA:
         config = schema1.upgrade_record(config)
@@ -82,7 +83,7 @@ def _results(run_dir: Path, schema: int) -> dict[str, Any]:
 
 
 def _described(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that the record brings itself: its facts under their own names, and its [vary] axes."""
+    """The columns that differ from run to run: the facts in the record, and its [vary] axes with their prefix."""
     columns: dict[str, Any] = {}
     for kind in ("vary", "facts"):
         if not isinstance(config[kind], dict):
@@ -113,11 +114,11 @@ def run_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def typed(values: Iterable[Any]) -> pd.Series:
-    """Values of one fact or axis as a column of the type that suits all of them; None is missing."""
+    """Values of one fact or axis as a column of their common type (`type_of`); None is missing."""
     import pandas as pd
 
     values = list(values)
     dtype = type_of(values)
-    if dtype == "string":  # of kinds that do not mix, too
+    if dtype == "string":  # may also be a mixture of types
         values = [None if value is None else str(value) for value in values]
     return pd.Series(values, dtype="object").astype(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # pyarrow costs up to a second, and `status` needs none of it
+if TYPE_CHECKING:  # importing pyarrow takes up to a second, and `status` does not need it
     import pyarrow as pa
 
 SCHEMA = 2
@@ -32,8 +32,8 @@ EVAL_COLUMNS = {  # one row for each metric, so that a new task needs no new col
 }
 COLUMNS = {"steps": STEP_COLUMNS, "evals": EVAL_COLUMNS}
 CLOCKS = ("queue", "startup", "compile", "train", "eval", "checkpoint", "lost")
-ADDED_CLOCKS = ("queue", "startup", "compile", "checkpoint")  # the others are sums of rows
-IDENTITY = {  # written by the sweep into config.json, repeated in run.json; FLOPs can pass 2^63, hence floats
+ADDED_CLOCKS = ("queue", "startup", "compile", "checkpoint")  # logged directly; the others are sums over rows
+IDENTITY = {  # written by the sweep into config.json, repeated in run.json; FLOPs are floats, as they can exceed 2^63
     "run_id": "string",
     "sweep": "string",
     "arm": "string",
@@ -86,7 +86,8 @@ AXIS_PREFIX = "vary."  # of the columns that hold a sweep's declared [vary] axes
 
 
 def fact_columns(columns: Iterable[str]) -> list[str]:
-    """The columns that say how a run is made, such as "conv.width": those with a dot that are no [vary] axis."""
+    """The columns that hold facts of a run's configuration, such as "conv.width": names with a dot, but not [vary]
+    axes."""
     return [name for name in columns if "." in name and not name.startswith(AXIS_PREFIX)]
 
 
@@ -96,9 +97,9 @@ def axis_columns(columns: Iterable[str]) -> list[str]:
 
 
 def type_of(values: Iterable[Any]) -> str:
-    """The type of a column with these values, None among them being missing: "string", "Int64", "float64", "boolean".
+    """The type of a column with these values, where None is missing: "string", "Int64", "float64" or "boolean".
 
-    Whole numbers beside fractions are numbers. Kinds that do not mix, such as text beside numbers, make text.
+    Integers and floats together give "float64". Other mixtures, such as text and numbers, give "string".
     """
     kinds = {type(value) for value in values if value is not None}
     if kinds == {bool}:

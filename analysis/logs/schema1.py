@@ -1,4 +1,4 @@
-"""Reads what schema 1 of the log wrote, as schema 2: the only module that knows how old stores look.
+"""Reads logs of schema 1 as schema 2. This is the only module that knows the format of old stores.
 
 Schema 1 described an arm by a fixed list of columns, taken from the model's frozen configuration, logged an evaluation
 as one row with its loss and bits per byte, and kept the device of a run's last attempt only. It trained on text alone,
@@ -77,7 +77,8 @@ def _site_name(sites: Iterable[str]) -> str | None:
 
 
 def provenance(run: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What schema 2 says of a complete run's device. How many runs shared it is not known, so its clock is not, either.
+    """The columns of schema 2 on the device of a complete run. Schema 1 did not record how many runs shared a device,
+    so `sharing` is missing and `clock` is never "alone".
 
     `attempts` may be empty where there was one, whose device run.json holds.
     """
@@ -106,7 +107,7 @@ def upgrade_frozen(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def upgrade_evals(table: pa.Table) -> pa.Table:
-    """Evaluations of schema 1, one row each, as a row a metric; any other table as it is.
+    """Evaluations of schema 1 (one row each) with one row for each metric; any other table is returned as it is.
 
     A column run_id in front, as frozen stores have it, is kept.
     """

@@ -1,5 +1,5 @@
-"""What every claim asks of a table of runs: finished rows with positive numbers, each run once, one convention, one
-baseline."""
+"""What every analysis needs from a table of runs: finished rows with positive numbers, each run once, one FLOP
+convention and one baseline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from analysis.logs.schema import CONVENTIONS, IDENTITY, TRUNK
 if TYPE_CHECKING:
     import pandas as pd
 
-ALIKE = 1.1  # computes within 10% of each other are one: step counts are rounded, and seeds may stop a little early
+ALIKE = 1.1  # computes within 10% count as equal, since step counts are rounded and a run may stop slightly early
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """A row that was left out."""
+    """A row that was left out, and why."""
 
     run_id: str
     arm: str
@@ -69,8 +69,9 @@ def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
 
 
 def _without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """Rows that are equal in all that a run is and came to are one run, entered twice. Two runs without a seed, or two
-    of one seed, that differ in loss are two: replicates."""
+    """The rows without repetitions, and the repetitions. Rows that agree in configuration and in loss are one run that
+    was entered twice. Rows without a seed, or with the same seed, that differ in loss are different runs:
+    replicates."""
     what = [*IDENTITY, "flops_given", "loss"]
     same = [name for name in done if (name in what and name not in ("run_id", "sweep")) or "." in str(name)]
     repeated = done.duplicated(same)
@@ -83,8 +84,9 @@ def excluded_rows(rows: pd.DataFrame, reason: str | pd.Series) -> list[Excluded]
 
 
 def alike(values: NDArray[np.float64], within: NDArray[np.str_], step: float = ALIKE) -> NDArray[np.intp]:
-    """A number for each group of `values` [n] of the same `within` [n] that no step above `step` divides, from the
-    least."""
+    """Group equal labels `within` [n] by nearly equal `values` [n]: in ascending order, a new group starts wherever a
+    value exceeds the one before by more than the factor `step`. Returns the number [n] of each value's group, counted
+    from 0 within each label."""
     found = np.zeros(len(values), dtype=np.intp)
     for label in np.unique(within):
         mine = np.flatnonzero(within == label)
@@ -94,14 +96,15 @@ def alike(values: NDArray[np.float64], within: NDArray[np.str_], step: float = A
 
 
 def is_rate(name: str) -> bool:
-    """Whether a column holds a learning rate, of which a run may have several by kind of parameter, or its factor."""
+    """Whether a column holds a learning rate or a factor of it. A run may have several rates, for different kinds of
+    parameters."""
     return name.endswith(("learning_rate", "learning_rate_factor"))
 
 
 def conventions_in(rows: pd.DataFrame) -> dict[str, str]:
-    """The conventions under which every row has its compute, each with its column.
+    """The FLOP conventions under which every row has a compute, each with its column.
 
-    6 N_active D is left out where it is 6 N D in every row: without experts the two say the same.
+    6 N_active D is left out where it equals 6 N D in every row, as it does for models without experts.
     """
     found = {name: column for name, column in CONVENTIONS.items() if column in rows and (rows[column] > 0).all()}
     active, total = (CONVENTIONS[name] for name in ("6N_active D", "6ND"))
@@ -113,7 +116,7 @@ def conventions_in(rows: pd.DataFrame) -> dict[str, str]:
 def choose_convention(runs: pd.DataFrame, wanted: str | None = None) -> str:
     """The convention asked for, else the first of exact, given, 6ND, 6N_nonemb D that the finished rows have.
 
-    Raises ValueError, with the rows at fault, where some of them lack it: another would be chosen in silence.
+    Raises ValueError, with the rows at fault, where only some rows have it, rather than choosing another silently.
     """
     done = runs[runs["status"] == "complete"]
     have = [name for name, column in CONVENTIONS.items() if column in done and done[column].notna().any()]
@@ -129,7 +132,7 @@ def choose_convention(runs: pd.DataFrame, wanted: str | None = None) -> str:
 
 
 def choose_baseline(runs: pd.DataFrame, wanted: str | None = None) -> str:
-    """The baseline asked for, else the sweep's."""
+    """The baseline asked for, else the one that the runs name. Raises ValueError where there is no such arm."""
     arms = sorted(runs["arm"].dropna().unique())
     if wanted is None:
         named = runs["baseline"].dropna().unique()
@@ -145,5 +148,6 @@ def choose_baseline(runs: pd.DataFrame, wanted: str | None = None) -> str:
 
 
 def some(values: Iterable[object], most: int = 4) -> str:
+    """The first `most` values as a list in words, for messages: "a, b, c, d and 3 more"."""
     shown = [str(value) for value in values]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -1,8 +1,8 @@
-"""Read what there is to analyse into one table of runs: a live store, a frozen one, or a CSV or Parquet of points.
+"""Reads a live store, a frozen one, or a CSV or Parquet table of points into one table of runs.
 
-A row is a run; columns and units as in `schema.RUN_COLUMNS`, then a column for each declared [vary] axis and each fact
-of the runs. Missing stays missing (NA), never zero. What could not
-be read is named in `problems` and left out, never guessed.
+Each row is a run. Columns and units are those of `schema.RUN_COLUMNS`, then one column for each declared [vary] axis
+and each fact of the runs. Missing values remain missing (NA), never zero. Files that cannot be read are named in
+`problems` and left out, never guessed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Store:
-    """`runs` is read at once from small files; steps and evaluations when asked for."""
+    """A store of runs. `runs` is read at once, from small files; steps and evaluations are read on request."""
 
     path: Path
     runs: pd.DataFrame  # RUN_COLUMNS, axes, facts; of points also flops_given: C as the table gives it
@@ -88,8 +88,8 @@ class Store:
 def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
     """Read a live store, a frozen one or a table of points.
 
-    `columns` maps N, D, C, N_nonemb or a name of ours to the table's name for it, where that is not a usual one.
-    Raises ValueError if there is nothing to read or a needed file is torn.
+    `columns` maps N, D, C, N_nonemb or one of our names to the table's name for it, where that is not a usual one.
+    Raises ValueError if there is nothing to read or a necessary file is damaged.
     """
     if (path / "points.csv").is_file():
         path = path / "points.csv"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEEDED = ("size", "arm", "tokens_per_second")
-SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # missing ones are taken for equal
+SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # missing values count as equal
 
 
 def read_throughput(path: Path) -> pd.DataFrame:

@@ -27,8 +27,8 @@ from analysis.logs.schema import ADDED_CLOCKS, CLOCKS, IDENTITY, RECORDED, SCHEM
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OWN_CLOCKS = ("train", "eval")  # of one attempt: with the seconds of rows that a later one repeated
-MIN_SHARE_PER_PART = 0.01  # a part covers at least this share of the attempt's age, so that parts stay few
+OWN_CLOCKS = ("train", "eval")  # of one attempt, including rows that a later attempt repeated
+MIN_SHARE_PER_PART = 0.01  # a part covers at least this share of the attempt's duration, which limits their number
 
 
 def next_attempt(run_dir: Path) -> int:
@@ -37,7 +37,7 @@ def next_attempt(run_dir: Path) -> int:
 
 
 def record_failure(run_dir: Path, *, attempt: int, step: int, cause: str, time: float) -> None:
-    """Write failure.json, unless it is there: of several processes the first to fail knows the cause.
+    """Write failure.json unless it exists: of several processes, the first to fail has the actual cause.
 
     Raises OSError where the disk takes no files.
     """
@@ -99,7 +99,8 @@ class RunLog:
     ) -> None:
         """Log one optimiser step; `tokens` is the run's total after it.
 
-        Written to disk every `flush_seconds`, and less often as the attempt grows old: a day is some 500 parts.
+        Rows are written to disk every `flush_seconds`, and less often as the attempt gets longer, so that a day gives
+        about 500 parts.
         """
         row = (self._attempt["attempt"], step, tokens, loss, gradient_norm, learning_rate, seconds)
         self._rows["steps"].append(row)
@@ -142,7 +143,7 @@ class RunLog:
 
     def fail(self, step: int, cause: str) -> None:
         """Record why this attempt gave up. What it logged stays."""
-        with contextlib.suppress(OSError):  # the cause matters more than the last seconds of the log
+        with contextlib.suppress(OSError):  # recording the cause matters more than the last rows
             self.flush()
         record_failure(self._run_dir, attempt=self._attempt["attempt"], step=step, cause=cause, time=self._clock())
 
@@ -155,7 +156,7 @@ class RunLog:
         """
         self.flush()
         steps, evals = (read_rows(self._run_dir, kind) for kind in ("steps", "evals"))
-        before = self._config.get("branch_step", 0)  # steps of its trunk, in whose log they are
+        before = self._config.get("branch_step", 0)  # steps before the branch are in the log of its trunk
         last = before + steps.table.num_rows
         gaps = steps.table["step"].to_pylist() != list(range(before + 1, last + 1))
         if problems := [*steps.problems, *evals.problems, *(["steps are missing"] if gaps else [])]:
@@ -170,11 +171,11 @@ class RunLog:
         run |= {"loss": final["loss"], "bits_per_byte": final.get("bits_per_byte"), "steps": last}
         run |= {"attempts": self._attempt["attempt"], "seconds": seconds}
         if seconds["train"] > 0:
-            own = self._config.get("tokens_own", self._config["tokens"])  # a branch's without its trunk's
+            own = self._config.get("tokens_own", self._config["tokens"])  # of a branch, without those of its trunk
             run["tokens_per_second"] = own / seconds["train"]
         provenance = summarize(attempts)
         if before:
-            provenance["clock"] = "mixed"  # a branch's seconds lack its trunk's
+            provenance["clock"] = "mixed"  # the seconds of a branch do not include its trunk
         run |= {**provenance, "attempts_made": attempts, "finished_at": self._clock(), **summary}
         write_parquet(self._run_dir / "steps.parquet", steps.table)
         write_parquet(self._run_dir / "evals.parquet", evals.table)
@@ -200,7 +201,7 @@ class RunLog:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The run's record, with all that run.json repeats of it."""
+    """The run's config.json, checked for all keys that run.json repeats."""
     config = read_json(path)
     missing = [key for key in (*IDENTITY, "facts", "vary") if key not in config]
     if missing or config.get("schema") != SCHEMA:
@@ -212,7 +213,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _clocks(attempts: Sequence[Mapping[str, Any]], steps: Rows, evals: Rows) -> dict[str, float]:
-    """Seconds of the whole run by clock: `train` and `eval` of the rows that stand, `lost` of those repeated."""
+    """Seconds of the whole run by clock: `train` and `eval` of the rows kept, `lost` of rows that were repeated."""
     seconds = {clock: sum(attempt["seconds"][clock] for attempt in attempts) for clock in ADDED_CLOCKS}
     seconds |= {"train": _total(steps), "eval": _total(evals), "lost": steps.lost_seconds + evals.lost_seconds}
     return {clock: float(seconds[clock]) for clock in CLOCKS}

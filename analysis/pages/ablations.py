@@ -1,7 +1,7 @@
-"""Which runs show what one fact of an arm does, the others being the same: the rows behind the ablation panels.
+"""Select the runs of the ablation panels: arms that differ in a single fact.
 
-A fact of an arm is any column whose name has a dot, such as "conv.rank": the run wrote it into its own record, and
-nothing here knows what it means.
+A fact of an arm is any column whose name has a dot, such as "conv.rank". The run wrote it into its own record; this
+module does not know what it means.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import pandas as pd
 from analysis.logs.schema import axis_columns, fact_columns
 from analysis.pages.tables import is_missing
 
-KIND = "kind"  # of an arm or a part of it: never a factor, since arms of two kinds differ in more than a fact
-PLAIN = (KIND, "sites")  # facts whose values speak for themselves
+KIND = "kind"  # never a factor of an ablation, since arms of two kinds differ in more than one fact
+PLAIN = (KIND, "sites")  # facts whose values are understood without the name of the fact
 
 
 def ablations(done: pd.DataFrame) -> pd.DataFrame:
-    """Runs whose arms differ in one fact alone, a row for each fact in which they do, at the size that has most.
+    """Runs whose arms differ in a single fact, at the size that has most such runs; a run has one row for each fact in
+    which it differs from another.
 
-    Beside the columns of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as `line`.
-    Rows that were taken from different sources are not joined.
+    Adds three columns to those of runs: the fact as `factor`, its value as `setting`, and the arm's other facts as
+    `line`. Rows with different values in a column `source` are not compared with each other.
     """
     facts = [name for name in fact_columns(done) if done[name].notna().any()]
     kinds = [name for name in facts if _word(name) == KIND]
@@ -43,12 +44,12 @@ def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> f
 def _ablations(rows: pd.DataFrame, facts: list[str]) -> pd.DataFrame:
     varying = [name for name in facts if rows[name].nunique() > 1]
     factors = sorted((name for name in varying if _word(name) != KIND), key=lambda name: _is_text(rows[name]))
-    told = [name for name in facts if _word(name) in PLAIN or name in varying]
+    described = [name for name in facts if _word(name) in PLAIN or name in varying]
     key = [*facts, *axis_columns(rows), *(["source"] if "source" in rows else [])]
     parts = []
     for factor in factors:
         part = rows[rows[factor].notna()].sort_values(factor, key=lambda column: column.map(_place), kind="stable")
-        line = [_line(row, [name for name in told if name != factor]) for row in part.to_dict("records")]
+        line = [_line(row, [name for name in described if name != factor]) for row in part.to_dict("records")]
         others = part[[name for name in key if name != factor]].astype("string").fillna("")
         same = pd.Series(["|".join(values) for values in others.to_numpy()], index=part.index, dtype="string")
         alike = [name for name in facts if _word(name) == _word(factor)]
@@ -59,7 +60,7 @@ def _ablations(rows: pd.DataFrame, facts: list[str]) -> pd.DataFrame:
 
 
 def _word(name: str) -> str:
-    """The fact without the part it is about: "conv.kind" -> "kind"."""
+    """The name of a fact without its part: "conv.kind" -> "kind"."""
     return name.rpartition(".")[2]
 
 
@@ -68,7 +69,8 @@ def _is_text(column: pd.Series) -> bool:
 
 
 def _place(setting: object) -> tuple[int, float, int, list[int], str]:
-    """Numbers by size, then text: sites by how many there are, in the order of the layer."""
+    """Sort key of a setting: numbers by value, then text. Sites such as "qk" are ordered by their number, then in the
+    order of the layer."""
     if isinstance(setting, int | float | np.number | np.bool_):
         return 0, float(setting), 0, [], ""
     text = str(setting)
@@ -76,7 +78,7 @@ def _place(setting: object) -> tuple[int, float, int, list[int], str]:
 
 
 def _line(row: dict[Hashable, Any], names: Iterable[str]) -> str:
-    """As "lowrank, qkv, rank 16, no residual"."""
+    """The named facts of an arm in words, such as "lowrank, qkv, rank 16, no residual"."""
     words = []
     for name in names:
         value, noun = row[name], _word(name).replace("_", " ")

@@ -1,4 +1,4 @@
-"""What the report's charts share: their look, what they answer to the pointer, and their JSON."""
+"""What the report's charts share: their look, their tooltips and clicks, and their JSON."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from analysis.pages import style
 from analysis.pages.style import BLACK, Mark
 
 Plot = Any  # bokeh.plotting.figure, whose glyph methods are made at run time and have no types
-INK = "ink"  # tag of what stands for the baseline: the page gives it the colour of its text
-GREY = "#888888"  # reads on light and on dark, until the page's script has run
+INK = "ink"  # tag of the baseline's glyphs, to which the page gives the colour of its text
+GREY = "#888888"  # legible on a light and on a dark page, until the page's script sets the colours
 SHAPES = {
     "o": "circle",
     "s": "square",
@@ -43,11 +43,11 @@ SHAPES = {
     "h": "square_pin",
 }
 DASHES = ("dashed", "dashdot", "dotted", [7, 2], [3, 1, 1, 1, 1, 1])  # those of style.DASHES
-FORMATS: dict[str, Any] = {  # of the numbers along a logarithmic axis
+FORMATS: dict[str, Any] = {  # how tick labels of a logarithmic axis are written
     "counts": {"precision": 1, "power_limit_high": 4},  # 2.0e+11: Bokeh's own writes 1.000e+11
     "time": {"power_limit_high": 6},
 }
-DIGITS = {  # how hovering shows numbers
+DIGITS = {  # number formats in tooltips
     "budget": "%.3e FLOPs",
     "tokens": "%.3e",
     "parameters": "%.3e",
@@ -93,7 +93,7 @@ def colour(mark: Mark) -> str:
 
 
 def dots(mark: Mark, size: float = 8) -> dict[str, Any]:
-    """How an arm's runs are drawn: the baseline hollow, so that others show through it."""
+    """How an arm's runs are drawn; the baseline's markers are hollow, so that others remain visible under them."""
     return {
         "marker": SHAPES[mark.marker],
         "size": size,
@@ -117,8 +117,7 @@ def rule(made: Plot, at: float, dimension: str = "width", dash: str = "solid") -
 
 
 def answers_to_pointer(made: Plot, renderers: Sequence[Any], names: Sequence[str], leads: bool = True) -> None:
-    """Hovering shows the columns `names` of what is under the pointer; a click goes to the row of the table of runs
-    that the column `row` names."""
+    """Show the columns `names` in a tooltip; a click goes to the row of the table of runs that column `row` names."""
     tips = [(name, f"@{{{name}}}{{{DIGITS[name]}}}" if name in DIGITS else f"@{{{name}}}") for name in names]
     formatters = {f"@{{{name}}}": "printf" for name in DIGITS}
     made.add_tools(HoverTool(renderers=list(renderers), tooltips=tips, formatters=formatters))

@@ -1,8 +1,8 @@
-"""Figures that answer to the pointer, for the report: hovering shows the run, a click leads to its row.
+"""Interactive charts for the report: hovering shows a run, a click goes to its row in the table of runs.
 
-Bokeh draws them. They share one table of runs, so that a run chosen in one chart is marked in all. No name from the
-data becomes a label or a title of Bokeh's, which would read `$$...$$` as mathematics: names appear, as text, in what
-hovering shows, and in the page.
+They are drawn by Bokeh and share one table of runs, so that a run selected in one chart is highlighted in all. Names
+from the data are never used as labels or titles in Bokeh, which would read `$$...$$` as mathematics; they appear as
+text in tooltips and in the page.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from analysis.laws.isoflop import Optimum
     from analysis.pages.drawing import Answers, Material
 
-MOST_POINTS = 40  # of one run's loss curve; more would not be told apart, and the page stays small
+MOST_POINTS = 40  # of one run's loss curve; more would be indistinguishable and make the page larger
 RUN_TIPS = ("run", "arm", "size", "seed", "budget", "loss")
 
 
 class Charts:
-    """The charts of one store. `rows` are its finished runs; what is drawn of its arms is tagged "arm-0", "arm-1", ...
+    """The charts of one store. `rows` are its finished runs.
 
-    in the order of `mark_of`, so that the page can hide an arm everywhere.
+    All glyphs of an arm have the tag "arm-0", "arm-1", ..., in the order of `mark_of`, so that the page can hide an
+    arm in every chart.
     """
 
     def __init__(self, rows: pd.DataFrame, answer: Answers) -> None:
@@ -185,7 +186,7 @@ class Charts:
         return [curves, growth]
 
     def _growth(self, made: Plot, arm: str, optima: Sequence[Optimum], exponent: float | None) -> GlyphRenderer:
-        """N* of every budget, hollow where it does not count, and the law through those that do."""
+        """N* of every budget, hollow where its status is not ok, and the law through the others."""
         sizes = np.array([item.N for item in optima], float)
         counts = np.array([item.status == "ok" for item in optima], bool)
         compute = np.array([item.compute for item in optima], float)
@@ -265,7 +266,7 @@ def charts(names: Iterable[str], of: Material, answer: Answers) -> dict[str, lis
 
 
 def _narrow(data: dict[str, Any]) -> dict[str, Any]:
-    """Numbers in half their bytes: seven digits are more than a screen or a tooltip shows."""
+    """Numbers as 32-bit floats, to halve their bytes: seven digits are more than a screen or a tooltip shows."""
     return {
         name: column.astype(np.float32) if isinstance(column, np.ndarray) and column.dtype == float else column
         for name, column in data.items()
@@ -273,7 +274,7 @@ def _narrow(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spread(count: int) -> list[int]:
-    """Up to MOST_POINTS places among `count`, evenly, with the first and the last."""
+    """Indices of up to MOST_POINTS evenly spaced items of `count`, including the first and the last."""
     return sorted(set(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int).tolist()))
 
 

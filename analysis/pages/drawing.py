@@ -1,4 +1,4 @@
-"""From a store to its laws, answers and figures: what the verbs plot and report share."""
+"""From a store to its laws, multipliers and figures: the code that the verbs plot and report share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Answers:
-    """What a store has answers for, and a line in `notes` for what it has none for."""
+    """All results that the data of a store allow; `notes` has a line for each result that they do not allow."""
 
     baseline: str
     convention: str
@@ -51,7 +51,7 @@ def fit_points(
     store: Store, form: str, baseline: str | None, convention: str | None
 ) -> tuple[Points, list[Excluded], list[str]]:
     """The finished rows of a store, at the best learning rate of their size and budget, as points of a law; the rows
-    left out; and in words what was taken."""
+    left out; and lines for the reader on how rows were selected."""
     done, excluded = finished(store.runs)
     done = done.assign(arm=done["arm"].fillna("all"))
     columns = {"N": "parameters", "D": "tokens"}
@@ -65,8 +65,8 @@ def fit_points(
     if baseline is not None or done["baseline"].notna().any():
         baseline = choose_baseline(done, baseline)
     baseline = baseline or str(done["arm"].iloc[0])
-    done, others, told = for_a_law(done, next(iter(columns.values())) if form == "c" else "tokens")
-    # Resamples are drawn in the order of the points, which is not to depend on that of the rows.
+    done, others, lines = for_a_law(done, next(iter(columns.values())) if form == "c" else "tokens")
+    # Resamples are drawn in the order of the points; sort, so that results do not depend on the order of the rows.
     done = done.sort_values(["arm", *columns.values(), "loss", "run_id"])
     cells = ["size"] if several and done["size"].notna().all() else ["size", *columns.values()]
     cluster = done[cells].astype("string").fillna("").agg(" ".join, axis=1)
@@ -78,13 +78,13 @@ def fit_points(
         baseline=baseline,
         sizes=done["parameters"].to_numpy(float, na_value=np.nan),
     )
-    return points, excluded + others, told
+    return points, excluded + others, lines
 
 
 def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:
-    """Multipliers, the law of loss in compute as `dynconv fit` gives it, isoFLOP optima.
+    """Multipliers, the law of loss in compute as `dynconv fit` gives it, and isoFLOP optima.
 
-    Raises ValueError on data that support no claim, and where there is no answer at all.
+    Raises ValueError on data that support no claim, and where none of the three is possible.
     """
     runs, _ = finished(store.runs.assign(arm=store.runs["arm"].fillna("all")))
     convention = choose_convention(runs, convention)
@@ -95,7 +95,7 @@ def answers(store: Store, baseline: str | None, convention: str | None) -> Answe
         answer = Answers(found[0].baseline if found else baseline or str(runs["arm"].iloc[0]), convention, found)
         answer.notes = notes
         bar.update()
-        with contextlib.suppress(ValueError):  # most stores are no isoFLOP design
+        with contextlib.suppress(ValueError):  # most stores are not isoFLOP designs
             optima, allocations = isoflop(store.runs, convention)
             if any(item.N for item in optima):
                 answer.optima, answer.allocations = optima, allocations
@@ -120,15 +120,16 @@ def _multipliers(runs: pd.DataFrame, baseline: str | None, convention: str) -> t
 
 
 def _law(store: Store, answer: Answers) -> Fit | None:
-    """The law of the arms that have an answer from three sizes; of all arms where none has an answer."""
+    """The law of the baseline and the arms whose multiplier rests on at least three sizes; where no arm has a
+    multiplier, of all arms. None, with a note, where there is no such law."""
     shown = [answer.baseline, *(item.arm for item in answer.found if item.n_sizes > 2)]
     if answer.found and len(shown) == 1:
         answer.notes.append("no law of loss in compute: no arm has three sizes")
         return None
     part = store.runs[store.runs["arm"].isin(shown)] if answer.found else store.runs
     try:
-        points, _, told = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
-        answer.notes += [f"law of loss in compute: {line}" for line in told]
+        points, _, lines = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
+        answer.notes += [f"law of loss in compute: {line}" for line in lines]
         return with_lack_of_fit(bootstrap(fit(points, "c")))
     except ValueError as error:
         answer.notes.append(f"no law of loss in compute: {error}")
@@ -137,7 +138,8 @@ def _law(store: Store, answer: Answers) -> Fit | None:
 
 @dataclass(frozen=True)
 class Material:
-    """What figures are drawn from: the finished runs, every arm of them named, and what is taken from them."""
+    """The data of the figures: the finished runs (a missing arm is called "all"), their evaluations, and the runs of
+    the ablation panels."""
 
     done: pd.DataFrame
     evals: pd.DataFrame
@@ -145,7 +147,7 @@ class Material:
 
 
 def material(store: Store) -> Material:
-    """Reads the evaluations, and so may find problems with the store."""
+    """The data of a store's figures. Reads the evaluations, which may add to `store.problems`."""
     done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
     return Material(done, store.loss_curves(), ablations(done))
 
@@ -184,5 +186,5 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
 
 
 def _all_positive(column: pd.Series) -> bool:
-    """What is missing is not: pandas would pass over it."""
+    """Whether all values are positive; a missing value is not, though pandas would skip it."""
     return bool((column.astype(float) > 0).all())

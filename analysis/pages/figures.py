@@ -1,5 +1,5 @@
-"""Figures of laws and multipliers, returned and not written: `style.save` writes one, so that the same input gives the
-same bytes. Runs, isoFLOP designs and kernels have files of their own."""
+"""Figures of laws and multipliers. Functions return figures; `style.save` writes one, so that the same input gives the
+same bytes. Figures of runs, isoFLOP designs and kernels are in files of their own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from analysis.advantage.answers import Multiplier
 
-TALLEST = 2.5  # times the largest m is as far as the axis of m goes: an interval may go to infinity
+TALLEST = 2.5  # the axis of m ends at most at this multiple of the largest m, since intervals may be infinite
 
 
 def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str, loss_axis: str = LOSS) -> Figure:
     """Loss of every run against training FLOPs, the law of each arm with its 68% band, and the residuals below.
 
-    68%, because four sizes leave a law one degree of freedom, at which a 95% band is seven times as wide and hides
-    everything; the 95% intervals are the tables'.
+    The band is 68% because four sizes leave a law one degree of freedom, at which a 95% band is seven times as wide and
+    would cover the whole figure; 95% intervals are in the tables.
     """
     if law.form != "c":
         raise ValueError(f"loss against compute needs a law in C; got form {law.form}")
@@ -68,7 +68,7 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
 
 
 def _laws_by_arm(law: Fit, multipliers: Sequence[Multiplier], x_label: str, loss_axis: str) -> Figure:
-    """A panel for each arm: its runs and law over the baseline's, the other arms' pale behind."""
+    """A panel for each arm: its runs and law drawn over the baseline's, with the other arms pale in the background."""
     compute, arms = law.points.x["C"], np.array(law.points.arm, dtype=object)
     grid = np.geomspace(compute.min(), compute.max(), 50)
     curves = {arm: (grid, law.predict({"C": grid}, arm)) for arm in dict.fromkeys(law.points.arm)}
@@ -133,7 +133,7 @@ def _local_by_arm(multipliers: Sequence[Multiplier]) -> Figure:
 
 
 def forest(multipliers: Sequence[Multiplier]) -> Figure:
-    """Every arm's m with its interval, one a row; hollow where not resolved."""
+    """Every arm's m with its interval, one arm in each row; hollow markers where m is not resolved."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.9 + 0.26 * len(multipliers)), layout="constrained")
         axes = figure.subplots()
@@ -165,7 +165,8 @@ def _advantages(multipliers: Sequence[Multiplier]) -> Mapping[str, str]:
 
 
 def _draw_gap(axes: Axes, law: Fit, item: Multiplier, mark: Mark) -> None:
-    """The multiplier as what it is: how much more compute the baseline needs for the arm's loss at the largest size."""
+    """The multiplier as a horizontal distance between curves: how much more compute the baseline needs to reach the
+    arm's loss at the largest size."""
     start = item.local[-1]["compute"]
     end = start * item.m
     level = float(law.predict({"C": np.array([start])}, item.arm)[0])

@@ -1,4 +1,4 @@
-"""The report's first screen: what the comparison says, one arm a row, and no more than its intervals allow."""
+"""The report's first screen: the findings in words, one row for each arm, claiming no more than the intervals allow."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier
 
 Interval = tuple[float, float]
-WIDEST = 2.5  # times the outermost m is as far as the scale of the intervals goes
+WIDEST = 2.5  # the scale extends at most this factor beyond the smallest and the largest m
 TICKS = (0.1, 0.2, 0.25, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4, 5, 10, 20, 50, 100)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an interval says of a ratio: "more" (all of it above 1), "less" (all below), or "open"."""
+    """What an interval shows of a ratio: kind "more" (it lies above 1), "less" (below 1) or "open", and a sentence."""
 
     kind: str
     text: str
@@ -44,7 +44,7 @@ def headline(found: Sequence[Multiplier]) -> str:
 
 
 def compute_verdict(item: Multiplier) -> Verdict:
-    """What the runs say of the arm's compute at equal loss, for readers who know no statistics."""
+    """What the runs show of the arm's compute at equal loss, in words for readers without statistics."""
     if item.ci is None:
         return Verdict("open", "One size gives no interval, so nothing is claimed.")
     low, high = item.family_ci or item.ci
@@ -59,7 +59,7 @@ def compute_verdict(item: Multiplier) -> Verdict:
 
 
 def _claim(kind: str, baseline: str, low: float, high: float) -> str:
-    """A range of multipliers that all lie on one side of 1."""
+    """The sentence for an interval of m that lies on one side of 1."""
     if kind == "more":
         need = f"at least {_times(low)}" if math.isinf(high) else f"{_times(low)} to {_times(high)}"
         return f"Saves compute: for its loss, {baseline} needs {need} times as much"
@@ -68,16 +68,17 @@ def _claim(kind: str, baseline: str, low: float, high: float) -> str:
 
 
 def _between(low: float, high: float) -> str:
-    """A range of multipliers around 1."""
+    """The phrase for an interval of m that contains 1."""
     worse = "any amount more" if low <= 0 else f"{_percent(1 / low - 1)} more"
     better = "any amount less" if math.isinf(high) else f"{_percent(1 - 1 / high)} less"
     return f"anything from {worse} compute to {better}"
 
 
 def glance(found: Sequence[Multiplier], links: Sequence[str]) -> str:
-    """A row an arm, the largest m first: m and its interval drawn on one scale, the clock's m, and one sentence.
+    """The table of the first screen, one row for each arm, the largest m first: m, its interval drawn on a common
+    scale, m by the wall clock, and one sentence.
 
-    `links` are the ids of the places that say where each arm's m comes from.
+    `links` are the HTML ids of the sources of each arm's m.
     """
     scale = Scale.of(found)
     rows = [
@@ -107,12 +108,12 @@ class Scale:
         return cls(low / 1.08, high * 1.08)
 
     def place(self, value: float) -> float:
-        """Ends beyond the scale stand at its edge."""
+        """The position of a value in per cent; values beyond the scale are placed at its edge."""
         inside = min(max(value, self.low), self.high)
         return 100 * math.log(inside / self.low) / math.log(self.high / self.low)
 
     def ticks(self) -> list[float]:
-        """As many round numbers as have room, 1 among them."""
+        """As many round numbers as there is room for, chosen from 1 outwards."""
         shown: list[float] = []
         for tick in sorted(TICKS, key=lambda tick: (tick != 1, abs(math.log(tick)))):
             inside = self.low <= tick <= self.high
@@ -152,7 +153,7 @@ def _interval(interval: Interval | None) -> str:
 
 
 def _at_top(item: Multiplier) -> str:
-    """m at the largest compute, beside an m that is given as constant."""
+    """m at the largest compute, shown next to an m that is reported as constant."""
     if item.n_sizes < 3 or "largest" in item.method:
         return ""
     interval = interval_text(item.m_at_cmax_ci) or ""
@@ -172,11 +173,11 @@ def _clock(item: Multiplier) -> str:
 
 
 def _more(item: Multiplier) -> str:
-    """What a reader must know besides, in small print."""
+    """The other remarks of the status, and the numbers of sizes and seeds, in small print."""
     remarks = [] if item.status == "ok" else item.status.removeprefix(UNRESOLVED).split("; ")
     shown = [remark for remark in remarks if remark != "the interval holds 1"]
     if item.status.startswith(UNRESOLVED) and shown and (item.ci is None or not _holds_one(item)):
-        shown = shown[1:]  # the sentence says it
+        shown = shown[1:]  # the sentence already gives this reason
     seeds = f"{item.n_seeds} seed{'' if item.n_seeds == 1 else 's'}"
     base = f"{item.n_sizes} size{'' if item.n_sizes == 1 else 's'} with {seeds} each"
     return f"<small>{escape('. '.join([*(text[:1].upper() + text[1:] for text in shown), base]))}.</small>"

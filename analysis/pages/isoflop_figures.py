@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from analysis.laws.isoflop import Allocation, Optimum
 
-FEW_ARMS = 3  # up to so many have a row each, with N* and D* beside their budgets
-FEW_BUDGETS = 7  # up to so many are named at their curves; more by the colour scale alone
+FEW_ARMS = 3  # up to this many arms have a row each, with N* and D* beside their budgets
+FEW_BUDGETS = 7  # up to this many budgets are labelled at their curves; more are shown by the colour scale alone
 GROWTH = {"N": "best N* (parameters)", "D": "best D* (tokens)"}
 
 
@@ -29,8 +29,8 @@ def isoflop_panels(
 ) -> Figure:
     """A row for each arm: loss against N at each budget with its curve, then N* and D* against compute.
 
-    Optima are large, hollow where they do not count. `rows` are the finished runs, their compute in column "C".
-    With more than FEW_ARMS arms, a panel each of their budgets: `isoflop_growth` has the rest.
+    Optima are drawn as large markers, hollow where their status is not ok. `rows` are the finished runs, with compute
+    in column "C". With more than FEW_ARMS arms, each has only a panel of its budgets; `isoflop_growth` draws N*.
     """
     with mpl.rc_context(STYLE):
         if len(laws) > FEW_ARMS:
@@ -70,7 +70,7 @@ def isoflop_growth(optima: Sequence[Optimum], laws: Sequence[Allocation], conven
 
 
 def nearest_budget(compute: Any, optima: Sequence[Optimum]) -> Any:
-    """For each compute, the place of the optimum whose budget is nearest."""
+    """For each compute, the index of the optimum whose budget is nearest."""
     budgets = np.log([item.compute for item in optima])
     return np.abs(np.log(np.asarray(compute, float))[:, None] - budgets).argmin(axis=1)
 
@@ -84,7 +84,7 @@ def curve_of(item: Optimum) -> tuple[Any, Any]:
 
 
 def _budget_scale(figure: Figure, place: Any, optima: Sequence[Optimum]) -> None:
-    """The colours of budgets, unless they are so few that each is named at its curve: in axes of its own, or beside."""
+    """Draw the colour scale of budgets, in given axes or beside the panels; skip it if curves have labels instead."""
     if len({(item.arm, item.compute) for item in optima}) <= FEW_BUDGETS * len({item.arm for item in optima}):
         return
     shades, norm = _shades(optima)
@@ -129,7 +129,7 @@ def _curves(axes: Axes, rows: pd.DataFrame, optima: Sequence[Optimum], arm: str)
 
 
 def _growth(axes: Axes, name: str, law: Allocation, optima: Sequence[Optimum]) -> None:
-    """N* or D* of every budget with its interval, and the law through those that count."""
+    """N* or D* of every budget with its interval, and the law through those whose status is ok."""
     mine = [item for item in optima if item.arm == law.arm]
     exponent = {"N": law.N_exponent, "D": law.D_exponent}[name]
     size = 10 if len(mine) <= FEW_BUDGETS else 5
@@ -137,7 +137,8 @@ def _growth(axes: Axes, name: str, law: Allocation, optima: Sequence[Optimum]) -
         value: float | None = getattr(item, name)
         if value is None or item.N is None or item.ci is None:
             continue
-        ends = [item.N * value / end if name == "D" else end for end in item.ci]  # N D is the budget's
+        # N D is fixed by the budget, so the interval of D follows from that of N.
+        ends = [item.N * value / end if name == "D" else end for end in item.ci]
         axes.plot([item.compute] * 2, ends, color=BLACK, lw=1 if size == 10 else 0.5)
         axes.plot(item.compute, value, "*", ms=size, color=BLACK, mew=0.6, mfc=_face(item, BLACK))
     good = [item for item in mine if item.status == "ok"]

@@ -65,6 +65,6 @@ def kernel_bars(rows: pd.DataFrame) -> Figure:
 
 
 def _kernel(row: dict[str, Any]) -> str:
-    """As "lowrank R=16 + static", "headwise h=4": h channels share a filter."""
+    """The label of a kernel, such as "lowrank R=16 + static", or "headwise h=4" where h channels share a filter."""
     size = {"headwise": lambda: f" h={row['D'] // int(row['H'])}", "lowrank": lambda: f" R={int(row['R'])}"}
     return f"{row['op']}{size.get(row['op'], str)()}{' + static' if row.get('static') is True else ''}"

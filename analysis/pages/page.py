@@ -1,4 +1,4 @@
-"""The HTML of a report: one file that asks the network for nothing, with tables that sort and charts."""
+"""The HTML of a report: one file that loads nothing from the network, with sortable tables and charts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LONG = 40  # characters, from which a cell's text is broken into lines
-LARGEST_SVG = 250_000  # bytes; a larger figure stands in as PNG, so that the page stays small
+LARGEST_SVG = 250_000  # bytes; a larger figure is embedded as PNG, so that the page stays small
 SCREEN = 110  # dots per inch of such a PNG
 SHAPES = {  # markers of style.MARKERS as SVG paths around the origin
     "o": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
@@ -36,7 +36,7 @@ SHAPES = {  # markers of style.MARKERS as SVG paths around the origin
 
 @dataclass(frozen=True)
 class Link:
-    """A number that leads to where it comes from, by the id of that place."""
+    """A number that links to its source; `to` is the HTML id of that place in the page."""
 
     text: str
     to: str
@@ -48,8 +48,8 @@ class Link:
 def page(title: str, parts: Sequence[str], charts: str | None = None) -> str:
     """The whole document; `parts` are HTML, `charts` JSON for Bokeh.
 
-    A content policy lets only the page's own scripts run, by their hashes, and lets nothing be fetched: a name in the
-    data could do no harm even if it were not escaped.
+    A content security policy allows only the page's own scripts, by their hashes, and no network access. So a name in
+    the data could do no harm even if it were not escaped.
     """
     own = files("analysis.pages")
     script = own.joinpath("page.js").read_text(encoding="utf-8")
@@ -75,19 +75,19 @@ def _bokeh() -> str:
 
 
 def _hash(text: str) -> str:
-    """Of a script, as a content policy names it."""
+    """The hash of a script, as a content security policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _packed(text: str) -> str:
-    """Compressed, for the page's script to unpack: a third of the size of the library, a tenth of that of charts."""
+    """Compressed text, which the page's script unpacks. The library shrinks to a third, the charts to a tenth."""
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def table(
     name: str, columns: Sequence[str], rows: Iterable[Sequence[Cell | Link]], ids: Sequence[str] | None = None
 ) -> str:
-    """A table whose heads sort it; `ids` names its rows, as places to link to."""
+    """A table that is sorted by a click on a column's head; `ids` are the HTML ids of its rows, to link to."""
     head = "".join(f"<th><button type=button>{escape(column)}</button></th>" for column in columns)
     lines = []
     for place, row in enumerate(rows):
@@ -98,7 +98,7 @@ def table(
 
 
 def _cell(cell: Cell | Link) -> str:
-    """Numbers sort as numbers, an interval by its lower end, what does not exist last."""
+    """A table cell with its sort key: numbers sort as numbers, intervals by their lower end, missing values last."""
     text = NONE if cell is None else cell.text if isinstance(cell, Link) else cell
     html = cell.html() if isinstance(cell, Link) else escape(text)
     first = text.removeprefix("[").partition(",")[0]
@@ -110,7 +110,7 @@ def _cell(cell: Cell | Link) -> str:
 
 
 def chips(mark_of: Mapping[str, Mark]) -> str:
-    """The legend of every chart: a button for each arm, in the order of `mark_of`, shows and hides it."""
+    """The legend of all charts: a button for each arm, in the order of `mark_of`, which shows or hides the arm."""
     buttons = "".join(
         f'<button type=button data-arm="{place}" aria-pressed="true" title="click: show or hide; twice: only this one">'
         f"{_shape(mark)}<span>{escape(arm)}</span></button>"

@@ -1,4 +1,4 @@
-"""SQL over a store, and runs summed up by group."""
+"""SQL over a store, selection of runs by a condition, and summaries of runs by group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from analysis.logs.store import Store
 
 VIEWS = ("runs", "steps", "evals", "multipliers")
-SUMMED = ("loss", "tokens_per_second")  # columns of `grouped` that are also the run table's
+SUMMED = ("loss", "tokens_per_second")  # columns that `grouped` summarises, by which runs cannot be grouped
 SEALED = {  # a query sees the views and nothing else: no file, no network, no variable of this program
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
@@ -33,8 +33,9 @@ def sql(
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Columns and rows of a query over the views runs, steps, evals and multipliers (DuckDB's dialect).
 
-    `baseline` and `convention` are the multipliers', as of `dynconv table`; C in runs is by the same convention. Only
-    the views that the query names are read. Raises ValueError with DuckDB's first line if it is not valid.
+    `baseline` and `convention` are those of the multipliers, as in `dynconv table`; C in runs follows the same
+    convention. Only the views that the query names are read. Raises ValueError, with the first line of DuckDB's
+    message, if the query is not valid.
     """
     import duckdb
 
@@ -66,9 +67,10 @@ def _view(store: Store, view: str, baseline: str | None, convention: str | None)
 
 
 def with_short_names(runs: pd.DataFrame, convention: str | None = None) -> pd.DataFrame:
-    """The run table with the columns N, N_nonemb, D and C, too, where it has none of that name in either case.
+    """The run table with added columns N, N_nonemb, D and C, unless it already has one of that name (in upper or lower
+    case).
 
-    C is compute by `convention`, else by the first that any run has, in the order of `choose_convention`.
+    C is compute by `convention`, else by the first convention that any run has, in the order of `choose_convention`.
     """
     if convention is not None and convention not in CONVENTIONS:
         raise ValueError(f"no FLOP convention {convention!r}; there are {', '.join(CONVENTIONS)}")
@@ -82,10 +84,11 @@ def with_short_names(runs: pd.DataFrame, convention: str | None = None) -> pd.Da
 
 
 def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None) -> pd.DataFrame:
-    """The rows for which a condition on the run table's columns holds, in pandas' notation: size != "25k", N > 1e8;
-    names with a dot stand in backquotes: `conv.width` == 4. N, D and C stand for their columns, C by `convention`.
+    """The rows that meet a condition on the run table's columns, in pandas' notation: size != "25k", N > 1e8. Names
+    with a dot are written in backquotes: `conv.width` == 4. N, D and C may be used for their columns, C by
+    `convention`.
 
-    Raises ValueError where it is no condition, or no row is left.
+    Raises ValueError where `where` is not a condition, or no row meets it.
     """
     if where is None:
         return runs
@@ -93,13 +96,15 @@ def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None)
 
     try:
         holds = with_short_names(runs, convention).eval(where, local_dict={}, global_dict={})
-    except Exception as error:  # pandas raises many kinds, for what is always a wrong condition
+    except Exception as error:  # pandas raises many kinds of error for a wrong condition
         raise ValueError(
             f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"', and a name with a dot "
             "in backquotes, as in '`conv.width` == 4'"
         ) from None
     if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
-        raise ValueError(f"--where {where!r} is no condition that a run meets or not; as in 'size != \"25k\"'")
+        raise ValueError(
+            f"--where {where!r} is not true or false for each run; write a condition, as in 'size != \"25k\"'"
+        )
     kept = runs[holds.fillna(False)]
     if kept.empty:
         raise ValueError(f"--where {where!r} leaves no row of {len(runs)}")
@@ -107,7 +112,8 @@ def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None)
 
 
 def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Finished runs by group: how many, loss (mean, and standard deviation where repeated), tokens a second, hours."""
+    """Finished runs by group: their number, mean and standard deviation of the loss (missing for a single run), mean
+    tokens a second, and total hours. Raises ValueError for a column that is missing or named twice."""
     for name in by:
         if name not in runs or name in SUMMED:
             raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")

@@ -1,8 +1,8 @@
-"""One self-contained HTML page of a store's answers: a first screen that says what was found, charts that show the run
-under the pointer, tables, and where every number comes from.
+"""One self-contained HTML page with a store's results: a first screen with the findings, interactive charts, tables,
+and the source of every number.
 
-A number leads to its place under "Where the numbers come from": the estimator, the convention, the runs with their
-commit, device and data, and the command that prints it.
+Each number links to its entry under "Where the numbers come from", which names the estimator, the FLOP convention, the
+runs with their commit, device and data, and the command that prints the number.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CAPTIONS = {  # title and caption of each figure; one that is not here has no pl
     ),
 }
 PROVENANCE = ("device", "gpus", "dtype", "torch", "code_commit", "data_sha256", "tokenizer_sha256")
-HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv table`
+HOW = {  # column -> how its number is computed, and its key in the JSON of `dynconv table`
     "m": ("the compute of the baseline that reaches the arm's loss, over the arm's", "m"),
     "95% interval": ("of m", "ci"),
     "sizes x seeds": ("paired sizes, and paired seeds at the size with fewest", "n_sizes, n_seeds"),
@@ -69,14 +69,14 @@ HOW = {  # column -> how its number is made, and its key in the JSON of `dynconv
     "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),
-    "other E": ("range of m with the irreducible loss moved", "floor_sensitivity"),
+    "other E": ("range of m over several values of the irreducible loss", "floor_sensitivity"),
 }
 
 
 def report(store: Store, baseline: str | None = None, convention: str | None = None) -> str:
-    """The page. Raises ValueError on data that support no claim, and where there is no answer at all."""
+    """The HTML page. Raises ValueError on data that support no claim, and where there is no result at all."""
     answer = answers(store, baseline, convention)
-    of = material(store)  # before `problems` are shown: it may find some with the evaluations
+    of = material(store)  # called before `store.problems` is shown, since reading evaluations may add to it
     name = store.name
     title = f"Compute advantage over {answer.baseline}" if answer.found else f"Scaling of {name}"
     figures, data = _figures(store, answer, of)
@@ -95,7 +95,7 @@ def report(store: Store, baseline: str | None = None, convention: str | None = N
 
 
 def _first_screen(answer: Answers, of: Material) -> list[str]:
-    """What was found, before anything else."""
+    """The first screen: the headline, one row for each arm, and a legend."""
     runs = f"{len(of.done)} finished runs; FLOPs counted as {answer.convention}"
     if not answer.found:
         return [f'<p class="headline">{escape(_scaling(answer))}</p>', note(f"{escape(runs)}.")]
@@ -114,7 +114,7 @@ def _first_screen(answer: Answers, of: Material) -> list[str]:
 
 
 def _scaling(answer: Answers) -> str:
-    """The finding where there is nothing to compare."""
+    """The headline of a store without multipliers: how the best size grows, or the law of loss in compute."""
     known = [law for law in answer.allocations if law.N_exponent is not None]
     if len(known) == 1 and known[0].ci is not None:
         low, high = known[0].ci
@@ -170,7 +170,7 @@ def _figures(store: Store, answer: Answers, of: Material) -> tuple[list[str], st
 
 
 def _arm_choice(answer: Answers) -> str:
-    """The isoFLOP chart shows one arm's budgets at a time."""
+    """A menu of arms for the isoFLOP chart, which shows the budgets of one arm at a time; "" for a single arm."""
     if len(answer.allocations) < 2:
         return ""
     options = "".join(f"<option value={at}>{escape(law.arm)}</option>" for at, law in enumerate(answer.allocations))
@@ -178,7 +178,7 @@ def _arm_choice(answer: Answers) -> str:
 
 
 def _command(verb: str, store: Store, answer: Answers, *more: str) -> str:
-    """What to type for the same numbers."""
+    """The command line that prints the same numbers."""
     compared = ["--baseline", answer.baseline] if answer.found and verb != "isoflop" else []
     return shlex.join(["dynconv", verb, *store.arguments, *compared, "--convention", answer.convention, *more])
 
@@ -188,7 +188,7 @@ def _done(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _multipliers(answer: Answers) -> list[str]:
-    """Both tables of `dynconv table`; each number leads to its source."""
+    """The tables of `dynconv table`, with each number linked to its source."""
     found = answer.found
     columns, rows = answer_cells(found, numbered_notes(found))
     whole = [[*row[:-1], item.status] for row, item in zip(rows, found, strict=True)]
@@ -200,12 +200,12 @@ def _multipliers(answer: Answers) -> list[str]:
 
 
 def _anchor(place: int, column: str) -> str:
-    """The id of a number's source: of the arm at `place`, in `column`."""
+    """The HTML id of the source of the number in `column` for the arm at `place`."""
     return f"from-{place}-{''.join(char if char.isalnum() else '-' for char in column)}"
 
 
 def _linked(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[list[Cell | Link]]:
-    """Rows of arms in the order found, their numbers linked to their sources."""
+    """The rows, one for each arm in the order of `Answers.found`, with numbers linked to their sources."""
     return [
         [
             cell if cell is None or column in ("arm", "status") else Link(cell, _anchor(place, column))
@@ -216,7 +216,7 @@ def _linked(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[list
 
 
 def _source(store: Store, answer: Answers, place: int) -> str:
-    """Of one arm's numbers: how each is made, the runs behind them, and the command that prints them."""
+    """The sources of one arm's numbers: how each is computed, the runs used, and the command that prints them."""
     item = answer.found[place]
     left_out = {row.run_id for row in item.excluded}
     used = _done(store.runs)
@@ -292,7 +292,7 @@ def _left_out(found: Sequence[Multiplier], notes: Sequence[str]) -> str:
 
 
 def _origin(runs: pd.DataFrame) -> list[list[str]]:
-    """What runs ran on and from; more than one value of a thing is shown with its count."""
+    """Hardware, versions, commit and data of the runs; where runs differ, each value with its number of runs."""
     rows = []
     for name in [*PROVENANCE, *(["source"] if "source" in runs else [])]:
         counts = runs[name].value_counts(dropna=False, sort=False)

@@ -1,4 +1,4 @@
-"""Figures of runs: their loss against what was spent on them, their curves, and arms that differ in one fact."""
+"""Figures of runs: final loss against cost, loss curves, and arms that differ in one fact."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def _curves_by_arm(curves: pd.DataFrame, sizes: Sequence[str], arms: Sequence[st
 
 
 def loss_against(runs: pd.DataFrame, column: str, label: str, baseline: str) -> Figure:
-    """Final loss of every run against what `column` says was spent on it; lines join the means of sizes.
+    """Final loss of every run against its cost in `column` (compute, tokens or time); lines join the means of sizes.
 
-    Where arms are many they have a panel each, with the baseline in black and the others pale behind.
+    More than MANY arms have a panel each, with the baseline in black and the others pale in the background.
     """
     mark_of = marks(list(runs["arm"]), baseline)
     with mpl.rc_context(STYLE):

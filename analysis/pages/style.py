@@ -1,7 +1,7 @@
 """What figures share: the marks of arms, ticks, labels beside curves, and how a figure becomes a file.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell arms apart in grey print. The
-baseline is black, round and solid.
+Colours are those of Okabe and Ito, which colour-blind readers can distinguish; markers and dashes distinguish arms in
+grey print. The baseline is black, with round markers and solid lines.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-LOSS = "held-out loss (nats/token)"  # the axis of logs; of a table of points, `loss_label` says
-MANY = 8  # more arms than this get a panel each: no one tells more colours apart
+LOSS = "held-out loss (nats/token)"  # for runs from logs; `loss_label` has the unit of any run table
+MANY = 8  # more arms than this get a panel each, since more colours are hard to distinguish
 BLACK = "#000000"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", "h")  # as many as have no factor in common with the colours
@@ -59,7 +59,7 @@ STYLE: Any = {  # matplotlib types the keys as a union of literals
     "svg.hashsalt": "dynconv",  # else the ids in an SVG are random
     "path.simplify": False,
 }
-STEPS = (tuple(range(1, 10)), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # labels a decade of a log axis, densest first
+STEPS = (tuple(range(1, 10)), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # tick labels in a decade, densest first
 LABEL = (0.7, 0.2)  # inches that a tick's label takes, across and down
 METADATA: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
 
@@ -76,7 +76,7 @@ class Mark:
         return {"color": self.colour, "ls": self.dash, "lw": 1.2} | changes
 
     def dots(self, **changes: Any) -> dict[str, Any]:
-        """The baseline's are hollow, so that they show under the others'."""
+        """How an arm's points are drawn; the baseline's are hollow, so that others remain visible under them."""
         face = "none" if self.marker == "o" else self.colour
         return {"color": self.colour, "marker": self.marker, "ls": "", "ms": 4.5, "mfc": face} | changes
 
@@ -93,7 +93,8 @@ def budget_shades(count: int = 64) -> list[str]:
 
 
 def printable(name: object, longest: int = 28) -> str:
-    """A name as matplotlib can draw it: bounded, in the font's characters, no mathematics, not hidden from legends."""
+    """A name as matplotlib can draw it: at most `longest` characters, all in the font, not read as mathematics, and not
+    hidden from legends as names with a leading underscore are."""
     font = get_font(findfont(STYLE["font.family"]))
     text = str(name) if len(str(name)) <= longest else f"{str(name)[: longest - 1]}…"
     text = "".join(char if font.get_char_index(ord(char)) else "?" for char in text)
@@ -112,7 +113,7 @@ def _of(choices: Sequence[Any], place: int) -> Any:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as path's suffix says."""
+    """Write a figure in the format of the path's suffix. Raises ValueError for an unknown one."""
     kind = path.suffix.lstrip(".")
     if kind not in METADATA:
         raise ValueError(f"{path}: figures are written as {', '.join(METADATA)}")
@@ -126,7 +127,7 @@ def write(figure: Figure, target: Path | BytesIO, kind: str, dpi: int = 200) -> 
 
 
 def settled(figure: Figure) -> Figure:
-    """Lay the figure out once and for all: each saving would lay it out anew, a little differently."""
+    """Fix the layout of the figure; otherwise each save would compute it again, with slightly different results."""
     with mpl.rc_context(STYLE):
         figure.draw_without_rendering()
         for axes in figure.axes:
@@ -140,7 +141,7 @@ def settled(figure: Figure) -> Figure:
 
 
 def _space_ticks(axis: Axis, room: float) -> None:
-    """At most `room` labels, plain numbers where these are short: matplotlib's own run into one another."""
+    """At most `room` tick labels, as plain numbers where these are short; matplotlib's default labels overlap."""
     low, high = axis.get_view_interval()
     closest = math.log10(high / low) / room  # of two labels, in decades
     steps = next((steps for steps in STEPS if _closest(steps, low, high) >= closest), STEPS[-1])
@@ -159,7 +160,7 @@ def _closest(steps: Sequence[int], low: float, high: float) -> float:
 
 
 def grid_of_panels(titles: Sequence[str], x_label: str, y_label: str) -> tuple[Figure, list[Axes]]:
-    """Small multiples: a panel for each title, all with the same axes, nearly as many across as down.
+    """Small multiples: a panel for each title, all with the same axes, in a nearly square grid.
 
     Placed by hand: matplotlib's constrained layout takes a second for each ten panels.
     """
@@ -192,8 +193,8 @@ def arm_panels(
     labels: tuple[str, str],
     advantages: Mapping[str, str],
 ) -> tuple[Figure, dict[str, Axes]]:
-    """A panel for each arm but the baseline, x being logarithmic: the arm in colour, the baseline in black, the others'
-    curves pale behind. `advantages` are written into the panels of the arms that have one."""
+    """A panel for each arm but the baseline, with a logarithmic x axis: the arm in colour, the baseline in black, the
+    other arms pale in the background. `advantages` are texts by arm, written into the arm's panel."""
     arms = [arm for arm in sorted(curves) if arm != baseline]
     figure, panels = grid_of_panels(arms, *labels)
     panels[0].set_xscale("log")
@@ -212,7 +213,7 @@ def arm_panels(
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Mark]]) -> None:
-    """Name curves to the right of the axes by (height, text, mark), moved apart where they would overlap."""
+    """Label curves to the right of the axes, given (height, text, mark); labels that would overlap are moved apart."""
     low, high = axes.get_ylim()
     labels = sorted(labels, key=lambda label: label[0])
     line = 0.045 * (high - low)

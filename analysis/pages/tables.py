@@ -1,4 +1,4 @@
-"""Answers as text: Markdown that also reads in a terminal, CSV, LaTeX, JSON. No number is computed here."""
+"""Results as text: Markdown that is also readable in a terminal, CSV, LaTeX or JSON. No number is computed here."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "csv", "latex", "json")
 NONE = "-"  # how a number that does not exist is printed; CSV leaves it empty, JSON has null
-UNRESOLVED = "not resolved: "  # how the status of a multiplier begins that the data do not tell from 1
+UNRESOLVED = "not resolved: "  # prefix of the status of a multiplier that is not significantly different from 1
 
 Cell = str | None
 Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]
 
 
 def to_json(value: Any) -> str:
-    """JSON of dataclasses, mappings and sequences; what is not finite becomes null."""
+    """JSON of dataclasses, mappings and sequences; numbers that are not finite become null."""
     return json.dumps(_plain(value), indent=2)
 
 
@@ -90,7 +90,7 @@ def _latex(text: str) -> str:
 
 
 def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
-    """Multipliers against one baseline: the answers, and what checks them. JSON holds everything."""
+    """Multipliers against one baseline, then their checks. JSON holds every field."""
     if form == "json":
         return to_json(found)
     if form == "csv":
@@ -115,7 +115,8 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
 
 
 def answer_cells(found: Sequence[Multiplier], notes: Mapping[str, int]) -> Table:
-    """What a reader wants first, a row an arm; m at the largest compute where m is not shown to be the same there."""
+    """The main table, one row for each arm. It includes m at the largest compute for arms whose m is not shown to be
+    constant."""
     family = max(item.family for item in found)
     cells: dict[str, list[Cell]] = {
         "arm": [item.arm for item in found],
@@ -139,13 +140,13 @@ def _at_largest(item: Multiplier) -> Cell:
 
 
 def numbered_notes(found: Sequence[Multiplier]) -> dict[str, int]:
-    """The remarks of every status, each once, by number."""
+    """The distinct remarks of all statuses, numbered from 1 in order of appearance."""
     remarks = dict.fromkeys(remark for item in found if item.status != "ok" for remark in item.status.split("; "))
     return {remark.removeprefix(UNRESOLVED): number for number, remark in enumerate(remarks, 1)}
 
 
 def verdict(item: Multiplier, notes: Mapping[str, int]) -> str:
-    """The status in two words and the numbers of its notes."""
+    """The status in short ("ok", "see" or "not resolved"), with the numbers of its notes."""
     if item.status == "ok":
         return "ok"
     numbers = ", ".join(str(notes[remark.removeprefix(UNRESOLVED)]) for remark in item.status.split("; "))
@@ -153,7 +154,8 @@ def verdict(item: Multiplier, notes: Mapping[str, int]) -> str:
 
 
 def check_cells(found: Sequence[Multiplier]) -> Table:
-    """m by other estimators, conventions, floors and clocks, a row an arm; columns without a value are left out."""
+    """m by other estimators, FLOP conventions and irreducible losses, one row for each arm; columns without any value
+    are left out."""
     cells: dict[str, list[Cell]] = {
         "arm": [item.arm for item in found],
         "joint fit": [_m(item.joint) for item in found],
@@ -173,7 +175,7 @@ def check_cells(found: Sequence[Multiplier]) -> Table:
 
 
 def clock_cells(found: Sequence[Multiplier]) -> Table:
-    """m in measured seconds, and in GPU seconds where it is another; no row for an arm without."""
+    """m in measured seconds, and in GPU seconds where that differs; arms without either have no row."""
     columns = ["arm", "clock", "m", "95% interval", "at Cmax", "p(constant)", "status"]
     rows: list[list[Cell]] = []
     for item in found:
@@ -192,13 +194,13 @@ def _m(answer: Answer | None) -> Cell:
 
 
 def _over_floors(item: Multiplier) -> Cell:
-    """The range of m as the irreducible loss is moved."""
+    """The range of m over the irreducible losses tried."""
     values = [row["m"] for row in item.floor_sensitivity]
     return interval_text((min(values), max(values))) if values and item.n_sizes > 2 else None
 
 
 def _at_floor(item: Multiplier, floor: float, convention: str) -> Cell:
-    """m at a stated irreducible loss under a convention, of an arm with too few sizes to fit one."""
+    """m at a stated irreducible loss under a convention, for an arm with too few sizes to fit it."""
     for row in item.floor_sensitivity if item.n_sizes < 3 else ():
         if row["E"] == floor:
             m = {item.convention: row["m"], **row["conventions"]}.get(convention)
@@ -225,7 +227,7 @@ def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
 
 
 def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the numbers that fit one line an arm; what does not exist is None."""
+    """Columns and rows of all scalar results, one row for each arm; missing values are None."""
 
     def ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
         low, high = interval or (None, None)
@@ -281,8 +283,8 @@ def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str
 
 
 def fit_table(fit: Fit, form: str, excluded: Sequence[Excluded], notes: Sequence[str]) -> str:
-    """A law's parameters in raw units with intervals, and its certificate. JSON lists the `excluded` rows and has in
-    `notes` what was taken of the others."""
+    """A law's parameters in raw units with intervals, and its certificate. JSON also lists the `excluded` rows, and
+    has `notes` on how the other rows were selected."""
     if form == "json":
         return to_json(fit_object(fit) | {"notes": notes, "excluded": excluded})
     text = render(*fit_cells(fit), form)
@@ -345,7 +347,7 @@ def fit_object(fit: Fit) -> dict[str, Any]:
 
 
 def linear_table(found: Sequence[LinearFit], form: str) -> str:
-    """Laws that are linear in logs, a row for each parameter."""
+    """Laws that are linear in logs, one row for each parameter."""
     if form == "json":
         return to_json(found)
     columns = ["arm", "of", "parameter", "value", "95% interval", "points", "status"]
@@ -404,7 +406,7 @@ def short(value: Any) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """None, and what pandas and databases have for it."""
+    """Whether a value is missing: None, or what pandas and databases use in its place."""
     return value is None or (not isinstance(value, str) and str(value) in ("nan", "<NA>", "NaT"))
 
 
