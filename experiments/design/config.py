@@ -79,6 +79,8 @@ class Execution:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: int = 1  # number of processes, each with one GPU; on a CPU just the number of processes
+    # what several processes hold: "ddp" a whole model each, "fsdp" a part of every matrix and of its optimizer state
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
     compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads

@@ -16,7 +16,8 @@ def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: Worl
             f"the data have {dataset.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "
             "make them equal"
         )
-    model = Decoder(run.model, run.seed).to(world.device)
+    model = Decoder(run.model, run.seed)
+    world.place(model, parts=model.blocks)  # before the optimizers are made: sharding replaces parameters
     return Trainer(
         model,
         Text(dataset, run.train, run.seed),

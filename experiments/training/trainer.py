@@ -20,7 +20,7 @@ from experiments.tasks.base import Examples, Task
 from experiments.training.engine import Engine, add_gradients, padded, window_shape
 from experiments.training.loss import IGNORED, linear_cross_entropy
 from experiments.training.optimizers import Optimizers
-from experiments.training.parallel import World
+from experiments.training.parallel import World, local
 from experiments.training.precision import mixed_precision
 
 MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
@@ -198,11 +198,11 @@ class Trainer:
         start = time.perf_counter()
         total = self._backward(self.steps_done)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self.world.total_norm(gradients)
         loss_value, norm_value = total.item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise NonFiniteLoss(self._cause(loss_value, norm_value))
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        self.world.clip(list(self.model.parameters()), self.config.clip_norm, norm)
         rate = self.config.learning_rate_at(self.steps_done)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -235,14 +235,14 @@ class Trainer:
         for i in range(math.ceil(largest_share / self._micro_batch)):
             if interrupted():
                 return None
+            # A process without sequences left takes part all the same: sharded weights are gathered from all processes.
             low, high = (first + min(n * self._micro_batch, count) for n in (i, i + 1))
-            if high > low:
-                examples = held_out.rows(low, high)
-                loss, own = self._losses(*self._to_device(examples))
-                total += loss.double()
-                for name, value in own.items():
-                    share = value.double() * (examples.inputs.size / held_out.inputs.size)
-                    auxiliary[name] = auxiliary[name] + share if name in auxiliary else share
+            examples = held_out.rows(low, high)
+            loss, own = self._losses(*self._to_device(examples))
+            total += loss.double()
+            for name, value in own.items():
+                share = value.double() * (examples.inputs.size / held_out.inputs.size)
+                auxiliary[name] = auxiliary[name] + share if name in auxiliary else share
         mean = self.world.sum(total).item() / held_out.positions
         if not math.isfinite(mean):
             raise NonFiniteLoss(f"held-out loss {mean}")
@@ -293,11 +293,14 @@ class Trainer:
     def _micro_batches(self, index: int) -> Iterator[Examples]:
         """This process's share of global batch `index`, in micro-batches.
 
-        There is at least one, even if it is empty, because every process must take part in averaging gradients.
+        All processes have as many, some of which may be empty, because they gather weights and average gradients
+        together.
         """
-        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length)
-        for low in range(0, max(share, 1), self._micro_batch):
-            yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
+        sequences = self._tokens_of(index) // self.config.sequence_length
+        first, share = self.world.share(sequences)
+        for low in range(0, math.ceil(sequences / self.world.size), self._micro_batch):
+            start = min(low, share)
+            yield self.task.batch(index, first + start, min(self._micro_batch, share - start))
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Inputs and targets on the device, padded to a whole micro-batch."""
@@ -310,7 +313,8 @@ class Trainer:
 
     def _cause(self, loss: float, norm: float) -> str:
         names = [name for name, _ in self.model.named_parameters()]
-        broken = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        finite = {n: local(p.grad).isfinite().all() for n, p in self.model.named_parameters() if p.grad is not None}
+        broken = [name for name, flag in finite.items() if self.world.any(not flag)]
         where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
         rate = self.config.learning_rate_at(self.steps_done)
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
