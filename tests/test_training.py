@@ -106,11 +106,9 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_run: RunConfig, dataset: Datas
     expected = [step.loss for step in steps(straight, 25)]
     first = assemble(tiny_run, dataset, CPU, ALONE)
     losses = [step.loss for step in steps(first, 11)]
-    checkpoint.save(tmp_path, 11, first.state_dict())
+    checkpoint.save(tmp_path, first.state(), ALONE)
     resumed = assemble(tiny_run, dataset, CPU, ALONE)
-    state = checkpoint.load_newest(tmp_path, tiny_run.run_id)
-    assert state is not None
-    resumed.load_state_dict(state)
+    assert checkpoint.load_newest(tmp_path, tiny_run.run_id, resumed, ALONE) == []
     losses += [step.loss for step in steps(resumed, 14)]
     assert losses == expected
     assert torch.equal(weights(resumed), weights(straight))

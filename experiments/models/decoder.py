@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self._initialise(seed)
-        self._apply_norm: Callable[[nn.Module, Tensor], Tensor] = RMSNorm.forward
+        self._apply_norm: Callable[[RMSNorm, Tensor], Tensor] = RMSNorm.forward
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self._apply_norm = torch.compile(RMSNorm.forward, *args, **kwargs)
         program = torch.compile(Block.compute, *args, **kwargs)
         for block in self.blocks:
-            block.program = program
+            cast(Block, block).program = program
 
     def forward(
         self,

@@ -83,7 +83,7 @@ class World:
         for parameter in kept:
             parameter.data = parameter.data.to(self.device)
             dist.broadcast(parameter.data, 0)
-        mesh = dist.device_mesh.DeviceMesh.from_group(dist.group.WORLD, self.device.type)
+        mesh = dist.device_mesh.DeviceMesh.from_group(cast(dist.ProcessGroup, dist.group.WORLD), self.device.type)
         # Autocast rounds matrices to bfloat16 in each product anyway, so gathering them in bfloat16 loses nothing.
         dtype = torch.bfloat16 if self.device.type == "cuda" else None
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from experiments.design.config import Execution, RunConfig
 from experiments.training.record import read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
+    import torch
+
     from experiments.training.parallel import World
     from experiments.training.trainer import Trainer
 
@@ -90,7 +93,7 @@ class StopSignal:
 
 
 class _Attempt:
-    """One process in one attempt at a run. Only rank 0 writes the log and the checkpoints."""
+    """One process in one attempt at a run. Only rank 0 writes the log; all processes write the checkpoints."""
 
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
@@ -126,7 +129,7 @@ class _Attempt:
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
                 "allowed; raise it in the profile, then retry"
             )
-        with _world(self._run_dir, self._execution, self._place) as world:
+        with _world(self._run_dir, self._execution, self._place, self._number) as world:
             if world.rank == 0 and world.size > 1:
                 self._remove_failure()
             world.wait_for_all()  # A process that fails from here on writes failure.json, which must not be deleted.
@@ -168,19 +171,13 @@ class _Attempt:
                 f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
         trainer = assemble(run, dataset, self._execution, world)
-        state = checkpoints.load_newest(self._run_dir, run.run_id)
-        if state is None and run.trunk is not None:
-            state = checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step)
-        if state is not None:
-            trainer.load_state_dict(state)
-        if not world.agree(trainer.steps_done):
-            raise RuntimeError(
-                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and another rank found another; "
-                "retry when the file system shows the same files everywhere"
-            )
+        skipped = checkpoints.load_newest(self._run_dir, run.run_id, trainer, world)
+        if skipped is None and run.trunk is not None:
+            checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
         self._step = trainer.steps_done + 1
         if world.rank == 0:
             about = _provenance(world, self._place.job, config["code_commit"])
+            about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=about)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
@@ -211,12 +208,12 @@ class _Attempt:
             else:
                 steps = trainer.advance()
                 self._step = trainer.steps_done + 1
-                if trainer.steps_done in trainer.config.branch_steps and self._log is not None:
-                    checkpoints.keep_branch_point(self._run_dir, trainer.steps_done, trainer.state_dict())
+                if trainer.steps_done in trainer.config.branch_steps:
+                    checkpoints.keep_branch_point(self._run_dir, trainer.state(), world)
                 for step in steps:
                     if self._log is not None:
                         self._log.step(**asdict(step))
-            if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
+            if world.any(time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes):
                 self._save(trainer)
         return True
 
@@ -224,10 +221,11 @@ class _Attempt:
         """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
         from experiments.training import checkpoints
 
+        start = time.monotonic()
         if self._log is not None:
-            start = time.monotonic()
             self._log.flush()
-            checkpoints.save(self._run_dir, trainer.steps_done, trainer.state_dict())
+        checkpoints.save(self._run_dir, trainer.state(), trainer.world)
+        if self._log is not None:
             self._add_seconds("checkpoint", start)
             self._log.flush()
         self._saved_at = time.monotonic()
@@ -238,8 +236,8 @@ class _Attempt:
 
         from experiments.training import checkpoints
 
+        weights = trainer.weights()
         if self._log is not None:
-            weights = trainer.model.state_dict()
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
             self._log.finish({})
             checkpoints.remove(self._run_dir)
@@ -257,46 +255,64 @@ class _Place:
     size: int = 1
     local_rank: int = 0
     job: str = ""
+    hosts: tuple[str, ...] = ()  # the job's nodes
 
 
 def _place() -> _Place:
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return _Place()
-    environment = submitit.JobEnvironment()
-    return _Place(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
+    job = submitit.JobEnvironment()
+    return _Place(job.global_rank, job.num_tasks, job.local_rank, job.job_id, tuple(job.hostnames))
 
 
 @contextmanager
-def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["World"]:
-    """The processes of this job. If there are several, they are joined to a process group until the context ends."""
+def _world(run_dir: Path, execution: Execution, place: _Place, attempt: int) -> Iterator["World"]:
+    """The processes of this job. If there are several, they are joined to a process group until the context ends.
+
+    Raises ValueError if the device that was asked for is not there, or if the processes' GPUs differ.
+    """
     import torch
-    import torch.distributed as dist
 
     from experiments.training.parallel import World
+    from experiments.training.rendezvous import process_group
 
-    cuda = torch.cuda.is_available()
-    if execution.device == "cuda" and not cuda:
-        raise ValueError("device = 'cuda' was asked for and torch sees no GPU; set device = 'auto' or 'cpu'")
-    if cuda and execution.device != "cpu":
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(execution.threads)
-    world = World(place.rank, place.size, device)
+    device = _device(execution, place)
+    world = World(place.rank, place.size, device, execution.parallel)
     if world.size == 1:
         yield world
         return
-    # The processes meet through a shared file: a port that we chose could be taken by another program.
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    rendezvous = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")  # A requeued job keeps its id.
+    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}-{attempt}"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=world.rank, world_size=world.size)
-    try:
+    with process_group(backend, meeting, world.rank, world.size, place.hosts):
+        names = world.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+        other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the processes' devices differ: rank 0 has {names[0]}, and rank {other} has {names[other]}; "
+                "ask for equal ones, on Slurm by constraint = ... in the profile"
+            )
         yield world
-    finally:
-        dist.destroy_process_group()
-        rendezvous.unlink(missing_ok=True)
+
+
+def _device(execution: Execution, place: _Place) -> "torch.device":
+    """The device of this process. Raises ValueError if the profile wants a GPU and torch has none."""
+    import torch
+
+    if execution.device == "cpu" or not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            problem = f"torch {torch.__version__} was built without CUDA; install a build that has it"
+        else:
+            problem = "torch sees no GPU"
+        if execution.device == "cuda":
+            raise ValueError(f"device = 'cuda' was asked for and {problem}; set device = 'auto' or 'cpu'")
+        if execution.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES"):
+            print(f"this run was given a GPU and trains on the CPU, because {problem}", file=sys.stderr, flush=True)
+        torch.set_num_threads(execution.threads)
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
@@ -308,6 +324,7 @@ def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[st
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "gpus": world.size,
+        "parallel": world.parallel if world.size > 1 else None,
         "dtype": "bfloat16" if cuda else "float32",
         "torch": torch.__version__,
         "triton": _version("triton"),
