@@ -35,5 +35,6 @@ ARMS = {
     "static-qkv": Arm(conv=StaticConvolution(QKV)),
     "headwise-qkv": Arm(conv=HeadwiseConvolution(QKV)),
     "lowrank-qkv": Arm(conv=LowRankConvolution(QKV)),
+    "lowrank-qkv-mismatched": Arm(conv=LowRankConvolution(QKV, mismatched=True)),
     "lowrank-all": Arm(conv=LowRankConvolution(ALL_LINEAR)),
 }

@@ -47,6 +47,15 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
 
+    @property
+    def sequence_group(self) -> int:
+        """How many neighbouring sequences of a batch read one another: 1 if each is processed by itself.
+
+        Shares of processes and micro-batches must hold whole groups. A model whose sequences read one another cannot
+        decode, and packed documents are none of its inputs.
+        """
+        return self.conv.sequence_group
+
     def linear_maps(self) -> dict[str, LinearMap]:
         """Site -> shape of each linear map of one layer."""
         mixer, ffn = self.mixer.linear_maps(self.width), self.ffn.linear_maps(self.width)

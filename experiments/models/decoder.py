@@ -72,8 +72,16 @@ class Decoder(nn.Module):
     ) -> Output | Scored:
         """`Output`, or `Scored` if there is a criterion.
 
-        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32.
+        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32. Raises ValueError
+        for a number of sequences that does not fill groups of which one sequence reads another.
         """
+        group = self.config.sequence_group
+        if len(tokens) % group:
+            raise ValueError(
+                f"the sequences of this model read one another in groups of {group} (conv.mismatched), so it takes "
+                f"multiples of {group} sequences, and neither decodes nor takes packed documents; got {len(tokens)}; "
+                "use the arm without mismatched"
+            )
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

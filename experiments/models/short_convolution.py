@@ -36,12 +36,13 @@ class ConvLinear(nn.Module):
         super().__init__()
         self.linear = nn.Linear(shape.inputs, shape.outputs, bias=False)
         self.conv = build(conv, shape)
+        self.mismatched = conv.sequence_group > 1
 
     def forward(
         self,
         x: Tensor,  # [B, T, inputs]
     ) -> Tensor:  # [B, T, outputs]
-        return self.convolve(self.linear(x), x)
+        return self.convolve(self.linear(x), partners(x) if self.mismatched else x)
 
     def padded_weight(self) -> Tensor:  # [outputs or more, inputs]
         """The weight, with rows of zeros up to a number of channels for which the convolution's kernels are fast."""
@@ -52,8 +53,8 @@ class ConvLinear(nn.Module):
     def convolve(
         self,
         y: Tensor,  # [B, T, outputs]: linear(x), or [B, T, outputs or more], the product of x and `padded_weight`
-        x: Tensor,  # [B, T, inputs]
-        generated: Tensor | None = None,  # [B, T, columns]: the generator's output for x, if computed already
+        x: Tensor,  # [B, T, inputs]: the generator's input
+        generated: Tensor | None = None,  # [B, T, columns]: the generator's output, if computed already; x is not read
     ) -> Tensor:  # [B, T, outputs]
         if self.conv is None:
             return y
@@ -93,6 +94,8 @@ class Maps(nn.ModuleDict):
             widths = [len(weight) for weight in weights]
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             y, *columns = project_together(weight, list(dynamic.values()), x)
+            if any(linear.mismatched for linear in maps.values()):
+                columns = [partners(part) for part in columns]  # A generator maps each token by itself.
             if sharing == list(dynamic) and _fit_one_launch(list(dynamic.values()), widths):
                 convolutions = cast(list[LowRankDynamicConv], list(dynamic.values()))
                 return _convolve_together(convolutions, y, torch.cat(columns, -1), widths)
@@ -102,6 +105,13 @@ class Maps(nn.ModuleDict):
             if site not in products:
                 products[site] = F.linear(x, linear.padded_weight())
         return [linear.convolve(products[site], x, generated.get(site)) for site, linear in maps.items()]
+
+
+def partners(
+    x: Tensor,  # [B, ...] with B even
+) -> Tensor:  # [B, ...]
+    """In place of each sequence the other one of its pair: sequences 2i and 2i + 1 change places."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def _fit_one_launch(convolutions: Sequence[nn.Module], widths: Sequence[int]) -> bool:

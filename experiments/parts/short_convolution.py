@@ -5,7 +5,7 @@ A dynamic filter is generated from the input of the linear map that the convolut
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from experiments.parts.base import Fact, LinearMap, Shape
@@ -16,6 +16,11 @@ class Convolution(ABC):
 
     kind: ClassVar[str]
     sites: tuple[str, ...]  # names of the linear maps that a convolution follows
+
+    @property
+    def sequence_group(self) -> int:
+        """How many neighbouring sequences of a batch read one another: 1 if each is processed by itself."""
+        return 1
 
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
         """The same, with settings that are None taken from the shape.
@@ -96,6 +101,14 @@ class _DynamicConvolution(_PlacedConvolution):
     """The settings of the kinds whose filters are generated from the input, for each token anew."""
 
     static_filter: bool = True  # add a filter for each channel that is the same at every token
+    # A control with the same parameters and FLOPs: position t's filter is generated from position t of the other
+    # sequence of a pair. Sequences 2i and 2i + 1 of the global batch are a pair, whatever the micro-batches; the
+    # partner of an odd batch's last one is padding.
+    mismatched: bool = field(default=False, kw_only=True)
+
+    @property
+    def sequence_group(self) -> int:
+        return 2 if self.mismatched else 1
 
     def parameters(self, site: LinearMap) -> int:
         return self._generator_parameters(site) + (self.width * site.outputs if self.static_filter else 0)
@@ -110,7 +123,7 @@ class _DynamicConvolution(_PlacedConvolution):
         """Parameters of the generator."""
 
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
-        return {**super().facts(sites), "static_filter": self.static_filter}
+        return {**super().facts(sites), "static_filter": self.static_filter, "mismatched": self.mismatched}
 
 
 @dataclass(frozen=True)
