@@ -60,7 +60,7 @@ def test_filters_come_from_the_other_sequence_of_the_pair(
     maps = randomised(conv).blocks[0].mixer.maps
     assert isinstance(maps, Maps)
     x = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    for site, y in zip(QKV, maps.apply_to(x, QKV), strict=True):
+    for site, y in zip(QKV, maps.apply_to(x, QKV, x), strict=True):
         module = maps[site]
         for sequence, partner in ((0, 1), (1, 0), (2, 3), (3, 2)):
             own, other = x[sequence : sequence + 1], x[partner : partner + 1]

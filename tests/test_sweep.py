@@ -180,7 +180,7 @@ BAD = {
     "unknown site": (
         '["v"]',
         '["gat"]',
-        r"arm.mine at 25k: conv.sites: got 'gat'; did you mean 'gate'\? legal: q, k, v, o, gate, up, down",
+        r"arm.mine at 25k: conv.sites: got 'gat'; did you mean 'gate'\? legal: mixer_input, q, k, v, o, ffn_input, ga",
     ),
     "sites without a kind": (
         'kind = "static", ',

@@ -272,10 +272,10 @@ def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
         ffn=arm.ffn.fitted(shape),
         init_std=ladder.init_std,
     )
-    maps = plain.linear_maps()
+    sites = plain.sites()
     for site in arm.conv.sites:
-        strict.choose(site, maps, "conv.sites")
-    return replace(plain, conv=arm.conv.fitted(shape, maps))
+        strict.choose(site, sites, "conv.sites")
+    return replace(plain, conv=arm.conv.fitted(shape, sites))
 
 
 def _evaluation_interval(sweep: Sweep, rung: Rung, baseline_sequences: int) -> int:
