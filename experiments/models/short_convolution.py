@@ -5,7 +5,7 @@ Shapes: B batch, T time.
 
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,22 @@ class Maps(nn.ModuleDict):
             if site not in products:
                 products[site] = F.linear(x, linear.padded_weight())
         return [linear.convolve(products[site], x, generated.get(site)) for site, linear in maps.items()]
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, inputs]
+        sites: Sequence[str],
+        state: dict[str, Tensor],  # of each site with a convolution, the inputs before those of x; updated in place
+    ) -> list[Tensor]:  # [B, T, outputs] each
+        """As `apply_to`, for inputs that continue a sequence. An empty `state` begins one."""
+        outputs = []
+        for site in sites:
+            linear = cast(ConvLinear, self[site])
+            y = linear.linear(x)
+            if linear.conv is not None:
+                y, state[site] = cast(Any, linear.conv).prefill(y, x, state.get(site))
+            outputs.append(y)
+        return outputs
 
 
 def _fit_one_launch(convolutions: Sequence[nn.Module], widths: Sequence[int]) -> bool:
