@@ -32,10 +32,18 @@ class World:
         """Whether each process holds only a part of every matrix."""
         return self.size > 1 and self.parallel == "fsdp"
 
-    def share(self, count: int) -> tuple[int, int]:
-        """This process's share of `count` sequences, as (index of the first, number of sequences)."""
-        first = count * self.rank // self.size
-        return first, count * (self.rank + 1) // self.size - first
+    def share(self, count: int, group: int = 1) -> tuple[int, int]:
+        """This process's share of `count` sequences, as (index of the first, number of sequences).
+
+        Shares hold whole groups of `group` neighbouring sequences, the last of which may have fewer.
+        """
+        groups = -(-count // group)
+        first, end = (min(count, group * (groups * rank // self.size)) for rank in (self.rank, self.rank + 1))
+        return first, end - first
+
+    def largest_share(self, count: int, group: int = 1) -> int:
+        """The most sequences that a process has to take so that all processes together take `count`."""
+        return -(-count // (group * self.size)) * group
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`, replaced in place by its sum over all processes."""
