@@ -24,7 +24,7 @@ from submitit.local.local import LocalExecutor, LocalJob
 from analysis.logs.reader import read_rows, status
 from analysis.logs.writer import record_failure
 from experiments.design.config import RunConfig
-from experiments.training import checkpoints as checkpoint
+from experiments.training.checkpoints import State, save
 from experiments.training.parallel import World
 from experiments.training.run import Run, RunFailed, _Place
 
@@ -271,7 +271,7 @@ def test_a_run_logs_windows_step_by_step(
     steps, evals = (pq.read_table(run_dir / f"{kind}.parquet") for kind in ("steps", "evals"))
     assert steps["step"].to_pylist() == list(range(1, 26))
     assert evals["step"].to_pylist()[::2] == [8, 16, 24, 25]
-    assert checkpoint.load_branch_point(run_dir, 11)["steps_done"] == 11
+    assert [path.name for path in (run_dir / "branch-points").iterdir()] == ["step-0000000011"]
     seconds = json.loads((run_dir / "run.json").read_text())["seconds"]
     assert seconds["train"] == pytest.approx(sum(steps["seconds"].to_pylist()))
 
@@ -303,7 +303,8 @@ def test_bad_input_is_named(tiny_run: RunConfig, submitted: Submitted, tmp_path:
     fails_with(other_data, "the run was submitted with ffffffffffff")
 
     other_run = submitted(tiny_run, tmp_path / "other_run")
-    checkpoint.save(other_run, 3, {"run_id": "somebody-elses"})
+    somebody_elses = State({"run_id": "somebody-elses", "steps_done": 3}, {"w": torch.ones(2)})
+    save(other_run, somebody_elses, World(0, 1, torch.device("cpu")))
     fails_with(other_run, "is a checkpoint of run somebody-elses; wanted lowrank-qkv-tiny")
 
     no_gpu = submitted(tiny_run, tmp_path / "no_gpu", device="cuda")

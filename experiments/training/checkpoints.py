@@ -157,7 +157,8 @@ def _write(folder: Path, state: State, world: World) -> Path:
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> list[str]:
     """Write the tensors with all processes, synced to disk. Returns the names of the files that this one wrote."""
-    from torch.distributed.checkpoint.state_dict_saver import save  # takes seconds to import, and most runs end before they need it
+    # This takes seconds to import, and most runs end before they need it.
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = _make_writer(folder, tensors)
     with _one_process_is_intended():

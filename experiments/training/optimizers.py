@@ -11,6 +11,7 @@ from torch import nn
 
 from dynconv.layers import optimizer_groups
 from experiments.design.train import AdamW, Muon, TrainConfig
+from experiments.training.parallel import is_sharded
 
 Optimizers = list[torch.optim.Optimizer]
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
@@ -35,6 +36,12 @@ def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
+    """Raises ValueError if the matrices are sharded: their momentum is orthogonalised as a whole."""
+    if any(is_sharded(matrix) for matrix in groups["matrices"].values()):
+        raise ValueError(
+            "Muon needs whole matrices, and with parallel = 'fsdp' each process has a part of each; "
+            "set parallel = 'ddp' in the profile"
+        )
     matrices = torch.optim.Muon(
         groups["matrices"].values(),
         lr=train.learning_rate,

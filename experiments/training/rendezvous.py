@@ -18,6 +18,7 @@ from analysis.logs.files import read_json, write_json
 
 LOOPBACK = "127.0.0.1"
 MINUTES = 10.0  # to wait for the other processes of a job; those of several nodes may start minutes apart
+_TIMEOUT = timedelta(minutes=MINUTES)
 _POLL_SECONDS = 0.1
 
 
@@ -39,7 +40,7 @@ def process_group(backend: str, file: Path, rank: int, size: int, hosts: Sequenc
         for library in ("NCCL", "GLOO"):
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
     store = _open_store(file, size, hosts) if rank == 0 else _find_store(file, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=MINUTES))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         if rank == 0:
             file.unlink(missing_ok=True)  # All have met.
@@ -59,13 +60,7 @@ def _open_store(file: Path, size: int, hosts: Sequence[str]) -> Any:
         # The store takes over a copy of the socket. Left to itself, it would listen on all interfaces.
         descriptor = os.dup(listening.fileno())
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        address,
-        port,
-        size,
-        is_master=True,
-        timeout=timedelta(minutes=MINUTES),
-        wait_for_workers=False,
-        master_listen_fd=descriptor,
+        address, port, size, is_master=True, timeout=_TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor
     )
     write_json(file, {"address": address, "port": port})
     return store
@@ -79,10 +74,7 @@ def _find_store(file: Path, size: int) -> Any:
             raise TimeoutError(f"rank 0 has not published its address in {file} after {MINUTES:g} min; retry")
         time.sleep(_POLL_SECONDS)
     published = read_json(file)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        published["address"], published["port"], size, is_master=False, timeout=timedelta(minutes=MINUTES)
-    )
-    return store
+    return dist.TCPStore(published["address"], published["port"], size, timeout=_TIMEOUT)  # type: ignore[attr-defined]
 
 
 def _own_address(hosts: Sequence[str]) -> str:
