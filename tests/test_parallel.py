@@ -9,7 +9,8 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from experiments.design.train import Muon
 from experiments.parts.short_convolution import LowRankConvolution
 from experiments.training import checkpoints
 from experiments.training.assembly import assemble
+from experiments.training.job import Place, joined
 from experiments.training.parallel import World, is_sharded
 from experiments.training.rendezvous import process_group
-from experiments.training.run import Run, RunFailed, _Place, _world
+from experiments.training.run import Run, RunFailed
 from experiments.training.trainer import NonFiniteLoss, Trainer
 
 pytestmark = [
@@ -146,10 +148,6 @@ def errors(job: Job, world: World) -> list[str]:
     with pytest.raises(NonFiniteLoss) as failure:
         trainer.step()
     messages.append(str(failure.value))
-    muon = replace(job, run=replace(job.run, train=replace(job.run.train, optimizer=Muon())))
-    with pytest.raises(ValueError, match="Muon") as refusal:
-        muon.trainer(world)
-    messages.append(str(refusal.value))
     # Of the newest checkpoint, one file is damaged, which one of the processes reads.
     folder = job.folder / "damaged"
     for _ in range(2):
@@ -283,12 +281,22 @@ def test_processes_of_one_node_listen_on_loopback_only(two: list[Record]) -> Non
 
 @pytest.mark.slow
 def test_errors_are_alike_in_all_processes(two: list[Record]) -> None:
-    divergence, muon, damaged, step = two[0]["errors"]
+    divergence, damaged, step = two[0]["errors"]
     assert two[1]["errors"] == two[0]["errors"]
     assert divergence.startswith("loss nan, gradient norm nan, first in embedding.weight (")
-    assert muon.endswith("with parallel = 'fsdp' each process has a part of each; set parallel = 'ddp' in the profile")
     assert damaged.startswith(f"step-{SAVED + 1:010d}: the checksum of shard-00002-")
     assert step == f"step {SAVED}"
+
+
+def test_muon_is_not_sharded(tiny_run: RunConfig) -> None:
+    run = replace(tiny_run, train=replace(tiny_run.train, optimizer=Muon()))
+    execution = Execution(gpus=2, parallel="fsdp")
+    with pytest.raises(
+        ValueError, match="with parallel = 'fsdp' each process has a part of each; set parallel = 'ddp'"
+    ):
+        execution.check(run)
+    execution.check(tiny_run)
+    replace(execution, gpus=1).check(run)
 
 
 def test_torch_without_the_library_for_several_processes_is_named(
@@ -307,9 +315,42 @@ def test_devices_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("experiments.training.rendezvous.process_group", lambda *_: pytest.MonkeyPatch.context())
     with (
         pytest.raises(ValueError, match="devices differ: rank 0 has NVIDIA H200, and rank 2 has NVIDIA A100; ask for"),
-        _world(tmp_path, Execution(device="cpu"), _Place(rank=0, size=3), attempt=1),
+        joined(tmp_path, Execution(device="cpu"), Place(rank=0, size=3), attempt=1),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("fitting", "parallel", "advice"),
+    [
+        (2, "ddp", r"2 do: set micro_batch = 2 in the profile"),
+        (0, "ddp", r"nor do fewer: set parallel = 'fsdp' in the profile, on more GPUs"),
+        (2, "fsdp", r"try micro_batch = 4 in the profile, or more GPUs"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(
+    fitting: int,
+    parallel: Literal["ddp", "fsdp"],
+    advice: str,
+    tiny_run: RunConfig,
+    submitted: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The memory of a GPU is played by `advance` and `warm_up`, which want at most so many sequences."""
+
+    def played(trainer: Trainer) -> None:
+        if trainer.micro_batch > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+    monkeypatch.setattr(Trainer, "advance", played)
+    monkeypatch.setattr(Trainer, "warm_up", played)
+    monkeypatch.setattr(World, "sharded", parallel == "fsdp")
+    monkeypatch.setattr(World, "place", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    run_dir = submitted(tiny_run, tmp_path, parallel=parallel)
+    with pytest.raises(RunFailed, match=rf"micro_batch = 8 sequences of 16 tokens .* the GPU's 80 GiB; {advice}$"):
+        Run(run_dir)()
 
 
 def test_torch_without_cuda_on_a_machine_with_gpus_is_named(

@@ -25,8 +25,9 @@ from analysis.logs.reader import read_rows, status
 from analysis.logs.writer import record_failure
 from experiments.design.config import RunConfig
 from experiments.training.checkpoints import State, save
+from experiments.training.job import Place
 from experiments.training.parallel import World
-from experiments.training.run import Run, RunFailed, _Place
+from experiments.training.run import Run, RunFailed
 
 Submitted = Callable[..., Path]
 
@@ -187,8 +188,8 @@ def test_a_failure_of_a_faster_process_is_kept(
         raise SystemExit(1)
         yield
 
-    monkeypatch.setattr("experiments.training.run._place", lambda: _Place(rank=0, size=2))
-    monkeypatch.setattr("experiments.training.run._world", killed_while_waiting)
+    monkeypatch.setattr("experiments.training.run.this_place", lambda: Place(rank=0, size=2))
+    monkeypatch.setattr("experiments.training.run.joined", killed_while_waiting)
     with pytest.raises(SystemExit):
         Run(run_dir)()
     assert json.loads((run_dir / "failure.json").read_text())["cause"] == "ValueError: no data on this node"

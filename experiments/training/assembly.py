@@ -15,7 +15,7 @@ def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: Worl
     Raises ValueError if the data's vocabulary is larger than the model's, or if micro-batches would separate sequences
     that read one another.
     """
-    execution.check(run.model)
+    execution.check(run)
     if dataset.vocabulary > run.model.vocabulary:
         raise ValueError(
             f"the data have {dataset.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "

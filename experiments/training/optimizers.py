@@ -36,21 +36,17 @@ def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
-    """Raises ValueError if the matrices are sharded: their momentum is orthogonalised as a whole."""
-    if any(is_sharded(matrix) for matrix in groups["matrices"].values()):
-        raise ValueError(
-            "Muon needs whole matrices, and with parallel = 'fsdp' each process has a part of each; "
-            "set parallel = 'ddp' in the profile"
-        )
-    matrices = torch.optim.Muon(
-        groups["matrices"].values(),
+    matrices = groups["matrices"].values()
+    assert not any(is_sharded(matrix) for matrix in matrices), "Execution.check refuses this"
+    of_matrices = torch.optim.Muon(
+        matrices,
         lr=train.learning_rate,
         momentum=settings.momentum,
         weight_decay=train.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
     others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
-    return [matrices, _adamw(others, settings, train)]
+    return [of_matrices, _adamw(others, settings, train)]
 
 
 def _adamw(

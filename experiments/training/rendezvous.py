@@ -4,6 +4,7 @@ The system chooses the port, so none can be taken already. The file needs no loc
 """
 
 import contextlib
+import gc
 import os
 import socket
 import time
@@ -47,6 +48,9 @@ def process_group(backend: str, file: Path, rank: int, size: int, hosts: Sequenc
         yield
         dist.barrier()  # Rank 0 must not close the store while others still use it.
     finally:
+        # Free what still refers to the group, such as DDP. Its threads end with it; those that outlive the interpreter
+        # abort the process ("terminate called without an active exception").
+        gc.collect()
         dist.destroy_process_group()
 
 

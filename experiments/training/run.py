@@ -10,28 +10,25 @@ import importlib.metadata
 import os
 import platform
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import submitit
 from submitit.helpers import DelayedSubmission
 
 from analysis.logs.files import read_json, write_atomically
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
-from experiments.design.config import Execution, RunConfig
+from experiments.design.config import RunConfig
+from experiments.training.job import joined, this_place
 from experiments.training.record import read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
-    import torch
-
     from experiments.training.parallel import World
     from experiments.training.trainer import Trainer
 
@@ -98,10 +95,10 @@ class _Attempt:
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
         self.stop = StopSignal()
-        self._place = _place()
+        self._place = this_place()
         self._number = next_attempt(run_dir)
         self._log: RunLog | None = None
-        self._step = 0
+        self._step = self._micro_batch = 0
         self._saved_at = time.monotonic()
 
     @contextmanager
@@ -121,6 +118,8 @@ class _Attempt:
 
     def execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
+        import torch
+
         if self._place.size == 1:
             self._remove_failure()
         config, run, self._execution = read_record(self._run_dir)
@@ -129,15 +128,49 @@ class _Attempt:
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
                 "allowed; raise it in the profile, then retry"
             )
-        with _world(self._run_dir, self._execution, self._place, self._number) as world:
+        with joined(self._run_dir, self._execution, self._place, self._number) as world:
             if world.rank == 0 and world.size > 1:
                 self._remove_failure()
             world.wait_for_all()  # A process that fails from here on writes failure.json, which must not be deleted.
-            trainer = self._prepare(config, run, world)
-            finished = self._train(trainer, world)
-            if finished:
-                self._finish(trainer)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return self._work(config, run, world)
+            # Here the trainer, which the error's traceback held, is gone, and its memory is free for a smaller one.
+            raise self._does_not_fit(config, run, world)
+
+    def _work(self, config: dict[str, Any], run: RunConfig, world: "World") -> bool:
+        """`execute`, once the processes have joined. The trainer is dropped before they part."""
+        trainer = self._prepare(config, run, world)
+        finished = self._train(trainer, world)
+        if finished:
+            self._finish(trainer)
         return finished
+
+    def _does_not_fit(self, config: dict[str, Any], run: RunConfig, world: "World") -> ValueError:
+        """The error of a batch that does not fit into the GPU's memory."""
+        import torch
+
+        from experiments.data.dataset import Dataset
+        from experiments.training.assembly import assemble
+        from experiments.training.memory import micro_batch_that_fits
+        from experiments.training.parallel import World
+
+        def make(micro_batch: int) -> "Trainer":
+            execution = replace(self._execution, micro_batch=micro_batch)
+            return assemble(run, Dataset.open(config["data_dir"]), execution, World(0, 1, world.device))
+
+        tried = self._micro_batch
+        if world.sharded:  # One process alone cannot try, and the others may be waiting for it already.
+            advice = f"try micro_batch = {max(1, tried // 2)} in the profile, or more GPUs"
+        else:
+            fits = micro_batch_that_fits(make, tried, run.model.sequence_group)
+            advice = f"{fits} do: set micro_batch = {fits} in the profile"
+            if fits is None:
+                advice = "nor do fewer: set parallel = 'fsdp' in the profile, on more GPUs"
+        gigabytes = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+        return ValueError(
+            f"micro_batch = {tried} sequences of {run.train.sequence_length} tokens do not fit into the GPU's "
+            f"{gigabytes:.0f} GiB; {advice}"
+        )
 
     def _remove_failure(self) -> None:
         """Delete the failure.json of an earlier attempt.
@@ -174,7 +207,7 @@ class _Attempt:
         skipped = checkpoints.load_newest(self._run_dir, run.run_id, trainer, world)
         if skipped is None and run.trunk is not None:
             checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
-        self._step = trainer.steps_done + 1
+        self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
             about = _provenance(world, self._place.job, config["code_commit"])
             about["damaged_checkpoints"] = skipped or []
@@ -245,74 +278,6 @@ class _Attempt:
     def _add_seconds(self, clock: str, since: float) -> None:
         if self._log is not None:
             self._log.add_seconds(clock, time.monotonic() - since)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The place of this process among those of its job, as the scheduler gives it."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    job: str = ""
-    hosts: tuple[str, ...] = ()  # the job's nodes
-
-
-def _place() -> _Place:
-    if "SUBMITIT_EXECUTOR" not in os.environ:
-        return _Place()
-    job = submitit.JobEnvironment()
-    return _Place(job.global_rank, job.num_tasks, job.local_rank, job.job_id, tuple(job.hostnames))
-
-
-@contextmanager
-def _world(run_dir: Path, execution: Execution, place: _Place, attempt: int) -> Iterator["World"]:
-    """The processes of this job. If there are several, they are joined to a process group until the context ends.
-
-    Raises ValueError if the device that was asked for is not there, or if the processes' GPUs differ.
-    """
-    import torch
-
-    from experiments.training.parallel import World
-    from experiments.training.rendezvous import process_group
-
-    device = _device(execution, place)
-    world = World(place.rank, place.size, device, execution.parallel)
-    if world.size == 1:
-        yield world
-        return
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")  # A requeued job keeps its id.
-    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}-{attempt}"
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    with process_group(backend, meeting, world.rank, world.size, place.hosts):
-        names = world.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
-        other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"the processes' devices differ: rank 0 has {names[0]}, and rank {other} has {names[other]}; "
-                "ask for equal ones, on Slurm by constraint = ... in the profile"
-            )
-        yield world
-
-
-def _device(execution: Execution, place: _Place) -> "torch.device":
-    """The device of this process. Raises ValueError if the profile wants a GPU and torch has none."""
-    import torch
-
-    if execution.device == "cpu" or not torch.cuda.is_available():
-        if torch.version.cuda is None and torch.version.hip is None:
-            problem = f"torch {torch.__version__} was built without CUDA; install a build that has it"
-        else:
-            problem = "torch sees no GPU"
-        if execution.device == "cuda":
-            raise ValueError(f"device = 'cuda' was asked for and {problem}; set device = 'auto' or 'cpu'")
-        if execution.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES"):
-            print(f"this run was given a GPU and trains on the CPU, because {problem}", file=sys.stderr, flush=True)
-        torch.set_num_threads(execution.threads)
-        return torch.device("cpu")
-    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:

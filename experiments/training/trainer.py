@@ -102,6 +102,11 @@ class Trainer:
         self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
 
     @property
+    def micro_batch(self) -> int:
+        """The number of sequences of one forward pass."""
+        return self._micro_batch
+
+    @property
     def finished(self) -> bool:
         return self.steps_done == self.config.steps
 
