@@ -115,7 +115,7 @@ def listening() -> list[str]:
 
 def two_processes(rank: int, size: int, job: Job) -> None:
     records: Record = {}
-    with process_group("gloo", job.folder / "meeting-2", rank, size, ["here"]):
+    with process_group(CPU, job.folder / "meeting-2", rank, size, ["here"]):
         records["listening"] = dist.get_rank() == rank and listening()
         for kind in KINDS:
             world = World(rank, size, CPU, kind)
@@ -166,7 +166,7 @@ def errors(job: Job, world: World) -> list[str]:
 
 def four_processes(rank: int, size: int, job: Job) -> None:
     records: Record = {}
-    with process_group("gloo", job.folder / "meeting-4", rank, size, ["here"]):
+    with process_group(CPU, job.folder / "meeting-4", rank, size, ["here"]):
         for kind in KINDS:
             world = World(rank, size, CPU, kind)
             records[kind] = course(job.trainer(world), STEPS)
@@ -305,7 +305,7 @@ def test_torch_without_the_library_for_several_processes_is_named(
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with (
         pytest.raises(ValueError, match=r"torch was built without NCCL, which several .* or set gpus = 1"),
-        process_group("nccl", tmp_path / "meeting", 0, 2, ["here"]),
+        process_group(torch.device("cuda"), tmp_path / "meeting", 0, 2, ["here"]),
     ):
         pass
 
