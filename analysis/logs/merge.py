@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from analysis.logs.columns import format_columns, loss_unit
 from analysis.logs.points import run_types
+from analysis.logs.schema import LATER_COLUMNS
 from analysis.logs.store import Store, load
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]]]:
 def _refuse_differing(run_id: str, one: Store, other: Store) -> None:
     rows = [store.runs[store.runs["run_id"] == run_id].iloc[0] for store in (one, other)]
     shared = [name for name in rows[0].index if name in rows[1].index]
+    known = rows[0].notna() & rows[1].notna().reindex(rows[0].index, fill_value=False)
+    shared = [name for name in shared if name not in LATER_COLUMNS or known[name]]
     different = [name for name in shared if not _equal(rows[0][name], rows[1][name])]
     if different:
         name = different[0]

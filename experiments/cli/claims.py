@@ -195,9 +195,11 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
 
     from analysis.advantage.measured import Assumption, measured
     from analysis.advantage.planning import World
+    from analysis.logs.learning import unlearned
 
     world, assumptions = World(), [Assumption(name, value, "assumed") for name, value in vars(World()).items()]
     if "loss" in design and design["loss"].notna().any():
+        warn(*(f"{each.remark}, and are not in these estimates" for each in unlearned(design).values()))
         world, assumptions = measured(design, args.baseline)
     names = {"reducible": "reducible_loss"}
     given = {

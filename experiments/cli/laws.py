@@ -228,18 +228,24 @@ def _isoflop(args: argparse.Namespace) -> int:
     from dataclasses import astuple, fields
 
     from analysis.advantage.frontiers import frontier_multipliers
+    from analysis.advantage.unresolved import with_unlearned
     from analysis.laws.isoflop import optima_of, usable_runs
+    from analysis.laws.rates import rate_column
+    from analysis.logs.learning import unlearned
     from analysis.logs.selection import choose_baseline
     from analysis.pages.tables import multiplier_table, to_json, value_table
 
-    runs, excluded, told = usable_runs(load_store(args).runs, args.convention)
+    everything = load_store(args).runs
+    runs, excluded, told = usable_runs(everything, args.convention)
+    failures = unlearned(everything, runs, rate_column(runs))
     _warn_excluded(excluded)
     warn(*told)
-    optima, laws = optima_of(runs, args.convention)
+    optima, laws = optima_of(runs, args.convention, failures)
     found: list[Multiplier] = []
     if args.baseline is not None or (runs["arm"].nunique() > 1 and runs["baseline"].nunique() == 1):
         baseline = choose_baseline(runs, args.baseline)
         found, refused = frontier_multipliers(optima, baseline, laws[0].convention)
+        found = [with_unlearned(item, failures) for item in found]
         warn(*(f"no multiplier for {line}" for line in refused))
     if args.format == "json":
         answer = {"convention": laws[0].convention, "optima": optima, "laws": laws, "multipliers": found}
