@@ -34,7 +34,7 @@ class MergedStore(Store):
     @property
     def arguments(self) -> list[str]:
         columns = next((part.columns for part in self.parts if part.columns), {})
-        return [*(str(part.path) for part in self.parts), *format_columns(columns)]
+        return [*(str(part.path) for part in self.parts), *format_columns(columns), *self._condition]
 
     def rows(self, kind: str) -> pa.Table:
         import pyarrow as pa
@@ -72,7 +72,8 @@ def load_all(paths: Sequence[Path], columns: Mapping[str, str] | None = None) ->
         part.runs = _named_rows(part)
     runs, owners = _union(parts)
     problems = [problem for part in parts for problem in part.problems]
-    return MergedStore(paths[0], runs, problems, [d for part in parts for d in part.run_dirs], {}, parts, owners)
+    run_dirs = [run_dir for part in parts for run_dir in part.run_dirs]
+    return MergedStore(paths[0], runs, problems, run_dirs, parts=parts, owners=owners)
 
 
 def _points_file(path: Path) -> bool:

@@ -52,6 +52,12 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     if done["loss"].isna().all():
         raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
     require_positive(done, "loss", "loss")
+    if "task" in done and done["task"].nunique() > 1:
+        tasks = list(done["task"].dropna().unique())
+        raise ValueError(
+            f"the runs are of several tasks ({some(tasks)}), whose losses cannot be compared; choose one with --where "
+            f"'task == \"{tasks[0]}\"', or compare a metric task by task with `dynconv table --metric`"
+        )
     for name, noun in (
         ("tokenizer_sha256", "tokenizers"),
         ("data_sha256", "data"),

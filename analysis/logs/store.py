@@ -36,6 +36,7 @@ class Store:
     problems: list[str]
     run_dirs: list[Path] = field(default_factory=list)  # of a live store
     columns: Mapping[str, str] = field(default_factory=dict)  # of a table of points: what --columns said
+    where: str | None = None  # the condition that `runs` were chosen by
 
     @property
     def paths(self) -> list[Path]:
@@ -49,8 +50,13 @@ class Store:
 
     @property
     def arguments(self) -> list[str]:
-        """How a command line names this store: its paths, and --columns where a table's columns were named."""
-        return [*map(str, self.paths), *format_columns(self.columns)]
+        """How a command line names these runs: the store's paths, --columns where a table's columns were named, and
+        --where."""
+        return [*map(str, self.paths), *format_columns(self.columns), *self._condition]
+
+    @property
+    def _condition(self) -> list[str]:
+        return [] if self.where is None else ["--where", self.where]
 
     def steps(self) -> pd.DataFrame:
         """run_id and the columns of `schema.STEP_COLUMNS`, by run and step."""

@@ -18,6 +18,7 @@ from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
 from analysis.laws.rates import for_a_law, rate_column
 from analysis.logs.learning import unlearned
+from analysis.logs.metrics import final_metrics
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import (
     Excluded,
@@ -147,6 +148,7 @@ class Material:
     done: pd.DataFrame
     evals: pd.DataFrame
     ablated: pd.DataFrame
+    accuracies: pd.DataFrame  # metric_figures.accuracy_rows
 
 
 def material(store: Store) -> Material:
@@ -154,12 +156,14 @@ def material(store: Store) -> Material:
     are not drawn, as their losses would hide the others'."""
     learned = store.runs["did_not_learn"].isna()
     done = store.runs[learned & (store.runs["status"] == "complete")].assign(arm=lambda rows: rows["arm"].fillna("all"))
-    return Material(done, store.loss_curves(), ablations(done))
+    from analysis.pages.metric_figures import accuracy_rows
+
+    return Material(done, store.loss_curves(), ablations(done), accuracy_rows(final_metrics(store), done))
 
 
 def draw(of: Material, answer: Answers) -> dict[str, Figure]:
     """Every figure that the store has the data for, by name."""
-    from analysis.pages import figures, isoflop_figures, run_figures
+    from analysis.pages import figures, isoflop_figures, metric_figures, run_figures
 
     done, law, found, base = of.done, answer.law, answer.found, answer.baseline
     column = CONVENTIONS[answer.convention]
@@ -185,6 +189,8 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
         todo["wall-clock"] = lambda: run_figures.wall_clock(done, column, answer.convention, base)
     if len(of.ablated):
         todo["ablations"] = lambda: run_figures.ablation_panels(of.ablated, baseline_loss(done, of.ablated, base))
+    if len(of.accuracies):
+        todo["accuracy"] = lambda: metric_figures.accuracy_panels(of.accuracies, base)
     if len(of.evals):
         todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}

@@ -55,6 +55,10 @@ CAPTIONS = {  # title and caption of each figure; one that is not here has no pl
     "isoflop-growth": ("The best size against compute", "N* of each budget; hollow where it does not count."),
     "loss-against-tokens": ("Loss against tokens", "Final loss of every run."),
     "wall-clock": ("Wall clock", "What compute costs in measured training time, and the loss that the time buys."),
+    "accuracy": (
+        "Accuracy on the task",
+        "Dots: runs, at their last evaluation. Lines: medians over seeds, as runs solve a recall task or do not.",
+    ),
     "loss-curves": ("Loss over training", "Held-out loss of every run."),
     "ablations": (
         "One fact at a time",
