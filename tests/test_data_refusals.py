@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from texts import make_texts, specify, visible, write_txt
+from texts import END_OF_TEXT, make_texts, specify, visible, write_txt
 
 from experiments.cli.main import main
 from experiments.data import build as build_module
-from experiments.data import shards, tokenizer
+from experiments.data import shards
 from experiments.data.build import build
 from experiments.data.dataset import MANIFEST, Dataset
 from experiments.data.inspect import inspect
@@ -57,9 +57,19 @@ def broken_link(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: f, "must be a folder; got .*bad.* not there; give the folder"),
-        (lambda f: write(f, "text") / "bad", "must be a folder; got .* a file; give the folder"),
-        (lambda f: write(f / "a.md", "text"), "must hold .txt or .jsonl or .parquet files; got none under .*bad;"),
+        (lambda f: f, "must be a folder, or one file of .*; got .*bad.* not there; give the folder"),
+        (
+            lambda f: write(f, "text") / "bad",
+            "must be a folder, or one file of .*; got .* another file; give the folder",
+        ),
+        (
+            lambda f: write(f / "a.txt", "text") / "a.txt",
+            "must have a separator; got .*a.txt.*; set what stands between",
+        ),
+        (
+            lambda f: write(f / "a.md", "text"),
+            r"must hold .arrow, .*or .txt.zst files; got none under .*bad, but 1 .md;",
+        ),
         (lambda f: write(f / "a.txt", ""), "must hold text; got 1 empty and 0 undecodable"),
         (lambda f: write(f / "a.txt", b"\xff"), "must hold text; got 0 empty and 1 undecodable"),
         (lambda f: write(f / "a.jsonl", '{"text": "\\ud800"}'), "must hold text; got 0 empty and 1 undecodable"),
@@ -158,8 +168,7 @@ def edited_tokenizer(dataset: Dataset, edit: Callable[[dict[str, Any]], object])
 def rename_end(content: dict[str, Any]) -> None:
     content["added_tokens"][0]["content"] = "<|end|>"
     content["model"]["vocab"] = {
-        "<|end|>" if token == tokenizer.END_OF_TEXT else token: number
-        for token, number in content["model"]["vocab"].items()
+        "<|end|>" if token == END_OF_TEXT else token: number for token, number in content["model"]["vocab"].items()
     }
 
 
@@ -167,11 +176,22 @@ def rename_end(content: dict[str, Any]) -> None:
     ("edit", "vocabulary", "message"),
     [
         (None, 300, "must be a Hugging Face tokenizer.json; got"),
-        (lambda content: content, 301, "vocabulary of the specification, 301; got 300 tokens, .* 299; set"),
-        (lambda content: content.update(decoder=None), 300, "decoder ByteLevel, .*; got None"),
-        (lambda content: content.update(decoder={"type": "Fuse"}), 300, "decoder ByteLevel, .*; got Fuse"),
-        (rename_end, 300, r"must have the token <\|endoftext\|>"),
-        (lambda content: content.update(normalizer={"type": "NFC"}), 300, "normalizer None, .*; got NFC; give"),
+        (
+            lambda content: content,
+            299,
+            "vocabulary of the specification, 299; got 300 tokens, .* 299; set vocabulary to 300",
+        ),
+        (lambda content: content.update(decoder=None), 300, r"keep every byte; got \d+ bytes of"),
+        (lambda content: content.update(decoder={"type": "Fuse"}), 300, r"keep every byte; got \d+ bytes of"),
+        (rename_end, 300, r"must have the token <\|endoftext\|>; got none; set end_of_text .*\(<\|end\|>\)"),
+        (
+            lambda content: content.update(
+                normalizer={"type": "Replace", "pattern": {"String": "def"}, "content": "fed"}
+            ),
+            300,
+            r"give back every character; got 'fed.* for 'def.*; give",
+        ),
+        (lambda content: content.update(normalizer={"type": "NFD"}), 300, r"keep every byte; got \d+ bytes of"),
         (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), 300, r"keep every byte; got \d+"),
     ],
 )

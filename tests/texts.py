@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.data.dataset import Dataset
-from experiments.data.tokenizer import END_OF_TEXT
 from experiments.design.data import DataConfig
+
+END_OF_TEXT = DataConfig.end_of_text
 
 # Many scripts, runs of white space, and the end-of-text token's own spelling, which is text in a document.
 WORDS = [*["def", "return", "self", "café", "naïve", "数据", "λ", "🙂", "==", "("], "\n\n    ", "\t", END_OF_TEXT]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from experiments.data.corpus import describe
 from experiments.data.dataset import TOKENIZER, Dataset, manifest_errors
 from experiments.design.data import SPLITS
 
@@ -24,6 +25,7 @@ def to_dict(path: Path | str) -> dict[str, Any]:
             "tokenizer_sha256": dataset.tokenizer_sha256,
             "bytes_per_token": dataset.bytes_per_token,
             "sample": tokenizer.decode(first[0].tolist(), skip_special_tokens=False),
+            "not_read": dataset.manifest.get("not_read", {}),
             **{key: dataset.manifest[key] for key in ("spec", "python", "corpus", "splits")},
         }
 
@@ -44,6 +46,7 @@ def _render(facts: dict[str, Any]) -> str:
         f"corpus       {corpus['files']:,} files, {corpus['documents']:,} documents, {corpus['bytes']:,} bytes",
         f"dropped      {corpus['duplicates']:,} duplicates, {corpus['undecodable']:,} not UTF-8, "
         f"{corpus['empty']:,} empty",
+        *([f"not read     {describe(facts['not_read'])}"] if facts["not_read"] else []),
     ]
     for split in SPLITS:
         counts = facts["splits"][split]
