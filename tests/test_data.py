@@ -190,6 +190,20 @@ def test_a_complete_dataset_is_found_not_built(corpus: Path, tmp_path: Path, mon
         assert (now.st_ino, now.st_size, now.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
 
 
+def test_touched_moved_and_renamed_text_is_not_built_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(specify(corpus), tmp_path / "cache")
+    monkeypatch.setattr(build_module, "_write_dataset", lambda *_: pytest.fail("built again"))
+    shutil.copytree(corpus, tmp_path / "copy")
+    (tmp_path / "copy" / "0000.txt").rename(tmp_path / "copy" / "renamed.txt")
+    assert build(specify(tmp_path / "copy"), tmp_path / "cache") == first
+    (tmp_path / "copy" / "0001.txt").touch()
+    assert build(specify(tmp_path / "copy"), tmp_path / "cache") == first
+    monkeypatch.setattr(build_module, "file_sha256", lambda _: pytest.fail("read again, though nobody wrote to it"))
+    assert build(specify(tmp_path / "copy"), tmp_path / "cache") == first
+
+
 def test_another_specification_or_other_text_is_another_dataset(tmp_path: Path) -> None:
     folder = write_txt(tmp_path / "txt", make_texts())
     first = build(specify(folder), tmp_path / "cache")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -16,6 +17,7 @@ from texts import END_OF_TEXT, make_texts, specify, visible, write_txt
 
 from experiments.cli.main import main
 from experiments.data import build as build_module
+from experiments.data import dataset as dataset_module
 from experiments.data import shards
 from experiments.data.build import build
 from experiments.data.dataset import MANIFEST, Dataset
@@ -245,7 +247,7 @@ def without(key: str) -> Callable[[Path], object]:
 
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[7] ^= 1
+    content[6] ^= 1  # of the lower byte: another token of the vocabulary
     path.write_bytes(content)
 
 
@@ -287,6 +289,51 @@ def test_a_damaged_dataset_is_refused(
     if damage is not flip_a_bit:  # lengths are checked at every opening, contents on request
         with pytest.raises(ValueError, match=message):
             build(tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize("crc", [True, False])  # datasets of older versions have no checksums of blocks
+@pytest.mark.parametrize("block_bytes", [64, 2**20])
+def test_a_run_spot_checks_its_data(
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, crc: bool
+) -> None:
+    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", block_bytes)
+    data = Dataset.open(build(tiny_data, tmp_path))
+    if not crc:
+        for entry in data.manifest["files"].values():
+            del entry["crc32"]
+    data.spot_check("a run")
+    blocks = sum(-(-entry["bytes"] // block_bytes) for entry in data.manifest["files"].values())
+    assert (blocks > 1000) == (block_bytes == 64)
+
+    def check() -> None:  # many runs look at 64 blocks each
+        for run in range(1 if block_bytes > 64 else 200):
+            data.spot_check(f"run {run}")
+
+    flip_a_bit(data.path / "train-00000.bin")
+    if crc:
+        with pytest.raises(ValueError, match=r"train-00000.bin must be as it was built; got .* bytes 0 to \d+; remove"):
+            check()
+    with (data.path / "train-00000.bin").open("r+b") as shard:
+        shard.write(np.full(2000, 300, "<u2").tobytes())
+    with pytest.raises(
+        ValueError, match=r"train-00000.bin must (be as it was|hold tokens below .*, 300; got 300; rem)"
+    ):
+        check()
+
+
+def test_a_token_outside_the_vocabulary_is_refused_where_it_is_met(tiny_data: DataConfig, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 1000)
+        path = build(tiny_data, tmp_path)
+    with (path / "train-00002.bin").open("r+b") as shard:
+        shard.seek(2 * 700)
+        shard.write(np.array([65_535], "<u2").tobytes())
+    data = Dataset.open(path)
+    data.windows("train", np.array([0, 2701]), 200)
+    with pytest.raises(
+        ValueError, match=r"train-00002.bin must hold tokens below the vocabulary, 300; got 65535; remove"
+    ):
+        data.windows("train", np.array([0, 2501]), 200)
 
 
 @pytest.mark.parametrize("key", ["python", "corpus"])

@@ -47,8 +47,8 @@ def all_tokens(dataset: Dataset, split: str) -> NDArray[np.int64]:
 
 
 def visible(cache: Path) -> list[Path]:
-    """What a build left, but for its lock."""
-    return [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+    """What a build left, but for its lock and what it noted of a corpus's content."""
+    return [path for path in cache.iterdir() if not path.name.endswith((".lock", ".content"))]
 
 
 # A sweep of one run that takes a second, on a folder of text

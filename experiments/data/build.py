@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from analysis.logs.files import write_atomically
 from experiments.data import shards
 from experiments.data import tokenizer as bpe
 from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, sync_and_hash
 from experiments.data.documents import Documents
-from experiments.data.formats import read_documents
+from experiments.data.formats import file_sha256, read_documents, suffix_of
 from experiments.design.data import SPLITS, DataConfig
 from experiments.terminal import bar
 
@@ -31,34 +32,50 @@ from experiments.terminal import bar
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     """The folder in `cache` that holds the dataset of `spec`; it is built unless it is there already.
 
-    Its name is a hash of the specification and the corpus's fingerprint. It appears whole or not at all, even if
-    several processes build it at once or one is killed. Raises ValueError for a bad corpus, tokenizer or cache.
+    Its name is a hash of the specification and the content of the corpus's files, wherever they lie and whatever their
+    names: so copied, renamed or touched text is not built again. It appears whole or not at all, even if several
+    processes build it at once or one is killed. Raises ValueError for a bad corpus, tokenizer or cache.
     """
     found = find_files(spec)
     tokenizer_json = None if spec.tokenizer is None else _read_tokenizer(spec)
-    key = [
-        SCHEMA,
-        dataclasses.asdict(spec),
-        fingerprint(found.files),
-        tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest(),
-    ]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    label = "python" if spec.source == "python" else "text"
-    target = cache / f"{label}-{spec.vocabulary}-{digest[:16]}"
-    if not target.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(spec) | {"source": spec.source == "python", "tokenizer": None}
+    key = [SCHEMA, settings, tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest()]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        target = cache / _name(spec, [*key, _content_of(found.files, cache, progress)])
+        if not target.exists():
             with _build_lock(target, progress):
                 if not target.exists():
                     _build_and_publish(target, spec, found, tokenizer_json, progress)
-        except OSError as error:
-            raise ValueError(
-                f"the data cache must be a folder that takes files; "
-                f"got {error.filename or cache}: {error.strerror}; "
-                "choose another with DYNCONV_CACHE or make room"
-            ) from error
+    except OSError as error:
+        raise ValueError(
+            f"the data cache must be a folder that takes files; "
+            f"got {error.filename or cache}: {error.strerror}; "
+            "choose another with DYNCONV_CACHE or make room"
+        ) from error
     Dataset.open(target)
     return target
+
+
+def _name(spec: DataConfig, key: list[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return f"{'python' if spec.source == 'python' else 'text'}-{spec.vocabulary}-{digest[:16]}"
+
+
+def _content_of(files: list[CorpusFile], cache: Path, progress: bool) -> str:
+    """A hash of the content of all files, in any order. It is kept in the cache, under their places, sizes and times,
+    so that files which nobody wrote to are not read again."""
+    places = [str(file.path.resolve()) for file in files]
+    known = cache / f".{hashlib.sha256(json.dumps([places, fingerprint(files)]).encode()).hexdigest()[:16]}.content"
+    if not known.exists():
+        digests = []
+        with bar("hashing the corpus", sum(file.bytes for file in files), "B", progress) as done:
+            for file in files:
+                digests.append(f"{suffix_of(file.name)} {file_sha256(file.path)}")
+                done.update(file.bytes)
+        content = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+        write_atomically(known, lambda path: path.write_text(content))
+    return known.read_text()
 
 
 def _read_tokenizer(spec: DataConfig) -> bytes:

@@ -4,6 +4,7 @@ A document is one file of plain text, or a part of it between separators, or one
 """
 
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -37,6 +38,15 @@ def read_documents(path: Path, spec: DataConfig) -> Documents:
     try:
         yield from READERS.get(suffix_of(path.name) or "", _read_text)(path, spec)
     except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, error) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Of the file as it is, packed or not. Raises ValueError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
         raise unreadable(path, error) from error
 
 

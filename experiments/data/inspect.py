@@ -16,8 +16,8 @@ SAMPLE_TOKENS = 48
 def to_dict(path: Path | str) -> dict[str, Any]:
     """The dataset's specification, counts and hashes, and the text that its train split starts with."""
     dataset = Dataset.open(path)
+    first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
     with manifest_errors(dataset.path):
-        first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
         tokenizer = Tokenizer.from_file(str(dataset.path / TOKENIZER))
         return {
             "path": str(dataset.path),
