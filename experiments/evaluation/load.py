@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from experiments.data.tokenizer import END_OF_TEXT
+from experiments.data import tokenizer as bpe
 from experiments.design.config import RunConfig
 from experiments.models.decoder import Decoder
 from experiments.training.precision import mixed_precision
@@ -28,9 +28,14 @@ class TrainedRun(NamedTuple):
     @property
     def end_of_text(self) -> int:
         """The token that ends a document."""
-        number = self.tokenizer.token_to_id(END_OF_TEXT)
+        number = self.tokenizer.token_to_id(self.config.data.end_of_text)
         assert number is not None, "a dataset is only built with a tokenizer that has it"
         return int(number)
+
+    @property
+    def coder(self) -> bpe.Coder:
+        """The tokenizer as the data were encoded by it."""
+        return bpe.load(self.tokenizer.to_str().encode(), self.config.data.vocabulary, self.config.data.end_of_text)
 
 
 def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:

@@ -167,6 +167,7 @@ class _Attempt:
                 f"{config['data_dir']} holds data {dataset.sha256[:12]}; the run was submitted with "
                 f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
+        dataset.spot_check(run.run_id)
         trainer = assemble(run, dataset, self._execution, world)
         state = checkpoints.load_newest(self._run_dir, run.run_id)
         if state is None and run.trunk is not None:
