@@ -66,7 +66,7 @@ def add_gradients(
         last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
         with contextlib.nullcontext() if last else without_averaging(model):
             loss, auxiliary = losses(inputs, targets)
-            loss = loss / positions
+            loss = loss / positions.clamp(min=1)  # without a target that counts the loss is 0, not NaN
             total += loss.detach()
             for auxiliary_loss in auxiliary.values():  # Each is a mean over the tokens of this micro-batch.
                 loss = loss + auxiliary_loss * share
