@@ -52,6 +52,12 @@ def padded(examples: Examples, sequences: int) -> tuple[NDArray[np.int64], NDArr
     return np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
 
 
+def on_device(examples: Examples, sequences: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] on the device, as `padded` gives them."""
+    inputs, targets = padded(examples, sequences)
+    return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+
+
 def add_gradients(
     model: nn.Module,  # replicated, if there are several processes
     losses: Losses,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from experiments.tasks.base import Examples, Task
 from experiments.tasks.stream import GeneratedTask
-from experiments.training.engine import Losses
+from experiments.training.engine import Losses, on_device
 from experiments.training.parallel import World
 from experiments.training.scoring import answers_of
 
@@ -26,7 +26,6 @@ class Evaluator:
     task: Task
     world: World
     micro_batch: int  # sequences
-    to_device: Callable[[Examples], tuple[Tensor, Tensor]]  # inputs and targets, padded to a whole micro-batch
 
     @torch.no_grad()
     def metrics(self, finished: bool, interrupted: Callable[[], bool]) -> dict[str, float] | None:
@@ -54,7 +53,7 @@ class Evaluator:
                 return None
             if high > low:
                 examples = held_out.rows(low, high)
-                loss, own = self.losses(*self.to_device(examples))
+                loss, own = self.losses(*on_device(examples, self.micro_batch, self.world.device))
                 total += loss.double()
                 auxiliary.add(own, examples.inputs.size / held_out.inputs.size)
         mean = self.world.sum(total).item() / held_out.positions
@@ -73,7 +72,7 @@ class Evaluator:
                 return None
             if high > low:
                 examples = held_out.rows(low, high)
-                answers = answers_of(self.model, device, *self.to_device(examples))
+                answers = answers_of(self.model, device, *on_device(examples, self.micro_batch, device))
                 losses[low:high], correct[low:high] = answers.losses[: high - low], answers.correct[: high - low]
                 auxiliary.add(answers.auxiliary, examples.inputs.size / held_out.inputs.size)
         # Each process has filled in its own sequences, and the others are zero.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
 from experiments.tasks.base import Examples, Task
-from experiments.training.engine import Engine, add_gradients, padded, window_shape
+from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
 from experiments.training.loss import IGNORED, linear_cross_entropy
 from experiments.training.optimizers import Optimizers
@@ -88,7 +88,7 @@ class Trainer:
             model.compile(dynamic=False)
         self._replicas = world.replicate(model)
         self._losses = partial(losses_of, self._replicas, world.device)
-        self._evaluator = Evaluator(self._replicas, self._losses, task, world, self._micro_batch, self._to_device)
+        self._evaluator = Evaluator(self._replicas, self._losses, task, world, self._micro_batch)
         self._engine: Engine | None = None
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
@@ -287,8 +287,7 @@ class Trainer:
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Inputs and targets on the device, padded to a whole micro-batch."""
-        inputs, targets = padded(examples, self._micro_batch)
-        return torch.from_numpy(inputs).to(self.world.device), torch.from_numpy(targets).to(self.world.device)
+        return on_device(examples, self._micro_batch, self.world.device)
 
     def _zero_grad(self) -> None:
         for optimizer in self._optimizers:
