@@ -15,7 +15,7 @@ from analysis.logs.store import load
 from experiments.cli.main import main
 from experiments.design.config import Execution, RunConfig
 from experiments.design.sweep import load_sweep
-from experiments.evaluation.load import load_model
+from experiments.evaluation.load import load_run
 from experiments.models.decoder import Decoder
 from experiments.parts.short_convolution import NoConvolution
 from experiments.tasks.base import Examples
@@ -302,7 +302,7 @@ def test_the_record_leads_back_to_the_run(runs: dict[str, RunConfig], tmp_path: 
     assert record["data_sha256"] == run.task.sha256
     Run(run_dir)()
     with pytest.raises(ValueError, match="has no tokenizer, as it was trained on keys; give a run on text"):
-        load_model(run_dir)
+        load_run(run_dir)
 
 
 def test_a_store_takes_several_tasks_and_one_configuration_of_each(runs: dict[str, RunConfig], tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_metrics_are_those_of_the_answers() -> None:
     assert lengths is not None
     losses = np.where(mask, lengths.astype(float), 1e9)  # what is no answer must not count
     right = np.where(mask, lengths <= 3, False)
-    found = task.scores(losses, right)
+    found = task.scores(task.held_out, losses, right)
     flat = lengths[mask]
     assert found["loss"] == pytest.approx(flat.mean())
     assert found["accuracy"] == (flat <= 3).mean()
@@ -216,10 +216,11 @@ def test_metrics_are_those_of_the_answers() -> None:
     assert [found[f"accuracy@key_length={length}"] for length in (1, 2, 3, 4)] == [1, 1, 1, 0]
     assert [found[f"loss@key_length={length}"] for length in (1, 2, 3, 4)] == [1, 2, 3, 4]
     lenient = GeneratedTask(replace(generator, success_accuracy=found["accuracy"]), "recall", 8, 0)
-    assert lenient.scores(losses, right)["success"] == 1.0
-    further = task.further["pairs=3"].mask
-    assert further is not None
-    assert task.scores(np.where(further, 2.0, np.nan), further, "pairs=3") == {
+    assert lenient.scores(task.held_out, losses, right)["success"] == 1.0
+    further = task.further["pairs=3"]
+    assert further.mask is not None
+    losses = np.where(further.mask, 2.0, np.nan)
+    assert task.scores(further, losses, further.mask, "pairs=3") == {
         "loss@pairs=3": 2.0,
         "accuracy@pairs=3": 1.0,
         "exact@pairs=3": 1.0,

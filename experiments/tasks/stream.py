@@ -51,9 +51,10 @@ class GeneratedTask:
 
     def scores(
         self,
-        losses: NDArray[np.float64],  # [n, T] in nats, of the held-out set called `at`
+        held_out: Examples,  # one of the held-out sets, perhaps in another order
+        losses: NDArray[np.float64],  # [n, T] in nats
         correct: NDArray[np.bool_],  # [n, T]: where the likeliest token is the target
-        at: str = "",  # "": the task's own held-out set, else a key of `further`
+        at: str = "",  # the name of the set: "" for the task's own, else a key of `further`
     ) -> dict[str, float]:
         """Metrics by name: loss, accuracy, exact and success, and loss and accuracy of each group.
 
@@ -61,21 +62,21 @@ class GeneratedTask:
         success is 1 for an accuracy of at least `success_accuracy`, else 0. The name of a set or a group follows an
         "@", as in "accuracy@pairs=32" and "accuracy@key_length=2".
         """
-        examples = self.further[at] if at else self.held_out
-        mask = examples.mask
+        mask = held_out.mask
         assert mask is not None
         accuracy = float(correct[mask].mean())
+        all_right = np.asarray(np.logical_or(correct, ~mask).all(axis=1))  # [n]
         found = {
             "loss": float(losses[mask].mean()),
             "accuracy": accuracy,
-            "exact": float((correct | ~mask).all(1).mean()),
+            "exact": float(all_right[mask.any(1)].mean()),
             "success": float(accuracy >= self.generator.success_accuracy),
         }
         if at:
             return {f"{name}@{at}": value for name, value in found.items()}
-        if examples.group is not None:
-            for group in np.unique(examples.group[mask]).tolist():
-                among = mask & (examples.group == group)
+        if held_out.group is not None:
+            for group in np.unique(held_out.group[mask]).tolist():
+                among = mask & (held_out.group == group)
                 label = f"@{self.generator.group_name}={group}"
                 found["loss" + label] = float(losses[among].mean())
                 found["accuracy" + label] = float(correct[among].mean())

@@ -14,8 +14,10 @@ from experiments.training.trainer import Trainer
 def assemble(run: RunConfig, dataset: Dataset | None, execution: Execution, world: World) -> Trainer:
     """The trainer of a run at its first step; `dataset` is None for a generated task.
 
-    Raises ValueError if the data's vocabulary is larger than the model's.
+    Raises ValueError if the data's vocabulary is larger than the model's, or if micro-batches would separate sequences
+    that read one another.
     """
+    execution.check(run.model)
     task: Task
     if run.task is not None:
         task = GeneratedTask(run.task, run.task_name, run.train.batch_sequences, run.seed)
@@ -36,4 +38,5 @@ def assemble(run: RunConfig, dataset: Dataset | None, execution: Execution, worl
         execution,
         world,
         identity={"run_id": run.run_id},
+        group=run.model.sequence_group,
     )

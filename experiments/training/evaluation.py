@@ -26,6 +26,7 @@ class Evaluator:
     task: Task
     world: World
     micro_batch: int  # sequences
+    group: int  # neighbouring sequences that read one another, and share a micro-batch
 
     @torch.no_grad()
     def metrics(self, finished: bool, interrupted: Callable[[], bool]) -> dict[str, float] | None:
@@ -45,7 +46,7 @@ class Evaluator:
         return metrics
 
     def _metrics_of_loss(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        held_out = self.task.held_out
+        held_out = self._grouped(self.task.held_out)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         auxiliary = _AuxiliaryLosses(self.world)
         for low, high in self._parts(held_out):
@@ -62,7 +63,7 @@ class Evaluator:
     def _metrics_of_answers(
         self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
     ) -> dict[str, float] | None:
-        held_out = task.further[at] if at else task.held_out
+        held_out = self._grouped(task.further[at] if at else task.held_out)
         device = self.world.device
         losses = torch.zeros(held_out.inputs.shape, dtype=torch.float64, device=device)
         correct = torch.zeros(held_out.inputs.shape, dtype=torch.int32, device=device)
@@ -77,13 +78,16 @@ class Evaluator:
                 auxiliary.add(answers.auxiliary, examples.inputs.size / held_out.inputs.size)
         # Each process has filled in its own sequences, and the others are zero.
         all_losses, all_correct = (self.world.sum(each).cpu().numpy() for each in (losses, correct))
-        return task.scores(all_losses, all_correct > 0, at) | ({} if at else auxiliary.means())
+        return task.scores(held_out, all_losses, all_correct > 0, at) | ({} if at else auxiliary.means())
+
+    def _grouped(self, held_out: Examples) -> Examples:
+        return held_out if self.group == 1 else held_out.in_pairs()
 
     def _parts(self, held_out: Examples) -> Iterator[tuple[int, int]]:
         """This process's share of a held-out set in micro-batches: as many in every process, some perhaps empty."""
         sequences = len(held_out.inputs)
-        first, count = self.world.share(sequences)
-        largest_share = math.ceil(sequences / self.world.size)
+        first, count = self.world.share(sequences, self.group)
+        largest_share = math.ceil(sequences / self.group / self.world.size) * self.group
         for i in range(math.ceil(largest_share / self.micro_batch)):
             low, high = (first + min(n * self.micro_batch, count) for n in (i, i + 1))
             yield low, high

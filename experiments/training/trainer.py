@@ -70,6 +70,7 @@ class Trainer:
         execution: Execution,
         world: World,
         identity: Mapping[str, str],  # stored in checkpoints to tell to which run they belong
+        group: int = 1,  # neighbouring sequences of a batch that read one another, and share a micro-batch
     ) -> None:
         self.model = model
         self.task = task
@@ -80,15 +81,16 @@ class Trainer:
         self._identity = {**identity, "data_sha256": task.sha256}
         self._optimizers = optimizers
         self._cuda = world.device.type == "cuda"
-        share = math.ceil(config.batch_sequences / world.size)
-        fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length)
+        share = math.ceil(config.batch_sequences / group / world.size) * group
+        fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length // group) * group
         self._micro_batch = min(share, execution.micro_batch or fitting)
+        self._group = group
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)
         self._replicas = world.replicate(model)
         self._losses = partial(losses_of, self._replicas, world.device)
-        self._evaluator = Evaluator(self._replicas, self._losses, task, world, self._micro_batch)
+        self._evaluator = Evaluator(self._replicas, self._losses, task, world, self._micro_batch, group)
         self._engine: Engine | None = None
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
@@ -281,7 +283,7 @@ class Trainer:
 
         There is at least one, even if it is empty, because every process must take part in averaging gradients.
         """
-        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length)
+        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length, self._group)
         for low in range(0, max(share, 1), self._micro_batch):
             yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
 
