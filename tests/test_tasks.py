@@ -1,5 +1,7 @@
 """Generated tasks: every answer follows from what comes before it, and the distributions are those that are stated."""
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,14 +14,24 @@ from scipy import stats
 
 from experiments.draws import Draws
 from experiments.tasks.base import Examples, Generator
+from experiments.tasks.fuzzy_recall import FuzzyRecall
+from experiments.tasks.in_context_recall import InContextRecall, NoisyRecall
+from experiments.tasks.memorize import Memorize
 from experiments.tasks.mqar import MQAR
 from experiments.tasks.registry import generators
+from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stream import HELD_OUT_KEY, GeneratedTask
 
 SETTINGS: dict[str, Generator] = {
     "mqar": MQAR(sequence_length=64, vocabulary=64, pairs=8),
     "mqar, random filler": MQAR(sequence_length=64, vocabulary=64, pairs=8, filler="random"),
     "mqar, long keys": MQAR(sequence_length=90, vocabulary=40, pairs=7, key_length=4, key_vocabulary=3, power=0.5),
+    "in-context recall": InContextRecall(sequence_length=64, vocabulary=17),
+    "noisy recall": NoisyRecall(sequence_length=64, vocabulary=24, noise=0.4, noise_vocabulary=8),
+    "fuzzy recall": FuzzyRecall(sequence_length=64, vocabulary=12),
+    "fuzzy recall, answers": FuzzyRecall(sequence_length=65, vocabulary=9, value_length=2, train_on="answers"),
+    "selective copying": SelectiveCopying(sequence_length=50, vocabulary=7, tokens_to_copy=8),
+    "memorize": Memorize(sequence_length=32, vocabulary=64),
 }
 every_setting = pytest.mark.parametrize("generator", SETTINGS.values(), ids=SETTINGS.keys())
 
@@ -58,7 +70,59 @@ def solve_mqar(generator: MQAR, prefix: list[int]) -> int:
     return known[tuple(key)]
 
 
-SOLVERS: dict[str, Any] = {"mqar": solve_mqar}
+def solve_recall(_: InContextRecall, prefix: list[int]) -> int:
+    """The token that first followed the last one, which is a key and stands at an even place."""
+    *before, key = prefix
+    assert len(before) % 2 == 0
+    return next(value for token, value in zip(before[::2], before[1::2], strict=True) if token == key)
+
+
+def solve_fuzzy(generator: FuzzyRecall, prefix: list[int]) -> int:
+    """The next token of the value that the key at the end, or before the piece of a value at the end, had at first."""
+    keys, filler = (generator.vocabulary - 1) // 2, generator.vocabulary - 1
+    runs: list[tuple[bool, list[int]]] = []  # alternately a key and a value
+    for token in prefix:
+        if token == filler:
+            assert not runs
+        elif runs and runs[-1][0] == (token < keys):
+            runs[-1][1].append(token)
+        else:
+            runs.append((token < keys, [token]))
+    piece = [] if runs[-1][0] else runs.pop()[1]
+    key = runs.pop()[1]
+    pairs = zip(runs[::2], runs[1::2], strict=True)
+    value = next(value for (_, shown), (_, value) in pairs if shown == key)
+    assert value[: len(piece)] == piece
+    return value[len(piece)]
+
+
+def solve_copying(generator: SelectiveCopying, prefix: list[int]) -> int:
+    place = prefix.index(generator.vocabulary - 1)
+    copied = [token for token in prefix[:place] if token < generator.vocabulary - 2]
+    return copied[len(prefix) - place - 2]
+
+
+@functools.cache
+def facts_in_training(generator: Memorize) -> dict[int, int]:
+    known: dict[int, int] = {}
+    for shown, answer in answers(generator.examples(Draws(0, np.arange(200)), held_out=False)):
+        assert known.setdefault(shown[-2], answer) == answer
+    return known
+
+
+def solve_memorize(generator: Memorize, prefix: list[int]) -> int:
+    """From a table of what training shows: no prefix states a fact."""
+    return facts_in_training(generator)[prefix[-2]]
+
+
+SOLVERS: dict[str, Any] = {
+    "mqar": solve_mqar,
+    "in_context_recall": solve_recall,
+    "noisy_recall": solve_recall,
+    "fuzzy_recall": solve_fuzzy,
+    "selective_copying": solve_copying,
+    "memorize": solve_memorize,
+}
 
 
 @every_setting
@@ -127,6 +191,12 @@ PINNED = {
     "mqar": "1-af95bfe39df8",
     "mqar, random filler": "1-1d5ea472ab4b",
     "mqar, long keys": "1-63c7791ee0f2",
+    "in-context recall": "1-d073aa4908a8",
+    "noisy recall": "1-2793bae0f8af",
+    "fuzzy recall": "1-2a00ae8f6a77",
+    "fuzzy recall, answers": "1-271be23899f0",
+    "selective copying": "1-95a58a533f91",
+    "memorize": "1-eb8f03ca9e37",
 }
 
 
@@ -194,6 +264,104 @@ def test_longer_sets_are_those_of_their_settings() -> None:
         variant = generator.further()[at]
         assert found.positions == variant.pairs * 1280
         assert all(solve_mqar(variant, prefix) == answer for prefix, answer in answers(found.rows(0, 50)))
+
+
+# The MAD suite
+
+
+def test_a_key_is_due_from_its_second_time_on() -> None:
+    generator = InContextRecall(sequence_length=64, vocabulary=16)
+    found = examples(generator, 2000)
+    assert found.mask is not None
+    keys = found.inputs[:, ::2]
+    for row, mask in zip(keys[:200].tolist(), found.mask[:200], strict=True):
+        assert mask[::2].tolist() == [key in row[:place] for place, key in enumerate(row)]
+        assert not mask[1::2].any()
+    # A key is new at pair i with a chance of (1 - 1/8)^i, but at the last pair, which is never new.
+    expected = 31 - sum((7 / 8) ** place for place in range(31)) + 1
+    assert found.positions / 2000 == pytest.approx(expected, abs=0.15)  # its standard error is 0.03
+    assert stats.chisquare(np.bincount(keys[:, 5], minlength=8)).pvalue > 1e-4
+
+
+def test_training_counts_every_next_token_or_the_answers_alone() -> None:
+    for name in ("in-context recall", "fuzzy recall"):
+        generator = SETTINGS[name]
+        every, alone = (examples(replace(generator, train_on=on), held_out=False) for on in ("all", "answers"))
+        assert every.mask is not None
+        assert alone.mask is not None
+        assert (every.inputs == alone.inputs).all()
+        assert every.positions > 1.2 * alone.positions
+        assert (every.mask | ~alone.mask).all()
+        assert (every.targets[:, :-1] == every.inputs[:, 1:])[every.mask[:, :-1]].all()
+
+
+def test_the_share_of_noise_is_as_stated() -> None:
+    generator = NoisyRecall(sequence_length=64, vocabulary=24, noise=0.4, noise_vocabulary=8)
+    found = examples(generator, 5000)
+    noise = found.inputs >= 16
+    assert (noise[:, ::2] == noise[:, 1::2]).all()
+    assert not noise[:, -2:].any()
+    pairs = noise[:, :-2:2]
+    assert not pairs.all(1).any()
+    assert pairs.mean() == pytest.approx(0.4 * 30 / 31, abs=0.01)  # one pair of 31 is kept; standard error 0.0012
+    assert stats.chisquare(np.bincount(found.inputs[noise] - 16)).pvalue > 1e-4
+    assert found.mask is not None
+    assert not found.mask[noise].any()
+
+
+def test_sizes_of_fuzzy_keys_and_values_are_uniform_and_held_out_keys_are_full() -> None:
+    generator = FuzzyRecall(sequence_length=64, vocabulary=40)  # so many keys that few come twice
+    for held_out, key_sizes in ((True, [3]), (False, [1, 2, 3])):
+        found = examples(generator, 3000, held_out)
+        kind = np.digitize(found.inputs, [19, 39])  # 0 a key, 1 a value, 2 filler
+        sizes: dict[int, list[int]] = {0: [], 1: []}
+        for row in kind[:, :-3].tolist():  # the last value is not whole: its last token is only a target
+            begin = row.index(0)
+            runs = [(kind, len(list(run))) for kind, run in itertools.groupby(row[begin:])]
+            for which, size in runs[:4]:  # the sizes of the first pairs do not depend on what fits at the end
+                sizes[which].append(size)
+        assert sorted(set(sizes[0])) == key_sizes
+        for counted, kinds in ((sizes[0], key_sizes), (sizes[1], [1, 2, 3])):
+            counts = np.array([counted.count(size) for size in kinds])
+            assert len(kinds) == 1 or stats.chisquare(counts).pvalue > 1e-4
+        tokens = found.inputs[kind == 0]
+        assert stats.chisquare(np.bincount(tokens)).pvalue > 1e-6
+        filled = (kind == 2).sum(1)
+        assert filled.max() <= 10  # less than another pair and the difference of the last one's size
+        last = found.mask[:, -1] if found.mask is not None else None
+        assert last is not None
+        assert last.all()
+
+
+def test_copied_tokens_stand_anywhere_and_in_order() -> None:
+    generator = SelectiveCopying(sequence_length=15, vocabulary=7, tokens_to_copy=3)
+    found = examples(generator, 20_000)
+    before = found.inputs[:, :11]
+    assert ((before < 5).sum(1) == 3).all()
+    code = (before < 5) @ (2 ** np.arange(11))
+    counts = np.bincount(code)[np.unique(code)]
+    assert len(counts) == math.comb(11, 3)
+    assert stats.chisquare(counts).pvalue > 1e-4
+    assert stats.chisquare(np.bincount(found.inputs[:, :11][before < 5])).pvalue > 1e-4
+    assert (found.inputs[:, 11] == 6).all()
+    assert (found.inputs[:, 12:] == 5).all()
+
+
+def test_what_training_cannot_tell_bounds_memorize() -> None:
+    """A table of the training set answers as many held-out keys as the closed form says."""
+    generator = Memorize(sequence_length=32, vocabulary=513, train_sequences=20)  # 256 keys, 320 draws
+    assert generator.keys == 256
+    assert len(set(generator.values().tolist())) == 256
+    assert generator.best_accuracy() == pytest.approx(1 - math.exp(-320 / 256), abs=0.002)
+    right = []
+    for seed in range(40):
+        task = GeneratedTask(replace(generator, held_out_sequences=100), "facts", batch_sequences=20, seed=seed)
+        known = {prefix[-2] for prefix, _ in answers(task.batch(0, 0, 20))}
+        right.append(np.mean([prefix[-2] in known for prefix, _ in answers(task.held_out)]))
+    assert np.mean(right) == pytest.approx(generator.best_accuracy(), abs=4 * np.std(right) / math.sqrt(40))
+    assert generator.facts()["best_accuracy"] == generator.best_accuracy()
+    assert (replace(generator, map_seed=1).values() != generator.values()).mean() > 0.9
+    assert sorted(Memorize(sequence_length=4, vocabulary=9).values()) == [4, 5, 6, 7]
 
 
 # Metrics
@@ -276,6 +444,28 @@ def test_kinds_are_registered_once() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MQAR(**({"sequence_length": 64, "vocabulary": 64, "pairs": 8} | settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (InContextRecall, {"sequence_length": 63}, "must be even, as pairs have two tokens; got 63"),
+        (InContextRecall, {"vocabulary": 1}, r"vocabulary must be at least 2 \(a key, a value and the noise\); got 1"),
+        (NoisyRecall, {"vocabulary": 17}, "vocabulary must be at least 18"),
+        (NoisyRecall, {"noise": 1.0}, "noise must be above 0 and below 1; got 1.0"),
+        (FuzzyRecall, {"sequence_length": 11}, r"sequence_length must be at least 12 \(two pairs of up to 6 tokens"),
+        (FuzzyRecall, {"vocabulary": 6}, "vocabulary must be at least 7"),
+        (SelectiveCopying, {"sequence_length": 32}, "sequence_length must be at least 33"),
+        (SelectiveCopying, {"vocabulary": 2}, "vocabulary must be at least 3"),
+        (Memorize, {"vocabulary": 2}, "vocabulary must be at least 3"),
+        (Memorize, {"sequence_length": 1}, "sequence_length must be at least 2"),
+    ],
+)
+def test_mad_settings_that_do_not_fit_are_refused(
+    kind: type[Generator], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**({"sequence_length": 64, "vocabulary": 64} | settings))
 
 
 @dataclass(frozen=True, kw_only=True)
