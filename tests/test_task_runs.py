@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.logs.files import read_json
 from analysis.logs.store import load
@@ -17,6 +19,7 @@ from experiments.design.config import Execution, RunConfig
 from experiments.design.sweep import load_sweep
 from experiments.evaluation.load import load_run
 from experiments.models.decoder import Decoder
+from experiments.models.readout import positions
 from experiments.parts.short_convolution import NoConvolution
 from experiments.tasks.base import Examples
 from experiments.tasks.stream import GeneratedTask
@@ -232,6 +235,33 @@ def test_a_solved_tasks_loss_is_not_rounded_to_zero() -> None:
     assert answers.correct.tolist() == [[False, True, False, False]]
     small = 4 * np.exp(-30.0)
     np.testing.assert_allclose(answers.losses, [[0, small, 30 + small, 0]], rtol=5e-3)  # float64 holds 30 to 4e-15
+
+
+def test_compression_is_read_from_the_last_token_alone(tmp_path: Path) -> None:
+    text = SWEEP.partition("[task")[0] + "[task.squeeze]\nkind = 'compression'\nsequence_length = 7\nvocabulary = 6\n"
+    run = load_sweep(write(tmp_path, text.replace("batch_sequences = 8", "batch_sequences = 32")))[1]
+    assert run.model.reads_last_token
+    model = Decoder(run.model, 0)
+    assert run.model.parameters() == sum(parameter.numel() for parameter in model.parameters())
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        model(torch.zeros(1, 7, dtype=torch.int64))
+    flops = run.model.forward_flops(7)  # torch counts attention in full
+    assert counter.get_total_flops() == sum(flops.values()) + flops["attention"] - flops["convolution"]
+    assert flops["readout"] == 2 * 2 * 7 * 32**2
+
+    states = torch.randn(2, 7, 32)
+    one, other = states.clone(), states.clone()
+    other[:, :-1] = torch.randn(2, 6, 32)
+    with torch.no_grad():
+        assert torch.equal(model.readout(one), model.readout(other))
+    assert len(positions(7, 32, torch.device("cpu")).unique(dim=0)) == 7
+
+    long = replace(run.train, tokens=7 * 32 * 150, learning_rate=1e-2, warmup_steps=10)
+    trainer = assemble(replace(run, train=long), None, CPU, ALONE)
+    losses = [trainer.step().loss for _ in range(150)]
+    assert losses[0] == pytest.approx(np.log(6), abs=0.1)
+    assert losses[-1] < 0.9 * np.log(5)  # what is known without the sequence: that the five tokens are as likely
 
 
 @pytest.mark.slow

@@ -310,11 +310,15 @@ def _arm(sweep: Sweep, name: str) -> Arm:
 
 
 def _model(sweep: Sweep, task: str, size: str, name: str) -> ModelConfig:
-    vocabulary = sweep.task[task].vocabulary if sweep.data is None else sweep.data.vocabulary
     try:
-        return _build_model(sweep, vocabulary, size, _arm(sweep, name))
+        model = _build_model(sweep, _vocabulary(sweep, task), size, _arm(sweep, name))
+        return replace(model, reads_last_token=task in sweep.task and sweep.task[task].reads_last_token)
     except ValueError as error:
         raise ValueError(f"arm.{name} at {size}: {error}") from None
+
+
+def _vocabulary(sweep: Sweep, task: str) -> int:
+    return sweep.task[task].vocabulary if sweep.data is None else sweep.data.vocabulary
 
 
 def _build_model(sweep: Sweep, vocabulary: int, size: str, arm: Arm) -> ModelConfig:

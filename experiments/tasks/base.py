@@ -89,6 +89,7 @@ class Generator(ABC):
 
     kind: ClassVar[str]  # the name of the task in sweep files
     version: ClassVar[int] = 1
+    reads_last_token: ClassVar[bool] = False  # whether all targets are decoded from the state of the last token
     group_name: ClassVar[str | None] = None  # what `Examples.group` holds, such as "key_length"
 
     sequence_length: int

@@ -69,8 +69,8 @@ class FuzzyRecall(Generator):
         place = np.arange(most + 1)
         pair = np.where(place < count[:, None], place, last[:, None])  # [n, P + 1]: which pair stands at a place
         there = place <= count[:, None]
-        repeated = there & ((place == count[:, None]) | (np.take_along_axis(first, pair % most, 1) < place))
-        sizes = [np.where(there, np.take_along_axis(size, pair % most, 1), 0) for size in (key_size, value_size)]
+        repeated = there & ((place == count[:, None]) | (np.take_along_axis(first, pair, 1) < place))
+        sizes = [np.where(there, np.take_along_axis(size, pair, 1), 0) for size in (key_size, value_size)]
         ends = np.cumsum(sizes[0] + sizes[1], axis=1)
         value_starts = self.sequence_length + 1 - ends[:, -1:] + ends - sizes[1]
 
