@@ -97,6 +97,8 @@ def test_a_sweep_runs_every_arm_on_every_task(tmp_path: Path) -> None:
         assert (run.budget, run.epochs) == ("12 steps", None)
         assert run.run_id.startswith(f"{run.arm}-d32-{run.task_name}-s0-")
     assert len({run.run_id.split("-")[-1] for run in runs}) == 4
+    longer = load_sweep(write(tmp_path, SWEEP.replace("steps = 12", "steps = 12\nsteps_by_task = { keys = 40 }")))
+    assert [(run.train.steps, run.budget) for run in longer[1:3]] == [(12, "12 steps"), (40, "40 steps")]
     limited = load_sweep(write(tmp_path, SWEEP.replace("held_out_sequences = 20", "train_sequences = 24", 1)))
     assert limited[0].epochs == 4.0
 
@@ -138,6 +140,8 @@ def test_steps_and_flops_can_be_matched(tmp_path: Path) -> None:
         ("steps = 12", "steps = 12\ntokens_per_parameter = 3", "steps and tokens_per_parameter are both given"),
         ("steps = 12", "", "tokens_per_parameter is given nowhere"),
         ("steps = 12", "steps = 0", "steps must be above zero"),
+        ("steps = 12", "steps = 12\nsteps_by_task = { long = 5 }", "steps_by_task: one of this sweep's tasks is wa"),
+        ("steps = 12", "steps = 12\nsteps_by_task = { keys = 0 }", r"steps_by_task\.keys must be a number above zero"),
         ('kind = "mqar"', 'kind = "mqra"', r"task\.short\.kind: got 'mqra'; did you mean 'mqar'\?"),
         ("pairs = 4", "pairs = 9", r"task\.short: sequence_length must be at least 36 \(9 pairs and as many keys"),
         ("vocabulary = 32", "vocabulary = 6", r"task\.short: 2 key tokens give 2 keys"),

@@ -42,6 +42,8 @@ class Sweep:
     # number of the baseline's optimizer steps, which is the same at all sizes.
     tokens_per_parameter: float | None = None
     steps: int | None = None
+    # task -> its steps, where they are not `steps`, such as those of a smaller training set
+    steps_by_task: Mapping[str, int] = field(default_factory=dict)
     evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
     max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
@@ -86,6 +88,8 @@ class Sweep:
             strict.choose(size, self.sizes, "seeds_by_size: one of this sweep's sizes is wanted")
         for arm in self.vary_by_arm:
             strict.choose(arm, self.arms, "vary_by_arm: one of this sweep's arms is wanted")
+        for task in self.steps_by_task:
+            strict.choose(task, self.task, "steps_by_task: one of this sweep's tasks is wanted")
         redefined = sorted(set(self.arm) & set(ARMS))
         if redefined:
             raise ValueError(f"arm {redefined[0]!r} is built in; give your variant another name")
@@ -115,6 +119,12 @@ class Sweep:
             value = getattr(self, name)
             if value is not None and not 0 < value <= LARGEST_SETTING:  # also false for nan
                 raise ValueError(f"{name} must be above zero, at most {LARGEST_SETTING:g}; got {value}; correct it")
+        for task, steps in self.steps_by_task.items():
+            if self.steps is None or not 0 < steps <= LARGEST_SETTING:
+                raise ValueError(
+                    f"steps_by_task.{task} must be a number above zero, beside steps for the other tasks; got {steps} "
+                    f"and steps = {self.steps}; correct it"
+                )
         for where, recipe in [
             ("train", self.train),
             *((f"arm.{name}.train", arm.train) for name, arm in self.arm.items()),
@@ -204,7 +214,7 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
     model = _model(sweep, task, size, arm)
     recipe = _arm(sweep, arm).train.over(sweep.train).varied(point)
     batch = rung.batch_sequences if recipe.batch_sequences is None else recipe.batch_sequences
-    baseline_sequences, budget = _budget(sweep, rung, baseline, point)
+    baseline_sequences, budget = _budget(sweep, task, rung, baseline, point)
     if baseline_sequences < batch:
         raise ValueError(f"{size}: {budget} gives {baseline_sequences} sequences; one batch takes {batch}; raise it")
     sequences = baseline_sequences
@@ -235,11 +245,12 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
     return run
 
 
-def _budget(sweep: Sweep, rung: Rung, baseline: ModelConfig, point: Mapping[str, float]) -> tuple[int, str]:
+def _budget(sweep: Sweep, task: str, rung: Rung, baseline: ModelConfig, point: Mapping[str, float]) -> tuple[int, str]:
     """The number of the baseline's training sequences, and the budget in words."""
-    if sweep.steps is not None:
+    steps = sweep.steps_by_task.get(task, sweep.steps)
+    if steps is not None:
         recipe = _arm(sweep, sweep.baseline).train.over(sweep.train).varied(point)
-        return sweep.steps * (recipe.batch_sequences or rung.batch_sequences), f"{sweep.steps} steps"
+        return steps * (recipe.batch_sequences or rung.batch_sequences), f"{steps} steps"
     tokens_per_parameter = point.get(BUDGET_AXIS, sweep.tokens_per_parameter)
     assert tokens_per_parameter is not None
     sequences = round(tokens_per_parameter * baseline.parameters() / rung.sequence_length)
