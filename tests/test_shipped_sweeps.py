@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from experiments.design import strict
+from experiments.design.arms import ARMS
 from experiments.design.config import RunConfig
 from experiments.design.model import ModelConfig
 from experiments.design.sweep import Sweep, expand, load_sweep, read_sweep
+from experiments.tasks.registry import generators
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "sweeps"
 ABLATIONS = ("width", "rank", "head-size", "site", "qk-norm", "init", "form")
@@ -158,4 +160,18 @@ def test_every_wiring_and_form_is_in_a_sweep() -> None:
 
 def test_files_that_share_a_text_share_its_dataset() -> None:
     data = {read_sweep(path).data for path in FOLDER.glob("*.toml") if path.stem.startswith("mini-")}
-    assert len(data) == 1
+    assert len(data - {None}) == 1  # None: generated tasks
+
+
+def test_sweeps_on_recall_have_every_arm_five_seeds_and_the_suites_tasks() -> None:
+    for name in ("mqar", "mini-mqar", "mad", "mini-mad"):
+        sweep = read_sweep(FOLDER / f"{name}.toml")
+        assert set(sweep.arms) == set(ARMS)
+        assert len(sweep.seeds) == 5
+    mad = {run.task_name: run for run in load_sweep(FOLDER / "mad.toml")}
+    assert [run.task.kind for run in mad.values()] == [task.replace("-", "_") for task in mad]
+    assert {run.task.kind for run in mad.values()} == {cls.kind for cls in generators() if cls.kind != "mqar"}
+    assert {run.epochs for run in mad.values()} == {200}  # as in arXiv 2403.17844, with batches of 128
+    assert {run.train.batch_sequences for run in mad.values()} == {128}
+    mqar = load_sweep(FOLDER / "mqar.toml")
+    assert sorted({run.task.key_length for run in mqar}) == [1, 2, 4, 8]

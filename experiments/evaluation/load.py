@@ -48,6 +48,8 @@ def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
         raise ValueError(f"{run_dir.name} is a control whose sequences read one another; it has no use by itself")
     if not (run_dir / "run.json").exists():
         raise ValueError(f"{run_dir} is not finished; `dynconv status` says where it stands")
+    if config.task is not None:
+        raise ValueError(f"{run_dir} has no tokenizer, as it was trained on {config.task_name}; give a run on text")
     model = Decoder(config.model, config.seed)
     model.load_state_dict(torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True))
     tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))

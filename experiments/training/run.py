@@ -26,7 +26,7 @@ from analysis.logs.files import read_json, write_atomically
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 from experiments.design.config import Execution, RunConfig
-from experiments.training.record import read_record
+from experiments.training.record import data_sha256, read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     from experiments.training.parallel import World
@@ -161,11 +161,12 @@ class _Attempt:
         from experiments.training.assembly import assemble
 
         waiting_since = _waiting_since(self._run_dir, config)
-        dataset = Dataset.open(config["data_dir"])
-        if dataset.sha256 != config["data_sha256"]:
+        dataset = None if run.data is None else Dataset.open(config["data_dir"])
+        found = data_sha256(run, dataset)
+        if found != config["data_sha256"]:
             raise ValueError(
-                f"{config['data_dir']} holds data {dataset.sha256[:12]}; the run was submitted with "
-                f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
+                f"{config['data_dir'] or f'the task {run.task_name}'} holds data {found[:12]}; the run was submitted "
+                f"with {config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
         dataset.spot_check(run.run_id)
         trainer = assemble(run, dataset, self._execution, world)
