@@ -124,7 +124,7 @@ class Maps(nn.ModuleDict):
         state: dict[str, Tensor],  # of each site with a convolution, the inputs before those of x; updated in place
     ) -> list[Tensor]:  # [B, T, outputs] each
         """As `apply_to`, for inputs that continue a sequence. An empty `state` begins one."""
-        read = generator_input(self._conv, x, part_input)
+        read = part_input if self._reads_part_input else x  # by the generators
         outputs = []
         for site in sites:
             linear = cast(ConvLinear, self[site])
