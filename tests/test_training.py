@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from experiments.data.dataset import Dataset
+from experiments.data.text import Text
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.schedules import Constant, Cosine, Linear, WarmupStableDecay
@@ -19,7 +20,6 @@ from experiments.design.train import Muon, TrainConfig
 from experiments.models.decoder import Decoder, Output
 from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, StaticConvolution
 from experiments.tasks.base import Examples, Task
-from experiments.tasks.text import Text
 from experiments.training import checkpoints as checkpoint
 from experiments.training.assembly import assemble
 from experiments.training.optimizers import make_optimizers

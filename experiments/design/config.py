@@ -14,6 +14,9 @@ from experiments.design.identity import OUTSIDE_ID, digest
 from experiments.design.model import Counts, ModelConfig
 from experiments.design.train import TrainConfig
 from experiments.parts.base import Fact
+from experiments.tasks.registry import AnyTask
+
+TEXT = "text"  # the name of the task of language modelling
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class RunConfig:
     seed: int
     model: ModelConfig
     train: TrainConfig
-    data: DataConfig
+    data: DataConfig | None = None  # of text; None: the task generates its sequences
     # axis of the sweep's [vary] -> the run's value
     vary: Mapping[str, float] = field(default_factory=dict, metadata=OUTSIDE_ID)
     # id of the run from whose state this one starts, and the step after which that state was kept
     trunk: str | None = field(default=None, metadata=OUTSIDE_ID)
     branch_step: int = field(default=0, metadata=OUTSIDE_ID)
+    task: AnyTask | None = None  # None: language modelling on text
+    task_name: str = field(default=TEXT, metadata=OUTSIDE_ID)
 
     def __post_init__(self) -> None:
         group = self.model.sequence_group
@@ -53,7 +58,8 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """A readable prefix and a hash of everything that decides the outcome."""
-        return f"{self.arm}-{self.size}-s{self.seed}-{digest(self)}"
+        task = "" if self.task is None else f"-{self.task_name}"
+        return f"{self.arm}-{self.size}{task}-s{self.seed}-{digest(self)}"
 
     @property
     def counts(self) -> Counts:
@@ -71,15 +77,20 @@ class RunConfig:
         return self.model.count(self.own_tokens, self.train.sequence_length).flops_exact
 
     @property
-    def epochs(self) -> float:
-        """Passes over the training tokens."""
-        return self.train.tokens / self.data.train_tokens
+    def epochs(self) -> float | None:
+        """Passes over the training data. None: a generated task whose sequences are always new ones."""
+        if self.data is not None:
+            return self.train.tokens / self.data.train_tokens
+        assert self.task is not None
+        return self.train.sequences / self.task.train_sequences if self.task.train_sequences else None
 
     def facts(self) -> dict[str, Fact]:
         """The settings that a table may group runs by, in addition to their names."""
         train = self.train
+        task = {} if self.task is None else self.task.facts()
         return {
             **self.model.facts(),
+            **{f"task.{name}": value for name, value in task.items()},
             "train.optimizer": train.optimizer.kind,
             "train.schedule": train.schedule.kind,
             "train.learning_rate": train.learning_rate,

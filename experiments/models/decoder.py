@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
+from experiments.models.readout import LastTokenReadout
 from experiments.models.short_convolution import InputConvolution
 from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
 
@@ -49,6 +50,8 @@ class Decoder(nn.Module):
             torch.manual_seed(seed)  # Modules of convolutions initialise themselves.
             self.embedding = nn.Embedding(config.vocabulary, config.width)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+            if config.reads_last_token:
+                self.readout = LastTokenReadout(config.width, config.norm_epsilon)
             self.norm = RMSNorm(config.width, eps=config.norm_epsilon)
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
@@ -96,6 +99,8 @@ class Decoder(nn.Module):
             x, own = block(x)
             for name, loss in own:
                 losses[name] = losses[name] + loss if name in losses else loss
+        if self.config.reads_last_token:
+            x = self.readout(x)
         x = self._apply_norm(self.norm, x)
         if criterion is not None:
             return Scored(criterion(x, self.head.weight), losses)
@@ -110,6 +115,7 @@ class Decoder(nn.Module):
 
         Raises ValueError if a part of the model cannot decode, or if sequences read one another.
         """
+        assert not self.config.reads_last_token, "only models of text decode"
         if self.config.sequence_group > 1:
             raise ValueError("a model with conv.mismatched decodes no text; use its arm without mismatched")
         cache = [({}, {}) for _ in self.blocks] if cache is None else cache
@@ -140,6 +146,9 @@ class Decoder(nn.Module):
             for site, module in part.maps.items():
                 scale = (2 * self.config.layers) ** -0.5 if site in part.into_residual else 1.0
                 nn.init.normal_(module.linear.weight, std=std * scale, generator=generator)
+        if self.config.reads_last_token:
+            for linear in self.readout.maps:
+                nn.init.normal_(cast(nn.Linear, linear).weight, std=std, generator=generator)
         if not self.config.tied:
             nn.init.normal_(self.head.weight, std=std, generator=generator)
 

@@ -52,6 +52,12 @@ def padded(examples: Examples, sequences: int) -> tuple[NDArray[np.int64], NDArr
     return np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
 
 
+def on_device(examples: Examples, sequences: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] on the device, as `padded` gives them."""
+    inputs, targets = padded(examples, sequences)
+    return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+
+
 def add_gradients(
     model: nn.Module,  # replicated or sharded, if there are several processes
     losses: Losses,
@@ -66,7 +72,7 @@ def add_gradients(
         last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
         with contextlib.nullcontext() if last else world.without_averaging(model):
             loss, auxiliary = losses(inputs, targets)
-            loss = loss / positions
+            loss = loss / positions.clamp(min=1)  # without a target that counts the loss is 0, not NaN
             total += loss.detach()
             for auxiliary_loss in auxiliary.values():  # Each is a mean over the tokens of this micro-batch.
                 loss = loss + auxiliary_loss * share

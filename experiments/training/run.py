@@ -26,7 +26,7 @@ from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 from experiments.design.config import RunConfig
 from experiments.training.job import joined, this_place
-from experiments.training.record import read_record
+from experiments.training.record import data_sha256, read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     from experiments.training.parallel import World
@@ -197,12 +197,15 @@ class _Attempt:
         from experiments.training.assembly import assemble
 
         waiting_since = _waiting_since(self._run_dir, config)
-        dataset = Dataset.open(config["data_dir"])
-        if dataset.sha256 != config["data_sha256"]:
+        dataset = None if run.data is None else Dataset.open(config["data_dir"])
+        found = data_sha256(run, dataset)
+        if found != config["data_sha256"]:
             raise ValueError(
-                f"{config['data_dir']} holds data {dataset.sha256[:12]}; the run was submitted with "
-                f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
+                f"{config['data_dir'] or f'the task {run.task_name}'} holds data {found[:12]}; the run was submitted "
+                f"with {config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
+        if dataset is not None:
+            dataset.spot_check(run.run_id)
         trainer = assemble(run, dataset, self._execution, world)
         skipped = checkpoints.load_newest(self._run_dir, run.run_id, trainer, world)
         if skipped is None and run.trunk is not None:

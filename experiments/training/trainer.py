@@ -18,7 +18,8 @@ from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
 from experiments.tasks.base import Examples, Task
 from experiments.training.checkpoints import State
-from experiments.training.engine import Engine, add_gradients, padded, window_shape
+from experiments.training.engine import Engine, add_gradients, on_device, window_shape
+from experiments.training.evaluation import Evaluator
 from experiments.training.loss import IGNORED, linear_cross_entropy
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
@@ -85,12 +86,12 @@ class Trainer:
         fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length // group) * group
         self._micro_batch = min(share, execution.micro_batch or fitting)
         self._group = group
-        self._held_out = task.held_out if group == 1 else task.held_out.in_pairs()
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)
         self._replicas = world.replicate(model)
         self._losses = partial(losses_of, self._replicas, world.device)
+        self._evaluator = Evaluator(self._replicas, self._losses, task, world, self._micro_batch, group)
         self._engine: Engine | None = None
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
@@ -232,30 +233,14 @@ class Trainer:
         on_device = [(*self._to_device(each), each.inputs.size / tokens) for each in micro_batches]
         return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
-    @torch.no_grad()
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """The task's metrics on its held-out set. None if `interrupted`, called before each micro-batch, is True."""
+        """The task's metrics on its held-out sets. None if `interrupted`, called before each micro-batch, is True."""
         start = time.perf_counter()
-        held_out = self._held_out
-        first, count = self.world.share(len(held_out.inputs), self._group)
-        largest_share = self.world.largest_share(len(held_out.inputs), self._group)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        auxiliary: dict[str, Tensor] = {}
-        for i in range(math.ceil(largest_share / self._micro_batch)):
-            if interrupted():
-                return None
-            # A process without sequences left takes part all the same: sharded weights are gathered from all processes.
-            low, high = (first + min(n * self._micro_batch, count) for n in (i, i + 1))
-            examples = held_out.rows(low, high)
-            loss, own = self._losses(*self._to_device(examples))
-            total += loss.double()
-            for name, value in own.items():
-                share = value.double() * (examples.inputs.size / held_out.inputs.size)
-                auxiliary[name] = auxiliary[name] + share if name in auxiliary else share
-        mean = self.world.sum(total).item() / held_out.positions
-        if not math.isfinite(mean):
-            raise NonFiniteLoss(f"held-out loss {mean}")
-        metrics = dict(self.task.metrics(mean)) | {n: self.world.sum(value).item() for n, value in auxiliary.items()}
+        metrics = self._evaluator.metrics(self.finished, interrupted)
+        if metrics is None:
+            return None
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteLoss(f"held-out loss {metrics['loss']}")
         self.evaluated_at = self.steps_done
         seconds = time.perf_counter() - start
         return Evaluation(self.steps_done, self._tokens(self.steps_done), self.task.name, metrics, seconds)
@@ -352,8 +337,7 @@ class Trainer:
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Inputs and targets on the device, padded to a whole micro-batch."""
-        inputs, targets = padded(examples, self._micro_batch)
-        return torch.from_numpy(inputs).to(self.world.device), torch.from_numpy(targets).to(self.world.device)
+        return on_device(examples, self._micro_batch, self.world.device)
 
     def _zero_grad(self) -> None:
         for optimizer in self._optimizers:
