@@ -343,6 +343,9 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(
         if trainer.micro_batch > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
 
+    def no_model(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
     monkeypatch.setattr(Trainer, "advance", played)
     monkeypatch.setattr(Trainer, "warm_up", played)
     monkeypatch.setattr(World, "sharded", parallel == "fsdp")
@@ -350,6 +353,9 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     run_dir = submitted(tiny_run, tmp_path, parallel=parallel)
     with pytest.raises(RunFailed, match=rf"micro_batch = 8 sequences of 16 tokens .* the GPU's 80 GiB; {advice}$"):
+        Run(run_dir)()
+    monkeypatch.setattr("experiments.training.assembly.assemble", no_model)
+    with pytest.raises(RunFailed, match=r"the model does not fit into the GPU's 80 GiB; set parallel = 'fsdp' on more"):
         Run(run_dir)()
 
 
