@@ -52,7 +52,8 @@ def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
     """The text as one token to begin with and up to T that follow it, T being the sequence length of the training."""
     end = run.end_of_text
     length = run.config.train.sequence_length
-    spec = replace(run.config.data, source=str(folder), site_packages=False)
+    assert run.data is not None, "load_run refuses runs that were not trained on text"
+    spec = replace(run.data, source=str(folder), site_packages=False)
     texts = (text for file in find_files(spec).files for text in read_documents(file.path, spec) if text)
     before, held = end, list[int]()
     for piece in encode(run.coder, texts):

@@ -52,9 +52,9 @@ def export(run: TrainedRun, folder: Path) -> None:
             "generation_config.json": {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
             "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": run.config.data.end_of_text,
-                "bos_token": run.config.data.end_of_text,
-                "pad_token": run.config.data.end_of_text,
+                "eos_token": run.data.end_of_text,
+                "bos_token": run.data.end_of_text,
+                "pad_token": run.data.end_of_text,
                 "model_max_length": run.config.train.sequence_length,
                 "clean_up_tokenization_spaces": False,
             },
