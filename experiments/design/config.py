@@ -104,17 +104,28 @@ class Execution:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: int = 1  # number of processes, each with one GPU; on a CPU just the number of processes
+    # what several processes hold: "ddp" a whole model each, "fsdp" a part of every matrix and of its optimizer state
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
     compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises ValueError if micro-batches would separate sequences of which the model reads one for another."""
-        group = model.sequence_group
+    def check(self, run: RunConfig) -> None:
+        """Raises ValueError if the run cannot be executed like this.
+
+        Micro-batches must not separate sequences of which the model reads one for another, and Muon needs whole
+        matrices.
+        """
+        group = run.model.sequence_group
         if self.micro_batch % group:
             raise ValueError(
                 f"micro_batch must be a multiple of {group} for a model whose sequences read one another in groups of "
                 f"{group} (conv.mismatched); got {self.micro_batch}; change it in the profile"
+            )
+        if run.train.optimizer.kind == "muon" and self.parallel == "fsdp" and self.gpus > 1:
+            raise ValueError(
+                "Muon needs whole matrices, and with parallel = 'fsdp' each process has a part of each; "
+                "set parallel = 'ddp' in the profile"
             )

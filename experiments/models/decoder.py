@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self._initialise(seed)
-        self._run: Callable[[nn.Module, Tensor], Any] = _run
+        self._apply_norm: Callable[[RMSNorm, Tensor], Tensor] = RMSNorm.forward
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
@@ -69,7 +69,10 @@ class Decoder(nn.Module):
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
-        self._run = torch.compile(_run, *args, **kwargs)
+        self._apply_norm = torch.compile(RMSNorm.forward, *args, **kwargs)
+        program = torch.compile(Block.compute, *args, **kwargs)
+        for block in self.blocks:
+            cast(Block, block).program = program
 
     def forward(
         self,
@@ -93,12 +96,12 @@ class Decoder(nn.Module):
         for module in self.blocks:
             block = cast(Block, module)
             block.prepare(tokens.shape[1], tokens.device)
-            x, own = self._run(block, x)
+            x, own = block(x)
             for name, loss in own:
                 losses[name] = losses[name] + loss if name in losses else loss
         if self.config.reads_last_token:
-            x = self._run(self.readout, x)
-        x = self._run(self.norm, x)
+            x = self.readout(x)
+        x = self._apply_norm(self.norm, x)
         if criterion is not None:
             return Scored(criterion(x, self.head.weight), losses)
         return Output(self.head(x), losses)
@@ -150,10 +153,6 @@ class Decoder(nn.Module):
             nn.init.normal_(self.head.weight, std=std, generator=generator)
 
 
-def _run(module: nn.Module, x: Tensor) -> Any:
-    return module(x)
-
-
 class Block(nn.Module):
     """One layer: a mixer and a feed-forward part, each of which reads the normed residual stream and adds to it."""
 
@@ -163,6 +162,8 @@ class Block(nn.Module):
         self.ffn: Any = build(config.ffn, config)
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+        # Only `compute` is compiled, and not the call of the module, whose hooks gather the weights under FSDP.
+        self.program: Callable[[Block, Tensor], Any] = Block.compute
         sites = config.conv.sites
         self.mixer_input = InputConvolution(config) if MIXER_INPUT in sites else nn.Identity()
         self.ffn_input = InputConvolution(config) if FFN_INPUT in sites else nn.Identity()
@@ -177,6 +178,11 @@ class Block(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> tuple[Tensor, list[tuple[str, Tensor]]]:  # [B, T, D]; names and values of auxiliary losses
+        y: tuple[Tensor, list[tuple[str, Tensor]]] = self.program(self, x)
+        return y
+
+    def compute(self, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """`forward`, uncompiled."""
         losses: list[tuple[str, Tensor]] = []
         for part, norm, convolution in self._parts():
             y = part(convolution(norm(x)))

@@ -17,7 +17,7 @@ def assemble(run: RunConfig, dataset: Dataset | None, execution: Execution, worl
     Raises ValueError if the data's vocabulary is larger than the model's, or if micro-batches would separate sequences
     that read one another.
     """
-    execution.check(run.model)
+    execution.check(run)
     task: Task
     if run.task is not None:
         task = GeneratedTask(run.task, run.task_name, run.train.batch_sequences, run.seed)
@@ -29,7 +29,8 @@ def assemble(run: RunConfig, dataset: Dataset | None, execution: Execution, worl
             f"the data have {task.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "
             "make them equal"
         )
-    model = Decoder(run.model, run.seed).to(world.device)
+    model = Decoder(run.model, run.seed)
+    world.place(model, parts=model.blocks)  # before the optimizers are made: sharding replaces parameters
     return Trainer(
         model,
         task,

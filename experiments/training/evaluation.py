@@ -52,11 +52,10 @@ class Evaluator:
         for low, high in self._parts(held_out):
             if interrupted():
                 return None
-            if high > low:
-                examples = held_out.rows(low, high)
-                loss, own = self.losses(*on_device(examples, self.micro_batch, self.world.device))
-                total += loss.double()
-                auxiliary.add(own, examples.inputs.size / held_out.inputs.size)
+            examples = held_out.rows(low, high)
+            loss, own = self.losses(*on_device(examples, self.micro_batch, self.world.device))
+            total += loss.double()
+            auxiliary.add(own, examples.inputs.size / held_out.inputs.size)
         mean = self.world.sum(total).item() / held_out.positions
         return dict(self.task.metrics(mean)) | auxiliary.means()
 
@@ -71,11 +70,10 @@ class Evaluator:
         for low, high in self._parts(held_out):
             if interrupted():
                 return None
-            if high > low:
-                examples = held_out.rows(low, high)
-                answers = answers_of(self.model, device, *on_device(examples, self.micro_batch, device))
-                losses[low:high], correct[low:high] = answers.losses[: high - low], answers.correct[: high - low]
-                auxiliary.add(answers.auxiliary, examples.inputs.size / held_out.inputs.size)
+            examples = held_out.rows(low, high)
+            answers = answers_of(self.model, device, *on_device(examples, self.micro_batch, device))
+            losses[low:high], correct[low:high] = answers.losses[: high - low], answers.correct[: high - low]
+            auxiliary.add(answers.auxiliary, examples.inputs.size / held_out.inputs.size)
         # Each process has filled in its own sequences, and the others are zero.
         all_losses, all_correct = (self.world.sum(each).cpu().numpy() for each in (losses, correct))
         return task.scores(held_out, all_losses, all_correct > 0, at) | ({} if at else auxiliary.means())
@@ -84,10 +82,13 @@ class Evaluator:
         return held_out if self.group == 1 else held_out.in_pairs()
 
     def _parts(self, held_out: Examples) -> Iterator[tuple[int, int]]:
-        """This process's share of a held-out set in micro-batches: as many in every process, some perhaps empty."""
+        """This process's share of a held-out set in micro-batches: as many in every process, some perhaps empty.
+
+        A process without sequences left takes part all the same: sharded weights are gathered from all processes.
+        """
         sequences = len(held_out.inputs)
         first, count = self.world.share(sequences, self.group)
-        largest_share = math.ceil(sequences / self.group / self.world.size) * self.group
+        largest_share = self.world.largest_share(sequences, self.group)
         for i in range(math.ceil(largest_share / self.micro_batch)):
             low, high = (first + min(n * self.micro_batch, count) for n in (i, i + 1))
             yield low, high

@@ -34,6 +34,7 @@ def write_record(
         "schema": SCHEMA,
         **{key: getattr(run, key) for key in NAMES},
         "task": run.task_name,
+        "vocabulary": run.model.vocabulary,
         **asdict(run.counts),
         "tokens_own": run.own_tokens,
         "facts": run.facts(),
