@@ -1,6 +1,7 @@
 """A sweep on generated tasks, from its file to its log: no corpus, one row a metric, resumed bit for bit."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -221,7 +223,8 @@ def test_the_metrics_are_those_of_the_models_own_answers(runs: dict[str, RunConf
         assert evaluation is not None
         task = trainer.task
         assert isinstance(task, GeneratedTask)
-        for at, examples in {"": task.held_out, **{f"@{at}": each for at, each in task.further.items()}}.items():
+        further = {f"@{at}": task.further_held_out(at) for at in task.further}
+        for at, examples in {"": task.held_out, **further}.items():
             logits = trainer.model(torch.from_numpy(examples.inputs)).logits.detach()
             mask, targets = torch.from_numpy(examples.mask), torch.from_numpy(examples.targets)
             right = logits[mask].argmax(1) == targets[mask]
@@ -230,6 +233,53 @@ def test_the_metrics_are_those_of_the_models_own_answers(runs: dict[str, RunConf
             assert evaluation.metrics[f"accuracy{at}"] == pytest.approx(right.float().mean().item())
         found.append(evaluation.metrics)
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-3)
+
+
+def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    world = World(rank, size, torch.device("cpu"))
+    trainer = assemble(run, None, replace(CPU, micro_batch=2), world)
+    while not trainer.finished:
+        trainer.step()
+    evaluation = trainer.evaluate(lambda: world.any(False))
+    assert evaluation is not None
+    (folder / f"metrics-{rank}.json").write_text(json.dumps(evaluation.metrics))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_three_processes_score_as_one(runs: dict[str, RunConfig], tmp_path: Path) -> None:
+    run = runs["keys"]
+    context = multiprocessing.get_context("fork")  # the others would import torch anew
+    processes = [context.Process(target=_train_in_company, args=(rank, 3, tmp_path, run)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    alone = assemble(run, None, CPU, ALONE)
+    while not alone.finished:
+        alone.step()
+    evaluation = alone.evaluate(never)
+    assert evaluation is not None
+    for rank in range(3):
+        metrics = json.loads((tmp_path / f"metrics-{rank}.json").read_text())
+        assert list(metrics) == list(evaluation.metrics)
+        assert metrics["loss"] == pytest.approx(evaluation.metrics["loss"], rel=1e-3)
+        assert metrics["loss@pairs=8"] == pytest.approx(evaluation.metrics["loss@pairs=8"], rel=1e-3)
+        assert metrics["accuracy"] == pytest.approx(evaluation.metrics["accuracy"], abs=0.03)
+
+
+def test_scoring_takes_a_batch_without_answers(runs: dict[str, RunConfig]) -> None:
+    """As a process gets it whose share of the held-out set is used up."""
+    model = Decoder(runs["short"].model, 0)
+    nothing = torch.full((2, 24), IGNORED)
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        where = torch.device(device)
+        answers = answers_of(model.to(where), where, torch.zeros_like(nothing).to(where), nothing.to(where))
+        assert not answers.losses.any()
+        assert not answers.correct.any()
 
 
 def test_a_solved_tasks_loss_is_not_rounded_to_zero() -> None:
@@ -375,6 +425,11 @@ def test_a_batch_without_an_answer_is_no_divergence(
     losses = [trainer.step().loss for _ in range(3)]
     assert losses[1] == 0
     assert min(losses[0], losses[2]) > 1
+
+
+def test_power_is_for_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["power", str(write(tmp_path))]) == 2
+    assert "power simulates losses on text; recall trains on generated tasks" in capsys.readouterr().err
 
 
 def test_data_of_a_generated_task_is_not_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
