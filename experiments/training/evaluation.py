@@ -62,7 +62,7 @@ class Evaluator:
     def _metrics_of_answers(
         self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
     ) -> dict[str, float] | None:
-        held_out = self._grouped(task.further[at] if at else task.held_out)
+        held_out = self._grouped(task.further_held_out(at) if at else task.held_out)
         device = self.world.device
         losses = torch.zeros(held_out.inputs.shape, dtype=torch.float64, device=device)
         correct = torch.zeros(held_out.inputs.shape, dtype=torch.int32, device=device)
