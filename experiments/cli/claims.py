@@ -149,7 +149,7 @@ def _table(args: argparse.Namespace) -> int:
         runs,
         baseline=args.baseline,
         convention=args.convention,
-        floors=_held_losses(args.hold),
+        irreducible_losses=_held_losses(args.hold),
         throughput=read_throughput(args.throughput) if args.throughput else None,
         seed=args.seed,
     )
