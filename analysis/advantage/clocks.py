@@ -14,11 +14,11 @@ import numpy as np
 
 from analysis.laws.solver import Floats
 from analysis.logs.selection import some
+from analysis.logs.throughput import ONE_KIND, OPTIMIZER, RUNS_OPTIMIZER, SETTING
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # compared only where all are equal
 RUNS = "the runs' own clocks, each alone on its device"
 TABLE = "the table's train seconds, of which it does not say that runs were alone on one kind of device"
 
@@ -93,12 +93,16 @@ def _ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
 def rates_of_throughput(
     sizes: Sequence[pd.DataFrame], column: str, measured: pd.DataFrame, baseline: str, arm: str
 ) -> Rates:
-    """Relative speed from measured tokens a second (`logs.throughput.read_throughput`), compared at equal SETTING.
-    Repeated measurements are averaged; the ratios at several settings are combined by their geometric mean."""
+    """Relative speed from measured tokens a second (`logs.throughput.read_throughput`), compared at equal SETTING, each
+    arm with the optimizer of its runs. Repeated measurements are averaged; the ratios at several batches, sequence
+    lengths and numbers of GPUs are combined by their geometric mean, those of several devices or commits refused."""
     found, reason = [], None
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
-        value, why = _measured_ratio(measured[measured["size"] == size], baseline, arm)
+        at_size = measured[measured["size"] == size]
+        used = (rows[f"{RUNS_OPTIMIZER}_0"], rows[f"{RUNS_OPTIMIZER}_1"])
+        sides = [_of_its_optimizer(at_size, name, own) for name, own in zip((baseline, arm), used, strict=True)]
+        value, why = _measured_ratio(sides, baseline, arm)
         per_token = [(rows[column + side] / rows["tokens" + side].astype(float)).mean() for side in ("_0", "_1")]
         if why is None and not np.isfinite(per_token).all():
             why = "FLOPs a second cannot be computed from tokens a second without the runs' tokens; add a column D"
@@ -109,17 +113,25 @@ def rates_of_throughput(
     return Rates(wall, wall, f"throughput measured on {devices}", reason)
 
 
-def _measured_ratio(rows: pd.DataFrame, baseline: str, arm: str) -> tuple[float, str | None]:
-    """The arm's tokens a second over the baseline's, or why there is none."""
-    keyed = rows.fillna(dict.fromkeys(SETTING, ""))
-    means = keyed.groupby(["arm", *SETTING])["tokens_per_second"].mean()
-    known = set(means.index.get_level_values("arm"))
-    if lacking := [name for name in (baseline, arm) if name not in known]:
+def _of_its_optimizer(measured: pd.DataFrame, arm: str, used: pd.Series) -> pd.DataFrame:
+    """The rows of an arm with the optimizer that its runs `used`, where both say which it was."""
+    mine, known = measured[measured["arm"] == arm], set(used.dropna())
+    return mine[mine[OPTIMIZER].isna() | mine[OPTIMIZER].isin(known)] if known else mine
+
+
+def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> tuple[float, str | None]:
+    """The arm's tokens a second over the baseline's, or why there is none. `sides` are the rows of both."""
+    if lacking := [name for name, rows in zip((baseline, arm), sides, strict=True) if rows.empty]:
         return np.nan, f"the throughput file has no {' and no '.join(lacking)}"
-    theirs, mine = means[baseline], means[arm]
+    keyed = [rows.fillna(dict.fromkeys((*SETTING, OPTIMIZER), "")).groupby(list(SETTING)) for rows in sides]
+    theirs, mine = (groups["tokens_per_second"].mean() for groups in keyed)
     common = theirs.index.intersection(mine.index)
     if common.empty:
         return np.nan, f"the throughput of {arm} and {baseline} is at no equal {', '.join(SETTING)}"
-    if common.get_level_values("device").nunique() > 1:
-        return np.nan, f"the throughput is of several devices ({some(common.get_level_values('device').unique())})"
+    for name in ONE_KIND:
+        if (values := common.get_level_values(name)).nunique() > 1:
+            return np.nan, f"the throughput is of several {ONE_KIND[name]} ({some(values.unique())})"
+    for groups in keyed:
+        if (groups[OPTIMIZER].nunique()[common] > 1).any():
+            return np.nan, "the throughput is of several optimizers, and the runs do not say which they used"
     return float(np.exp(np.log(mine[common] / theirs[common]).mean())), None

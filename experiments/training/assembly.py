@@ -3,6 +3,7 @@
 from experiments.data.dataset import Dataset
 from experiments.design.config import Execution, RunConfig
 from experiments.models.decoder import Decoder
+from experiments.tasks.base import Task
 from experiments.tasks.text import Text
 from experiments.training.optimizers import make_optimizers
 from experiments.training.parallel import World
@@ -16,10 +17,15 @@ def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: Worl
             f"the data have {dataset.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "
             "make them equal"
         )
+    return make_trainer(run, Text(dataset, run.train, run.seed), execution, world)
+
+
+def make_trainer(run: RunConfig, task: Task, execution: Execution, world: World) -> Trainer:
+    """The trainer of a run at its first step, on any task: `dynconv bench train` gives it random tokens."""
     model = Decoder(run.model, run.seed).to(world.device)
     return Trainer(
         model,
-        Text(dataset, run.train, run.seed),
+        task,
         make_optimizers(model, run.train, tables=(model.embedding, model.head)),
         run.train,
         execution,
