@@ -20,11 +20,14 @@ from experiments.bench.stepping import Kernel, Outcome, Settings, measure, most_
 from experiments.bench.throughput import COLUMNS, PEAKS, difference, machine, merge, ratio, rows_of, table
 from experiments.bench.training import render
 from experiments.bench.trials import DEFAULT_ARMS, Request, Trial, trials
+from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.cli.main import main
+from experiments.models.decoder import Decoder
 from experiments.training.assembly import make_trainer
 from experiments.training.parallel import World
 from experiments.training.trainer import MICRO_BATCH_TOKENS, Trainer
 
+ALONE = World(0, 1, torch.device("cpu"))
 WHERE = {"device": "A card", "versions": "torch 2", "commit": "abc"}
 TWO = ("transformer", "lowrank-qkv")
 
@@ -222,19 +225,53 @@ def test_another_arm_s_slowness_is_found_as_it_was_planted(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_sleeping_arm_holds_no_memory_and_wakes_in_the_state_that_it_had(optimizer: str) -> None:
+def test_an_arm_lends_its_memory_between_its_turns(optimizer: str) -> None:
     (trial,) = chosen(arms=("lowrank-qkv",), optimizers=(optimizer,))
-    runner = stepping._Runner(trial, World(0, 1, torch.device("cpu")), 0.0, alone=False)
-    storages = [parameter.untyped_storage() for parameter in runner._trainer.model.parameters()]
-    assert {storage.nbytes() for storage in storages} == {0}
-    fresh = make_trainer(trial.run, runner._trainer.task, trial.execution("cpu"), World(0, 1, torch.device("cpu")))
+    runner = stepping._Runner(trial, ALONE, 0.0, alone=False)
+    parameters = [parameter.detach() for parameter in runner._trainer.model.parameters()]
+    fresh = make_trainer(trial.run, runner._trainer.task, trial.execution("cpu"), ALONE)
     for _ in range(2):
-        runner._wake()
-        for mine, theirs in zip(runner._trainer.model.parameters(), fresh.model.parameters(), strict=True):
-            assert torch.equal(mine, theirs)
-        runner._sleep()
+        assert {parameter.untyped_storage().nbytes() for parameter in parameters} == {0}
+        runner._lendable.take_back()
+        for mine, theirs in zip(parameters, fresh.model.parameters(), strict=True):
+            assert float(mine.std()) == pytest.approx(float(theirs.detach().std()), rel=0.3)
+            assert theirs.min() <= mine.min()
+            assert mine.max() <= theirs.max()
+        runner._lendable.lend()
         runner.turn()
     assert len(runner.outcome.seconds) == 2
+
+
+def test_memory_that_was_lent_comes_back_with_the_same_spread() -> None:
+    state = {"weights": 0.02 * torch.randn(300, 400) + 0.1, "squares": torch.rand(5000) ** 8, "gains": torch.ones(9)}
+    state |= {"zeros": torch.zeros(2, 3), "step": torch.tensor(7.0), "tokens": torch.arange(4)}
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    lendable = Lendable()
+    lendable.add({"some": [state]})
+    lendable.lend()
+    assert state["weights"].untyped_storage().nbytes() == 0
+    lendable.take_back()
+    for name in ("gains", "zeros", "step", "tokens"):
+        assert torch.equal(state[name], kept[name])
+    assert not torch.equal(state["weights"], kept["weights"])
+    assert float(state["weights"].mean()) == pytest.approx(0.1, abs=1e-3)
+    assert float(state["weights"].std()) == pytest.approx(0.02, rel=0.02)
+    assert state["squares"].min() >= 0
+
+
+def test_large_matrices_repeat_their_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.bench.weights._DRAWN", 64)
+    run = chosen(arms=("lowrank-all",))[0].run
+    plain = Decoder(run.model, 0)
+    with RepeatedDraws():
+        quick = Decoder(run.model, 0)
+    large = [p for p in quick.parameters() if p.dim() == 2 and p.numel() > 64]
+    assert large
+    for (name, mine), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
+        assert mine.shape == theirs.shape
+        assert float(mine.detach().std()) == pytest.approx(float(theirs.detach().std()), rel=0.5), name
+    rows = 64 // run.model.width
+    assert torch.equal(quick.embedding.weight[:rows], quick.embedding.weight[rows : 2 * rows])
 
 
 def fitting(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +383,7 @@ def test_on_a_gpu_a_step_takes_what_events_around_it_say(captured: bool, monkeyp
     runner = stepping._Runner(trial, World(0, 1, torch.device("cuda", 0)), 0.2, alone=False)
     for _ in range(3):
         runner.turn()
-    runner._wake()
+    runner._lendable.take_back()
     assert runner.outcome.captured == captured
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

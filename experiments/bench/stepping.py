@@ -11,18 +11,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException, spawn
 from tqdm import tqdm
 
 from analysis.errors import WorkFailed
 from analysis.logs.files import read_json, write_json
 from experiments.bench.trials import Trial
+from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.tasks.base import Examples
 from experiments.training.assembly import make_trainer
 from experiments.training.parallel import World
@@ -204,7 +204,7 @@ class RandomTokens:
 class _Runner:
     """A trial's trainer and what was measured of it.
 
-    Between its turns it gives its memory to the others, unless its steps are captured, which fixes where its tensors
+    Between its turns it lends its memory to the others, unless its steps are captured, which fixes where its tensors
     are; models that are captured are small.
     """
 
@@ -214,36 +214,39 @@ class _Runner:
         before = self._start_counting_memory()
         train = trial.run.train
         task = RandomTokens(trial.run.model.vocabulary, train.batch_sequences, train.sequence_length)
-        self._trainer = make_trainer(trial.run, task, trial.execution(world.device.type), world)
+        with RepeatedDraws():
+            self._trainer = make_trainer(trial.run, task, trial.execution(world.device.type), world)
         if self._cuda:
             self._trainer.warm_up()
         self.outcome.captured = self._trainer.captured
-        self._stays = alone or self.outcome.captured
-        self._saved: dict[int, _Saved] = {}  # by the address of the storage before the first sleep
-        self._save()  # while the optimizer's averages are zero
+        self._lendable = Lendable()
+        lends = not alone and not self.outcome.captured
+        if lends:
+            self._lendable.add(self._trainer.state_dict())  # while the optimizer's averages are zero
         self._windows = self._count_windows(seconds)
-        self._save()  # what the first steps added
+        if lends:
+            self._lendable.add(self._trainer.state_dict())  # what the first steps added
         if self._cuda:
             self.outcome.memory = torch.cuda.max_memory_allocated() - before
-        self._sleep()
+        self._lendable.lend()
 
     def turn(self) -> None:
         """Take steps for one round, the first window uncounted: clocks and caches are not yet as in a long run."""
-        self._wake()
+        self._lendable.take_back()
         self._window()
         times = [seconds for _ in range(self._windows) for seconds in self._window()]
         self.outcome.seconds.append(statistics.median(times))
-        self._sleep()
+        self._lendable.lend()
 
     def profile(self) -> None:
         """Record the kernels of a few steps."""
-        self._wake()
+        self._lendable.take_back()
         self._window()
         kind = torch.profiler.ProfilerActivity.CUDA if self._cuda else torch.profiler.ProfilerActivity.CPU
         with torch.profiler.profile(activities=[kind]) as record:
             steps = sum(len(self._window()) for _ in range(_PROFILED_WINDOWS))
         self.outcome.kernels = most_expensive(record.key_averages(), self._cuda, steps)
-        self._sleep()
+        self._lendable.lend()
 
     def _start_counting_memory(self) -> int:
         """Bytes that others have allocated on the device."""
@@ -269,47 +272,6 @@ class _Runner:
             return [step.seconds for step in self._trainer.advance()]
         except NonFiniteLoss as error:
             raise WorkFailed(f"{self._trial.name}: {error}") from error
-
-    def _save(self) -> None:
-        """Copy the weights, and whatever else is not zero, to the host."""
-        if self._stays:
-            return
-        for tensor in _tensors(self._trainer.state_dict()):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._saved:
-                copy = tensor.cpu() if tensor.is_cuda else tensor.clone()
-                self._saved[storage.data_ptr()] = _Saved(tensor, storage.nbytes(), copy if copy.any() else None)
-
-    def _sleep(self) -> None:
-        """Free the memory of the saved tensors, which stay as they are but for it."""
-        for saved in self._saved.values():
-            saved.tensor.untyped_storage().resize_(0)
-        if self._saved and self._cuda:
-            torch.cuda.empty_cache()
-
-    def _wake(self) -> None:
-        for saved in self._saved.values():
-            saved.tensor.untyped_storage().resize_(saved.bytes)
-            if saved.copy is None:
-                saved.tensor.zero_()
-            else:
-                saved.tensor.copy_(saved.copy)
-
-
-class _Saved(NamedTuple):
-    tensor: Tensor  # fills its storage
-    bytes: int  # of the storage
-    copy: Tensor | None  # on the host; None: zeros
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors of a state dictionary that hold more than a number."""
-    if isinstance(state, Tensor):
-        if state.numel() > 1:
-            yield state.detach()
-    elif isinstance(state, dict | list):
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(value)
 
 
 def most_expensive(events: Iterable[Any], cuda: bool, steps: int) -> list[Kernel]:

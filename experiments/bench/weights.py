@@ -1,0 +1,89 @@
+"""Weights whose values do not matter: made without drawing every one, and drawn again after their memory was lent.
+
+The time of a step depends on shapes, and hardly on values, as long as these are spread as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_DRAWN = 2**20  # elements of a tensor that are drawn; the others repeat them
+_DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+
+class RepeatedDraws(TorchFunctionMode):
+    """A context in which `nn.init` draws the first rows of a large matrix and repeats them.
+
+    To draw all weights of a model of two billion parameters takes half a minute.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in _DRAWS:
+            return func(*args, **kwargs)
+        tensor = kwargs.pop("tensor") if "tensor" in kwargs else args[0]
+        if tensor.dim() != 2 or tensor.numel() <= _DRAWN:
+            return func(tensor, *args[1:], **kwargs)
+        rows = max(1, _DRAWN // tensor.shape[1])
+        with torch.no_grad():
+            func(tensor[:rows], *args[1:], **kwargs)
+            for start in range(rows, len(tensor), rows):
+                part = tensor[start : start + rows]
+                part.copy_(tensor[: len(part)])
+        return tensor
+
+
+class _Spread(NamedTuple):
+    """A tensor and how its values are spread."""
+
+    tensor: Tensor  # fills its storage
+    bytes: int  # of the storage
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+class Lendable:
+    """Tensors of a training state whose memory can be lent to others in between."""
+
+    def __init__(self) -> None:
+        self._spreads: dict[int, _Spread] = {}  # by the address of the storage when it was added
+
+    def add(self, state: Any) -> None:
+        """Add the tensors of floating-point numbers in a state dictionary that are not there yet."""
+        for tensor in _tensors(state):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._spreads:
+                deviation, mean = torch.std_mean(tensor.float(), correction=0)
+                low, high = tensor.aminmax()
+                values = [float(value) for value in (mean, deviation, low, high)]
+                self._spreads[storage.data_ptr()] = _Spread(tensor, storage.nbytes(), *values)
+
+    def lend(self) -> None:
+        """Free the memory. Until `take_back` nothing may read the tensors."""
+        for spread in self._spreads.values():
+            spread.tensor.untyped_storage().resize_(0)
+        if self._spreads and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def take_back(self) -> None:
+        """Allocate the memory again and draw values with the same spread; what was constant, as zero, is so again."""
+        for spread in self._spreads.values():
+            spread.tensor.untyped_storage().resize_(spread.bytes)
+            spread.tensor.normal_(spread.mean, spread.deviation).clamp_(spread.low, spread.high)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a state dictionary that hold more than one floating-point number."""
+    if isinstance(state, Tensor):
+        if state.numel() > 1 and state.is_floating_point():
+            yield state.detach()
+    elif isinstance(state, dict | list):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(value)
