@@ -22,12 +22,14 @@ from experiments.bench.training import render
 from experiments.bench.trials import DEFAULT_ARMS, Request, Trial, trials
 from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.cli.main import main
+from experiments.design.sweep import read_sweep
 from experiments.models.decoder import Decoder
 from experiments.training.assembly import make_trainer
 from experiments.training.parallel import World
 from experiments.training.trainer import MICRO_BATCH_TOKENS, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
+SWEEPS = Path(__file__).parents[1] / "experiments" / "sweeps"
 WHERE = {"device": "A card", "versions": "torch 2", "commit": "abc"}
 TWO = ("transformer", "lowrank-qkv")
 
@@ -61,13 +63,22 @@ def test_a_step_takes_the_micro_batch_of_a_run() -> None:
 
 def test_a_sweep_file_gives_its_arms_and_recipe(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
-    text = Path("experiments/sweeps/demo.toml").read_text()
+    text = (SWEEPS / "demo.toml").read_text()
     more = '[arm.mine]\nconv = { kind = "lowrank", sites = ["k"], rank = 3 }\n[train]\noptimizer = { kind = "muon" }\n'
     path.write_text(text.replace('arms = ["transformer"', 'arms = ["mine", "transformer"') + more)
     found = trials(Request(("70k",), sweep=path), "70k", MICRO_BATCH_TOKENS)
-    assert [trial.run.arm for trial in found] == ["mine", "transformer", "static-qkv", "lowrank-qkv"]
+    assert [trial.run.arm for trial in found] == ["transformer", "mine", "static-qkv", "lowrank-qkv"]  # baseline first
     assert {trial.optimizer for trial in found} == {"muon"}
-    assert found[0].run.model.conv.sites == ("k",)
+    assert found[1].run.model.conv.sites == ("k",)
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_sweep_of_ours_can_be_measured(path: Path) -> None:
+    sweep = read_sweep(path)
+    for size in sweep.sizes:
+        found = trials(Request((size,), sweep=path), size, MICRO_BATCH_TOKENS)
+        assert {trial.run.arm for trial in found} == set(sweep.arms)
+        assert all(trial.run.train.learning_rate_at(1000) < 1e-5 for trial in found)
 
 
 def test_intervals_are_student_s_and_missing_for_few_rounds() -> None:
@@ -150,7 +161,17 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., t
     """Exit code, standard output and error of the verb on a CPU, with short turns."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        words = ["bench", "train", *arguments, "--device", "cpu", "--seconds", "0", "-o", str(tmp_path / "t.parquet")]
+        words = [
+            "bench",
+            "train",
+            *arguments,
+            "--device",
+            "cpu",
+            "--seconds",
+            "1e-9",
+            "-o",
+            str(tmp_path / "t.parquet"),
+        ]
         code = main(words)
         out = capsys.readouterr()
         return code, out.out, out.err
@@ -311,6 +332,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_told(
         (["25k", "--optimizer", "sgd"], "--optimizer: got 'sgd'; legal: adamw, muon"),
         (["25k", "--batch", "0"], "--batch must be at least 1; got 0"),
         (["25k", "--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["25k", "--peak", "nan"], "--peak must be above zero and finite; got nan"),
         (["25k", "--gpus", "0"], "--gpus must be at least 1; got 0"),
         (["25k", "--sweep", "nowhere.toml"], "nowhere.toml"),
         (["25k", "--figure", "f.jpg"], "--figure wants a file .svg, .pdf, .png"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -76,6 +77,9 @@ def _request(args: argparse.Namespace) -> Request:
     for name, value in (("--rounds", args.rounds), ("--gpus", args.gpus)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    for name, value in (("--seconds", args.seconds), ("--peak", args.peak)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above zero and finite; got {value}")
     for size in request.sizes:
         trials(request, size, micro_batch_tokens=1)
     return request

@@ -4,16 +4,16 @@ Shapes: B sequences of a batch, T sequence length.
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.design import strict
-from experiments.design.arms import ARMS
+from experiments.design.arms import ARMS, Arm
 from experiments.design.config import Execution, RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.ladder import LADDERS
 from experiments.design.model import BACKWARD_OVER_FORWARD, ModelConfig
+from experiments.design.recipe import Recipe
 from experiments.design.schedules import Constant
 from experiments.design.sweep import Sweep, expand, read_sweep
 from experiments.design.train import OPTIMIZERS, Optimizer, TrainConfig
@@ -133,40 +133,32 @@ def _endless(train: TrainConfig, sequences: int, length: int) -> TrainConfig:
 
 
 def _sweep(request: Request, size: str) -> Sweep:
-    """The request's sweep with this size and the chosen arms, or one of the built-in arms on the size's ladder."""
-    if request.sweep is not None:
-        sweep = read_sweep(request.sweep)
-        strict.choose(size, LADDERS[sweep.ladder].sizes, f"sizes of ladder {sweep.ladder!r}")
-        names: Sequence[str] = request.arms or sweep.arms
-    else:
+    """A sweep of this size and the chosen arms, with one endless run of each."""
+    own: dict[str, Arm] = {}  # arms that the file defines
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    if request.sweep is None:
         ladders = {each: name for name, ladder in LADDERS.items() for each in ladder.sizes}
         ladder = ladders[strict.choose(size, ladders, "size")]
-        names = request.arms or DEFAULT_ARMS
-        data = DataConfig(vocabulary=VOCABULARIES[ladder], train_tokens=2, validation_tokens=2)
-        sweep = Sweep(
-            name="bench",
-            ladder=ladder,
-            sizes=(size,),
-            arms=("transformer",),
-            baseline="transformer",
-            seeds=(0,),
-            match="tokens",
-            data=data,
-            tokens_per_parameter=1.0,
-        )
-    for arm in names:
-        strict.choose(arm, ARMS | dict(sweep.arm), "--arms")
-    names = tuple(dict.fromkeys(names))
-    endless = replace(sweep.data, train_tokens=2**62, validation_tokens=2**31)
-    return replace(
-        sweep,
+        train, vocabulary = Recipe(), VOCABULARIES[ladder]
+    else:
+        given = read_sweep(request.sweep)
+        ladder, train, own, vocabulary = given.ladder, given.train, dict(given.arm), given.data.vocabulary
+        strict.choose(size, LADDERS[ladder].sizes, f"sizes of ladder {ladder!r}")
+        arms = (given.baseline, *(arm for arm in given.arms if arm != given.baseline))
+    for arm in request.arms:
+        strict.choose(arm, ARMS | own, "--arms")
+    arms = tuple(dict.fromkeys(request.arms or arms))
+    return Sweep(
+        name="bench",
+        ladder=ladder,
         sizes=(size,),
-        arms=names,
-        baseline=names[0],
+        arms=arms,
+        baseline=arms[0],
         seeds=(0,),
         match="tokens",
-        data=endless,
-        vary={},
+        data=DataConfig(vocabulary=vocabulary, train_tokens=2**62, validation_tokens=2**31),
         tokens_per_parameter=_ANY_NUMBER,
         max_epochs=_ANY_NUMBER,
+        train=train,
+        arm=own,
     )
