@@ -427,22 +427,30 @@ def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: p
     ]
     counts = {"25k": 1e3, "45k": 2e3, "70k": 4e3}
     points = [f"{arm},{size},{count},1e6,{3 - count / 1e4}" for size, count in counts.items() for arm in TWO]
-    (tmp_path / "p.csv").write_text("\n".join(["arm,size,N,D,loss", *points]))
 
-    def reason(rows: list[dict[str, Any]]) -> Any:
+    def answer(rows: list[dict[str, Any]], columns: str = "", cells: str = "") -> Any:
+        (tmp_path / "p.csv").write_text("\n".join([f"arm,size,N,D,loss{columns}", *(row + cells for row in points)]))
         table(rows).to_parquet(tmp_path / "t.parquet")
         command = ["table", str(tmp_path / "p.csv"), "--baseline", "transformer", "--json"]
         assert main([*command, "--throughput", str(tmp_path / "t.parquet")]) == 0
-        return json.loads(capsys.readouterr().out)[0]["no_clock"]
+        return json.loads(capsys.readouterr().out)[0]
 
-    assert reason(rows) == "at 25k the throughput is of several commits (abc, def)"
+    assert answer(rows)["no_clock"] == "at 25k the throughput is of several commits (abc, def)"
     split = [row for row in rows if (row["commit"] == "abc") == (row["arm"] == "transformer")]
-    assert "is at no equal batch, sequence, gpus, parallel, vocabulary, device, versions, commit" in reason(split)
-    again = [row | {"optimizer": "muon"} for row in rows[:6]]
-    assert reason(rows[:6] + again) == (
-        "at 25k the throughput is of several optimizers, and the runs do not say which they used"
-    )
-    assert reason(rows[:6]) is None
+    words = "is at no equal batch, sequence, gpus, parallel, vocabulary, device, versions, commit"
+    assert words in answer(split)["no_clock"]
+    by_size = [row for row in rows if (row["commit"] == "abc") == (row["size"] == "25k")]
+    found = answer(by_size)
+    assert found["wall_clock"]["source"] == "throughput measured on A card, of several commits (abc, def)"
+    muon = [row | {"optimizer": "muon"} for row in rows[:6]]
+    reason = "at 25k the throughput is of several optimizers, and the runs do not say which they used"
+    assert answer(rows[:6] + muon)["no_clock"] == reason
+    known = answer(rows[:6] + muon, ",train.optimizer", ",muon")
+    assert known["wall_clock"]["m"] == pytest.approx(known["m"] / 1.5)
+    slower = [row | {"gpus": 2, "tokens_per_second": 1.0} for row in rows[:6]]
+    on_one = answer(rows[:6] + slower, ",gpus", ",1")["wall_clock"]
+    assert (on_one["m"], on_one["source"]) == (pytest.approx(known["m"] / 1.5), "throughput measured on A card")
+    assert answer(rows[:6] + slower)["wall_clock"]["source"] == "throughput measured on A card, gpus 1, 2"
 
 
 def _drawn() -> pd.DataFrame:

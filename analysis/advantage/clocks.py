@@ -93,45 +93,69 @@ def _ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
 def rates_of_throughput(
     sizes: Sequence[pd.DataFrame], column: str, measured: pd.DataFrame, baseline: str, arm: str
 ) -> Rates:
-    """Relative speed from measured tokens a second (`logs.throughput.read_throughput`), compared at equal SETTING, each
-    arm with the optimizer of its runs. Repeated measurements are averaged; the ratios at several batches, sequence
-    lengths and numbers of GPUs are combined by their geometric mean, those of several devices or commits refused."""
-    found, reason = [], None
+    """Relative speed from measured tokens a second (`logs.throughput.read_throughput`), compared at equal SETTING.
+
+    Each arm counts with the optimizer of its runs, and on as many GPUs if that was measured. Repeated measurements are
+    averaged; the ratios at several batches and sequence lengths are combined by their geometric mean, those of several
+    devices or commits refused."""
+    found, reason, used = [], None, []
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
         at_size = measured[measured["size"] == size]
-        used = (rows[f"{RUNS_OPTIMIZER}_0"], rows[f"{RUNS_OPTIMIZER}_1"])
-        sides = [_of_its_optimizer(at_size, name, own) for name, own in zip((baseline, arm), used, strict=True)]
-        value, why = _measured_ratio(sides, baseline, arm)
+        sides = [_of_its_runs(at_size, name, rows, end) for name, end in ((baseline, "_0"), (arm, "_1"))]
+        settings, value = _measured_ratio(sides, baseline, arm)
+        why = value if isinstance(value, str) else None
         per_token = [(rows[column + side] / rows["tokens" + side].astype(float)).mean() for side in ("_0", "_1")]
         if why is None and not np.isfinite(per_token).all():
             why = "FLOPs a second cannot be computed from tokens a second without the runs' tokens; add a column D"
-        found.append(np.nan if why else value * per_token[1] / per_token[0])
+        found.append(np.nan if isinstance(value, str) or why else value * per_token[1] / per_token[0])
         reason = reason or (why and f"at {size} {why}")
-    devices = some(sorted(measured["device"].dropna().unique())) or "an unnamed device"
+        used += settings
     wall = np.array(found, dtype=float)
-    return Rates(wall, wall, f"throughput measured on {devices}", reason)
+    return Rates(wall, wall, _source(used), reason)
 
 
-def _of_its_optimizer(measured: pd.DataFrame, arm: str, used: pd.Series) -> pd.DataFrame:
-    """The rows of an arm with the optimizer that its runs `used`, where both say which it was."""
-    mine, known = measured[measured["arm"] == arm], set(used.dropna())
-    return mine[mine[OPTIMIZER].isna() | mine[OPTIMIZER].isin(known)] if known else mine
+def _of_its_runs(measured: pd.DataFrame, arm: str, runs: pd.DataFrame, end: str) -> pd.DataFrame:
+    """The rows of an arm with the optimizer of its runs, where both say which it was; and with as many GPUs, if there
+    are such rows. `end` is the ending of the arm's columns in `runs`."""
+    mine = measured[measured["arm"] == arm]
+    optimizers = set(runs[RUNS_OPTIMIZER + end].dropna())
+    if optimizers:
+        mine = mine[mine[OPTIMIZER].isna() | mine[OPTIMIZER].isin(optimizers)]
+    counts = {f"{count:.0f}" for count in runs["gpus" + end].dropna()}
+    alike = mine[mine["gpus"].isin(counts)]
+    return mine if alike.empty else alike
 
 
-def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> tuple[float, str | None]:
+Settings = list[dict[str, str]]  # the values of SETTING at which throughput was compared
+
+
+def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> tuple[Settings, float | str]:
     """The arm's tokens a second over the baseline's, or why there is none. `sides` are the rows of both."""
     if lacking := [name for name, rows in zip((baseline, arm), sides, strict=True) if rows.empty]:
-        return np.nan, f"the throughput file has no {' and no '.join(lacking)}"
+        return [], f"the throughput file has no {' and no '.join(lacking)}"
     keyed = [rows.fillna(dict.fromkeys((*SETTING, OPTIMIZER), "")).groupby(list(SETTING)) for rows in sides]
     theirs, mine = (groups["tokens_per_second"].mean() for groups in keyed)
     common = theirs.index.intersection(mine.index)
     if common.empty:
-        return np.nan, f"the throughput of {arm} and {baseline} is at no equal {', '.join(SETTING)}"
+        return [], f"the throughput of {arm} and {baseline} is at no equal {', '.join(SETTING)}"
     for name in ONE_KIND:
         if (values := common.get_level_values(name)).nunique() > 1:
-            return np.nan, f"the throughput is of several {ONE_KIND[name]} ({some(values.unique())})"
-    for groups in keyed:
-        if (groups[OPTIMIZER].nunique()[common] > 1).any():
-            return np.nan, "the throughput is of several optimizers, and the runs do not say which they used"
-    return float(np.exp(np.log(mine[common] / theirs[common]).mean())), None
+            return [], f"the throughput is of several {ONE_KIND[name]} ({some(values.unique())})"
+    if any((groups[OPTIMIZER].nunique()[common] > 1).any() for groups in keyed):
+        return [], "the throughput is of several optimizers, and the runs do not say which they used"
+    ratio = float(np.exp(np.log(mine[common] / theirs[common]).mean()))
+    return [dict(zip(SETTING, setting, strict=True)) for setting in common], ratio
+
+
+def _source(used: Settings) -> str:
+    """Where throughput was measured, and whatever about it differs from size to size, or was averaged over."""
+    values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
+    text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
+    for name in ("versions", "commit"):
+        if len(values[name]) > 1:
+            text += f", of several {ONE_KIND[name]} ({some(values[name])})"
+    for name in ("gpus", "parallel"):
+        if len(values[name]) > 1:
+            text += f", {name} {some(values[name])}"
+    return text
