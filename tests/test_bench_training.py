@@ -59,6 +59,9 @@ def test_a_step_takes_the_micro_batch_of_a_run() -> None:
         (2, "adamw", "lowrank-qkv", "ddp"),
     ]
     assert several[4].tokens == 2 * several[0].tokens
+    (accumulated,) = chosen("1M", ("transformer",), micro_batches=4)
+    assert (accumulated.batch, accumulated.tokens) == (32, 4 * 32 * 512)
+    assert accumulated.execution("cpu").micro_batch == 32
 
 
 def test_a_sweep_file_gives_its_arms_and_recipe(tmp_path: Path) -> None:
@@ -333,6 +336,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_told(
         (["25k", "--batch", "0"], "--batch must be at least 1; got 0"),
         (["25k", "--rounds", "0"], "--rounds must be at least 1; got 0"),
         (["25k", "--peak", "nan"], "--peak must be above zero and finite; got nan"),
+        (["25k", "--micro-batches", "0"], "--micro-batches must be at least 1; got 0"),
         (["25k", "--gpus", "0"], "--gpus must be at least 1; got 0"),
         (["25k", "--sweep", "nowhere.toml"], "nowhere.toml"),
         (["25k", "--figure", "f.jpg"], "--figure wants a file .svg, .pdf, .png"),
@@ -437,7 +441,7 @@ def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: p
 
     assert answer(rows)["no_clock"] == "at 25k the throughput is of several commits (abc, def)"
     split = [row for row in rows if (row["commit"] == "abc") == (row["arm"] == "transformer")]
-    words = "is at no equal batch, sequence, gpus, parallel, vocabulary, device, versions, commit"
+    words = "is at no equal batch, sequence, gpus, parallel, micro_batches, vocabulary, device, versions, commit"
     assert words in answer(split)["no_clock"]
     by_size = [row for row in rows if (row["commit"] == "abc") == (row["size"] == "25k")]
     found = answer(by_size)

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 # Dense bf16 FLOPs a second by the name that the driver gives, from NVIDIA's data sheets of H100 SXM and H200 SXM.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 SMALLEST_INTERVAL = 3  # rounds
-SETTING = ("size", "arm", "optimizer", "batch", "sequence", "vocabulary", "gpus", "parallel", "device")
+SETTING = (
+    *("size", "arm", "optimizer", "batch", "micro_batches", "sequence", "vocabulary"),
+    *("gpus", "parallel", "device"),
+)
 COLUMNS = (
     *SETTING,
     "tokens_per_second",  # of all GPUs; from the median step
@@ -90,6 +93,7 @@ def rows_of(
             "arm": trial.run.arm,
             "optimizer": trial.optimizer,
             "batch": trial.batch,
+            "micro_batches": trial.micro_batches,
             "sequence": trial.run.train.sequence_length,
             "vocabulary": trial.run.model.vocabulary,
             "gpus": trial.gpus,
@@ -177,6 +181,6 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     text = ("size", "arm", "optimizer", "parallel", "device", "against", "versions", "commit")
-    whole = ("batch", "sequence", "vocabulary", "gpus", "parameters", "rounds")
+    whole = ("batch", "micro_batches", "sequence", "vocabulary", "gpus", "parameters", "rounds")
     types = dict.fromkeys(COLUMNS, "float64") | dict.fromkeys(text, "string") | dict.fromkeys(whole, "int64")
     return frame.astype(types | {"captured": "bool"})

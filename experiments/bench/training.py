@@ -1,9 +1,10 @@
 """`dynconv bench train`: how fast this machine trains each arm at each size, by the trainer that runs use.
 
-Arms take their steps in turn, round after round, on random tokens. A step is one micro-batch of a run and one update
-of the optimizer; `batch` counts sequences on each GPU. Tokens a second are of all GPUs, from the median over rounds of
-the median step. MFU is model FLOPs a second (every matrix product with the LM head, causal attention as half, the
-convolutions; backward twice the forward) over the card's dense bf16 peak, and missing where the peak is not known.
+Arms take their steps in turn, round after round, on random tokens. A step is one micro-batch of a run, or several, and
+one update of the optimizer; `batch` counts sequences of a micro-batch on each GPU. Tokens a second are of all GPUs, from
+the median over rounds of the median step. MFU is model FLOPs a second (every matrix product with the LM head, causal
+attention as half, the convolutions; backward twice the forward) over the card's dense bf16 peak, and missing where the
+peak is not known.
 Slowdown, what an arm adds to a step, what an optimizer adds, and the efficiency of several GPUs compare rounds in
 pairs, with 95% intervals (Student's, of logarithms for ratios; none below three rounds). Rows are kept in
 results/measured/<card>/training.parquet: `dynconv table STORE --throughput` makes multipliers in seconds from it, and
@@ -70,13 +71,13 @@ def _request(args: argparse.Namespace) -> Request:
         optimizers=tuple(dict.fromkeys(args.optimizer)),
         sweep=args.sweep,
         batch=args.batch,
+        micro_batches=args.micro_batches,
         sequence=args.sequence,
         gpus=args.gpus,
         parallel=args.parallel,
     )
-    for name, value in (("--rounds", args.rounds), ("--gpus", args.gpus)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1; got {args.rounds}")
     for name, value in (("--seconds", args.seconds), ("--peak", args.peak)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above zero and finite; got {value}")
@@ -170,7 +171,9 @@ def render(rows: Sequence[Row]) -> str:
         cells += _estimate(row, "efficiency", ".3f") * scaled
         lines.append(cells + [f"{row[f'flops_{part}'] / flops:.1%}" for part in PARTS])
     headings.remove("95%")
-    shape = f"batch {first['batch']} on each GPU, sequences of {first['sequence']}, vocabulary {first['vocabulary']}"
+    batches = f"{first['micro_batches']} micro-batches of " if first["micro_batches"] > 1 else "batch "
+    shape = f"{batches}{first['batch']} on each GPU, sequences of {first['sequence']}"
+    shape += f", vocabulary {first['vocabulary']}"
     shape += "; the last columns are shares of the model FLOPs"
     text = f"\n{first['size']}: {first['rounds']} rounds, {shape}\n{align(headings, lines)}\n"
     for row in rows:

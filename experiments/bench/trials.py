@@ -31,11 +31,12 @@ class Trial:
     run: RunConfig
     gpus: int = 1
     parallel: str = "none"  # "ddp" or "fsdp" on several GPUs
+    micro_batches: int = 1  # of a step, on each GPU
 
     @property
     def batch(self) -> int:
-        """Sequences of a step on each GPU. They are one micro-batch."""
-        return self.run.train.batch_sequences // self.gpus
+        """Sequences of a micro-batch."""
+        return self.run.train.batch_sequences // self.gpus // self.micro_batches
 
     @property
     def tokens(self) -> int:
@@ -83,7 +84,8 @@ class Request:
     arms: tuple[str, ...] = ()  # none: all of the sweep, or DEFAULT_ARMS
     optimizers: tuple[str, ...] = ()  # none: the arm's own
     sweep: Path | None = None
-    batch: int | None = None  # sequences on each GPU; None: the micro-batch of a run
+    batch: int | None = None  # sequences of a micro-batch; None: as in a run
+    micro_batches: int = 1  # of a step, on each GPU
     sequence: int | None = None  # None: the ladder's
     gpus: int = 1
     parallel: str = "ddp"
@@ -92,13 +94,14 @@ class Request:
 def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | None = None) -> list[Trial]:
     """The trials of one size: all arms with the first optimizer, then with the next; on one GPU, then on several.
 
-    `batch`, if given, stands in for the request's; without either, a step takes the micro-batch that a run would use:
-    the recipe's batch, but at most `micro_batch_tokens`. Raises ValueError for a size, an arm or an optimizer that is
+    `batch`, if given, stands in for the request's; without either, a micro-batch is what a run would use: the recipe's
+    batch, but at most `micro_batch_tokens`. Raises ValueError for a size, an arm or an optimizer that is
     not known, and for numbers below 1.
     """
-    for name, value in (("--batch", request.batch), ("--sequence", request.sequence), ("--gpus", request.gpus)):
+    for name in ("batch", "sequence", "micro_batches", "gpus"):
+        value = getattr(request, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     sweep = _sweep(request, size)
     known = {optimizer.kind: optimizer for optimizer in OPTIMIZERS}
     for kind in request.optimizers:
@@ -110,11 +113,12 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
     ):
         length = request.sequence or run.train.sequence_length
         fitting = min(run.train.batch_sequences, max(1, micro_batch_tokens // length))
-        sequences = (batch or request.batch or fitting) * gpus
+        sequences = (batch or request.batch or fitting) * request.micro_batches * gpus
         train = _endless(run.train, sequences, length)
         if optimizer is not None:
             train = replace(train, optimizer=optimizer)
-        found.append(Trial(replace(run, train=train), gpus, "none" if gpus == 1 else request.parallel))
+        parallel = "none" if gpus == 1 else request.parallel
+        found.append(Trial(replace(run, train=train), gpus, parallel, request.micro_batches))
     return found
 
 

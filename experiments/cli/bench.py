@@ -89,7 +89,11 @@ def _add_train(what: Subparsers) -> None:
     )
     parser.add_argument(
         "--batch", type=int, metavar="N",
-        help="sequences of a step on each GPU (default: the micro-batch of a run; if it does not fit, half as many)",
+        help="sequences of a micro-batch on each GPU (default: as in a run; if it does not fit, half as many)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--micro-batches", type=int, default=1, metavar="N",
+        help="micro-batches of a step on each GPU, over which gradients are accumulated (default 1)",
     )  # fmt: skip
     parser.add_argument("--sequence", type=int, metavar="T", help="tokens of a sequence (default: the ladder's)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also time N GPUs together (default 1)")
