@@ -1,10 +1,10 @@
 """`dynconv bench train`: how fast this machine trains each arm at each size, by the trainer that runs use.
 
 Arms take their steps in turn, round after round, on random tokens. A step is one micro-batch of a run, or several, and
-one update of the optimizer; `batch` counts sequences of a micro-batch on each GPU. Tokens a second are of all GPUs, from
-the median over rounds of the median step. MFU is model FLOPs a second (every matrix product with the LM head, causal
-attention as half, the convolutions; backward twice the forward) over the card's dense bf16 peak, and missing where the
-peak is not known.
+one update of the optimizer; `batch` counts sequences of a micro-batch on each GPU. Tokens a second are of all GPUs,
+from the median over rounds of the median step. MFU is model FLOPs a second (every matrix product with the LM head,
+causal attention as half, the convolutions; backward twice the forward) over the card's dense bf16 peak, and missing
+where the peak is not known.
 Slowdown, what an arm adds to a step, what an optimizer adds, and the efficiency of several GPUs compare rounds in
 pairs, with 95% intervals (Student's, of logarithms for ratios; none below three rounds). Rows are kept in
 results/measured/<card>/training.parquet: `dynconv table STORE --throughput` makes multipliers in seconds from it, and
