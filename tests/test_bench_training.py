@@ -78,6 +78,10 @@ def test_a_sweep_file_gives_its_arms_and_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_sweep_of_ours_can_be_measured(path: Path) -> None:
     sweep = read_sweep(path)
+    if sweep.data is None:
+        with pytest.raises(ValueError, match=r"has no \[data\]; give a sweep on text"):
+            trials(Request(sweep.sizes, sweep=path), sweep.sizes[0], MICRO_BATCH_TOKENS)
+        return
     for size in sweep.sizes:
         found = trials(Request((size,), sweep=path), size, MICRO_BATCH_TOKENS)
         assert {trial.run.arm for trial in found} == set(sweep.arms)
@@ -271,7 +275,7 @@ def test_memory_that_was_lent_comes_back_with_the_same_spread() -> None:
     state |= {"zeros": torch.zeros(2, 3), "step": torch.tensor(7.0), "tokens": torch.arange(4)}
     kept = {name: tensor.clone() for name, tensor in state.items()}
     lendable = Lendable()
-    lendable.add({"some": [state]})
+    lendable.add(state.values())
     lendable.lend()
     assert state["weights"].untyped_storage().nbytes() == 0
     lendable.take_back()
@@ -324,7 +328,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_told(
     fitting(0, monkeypatch)
     code, _, err = bench("25k", "--arms", *TWO)
     assert code == 1
-    assert "nor does one sequence; give a shorter --sequence" in err
+    assert "nor does any smaller one; give a shorter --sequence" in err
 
 
 @pytest.mark.parametrize(
@@ -337,6 +341,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_told(
         (["25k", "--rounds", "0"], "--rounds must be at least 1; got 0"),
         (["25k", "--peak", "nan"], "--peak must be above zero and finite; got nan"),
         (["25k", "--micro-batches", "0"], "--micro-batches must be at least 1; got 0"),
+        (["25k", "--gpus", "2", "--parallel", "fsdp", "--optimizer", "muon"], "Muon needs whole matrices"),
         (["25k", "--gpus", "0"], "--gpus must be at least 1; got 0"),
         (["25k", "--sweep", "nowhere.toml"], "nowhere.toml"),
         (["25k", "--figure", "f.jpg"], "--figure wants a file .svg, .pdf, .png"),
@@ -386,15 +391,16 @@ def test_the_text_says_what_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_and_one_in_turn(bench: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, err = bench("25k", "--arms", "transformer", "--gpus", "2", "--rounds", "3", "--json")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_and_one_in_turn(bench: Callable[..., tuple[int, str, str]], parallel: str) -> None:
+    options = ["--gpus", "2", "--parallel", parallel, "--rounds", "3", "--json"]
+    code, out, err = bench("25k", "--arms", "lowrank-qkv", *options)
     assert code == 0, err
     alone, together = json.loads(out)
-    assert (alone["gpus"], alone["parallel"], together["gpus"], together["parallel"]) == (1, "none", 2, "ddp")
+    assert (alone["gpus"], alone["parallel"], together["gpus"], together["parallel"]) == (1, "none", 2, parallel)
     assert alone["efficiency"] is None
-    assert together["efficiency"] == pytest.approx(
-        together["tokens_per_second"] / alone["tokens_per_second"] / 2, rel=0.5
-    )
+    scaled = together["tokens_per_second"] / alone["tokens_per_second"] / 2
+    assert together["efficiency"] == pytest.approx(scaled, rel=0.5)
 
 
 @pytest.mark.gpu

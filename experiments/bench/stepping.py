@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, spawn
 from tqdm import tqdm
 
@@ -23,8 +22,10 @@ from analysis.errors import WorkFailed
 from analysis.logs.files import read_json, write_json
 from experiments.bench.trials import Trial
 from experiments.bench.weights import Lendable, RepeatedDraws
+from experiments.design.config import Execution
 from experiments.tasks.base import Examples
 from experiments.training.assembly import make_trainer
+from experiments.training.job import Place, joined
 from experiments.training.parallel import World
 from experiments.training.trainer import NonFiniteLoss
 
@@ -63,6 +64,11 @@ class Settings:
     profile: bool
     progress: bool
 
+    @property
+    def execution(self) -> Execution:
+        """How the processes of all trials are started: as many as the largest of them has."""
+        return max(self.trials, key=lambda trial: trial.gpus).execution(self.device)
+
 
 class DoesNotFit(Exception):
     """The device has not enough memory for this trial."""
@@ -76,7 +82,8 @@ def measure(settings: Settings) -> list[Outcome]:
     """
     size = max(trial.gpus for trial in settings.trials)
     if size == 1:
-        return _outcomes(settings, World(0, 1, _device(settings.device, 0)))
+        with joined(Path(), settings.execution, Place(), 1) as world:
+            return _outcomes(settings, world)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "outcomes.json"
         try:
@@ -92,32 +99,21 @@ def measure(settings: Settings) -> list[Outcome]:
 
 def _work(rank: int, size: int, folder: Path, settings: Settings) -> None:
     """One of the processes. Rank 0 writes the outcomes, and a process that runs out of memory writes that."""
-    device = _device(settings.device, rank)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=size)
-    try:
-        outcomes = _outcomes(settings, World(rank, size, device))
-    except DoesNotFit as problem:
-        write_json(folder / "outcomes.json", {"does_not_fit": str(problem)})
-        raise
-    if rank == 0:
-        found = [asdict(outcome) for outcome in outcomes]
-        write_json(folder / "outcomes.json", {"does_not_fit": None, "outcomes": found})
-    dist.destroy_process_group()
+    place = Place(rank, size, local_rank=rank, job="bench")
+    with joined(folder, settings.execution, place, 1) as world:
+        try:
+            outcomes = _outcomes(settings, world)
+        except DoesNotFit as problem:
+            write_json(folder / "outcomes.json", {"does_not_fit": str(problem)})
+            raise
+        if rank == 0:
+            found = [asdict(outcome) for outcome in outcomes]
+            write_json(folder / "outcomes.json", {"does_not_fit": None, "outcomes": found})
 
 
 def _last_line(error: Exception) -> str:
     """The last line of a message, which is the cause if the message is a traceback."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def _device(kind: str, rank: int) -> torch.device:
-    if kind == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-        return device
-    torch.set_num_threads(1)  # as in a run
-    return torch.device("cpu")
 
 
 def _outcomes(settings: Settings, world: World) -> list[Outcome]:
@@ -191,6 +187,7 @@ class RandomTokens:
     sha256 = "random tokens"
 
     def __init__(self, vocabulary: int, sequences: int, length: int) -> None:
+        self.vocabulary = vocabulary
         drawn = np.random.default_rng(0).integers(0, vocabulary, (sequences, length + 1))  # [B, T + 1]
         self.held_out = Examples(drawn[:, :-1], drawn[:, 1:])
 
@@ -222,10 +219,10 @@ class _Runner:
         self._lendable = Lendable()
         lends = not alone and not self.outcome.captured
         if lends:
-            self._lendable.add(self._trainer.state_dict())  # while the optimizer's averages are zero
+            self._lendable.add(self._trainer.state().tensors.values())  # while the optimizer's averages are zero
         self._windows = self._count_windows(seconds)
         if lends:
-            self._lendable.add(self._trainer.state_dict())  # what the first steps added
+            self._lendable.add(self._trainer.state().tensors.values())  # what the first steps added
         if self._cuda:
             self.outcome.memory = torch.cuda.max_memory_allocated() - before
         self._lendable.lend()

@@ -144,9 +144,10 @@ def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[li
         tried, length = chosen[0].batch, chosen[0].run.train.sequence_length
         room = torch.cuda.get_device_properties(0).total_memory / 2**30 if args.device == "cuda" else 0.0
         wanted = wanted or f"{name}: a batch of {tried} sequences of {length} tokens does not fit in {room:.0f} GiB"
-        if tried == 1:
-            raise WorkFailed(f"{wanted}, nor does one sequence; give a shorter --sequence, or a smaller size")
-        batch = tried // 2
+        group = max(trial.run.model.sequence_group for trial in chosen)  # sequences that read one another
+        batch = tried // 2 // group * group
+        if not batch:
+            raise WorkFailed(f"{wanted}, nor does any smaller one; give a shorter --sequence, or a smaller size")
     if wanted and request.batch:
         raise ValueError(f"{wanted}; {batch} fit: --batch {batch}")
     if wanted:

@@ -6,6 +6,7 @@ Shapes: B sequences of a batch, T sequence length.
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from experiments.design import strict
 from experiments.design.arms import ARMS, Arm
@@ -53,7 +54,9 @@ class Trial:
         return f"{self.run.size} {self.run.arm} {self.optimizer}{where}"
 
     def execution(self, device: str) -> Execution:
-        return Execution(device="cuda" if device == "cuda" else "cpu", gpus=self.gpus, micro_batch=self.batch)
+        kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+        shared: Literal["ddp", "fsdp"] = "fsdp" if self.parallel == "fsdp" else "ddp"
+        return Execution(device=kind, gpus=self.gpus, parallel=shared, micro_batch=self.batch)
 
     def flops(self) -> dict[str, int]:
         """Training FLOPs of a step on all GPUs, by part of the model."""
@@ -119,6 +122,7 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
             train = replace(train, optimizer=optimizer)
         parallel = "none" if gpus == 1 else request.parallel
         found.append(Trial(replace(run, train=train), gpus, parallel, request.micro_batches))
+        found[-1].execution("cpu").check(found[-1].run)
     return found
 
 
@@ -141,11 +145,13 @@ def _sweep(request: Request, size: str) -> Sweep:
     own: dict[str, Arm] = {}  # arms that the file defines
     arms: tuple[str, ...] = DEFAULT_ARMS
     if request.sweep is None:
-        ladders = {each: name for name, ladder in LADDERS.items() for each in ladder.sizes}
+        ladders = {each: name for name in VOCABULARIES for each in LADDERS[name].sizes}
         ladder = ladders[strict.choose(size, ladders, "size")]
         train, vocabulary = Recipe(), VOCABULARIES[ladder]
     else:
         given = read_sweep(request.sweep)
+        if given.data is None:
+            raise ValueError(f"--sweep {request.sweep} has no [data]; give a sweep on text")
         ladder, train, own, vocabulary = given.ladder, given.train, dict(given.arm), given.data.vocabulary
         strict.choose(size, LADDERS[ladder].sizes, f"sizes of ladder {ladder!r}")
         arms = (given.baseline, *(arm for arm in given.arms if arm != given.baseline))

@@ -5,12 +5,14 @@ The time of a step depends on shapes, and hardly on values, as long as these are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from experiments.training.parallel import local
 
 _DRAWN = 2**20  # elements of a tensor that are drawn; the others repeat them
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
@@ -55,11 +57,12 @@ class Lendable:
     def __init__(self) -> None:
         self._spreads: dict[int, _Spread] = {}  # by the address of the storage when it was added
 
-    def add(self, state: Any) -> None:
-        """Add the tensors of floating-point numbers in a state dictionary that are not there yet."""
-        for tensor in _tensors(state):
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Add those that are not there yet, of sharded ones this process's part; whole numbers and scalars stay."""
+        for each in tensors:
+            tensor = local(each.detach())
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._spreads:
+            if tensor.numel() > 1 and tensor.is_floating_point() and storage.data_ptr() not in self._spreads:
                 deviation, mean = torch.std_mean(tensor.float(), correction=0)
                 low, high = tensor.aminmax()
                 values = [float(value) for value in (mean, deviation, low, high)]
@@ -77,13 +80,3 @@ class Lendable:
         for spread in self._spreads.values():
             spread.tensor.untyped_storage().resize_(spread.bytes)
             spread.tensor.normal_(spread.mean, spread.deviation).clamp_(spread.low, spread.high)
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors of a state dictionary that hold more than one floating-point number."""
-    if isinstance(state, Tensor):
-        if state.numel() > 1 and state.is_floating_point():
-            yield state.detach()
-    elif isinstance(state, dict | list):
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(value)

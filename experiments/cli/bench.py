@@ -97,7 +97,9 @@ def _add_train(what: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("--sequence", type=int, metavar="T", help="tokens of a sequence (default: the ladder's)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also time N GPUs together (default 1)")
-    parser.add_argument("--parallel", choices=("ddp",), default="ddp", help="how several GPUs train (default ddp)")
+    parser.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how several GPUs train (default ddp)"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each arm (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="length of a turn (default 1)")
     parser.add_argument("--profile", action="store_true", help="name the most expensive kernels of each arm")

@@ -11,6 +11,7 @@ from torch import nn
 
 from dynconv.layers import optimizer_groups
 from experiments.design.train import AdamW, Muon, TrainConfig
+from experiments.training.parallel import is_sharded
 
 Optimizers = list[torch.optim.Optimizer]
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
@@ -35,15 +36,17 @@ def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
-    matrices = torch.optim.Muon(
-        groups["matrices"].values(),
+    matrices = groups["matrices"].values()
+    assert not any(is_sharded(matrix) for matrix in matrices), "Execution.check refuses this"
+    of_matrices = torch.optim.Muon(
+        matrices,
         lr=train.learning_rate,
         momentum=settings.momentum,
         weight_decay=train.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
     others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
-    return [matrices, _adamw(others, settings, train)]
+    return [of_matrices, _adamw(others, settings, train)]
 
 
 def _adamw(
