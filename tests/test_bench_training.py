@@ -300,6 +300,28 @@ def test_large_matrices_repeat_their_first_rows(monkeypatch: pytest.MonkeyPatch)
         assert float(mine.detach().std()) == pytest.approx(float(theirs.detach().std()), rel=0.5), name
     rows = 64 // run.model.width
     assert torch.equal(quick.embedding.weight[:rows], quick.embedding.weight[rows : 2 * rows])
+    with RepeatedDraws(), torch.device("meta"):
+        assert {parameter.device.type for parameter in Decoder(run.model, 0).parameters()} == {"meta"}
+
+
+def test_complete_rounds_are_kept_when_it_is_interrupted(
+    bench: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    turns: list[int] = []
+    turn = stepping._Runner.turn
+
+    def interrupted(runner: stepping._Runner) -> None:
+        turns.append(0)
+        if len(turns) == 6:  # in the second turn of the third round
+            raise KeyboardInterrupt
+        turn(runner)
+
+    monkeypatch.setattr(stepping._Runner, "turn", interrupted)
+    code, out, err = bench("25k", "45k", "--arms", *TWO, "--rounds", "5")
+    assert code == 130
+    assert "25k: 2 rounds" in out
+    assert "interrupted" in err
+    assert pd.read_parquet(tmp_path / "t.parquet")["rounds"].tolist() == [2, 2]
 
 
 def fitting(most: int, monkeypatch: pytest.MonkeyPatch) -> None:

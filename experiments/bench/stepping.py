@@ -137,7 +137,10 @@ class _Measurement:
         self._bar = tqdm(total=turns, desc=f"bench {self._trials[0].run.size}", unit="turn", disable=not shown)
 
     def outcomes(self) -> list[Outcome]:
-        """What was measured of each trial; of those that run on another process alone, nothing."""
+        """What was measured of each trial; of those that run on another process alone, nothing.
+
+        One process that is interrupted returns the rounds that were complete, if there are any.
+        """
         torch.compiler.reset()  # programs of other sizes count towards the number that torch keeps of a function
         runners: dict[int, _Runner] = {}
         with self._bar:
@@ -145,18 +148,24 @@ class _Measurement:
                 with self._turn(index):
                     if self._takes_part(index):
                         runners[index] = self._prepare(index)
-            for number in range(self._settings.rounds):
-                order = range(len(self._trials))
-                for index in reversed(order) if number % 2 else order:
-                    with self._turn(index):
-                        if index in runners:
-                            runners[index].turn()
-            if self._settings.profile:
-                for index in range(len(self._trials)):
-                    with self._turn(index):
-                        if index in runners:
-                            runners[index].profile()
+            try:
+                self._take_turns(runners)
+            except KeyboardInterrupt:
+                complete = min(len(runner.outcome.seconds) for runner in runners.values())
+                if not complete or self._world.size > 1:
+                    raise
+                for runner in runners.values():
+                    del runner.outcome.seconds[complete:]
         return [runners[index].outcome if index in runners else Outcome() for index in range(len(self._trials))]
+
+    def _take_turns(self, runners: Mapping[int, _Runner]) -> None:
+        order = range(len(self._trials))
+        turns = [(index, _Runner.turn) for n in range(self._settings.rounds) for index in order[:: -1 if n % 2 else 1]]
+        turns += [(index, _Runner.profile) for index in order] if self._settings.profile else []
+        for index, work in turns:
+            with self._turn(index):
+                if index in runners:
+                    work(runners[index])
 
     def _by_memory(self) -> list[int]:
         """Trials with more convolutions first: they need more memory, and if it is missing, that shows early."""
@@ -211,7 +220,7 @@ class _Runner:
         before = self._start_counting_memory()
         train = trial.run.train
         task = RandomTokens(trial.run.model.vocabulary, train.batch_sequences, train.sequence_length)
-        with RepeatedDraws():
+        with RepeatedDraws(), world.device:
             self._trainer = make_trainer(trial.run, task, trial.execution(world.device.type), world)
         if self._cuda:
             self._trainer.warm_up()

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         if args.format == "text":
             print("" if rows else f"{where['device']}, {where['versions']}", render(shown), sep="\n", flush=True)
         rows += shown
+        if len(outcomes[0].seconds) < args.rounds:
+            raise KeyboardInterrupt
     if args.format == "json":
         print(json.dumps(rows, indent=1, allow_nan=False))
     print(f"dynconv: {output} has these rows", file=sys.stderr)

@@ -14,14 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 from experiments.training.parallel import local
 
-_DRAWN = 2**20  # elements of a tensor that are drawn; the others repeat them
+_DRAWN = 2**16  # elements of a tensor that are drawn; the others repeat them
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 class RepeatedDraws(TorchFunctionMode):
     """A context in which `nn.init` draws the first rows of a large matrix and repeats them.
 
-    To draw all weights of a model of two billion parameters takes half a minute.
+    To draw all weights of a model of two billion parameters takes half a minute. Numbers are drawn on the host, so that
+    a generator there serves a model on any device.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,14 +30,14 @@ class RepeatedDraws(TorchFunctionMode):
         if func not in _DRAWS:
             return func(*args, **kwargs)
         tensor = kwargs.pop("tensor") if "tensor" in kwargs else args[0]
-        if tensor.dim() != 2 or tensor.numel() <= _DRAWN:
-            return func(tensor, *args[1:], **kwargs)
-        rows = max(1, _DRAWN // tensor.shape[1])
+        rows = len(tensor)
+        if tensor.dim() == 2 and tensor.numel() > _DRAWN:
+            rows = max(1, _DRAWN // tensor.shape[1])
         with torch.no_grad():
-            func(tensor[:rows], *args[1:], **kwargs)
-            for start in range(rows, len(tensor), rows):
+            drawn = func(torch.empty((rows, *tensor.shape[1:]), device="cpu"), *args[1:], **kwargs).to(tensor)
+            for start in range(0, len(tensor), rows):
                 part = tensor[start : start + rows]
-                part.copy_(tensor[: len(part)])
+                part.copy_(drawn[: len(part)])
         return tensor
 
 
