@@ -39,7 +39,7 @@ from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
 from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.laws.solver import Floats
-from analysis.logs.learning import unlearned
+from analysis.logs.learning import has_failures, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
@@ -83,7 +83,9 @@ def multipliers(
         failures = unlearned(runs[runs["arm"].isin([baseline, arm])])
         try:
             _require_learned(rows, (arm, baseline))
-            both, tuned, lines = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+            failed = runs[runs["did_not_learn"].notna()] if has_failures(runs) else None
+            mine = rows[rows["arm"].isin([baseline, arm])]
+            both, tuned, lines = comparable(mine, baseline, CONVENTIONS[convention], failed)
             if tuned:
                 failures = unlearned(runs[runs["arm"].isin([baseline, arm])], both, rate_column(both))
             pairs = pair(both, arm, baseline, convention, excluded, throughput)
@@ -108,14 +110,16 @@ def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
             raise ValueError(f"no run of {arm} has finished and learned")
 
 
-def comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
+def comparable(
+    rows: pd.DataFrame, baseline: str, column: str, failed: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
     """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
-    and keep the best learning rate of each arm. Also returns how the rates were tuned, and lines for the reader on how
-    budgets were matched and which rates are best."""
+    and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
+    rates were tuned, and lines for the reader on how budgets were matched and which rates are best."""
     rows, how = with_budgets(rows, baseline, column)
     rows = with_axes(rows)
     require_one_configuration(rows)
-    rows, tuned = at_best_rates(rows, rate_column(rows), column)
+    rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
     lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
     return rows, tuned, lines + notes(tuned)
 
