@@ -112,6 +112,11 @@ class Trainer:
         return self.steps_done == self.config.steps
 
     @property
+    def captured(self) -> bool:
+        """Whether a step is a CUDA graph: true of small models on a GPU, once they are warmed up."""
+        return self._engine is not None and self._engine.captured
+
+    @property
     def evaluation_due(self) -> bool:
         """Whether to evaluate: after the last step, and wherever a multiple of `evaluate_every` tokens is reached."""
         return self.steps_done != self.evaluated_at and self._evaluates_after(self.steps_done)
