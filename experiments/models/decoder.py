@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
+from experiments.models.recompute import Policy, recomputing
 from experiments.parts.base import Part
 
 COMPILED_PROGRAMS = 128  # in one process; a model needs four: its block and its norm, with and without gradients
@@ -51,7 +52,12 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self._initialise(seed)
-        self._run: Callable[[nn.Module, Tensor], Any] = _run
+        self._run_block: Callable[[nn.Module, Tensor], Any] = _run
+        self._run_norm: Callable[[nn.Module, Tensor], Any] = _run
+
+    def recompute(self, policy: Policy) -> None:
+        """Compute activations of the blocks again in the backward pass. Call it before `compile`."""
+        self._run_block = recomputing(_run, policy)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
@@ -63,7 +69,8 @@ class Decoder(nn.Module):
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
-        self._run = torch.compile(_run, *args, **kwargs)
+        self._run_block = torch.compile(self._run_block, *args, **kwargs)
+        self._run_norm = torch.compile(_run, *args, **kwargs)
 
     def forward(
         self,
@@ -81,10 +88,10 @@ class Decoder(nn.Module):
         for module in self.blocks:
             block = cast(Block, module)
             block.prepare(tokens.shape[1], tokens.device)
-            x, own = self._run(block, x)
+            x, own = self._run_block(block, x)
             for name, loss in own:
                 losses[name] = losses[name] + loss if name in losses else loss
-        x = self._run(self.norm, x)
+        x = self._run_norm(self.norm, x)
         if criterion is not None:
             return Scored(criterion(x, self.head.weight), losses)
         return Output(self.head(x), losses)

@@ -3,6 +3,7 @@
 To add one, write a function here, enter it in `MAKERS`, and define its settings in design/train.py.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import nn
 
 from dynconv.layers import optimizer_groups
 from experiments.design.train import AdamW, Muon, TrainConfig
+from experiments.training.muon import Muon as MuonMatrices
 
 Optimizers = list[torch.optim.Optimizer]
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
+# Parameters from which on one kernel for each parameter is faster than torch's kernels for many.
+LARGE = 10**8
 
 
 def make_optimizers(
@@ -35,13 +39,7 @@ def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
-    matrices = torch.optim.Muon(
-        groups["matrices"].values(),
-        lr=train.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=train.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    matrices = MuonMatrices(groups["matrices"].values(), train.learning_rate, settings.momentum, train.weight_decay)
     others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
     return [matrices, _adamw(others, settings, train)]
 
@@ -53,10 +51,14 @@ def _adamw(
 ) -> torch.optim.AdamW:
     named: list[dict[str, Any]] = [{"params": list(parameters), "weight_decay": decay} for parameters, decay in groups]
     betas = (settings.beta1, settings.beta2)
-    on_gpu = all(parameter.is_cuda for group in named for parameter in group["params"])
-    return torch.optim.AdamW(
-        named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True, capturable=on_gpu
-    )
+    parameters = [parameter for group in named for parameter in group["params"]]
+    on_gpu = all(parameter.is_cuda for parameter in parameters)
+    kind = torch.optim.AdamW
+    if on_gpu and sum(parameter.numel() for parameter in parameters) >= LARGE and importlib.util.find_spec("triton"):
+        from experiments.training.adamw import LargeAdamW
+
+        kind = LargeAdamW
+    return kind(named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True, capturable=on_gpu)
 
 
 MAKERS: dict[str, Callable[..., Optimizers]] = {"adamw": adamw, "muon": muon}

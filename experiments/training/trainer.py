@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
+from experiments.models.decoder import Decoder
 from experiments.tasks.base import Examples, Task
 from experiments.training.engine import Engine, add_gradients, padded, window_shape
+from experiments.training.held_out import HeldOut
 from experiments.training.loss import IGNORED, linear_cross_entropy
+from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World
 from experiments.training.precision import mixed_precision
@@ -82,6 +85,8 @@ class Trainer:
         share = math.ceil(config.batch_sequences / world.size)
         fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length)
         self._micro_batch = min(share, execution.micro_batch or fitting)
+        if execution.recompute != "none":
+            cast(Decoder, model).recompute(execution.recompute)
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)
@@ -91,8 +96,8 @@ class Trainer:
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
             shape = window_shape(micro_batches, self._micro_batch, config.sequence_length)
-            adamw = cast(torch.optim.AdamW, optimizers[0])
-            self._engine = Engine(self._replicas, self._losses, adamw, world, shape, config.clip_norm)
+            self._engine = Engine(self._replicas, self._losses, optimizers, world, shape, config.clip_norm)
+        self._held_out = HeldOut(self._losses, task.held_out, self._micro_batch, world)
         self._window = 1  # number of steps to launch together; grows once their time is measured
         self._filled = range(0)  # steps whose batches are in the engine's next window
         self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
@@ -109,18 +114,17 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile the model and load kernels by a training and an evaluation pass whose results are discarded.
 
-        A small model's step is also captured as a CUDA graph.
+        A small model's passes are also captured as CUDA graphs.
         """
-        if self._engine is not None:
-            small = sum(parameter.numel() for parameter in self.model.parameters()) <= CAPTURED_PARAMETERS
-            self._engine.warm_up(capture=self._compiled and small and self.world.size == 1)
-        inputs, targets = self._to_device(next(self._micro_batches(0)))
+        small = sum(parameter.numel() for parameter in self.model.parameters()) <= CAPTURED_PARAMETERS
+        capture = self._compiled and small and self.world.size == 1
         if self._engine is None:
-            loss, _ = self._losses(inputs, targets)
-            loss.backward()
+            self._backward(0)
             self._zero_grad()
-        with torch.no_grad():
-            self._losses(inputs, targets)
+            self._held_out.warm_up(None)
+        else:
+            self._engine.warm_up(capture)
+            self._held_out.warm_up(self._engine.stream if capture else None)
         torch.cuda.synchronize()
 
     def step(self) -> Step:
@@ -223,27 +227,14 @@ class Trainer:
         on_device = [(*self._to_device(each), each.inputs.size / tokens) for each in micro_batches]
         return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
-    @torch.no_grad()
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """The task's metrics on its held-out set. None if `interrupted`, called before each micro-batch, is True."""
+        """The task's metrics on its held-out set. None if `interrupted`, called on the way, returned True."""
         start = time.perf_counter()
-        held_out = self.task.held_out
-        first, count = self.world.share(len(held_out.inputs))
-        largest_share = math.ceil(len(held_out.inputs) / self.world.size)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        auxiliary: dict[str, Tensor] = {}
-        for i in range(math.ceil(largest_share / self._micro_batch)):
-            if interrupted():
-                return None
-            low, high = (first + min(n * self._micro_batch, count) for n in (i, i + 1))
-            if high > low:
-                examples = held_out.rows(low, high)
-                loss, own = self._losses(*self._to_device(examples))
-                total += loss.double()
-                for name, value in own.items():
-                    share = value.double() * (examples.inputs.size / held_out.inputs.size)
-                    auxiliary[name] = auxiliary[name] + share if name in auxiliary else share
-        mean = self.world.sum(total).item() / held_out.positions
+        sums = self._held_out.sums(interrupted)
+        if sums is None:
+            return None
+        total, auxiliary = sums
+        mean = self.world.sum(total).item() / self.task.held_out.positions
         if not math.isfinite(mean):
             raise NonFiniteLoss(f"held-out loss {mean}")
         metrics = dict(self.task.metrics(mean)) | {n: self.world.sum(value).item() for n, value in auxiliary.items()}
@@ -335,8 +326,9 @@ def losses_of(
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
-    """Whether steps are launched before the losses of earlier ones are read: on a GPU with fused AdamW only.
+    """Whether steps are launched before the losses of earlier ones are read: on a GPU, where it saves time.
 
-    Only this optimizer can skip an update by a flag on the device. On a CPU nothing would be gained.
+    It takes optimizers that can skip an update by a flag on the device.
     """
-    return world.device.type == "cuda" and all(type(optimizer) is torch.optim.AdamW for optimizer in optimizers)
+    able = all(isinstance(optimizer, torch.optim.AdamW | Muon) for optimizer in optimizers)
+    return world.device.type == "cuda" and able
