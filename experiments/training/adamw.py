@@ -4,7 +4,6 @@ A step moves 28 bytes a parameter. The fused AdamW of torch moves 36 when it cli
 gradient back: for the 2B model that is 5 ms of a step.
 """
 
-
 import torch
 import triton
 import triton.language as tl
