@@ -8,13 +8,13 @@ CUDA, which does not survive a fork.
 import contextlib
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class _Controlled:
 # In the server
 
 
-class _Task(multiprocessing.get_context("fork").Process):
+class _Task(ForkProcess):
     """One process of a job, with what submitit's controller asks of a `subprocess.Popen`."""
 
     def poll(self) -> int | None:
@@ -126,7 +126,7 @@ class _Task(multiprocessing.get_context("fork").Process):
         return code
 
     def send_signal(self, number: int) -> None:
-        if self.exitcode is None:
+        if self.exitcode is None and self.pid is not None:
             os.kill(self.pid, number)
 
 
@@ -174,7 +174,7 @@ def main(modules: Sequence[str]) -> None:
     print("ready")
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
-        job = multiprocessing.get_context("fork").Process(target=_job, kwargs=request)
+        job = ForkProcess(target=_job, kwargs=request)
         job.start()
         print(job.pid)
 
