@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
 from experiments.models.recompute import Policy, recomputing
-from experiments.parts.base import Part
+from experiments.models.short_convolution import InputConvolution
+from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
 
 COMPILED_PROGRAMS = 128  # in one process; a model needs four: its block and its norm, with and without gradients
+# What each layer's mixer and feed-forward part keep of the tokens before: tensors whose first dimension is the batch
+Cache = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 Criterion = Callable[[Tensor, Tensor], Tensor]  # (input [B, T, D] of the LM head, its weight [V, D]) -> loss []
 
 
@@ -79,11 +82,17 @@ class Decoder(nn.Module):
     ) -> Output | Scored:
         """`Output`, or `Scored` if there is a criterion.
 
-        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32.
+        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32. Raises ValueError
+        for a number of sequences that does not fill groups of which one sequence reads another.
         """
-        x = self.embedding(tokens)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        group = self.config.sequence_group
+        if len(tokens) % group:
+            raise ValueError(
+                f"the sequences of this model read one another in groups of {group} (conv.mismatched), so it takes "
+                f"multiples of {group} sequences, and neither decodes nor takes packed documents; got {len(tokens)}; "
+                "use the arm without mismatched"
+            )
+        x = self._embed(tokens)
         losses: dict[str, Tensor] = {}
         for module in self.blocks:
             block = cast(Block, module)
@@ -95,6 +104,32 @@ class Decoder(nn.Module):
         if criterion is not None:
             return Scored(criterion(x, self.head.weight), losses)
         return Output(self.head(x), losses)
+
+    def decode(
+        self,
+        tokens: Tensor,  # [B, T]: they follow those that the cache was given before
+        cache: Cache | None = None,  # None begins a text; updated in place
+    ) -> tuple[Tensor, Cache]:  # [B, T, V]
+        """Logits as those of `forward`, and the cache with which the next tokens' are computed alone.
+
+        Raises ValueError if a part of the model cannot decode, or if sequences read one another.
+        """
+        if self.config.sequence_group > 1:
+            raise ValueError("a model with conv.mismatched decodes no text; use its arm without mismatched")
+        cache = [({}, {}) for _ in self.blocks] if cache is None else cache
+        x = self._embed(tokens)
+        for module, states in zip(self.blocks, cache, strict=True):
+            x = cast(Block, module).decode(x, states)
+        return self.head(self.norm(x)), cache
+
+    def _embed(
+        self,
+        tokens: Tensor,  # [B, T]
+    ) -> Tensor:  # [B, T, D]
+        x: Tensor = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def _initialise(self, seed: int) -> None:
         """Draw weights from a normal distribution with standard deviation init_std.
@@ -126,6 +161,9 @@ class Block(nn.Module):
         self.ffn: Any = build(config.ffn, config)
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+        sites = config.conv.sites
+        self.mixer_input = InputConvolution(config) if MIXER_INPUT in sites else nn.Identity()
+        self.ffn_input = InputConvolution(config) if FFN_INPUT in sites else nn.Identity()
 
     def prepare(self, time: int, device: torch.device) -> None:
         """Call `prepare` of the parts that have it, before a pass over inputs of this length."""
@@ -138,13 +176,31 @@ class Block(nn.Module):
         x: Tensor,  # [B, T, D]
     ) -> tuple[Tensor, list[tuple[str, Tensor]]]:  # [B, T, D]; names and values of auxiliary losses
         losses: list[tuple[str, Tensor]] = []
-        for part, norm in ((self.mixer, self.mixer_norm), (self.ffn, self.ffn_norm)):
-            y = part(norm(x))
+        for part, norm, convolution in self._parts():
+            y = part(convolution(norm(x)))
             if isinstance(y, tuple):
                 y, own = y
                 losses += own.items()
             x = x + y
         return x, losses
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        states: tuple[dict[str, Tensor], dict[str, Tensor]],  # of the mixer and of the feed-forward part
+    ) -> Tensor:  # [B, T, D]
+        for (part, norm, convolution), state in zip(self._parts(), states, strict=True):
+            if not hasattr(part, "decode"):
+                raise ValueError(f"{type(part).__name__} cannot decode token by token; give its module a `decode`")
+            y = norm(x)
+            if isinstance(convolution, InputConvolution):
+                y = convolution.decode(y, state)
+            x = x + part.decode(y, state)
+        return x
+
+    def _parts(self) -> list[tuple[Any, nn.Module, nn.Module]]:
+        """Each part, its norm, and the convolution between them."""
+        return [(self.mixer, self.mixer_norm, self.mixer_input), (self.ffn, self.ffn_norm, self.ffn_input)]
 
 
 def build(part: Part, model: ModelConfig) -> nn.Module:
@@ -153,7 +209,8 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     The module has its linear maps as `maps` (a `Maps`), and as `into_residual` the sites of those that write into the
     residual stream. Its `forward` maps [B, T, D] to [B, T, D], or to a pair of that and a dictionary of
     auxiliary losses. If it has a method `prepare(time, device)`, this is called before every pass, outside compiled
-    code, to make tables that all layers share.
+    code, to make tables that all layers share. A part that can generate text has `decode(x, state)`, which continues a
+    sequence: `state`, a dictionary of tensors that is empty at the start, is updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]
     module: nn.Module = importlib.import_module(f"experiments.models.{name}").build(part, model)

@@ -22,12 +22,22 @@ class SwiGLUModule(nn.Module):
 
     def __init__(self, part: SwiGLU, model: ModelConfig) -> None:
         super().__init__()
-        self.maps = Maps(part.linear_maps(model.width), model.conv)
+        self.maps = Maps(part, model)
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        gate, up = self.maps.apply_to(x, ("gate", "up"))
-        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",))
+        gate, up = self.maps.apply_to(x, ("gate", "up"), x)
+        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
+        return y
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],
+    ) -> Tensor:  # [B, T, D]
+        """As `forward`, for inputs that continue a sequence. `state` keeps the convolutions' last inputs."""
+        gate, up = self.maps.decode(x, ("gate", "up"), x, state)
+        (y,) = self.maps.decode(F.silu(gate) * up, ("down",), x, state)
         return y

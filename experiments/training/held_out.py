@@ -26,10 +26,14 @@ class HeldOut:
         examples: Examples,
         sequences: int,  # B
         world: World,
+        group: int,  # neighbouring sequences that read one another, and share a micro-batch
     ) -> None:
         self._losses, self._device = losses, world.device
-        first, count = world.share(len(examples.inputs))
-        self._passes = math.ceil(math.ceil(len(examples.inputs) / world.size) / sequences)
+        examples = examples if group == 1 else examples.in_pairs()
+        self.positions = examples.positions  # of all processes
+        first, count = world.share(len(examples.inputs), group)
+        largest_share = math.ceil(len(examples.inputs) / group / world.size) * group
+        self._passes = math.ceil(largest_share / sequences)
         bounds = [first + min(number * sequences, count) for number in range(self._passes + 1)]
         parts = [examples.rows(low, high) for low, high in itertools.pairwise(bounds)]
         inputs, targets = zip(*(padded(part, sequences) for part in parts), strict=True)

@@ -72,6 +72,7 @@ class Trainer:
         execution: Execution,
         world: World,
         identity: Mapping[str, str],  # stored in checkpoints to tell to which run they belong
+        group: int = 1,  # neighbouring sequences of a batch that read one another, and share a micro-batch
     ) -> None:
         self.model = model
         self.task = task
@@ -82,9 +83,10 @@ class Trainer:
         self._identity = {**identity, "data_sha256": task.sha256}
         self._optimizers = optimizers
         self._cuda = world.device.type == "cuda"
-        share = math.ceil(config.batch_sequences / world.size)
-        fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length)
+        share = math.ceil(config.batch_sequences / group / world.size) * group
+        fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length // group) * group
         self._micro_batch = min(share, execution.micro_batch or fitting)
+        self._group = group
         if execution.recompute != "none":
             cast(Decoder, model).recompute(execution.recompute)
         self._compiled = execution.compile and self._cuda
@@ -97,7 +99,7 @@ class Trainer:
             micro_batches = math.ceil(share / self._micro_batch)
             shape = window_shape(micro_batches, self._micro_batch, config.sequence_length)
             self._engine = Engine(self._replicas, self._losses, optimizers, world, shape, config.clip_norm)
-        self._held_out = HeldOut(self._losses, task.held_out, self._micro_batch, world)
+        self._held_out = HeldOut(self._losses, task.held_out, self._micro_batch, world, group)
         self._window = 1  # number of steps to launch together; grows once their time is measured
         self._filled = range(0)  # steps whose batches are in the engine's next window
         self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
@@ -234,7 +236,7 @@ class Trainer:
         if sums is None:
             return None
         total, auxiliary = sums
-        mean = self.world.sum(total).item() / self.task.held_out.positions
+        mean = self.world.sum(total).item() / self._held_out.positions
         if not math.isfinite(mean):
             raise NonFiniteLoss(f"held-out loss {mean}")
         metrics = dict(self.task.metrics(mean)) | {n: self.world.sum(value).item() for n, value in auxiliary.items()}
@@ -286,7 +288,7 @@ class Trainer:
 
         There is at least one, even if it is empty, because every process must take part in averaging gradients.
         """
-        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length)
+        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length, self._group)
         for low in range(0, max(share, 1), self._micro_batch):
             yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
 
