@@ -81,6 +81,15 @@ def test_the_same_weights_and_state_as_torch_s(ours: Make, theirs: Make) -> None
             torch.testing.assert_close(value, two.state[b][name], rtol=1e-5, atol=1e-7)
 
 
+def test_matrices_beyond_the_largest_stack_are_updated_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, apart = parameters(SHAPES), parameters(SHAPES)
+    step(muon(groups_of(together)), together, 0)
+    monkeypatch.setattr("experiments.training.muon._LARGEST_STACK", 1)
+    step(muon(groups_of(apart)), apart, 0)
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @PAIRS
 def test_a_step_that_is_skipped_changes_nothing(ours: Make, theirs: Make) -> None:  # noqa: ARG001
     matrices = parameters(SHAPES)

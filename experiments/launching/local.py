@@ -23,6 +23,9 @@ from experiments.launching.profile import Job, Profile
 from experiments.training.run import SHARING_VARIABLE, Run
 
 
+_COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
+
+
 class LocalRun(Run):
     """A run that stays stopped when it is told to stop, where submitit would start it again at once."""
 
@@ -58,6 +61,7 @@ class Slots:
             raise ValueError("device = 'cuda' was asked for and this machine shows no GPU; set device = 'auto'")
         if gpus and need > len(gpus):
             raise ValueError(f"gpus = {need} a run were asked for; this machine shows {len(gpus)}; lower it")
+        self._compiles = bool(gpus) and any(job.compile for job in jobs)
         self._cores = len(os.sched_getaffinity(0))
         self._threads = max((job.gpus * job.threads for job in jobs), default=1)  # of the largest run
         fitting = len(gpus) // need if gpus else max(1, self._cores // self._threads)
@@ -89,8 +93,10 @@ class Slots:
             "PYTHONSAFEPATH": "1",  # else the folder that was submitted from comes before the snapshot
             "OMP_NUM_THREADS": str(self._threads),
             "SUBMITIT_PREEMPT_SIGNAL": "TERM",  # submitit reads it when it is imported
+            # Otherwise each run starts as many processes that compile as there are cores.
+            _COMPILERS: os.environ.get(_COMPILERS, str(max(1, self._cores // max(1, self._in_use)))),
         }
-        return fork_server(variables, compiler=any(self._gpus))
+        return fork_server(variables, compiler=self._compiles)
 
     def start(self, slot: int, run_dir: Path, job: Job, folder: Path, server: ForkServer) -> "submitit.Job[None]":
         """Start a run in a free slot; submitit's files and the output go to `folder`."""
