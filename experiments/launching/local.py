@@ -22,7 +22,6 @@ from experiments.launching.fork_server import ForkedExecutor, ForkServer, fork_s
 from experiments.launching.profile import Job, Profile
 from experiments.training.run import SHARING_VARIABLE, Run
 
-
 _COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 
 
