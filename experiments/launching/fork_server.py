@@ -26,9 +26,10 @@ from submitit.local.local import Controller, LocalJob
 from analysis.errors import WorkFailed
 from experiments.launching.jobs import process_started
 
-_MODULES = ("numpy", "pyarrow.parquet", "torch", "torch.utils.checkpoint")
+# torch's optimizers import Dynamo when the first of them is made.
+_MODULES = ("numpy", "pyarrow.parquet", "torch", "torch._dynamo", "torch.utils.checkpoint")
 _PATIENCE = 10.0  # seconds
-_COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "triton")  # for runs on a GPU
+_COMPILER = ("torch._inductor.compile_fx", "triton")  # for runs on a GPU
 
 
 class ForkServer:
