@@ -27,7 +27,7 @@ from analysis.errors import WorkFailed
 from experiments.launching.jobs import process_started
 
 # torch's optimizers import Dynamo when the first of them is made.
-_MODULES = ("numpy", "pyarrow.parquet", "torch", "torch._dynamo", "torch.utils.checkpoint")
+_MODULES = ("numpy", "pandas", "pyarrow.parquet", "torch", "torch._dynamo", "torch.utils.checkpoint")
 _PATIENCE = 10.0  # seconds
 _COMPILER = ("torch._inductor.compile_fx", "triton")  # for runs on a GPU
 
