@@ -2,17 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from convolutions import DEVICE, kernels
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from experiments.training.muon import Muon, orthogonalised
 
@@ -110,30 +105,6 @@ def test_a_step_that_is_skipped_changes_nothing(ours: Make, theirs: Make) -> Non
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     step(optimizer, matrices, 1)
     assert not any(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-
-
-def _sharded(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    whole = parameters(SHAPES)
-    parts = [nn.Parameter(distribute_tensor(each.detach(), mesh, [Shard(0)])) for each in whole]
-    one, two = muon(groups_of(whole)), muon(groups_of(parts))
-    for number in range(3):
-        step(one, whole, number, scale=4.0)
-        for part, each in zip(parts, whole, strict=True):
-            part.grad = distribute_tensor(each.grad, mesh, [Shard(0)])
-        two.grad_scale, two.found_inf = one.grad_scale, one.found_inf
-        two.step()
-    same = [torch.equal(part.full_tensor(), each) for part, each in zip(parts, whole, strict=True)]
-    torch.save(same, folder / f"same-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_sharded_matrices_are_updated_as_whole_ones(tmp_path: Path) -> None:
-    mp.spawn(_sharded, (tmp_path,), nprocs=2)
-    assert [torch.load(tmp_path / f"same-{rank}.pt") for rank in range(2)] == [[True] * len(SHAPES)] * 2
 
 
 def test_matrices_are_orthogonalised_each_by_itself() -> None:

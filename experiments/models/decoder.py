@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
+from experiments.models.readout import LastTokenReadout
 from experiments.models.recompute import Policy, recomputing
 from experiments.models.short_convolution import InputConvolution
 from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
@@ -50,17 +51,19 @@ class Decoder(nn.Module):
             torch.manual_seed(seed)  # Modules of convolutions initialise themselves.
             self.embedding = nn.Embedding(config.vocabulary, config.width)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+            if config.reads_last_token:
+                self.readout = LastTokenReadout(config.width, config.norm_epsilon)
             self.norm = RMSNorm(config.width, eps=config.norm_epsilon)
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
         self._initialise(seed)
-        self._run_block: Callable[[nn.Module, Tensor], Any] = _run
-        self._run_norm: Callable[[nn.Module, Tensor], Any] = _run
+        self._apply_norm: Callable[[RMSNorm, Tensor], Tensor] = RMSNorm.forward
 
     def recompute(self, policy: Policy) -> None:
         """Compute activations of the blocks again in the backward pass. Call it before `compile`."""
-        self._run_block = recomputing(_run, policy)
+        for block in self.blocks:
+            cast(Block, block).program = recomputing(Block.compute, policy)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
@@ -72,8 +75,10 @@ class Decoder(nn.Module):
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
-        self._run_block = torch.compile(self._run_block, *args, **kwargs)
-        self._run_norm = torch.compile(_run, *args, **kwargs)
+        self._apply_norm = torch.compile(RMSNorm.forward, *args, **kwargs)
+        program = torch.compile(cast(Block, self.blocks[0]).program, *args, **kwargs)
+        for block in self.blocks:
+            cast(Block, block).program = program
 
     def forward(
         self,
@@ -97,10 +102,12 @@ class Decoder(nn.Module):
         for module in self.blocks:
             block = cast(Block, module)
             block.prepare(tokens.shape[1], tokens.device)
-            x, own = self._run_block(block, x)
+            x, own = block(x)
             for name, loss in own:
                 losses[name] = losses[name] + loss if name in losses else loss
-        x = self._run_norm(self.norm, x)
+        if self.config.reads_last_token:
+            x = self.readout(x)
+        x = self._apply_norm(self.norm, x)
         if criterion is not None:
             return Scored(criterion(x, self.head.weight), losses)
         return Output(self.head(x), losses)
@@ -114,6 +121,7 @@ class Decoder(nn.Module):
 
         Raises ValueError if a part of the model cannot decode, or if sequences read one another.
         """
+        assert not self.config.reads_last_token, "only models of text decode"
         if self.config.sequence_group > 1:
             raise ValueError("a model with conv.mismatched decodes no text; use its arm without mismatched")
         cache = [({}, {}) for _ in self.blocks] if cache is None else cache
@@ -144,12 +152,11 @@ class Decoder(nn.Module):
             for site, module in part.maps.items():
                 scale = (2 * self.config.layers) ** -0.5 if site in part.into_residual else 1.0
                 nn.init.normal_(module.linear.weight, std=std * scale, generator=generator)
+        if self.config.reads_last_token:
+            for linear in self.readout.maps:
+                nn.init.normal_(cast(nn.Linear, linear).weight, std=std, generator=generator)
         if not self.config.tied:
             nn.init.normal_(self.head.weight, std=std, generator=generator)
-
-
-def _run(module: nn.Module, x: Tensor) -> Any:
-    return module(x)
 
 
 class Block(nn.Module):
@@ -161,6 +168,8 @@ class Block(nn.Module):
         self.ffn: Any = build(config.ffn, config)
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+        # Only `compute` is compiled, and not the call of the module, whose hooks gather the weights under FSDP.
+        self.program: Callable[[Block, Tensor], Any] = Block.compute
         sites = config.conv.sites
         self.mixer_input = InputConvolution(config) if MIXER_INPUT in sites else nn.Identity()
         self.ffn_input = InputConvolution(config) if FFN_INPUT in sites else nn.Identity()
@@ -175,6 +184,11 @@ class Block(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> tuple[Tensor, list[tuple[str, Tensor]]]:  # [B, T, D]; names and values of auxiliary losses
+        y: tuple[Tensor, list[tuple[str, Tensor]]] = self.program(self, x)
+        return y
+
+    def compute(self, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """`forward`, uncompiled."""
         losses: list[tuple[str, Tensor]] = []
         for part, norm, convolution in self._parts():
             y = part(convolution(norm(x)))

@@ -28,7 +28,7 @@ _KEPT = {
 }
 
 
-def recomputing(run: Callable[[nn.Module, Tensor], Any], policy: Policy) -> Callable[[nn.Module, Tensor], Any]:
+def recomputing(run: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
     """`run(module, x)`, whose activations are computed again in the backward pass, apart from those that are kept."""
     # No random numbers are drawn in a block, and a CUDA graph could not save the generator's state.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from experiments.training.parallel import local
 
 _BLOCK = 2048
 
@@ -66,7 +67,7 @@ class LargeAdamW(torch.optim.AdamW):
             corrections = torch.stack([-torch.expm1(step * logarithm) for logarithm in logarithms]).float()
             for parameter, state in zip(parameters, states, strict=True):
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                own = [_own_part(tensor) for tensor in tensors]
+                own = [local(tensor) for tensor in tensors]
                 if not own[0].numel():
                     continue
                 assert all(tensor.is_contiguous() for tensor in own)
@@ -83,8 +84,3 @@ class LargeAdamW(torch.optim.AdamW):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         return state
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is on this device, if it is sharded by FSDP2."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

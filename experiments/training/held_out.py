@@ -3,47 +3,39 @@
 Shapes: P micro-batches of this process, B sequences of a micro-batch, T sequence length.
 """
 
-import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from experiments.tasks.base import Examples
 from experiments.training.engine import Losses, padded
-from experiments.training.parallel import World
 
 _LOOK_EVERY = 8  # micro-batches that are launched on a GPU before the host waits for them
 
 
-class HeldOut:
-    """This process's share of the held-out set. All processes make the same number of passes, some of padding only."""
+class HeldOutLoss:
+    """The losses of this process's share of the held-out set. Some of its micro-batches may be of padding only."""
 
     def __init__(
         self,
         losses: Losses,
         examples: Examples,
+        bounds: Sequence[tuple[int, int]],  # P: first sequence of a micro-batch, and the one after its last
         sequences: int,  # B
-        world: World,
-        group: int,  # neighbouring sequences that read one another, and share a micro-batch
+        device: torch.device,
     ) -> None:
-        self._losses, self._device = losses, world.device
-        examples = examples if group == 1 else examples.in_pairs()
-        self.positions = examples.positions  # of all processes
-        first, count = world.share(len(examples.inputs), group)
-        largest_share = math.ceil(len(examples.inputs) / group / world.size) * group
-        self._passes = math.ceil(largest_share / sequences)
-        bounds = [first + min(number * sequences, count) for number in range(self._passes + 1)]
-        parts = [examples.rows(low, high) for low, high in itertools.pairwise(bounds)]
+        self._losses, self._device, self._passes = losses, device, len(bounds)
+        self.positions = examples.positions  # that count, in the whole set
+        parts = [examples.rows(low, high) for low, high in bounds]
         inputs, targets = zip(*(padded(part, sequences) for part in parts), strict=True)
         self._inputs, self._targets = (  # [P, B, T]
-            torch.stack([torch.from_numpy(array) for array in arrays]).to(world.device) for arrays in (inputs, targets)
+            torch.stack([torch.from_numpy(array) for array in arrays]).to(device) for arrays in (inputs, targets)
         )
         shares = [part.inputs.size / examples.inputs.size for part in parts]
-        self._shares = torch.tensor(shares, dtype=torch.float64, device=world.device)  # [P]
-        self._place = torch.zeros(1, dtype=torch.int64, device=world.device)  # index of the next micro-batch
-        self._total = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=device)  # [P]
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)  # index of the next micro-batch
+        self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._auxiliary: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -61,7 +53,7 @@ class HeldOut:
 
     @torch.no_grad()
     def sums(self, interrupted: Callable[[], bool]) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The summed loss of this process's share, and its part of the mean of each auxiliary loss, in float64.
+        """The summed loss, and this process's part of the mean of each auxiliary loss, in float64.
 
         None if `interrupted` returned True. It is called before each micro-batch on a CPU, before every eighth on
         a GPU.

@@ -13,6 +13,7 @@ from torch import nn
 from dynconv.layers import optimizer_groups
 from experiments.design.train import AdamW, Muon, TrainConfig
 from experiments.training.muon import Muon as MuonMatrices
+from experiments.training.parallel import is_sharded
 
 Optimizers = list[torch.optim.Optimizer]
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
@@ -39,9 +40,11 @@ def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
-    matrices = MuonMatrices(groups["matrices"].values(), train.learning_rate, settings.momentum, train.weight_decay)
+    matrices = groups["matrices"].values()
+    assert not any(is_sharded(matrix) for matrix in matrices), "Execution.check refuses this"
+    of_matrices = MuonMatrices(matrices, train.learning_rate, settings.momentum, train.weight_decay)
     others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
-    return [matrices, _adamw(others, settings, train)]
+    return [of_matrices, _adamw(others, settings, train)]
 
 
 def _adamw(
