@@ -12,6 +12,8 @@ from experiments.design.ladder import LADDERS
 from experiments.design.model import ModelConfig
 from experiments.models.decoder import Decoder
 from experiments.parts.attention import Attention
+from experiments.parts.base import Part
+from experiments.parts.moe import MoE
 from experiments.parts.registry import CONVOLUTIONS, FEED_FORWARDS, MIXERS
 from experiments.parts.short_convolution import (
     Convolution,
@@ -24,6 +26,11 @@ from experiments.parts.swiglu import SwiGLU
 
 PAPER_VOCABULARY = 100_352
 SMALL = ModelConfig(2, width=32, vocabulary=300, mixer=Attention(4, 2), ffn=SwiGLU(48))
+PARTS: list[dict[str, Part]] = [
+    {},
+    {"mixer": Attention(4, 2, qk_norm=True)},
+    {"ffn": MoE(experts=5, top_k=2, shared=3, hidden=8)},
+]
 CONVS = [
     NoConvolution(),
     StaticConvolution(QKV, width=3),
@@ -66,7 +73,7 @@ def test_the_papers_model_counts_come_out_exactly() -> None:
 
 
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("change", [{}, {"mixer": Attention(4, 2, qk_norm=True)}, {"tied": False}])
+@pytest.mark.parametrize("change", [*PARTS, {"tied": False}])
 def test_parameters_equal_those_of_the_built_model(conv: Convolution, change: dict[str, object]) -> None:
     config = replace(SMALL, conv=conv, **change)
     with torch.device("meta"):
@@ -78,9 +85,10 @@ def test_parameters_equal_those_of_the_built_model(conv: Convolution, change: di
 
 
 @pytest.mark.parametrize("conv", CONVS)
-def test_matrix_products_equal_torchs_count(conv: Convolution) -> None:
+@pytest.mark.parametrize("change", PARTS)
+def test_matrix_products_equal_torchs_count(conv: Convolution, change: dict[str, Part]) -> None:
     """torch counts attention in full, and no elementwise work: the convolution itself is checked by hand below."""
-    config, time = replace(SMALL, conv=conv), 24
+    config, time = replace(SMALL, conv=conv, **change), 24
     model = Decoder(config, seed=0)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernels have no entry in torch's table on a CPU
@@ -88,7 +96,8 @@ def test_matrix_products_equal_torchs_count(conv: Convolution) -> None:
         forward = counter.get_total_flops()
         loss.backward()
     parts = config.forward_flops(time)
-    assert forward == parts["linear"] + parts["head"] + 2 * parts["attention"] + parts.get("generator", 0)
+    elementwise = parts.get("convolution", 0)
+    assert forward == sum(parts.values()) - elementwise + parts["attention"]
     assert counter.get_total_flops() == 3 * forward
 
 
@@ -114,5 +123,5 @@ def test_conventions() -> None:
 def test_every_part_of_the_registry_is_counted_here() -> None:
     """Whoever registers a part adds it to the cases above, which hold it to torch's counter and the built module."""
     assert {type(conv) for conv in CONVS} == set(CONVOLUTIONS)
-    assert {type(SMALL.mixer)} == set(MIXERS)
-    assert {type(SMALL.ffn)} == set(FEED_FORWARDS)
+    assert {type(replace(SMALL, **change).mixer) for change in PARTS} == set(MIXERS)
+    assert {type(replace(SMALL, **change).ffn) for change in PARTS} == set(FEED_FORWARDS)

@@ -60,9 +60,13 @@ class Store:
         """run_id and the columns of `schema.EVAL_COLUMNS`, by run and step, a row for each metric."""
         return self.rows("evals").to_pandas()
 
-    def loss_curves(self) -> pd.DataFrame:
-        """run_id, step, tokens, loss: the held-out loss of each run on its own task, at every evaluation."""
-        evals = self.evals().merge(self.runs[["run_id", "task"]], on=["run_id", "task"])
+    def loss_curves(self, evals: pd.DataFrame | None = None) -> pd.DataFrame:
+        """run_id, step, tokens, loss: the held-out loss of each run on its own task, at every evaluation.
+
+        `evals` may give the table of `evals()`, so that it is not read again.
+        """
+        evals = self.evals() if evals is None else evals
+        evals = evals.merge(self.runs[["run_id", "task"]], on=["run_id", "task"])
         losses = evals[evals["metric"] == "loss"].rename(columns={"value": "loss"})
         return losses[["run_id", "step", "tokens", "loss"]]
 

@@ -27,6 +27,7 @@ from analysis.logs.selection import (
 )
 from analysis.logs.store import Store
 from analysis.pages.ablations import ablations, baseline_loss
+from analysis.pages.expert_load import expert_load, expert_loads
 from analysis.pages.style import loss_label
 
 if TYPE_CHECKING:
@@ -138,18 +139,20 @@ def _law(store: Store, answer: Answers) -> Fit | None:
 
 @dataclass(frozen=True)
 class Material:
-    """The data of the figures: the finished runs (a missing arm is called "all"), their evaluations, and the runs of
-    the ablation panels."""
+    """The data of the figures: the finished runs (a missing arm is called "all"), their evaluations, the runs of the
+    ablation panels, and the load of each expert in mixtures of experts."""
 
     done: pd.DataFrame
     evals: pd.DataFrame
     ablated: pd.DataFrame
+    loads: pd.DataFrame
 
 
 def material(store: Store) -> Material:
     """The data of a store's figures. Reads the evaluations, which may add to `store.problems`."""
     done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
-    return Material(done, store.loss_curves(), ablations(done))
+    evals = store.evals()
+    return Material(done, store.loss_curves(evals), ablations(done), expert_loads(evals))
 
 
 def draw(of: Material, answer: Answers) -> dict[str, Figure]:
@@ -182,6 +185,8 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
         todo["ablations"] = lambda: run_figures.ablation_panels(of.ablated, baseline_loss(done, of.ablated, base))
     if len(of.evals):
         todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
+    if of.loads["run_id"].isin(done["run_id"]).any():
+        todo["expert-load"] = lambda: expert_load(of.loads, done)
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
 
 

@@ -1,6 +1,6 @@
 """Ladders of model sizes. Add a size as an entry of a ladder's `sizes`, and a ladder as an entry of `LADDERS`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.parts.base import Shape
 
@@ -27,6 +27,7 @@ class Ladder:
     head_size: int  # of head-wise convolutions
     warmup_fraction: float  # share of the steps in which the learning rate rises to its peak
     init_std: float  # standard deviation of the initial weights
+    tied: bool = True  # the LM head uses the weights of the embedding
 
     def shape(self, size: str) -> Shape:
         """The settings of a size that the parts of its models may take over."""
@@ -83,4 +84,26 @@ _NANO = Ladder(
     init_std=0.05,
 )
 
-LADDERS = {"paper": _PAPER, "mini": _MINI, "nano": _NANO}
+# Mixtures of experts. `ffn` is the hidden width that one token uses: of the shared expert and the chosen ones.
+# arXiv 2606.03825 names 7B parameters, 1B active; the shape is that of a sibling configuration with 128 experts of
+# 256, 8 of them chosen, beside a shared one of 1024: 6.92B parameters, 1.11B active. We chose the batch, 1M tokens.
+_PAPER_MOE = Ladder(
+    sizes={"7B": Rung(40, 1536, 3072, 24, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4)},
+    head_size=16,
+    warmup_fraction=0.1,
+    init_std=0.02,
+    tied=False,
+)
+
+# The shapes and rates of the ladder "mini", with the ratio of `ffn` to width of the 7B model, 2. Sizes are named after
+# their parameters with 32 experts, 4 of them chosen, at a vocabulary of 4096; active are 1.2M to 13M.
+_MINI_MOE = replace(
+    _MINI,
+    sizes={
+        name: replace(rung, ffn=2 * rung.width)
+        for name, rung in zip(("3M", "8M", "18M", "28M", "40M"), _MINI.sizes.values(), strict=True)
+    },
+    tied=False,
+)
+
+LADDERS = {"paper": _PAPER, "mini": _MINI, "nano": _NANO, "paper-moe": _PAPER_MOE, "mini-moe": _MINI_MOE}

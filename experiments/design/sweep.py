@@ -36,7 +36,8 @@ class Sweep:
     seeds: tuple[int, ...]
     match: Literal["tokens", "flops"]
     data: DataConfig
-    tokens_per_parameter: float | None = None  # tokens for each parameter (N) of the baseline; given here or in [vary]
+    tokens_per_parameter: float | None = None  # tokens for each parameter of the baseline; given here or in [vary]
+    count: Literal["total", "active"] = "total"  # parameters that tokens_per_parameter counts: N or N_active
     evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
     max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
@@ -161,7 +162,8 @@ def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float
     model = _model(sweep, size, arm)
     tokens_per_parameter = point.get(BUDGET_AXIS, sweep.tokens_per_parameter)
     assert tokens_per_parameter is not None
-    baseline_sequences = round(tokens_per_parameter * baseline.parameters() / rung.sequence_length)
+    counted = baseline.parameters() if sweep.count == "total" else baseline.parameters_active()
+    baseline_sequences = round(tokens_per_parameter * counted / rung.sequence_length)
     recipe = _arm(sweep, arm).train.over(sweep.train).varied(point)
     batch = rung.batch_sequences if recipe.batch_sequences is None else recipe.batch_sequences
     if baseline_sequences < batch:
@@ -180,7 +182,7 @@ def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float
         baseline=sweep.baseline,
         ladder=sweep.ladder,
         size=size,
-        budget=f"{tokens_per_parameter:g} tokens per parameter",
+        budget=f"{tokens_per_parameter:g} tokens per {'' if sweep.count == 'total' else 'active '}parameter",
         seed=seed,
         model=model,
         train=train,
@@ -271,6 +273,7 @@ def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
         mixer=arm.mixer.fitted(shape),
         ffn=arm.ffn.fitted(shape),
         init_std=ladder.init_std,
+        tied=ladder.tied,
     )
     maps = plain.linear_maps()
     for site in arm.conv.sites:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from experiments.parts.attention import Attention
 from experiments.parts.base import Part
+from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import (
     Convolution,
     HeadwiseConvolution,
@@ -17,7 +18,7 @@ from experiments.parts.short_convolution import (
 from experiments.parts.swiglu import SwiGLU
 
 MIXERS: tuple[type[Part], ...] = (Attention,)
-FEED_FORWARDS: tuple[type[Part], ...] = (SwiGLU,)
+FEED_FORWARDS: tuple[type[Part], ...] = (SwiGLU, MoE)
 CONVOLUTIONS: tuple[type[Convolution], ...] = (
     NoConvolution,
     StaticConvolution,

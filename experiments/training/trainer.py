@@ -241,12 +241,16 @@ class Trainer:
                 loss, own = self._losses(*self._to_device(examples))
                 total += loss.double()
                 for name, value in own.items():
-                    share = value.double() * (examples.inputs.size / held_out.inputs.size)
+                    share = value.double() * (len(examples.inputs) / len(held_out.inputs))
                     auxiliary[name] = auxiliary[name] + share if name in auxiliary else share
         mean = self.world.sum(total).item() / held_out.positions
         if not math.isfinite(mean):
             raise NonFiniteLoss(f"held-out loss {mean}")
-        metrics = dict(self.task.metrics(mean)) | {n: self.world.sum(value).item() for n, value in auxiliary.items()}
+        metrics = dict(self.task.metrics(mean))
+        for name, value in auxiliary.items():
+            totals = self.world.sum(value)
+            names = [f"{name}.{index}" for index in range(len(totals))] if totals.dim() else [name]
+            metrics |= dict(zip(names, totals.flatten().tolist(), strict=True))
         self.evaluated_at = self.steps_done
         seconds = time.perf_counter() - start
         return Evaluation(self.steps_done, self._tokens(self.steps_done), self.task.name, metrics, seconds)
@@ -322,16 +326,25 @@ def losses_of(
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses by name."""
+    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
+
+    Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
+    Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
+    """
     if device.type == "cuda":
         with mixed_precision(device):
-            loss, auxiliary = model(
+            loss, auxiliary, measures = model(
                 inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
             )
-        return loss, auxiliary
-    logits, auxiliary = model(inputs)
-    logits = logits.float().flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
+    else:
+        logits, auxiliary, measures = model(inputs)
+        logits = logits.float().flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    if not torch.is_grad_enabled():
+        auxiliary = auxiliary | measures
+    real = (targets != IGNORED).any(1).float()
+    weights = real / real.sum().clamp(min=1.0)  # [B]; all zero if the whole micro-batch is padding
+    return loss, {name: torch.tensordot(weights.to(value), value, 1) for name, value in auxiliary.items()}
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
