@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv
-from experiments.design.arms import ALL_LINEAR, QKV
+from experiments.design.arms import ALL_LINEAR, CANON, QKV
 from experiments.design.model import ModelConfig
 from experiments.models import short_convolution
 from experiments.models.decoder import Decoder
 from experiments.parts.attention import Attention
 from experiments.parts.short_convolution import (
+    Convolution,
     HeadwiseConvolution,
     LowRankConvolution,
     NoConvolution,
@@ -29,6 +30,10 @@ CONVS = {
     "static": StaticConvolution(QKV, width=3),
     "headwise": HeadwiseConvolution(ALL_LINEAR, width=4, head_size=8),
     "lowrank": LowRankConvolution(ALL_LINEAR, width=4, rank=3),
+    "canon": StaticConvolution(CANON, width=2, residual=False),
+    "lowrank everywhere": LowRankConvolution((*CANON, "o", "down"), rank=3, activation="silu"),
+    "part input": LowRankConvolution(ALL_LINEAR, rank=3, generator_input="part"),
+    "headwise, part input": HeadwiseConvolution(("o", "down"), head_size=8, generator_input="part"),
 }
 
 
@@ -51,12 +56,17 @@ def expected_logits(model: Decoder, tokens: list[int]) -> Tensor:  # [T, V]
     def norm(x: Tensor, gain: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * gain
 
-    def site(block: str, name: str, inputs: Tensor) -> Tensor:  # [T, in] -> [T, out]
-        prefix = f"{block}.{'mixer' if name in 'qkvo' else 'ffn'}.maps.{name}"
-        y = inputs @ weights[f"{prefix}.linear.weight"].T
+    def site(block: str, name: str, inputs: Tensor, part_input: Tensor | None = None) -> Tensor:  # [T, in] -> [T, out]
+        if name.endswith("_input"):
+            prefix, y = f"{block}.{name}", inputs
+        else:
+            prefix = f"{block}.{'mixer' if name in 'qkvo' else 'ffn'}.maps.{name}"
+            y = inputs @ weights[f"{prefix}.linear.weight"].T
         conv = config.conv
         if name not in conv.sites:
             return y
+        if getattr(conv, "generator_input", "map") == "part" and part_input is not None:
+            inputs = part_input
         time, channels = y.shape
         taps = torch.zeros(time, conv.width, channels, dtype=y.dtype)
         if f"{prefix}.conv.static_filter" in weights:
@@ -69,11 +79,13 @@ def expected_logits(model: Decoder, tokens: list[int]) -> Tensor:  # [T, V]
             for channel in range(channels):
                 head = channel // conv.head_size
                 taps[:, :, channel] += made[:, head * conv.width : (head + 1) * conv.width]
-        out = y.clone() if conv.residual else torch.zeros_like(y)
+        out = torch.zeros_like(y)
         for t in range(time):
             for w in range(min(conv.width, t + 1)):
                 out[t] += taps[t, w] * y[t - w]
-        return out
+        if conv.activation == "silu":
+            out = out * out.sigmoid()
+        return y + out if conv.residual else out
 
     def rotate(x: Tensor, t: int) -> Tensor:  # [E]
         half = head_size // 2
@@ -84,7 +96,7 @@ def expected_logits(model: Decoder, tokens: list[int]) -> Tensor:  # [T, V]
     x = weights["embedding.weight"][tokens]
     for layer in range(config.layers):
         block = f"blocks.{layer}"
-        normed = norm(x, weights[f"{block}.mixer_norm.weight"])
+        normed = site(block, "mixer_input", norm(x, weights[f"{block}.mixer_norm.weight"]))
         q, k, v = (site(block, name, normed).unflatten(1, (-1, head_size)) for name in ("q", "k", "v"))
         if attention.qk_norm:
             q = norm(q, weights[f"{block}.mixer.q_norm.weight"])
@@ -98,10 +110,10 @@ def expected_logits(model: Decoder, tokens: list[int]) -> Tensor:  # [T, V]
                 probabilities = (scores / math.sqrt(head_size)).softmax(0)
                 rows.append(probabilities @ v[: t + 1, h // kv_group])
             heads.append(torch.stack(rows))
-        x = x + site(block, "o", torch.cat(heads, dim=1))
-        normed = norm(x, weights[f"{block}.ffn_norm.weight"])
+        x = x + site(block, "o", torch.cat(heads, dim=1), normed)
+        normed = site(block, "ffn_input", norm(x, weights[f"{block}.ffn_norm.weight"]))
         gate = site(block, "gate", normed)
-        x = x + site(block, "down", gate * gate.sigmoid() * site(block, "up", normed))
+        x = x + site(block, "down", gate * gate.sigmoid() * site(block, "up", normed), normed)
     return norm(x, weights["norm.weight"]) @ weights["head.weight"].T
 
 
@@ -121,13 +133,24 @@ SHARED = {
     "some sites": LowRankConvolution(("k", "o", "up", "down"), rank=3),
     "no static filter": LowRankConvolution(("q", "k", "v"), rank=3, static_filter=False),
     "static": StaticConvolution(("q", "up"), width=3),
+    "canon": CONVS["canon"],
+    "lowrank everywhere": CONVS["lowrank everywhere"],
+    "part input": CONVS["part input"],
+    "headwise, part input": CONVS["headwise, part input"],
+    "mismatched": LowRankConvolution(ALL_LINEAR, rank=3, mismatched=True),
+    "mismatched, part input": HeadwiseConvolution(ALL_LINEAR, head_size=8, generator_input="part", mismatched=True),
     "none": NoConvolution(),
 }
 
 
 @pytest.mark.parametrize(
     ("kind", "one_product", "width"),
-    [*itertools.product(SHARED, [True, False], [16]), ("lowrank", True, 128), ("no static filter", True, 128)],
+    [
+        *itertools.product(SHARED, [True, False], [16]),
+        ("lowrank", True, 128),
+        ("no static filter", True, 128),
+        ("mismatched", True, 128),
+    ],
 )
 def test_maps_that_share_a_product_make_the_same(
     kind: str, one_product: bool, width: int, monkeypatch: pytest.MonkeyPatch
@@ -188,6 +211,28 @@ def test_a_dynamic_convolution_starts_as_identity_plus_static(kind: str) -> None
         zero_at_first = name.endswith("conv.down.weight")  # its gradient passes through the zero `up`
         assert parameter.grad is not None, name
         assert zero_at_first or parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("kind", [StaticConvolution, HeadwiseConvolution, LowRankConvolution])
+def test_other_initial_filters(kind: type[Convolution]) -> None:
+    own = {HeadwiseConvolution: {"head_size": 8}, LowRankConvolution: {"rank": 3}}.get(kind, {})
+
+    def first(**settings: str) -> Decoder:
+        return Decoder(replace(SMALL, width=64, conv=kind(ALL_LINEAR, **own, **settings)), seed=0)
+
+    tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(2))
+    plain = Decoder(replace(SMALL, width=64), seed=0)(tokens).logits
+    torch.testing.assert_close(first(static_init="zero")(tokens).logits, plain, rtol=0, atol=1e-6)
+    assert not torch.allclose(first()(tokens).logits, plain, atol=1e-3)
+    if kind is StaticConvolution:
+        return
+    usual, linear = first(), first(generator_init="linear")
+    name, bound = ("generator.weight", 64**-0.5) if kind is HeadwiseConvolution else ("up", 3**-0.5)
+    weight = linear.state_dict()[f"blocks.0.ffn.maps.up.conv.{name}"]
+    assert weight.abs().max() <= bound
+    assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert not usual.state_dict()[f"blocks.0.ffn.maps.up.conv.{name}"].any()
+    assert not torch.allclose(linear(tokens).logits, usual(tokens).logits, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it

@@ -226,8 +226,9 @@ def gpu_trainer(run: RunConfig, dataset: Dataset, **execution: object) -> Traine
         (LowRankConvolution(ALL_LINEAR, rank=2), {}),
         (LowRankConvolution(ALL_LINEAR, rank=2), {"micro_batch": 3}),
         (LowRankConvolution(ALL_LINEAR, rank=2), {"compile": False}),
+        (LowRankConvolution(ALL_LINEAR, rank=2, mismatched=True), {}),
     ],
-    ids=["none", "headwise", "lowrank", "lowrank in micro-batches", "lowrank uncompiled"],
+    ids=["none", "headwise", "lowrank", "lowrank in micro-batches", "lowrank uncompiled", "mismatched"],
 )
 def test_bfloat16_on_a_gpu_follows_float32(
     conv: Convolution, execution: dict[str, object], tiny_run: RunConfig, dataset: Dataset

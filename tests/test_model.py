@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.design.arms import ALL_LINEAR, QKV
+from experiments.design.arms import ALL_LINEAR, ARMS, CANON, QKV
 from experiments.design.ladder import LADDERS
 from experiments.design.model import ModelConfig
 from experiments.models.decoder import Decoder
@@ -38,6 +38,10 @@ CONVS = [
     HeadwiseConvolution(("k",), width=2, head_size=4, static_filter=False),
     LowRankConvolution(ALL_LINEAR, width=4, rank=3),
     LowRankConvolution(("v", "gate"), width=5, rank=7, static_filter=False, residual=False),
+    StaticConvolution(CANON),
+    LowRankConvolution((*CANON, "o", "down"), rank=3, activation="silu", mismatched=True),
+    LowRankConvolution(ALL_LINEAR, rank=3, generator_input="part"),
+    HeadwiseConvolution(("o", "down", "ffn_input"), head_size=8, generator_input="part"),
 ]
 
 
@@ -72,6 +76,18 @@ def test_the_papers_model_counts_come_out_exactly() -> None:
     assert paper_model("2B", LowRankConvolution(ALL_LINEAR, rank=16)).parameters() == 1_880_000_512
 
 
+def test_generators_that_read_the_parts_input_do_not_give_the_published_count() -> None:
+    """Only down's input is wider than the part's: 32 layers of rank 16 times 5504 - 2048 parameters fewer at 2B."""
+    other = paper_model("2B", LowRankConvolution(ALL_LINEAR, rank=16, generator_input="part"))
+    assert other.parameters() == 1_880_000_512 - 32 * 16 * (5504 - 2048)
+
+
+def test_canon_layers_cost_what_their_paper_says() -> None:
+    """arXiv 2512.17351: width 4 on D, on q, k and v, on D again, and on both inner maps of the feed-forward part."""
+    more = paper_model("300M", ARMS["static-canon"].conv).parameters() - paper_model("300M").parameters()
+    assert more == 16 * 4 * (1024 + 3 * 1024 + 1024 + 2 * 2752)
+
+
 @pytest.mark.parametrize("conv", CONVS)
 @pytest.mark.parametrize("change", [*PARTS, {"tied": False}])
 def test_parameters_equal_those_of_the_built_model(conv: Convolution, change: dict[str, object]) -> None:
@@ -92,13 +108,13 @@ def test_matrix_products_equal_torchs_count(conv: Convolution, change: dict[str,
     model = Decoder(config, seed=0)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernels have no entry in torch's table on a CPU
-        loss = model(torch.zeros(1, time, dtype=torch.long)).logits.sum()
-        forward = counter.get_total_flops()
+        loss = model(torch.zeros(2, time, dtype=torch.long)).logits.sum()
+        forward = counter.get_total_flops() // 2
         loss.backward()
     parts = config.forward_flops(time)
     elementwise = parts.get("convolution", 0)
     assert forward == sum(parts.values()) - elementwise + parts["attention"]
-    assert counter.get_total_flops() == 3 * forward
+    assert counter.get_total_flops() == 3 * 2 * forward
 
 
 def test_convolution_flops_by_hand() -> None:

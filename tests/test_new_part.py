@@ -55,11 +55,11 @@ class Module(nn.Module):
     def __init__(self, part: RunningMean, model: ModelConfig) -> None:
         super().__init__()
         self.gain = part.gain
-        self.maps = Maps(part.linear_maps(model.width), model.conv)
+        self.maps = Maps(part, model)
 
     def forward(self, x: Tensor) -> Tensor:
         count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)[:, None]
-        (y,) = self.maps.apply_to(self.gain * x.cumsum(1) / count, ("mix",))
+        (y,) = self.maps.apply_to(self.gain * x.cumsum(1) / count, ("mix",), x)
         return y
 '''
 SWEEP = """

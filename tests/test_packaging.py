@@ -34,7 +34,7 @@ def test_top_level_names(wheel: zipfile.ZipFile) -> None:
 
 def test_shipped_data(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
-    assert {"experiments/sweeps/demo.toml", "dynconv/py.typed"} <= set(names)
+    assert {"experiments/sweeps/demo.toml", "experiments/data/sources/python.toml", "dynconv/py.typed"} <= set(names)
     assert {"analysis/pages/page.css", "analysis/pages/page.js"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry,) = [name for name in names if name.endswith("entry_points.txt")]

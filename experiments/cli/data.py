@@ -1,4 +1,4 @@
-"""The verb that builds a dataset or shows what one holds: data."""
+"""The verb that fetches text, builds a dataset or shows what one holds: data."""
 
 import argparse
 import json
@@ -14,13 +14,19 @@ def register(subparsers: Subparsers) -> None:
         subparsers,
         "data",
         _data,
-        "build the data of a sweep without submitting it, or show what a dataset holds",
+        "fetch a corpus of public text, build the data of a sweep without submitting it, or show what a dataset holds",
+        "fetch python -o corpora/python",
         "build experiments/sweeps/demo.toml",
         "inspect ~/.cache/dynconv/data/python-512-0123456789abcdef --format json",
         "inspect ~/.cache/dynconv/data/python-512-0123456789abcdef --verify",
     )
-    verb.add_argument("action", choices=("build", "inspect"))
-    verb.add_argument("what", type=Path, metavar="SWEEP|DIR", help="build: a sweep file; inspect: a dataset's folder")
+    verb.add_argument("action", choices=("fetch", "build", "inspect"))
+    verb.add_argument(
+        "what",
+        metavar="LIST|SWEEP|DIR",
+        help="fetch: python, english, or a list of your own (.toml); build: a sweep file; inspect: a dataset's folder",
+    )
+    verb.add_argument("-o", "--output", type=Path, metavar="DIR", help="fetch: the new folder for the text")
     verb.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
     format_argument(verb)
 
@@ -32,11 +38,24 @@ def _data(args: argparse.Namespace) -> int:
     from experiments.design.data import default_cache
     from experiments.design.sweep import load_sweep
 
-    path = args.what
+    if (args.action == "fetch") != (args.output is not None):
+        raise ValueError("fetch, and nothing else, needs the folder for the text, -o DIR; add or remove it")
+    if args.action == "fetch":
+        return _fetch(args)
+    path = Path(args.what)
     if args.action == "build":
-        path = build(load_sweep(args.what)[0].data, default_cache())
+        path = build(load_sweep(path)[0].data, default_cache())
     if args.verify:
         Dataset.open(path).verify(progress=True)
         print(f"{path}: every file has its checksum", file=sys.stderr)
     print(json.dumps(to_dict(path), indent=1) if args.format == "json" else inspect(path))
+    return 0
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from experiments.data.fetch import fetch
+
+    if args.verify or args.format == "json":
+        raise ValueError("fetch takes neither --verify nor --format: it checks all it fetches; remove them")
+    print(fetch(args.what, args.output))
     return 0

@@ -29,11 +29,16 @@ class Arm:
 
 QKV = ("q", "k", "v")
 ALL_LINEAR = (*QKV, "o", "gate", "up", "down")
+# The four sites of Canon layers (arXiv 2512.17351), A to D: the normed input of attention; q, k and v; the normed input
+# of the feed-forward part; its two inner maps, before the activation.
+CANON = ("mixer_input", *QKV, "ffn_input", "gate", "up")
 
 ARMS = {
     "transformer": Arm(),
     "static-qkv": Arm(conv=StaticConvolution(QKV)),
+    "static-canon": Arm(conv=StaticConvolution(CANON)),
     "headwise-qkv": Arm(conv=HeadwiseConvolution(QKV)),
     "lowrank-qkv": Arm(conv=LowRankConvolution(QKV)),
+    "lowrank-qkv-mismatched": Arm(conv=LowRankConvolution(QKV, mismatched=True)),
     "lowrank-all": Arm(conv=LowRankConvolution(ALL_LINEAR)),
 }

@@ -36,6 +36,20 @@ class RunConfig:
     trunk: str | None = field(default=None, metadata=OUTSIDE_ID)
     branch_step: int = field(default=0, metadata=OUTSIDE_ID)
 
+    def __post_init__(self) -> None:
+        group = self.model.sequence_group
+        if group == 1:
+            return
+        where = f"{self.arm} {self.size}: the sequences of a batch read one another in groups of {group}"
+        batch = self.train.batch_sequences
+        if batch % group:
+            raise ValueError(f"{where}, so batch_sequences must be a multiple of {group}; got {batch}; change it")
+        if self.train.held_out_sequences < group:
+            raise ValueError(
+                f"{where}, so the held-out set needs {group} sequences; got {self.train.held_out_sequences}; "
+                "raise validation_tokens"
+            )
+
     @property
     def run_id(self) -> str:
         """A readable prefix and a hash of everything that decides the outcome."""
@@ -84,3 +98,12 @@ class Execution:
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError if micro-batches would separate sequences of which the model reads one for another."""
+        group = model.sequence_group
+        if self.micro_batch % group:
+            raise ValueError(
+                f"micro_batch must be a multiple of {group} for a model whose sequences read one another in groups of "
+                f"{group} (conv.mismatched); got {self.micro_batch}; change it in the profile"
+            )

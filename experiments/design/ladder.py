@@ -63,6 +63,7 @@ _MINI = Ladder(
         "7M": Rung(8, 256, 688, 4, rank=4, sequence_length=512, batch_sequences=64, learning_rate=2.8e-3),
         "11M": Rung(8, 320, 860, 5, rank=5, sequence_length=512, batch_sequences=64, learning_rate=2.5e-3),
         "16M": Rung(8, 384, 1032, 6, rank=6, sequence_length=512, batch_sequences=64, learning_rate=2.3e-3),
+        "21M": Rung(8, 448, 1204, 7, rank=7, sequence_length=512, batch_sequences=64, learning_rate=2.1e-3),
     },
     head_size=16,
     warmup_fraction=0.1,
@@ -100,8 +101,8 @@ _PAPER_MOE = Ladder(
 _MINI_MOE = replace(
     _MINI,
     sizes={
-        name: replace(rung, ffn=2 * rung.width)
-        for name, rung in zip(("3M", "8M", "18M", "28M", "40M"), _MINI.sizes.values(), strict=True)
+        name: replace(_MINI.sizes[dense], ffn=2 * _MINI.sizes[dense].width)
+        for name, dense in {"3M": "1M", "8M": "3M", "18M": "7M", "28M": "11M", "40M": "16M"}.items()
     },
     tied=False,
 )

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from experiments.parts.attention import Attention
-from experiments.parts.base import Fact, LinearMap
+from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Fact, LinearMap
 from experiments.parts.registry import AnyConvolution, FeedForward, Mixer
 from experiments.parts.short_convolution import NoConvolution
 from experiments.parts.swiglu import SwiGLU
@@ -47,6 +47,15 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
 
+    @property
+    def sequence_group(self) -> int:
+        """How many neighbouring sequences of a batch read one another: 1 if each is processed by itself.
+
+        Shares of processes and micro-batches must hold whole groups. A model whose sequences read one another cannot
+        decode, and packed documents are none of its inputs.
+        """
+        return self.conv.sequence_group
+
     def linear_maps(self) -> dict[str, LinearMap]:
         """Site -> shape of each linear map of one layer."""
         mixer, ffn = self.mixer.linear_maps(self.width), self.ffn.linear_maps(self.width)
@@ -54,6 +63,18 @@ class ModelConfig:
         # With a shared name both maps would get a convolution in the module, and the counts would hold only one.
         assert not shared, f"{self.mixer.kind} and {self.ffn.kind} both name a linear map {shared}; rename one"
         return mixer | ffn
+
+    def sites(self) -> dict[str, LinearMap]:
+        """Where a convolution may stand in a layer: on the input of each part, and after each of its linear maps."""
+        on_input = LinearMap(self.width, self.width)
+        self.linear_maps()  # checks that the parts name no map alike
+        mixer, ffn = self.mixer.linear_maps(self.width), self.ffn.linear_maps(self.width)
+        return {MIXER_INPUT: on_input, **mixer, FFN_INPUT: on_input, **ffn}
+
+    def convolutions(self) -> list[LinearMap]:
+        """For each convolution of one layer, the channels that its generator reads and those that are convolved."""
+        sites = self.sites()
+        return [self.conv.widths(sites[site], self.width) for site in self.conv.sites]
 
     def parameters(self) -> int:
         """N: all parameters; a tied embedding counts once."""
@@ -72,8 +93,7 @@ class ModelConfig:
 
     def parameters_nonembedding(self) -> int:
         """N without the input embedding and without an untied LM head."""
-        maps = self.linear_maps()
-        convolutions = sum(self.conv.parameters(maps[site]) for site in self.conv.sites)
+        convolutions = sum(map(self.conv.parameters, self.convolutions()))
         norms = 2 * self.width  # one before each part
         layer = self.mixer.parameters(self.width) + self.ffn.parameters(self.width) + convolutions + norms
         return self.layers * layer + self.width
@@ -84,9 +104,8 @@ class ModelConfig:
         for part in (self.mixer, self.ffn):
             for name, count in part.forward_flops(self.width, sequence_length).items():
                 flops[name] += self.layers * count
-        maps = self.linear_maps()
-        for site in self.conv.sites:
-            for name, count in self.conv.forward_flops(maps[site]).items():
+        for convolution in self.convolutions():
+            for name, count in self.conv.forward_flops(convolution).items():
                 flops[name] += self.layers * sequence_length * count
         return dict(flops)
 
@@ -113,7 +132,7 @@ class ModelConfig:
         named = [
             ("mixer", self.mixer.kind, self.mixer.kind, self.mixer.facts()),
             ("ffn", self.ffn.kind, self.ffn.kind, self.ffn.facts()),
-            ("conv", self.conv.kind, "conv", self.conv.facts(self.linear_maps())),
+            ("conv", self.conv.kind, "conv", self.conv.facts(self.sites())),
         ]
         facts: dict[str, Fact] = {}
         for role, kind, prefix, own in named:

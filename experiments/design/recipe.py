@@ -58,14 +58,17 @@ class Recipe:
         return dataclasses.replace(self, **settings)
 
 
-def check_axes(vary: Mapping[str, tuple[float, ...]]) -> None:
-    """Raises ValueError for an axis that is no setting of a run, and for values that are equal or not positive."""
+def check_axes(vary: Mapping[str, tuple[float, ...]], where: str) -> None:
+    """Raises ValueError for an axis that is no setting of a run, and for values that are equal or not positive.
+
+    `where` is the key of the table in the sweep file.
+    """
     for axis, values in vary.items():
-        strict.choose(axis, AXES, "vary: an axis must be a setting of the runs")
+        strict.choose(axis, AXES, f"{where}: an axis must be a setting of the runs")
         if not values or len(set(values)) != len(values):
-            raise ValueError(f"vary.{axis} must list different numbers; got {list(values)}; correct it")
+            raise ValueError(f"{where}.{axis} must list different numbers; got {list(values)}; correct it")
         for value in values:
             if not 0 < value < math.inf:
-                raise ValueError(f"vary.{axis} must hold numbers above zero; got {value}; correct it")
+                raise ValueError(f"{where}.{axis} must hold numbers above zero; got {value}; correct it")
             if AXES[axis] and value != int(value):
-                raise ValueError(f"vary.{axis} must hold whole numbers; got {value}; correct it")
+                raise ValueError(f"{where}.{axis} must hold whole numbers; got {value}; correct it")

@@ -41,21 +41,25 @@ class Sweep:
     evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
     max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
-    vary: Mapping[str, tuple[float, ...]] = field(
-        default_factory=dict
-    )  # axis -> its values; every combination is a run
+    # size -> its seeds, where they are not `seeds`: more where noise is larger, or fewer where a run is dear
+    seeds_by_size: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # axis -> its values; every combination is a run
+    vary: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    # arm -> axis of `vary` -> the arm's own values, such as other learning rates
+    vary_by_arm: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     arm: Mapping[str, Arm] = field(default_factory=dict)  # arms that the file defines: [arm.NAME]
 
     def __post_init__(self) -> None:
-        for name in ("sizes", "arms", "seeds"):
-            values = getattr(self, name)
+        seeds = {"seeds": self.seeds, **{f"seeds_by_size.{size}": own for size, own in self.seeds_by_size.items()}}
+        for name, values in {"sizes": self.sizes, "arms": self.arms, **seeds}.items():
             if not values:
                 raise ValueError(f"{name} is empty; name at least one")
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} must not list a value twice; got {list(values)}; remove the repetition")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**63:
-                raise ValueError(f"seeds must be 0 to 2**63 - 1; got {seed}; choose another")
+        for name, own in seeds.items():
+            for seed in own:
+                if not 0 <= seed < 2**63:
+                    raise ValueError(f"{name} must be 0 to 2**63 - 1; got {seed}; choose another")
         for key, name in [("name", self.name), *(("arm", name) for name in self.arm)]:
             if not NAME_PATTERN.fullmatch(name):
                 raise ValueError(
@@ -73,12 +77,24 @@ class Sweep:
         for arm in self.arms:
             strict.choose(arm, known, "arms")
         strict.choose(self.baseline, self.arms, "baseline: one of this sweep's arms is wanted")
+        for size in self.seeds_by_size:
+            strict.choose(size, self.sizes, "seeds_by_size: one of this sweep's sizes is wanted")
+        for arm in self.vary_by_arm:
+            strict.choose(arm, self.arms, "vary_by_arm: one of this sweep's arms is wanted")
         redefined = sorted(set(self.arm) & set(ARMS))
         if redefined:
             raise ValueError(f"arm {redefined[0]!r} is built in; give your variant another name")
 
     def _check_axes(self) -> None:
-        check_axes(self.vary)
+        check_axes(self.vary, "vary")
+        for arm, own in self.vary_by_arm.items():
+            check_axes(own, f"vary_by_arm.{arm}")
+            for axis in own:
+                if axis not in self.vary:
+                    raise ValueError(
+                        f"vary_by_arm.{arm}.{axis} gives one arm's values of an axis, which [vary] must have for the "
+                        f"others; add {axis} there"
+                    )
         if (self.tokens_per_parameter is None) == (BUDGET_AXIS not in self.vary):
             given = "twice" if BUDGET_AXIS in self.vary else "nowhere"
             raise ValueError(f"tokens_per_parameter is given {given}; give a number, or a list of them in [vary]")
@@ -94,10 +110,11 @@ class Sweep:
                 if getattr(recipe, axis, None) is not None:
                     raise ValueError(f"{axis} is in [vary] and in [{where}]; remove one of the two")
 
-    def points(self) -> Iterator[dict[str, float]]:
-        """Every combination of the values in [vary], as axis -> value; one empty point if there are no axes."""
-        for values in itertools.product(*self.vary.values()):
-            yield dict(zip(self.vary, values, strict=True))
+    def points(self, arm: str) -> Iterator[dict[str, float]]:
+        """Every combination of an arm's values of the axes, as axis -> value; one empty point if there are no axes."""
+        axes = {**self.vary, **self.vary_by_arm.get(arm, {})}
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True))
 
 
 def load_sweep(path: Path) -> list[RunConfig]:
@@ -134,8 +151,9 @@ def expand(sweep: Sweep) -> list[RunConfig]:
         for arm in sweep.arm:
             _model(sweep, size, arm)  # Check arms that `arms` does not list, too: a mistake shows when it is made.
     runs = []
-    for size, arm, seed in itertools.product(sweep.sizes, sweep.arms, sweep.seeds):
-        runs += with_trunks([_run(sweep, size, arm, seed, point) for point in sweep.points()])
+    for size, arm in itertools.product(sweep.sizes, sweep.arms):
+        for seed in sweep.seeds_by_size.get(size, sweep.seeds):
+            runs += with_trunks([_run(sweep, size, arm, seed, point) for point in sweep.points(arm)])
     _refuse_equal_runs(runs)
     return runs
 
@@ -275,10 +293,10 @@ def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
         init_std=ladder.init_std,
         tied=ladder.tied,
     )
-    maps = plain.linear_maps()
+    sites = plain.sites()
     for site in arm.conv.sites:
-        strict.choose(site, maps, "conv.sites")
-    return replace(plain, conv=arm.conv.fitted(shape, maps))
+        strict.choose(site, sites, "conv.sites")
+    return replace(plain, conv=arm.conv.fitted(shape, sites))
 
 
 def _evaluation_interval(sweep: Sweep, rung: Rung, baseline_sequences: int) -> int:

@@ -148,6 +148,8 @@ def _stop_here(job: Mapping[str, Any]) -> str | None:
 
 
 def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
+    for run in runs:
+        profile.job(run.size).execution.check(run.model)
     if profile.slurm is not None:
         slurm.check(profile.slurm)
     if profile.executor == "local":

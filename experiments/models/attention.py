@@ -31,7 +31,7 @@ class AttentionModule(nn.Module):
         self.theta = part.rope_theta
         heads, kv_heads = part.head_counts()
         self.grouped = heads != kv_heads
-        self.maps = Maps(part.linear_maps(model.width), model.conv)
+        self.maps = Maps(part, model)
         self.q_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
         self.rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of RoPE, set by `prepare`
@@ -44,11 +44,11 @@ class AttentionModule(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        q, k, v = (self._heads(y) for y in self.maps.apply_to(x, ("q", "k", "v")))
+        q, k, v = (self._heads(y) for y in self.maps.apply_to(x, ("q", "k", "v"), x))
         assert self.rotation is not None, "call prepare first"
         q, k = _rotate(self.q_norm(q), self.rotation), _rotate(self.k_norm(k), self.rotation)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # [B, H, T, E]
-        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",))
+        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x)
         return y
 
     def _heads(

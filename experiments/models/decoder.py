@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
-from experiments.parts.base import Part
+from experiments.models.short_convolution import InputConvolution
+from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
 
 COMPILED_PROGRAMS = 128  # in one process; a model needs four: its block and its norm, with and without gradients
 Criterion = Callable[[Tensor, Tensor], Tensor]  # (input [B, T, D] of the LM head, its weight [V, D]) -> loss []
@@ -75,8 +76,16 @@ class Decoder(nn.Module):
     ) -> Output | Scored:
         """`Output`, or `Scored` if there is a criterion.
 
-        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32.
+        Under autocast the residual stream is in autocast's dtype, and norms are computed in float32. Raises ValueError
+        for a number of sequences that does not fill groups of which one sequence reads another.
         """
+        group = self.config.sequence_group
+        if len(tokens) % group:
+            raise ValueError(
+                f"the sequences of this model read one another in groups of {group} (conv.mismatched), so it takes "
+                f"multiples of {group} sequences, and neither decodes nor takes packed documents; got {len(tokens)}; "
+                "use the arm without mismatched"
+            )
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -127,6 +136,9 @@ class Block(nn.Module):
         self.ffn: Any = build(config.ffn, config)
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+        sites = config.conv.sites
+        self.mixer_input = InputConvolution(config) if MIXER_INPUT in sites else nn.Identity()
+        self.ffn_input = InputConvolution(config) if FFN_INPUT in sites else nn.Identity()
 
     def prepare(self, time: int, device: torch.device) -> None:
         """Call `prepare` of the parts that have it, before a pass over inputs of this length."""
@@ -140,8 +152,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Named, Named]:  # [B, T, D]; names and values of auxiliary losses and of measures
         losses: Named = []
         measures: Named = []
-        for part, norm in ((self.mixer, self.mixer_norm), (self.ffn, self.ffn_norm)):
-            y = part(norm(x))
+        for part, norm, convolution in (
+            (self.mixer, self.mixer_norm, self.mixer_input),
+            (self.ffn, self.ffn_norm, self.ffn_input),
+        ):
+            y = part(convolution(norm(x)))
             if isinstance(y, tuple):
                 y, own, measured = y
                 losses += own.items()

@@ -32,7 +32,7 @@ class MoEModule(nn.Module):
         assert part.hidden is not None
         self.top_k, self.experts = part.top_k, part.experts
         self.balance_weight, self.router_z_weight = part.balance_weight, part.router_z_weight
-        self.maps = Maps(part.linear_maps(model.width), model.conv)
+        self.maps = Maps(part, model)
         self.router = nn.Linear(model.width, part.experts, bias=False)
         self.gate = nn.Parameter(torch.empty(part.experts, model.width, part.hidden))
         self.up = nn.Parameter(torch.empty(part.experts, model.width, part.hidden))
@@ -48,8 +48,8 @@ class MoEModule(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # [B, T, D]; losses [B] by name; measures [B, E] by name
-        gate, up = self.maps.apply_to(x, ("gate", "up"))
-        (shared,) = self.maps.apply_to(F.silu(gate) * up, ("down",))
+        gate, up = self.maps.apply_to(x, ("gate", "up"), x)
+        (shared,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
         logits = self._router_logits(x)
         probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k)  # [B, T, K] each

@@ -3,7 +3,7 @@
 Shapes: B batch, T time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import singledispatch
 from typing import cast
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dynconv import lowrank_dynamic_convolution
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, project_together
-from experiments.parts.base import LinearMap
+from experiments.design.model import ModelConfig
+from experiments.parts.base import LinearMap, Part
 from experiments.parts.short_convolution import (
     Convolution,
     HeadwiseConvolution,
@@ -30,18 +31,20 @@ _SEGMENT_MULTIPLE = 128
 
 
 class ConvLinear(nn.Module):
-    """A linear map and, if the configuration names its site, a convolution whose generator reads the map's input."""
+    """A linear map and, if the configuration names its site, a convolution."""
 
-    def __init__(self, shape: LinearMap, conv: Convolution) -> None:
+    def __init__(self, shape: LinearMap, conv: Convolution, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(shape.inputs, shape.outputs, bias=False)
-        self.conv = build(conv, shape)
+        self.conv = build(conv, conv.widths(shape, width))
 
     def forward(
         self,
         x: Tensor,  # [B, T, inputs]
+        generator_input: Tensor,  # [B, T, G]
     ) -> Tensor:  # [B, T, outputs]
-        return self.convolve(self.linear(x), x)
+        y: Tensor = self.linear(x)
+        return y if self.conv is None else cast(Tensor, self.conv(y, generator_input))
 
     def padded_weight(self) -> Tensor:  # [outputs or more, inputs]
         """The weight, with rows of zeros up to a number of channels for which the convolution's kernels are fast."""
@@ -51,14 +54,13 @@ class ConvLinear(nn.Module):
 
     def convolve(
         self,
-        y: Tensor,  # [B, T, outputs]: linear(x), or [B, T, outputs or more], the product of x and `padded_weight`
-        x: Tensor,  # [B, T, inputs]
-        generated: Tensor | None = None,  # [B, T, columns]: the generator's output for x, if computed already
+        y: Tensor,  # [B, T, outputs or more], the product of x and `padded_weight`
+        generated: Tensor | None,  # [B, T, columns]: the generator's output; None if there is no generator
     ) -> Tensor:  # [B, T, outputs]
         if self.conv is None:
             return y
         if y.shape[-1] == self.linear.out_features:
-            return cast(Tensor, self.conv(y, x, generated=generated))
+            return cast(Tensor, self.conv(y, generated=generated))
         assert isinstance(self.conv, LowRankDynamicConv)
         assert generated is not None
         return _convolve_together([self.conv], y, generated, [y.shape[-1]])[0]
@@ -67,14 +69,18 @@ class ConvLinear(nn.Module):
 class Maps(nn.ModuleDict):
     """The linear maps of a part by site. The module of every part has them as `self.maps`."""
 
-    def __init__(self, shapes: Mapping[str, LinearMap], conv: Convolution) -> None:
+    def __init__(self, part: Part, model: ModelConfig) -> None:
         none = NoConvolution()
-        super().__init__({s: ConvLinear(shape, conv if s in conv.sites else none) for s, shape in shapes.items()})
+        convs = {site: model.conv if site in model.conv.sites else none for site in part.linear_maps(model.width)}
+        shapes = part.linear_maps(model.width)
+        super().__init__({site: ConvLinear(shapes[site], conv, model.width) for site, conv in convs.items()})
+        self._conv = model.conv
 
     def apply_to(
         self,
         x: Tensor,  # [B, T, inputs]
         sites: Sequence[str],
+        part_input: Tensor,  # [B, T, D]: the normed input of the part, from which generators may have to read
     ) -> list[Tensor]:  # [B, T, outputs] each
         """The outputs of several maps of one input.
 
@@ -82,26 +88,63 @@ class Maps(nn.ModuleDict):
         generators of all convolutions are computed in the product of the first map that has one.
         """
         maps = {site: cast(ConvLinear, self[site]) for site in sites}
+        read = generator_input(self._conv, x, part_input)
         if not _shares_products(x):
-            return [linear(x) for linear in maps.values()]
+            read = partners(read) if self._conv.sequence_group > 1 else read
+            return [linear(x, read) for linear in maps.values()]
         dynamic = {s: m.conv for s, m in maps.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
-        sharing = list(maps) if x.shape[-1] <= ONE_PRODUCT_WIDTH else list(dynamic)[:1]
+        joined = dynamic if read is x else {}  # whose generators are part of the product
+        sharing = list(maps) if x.shape[-1] <= ONE_PRODUCT_WIDTH else list(joined)[:1]
+        weights = [maps[site].padded_weight() for site in sharing]
+        widths = [len(weight) for weight in weights]
         products: dict[str, Tensor] = {}
-        generated: dict[str, Tensor] = {}
+        generated = {site: conv.generator_map(read) for site, conv in dynamic.items() if site not in joined}
         if sharing:
-            weights = [maps[site].padded_weight() for site in sharing]
-            widths = [len(weight) for weight in weights]
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            y, *columns = project_together(weight, list(dynamic.values()), x)
-            if sharing == list(dynamic) and _fit_one_launch(list(dynamic.values()), widths):
-                convolutions = cast(list[LowRankDynamicConv], list(dynamic.values()))
-                return _convolve_together(convolutions, y, torch.cat(columns, -1), widths)
+            y, *columns = project_together(weight, list(joined.values()), x)
             products = dict(zip(sharing, y.split(widths, -1), strict=True))
-            generated = dict(zip(dynamic, columns, strict=True))
+            generated |= dict(zip(joined, columns, strict=True))
+        if self._conv.sequence_group > 1:
+            generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
+        if sharing == list(dynamic) and _fit_one_launch(list(dynamic.values()), widths):
+            convolutions = cast(list[LowRankDynamicConv], list(dynamic.values()))
+            return _convolve_together(convolutions, y, torch.cat(list(generated.values()), -1), widths)
         for site, linear in maps.items():
             if site not in products:
                 products[site] = F.linear(x, linear.padded_weight())
-        return [linear.convolve(products[site], x, generated.get(site)) for site, linear in maps.items()]
+        return [linear.convolve(products[site], generated.get(site)) for site, linear in maps.items()]
+
+
+class InputConvolution(nn.Module):
+    """A convolution on the normed input of a part, which its generator reads, too."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.conv = build(model.conv, LinearMap(model.width, model.width))
+        self._mismatched = model.conv.sequence_group > 1
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+    ) -> Tensor:  # [B, T, D]
+        assert self.conv is not None
+        return cast(Tensor, self.conv(x, partners(x) if self._mismatched else x))
+
+
+def generator_input(
+    conv: Convolution,
+    x: Tensor,  # [B, T, inputs]: the input of a linear map
+    part_input: Tensor,  # [B, T, D]: the normed input of its part
+) -> Tensor:
+    """What the generators of convolutions read, before sequences change places in the mismatched control."""
+    return part_input if getattr(conv, "generator_input", "map") == "part" else x
+
+
+def partners(
+    x: Tensor,  # [B, ...] with B even
+) -> Tensor:  # [B, ...]
+    """In place of each sequence the other one of its pair: sequences 2i and 2i + 1 change places."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def _fit_one_launch(convolutions: Sequence[nn.Module], widths: Sequence[int]) -> bool:
@@ -146,21 +189,38 @@ def _(conv: NoConvolution, shape: LinearMap) -> None:  # noqa: ARG001
 
 @build.register
 def _(conv: StaticConvolution, shape: LinearMap) -> nn.Module:
-    return StaticShortConv(shape.outputs, conv.width, conv.residual)
+    module = StaticShortConv(shape.outputs, conv.width, conv.residual, activation=conv.activation)
+    return _static_filter_initialised(module, conv)
 
 
 @build.register
 def _(conv: HeadwiseConvolution, shape: LinearMap) -> nn.Module:
     assert conv.head_size is not None
-    return HeadwiseDynamicConv(
-        shape.outputs, shape.inputs, conv.width, conv.head_size, conv.residual, conv.static_filter
-    )
+    settings = (conv.width, conv.head_size, conv.residual, conv.static_filter)
+    module = HeadwiseDynamicConv(shape.outputs, shape.inputs, *settings, activation=conv.activation)
+    if conv.generator_init == "linear":
+        nn.init.uniform_(module.generator.weight, -(shape.inputs**-0.5), shape.inputs**-0.5)
+    return _static_filter_initialised(module, conv)
 
 
 @build.register
 def _(conv: LowRankConvolution, shape: LinearMap) -> nn.Module:
     assert conv.rank is not None
-    return LowRankDynamicConv(shape.outputs, shape.inputs, conv.width, conv.rank, conv.residual, conv.static_filter)
+    settings = (conv.width, conv.rank, conv.residual, conv.static_filter)
+    module = LowRankDynamicConv(shape.outputs, shape.inputs, *settings, activation=conv.activation)
+    if conv.generator_init == "linear":
+        nn.init.uniform_(module.up, -(conv.rank**-0.5), conv.rank**-0.5)
+    return _static_filter_initialised(module, conv)
+
+
+def _static_filter_initialised(
+    module: StaticShortConv | HeadwiseDynamicConv | LowRankDynamicConv,
+    conv: StaticConvolution | HeadwiseConvolution | LowRankConvolution,
+) -> nn.Module:
+    """The module, whose static filter already has the uniform distribution, with the initial filter that is wanted."""
+    if conv.static_init == "zero" and module.static_filter is not None:
+        nn.init.zeros_(module.static_filter)
+    return module
 
 
 def _shares_products(x: Tensor) -> bool:

@@ -22,12 +22,12 @@ class SwiGLUModule(nn.Module):
 
     def __init__(self, part: SwiGLU, model: ModelConfig) -> None:
         super().__init__()
-        self.maps = Maps(part.linear_maps(model.width), model.conv)
+        self.maps = Maps(part, model)
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        gate, up = self.maps.apply_to(x, ("gate", "up"))
-        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",))
+        gate, up = self.maps.apply_to(x, ("gate", "up"), x)
+        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
         return y

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
+# Sites of convolutions on the normed input of a part itself, before its linear maps.
+MIXER_INPUT, FFN_INPUT = "mixer_input", "ffn_input"
+INPUT_SITES = (MIXER_INPUT, FFN_INPUT)
+
 Fact = str | int | float | bool  # a setting by which a table may group runs
 
 

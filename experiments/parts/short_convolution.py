@@ -1,32 +1,42 @@
 """Short convolutions on the outputs of linear maps (arXiv 2606.03825, section 2), one class for each kind.
 
-A dynamic filter is generated from the input of the linear map that the convolution follows.
+A convolution may also stand on the normed input of a part, before its linear maps, as two of the four sites of Canon
+layers do (arXiv 2512.17351): such a site is described as a linear map from the input to itself.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
 
-from experiments.parts.base import Fact, LinearMap, Shape
+from experiments.parts.base import INPUT_SITES, Fact, LinearMap, Shape
 
 
 class Convolution(ABC):
     """The interface of every kind, as models and counts use it."""
 
     kind: ClassVar[str]
-    sites: tuple[str, ...]  # names of the linear maps that a convolution follows
+    sites: tuple[str, ...]  # names of the linear maps that a convolution follows, or of INPUT_SITES
+
+    @property
+    def sequence_group(self) -> int:
+        """How many neighbouring sequences of a batch read one another: 1 if each is processed by itself."""
+        return 1
 
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
         """The same, with settings that are None taken from the shape.
 
-        `maps` are all linear maps of a layer by site. Raises ValueError if a setting does not fit them.
+        `maps` are all sites of a layer. Raises ValueError if a setting does not fit them.
         """
         return self
 
+    def widths(self, site: LinearMap, width: int) -> LinearMap:  # noqa: ARG002
+        """The channels that the generator reads, and those that are convolved; `width` is that of the model."""
+        return site
+
     @abstractmethod
     def parameters(self, site: LinearMap) -> int:
-        """Parameters of one convolution after the linear map `site`."""
+        """Parameters of one convolution; `site` is what `widths` gives."""
 
     @abstractmethod
     def forward_flops(self, site: LinearMap) -> dict[str, int]:
@@ -34,7 +44,7 @@ class Convolution(ABC):
 
     @abstractmethod
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
-        """The settings that a table may group by. `sites` names all linear maps of a layer."""
+        """The settings that a table may group by. `sites` names all sites of a layer."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,9 @@ class _PlacedConvolution(Convolution):
     sites: tuple[str, ...]
     width: int = 4  # taps; tap 0 is the current token
     residual: bool = True  # the output is y + conv(y) instead of conv(y)
+    activation: Literal["silu"] | None = field(default=None, kw_only=True)  # of conv(y), before y is added
+    # Initial static filters: uniform on +-1/sqrt(width), as in the paper and in nn.Conv1d, or zero.
+    static_init: Literal["uniform", "zero"] = field(default="uniform", kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.sites:
@@ -75,7 +88,13 @@ class _PlacedConvolution(Convolution):
         return replace(self, sites=tuple(site for site in maps if site in self.sites))
 
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
-        return {"sites": sites_name(self.sites, sites), "width": self.width, "residual": self.residual}
+        return {
+            "sites": sites_name(self.sites, sites),
+            "width": self.width,
+            "residual": self.residual,
+            "activation": self.activation or "none",
+            "static_init": self.static_init,
+        }
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,28 @@ class _DynamicConvolution(_PlacedConvolution):
     """The settings of the kinds whose filters are generated from the input, for each token anew."""
 
     static_filter: bool = True  # add a filter for each channel that is the same at every token
+    # What the generator reads: the input of the linear map itself, or the normed input of the part. They differ for
+    # maps such as o and down alone. arXiv 2606.03825 does not say which; "map" gives its number of parameters at 2B.
+    generator_input: Literal["map", "part"] = field(default="map", kw_only=True)
+    # Initial weights of the generator's last linear map: zero, as in the paper, so that filters start static, or those
+    # of nn.Linear.
+    generator_init: Literal["zero", "linear"] = field(default="zero", kw_only=True)
+    # A control with the same parameters and FLOPs: position t's filter is generated from position t of the other
+    # sequence of a pair. Sequences 2i and 2i + 1 of the global batch are a pair, whatever the micro-batches; the
+    # partner of an odd batch's last one is padding.
+    mismatched: bool = field(default=False, kw_only=True)
+
+    @property
+    def sequence_group(self) -> int:
+        return 2 if self.mismatched else 1
+
+    def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:
+        if not self.static_filter and self.static_init != "uniform":
+            raise ValueError("static_init needs static_filter = true; got false; remove static_init")
+        return super().fitted(shape, maps)
+
+    def widths(self, site: LinearMap, width: int) -> LinearMap:
+        return LinearMap(width, site.outputs) if self.generator_input == "part" else site
 
     def parameters(self, site: LinearMap) -> int:
         return self._generator_parameters(site) + (self.width * site.outputs if self.static_filter else 0)
@@ -110,7 +151,8 @@ class _DynamicConvolution(_PlacedConvolution):
         """Parameters of the generator."""
 
     def facts(self, sites: Iterable[str]) -> dict[str, Fact]:
-        return {**super().facts(sites), "static_filter": self.static_filter}
+        own = ("static_filter", "generator_input", "generator_init", "mismatched")
+        return {**super().facts(sites), **{name: getattr(self, name) for name in own}}
 
 
 @dataclass(frozen=True)
@@ -165,7 +207,7 @@ class LowRankConvolution(_DynamicConvolution):
 def sites_name(chosen: Iterable[str], sites: Iterable[str]) -> str:
     """The chosen sites as one word, in the order of `sites`: "qkv", "all-linear" or "q+gate"."""
     sites, chosen = list(sites), set(chosen)
-    if chosen == set(sites):
+    if chosen == set(sites) - set(INPUT_SITES):
         return "all-linear"
     named = [site for site in sites if site in chosen]
     separator = "" if all(len(site) == 1 for site in named) else "+"

@@ -21,6 +21,20 @@ class Examples(NamedTuple):
         """Sequences `low` to `high` - 1."""
         return Examples(*(None if array is None else array[low:high] for array in self))  # type: ignore[arg-type]
 
+    def in_pairs(self) -> "Examples":
+        """The same sequences, those of the first half each followed by one of the second half.
+
+        Neighbours in a text are not paired: a control that must get no information about a sequence from its partner
+        would get some from what follows it. Of an odd number, the last one's partner is the first sequence again,
+        whose targets then do not count.
+        """
+        count = len(self.inputs)
+        half = -(-count // 2)
+        order = np.arange(2 * half).reshape(2, half).T.flatten()
+        mask = np.ones(self.targets.shape, dtype=bool) if self.mask is None else self.mask
+        mask = np.where((order < count)[:, None], mask[order % count], False)
+        return Examples(self.inputs[order % count], self.targets[order % count], mask)
+
     @property
     def positions(self) -> int:
         """The number of targets that count."""

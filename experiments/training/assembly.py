@@ -10,7 +10,12 @@ from experiments.training.trainer import Trainer
 
 
 def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: World) -> Trainer:
-    """The trainer of a run at its first step. Raises ValueError if the data's vocabulary is larger than the model's."""
+    """The trainer of a run at its first step.
+
+    Raises ValueError if the data's vocabulary is larger than the model's, or if micro-batches would separate sequences
+    that read one another.
+    """
+    execution.check(run.model)
     if dataset.vocabulary > run.model.vocabulary:
         raise ValueError(
             f"the data have {dataset.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "
@@ -25,4 +30,5 @@ def assemble(run: RunConfig, dataset: Dataset, execution: Execution, world: Worl
         execution,
         world,
         identity={"run_id": run.run_id},
+        group=run.model.sequence_group,
     )

@@ -18,10 +18,14 @@ class World:
     size: int
     device: torch.device
 
-    def share(self, count: int) -> tuple[int, int]:
-        """This process's share of `count` sequences, as (index of the first, number of sequences)."""
-        first = count * self.rank // self.size
-        return first, count * (self.rank + 1) // self.size - first
+    def share(self, count: int, group: int = 1) -> tuple[int, int]:
+        """This process's share of `count` sequences, as (index of the first, number of sequences).
+
+        Shares hold whole groups of `group` neighbouring sequences, the last of which may have fewer.
+        """
+        groups = -(-count // group)
+        first, end = (min(count, group * (groups * rank // self.size)) for rank in (self.rank, self.rank + 1))
+        return first, end - first
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`, replaced in place by its sum over all processes."""

@@ -69,6 +69,7 @@ class Trainer:
         execution: Execution,
         world: World,
         identity: Mapping[str, str],  # stored in checkpoints to tell to which run they belong
+        group: int = 1,  # neighbouring sequences of a batch that read one another, and share a micro-batch
     ) -> None:
         self.model = model
         self.task = task
@@ -79,9 +80,11 @@ class Trainer:
         self._identity = {**identity, "data_sha256": task.sha256}
         self._optimizers = optimizers
         self._cuda = world.device.type == "cuda"
-        share = math.ceil(config.batch_sequences / world.size)
-        fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length)
+        share = math.ceil(config.batch_sequences / group / world.size) * group
+        fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length // group) * group
         self._micro_batch = min(share, execution.micro_batch or fitting)
+        self._group = group
+        self._held_out = task.held_out if group == 1 else task.held_out.in_pairs()
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)
@@ -227,9 +230,9 @@ class Trainer:
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
         """The task's metrics on its held-out set. None if `interrupted`, called before each micro-batch, is True."""
         start = time.perf_counter()
-        held_out = self.task.held_out
-        first, count = self.world.share(len(held_out.inputs))
-        largest_share = math.ceil(len(held_out.inputs) / self.world.size)
+        held_out = self._held_out
+        first, count = self.world.share(len(held_out.inputs), self._group)
+        largest_share = math.ceil(len(held_out.inputs) / self._group / self.world.size) * self._group
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         auxiliary: dict[str, Tensor] = {}
         for i in range(math.ceil(largest_share / self._micro_batch)):
@@ -299,7 +302,7 @@ class Trainer:
 
         There is at least one, even if it is empty, because every process must take part in averaging gradients.
         """
-        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length)
+        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length, self._group)
         for low in range(0, max(share, 1), self._micro_batch):
             yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
 

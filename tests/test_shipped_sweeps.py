@@ -1,0 +1,161 @@
+"""The sweep files of the package: published parameter counts, sisters at full and mini scale, and their axes."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from experiments.design import strict
+from experiments.design.config import RunConfig
+from experiments.design.model import ModelConfig
+from experiments.design.sweep import Sweep, expand, load_sweep, read_sweep
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "sweeps"
+ABLATIONS = ("width", "rank", "head-size", "site", "qk-norm", "init", "form")
+# arXiv 2606.03825, ablations at 300M: millions of parameters where it prints them
+PUBLISHED = {
+    "width": {
+        f"width-{w}" if w != 4 else "lowrank-qkv": m
+        for w, m in enumerate((306.8, 307.6, 308.5, 309.3, 310.1, 311.0), 1)
+    },
+    "rank": {"lowrank-qkv": 309.3, "rank-128": 336.8},
+    "head-size": {"head-size-8": 330.5, "head-size-128": 306.9},
+}
+
+
+def by_arm(name: str) -> dict[str, RunConfig]:
+    """The runs of the first seed."""
+    return {run.arm: run for run in load_sweep(FOLDER / f"{name}.toml") if run.seed == 0}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ablations_have_the_published_numbers_of_parameters(name: str) -> None:
+    runs = by_arm(f"ablation-{name}")
+    assert {arm: round(runs[arm].model.parameters() / 1e6, 1) for arm in PUBLISHED[name]} == PUBLISHED[name]
+    assert runs["transformer"].model.parameters() == 305_169_408
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_the_papers_in_tokens_and_settings_and_their_sisters_are_alike(name: str) -> None:
+    full, mini = by_arm(f"ablation-{name}"), by_arm(f"mini-ablation-{name}")
+    for run in full.values():
+        assert (run.size, run.train.sequence_length, run.train.learning_rate) == ("300M", 4096, 3e-4)
+        assert round(run.train.tokens / 1e9, 2) == 15.0
+        if run.model.conv.kind == "lowrank" and name != "rank":
+            assert run.facts()["conv.rank"] == 16
+        if name != "width" and run.model.conv.sites:
+            assert run.facts()["conv.width"] == 4
+    assert sum(run.counts.flops_exact for run in mini.values()) < 4e15  # minutes at 10 TFLOP/s
+    changed = ("conv.rank", "attention.kv_heads", "train.")
+    facts = [
+        {
+            arm: {key: fact for key, fact in run.facts().items() if not key.startswith(changed)}
+            for arm, run in runs.items()
+        }
+        for runs in (full, mini)
+    ]
+    if name == "rank":
+        assert [run.facts().get("conv.rank") for run in full.values()] == [None, 4, 8, 16, 32, 64, 128]
+        assert [run.facts().get("conv.rank") for run in mini.values()] == [None, 1, 2, 4, 8, 16]
+    else:
+        assert facts[0] == facts[1]
+    assert len({str(run.model) for run in full.values()}) == len(full)  # no arm twice under two names
+
+
+def test_the_swept_settings_are_the_papers() -> None:
+    def swept(name: str, fact: str) -> list[object]:
+        return [run.facts().get(fact) for run in by_arm(name).values()][1:]
+
+    assert swept("ablation-width", "conv.width") == [1, 2, 3, 4, 5, 6]
+    assert swept("ablation-head-size", "conv.head_size") == [8, 16, 32, 64, 128]
+    assert swept("ablation-site", "conv.sites") == ["q", "k", "v", "qk", "qv", "kv", "qkv"]
+    normed = [(run.model.conv.kind, run.facts()["attention.qk_norm"]) for run in by_arm("ablation-qk-norm").values()]
+    kinds = ("none", "static", "headwise", "lowrank")
+    assert normed == [(kind, norm) for norm in (False, True) for kind in kinds]
+
+
+def test_the_study_has_a_control_and_every_arm_its_own_rates() -> None:
+    runs = load_sweep(FOLDER / "mini-scaling.toml")
+    sizes = list(dict.fromkeys(run.size for run in runs))
+    assert sizes == ["1M", "3M", "7M", "11M", "16M", "21M"]
+    seeds = Counter((run.arm, run.size) for run in runs)
+    assert set(seeds.values()) == {3, 5}
+    compute = {run.size: run.counts.flops_exact for run in runs if run.arm == "transformer"}
+    assert compute["21M"] / compute["1M"] > 230
+    for run in runs:
+        if run.model.conv.kind == "lowrank":
+            assert run.facts()["conv.rank"] == run.model.width // 64
+    pairs = {run.arm: run for run in runs if run.size == "21M" and run.seed == 0}
+    control, lowrank = pairs["lowrank-qkv-mismatched"], pairs["lowrank-qkv"]
+    assert (control.counts, control.train) == (lowrank.counts, lowrank.train)
+    assert control.run_id.split("-")[-1] != lowrank.run_id.split("-")[-1]
+    rates = load_sweep(FOLDER / "mini-rates.toml")
+    tried = {arm: {run.vary["learning_rate_factor"] for run in rates if run.arm == arm} for arm in pairs}
+    assert tried.pop("headwise-qkv") == {0.5, 1, 2}
+    assert set(map(frozenset, tried.values())) == {frozenset({1, 2, 4, 8})}
+    # The studies' runs at the rates tried before are those runs.
+    assert {run.run_id for run in runs} & {run.run_id for run in rates}
+
+
+def test_an_arm_has_its_own_values_of_an_axis_and_a_size_its_own_seeds() -> None:
+    table = strict.read_toml(FOLDER / "mini-rates.toml")
+    table |= {"sizes": ["1M", "3M"], "arms": ["transformer", "headwise-qkv"], "seeds_by_size": {"3M": [7]}}
+    table["vary"] = {"learning_rate_factor": [1, 2], "weight_decay": [0.1, 0.2]}
+    runs = expand(strict.parse(table, Sweep, "test"))
+    points = {(run.arm, run.size, run.seed, *run.vary.values()) for run in runs}
+    assert points == {
+        (arm, size, seed, factor, decay)
+        for arm, factors in (("transformer", (1, 2)), ("headwise-qkv", (0.5, 1, 2)))
+        for size, seed in (("1M", 0), ("3M", 7))
+        for factor in factors
+        for decay in (0.1, 0.2)
+    }
+    assert len(points) == len(runs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds_by_size": {"7M": [0]}}, "seeds_by_size: one of this sweep's sizes is wanted: got '7M'; legal: 1M, 3M"),
+        ({"seeds_by_size": {"1M": [0, 0]}}, r"seeds_by_size.1M must not list a value twice; got \[0, 0\]; remove"),
+        ({"seeds_by_size": {"1M": []}}, "seeds_by_size.1M is empty; name at least one"),
+        ({"seeds_by_size": {"1M": [-1]}}, r"seeds_by_size.1M must be 0 to 2\*\*63 - 1; got -1; choose another"),
+        (
+            {"vary_by_arm": {"static": {"learning_rate_factor": [1]}}},
+            "vary_by_arm: one of this sweep's arms is wanted: got 'static'; did you mean 'static-qkv'",
+        ),
+        (
+            {"vary_by_arm": {"static-qkv": {"clip_norm": [1]}}},
+            r"vary_by_arm.static-qkv.clip_norm gives one arm's values of an axis, which \[vary\] must have for the",
+        ),
+        (
+            {"vary_by_arm": {"static-qkv": {"learning_rate_factor": [-1]}}},
+            "by_arm.static-qkv.learning_rate_factor must",
+        ),
+    ],
+)
+def test_mistakes_in_what_differs_by_arm_or_size(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        strict.parse(strict.read_toml(FOLDER / "mini-rates.toml") | change, Sweep, "test")
+
+
+def test_every_wiring_and_form_is_in_a_sweep() -> None:
+    """What the kernels offer has a user: silu, no residual, no static filter, all initial filters, both inputs."""
+    models: list[ModelConfig] = [run.model for path in FOLDER.glob("*.toml") for run in load_sweep(path)]
+    facts = [model.facts() for model in models]
+    for fact, values in {
+        "conv.activation": {"none", "silu"},
+        "conv.residual": {True, False},
+        "conv.static_filter": {True, False},
+        "conv.static_init": {"uniform", "zero"},
+        "conv.generator_init": {"zero", "linear"},
+        "conv.generator_input": {"map", "part"},
+        "conv.mismatched": {True, False},
+        "attention.qk_norm": {True, False},
+    }.items():
+        assert {each[fact] for each in facts if fact in each} == values, fact
+
+
+def test_files_that_share_a_text_share_its_dataset() -> None:
+    data = {read_sweep(path).data for path in FOLDER.glob("*.toml") if path.stem.startswith("mini-")}
+    assert len(data) == 1
