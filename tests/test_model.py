@@ -30,6 +30,8 @@ PARTS: list[dict[str, Part]] = [
     {},
     {"mixer": Attention(4, 2, qk_norm=True)},
     {"ffn": MoE(experts=5, top_k=2, shared=3, hidden=8)},
+    {"mixer": Mamba2(heads=3, head_size=5, state=8)},
+    {"mixer": GatedDeltaNet(heads=2, key=8, value=16)},
 ]
 CONVS = [
     NoConvolution(),
