@@ -5,6 +5,7 @@ import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests of evaluation and export read local files only
 
 import sysconfig
 import time

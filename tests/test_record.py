@@ -11,7 +11,7 @@ from analysis.logs.files import read_json
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.evaluation.load import load_model
+from experiments.evaluation.load import load_run
 from experiments.parts.short_convolution import StaticConvolution
 from experiments.training.record import check_store, read_record
 from experiments.training.run import Run
@@ -103,9 +103,9 @@ def test_two_folders_with_equal_text_are_the_same_data(
 def test_a_trained_run_is_a_model_with_its_tokenizer(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
     run_dir = submitted(tiny_run, tmp_path)
     with pytest.raises(ValueError, match=r"is not finished; `dynconv status` says where it stands"):
-        load_model(run_dir)
+        load_run(run_dir)
     Run(run_dir)()
-    model, tokenizer = load_model(run_dir)
+    _, model, tokenizer = load_run(run_dir)
     text = "def run(self):\n    return 1\n"
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text

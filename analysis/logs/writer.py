@@ -51,6 +51,27 @@ def record_failure(run_dir: Path, *, attempt: int, step: int, cause: str, time: 
         own.unlink(missing_ok=True)
 
 
+def add_evaluations(run_dir: Path, results: Mapping[str, Mapping[str, float]], seconds: float) -> None:
+    """Add metrics by task to the evaluations of a complete run, in place of earlier ones of the same tasks.
+
+    They stand at the run's last step. Raises ValueError if the run is not complete, or if a task is the run's own,
+    whose last "loss" is the run's.
+    """
+    run = read_json(run_dir / "run.json")
+    if run["task"] in results:
+        raise ValueError(
+            f"{run_dir.name} was trained on {run['task']!r}, whose evaluations stay; name the new task else"
+        )
+    kept = [row for row in read_rows(run_dir, "evals").table.to_pylist() if row["task"] not in results]
+    new = [(task, metric, value) for task, metrics in results.items() for metric, value in metrics.items()]
+    rows = [tuple(row.values()) for row in kept]
+    rows += [
+        (run["attempts"], run["steps"], run["tokens"], *row, seconds if number == 0 else None)
+        for number, row in enumerate(new)
+    ]
+    write_parquet(run_dir / "evals.parquet", _table("evals", rows))
+
+
 class RunLog:
     """Writes the log of one attempt at a run.
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, laws, pages, runs
+from experiments.cli import bench, claims, data, laws, models, pages, runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     pages.register(subparsers)
     bench.register(subparsers)
     data.register(subparsers)
+    models.register(subparsers)
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for verb in subparsers.choices.values():  # Also accept --debug after the verb; SUPPRESS keeps a --debug before it.
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

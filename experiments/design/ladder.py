@@ -36,13 +36,15 @@ class Ladder:
 
 
 # arXiv 2606.03825 trains every size with AdamW at a learning rate of 3e-4, with 10% warm-up and sequences of 4096
-# tokens. The shapes of 300M and 2B reproduce the paper's parameter counts exactly. We chose the shapes of 150M,
-# 600M and 1B (at the same ratio of FFN width to model width, 2.69), the head sizes (64 up to width 1024, 128 above) and
-# the batches (0.5M tokens, 1M from 600M up). The rank of 300M, 16, reproduces the published counts at 2B, too.
+# tokens. The shapes of 300M and 2B reproduce the paper's parameter counts exactly. 400M is that of Mamba-2 and Gated
+# DeltaNet in a sibling configuration. We chose the shapes of 150M, 600M and 1B (at the same ratio of FFN width to model
+# width, 2.69), the head sizes (64 up to width 1024, 128 above) and the batches (0.5M tokens, 1M from 600M up). The rank
+# of 300M, 16, reproduces the published counts at 2B, too.
 _PAPER = Ladder(
     sizes={
         "150M": Rung(12, 768, 2048, 12, rank=16, sequence_length=4096, batch_sequences=128, learning_rate=3e-4),
         "300M": Rung(16, 1024, 2752, 16, rank=16, sequence_length=4096, batch_sequences=128, learning_rate=3e-4),
+        "400M": Rung(24, 1024, 2752, 16, rank=16, sequence_length=4096, batch_sequences=128, learning_rate=3e-4),
         "600M": Rung(24, 1280, 3440, 10, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4),
         "1B": Rung(30, 1536, 4128, 12, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4),
         "2B": Rung(32, 2048, 5504, 16, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4),

@@ -1,23 +1,55 @@
 """Load a trained run as a torch module, with its tokenizer."""
 
+import contextlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
+from experiments.data.tokenizer import END_OF_TEXT
+from experiments.design.config import RunConfig
 from experiments.models.decoder import Decoder
+from experiments.training.precision import mixed_precision
 from experiments.training.record import TOKENIZER, read_record
 
 
-def load_model(run_dir: Path | str, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
-    """The model of a finished run, in evaluation mode and float32, and its tokenizer.
+class TrainedRun(NamedTuple):
+    """A finished run: its configuration, its model in evaluation mode with float32 weights, and its tokenizer."""
 
-    Raises ValueError if the run is not finished, or if the folder holds no run.
-    """
+    config: RunConfig
+    model: Decoder
+    tokenizer: Tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    @property
+    def end_of_text(self) -> int:
+        """The token that ends a document."""
+        number = self.tokenizer.token_to_id(END_OF_TEXT)
+        assert number is not None, "a dataset is only built with a tokenizer that has it"
+        return int(number)
+
+
+def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
+    """The run in this folder. Raises ValueError if it is not finished, or if the folder holds no run."""
     run_dir = Path(run_dir)
-    _, run, _ = read_record(run_dir)
+    if not (run_dir / "config.json").exists():
+        raise ValueError(f"{run_dir} must be the folder of a run, STORE/RUN_ID; it has no config.json; name another")
+    _, config, _ = read_record(run_dir)
+    if config.model.sequence_group > 1:
+        raise ValueError(f"{run_dir.name} is a control whose sequences read one another; it has no use by itself")
     if not (run_dir / "run.json").exists():
         raise ValueError(f"{run_dir} is not finished; `dynconv status` says where it stands")
-    model = Decoder(run.model, run.seed)
+    model = Decoder(config.model, config.seed)
     model.load_state_dict(torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True))
-    return model.to(device).eval(), Tokenizer.from_file(str(run_dir / TOKENIZER))
+    tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))
+    tokenizer.encode_special_tokens = True  # as in training: the end of text, where it is spelt out, is text
+    return TrainedRun(config, model.to(device).eval(), tokenizer)
+
+
+def precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context with the arithmetic of training on this device: bfloat16 on a GPU, float32 on a CPU."""
+    return mixed_precision(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -51,6 +51,28 @@ class AttentionModule(nn.Module):
         (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x)
         return y
 
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],  # "keys" and "values" [B, K, tokens before x, E], and what the convolutions keep
+    ) -> Tensor:  # [B, T, D]
+        """As `forward`, for inputs that continue a sequence. An empty `state` begins one; it is updated in place."""
+        q, k, v = (self._heads(y) for y in self.maps.decode(x, ("q", "k", "v"), x, state))
+        before = state["keys"].shape[2] if "keys" in state else 0
+        total = before + x.shape[1]
+        # A table for the next power of two, so that few are made while a text grows.
+        table = _rotation(1 << (total - 1).bit_length(), self.head_size, self.theta, x.device)
+        cosine, sine = (values[before:total] for values in table)
+        q, k = _rotate(self.q_norm(q), (cosine, sine)), _rotate(self.k_norm(k), (cosine, sine))
+        if before:
+            k, v = torch.cat([state["keys"], k], 2), torch.cat([state["values"], v], 2)
+        state["keys"], state["values"] = k, v
+        place = torch.arange(total, device=x.device)
+        seen = place <= place[before:, None]  # [T, total]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.grouped)
+        (y,) = self.maps.decode(y.transpose(1, 2).flatten(2), ("o",), x, state)
+        return y
+
     def _heads(
         self,
         x: Tensor,  # [B, T, H*E]

@@ -16,6 +16,8 @@ from experiments.models.short_convolution import InputConvolution
 from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
 
 COMPILED_PROGRAMS = 128  # in one process; a model needs four: its block and its norm, with and without gradients
+# What each layer's mixer and feed-forward part keep of the tokens before: tensors whose first dimension is the batch
+Cache = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 Criterion = Callable[[Tensor, Tensor], Tensor]  # (input [B, T, D] of the LM head, its weight [V, D]) -> loss []
 Named = list[tuple[str, Tensor]]
 
@@ -86,9 +88,7 @@ class Decoder(nn.Module):
                 f"multiples of {group} sequences, and neither decodes nor takes packed documents; got {len(tokens)}; "
                 "use the arm without mismatched"
             )
-        x = self.embedding(tokens)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self._embed(tokens)
         losses: dict[str, Tensor] = {}
         measures: dict[str, Tensor] = {}
         for layer, module in enumerate(self.blocks):
@@ -102,6 +102,32 @@ class Decoder(nn.Module):
         if criterion is not None:
             return Scored(criterion(x, self.head.weight), losses, measures)
         return Output(self.head(x), losses, measures)
+
+    def decode(
+        self,
+        tokens: Tensor,  # [B, T]: they follow those that the cache was given before
+        cache: Cache | None = None,  # None begins a text; updated in place
+    ) -> tuple[Tensor, Cache]:  # [B, T, V]
+        """Logits as those of `forward`, and the cache with which the next tokens' are computed alone.
+
+        Raises ValueError if a part of the model cannot decode, or if sequences read one another.
+        """
+        if self.config.sequence_group > 1:
+            raise ValueError("a model with conv.mismatched decodes no text; use its arm without mismatched")
+        cache = [({}, {}) for _ in self.blocks] if cache is None else cache
+        x = self._embed(tokens)
+        for module, states in zip(self.blocks, cache, strict=True):
+            x = cast(Block, module).decode(x, states)
+        return self.head(self.norm(x)), cache
+
+    def _embed(
+        self,
+        tokens: Tensor,  # [B, T]
+    ) -> Tensor:  # [B, T, D]
+        x: Tensor = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def _initialise(self, seed: int) -> None:
         """Draw weights from a normal distribution with standard deviation init_std.
@@ -152,10 +178,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Named, Named]:  # [B, T, D]; names and values of auxiliary losses and of measures
         losses: Named = []
         measures: Named = []
-        for part, norm, convolution in (
-            (self.mixer, self.mixer_norm, self.mixer_input),
-            (self.ffn, self.ffn_norm, self.ffn_input),
-        ):
+        for part, norm, convolution in self._parts():
             y = part(convolution(norm(x)))
             if isinstance(y, tuple):
                 y, own, measured = y
@@ -163,6 +186,24 @@ class Block(nn.Module):
                 measures += measured.items()
             x = x + y
         return x, losses, measures
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        states: tuple[dict[str, Tensor], dict[str, Tensor]],  # of the mixer and of the feed-forward part
+    ) -> Tensor:  # [B, T, D]
+        for (part, norm, convolution), state in zip(self._parts(), states, strict=True):
+            if not hasattr(part, "decode"):
+                raise ValueError(f"{type(part).__name__} cannot decode token by token; give its module a `decode`")
+            y = norm(x)
+            if isinstance(convolution, InputConvolution):
+                y = convolution.decode(y, state)
+            x = x + part.decode(y, state)
+        return x
+
+    def _parts(self) -> list[tuple[Any, nn.Module, nn.Module]]:
+        """Each part, its norm, and the convolution between them."""
+        return [(self.mixer, self.mixer_norm, self.mixer_input), (self.ffn, self.ffn_norm, self.ffn_input)]
 
 
 def build(part: Part, model: ModelConfig) -> nn.Module:
@@ -173,7 +214,9 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     [B] of each sequence, and measures [B, n] of each sequence that an evaluation logs. If it has a method
     `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all layers
     share. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that are not of
-    `maps`; the second standard deviation is that of weights into the residual stream.
+    `maps`; the second standard deviation is that of weights into the residual stream. A part that can generate text has
+    `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at the start, is
+    updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]
     module: nn.Module = importlib.import_module(f"experiments.models.{name}").build(part, model)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
-from experiments.models.recurrence import activated, draw_decay, recurrence, warn_without_library
+from experiments.models.recurrence import activated, chunked, draw_decay, recurrence, warn_without_library
 from experiments.models.short_convolution import Maps
 from experiments.parts.gated_deltanet import GatedDeltaNet
 
+IN = ("q", "k", "v", "a", "b", "g")  # sites of the maps that read the part's input
 EPSILON = 1e-6  # added to the squared length of keys and queries
 
 
@@ -44,15 +45,34 @@ class GatedDeltaNetModule(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        q, k, v, a, b, gate = self.maps.apply_to(x, ("q", "k", "v", "a", "b", "g"), x)
+        gate, *inputs = self._inputs(*self.maps.apply_to(x, IN, x))
+        (y,) = self.maps.apply_to(self.norm(recurrence(*inputs)).flatten(2) * F.silu(gate), ("o",), x)
+        return y
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],  # "state" [B, H, K, V], and what the convolutions keep
+    ) -> Tensor:  # [B, T, D]
+        """As `forward`, for inputs that continue a sequence. An empty `state` begins one; it is updated in place."""
+        gate, *inputs = self._inputs(*self.maps.decode(x, IN, x, state))
+        y, state["state"] = chunked(*inputs, state=state.get("state"))
+        (y,) = self.maps.decode(self.norm(y).flatten(2) * F.silu(gate), ("o",), x, state)
+        return y
+
+    def _inputs(
+        self,
+        q: Tensor,  # these six [B, T, channels]: the outputs of the linear maps and their convolutions
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        gate: Tensor,
+    ) -> tuple[Tensor, ...]:  # the gate; q, k, v, ln decay and beta of the recurrence
         q, k, v = (activated(self.conv, site, y) for site, y in (("q", q), ("k", k), ("v", v)))
         q, k = (self._unit(y.unflatten(2, (-1, self.key))) for y in (q, k))  # [B, T, H, K]
-        v = v.unflatten(2, (-1, self.value))  # [B, T, H, V]
         log_decay = -self.log_a.exp() * F.softplus(a.to(self.dt_bias.dtype) + self.dt_bias)
-        y = recurrence(q * self.key**-0.5, k, v, log_decay, b.sigmoid())
-        y = self.norm(y).flatten(2) * F.silu(gate)
-        (y,) = self.maps.apply_to(y, ("o",), x)
-        return y
+        return gate, q * self.key**-0.5, k, v.unflatten(2, (-1, self.value)), log_decay, b.sigmoid()
 
     def _unit(
         self,

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
-from experiments.models.recurrence import activated, draw_decay, recurrence, warn_without_library
+from experiments.models.recurrence import activated, chunked, draw_decay, recurrence, warn_without_library
 from experiments.models.short_convolution import Maps
 from experiments.parts.mamba2 import Mamba2
+
+IN = ("z", "x", "b", "c", "dt")  # sites of the maps that read the part's input
 
 
 def build(part: Mamba2, model: ModelConfig) -> nn.Module:
@@ -43,15 +45,43 @@ class Mamba2Module(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        z, values, keys, queries, dt = self.maps.apply_to(x, ("z", "x", "b", "c", "dt"), x)
+        z, v, *inputs = self._inputs(*self.maps.apply_to(x, IN, x))
+        (y,) = self.maps.apply_to(self._gated(recurrence(*inputs), v, z), ("o",), x)
+        return y
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],  # "state" [B, H, N, P], and what the convolutions keep
+    ) -> Tensor:  # [B, T, D]
+        """As `forward`, for inputs that continue a sequence. An empty `state` begins one; it is updated in place."""
+        z, v, *inputs = self._inputs(*self.maps.decode(x, IN, x, state))
+        y, state["state"] = chunked(*inputs, state=state.get("state"))
+        (y,) = self.maps.decode(self._gated(y, v, z), ("o",), x, state)
+        return y
+
+    def _inputs(
+        self,
+        z: Tensor,  # these five [B, T, channels]: the outputs of the linear maps and their convolutions
+        values: Tensor,
+        keys: Tensor,
+        queries: Tensor,
+        dt: Tensor,
+    ) -> tuple[Tensor, ...]:  # z; the values [B, T, H, P]; q, k, v and ln decay of the recurrence
         values, keys, queries = (
             activated(self.conv, site, y) for site, y in (("x", values), ("b", keys), ("c", queries))
         )
-        v = values.unflatten(2, (-1, self.head_size))  # [B, T, H, P]
+        values = values.unflatten(2, (-1, self.head_size))
         step = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # [B, T, H]
-        y = recurrence(
-            queries[:, :, None], keys[:, :, None], (v * step[..., None]).to(v.dtype), -self.log_a.exp() * step
-        )
-        y = (y + self.skip[:, None].to(v.dtype) * v).flatten(2)
-        (y,) = self.maps.apply_to(self.norm(y * F.silu(z)), ("o",), x)
-        return y
+        scaled = (values * step[..., None]).to(values.dtype)
+        return z, values, queries[:, :, None], keys[:, :, None], scaled, -self.log_a.exp() * step
+
+    def _gated(
+        self,
+        y: Tensor,  # [B, T, H, P]: the outputs of the recurrence
+        values: Tensor,  # [B, T, H, P]
+        z: Tensor,  # [B, T, H*P]
+    ) -> Tensor:  # [B, T, H*P]
+        y = y + self.skip[:, None].to(y.dtype) * values
+        normed: Tensor = self.norm(y.flatten(2) * F.silu(z))
+        return normed

@@ -50,6 +50,24 @@ class MoEModule(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # [B, T, D]; losses [B] by name; measures [B, E] by name
         gate, up = self.maps.apply_to(x, ("gate", "up"), x)
         (shared,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
+        routed, losses, load = self._route(x)
+        return shared + routed, losses, {"expert_load": load}
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],
+    ) -> Tensor:  # [B, T, D]
+        """As `forward`, for inputs that continue a sequence. `state` keeps the convolutions' last inputs."""
+        gate, up = self.maps.decode(x, ("gate", "up"), x, state)
+        (shared,) = self.maps.decode(F.silu(gate) * up, ("down",), x, state)
+        return shared + self._route(x)[0]
+
+    def _route(
+        self,
+        x: Tensor,  # [B, T, D]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # [B, T, D]; losses [B] by name; [B, E]
+        """The weighted sum of the chosen experts' outputs, the auxiliary losses, and each expert's load."""
         logits = self._router_logits(x)
         probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k)  # [B, T, K] each
@@ -60,8 +78,7 @@ class MoEModule(nn.Module):
         )  # [B, E]: tokens of each sequence that chose an expert
         routed = self._experts(x.flatten(0, 1), chosen.flatten(0, 1), counts.sum(0))  # [B*T, K, D]
         y = (routed * weights.flatten(0, 1)[..., None].to(routed.dtype)).sum(1).view_as(x)
-        losses, load = self._losses(logits, probabilities, counts)
-        return shared + y, losses, {"expert_load": load}
+        return y, *self._losses(logits, probabilities, counts)
 
     def _router_logits(
         self,

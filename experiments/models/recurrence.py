@@ -35,53 +35,58 @@ def recurrence(
     if v.is_cuda and library_problem() is None:
         return _by_library(q, k, v, log_decay, beta)
     with torch.autocast(v.device.type, enabled=False):
-        wide = [None if x is None else x.to(log_decay.dtype) for x in (q, k, v, log_decay, beta)]
-        return chunked(*wide).to(v.dtype)  # type: ignore[arg-type]  # beta alone may be None
+        return chunked(q, k, v, log_decay, beta)[0]
 
 
 def chunked(
-    q: Tensor,  # these five as in `recurrence`, all of one dtype
+    q: Tensor,  # these five as in `recurrence`
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
     beta: Tensor | None = None,
-) -> Tensor:  # [B, T, H, V]
-    """The recurrence with matrix products within chunks, and one step from chunk to chunk.
+    *,
+    state: Tensor | None = None,  # [B, H, K, V]: S before the first token; None: zeros
+) -> tuple[Tensor, Tensor]:  # [B, T, H, V]; [B, H, K, V], S after the last token
+    """The recurrence with matrix products within chunks, and one step from chunk to chunk, in log_decay's dtype.
 
-    Sources: arXiv 2405.21060, section 6, and arXiv 2412.06464, section 3.3, whose notation the comments use.
+    The outputs are in the dtype of v. Sources: arXiv 2405.21060, section 6, and arXiv 2412.06464, section 3.3, whose
+    notation the comments use.
     """
-    time, padding = v.shape[1], -v.shape[1] % CHUNK
-    q, k, v = (_chunks(x, padding) for x in (q, k, v))  # [B, N, H or 1, C, K or V]
-    total = _chunks(log_decay[..., None], padding).squeeze(-1).cumsum(-1)  # [B, N, H, C]: ln of gamma
-    past = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
+    time, dtype = v.shape[1], v.dtype
+    length = min(CHUNK, time)
+    q, k, v = (_chunks(x.to(log_decay.dtype), length) for x in (q, k, v))  # [B, N, H or 1, C, K or V]
+    total = _chunks(log_decay[..., None], length).squeeze(-1).cumsum(-1)  # [B, N, H, C]: ln of gamma
+    past = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
     # Future tokens are masked before exp, which could overflow there.
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~past, -torch.inf).exp()  # Gamma
     weights = (q @ k.mT) * decay  # [B, N, H, C, C]
     replaced = None
     if beta is not None:
-        b = _chunks(beta[..., None], padding)
+        b = _chunks(beta[..., None].to(v.dtype), length)
         # (I + strictly lower part of diag(b) (Gamma * K K^T)) [U, W] = diag(b) [V, diag(gamma) K]: the WY form.
-        system = (b * (k @ k.mT) * decay).tril(-1) + torch.eye(CHUNK, dtype=v.dtype, device=v.device)
+        system = (b * (k @ k.mT) * decay).tril(-1) + torch.eye(length, dtype=v.dtype, device=v.device)
         right = torch.cat([b * v, b * total.exp()[..., None] * k], -1)
         solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         v, replaced = solved.split([v.shape[-1], k.shape[-1]], -1)
     end = total[..., -1:]
     q = q * total.exp()[..., None]
     k = (k * (end - total).exp()[..., None]).mT
-    state = torch.zeros_like(k[:, 0] @ v[:, 0])  # [B, H, K, V]
+    if state is None:
+        state = torch.zeros_like(k[:, 0] @ v[:, 0])
     outputs = []
     for n in range(v.shape[1]):
         u = v[:, n] if replaced is None else v[:, n] - replaced[:, n] @ state
         outputs.append(q[:, n] @ state + weights[:, n] @ u)
         state = end[:, n, ..., None].exp() * state + k[:, n] @ u
-    return torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :time]
+    return torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :time].to(dtype), state
 
 
 def _chunks(
     x: Tensor,  # [B, T, H, X]
-    padding: int,
+    length: int,  # C
 ) -> Tensor:  # [B, N, H, C, X]
-    return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, CHUNK)).transpose(2, 3)
+    """Chunks, of which the last is padded with zeros: no key and no decay, so that the state stays as it is."""
+    return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % length)).unflatten(1, (-1, length)).transpose(2, 3)
 
 
 def activated(

@@ -5,7 +5,7 @@ Shapes: B batch, T time.
 
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,24 @@ class Maps(nn.ModuleDict):
                 products[site] = F.linear(x, linear.padded_weight())
         return [linear.convolve(products[site], generated.get(site)) for site, linear in maps.items()]
 
+    def decode(
+        self,
+        x: Tensor,  # [B, T, inputs]
+        sites: Sequence[str],
+        part_input: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],  # of each site with a convolution, the inputs before those of x; updated in place
+    ) -> list[Tensor]:  # [B, T, outputs] each
+        """As `apply_to`, for inputs that continue a sequence. An empty `state` begins one."""
+        read = generator_input(self._conv, x, part_input)
+        outputs = []
+        for site in sites:
+            linear = cast(ConvLinear, self[site])
+            y = linear.linear(x)
+            if linear.conv is not None:
+                y, state[site] = cast(Any, linear.conv).prefill(y, read, state.get(site))
+            outputs.append(y)
+        return outputs
+
 
 class InputConvolution(nn.Module):
     """A convolution on the normed input of a part, which its generator reads, too."""
@@ -129,6 +147,14 @@ class InputConvolution(nn.Module):
     ) -> Tensor:  # [B, T, D]
         assert self.conv is not None
         return cast(Tensor, self.conv(x, partners(x) if self._mismatched else x))
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],
+    ) -> Tensor:  # [B, T, D]
+        y, state["input"] = cast(Any, self.conv).prefill(x, x, state.get("input"))
+        return cast(Tensor, y)
 
 
 def generator_input(

@@ -31,3 +31,13 @@ class SwiGLUModule(nn.Module):
         gate, up = self.maps.apply_to(x, ("gate", "up"), x)
         (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
         return y
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],
+    ) -> Tensor:  # [B, T, D]
+        """As `forward`, for inputs that continue a sequence. `state` keeps the convolutions' last inputs."""
+        gate, up = self.maps.decode(x, ("gate", "up"), x, state)
+        (y,) = self.maps.decode(F.silu(gate) * up, ("down",), x, state)
+        return y

@@ -1,0 +1,66 @@
+"""Loss on folders of text, each of which is a domain."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.data.corpus import find_files, read_documents
+from experiments.data.tokenizer import encode, token_bytes
+from experiments.evaluation.load import TrainedRun
+from experiments.evaluation.scoring import Request, score
+from experiments.terminal import bar
+
+WINDOWS_AT_ONCE = 256
+
+
+def find_domains(folder: Path) -> dict[str, Path]:
+    """The folders in `folder` by name, or `folder` itself where it has none. Raises ValueError if it is no folder."""
+    if not folder.is_dir():
+        raise ValueError(f"--text must be a folder of text; got {folder}, which is none; name another")
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {path.name: path for path in inside} or {folder.resolve().name: folder}
+
+
+def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
+    """The mean loss in nats a token, bits per UTF-8 byte, and the number of tokens, over all documents of a folder.
+
+    As in the held-out text of the training, the documents follow one another, each ended by the end-of-text token, and
+    are cut into windows of the training's sequence length; unlike there, the text begins after an end of text.
+    Raises ValueError if the folder holds no text.
+    """
+    loss, tokens, text_bytes = 0.0, 0, 0
+    lengths = token_bytes(run.tokenizer)
+    windows: list[Request] = []
+    with bar(f"scoring {folder.name}", None, " tokens", progress=True) as progress:
+        for window in _windows(run, folder):
+            windows.append(window)
+            tokens += len(window.continuation)
+            text_bytes += int(lengths[list(window.continuation)].sum())
+            if len(windows) == WINDOWS_AT_ONCE:
+                loss -= sum(each.log_probability for each in score(run, windows))
+                progress.update(sum(len(each.continuation) for each in windows))
+                windows.clear()
+        loss -= sum(each.log_probability for each in score(run, windows))
+    if not text_bytes:
+        raise ValueError(f"{folder} must hold text; its documents are empty; name another folder")
+    return {"loss": loss / tokens, "bits_per_byte": loss / (math.log(2) * text_bytes), "tokens": float(tokens)}
+
+
+def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
+    """The text as one token to begin with and up to T that follow it, T being the sequence length of the training."""
+    end = run.end_of_text
+    length = run.config.train.sequence_length
+    spec = replace(run.config.data, source=str(folder), site_packages=False)
+    texts = (text for file in find_files(spec) for text in read_documents(file, spec.text_field) if text)
+    before, held = end, list[int]()
+    for piece in encode(run.tokenizer, texts, token_bytes(run.tokenizer)):
+        held += piece.ids.tolist()
+        if piece.ends_document:
+            held.append(end)
+        while len(held) >= length:
+            window, held = held[:length], held[length:]
+            yield Request((before,), tuple(window))
+            before = window[-1]
+    if held:
+        yield Request((before,), tuple(held))

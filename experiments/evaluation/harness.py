@@ -1,0 +1,123 @@
+"""A trained run as a model of lm-evaluation-harness (an extra: `pip install 'dynconv[eval]'`)."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from experiments.evaluation.generate import Sampling, generate
+from experiments.evaluation.load import TrainedRun, precision
+from experiments.evaluation.scoring import Request, score
+
+MOST_NEW_TOKENS = 256  # of a task that names no limit
+
+
+class RunLM(TemplateLM):
+    """The harness's interface over a run: texts in, log-probabilities and continuations out.
+
+    Contexts longer than the sequences of the training are cut on the left; `truncated` counts them.
+    """
+
+    def __init__(self, run: TrainedRun) -> None:
+        super().__init__()
+        self._run = run
+        self.max_length = run.config.train.sequence_length
+        self.truncated = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._run.end_of_text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ARG002
+        return list(self._run.tokenizer.encode(string, add_special_tokens=False).ids)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        wanted = [self._request(context, continuation) for _, context, continuation in requests]
+        return [tuple(each) for each in score(self._run, wanted)]  # type: ignore[misc]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
+        """The log-probability of each whole text, in windows that do not overlap; the first follows an end of text."""
+        windows = [
+            [
+                self._request(*make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.eot_token_id, self.max_length, context_len=1
+                )
+            ]
+            for request in requests
+        ]
+        scores = iter(score(self._run, [window for text in windows for window in text]))
+        return [sum(next(scores).log_probability for _ in text) for text in windows]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
+        return [self._generate(*request.args) for request in requests]
+
+    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+        stops = settings.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        most = int(settings.get("max_gen_toks", MOST_NEW_TOKENS))
+        warm = settings.get("do_sample", False)
+        top_k = settings.get("top_k") or None
+        sampling = Sampling(float(settings.get("temperature", 1.0)) if warm else 0.0, top_k, settings.get("top_p"))
+        ids = self.tok_encode(context) or [self.eot_token_id]
+        room = max(1, self.max_length - most)
+        self.truncated += len(ids) > room
+        prompt = torch.tensor([ids[-room:]], device=self._run.device)
+        made: list[int] = []
+        text = ""
+        with precision(self._run.device):
+            for token in itertools.islice(generate(self._run.model, prompt, sampling, seed=0), most):
+                if int(token) == self.eot_token_id:
+                    break
+                made.append(int(token))
+                text = self._run.tokenizer.decode(made)
+                if any(stop in text for stop in stops):
+                    break
+        return min((text.split(stop)[0] for stop in stops), key=len, default=text)
+
+    def _request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+        room = max(1, self.max_length + 1 - len(continuation))  # the last token is only predicted
+        self.truncated += len(context) > room
+        return Request(tuple(context[-room:]), tuple(continuation))
+
+
+def evaluate(
+    run: TrainedRun, tasks: Sequence[str], include: Path | None, shots: int | None, limit: int | None
+) -> tuple[dict[str, dict[str, float]], int]:
+    """The harness's metrics by task, and how many contexts were too long and cut.
+
+    `include` is a folder with the user's own task files. Raises ValueError if a task is not known.
+    """
+    folder = None if include is None else str(include)
+    manager = TaskManager(include_path=folder, include_defaults=include is None)
+    if include is not None and not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)  # takes seconds, as it reads thousands of the harness's own files
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(
+            f"{', '.join(unknown)}: lm-evaluation-harness knows no such task; `lm-eval ls tasks` lists its own, and "
+            "--include takes a folder with yours"
+        )
+    model = RunLM(run)
+    answer = simple_evaluate(
+        model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
+    )
+    results = {task: _metrics(values) for task, values in answer["results"].items()}
+    return {task: metrics for task, metrics in results.items() if metrics}, model.truncated
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """The harness names a metric "acc,none", with the answer's filter behind the comma."""
+    metrics = {}
+    for name, value in values.items():
+        metric, _, filter_name = name.partition(",")
+        if filter_name and isinstance(value, int | float):
+            metrics[metric if filter_name == "none" else f"{metric}.{filter_name}"] = float(value)
+    return metrics

@@ -1,0 +1,389 @@
+"""Trained runs in use: decoding with caches, sampling, evaluation and export."""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_decoder import CONVS, SMALL, randomised
+from texts import write_txt
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiments.cli.main import main
+from experiments.data.dataset import Dataset
+from experiments.design.arms import QKV
+from experiments.design.config import Execution, RunConfig
+from experiments.design.data import DataConfig
+from experiments.design.model import ModelConfig
+from experiments.design.train import TrainConfig
+from experiments.evaluation import scoring
+from experiments.evaluation.export import export
+from experiments.evaluation.generate import Sampling, generate
+from experiments.evaluation.load import TrainedRun, load_run
+from experiments.evaluation.scoring import Request, score
+from experiments.parts.attention import Attention
+from experiments.parts.short_convolution import LowRankConvolution, StaticConvolution
+from experiments.parts.swiglu import SwiGLU
+from experiments.training.record import write_record
+from experiments.training.run import Run
+
+
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_decoding_with_caches_gives_the_logits_of_the_full_forward(conv: str, qk_norm: bool) -> None:
+    model = randomised(replace(SMALL, conv=CONVS[conv], mixer=Attention(4, 2, qk_norm=qk_norm)))
+    tokens = torch.randint(50, (3, 11), generator=torch.Generator().manual_seed(2))
+    whole = model(tokens).logits
+    for cuts in ([11], [1] * 11, [4, 1, 2, 3, 1]):
+        cache, parts = None, []
+        for part in tokens.split(cuts, 1):
+            logits, cache = model.decode(part, cache)
+            parts.append(logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_greedy_generation_takes_the_most_likely_token_of_the_full_forward() -> None:
+    model = randomised(replace(SMALL, conv=LowRankConvolution(QKV, rank=3)))
+    tokens = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    for token in itertools.islice(generate(model, tokens, Sampling(temperature=0), seed=0), 6):
+        assert torch.equal(token, model(tokens).logits[:, -1].argmax(-1))
+        tokens = torch.cat([tokens, token[:, None]], 1)
+
+
+def test_sampling_follows_the_probabilities_it_is_told_to_keep() -> None:
+    probabilities = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(sampling: Sampling) -> torch.Tensor:
+        drawn = sampling.draw(probabilities.log().repeat(40_000, 1), generator)
+        return drawn.bincount(minlength=4) / len(drawn)
+
+    def near(got: torch.Tensor, wanted: list[float]) -> None:
+        torch.testing.assert_close(got, torch.tensor(wanted), rtol=0, atol=0.012)  # 5 standard errors of 40,000 draws
+
+    near(shares(Sampling()), [0.1, 0.4, 0.3, 0.2])
+    near(shares(Sampling(top_k=2)), [0, 4 / 7, 3 / 7, 0])
+    near(shares(Sampling(top_p=0.7)), [0, 4 / 7, 3 / 7, 0])
+    near(shares(Sampling(top_p=0.71)), [0, 4 / 9, 3 / 9, 2 / 9])
+    squares = torch.tensor([0.01, 0.16, 0.09, 0.04]) / 0.3
+    near(shares(Sampling(temperature=0.5)), squares.tolist())
+    assert shares(Sampling(temperature=0)).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
+def test_sampling_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, tiny_data: DataConfig) -> Callable[..., Path]:
+    """The folder of a finished run of a model with these settings, which trains for four steps."""
+    folder = tmp_path_factory.mktemp("store")
+
+    def train(**model: Any) -> Path:
+        settings = {"mixer": Attention(4, 2), "ffn": SwiGLU(24), "conv": CONVS["lowrank"]} | model
+        run = RunConfig(
+            sweep="test", arm="an-arm", baseline="transformer", ladder="nano", size="tiny", budget="some", seed=1,
+            model=ModelConfig(2, width=16, vocabulary=300, **settings),
+            train=TrainConfig(
+                tokens=16 * 8 * 4, sequence_length=16, batch_sequences=8, learning_rate=1e-2,
+                evaluate_every=16 * 8 * 4, held_out_sequences=50, warmup_steps=1,
+            ),
+            data=tiny_data,
+        )  # fmt: skip
+        if not (folder / run.run_id).exists():
+            write_record(run, folder, dataset, Execution(device="cpu"), code_commit=None, submitted_at=time.time())
+            Run(folder / run.run_id)()
+        return folder / run.run_id
+
+    return train
+
+
+EXPORTED: dict[str, dict[str, Any]] = {
+    **{name: {"conv": conv} for name, conv in CONVS.items() if "part input" not in name},
+    "qk-norm": {"mixer": Attention(4, 2, qk_norm=True)},
+    "untied": {"tied": False},
+    "static, no residual": {"conv": StaticConvolution(("q", "down"), residual=False)},
+    "no static filter": {"conv": LowRankConvolution(QKV, rank=2, static_filter=False)},
+}
+
+
+@pytest.fixture(scope="module", params=EXPORTED)
+def exported(request: pytest.FixtureRequest, finished: Callable[..., Path], tmp_path_factory: Any) -> tuple[Any, Any]:
+    """A trained run, and its exported model as transformers loads it."""
+    run = load_run(finished(**EXPORTED[request.param]))
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    with torch.no_grad():  # away from special initial values
+        generator = torch.Generator().manual_seed(0)
+        for parameter in run.model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    export(run, folder)
+    return run, folder
+
+
+def test_what_the_exported_code_cannot_express_is_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
+    run = load_run(finished(conv=CONVS["part input"]))
+    with pytest.raises(ValueError, match="no convolution with generator_input = 'part'"):
+        export(run, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exported_model_gives_the_same_logits_and_survives_its_own_saving(
+    exported: tuple[Any, Path], tmp_path: Path
+) -> None:
+    run, folder = exported
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(2))
+    wanted = run.model(tokens).logits
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True).encode("def f(x):\n")
+        == run.tokenizer.encode("def f(x):\n").ids
+    )
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_exported_model_generates_with_caches_what_it_generates_without(
+    exported: tuple[Any, Path], beams: int
+) -> None:
+    run, folder = exported
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    # The second prompt is padded on the left. Both must go on as they do alone.
+    prompts = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(prompts, attention_mask=mask, **settings)
+    for row, prompt in enumerate(prompts):
+        alone = prompt[mask[row].bool()][None]
+        uncached = model.generate(alone, attention_mask=torch.ones_like(alone), use_cache=False, **settings)
+        assert together[row, 5:].tolist() == uncached[0, alone.shape[1] :].tolist()
+    if beams == 1:
+        drawn = itertools.islice(generate(run.model, prompts[:1], Sampling(temperature=0), seed=0), 8)
+        assert [int(token) for token in drawn] == together[0, 5:].tolist()
+
+
+@pytest.mark.slow
+def test_an_exported_model_needs_only_transformers_torch_and_dynconv(
+    finished: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    assert main(["export", str(finished()), "--format", "hf", "-o", str(folder)]) == 0
+    program = f"""
+import sys
+sys.modules["experiments"] = sys.modules["analysis"] = None  # importing them fails
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+prompt = tokenizer("def f(", return_tensors="pt")
+made = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+print(made[0, -4:].tolist())
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    run = load_run(finished())
+    prompt = torch.tensor([run.tokenizer.encode("def f(").ids])
+    wanted = [int(t) for t in itertools.islice(generate(run.model, prompt, Sampling(temperature=0), seed=0), 4)]
+    assert json.loads(printed) == wanted
+
+
+def log_probabilities(run: TrainedRun, tokens: list[int]) -> torch.Tensor:  # [T - 1]
+    """Of each token after the first, without batches, caches or padding."""
+    with torch.no_grad():
+        logits = run.model(torch.tensor([tokens])).logits[0, :-1].double()
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+def test_scores_are_sums_of_log_probabilities_however_requests_are_batched(
+    finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(finished())
+    draw = random.Random(0)
+    contexts = [tuple(draw.choices(range(300), k=k)) for k in (1, 3, 9, 9, 14)]
+    requests = [Request(c, tuple(draw.choices(range(300), k=k))) for c in contexts for k in (1, 1, 4, 12)]
+    draw.shuffle(requests)
+    for most in (2**14, 20):
+        monkeypatch.setattr(scoring, "MOST_TOKENS", most)
+        for request, got in zip(requests, score(run, requests), strict=True):
+            tokens = [*request.context, *request.continuation]
+            wanted = log_probabilities(run, tokens)[len(request.context) - 1 :].sum()
+            assert got.log_probability == pytest.approx(float(wanted), rel=1e-5)
+            likely = run.model(torch.tensor([tokens])).logits[0, len(request.context) - 1 : -1].argmax(-1)
+            assert got.greedy == (likely.tolist() == list(request.continuation))
+
+
+def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
+    finished: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = finished()
+    run = load_run(run_dir)
+    end = run.tokenizer.token_to_id("<|endoftext|>")
+    texts = {"code": ["import os\n" * 9, "x = 1"], "prose": ["Nobody said café. <|endoftext|> " * 4]}
+    for domain, documents in texts.items():
+        write_txt(tmp_path / "text" / domain, documents)
+    assert main(["eval", str(run_dir), "--text", str(tmp_path / "text"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    got = {(row["task"], row["metric"]): row["value"] for row in rows}
+    for domain, documents in texts.items():
+        stream = [end]
+        for document in documents:
+            stream += [*run.tokenizer.encode(document).ids, end]
+        starts = range(0, len(stream) - 1, 16)  # windows of the training's sequence length
+        loss = -sum(float(log_probabilities(run, stream[start : start + 17]).sum()) for start in starts)
+        size = sum(len(document.encode()) for document in documents)
+        assert got[f"text/{domain}", "tokens"] == len(stream) - 1
+        assert got[f"text/{domain}", "loss"] == pytest.approx(loss / (len(stream) - 1), rel=1e-5)
+        assert got[f"text/{domain}", "bits_per_byte"] == pytest.approx(loss / math.log(2) / size, rel=1e-5)
+    logged = pq.read_table(run_dir / "evals.parquet").to_pylist()
+    assert {(r["task"], r["metric"]): r["value"] for r in logged if r["task"] != "text"} == got
+    assert any(row["task"] == "text" for row in logged)
+
+
+TASKS = {
+    "choices": {
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
+    },
+    "perplexity": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    },
+    "writing": {
+        "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{written}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the harness's own dependencies
+def test_tasks_of_the_harness_join_the_log_of_a_run(
+    finished: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = finished()
+    run = load_run(run_dir)
+    questions = ["import o", "def f(self, x", "for i in range("]
+    choices = [["s", "zz"], ["):", " = 3"], ["3)", "]["]]
+    written = []
+    for question in questions:
+        prompt = torch.tensor([run.tokenizer.encode(question).ids])
+        drawn = itertools.islice(generate(run.model, prompt, Sampling(temperature=0), seed=0), 5)
+        written.append(run.tokenizer.decode([int(token) for token in drawn]).split("\n")[0])
+    written[2] = "not what the model writes"
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    rows = zip(questions, choices, [0, 1, 0], written, strict=True)
+    docs = [dict(zip(("question", "choices", "answer", "written"), row, strict=True)) for row in rows]
+    (tasks / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    for name, task in TASKS.items():
+        data = {
+            "dataset_path": "json", "test_split": "test",
+            "dataset_kwargs": {"data_files": {"test": str(tasks / "docs.jsonl")}},
+        }  # fmt: skip
+        (tasks / f"{name}.yaml").write_text(json.dumps({"task": name} | data | task))
+    arguments = ["eval", str(run_dir), "--tasks", ",".join(TASKS), "--include", str(tasks), "--json"]
+    assert main(arguments) == 0
+    got = {(row["task"], row["metric"]): row["value"] for row in json.loads(capsys.readouterr().out)}
+
+    def log_probability(context: str, continuation: str) -> float:
+        whole = run.tokenizer.encode(context + continuation).ids
+        before = len(run.tokenizer.encode(context).ids)
+        return float(log_probabilities(run, whole)[before - 1 :].sum())
+
+    right = [
+        max(range(2), key=lambda n: log_probability(question, options[n])) == answer
+        for question, options, answer in zip(questions, choices, [0, 1, 0], strict=True)
+    ]
+    assert got["choices", "acc"] == pytest.approx(sum(right) / 3)
+    assert got["writing", "exact_match"] == pytest.approx(2 / 3)
+    end = run.tokenizer.token_to_id("<|endoftext|>")
+    total = sum(float(log_probabilities(run, [end, *run.tokenizer.encode(q).ids]).sum()) for q in questions)
+    assert got["perplexity", "byte_perplexity"] == pytest.approx(math.exp(-total / sum(map(len, questions))), rel=1e-4)
+    assert {row["task"] for row in pq.read_table(run_dir / "evals.parquet").to_pylist()} >= set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "RUN"], "neither --text nor --tasks"),
+        (["eval", "RUN", "--text", "nowhere"], "must be a folder of text"),
+        (["eval", "RUN", "--text", "EMPTY"], "the corpus must hold"),
+        (["eval", "EMPTY", "--text", "EMPTY"], "a run's folder or a store with finished runs"),
+        (["eval", "RUN", "--tasks", "no-such-task"], "knows no such task"),
+        (["generate", "EMPTY"], "must be the folder of a run"),
+        (["generate", "RUN", "--tokens", "0"], "--tokens must be at least 1"),
+        (["generate", "RUN", "--top-p", "2"], "top_p must be above 0"),
+        (["export", "EMPTY", "-o", "x"], "must be the folder of a run"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_requests_are_answered_in_one_line(
+    arguments: list[str], said: str, finished: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"RUN": str(finished()), "EMPTY": str(tmp_path)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_an_unfinished_run_is_not_used(
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    for arguments in (["generate", str(run_dir)], ["eval", str(run_dir), "--text", str(tmp_path)]):
+        assert main(arguments) == 2
+        assert "is not finished" in capsys.readouterr().err
+
+
+def test_text_of_a_run_goes_to_standard_output(
+    finished: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(finished()), "--prompt", "def f(", "--tokens", "30", "--seed", "4"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def f(")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["text"]) >= 20
+    control = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
+    assert (said["prompt"] + said["text"]).translate(control) + "\n" == first
+
+
+def test_the_example_with_a_llama_of_transformers_trains() -> None:
+    page = (Path(__file__).parent.parent / "dynconv" / "README.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 30
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(code, names)
+    model = names["model"]
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    tokens = torch.tensor([list((b"def f(x):\n    return x + 1\n" * 8)[:128])])
+    losses = []
+    for _ in range(20):
+        loss = model(tokens, labels=tokens).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.6 * losses[0]
+    filters = [p for name, p in model.named_parameters() if name.endswith("conv.up")]
+    assert len(filters) == 6
+    assert all(bool(p.detach().abs().max() > 0) for p in filters)  # they start at zero: all of them have learnt
