@@ -16,6 +16,7 @@ from torch import Tensor
 from analysis.logs.store import load
 from analysis.pages.drawing import Answers, draw, material
 from analysis.pages.expert_load import expert_load
+from analysis.pages.report import report
 from experiments.data.dataset import Dataset
 from experiments.design.arms import QKV
 from experiments.design.config import Execution, RunConfig
@@ -286,6 +287,7 @@ def test_the_load_of_experts_is_drawn_from_the_last_evaluation(tmp_path: Path) -
     store.evals = lambda: evals  # type: ignore[method-assign]
     of = material(store)
     assert "expert-load" in draw(of, Answers("transformer", "exact", notes=[]))
+    assert '<figure id="expert-load"><h3>Load of the experts</h3>' in report(store, convention="exact")
     figure = expert_load(of.loads, of.done)
     (image,) = figure.axes[0].images  # one arm, at its largest size
     np.testing.assert_array_equal(image.get_array(), [[1.0, 3.0, 5.0]] * 2)
