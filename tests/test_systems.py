@@ -86,6 +86,16 @@ def test_decoding_with_caches_gives_the_logits_of_the_full_forward(model: ModelC
 
 
 @every_system
+def test_the_residual_stream_stays_narrow(model: ModelConfig) -> None:
+    """Under autocast, some operations return float32; a stream of that dtype would cost time and memory on a GPU."""
+    decoder = Decoder(model, seed=0)
+    for block in decoder.blocks:
+        block.prepare(75, torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(torch.randn(2, 75, 16, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+
+
+@every_system
 def test_it_learns_text_and_resumes_bit_for_bit(
     model: ModelConfig, tiny_run: RunConfig, dataset: Dataset, tmp_path: Path
 ) -> None:

@@ -77,8 +77,8 @@ class MoEModule(nn.Module):
             1, chosen.flatten(1), torch.ones_like(weights).flatten(1)
         )  # [B, E]: tokens of each sequence that chose an expert
         routed = self._experts(x.flatten(0, 1), chosen.flatten(0, 1), counts.sum(0))  # [B*T, K, D]
-        y = (routed * weights.flatten(0, 1)[..., None].to(routed.dtype)).sum(1).view_as(x)
-        return y, *self._losses(logits, probabilities, counts)
+        y = (routed * weights.flatten(0, 1)[..., None].to(routed.dtype)).sum(1)  # Autocast sums in float32.
+        return y.to(routed.dtype).view_as(x), *self._losses(logits, probabilities, counts)
 
     def _router_logits(
         self,
