@@ -62,10 +62,7 @@ class _ShortConv(nn.Module):
         self.channels, self.width, self.residual, self.activation = channels, width, residual, activation
 
     def reset_parameters(self) -> None:
-        """Draw initial values, in the constructor's order.
-
-        The fused modules do not own the projection that computes their input: its owner must reset it.
-        """
+        """Draw initial values, in the constructor's order."""
         if self.generator_map is not None:
             self.generator_map.reset_parameters()
         self._reset_filters()
@@ -78,7 +75,7 @@ class _ShortConv(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, T, D]; for the fused modules [B, T, D + generator_columns], the projection's output
+        x: Tensor,  # [B, T, D]; for the fused modules [B, T, D + generator_columns], as `project` gives it
         generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused modules need none
         cu_seqlens: Tensor | None = None,  # [N + 1]: packed documents' starts and the last one's end; B must be 1
         generated: Tensor | None = None,  # [B, T, columns]: an output of `project_together`, replaces generator_input
@@ -111,18 +108,23 @@ class _ShortConv(nn.Module):
 
     @property
     def generator_map(self) -> nn.Linear | None:
-        """The linear map that computes the filters (or z) from generator_input; None if the module does not own one."""
+        """The linear map that computes the filters (or z) from the generator's input; None if there is none."""
         return None
 
     def _convolve(self, x: Tensor, generator_input: Tensor | None, generated: Tensor | None, **options: Any) -> Any:
-        columns = getattr(self, "generator_columns", 0)
+        columns = self.generator_columns if isinstance(self, _FusedConv) else 0
         if isinstance(x, Tensor) and x.shape[-1] != self.channels + columns:
             wanted = f"{self.channels} channels" + (f" and {columns} generator columns" if columns else "")
             raise ValueError(f"x must have {wanted}; got {x.shape[-1]} in all; mind the projection that computes x")
-        if self.generator_map is not None:
+        generator = None if isinstance(self, _FusedConv) else self.generator_map
+        if generated is not None and generator is None:
+            raise ValueError("generated must be None where filters are static or come with x; got one; leave it out")
+        if generated is not None and generator_input is not None:
+            raise ValueError("generated replaces generator_input; got both; give one of them")
+        if generator is not None:
             if generated is None:
-                generated = self._generate(x, generator_input, self.generator_map)
-            _check_made("generated", generated, x, self.generator_map.out_features)
+                generated = self._generate(x, generator_input, generator)
+            _check_made("generated", generated, x, generator.out_features)
         inputs = self._inputs(x, generated)
         return self._function(*inputs, self.static_filter, self.residual, activation=self.activation, **options)
 
@@ -139,11 +141,6 @@ class _ShortConv(nn.Module):
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
         """The function's arguments before the static filter: x, then the tensors that define the dynamic filters."""
         return (x,)
-
-    def _split(self, projected: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Split the projection's output into the channels to convolve and the generator columns."""
-        x, made = projected.split([self.channels, columns], -1)
-        return x, made
 
     def extra_repr(self) -> str:
         static = self.static_filter is not None
@@ -242,16 +239,42 @@ class LowRankDynamicConv(_ShortConv):
         return f"{super().extra_repr()}, rank={len(self.up)}"
 
 
-class FusedLowRankConv(_ShortConv):
-    """The low-rank convolutions of several branches (for example Q, K and V, concatenated) in one kernel launch.
+class _FusedConv(_ShortConv):
+    """Base of the modules whose input holds the generator's outputs, too, beside the channels to convolve."""
 
-    The caller's projection also computes z: after the branches' channels it has `generator_columns` more outputs, which
-    keep the projection's own initialisation.
-    """
+    @property
+    def generator_columns(self) -> int:
+        """How many outputs of the generator follow the channels in the input of `forward`."""
+        assert self.generator_map is not None
+        return self.generator_map.out_features
+
+    def project(
+        self,
+        weight: Tensor,  # [D, G], as in nn.Linear: the projection that makes the channels
+        generator_input: Tensor,  # [B, T, G]
+    ) -> Tensor:  # [B, T, D + generator_columns]: the input of `forward`
+        """Apply the projection and the generator to one input with a single matrix product.
+
+        Raises ValueError for shapes that do not fit, and for DTensors: concatenate two products of these instead.
+        """
+        assert self.generator_map is not None
+        return _one_product(weight, [self.generator_map], generator_input)[
+            ..., : self.channels + self.generator_columns
+        ]
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the input into the channels to convolve and the generator's outputs."""
+        x, made = projected.split([self.channels, self.generator_columns], -1)
+        return x, made
+
+
+class FusedLowRankConv(_FusedConv):
+    """The low-rank convolutions of several branches (for example Q, K and V, concatenated) in one kernel launch."""
 
     def __init__(
         self,
         branches: tuple[int, ...],  # each branch's channels
+        generator_width: int,
         width: int = 4,
         rank: int = 16,
         residual: bool = True,
@@ -267,8 +290,8 @@ class FusedLowRankConv(_ShortConv):
         super().__init__(function, sum(branches), width, residual, activation)
         _check_positive("rank", rank)
         self.branches = tuple(branches)
-        self.generator_columns = len(branches) * rank
         place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.down = nn.Linear(generator_width, len(branches) * rank, bias=False, **place)
         self.up = nn.Parameter(torch.empty(rank, width * self.channels, **place))  # [R, W*D]
         self.static_filter = nn.Parameter(torch.empty(width, self.channels, **place)) if static_filter else None
         self._reset_filters()
@@ -277,24 +300,29 @@ class FusedLowRankConv(_ShortConv):
         nn.init.zeros_(self.up)
         super()._reset_filters()
 
+    @property
+    def generator_map(self) -> nn.Linear:
+        return self.down
+
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
-        x, z = self._split(x, self.generator_columns)
+        x, z = self._split(x)
         return x, z, self.up
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={len(self.up)}, branches={self.branches}"
 
 
-class FusedHeadwiseConv(_ShortConv):
-    """The head-wise convolution whose filters are the last `generator_columns` outputs of the caller's projection.
+class FusedHeadwiseConv(_FusedConv):
+    """The head-wise convolution whose filters come with its input, from one product with the caller's projection.
 
     Several branches (for example Q, K and V) can be concatenated without further options, because each head has its
-    own filter. Call `init_projection` to zero the rows of the projection that compute the filters.
+    own filter.
     """
 
     def __init__(
         self,
         channels: int,
+        generator_width: int,
         width: int = 4,
         head_size: int = 16,
         residual: bool = True,
@@ -306,29 +334,17 @@ class FusedHeadwiseConv(_ShortConv):
     ) -> None:
         super().__init__(headwise_dynamic_convolution, channels, width, residual, activation)
         self.heads = _heads(channels, head_size)
-        self.generator_columns = self.heads * width
-        filters = torch.empty(width, channels, device=device, dtype=dtype)
-        self.static_filter = nn.Parameter(filters) if static_filter else None
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.generator = _ZeroLinear(generator_width, self.heads * width, bias=False, **place)
+        self.static_filter = nn.Parameter(torch.empty(width, channels, **place)) if static_filter else None
         self._reset_filters()
 
-    def init_projection(
-        self,
-        weight: Tensor,  # [D + generator_columns, inputs], as in nn.Linear
-    ) -> None:
-        """Zero the rows that compute the dynamic filters, so that only the static filter acts at the start.
-
-        Raises ValueError where the weight has no such rows.
-        """
-        if len(weight) != self.channels + self.generator_columns:
-            wanted = self.channels + self.generator_columns
-            raise ValueError(f"weight must have {wanted} rows; got {len(weight)}; widen the projection")
-        kept, zeroed = weight.detach().split([self.channels, self.generator_columns])
-        # A slice of a row-sharded DTensor is a copy, so zeroing it in place would change nothing.
-        with torch.no_grad():
-            weight.copy_(torch.cat([kept, torch.zeros_like(zeroed)]))
+    @property
+    def generator_map(self) -> nn.Linear:
+        return self.generator
 
     def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
-        x, weight = self._split(x, self.generator_columns)
+        x, weight = self._split(x)
         return x, weight.unflatten(2, (self.heads, self.width))
 
     def extra_repr(self) -> str:
@@ -343,9 +359,8 @@ def optimizer_groups(
 
     "matrices": the weights of linear maps. They take weight decay, and Muon (torch.optim.Muon) can optimise them.
     "decayed": all other parameters of two or more dimensions, mainly embeddings. They take weight decay, under AdamW.
-    "undecayed": gains, biases, and all parameters of short convolutions: weight decay and Muon are not meant for
-    filters and their bases. Generators that a convolution owns belong here too. The fused modules own none: theirs are
-    rows of the caller's projection, which is one of the matrices.
+    "undecayed": gains, biases, and all parameters of short convolutions, generators included: weight decay and Muon are
+    not meant for filters and their bases.
 
     The groups follow from the types of the modules. Call this after `fully_shard`, `to_empty` or
     `load_state_dict(assign=True)`, because these replace the parameters. A weight that a linear map shares with an
@@ -378,17 +393,36 @@ def project_together(
     """Apply a linear map and the convolutions' generators to one input with a single matrix product.
 
     A generator has few outputs, so a matrix product of its own is bound by reading the whole input, and its backward
-    pass by writing and adding another gradient of the input's size. Raises ValueError if a tensor is a DTensor.
+    pass by writing and adding another gradient of the input's size. Raises ValueError if a tensor is a DTensor, for a
+    module without a generator of its own, and for shapes that do not fit.
     """
+    for convolution in convolutions:
+        if not isinstance(convolution, HeadwiseDynamicConv | LowRankDynamicConv):
+            got = type(convolution).__name__
+            raise ValueError(f"convolutions must be HeadwiseDynamicConv or LowRankDynamicConv; got {got}; leave it out")
     generators = [convolution.generator_map for convolution in convolutions]
-    if any_sharded([weight, generator_input, *(generator.weight for generator in generators)]):
-        raise ValueError("project_together takes no DTensors; got one; give each convolution generator_input")
-    assert all(generator.bias is None for generator in generators)
+    widths = [len(weight), *(generator.out_features for generator in generators)]
+    together = _one_product(weight, generators, generator_input)
+    return together.split([*widths, together.shape[-1] - sum(widths)], 2)[:-1]
+
+
+def _one_product(
+    weight: Tensor,  # [D, G]
+    generators: Sequence[nn.Linear],  # without bias
+    generator_input: Tensor,  # [B, T, G]
+) -> Tensor:  # [B, T, D + columns of all generators + padding], with rows that all start at a cache line
     weights = [weight, *(generator.weight for generator in generators)]
-    widths = [len(part) for part in weights]
-    widths.append(-sum(widths) % _CACHE_LINE_VALUES)
-    together = torch.cat([*weights, weight.new_zeros(widths[-1], weight.shape[1])])
-    return F.linear(generator_input, together).split(widths, 2)[:-1]
+    if any_sharded([generator_input, *weights]):
+        raise ValueError("one product of several maps takes no DTensors; got one; apply each map by itself")
+    assert all(generator.bias is None for generator in generators)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [D, G], as in nn.Linear; got {list(weight.shape)}; pass the map's weight")
+    for part in weights:
+        if generator_input.dim() != 3 or generator_input.shape[2] != part.shape[1]:
+            wanted, got = part.shape[1], list(generator_input.shape)
+            raise ValueError(f"generator_input must be [B, T, {wanted}]; got {got}; match the maps")
+    padding = -sum(len(part) for part in weights) % _CACHE_LINE_VALUES
+    return F.linear(generator_input, torch.cat([*weights, weight.new_zeros(padding, weight.shape[1])]))
 
 
 def _check_made(name: str, made: Tensor, x: Tensor, columns: int) -> None:

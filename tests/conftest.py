@@ -63,7 +63,7 @@ def dataset(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return Dataset.open(build(tiny_data, tmp_path_factory.mktemp("cache"), progress=False))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_run(tiny_data: DataConfig) -> RunConfig:
     """25 steps, the last batch short, evaluated every 8 steps."""
     return RunConfig(

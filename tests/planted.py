@@ -67,11 +67,15 @@ def write_config(store: Path, arm: str = "transformer", size: str = "1M", seed: 
     return run_dir
 
 
-def write_run(run_dir: Path, loss: float, *, steps: int = 4, tokens: int = 20_000_000) -> None:
-    """Log a whole run that ends at `loss` after `steps` steps of a hundredth of a second."""
+def write_run(
+    run_dir: Path, loss: float, *, steps: int = 4, tokens: int = 20_000_000, gradient_norm: float = 1.0
+) -> None:
+    """Log a whole run that ends at `loss` after `steps` steps of a hundredth of a second, the last of which has the
+    `gradient_norm`."""
     log = RunLog(run_dir, attempt=next_attempt(run_dir), first_step=1, about=ABOUT)
     for step in range(1, steps + 1):
-        log.step(step, tokens * step // steps, loss + 1 / step, 1.0, 3e-4, 0.01)
+        norm = gradient_norm if step == steps else 1.0
+        log.step(step, tokens * step // steps, loss + 1 / step, norm, 3e-4, 0.01)
     log.evaluation(steps, tokens, "text", {"loss": loss, "bits_per_byte": loss / 3}, 0.02)
     log.finish({})
 

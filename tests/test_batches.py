@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from texts import all_tokens
 
-from experiments.data.batches import Batches, held_out, permute
+from experiments.data.batches import Batches, held_out
 from experiments.data.dataset import Dataset
+from experiments.draws import permute
 
 
 @given(st.integers(1, 3000), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
-from texts import all_tokens, expected_documents, make_texts, specify, visible, write_txt
+from texts import END_OF_TEXT, all_tokens, expected_documents, make_texts, specify, visible, write_txt
 from tokenizers import Tokenizer
 
 from experiments.data import build as build_module
@@ -65,7 +65,7 @@ def dataset_in_pieces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_shards_decode_to_the_documents(split: str, built: str, request: pytest.FixtureRequest) -> None:
     dataset: Dataset = request.getfixturevalue(built)
     decoder = Tokenizer.from_file(str(dataset.path / "tokenizer.json"))
-    end = decoder.token_to_id(tokenizer.END_OF_TEXT)
+    end = decoder.token_to_id(END_OF_TEXT)
     ids = all_tokens(dataset, split)
     parts = np.split(ids, dataset.document_starts(split)[1:].astype(np.int64))
     expected = expected_documents(make_texts(), split)[: len(parts)]
@@ -190,6 +190,20 @@ def test_a_complete_dataset_is_found_not_built(corpus: Path, tmp_path: Path, mon
         assert (now.st_ino, now.st_size, now.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
 
 
+def test_touched_moved_and_renamed_text_is_not_built_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(specify(corpus), tmp_path / "cache")
+    monkeypatch.setattr(build_module, "_write_dataset", lambda *_: pytest.fail("built again"))
+    shutil.copytree(corpus, tmp_path / "copy")
+    (tmp_path / "copy" / "0000.txt").rename(tmp_path / "copy" / "renamed.txt")
+    assert build(specify(tmp_path / "copy"), tmp_path / "cache") == first
+    (tmp_path / "copy" / "0001.txt").touch()
+    assert build(specify(tmp_path / "copy"), tmp_path / "cache") == first
+    monkeypatch.setattr(build_module, "file_sha256", lambda _: pytest.fail("read again, though nobody wrote to it"))
+    assert build(specify(tmp_path / "copy"), tmp_path / "cache") == first
+
+
 def test_another_specification_or_other_text_is_another_dataset(tmp_path: Path) -> None:
     folder = write_txt(tmp_path / "txt", make_texts())
     first = build(specify(folder), tmp_path / "cache")
@@ -302,8 +316,8 @@ def test_embedded_corpus_is_what_every_installation_has(tmp_path: Path, monkeypa
     monkeypatch.setattr(sysconfig, "get_path", lambda key: str(tmp_path / places[key]))
 
     spec = DataConfig(vocabulary=512, train_tokens=2, validation_tokens=2)
-    assert [file.name for file in find_files(spec)] == kept
-    with_site = find_files(replace(spec, site_packages=True))
+    assert [file.name for file in find_files(spec).files] == kept
+    with_site = find_files(replace(spec, site_packages=True)).files
     assert [file.name for file in with_site] == [*kept, "p/f.py"]
 
 

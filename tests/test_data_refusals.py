@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from texts import make_texts, specify, visible, write_txt
+from texts import END_OF_TEXT, make_texts, specify, visible, write_txt
 
 from experiments.cli.main import main
 from experiments.data import build as build_module
-from experiments.data import shards, tokenizer
+from experiments.data import dataset as dataset_module
+from experiments.data import shards
 from experiments.data.build import build
 from experiments.data.dataset import MANIFEST, Dataset
 from experiments.data.inspect import inspect
@@ -57,9 +59,19 @@ def broken_link(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: f, "must be a folder; got .*bad.* not there; give the folder"),
-        (lambda f: write(f, "text") / "bad", "must be a folder; got .* a file; give the folder"),
-        (lambda f: write(f / "a.md", "text"), "must hold .txt or .jsonl or .parquet files; got none under .*bad;"),
+        (lambda f: f, "must be a folder, or one file of .*; got .*bad.* not there; give the folder"),
+        (
+            lambda f: write(f, "text") / "bad",
+            "must be a folder, or one file of .*; got .* another file; give the folder",
+        ),
+        (
+            lambda f: write(f / "a.txt", "text") / "a.txt",
+            "must have a separator; got .*a.txt.*; set what stands between",
+        ),
+        (
+            lambda f: write(f / "a.md", "text"),
+            r"must hold .arrow, .*or .txt.zst files; got none under .*bad, but 1 .md;",
+        ),
         (lambda f: write(f / "a.txt", ""), "must hold text; got 1 empty and 0 undecodable"),
         (lambda f: write(f / "a.txt", b"\xff"), "must hold text; got 0 empty and 1 undecodable"),
         (lambda f: write(f / "a.jsonl", '{"text": "\\ud800"}'), "must hold text; got 0 empty and 1 undecodable"),
@@ -158,8 +170,7 @@ def edited_tokenizer(dataset: Dataset, edit: Callable[[dict[str, Any]], object])
 def rename_end(content: dict[str, Any]) -> None:
     content["added_tokens"][0]["content"] = "<|end|>"
     content["model"]["vocab"] = {
-        "<|end|>" if token == tokenizer.END_OF_TEXT else token: number
-        for token, number in content["model"]["vocab"].items()
+        "<|end|>" if token == END_OF_TEXT else token: number for token, number in content["model"]["vocab"].items()
     }
 
 
@@ -167,11 +178,22 @@ def rename_end(content: dict[str, Any]) -> None:
     ("edit", "vocabulary", "message"),
     [
         (None, 300, "must be a Hugging Face tokenizer.json; got"),
-        (lambda content: content, 301, "vocabulary of the specification, 301; got 300 tokens, .* 299; set"),
-        (lambda content: content.update(decoder=None), 300, "decoder ByteLevel, .*; got None"),
-        (lambda content: content.update(decoder={"type": "Fuse"}), 300, "decoder ByteLevel, .*; got Fuse"),
-        (rename_end, 300, r"must have the token <\|endoftext\|>"),
-        (lambda content: content.update(normalizer={"type": "NFC"}), 300, "normalizer None, .*; got NFC; give"),
+        (
+            lambda content: content,
+            299,
+            "vocabulary of the specification, 299; got 300 tokens, .* 299; set vocabulary to 300",
+        ),
+        (lambda content: content.update(decoder=None), 300, r"keep every byte; got \d+ bytes of"),
+        (lambda content: content.update(decoder={"type": "Fuse"}), 300, r"keep every byte; got \d+ bytes of"),
+        (rename_end, 300, r"must have the token <\|endoftext\|>; got none; set end_of_text .*\(<\|end\|>\)"),
+        (
+            lambda content: content.update(
+                normalizer={"type": "Replace", "pattern": {"String": "def"}, "content": "fed"}
+            ),
+            300,
+            r"give back every character; got 'fed.* for 'def.*; give",
+        ),
+        (lambda content: content.update(normalizer={"type": "NFD"}), 300, r"keep every byte; got \d+ bytes of"),
         (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), 300, r"keep every byte; got \d+"),
     ],
 )
@@ -225,7 +247,7 @@ def without(key: str) -> Callable[[Path], object]:
 
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[7] ^= 1
+    content[6] ^= 1  # of the lower byte: another token of the vocabulary
     path.write_bytes(content)
 
 
@@ -267,6 +289,51 @@ def test_a_damaged_dataset_is_refused(
     if damage is not flip_a_bit:  # lengths are checked at every opening, contents on request
         with pytest.raises(ValueError, match=message):
             build(tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize("crc", [True, False])  # datasets of older versions have no checksums of blocks
+@pytest.mark.parametrize("block_bytes", [64, 2**20])
+def test_a_run_spot_checks_its_data(
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, crc: bool
+) -> None:
+    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", block_bytes)
+    data = Dataset.open(build(tiny_data, tmp_path))
+    if not crc:
+        for entry in data.manifest["files"].values():
+            del entry["crc32"]
+    data.spot_check("a run")
+    blocks = sum(-(-entry["bytes"] // block_bytes) for entry in data.manifest["files"].values())
+    assert (blocks > 1000) == (block_bytes == 64)
+
+    def check() -> None:  # many runs look at 64 blocks each
+        for run in range(1 if block_bytes > 64 else 200):
+            data.spot_check(f"run {run}")
+
+    flip_a_bit(data.path / "train-00000.bin")
+    if crc:
+        with pytest.raises(ValueError, match=r"train-00000.bin must be as it was built; got .* bytes 0 to \d+; remove"):
+            check()
+    with (data.path / "train-00000.bin").open("r+b") as shard:
+        shard.write(np.full(2000, 300, "<u2").tobytes())
+    with pytest.raises(
+        ValueError, match=r"train-00000.bin must (be as it was|hold tokens below .*, 300; got 300; rem)"
+    ):
+        check()
+
+
+def test_a_token_outside_the_vocabulary_is_refused_where_it_is_met(tiny_data: DataConfig, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 1000)
+        path = build(tiny_data, tmp_path)
+    with (path / "train-00002.bin").open("r+b") as shard:
+        shard.seek(2 * 700)
+        shard.write(np.array([65_535], "<u2").tobytes())
+    data = Dataset.open(path)
+    data.windows("train", np.array([0, 2701]), 200)
+    with pytest.raises(
+        ValueError, match=r"train-00002.bin must hold tokens below the vocabulary, 300; got 65535; remove"
+    ):
+        data.windows("train", np.array([0, 2501]), 200)
 
 
 @pytest.mark.parametrize("key", ["python", "corpus"])

@@ -157,11 +157,9 @@ def test_a_checkpoint_goes_on_in_either_kind_of_step(
     first = ahead(tiny_run, 8)
     losses = [step.loss for step in first.advance()]
     assert len(losses) == 8
-    checkpoints.save(tmp_path, 8, first.state_dict())
+    checkpoints.save(tmp_path, first.state(), ALONE)
     for trainer, tolerance in ((ahead(tiny_run, 3), 0.0), (assemble(tiny_run, dataset, CPU, ALONE), 1e-5)):
-        state = checkpoints.load_newest(tmp_path, tiny_run.run_id)
-        assert state is not None
-        trainer.load_state_dict(state)
+        assert checkpoints.load_newest(tmp_path, tiny_run.run_id, trainer, ALONE) == []
         rest = [trainer.step().loss for _ in range(17)]
         assert losses + rest == pytest.approx(straight, rel=tolerance, abs=0)
 
@@ -280,14 +278,12 @@ def test_a_gpu_checkpoint_goes_on_on_a_gpu_and_on_a_cpu(tiny_run: RunConfig, dat
     trainer = gpu_trainer(tiny_run, dataset)
     for _ in range(5):
         trainer.step()
-    checkpoints.save(tmp_path, 5, trainer.state_dict())
-    state = checkpoints.load_newest(tmp_path, tiny_run.run_id)
-    assert state is not None
+    checkpoints.save(tmp_path, trainer.state(), ALONE)
     expected = [trainer.step().loss for _ in range(5)]
     cpu = assemble(tiny_run, dataset, CPU, ALONE)
-    cpu.load_state_dict(state)
     again = assemble(tiny_run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
-    again.load_state_dict(state)
+    for resumed in (cpu, again):
+        assert checkpoints.load_newest(tmp_path, tiny_run.run_id, resumed, ALONE) == []
     again.warm_up()
     for want in expected:
         assert again.step().loss == pytest.approx(want, rel=1e-3)

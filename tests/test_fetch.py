@@ -12,8 +12,9 @@ from pyarrow import parquet
 from analysis.errors import WorkFailed
 from experiments.cli.main import main
 from experiments.data.copies import NearCopies
-from experiments.data.corpus import find_files, read_documents
+from experiments.data.corpus import find_files
 from experiments.data.fetch import LISTS, NOTE, Sources, fetch
+from experiments.data.formats import read_documents
 from experiments.design import strict
 from experiments.design.data import DataConfig
 
@@ -81,8 +82,9 @@ def test_wheels_become_a_corpus_that_says_what_it_left_out(
     table = parquet.read_table(tmp_path / "out" / "pkg-1.0.parquet").to_pydict()
     assert dict(zip(table["path"], table["text"], strict=True)) == KEPT
     spec = DataConfig(source=str(tmp_path / "out"), vocabulary=300, train_tokens=2, validation_tokens=2)
-    (file,) = find_files(spec)  # the note is not text of the corpus
-    assert [raw and raw.decode() for raw in read_documents(file, "text")] == list(KEPT.values())
+    (file,), not_read = find_files(spec)
+    assert not_read == {".md": 1}  # the note
+    assert [raw and raw.decode() for raw in read_documents(file.path, spec)] == list(KEPT.values())
 
     size = sum(len(content.encode()) for content in KEPT.values())
     assert f"| pkg | 1.0 | MIT | 2 | {size:,} |" in note

@@ -152,7 +152,7 @@ def test_ctrl_c_saves_the_state_and_submit_goes_on(
     assert "stopping 1 runs; their state is being saved" in (tmp_path / "stderr").read_text()
     stopped = state_of(store, long_run)
     assert (stopped.state, stopped.cause) == ("lost", "stopped with its state saved; submit again to go on")
-    assert len(list((run_dir / "checkpoint").glob("*.pt"))) == 1
+    assert len(list((run_dir / "checkpoint").glob("step-*"))) == 1
     done = read_rows(run_dir, "steps").table["step"].to_pylist()
     assert done == list(range(1, len(done) + 1))
     assert submit([long_run], store).unsuccessful == []

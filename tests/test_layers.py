@@ -26,8 +26,8 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "static": lambda **more: StaticShortConv(CHANNELS, WIDTH, **more),
     "headwise": lambda **more: HeadwiseDynamicConv(CHANNELS, GENERATOR, WIDTH, head_size=3, **more),
     "lowrank": lambda **more: LowRankDynamicConv(CHANNELS, GENERATOR, WIDTH, rank=2, **more),
-    "fused headwise": lambda **more: FusedHeadwiseConv(CHANNELS, WIDTH, head_size=3, **more),
-    "fused lowrank": lambda **more: FusedLowRankConv((8, 4), WIDTH, rank=3, **more),
+    "fused headwise": lambda **more: FusedHeadwiseConv(CHANNELS, GENERATOR, WIDTH, head_size=3, **more),
+    "fused lowrank": lambda **more: FusedLowRankConv((8, 4), GENERATOR, WIDTH, rank=3, **more),
 }
 
 
@@ -94,12 +94,23 @@ def test_fused_low_rank_is_each_branch_alone() -> None:
 
 
 def test_fused_headwise_starts_as_its_static_filter() -> None:
-    fused = FusedHeadwiseConv(CHANNELS, WIDTH, head_size=3)
-    projection = nn.Linear(5, CHANNELS + fused.generator_columns, bias=False)
-    fused.init_projection(projection.weight)
-    projected = projection(torch.randn(2, 7, 5))
+    fused = _module("fused headwise", trained=False)
+    projected = fused.project(torch.randn(CHANNELS, GENERATOR), torch.randn(2, 7, GENERATOR))
     expected = static_convolution(projected[..., :CHANNELS], fused.static_filter, residual=True)
     torch.testing.assert_close(fused(projected), expected)
+
+
+@pytest.mark.parametrize("kind", ["headwise", "lowrank"])
+def test_a_fused_module_is_the_plain_one_with_its_parameters(kind: str) -> None:
+    """The names of the parameters, their values and their groups for optimizers are the same."""
+    plain = _module(kind)
+    fused = _module("fused headwise") if kind == "headwise" else FusedLowRankConv((12,), GENERATOR, WIDTH, rank=2)
+    fused.load_state_dict(plain.state_dict())
+    weight, x = torch.randn(CHANNELS, GENERATOR), torch.randn(2, 7, GENERATOR)
+    torch.testing.assert_close(fused(fused.project(weight, x)), plain(x @ weight.T, x))
+    groups = [{name: list(group) for name, group in optimizer_groups(module).items()} for module in (plain, fused)]
+    assert groups[0] == groups[1]
+    assert groups[0]["matrices"] == []
 
 
 class Model(nn.Module):
@@ -213,7 +224,7 @@ def test_repr_says_what_it_is() -> None:
     assert "channels=12, width=4, residual=True, static_filter=True, heads=4" in repr(_module("headwise"))
     assert "residual=True, static_filter=True, rank=2" in repr(_module("lowrank"))
     assert "residual=True, static_filter=True, rank=3, branches=(8, 4)" in repr(_module("fused lowrank"))
-    assert "static_filter=False, rank=16" in repr(FusedLowRankConv((8, 4), static_filter=False))
+    assert "static_filter=False, rank=16" in repr(FusedLowRankConv((8, 4), 5, static_filter=False))
 
 
 @pytest.mark.parametrize(
@@ -221,21 +232,52 @@ def test_repr_says_what_it_is() -> None:
     [
         (lambda: HeadwiseDynamicConv(12, 4, head_size=5), "head_size must divide the channels; got 5 and 12"),
         (lambda: HeadwiseDynamicConv(12, 4, head_size=0), "head_size must be at least 1; got 0"),
-        (lambda: FusedLowRankConv(()), "channels must be at least 1; got 0"),
-        (lambda: FusedLowRankConv((8, -4)), "a branch must be at least 1; got -4"),
+        (lambda: FusedLowRankConv((), 5), "channels must be at least 1; got 0"),
+        (lambda: FusedLowRankConv((8, -4), 5), "a branch must be at least 1; got -4"),
         (
-            lambda: FusedLowRankConv((8, 4), rank=3)(torch.ones(2, 5, 12)),
+            lambda: FusedLowRankConv((8, 4), 5, rank=3)(torch.ones(2, 5, 12)),
             "x must have 12 channels and 6 generator columns; got 12 in all; mind the",
         ),
         (
-            lambda: FusedHeadwiseConv(12, head_size=3)(torch.ones(2, 5, 12)),
+            lambda: FusedHeadwiseConv(12, 5, head_size=3)(torch.ones(2, 5, 12)),
             "and 16 generator columns; got 12",
         ),
-        (lambda: FusedHeadwiseConv(12, head_size=3).init_projection(torch.ones(12, 5)), "must have 28 rows; got 12"),
+        (
+            lambda: FusedHeadwiseConv(12, 5, head_size=3).project(torch.ones(12, 4), torch.ones(2, 5, 4)),
+            r"generator_input must be \[B, T, 5\]; got \[2, 5, 4\]; match the maps",
+        ),
+        (
+            lambda: project_together(torch.ones(12, 5), [], torch.ones(2, 5, 4)),
+            r"generator_input must be \[B, T, 5\]; got \[2, 5, 4\]; match the maps",
+        ),
+        (
+            lambda: project_together(torch.ones(12, 4), [LowRankDynamicConv(6, 5)], torch.ones(2, 5, 4)),
+            r"generator_input must be \[B, T, 5\]; got \[2, 5, 4\]; match the maps",
+        ),
+        (
+            lambda: project_together(torch.ones(12, 4), [], torch.ones(5, 4)),
+            r"generator_input must be \[B, T, 4\]; got \[5, 4\]; match the maps",
+        ),
+        (
+            lambda: project_together(torch.ones(12), [], torch.ones(2, 5, 4)),
+            r"must be \[D, G\].*; got \[12\]; pass",
+        ),
+        (
+            lambda: project_together(torch.ones(12, 4), [StaticShortConv(6)], torch.ones(2, 5, 4)),
+            "convolutions must be HeadwiseDynamicConv or LowRankDynamicConv; got StaticShortConv; leave it out",
+        ),
+        (
+            lambda: LowRankDynamicConv(6, 4)(torch.ones(2, 5, 6), torch.ones(2, 5, 4), generated=torch.ones(2, 5, 16)),
+            "generated replaces generator_input; got both; give one of them",
+        ),
+        (
+            lambda: StaticShortConv(6)(torch.ones(2, 5, 6), generated=torch.ones(2, 5, 16)),
+            "generated must be None where filters are static or come with x; got one; leave it out",
+        ),
         (lambda: StaticShortConv(-6), "channels must be at least 1; got -6"),
         (lambda: StaticShortConv(6, width=0), "width must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6, rank=0), "rank must be at least 1; got 0"),
-        (lambda: FusedLowRankConv((4, 2), rank=0), "rank must be at least 1; got 0"),
+        (lambda: FusedLowRankConv((4, 2), 5, rank=0), "rank must be at least 1; got 0"),
         (lambda: LowRankDynamicConv(6, 6)(torch.ones(2, 5, 6)), "needs generator_input"),
         (lambda: StaticShortConv(6)(torch.ones(2, 5, 7)), "x must have 6 channels; got 7 in all"),
         (

@@ -1,5 +1,6 @@
 """The control whose filters are generated from another sequence: which one, causality, micro-batches and processes."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,28 @@ def test_micro_batches_change_rounding_only(odd_run: RunConfig, dataset: Dataset
         assert split == pytest.approx(whole, rel=2e-6)  # measured: 3e-7
     plain = replace(odd_run, model=replace(odd_run.model, conv=LowRankConvolution(QKV, rank=2)))
     assert max(np.abs(np.subtract(losses(assemble(plain, dataset, CPU, ALONE)), whole))) > 1e-4
+
+
+def test_held_out_sequences_are_conditioned_on_the_other_half_of_the_set(odd_run: RunConfig, dataset: Dataset) -> None:
+    """Each scored beside its partner, by hand; beside its neighbour in the text it would score otherwise."""
+    trainer = assemble(odd_run, dataset, replace(CPU, micro_batch=4), ALONE)
+    for _ in range(3):
+        trainer.step()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    evaluation = trainer.evaluate(lambda: False)
+    assert evaluation is not None
+    inputs, targets = (torch.from_numpy(each) for each in trainer.task.held_out[:2])
+
+    def loss(partner: Callable[[int], int]) -> float:
+        with torch.no_grad():
+            logits = [trainer.model(inputs[[i, partner(i)]]).logits[0] for i in range(31)]
+        return float(torch.nn.functional.cross_entropy(torch.cat(logits), targets.flatten()))
+
+    by_hand = loss(lambda i: (i + 16) % 32 % 31)  # pairs (0, 16), ..., (14, 30), and 15 beside 0 again
+    assert evaluation.metrics["loss"] == pytest.approx(by_hand, rel=1e-6)
+    assert abs(by_hand - loss(lambda i: min(i ^ 1, 30))) > 1e-4
 
 
 def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:

@@ -14,7 +14,6 @@ from torch import multiprocessing as mp
 from torch.testing._internal.two_tensor import TwoTensor
 
 from dynconv.layers import (
-    FusedHeadwiseConv,
     FusedLowRankConv,
     HeadwiseDynamicConv,
     LowRankDynamicConv,
@@ -105,7 +104,10 @@ def check_refusals(mesh: Any) -> None:
         (lambda: module(x, x), "got the generator's weight as one and generator_input as a plain tensor"),
         (lambda: module(x, whole), "got weight as one and x as a plain tensor"),
         (lambda: module(whole, x), "got the generator's weight as one and generator_input as a plain"),
-        (lambda: project_together(torch.randn(6, 6), [module], x), "project_together takes no DTensors"),
+        (
+            lambda: project_together(torch.randn(6, 6), [module], x),
+            "takes no DTensors; got one; apply each",
+        ),
         (lambda: convolve(tensor(2, 6, 6, placement=Shard(1)), static), r"or channels; got S\(1\); redistribute it"),
         (lambda: convolve(DTensor.from_local(x, mesh, [Partial()]), static), r"or channels; got P.*; redistribute it"),
         (lambda: convolve(tensor(3, 5, 6, placement=Shard(0)), static), "B must be a multiple .*; got 3 in 2; repl"),
@@ -134,7 +136,7 @@ def check_modules_in_columns(mesh: Any) -> None:
     torch.manual_seed(0)
     x, generator_input = torch.randn(2, 5, 24), torch.randn(2, 5, 7)
     modules = [StaticShortConv(24), HeadwiseDynamicConv(24, 7, head_size=3), LowRankDynamicConv(24, 7, rank=3)]
-    modules.append(FusedLowRankConv((24,), rank=7))
+    modules.append(FusedLowRankConv((24,), 7, rank=7))
     for module in modules:
         for parameter in module.parameters():
             nn.init.normal_(parameter)
@@ -151,20 +153,6 @@ def check_modules_in_columns(mesh: Any) -> None:
         got = module(*(distribute_tensor(a, mesh, p) for a, p in zip(arguments, places, strict=False)))
         assert relative_error(got.full_tensor(), want.double()) < CLOSE
         got.sum().backward()
-
-
-def check_init_projection(mesh: Any) -> None:
-    """A projection that is sharded by rows, as by fully_shard, is initialised as a plain one is."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    fused = FusedHeadwiseConv(6, head_size=3)
-    plain = torch.randn(6 + fused.generator_columns, 4)
-    sharded = distribute_tensor(plain, mesh, [Shard(0)])
-    fused.init_projection(sharded)
-    assert sharded.placements == (Shard(0),)
-    whole = sharded.full_tensor()
-    assert torch.equal(whole[:6], distribute_tensor(plain, mesh, [Shard(0)]).full_tensor()[:6])
-    assert not whole[6:].any()
 
 
 def check_compiled(mesh: Any) -> None:
@@ -195,7 +183,6 @@ def process(rank: int, folder: Path) -> None:
     check_modules_in_columns(mesh)
     check_fully_sharded(mesh)
     check_refusals(mesh)
-    check_init_projection(mesh)
     check_compiled(mesh)
     dist.barrier()
     # Leave at once: at the interpreter's end, a thread of the process group that is still running aborts the process

@@ -170,12 +170,14 @@ class Projected(nn.Module):
 
     def __init__(self, conv: nn.Module, channels: int) -> None:
         super().__init__()
-        self.projection = nn.Linear(16, channels + getattr(conv, "generator_columns", 0))
+        self.projection = nn.Linear(16, channels, bias=not hasattr(conv, "project"))
         self.conv = conv
         for parameter in conv.parameters():  # none at zero, so that every path shows
             nn.init.normal_(parameter, std=0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, 16] -> [B, T, D]
+        if hasattr(self.conv, "project"):
+            return self.conv(self.conv.project(self.projection.weight, x))
         return self.conv(self.projection(x), x)
 
 
@@ -185,8 +187,8 @@ def projected(kind: str, channels: int = 24) -> tuple[Projected, Tensor]:
         "static": lambda: StaticShortConv(channels),
         "headwise": lambda: HeadwiseDynamicConv(channels, 16, head_size=8),
         "lowrank": lambda: LowRankDynamicConv(channels, 16, rank=5),
-        "fused headwise": lambda: FusedHeadwiseConv(channels, head_size=8),
-        "fused lowrank": lambda: FusedLowRankConv((channels // 3 * 2, channels // 3), rank=5),
+        "fused headwise": lambda: FusedHeadwiseConv(channels, 16, head_size=8),
+        "fused lowrank": lambda: FusedLowRankConv((channels // 3 * 2, channels // 3), 16, rank=5),
     }[kind]()
     return Projected(conv, channels).to(DEVICE), torch.randn(2, 37, 16, device=DEVICE, requires_grad=True)
 

@@ -24,9 +24,10 @@ from submitit.local.local import LocalExecutor, LocalJob
 from analysis.logs.reader import read_rows, status
 from analysis.logs.writer import record_failure
 from experiments.design.config import RunConfig
-from experiments.training import checkpoints as checkpoint
+from experiments.training.checkpoints import State, save
+from experiments.training.job import Place
 from experiments.training.parallel import World
-from experiments.training.run import Run, RunFailed, _Place
+from experiments.training.run import Run, RunFailed
 
 Submitted = Callable[..., Path]
 
@@ -126,7 +127,7 @@ def test_a_preempted_run_saves_requeues_and_resumes(
     long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 600, evaluate_every=16 * 8 * 300))
     run_dir = submitted(long, tmp_path / "store", checkpoint_minutes=0.005)
     job = start(run_dir, processes)
-    wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*.pt"))))
+    wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
     job._process.send_signal(signal.SIGTERM)
     job.results()
     run = result(run_dir)
@@ -187,8 +188,8 @@ def test_a_failure_of_a_faster_process_is_kept(
         raise SystemExit(1)
         yield
 
-    monkeypatch.setattr("experiments.training.run._place", lambda: _Place(rank=0, size=2))
-    monkeypatch.setattr("experiments.training.run._world", killed_while_waiting)
+    monkeypatch.setattr("experiments.training.run.this_place", lambda: Place(rank=0, size=2))
+    monkeypatch.setattr("experiments.training.run.joined", killed_while_waiting)
     with pytest.raises(SystemExit):
         Run(run_dir)()
     assert json.loads((run_dir / "failure.json").read_text())["cause"] == "ValueError: no data on this node"
@@ -271,7 +272,7 @@ def test_a_run_logs_windows_step_by_step(
     steps, evals = (pq.read_table(run_dir / f"{kind}.parquet") for kind in ("steps", "evals"))
     assert steps["step"].to_pylist() == list(range(1, 26))
     assert evals["step"].to_pylist()[::2] == [8, 16, 24, 25]
-    assert checkpoint.load_branch_point(run_dir, 11)["steps_done"] == 11
+    assert [path.name for path in (run_dir / "branch-points").iterdir()] == ["step-0000000011"]
     seconds = json.loads((run_dir / "run.json").read_text())["seconds"]
     assert seconds["train"] == pytest.approx(sum(steps["seconds"].to_pylist()))
 
@@ -303,12 +304,13 @@ def test_bad_input_is_named(tiny_run: RunConfig, submitted: Submitted, tmp_path:
     fails_with(other_data, "the run was submitted with ffffffffffff")
 
     other_run = submitted(tiny_run, tmp_path / "other_run")
-    checkpoint.save(other_run, 3, {"run_id": "somebody-elses"})
+    somebody_elses = State({"run_id": "somebody-elses", "steps_done": 3}, {"w": torch.ones(2)})
+    save(other_run, somebody_elses, World(0, 1, torch.device("cpu")))
     fails_with(other_run, "is a checkpoint of run somebody-elses; wanted lowrank-qkv-tiny")
 
     no_gpu = submitted(tiny_run, tmp_path / "no_gpu", device="cuda")
     if not torch.cuda.is_available():
-        fails_with(no_gpu, "torch sees no GPU; set device = 'auto' or 'cpu'")
+        fails_with(no_gpu, "'cuda' was asked for and torch .* set device = 'auto' or 'cpu'")
 
 
 def test_a_run_started_too_often_has_failed(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """The sweep files of the package: published parameter counts, sisters at full and mini scale, and their axes."""
 
+import csv
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from experiments.design import strict
+from experiments.design.arms import ARMS
 from experiments.design.config import RunConfig
 from experiments.design.model import ModelConfig
 from experiments.design.sweep import Sweep, expand, load_sweep, read_sweep
+from experiments.tasks.registry import generators
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "sweeps"
 ABLATIONS = ("width", "rank", "head-size", "site", "qk-norm", "init", "form")
@@ -33,6 +36,22 @@ def test_ablations_have_the_published_numbers_of_parameters(name: str) -> None:
     runs = by_arm(f"ablation-{name}")
     assert {arm: round(runs[arm].model.parameters() / 1e6, 1) for arm in PUBLISHED[name]} == PUBLISHED[name]
     assert runs["transformer"].model.parameters() == 305_169_408
+
+
+def test_every_published_ablation_is_a_run() -> None:
+    """By what its sweep says of it: kind, sites, taps, rank or head size; the tokens to a millionth."""
+    facts = ("conv.kind", "conv.sites", "conv.width", "conv.rank", "conv.head_size")
+    text = (FOLDER.parent.parent / "results" / "published" / "points.csv").read_text()
+    rows = [row for row in csv.DictReader(text.splitlines()) if row["source"].startswith("ablation")]
+    assert len(rows) == 24
+    for row in rows:
+        panel = row["arm"].rpartition(" ")[0].replace(" ", "-")
+        wanted = [row[fact] for fact in facts]
+        runs = by_arm(f"ablation-{panel}").values()
+        (run,) = [run for run in runs if [str(run.facts().get(fact, "")) for fact in facts] == wanted]
+        assert run.counts.parameters == int(row["N"])
+        assert run.counts.tokens == pytest.approx(int(row["D"]), rel=1e-6)
+        assert run.counts.flops_exact == pytest.approx(float(row["flops_exact"]), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -157,5 +176,19 @@ def test_every_wiring_and_form_is_in_a_sweep() -> None:
 
 
 def test_files_that_share_a_text_share_its_dataset() -> None:
-    data = {read_sweep(path).data for path in FOLDER.glob("*.toml") if path.stem.startswith("mini-")}
-    assert len(data) == 1
+    data = {read_sweep(path).data for path in FOLDER.glob("*.toml") if path.stem != "demo"} - {None}
+    assert len(data) == len({each.source for each in data}) == 3  # None: generated tasks
+
+
+def test_sweeps_on_recall_have_every_arm_five_seeds_and_the_suites_tasks() -> None:
+    for name in ("mqar", "mini-mqar", "mad", "mini-mad"):
+        sweep = read_sweep(FOLDER / f"{name}.toml")
+        assert set(sweep.arms) == set(ARMS)
+        assert len(sweep.seeds) == 5
+    mad = {run.task_name: run for run in load_sweep(FOLDER / "mad.toml")}
+    assert [run.task.kind for run in mad.values()] == [task.replace("-", "_") for task in mad]
+    assert {run.task.kind for run in mad.values()} == {cls.kind for cls in generators() if cls.kind != "mqar"}
+    assert {run.epochs for run in mad.values()} == {200}  # as in arXiv 2403.17844, with batches of 128
+    assert {run.train.batch_sequences for run in mad.values()} == {128}
+    mqar = load_sweep(FOLDER / "mqar.toml")
+    assert sorted({run.task.key_length for run in mqar}) == [1, 2, 4, 8]

@@ -58,9 +58,9 @@ def test_shipped_sweeps_are_matched_within_a_thousandth(path: Path) -> None:
     runs, match = load_sweep(path), read_sweep(path).match
     assert len({run.run_id for run in runs}) == len(runs)
     assert path.stem == runs[0].sweep
-    baselines = {run.size: run for run in runs if run.arm == run.baseline}
+    baselines = {(run.task_name, run.size): run for run in runs if run.arm == run.baseline}
     for run in runs:
-        baseline = baselines[run.size]
+        baseline = baselines[run.task_name, run.size]
         if match == "flops":
             assert abs(exact(run) / exact(baseline) - 1) <= 1e-3
         else:

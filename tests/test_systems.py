@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_parallel import KINDS, STEPS, Job, course, in_processes
 from torch import Tensor
 
 from experiments.data.dataset import Dataset
@@ -21,6 +22,7 @@ from experiments.parts.swiglu import SwiGLU
 from experiments.training import checkpoints
 from experiments.training.assembly import assemble
 from experiments.training.parallel import World
+from experiments.training.rendezvous import process_group
 from experiments.training.run import Run
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -105,14 +107,33 @@ def test_it_learns_text_and_resumes_bit_for_bit(
     assert losses[-1] < losses[0] - 0.5
     first = assemble(run, dataset, CPU, ALONE)
     begun = [first.step().loss for _ in range(11)]
-    checkpoints.save(tmp_path, 11, first.state_dict())
+    checkpoints.save(tmp_path, first.state(), ALONE)
     resumed = assemble(run, dataset, CPU, ALONE)
-    state = checkpoints.load_newest(tmp_path, run.run_id)
-    assert state is not None
-    resumed.load_state_dict(state)
+    assert checkpoints.load_newest(tmp_path, run.run_id, resumed, ALONE) == []
     assert begun + [resumed.step().loss for _ in range(14)] == losses
     one, other = (torch.cat([p.detach().flatten() for p in t.model.parameters()]) for t in (straight, resumed))
     assert torch.equal(one, other)
+
+
+def _in_company(rank: int, size: int, job: Job) -> None:
+    with process_group("gloo", job.folder / "meeting", rank, size, ["here"]):
+        kinds = {kind: course(job.trainer(World(rank, size, torch.device("cpu"), kind)), STEPS) for kind in KINDS}
+    torch.save(kinds, job.folder / f"of-{rank}.pt")
+
+
+@pytest.mark.parametrize("name", ["moe", "mamba2 lowrank", "gated deltanet"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes are forked and run on CPUs")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch raises its own on import; fork beside threads
+def test_two_processes_train_as_one(name: str, tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    """Replicated or sharded; 13 steps of 8 sequences and one of 2, in micro-batches of 2."""
+    train = replace(tiny_run.train, tokens=16 * (8 * (STEPS - 1) + 2))
+    job = Job(tmp_path, replace(tiny_run, model=SYSTEMS[name], train=train), dataset.path)
+    expected = course(job.trainer(ALONE), STEPS)
+    in_processes(2, _in_company, job)
+    for kind, got in torch.load(tmp_path / "of-0.pt").items():
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5), kind
+        assert got["norms"] == pytest.approx(expected["norms"], rel=2e-4), kind
+        torch.testing.assert_close(got["weights"], expected["weights"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["moe lowrank", "mamba2 lowrank", "gated deltanet lowrank"])

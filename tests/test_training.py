@@ -1,7 +1,6 @@
 """The trainer: its schedule, its independence of how the work is split, resuming bit for bit, and divergence."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import ANY
@@ -13,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from experiments.data.dataset import Dataset
+from experiments.data.text import Text
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.schedules import Constant, Cosine, Linear, WarmupStableDecay
@@ -20,7 +20,6 @@ from experiments.design.train import Muon, TrainConfig
 from experiments.models.decoder import Decoder, Output
 from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, StaticConvolution
 from experiments.tasks.base import Examples, Task
-from experiments.tasks.text import Text
 from experiments.training import checkpoints as checkpoint
 from experiments.training.assembly import assemble
 from experiments.training.optimizers import make_optimizers
@@ -106,11 +105,9 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_run: RunConfig, dataset: Datas
     expected = [step.loss for step in steps(straight, 25)]
     first = assemble(tiny_run, dataset, CPU, ALONE)
     losses = [step.loss for step in steps(first, 11)]
-    checkpoint.save(tmp_path, 11, first.state_dict())
+    checkpoint.save(tmp_path, first.state(), ALONE)
     resumed = assemble(tiny_run, dataset, CPU, ALONE)
-    state = checkpoint.load_newest(tmp_path, tiny_run.run_id)
-    assert state is not None
-    resumed.load_state_dict(state)
+    assert checkpoint.load_newest(tmp_path, tiny_run.run_id, resumed, ALONE) == []
     losses += [step.loss for step in steps(resumed, 14)]
     assert losses == expected
     assert torch.equal(weights(resumed), weights(straight))
@@ -153,54 +150,6 @@ def test_a_micro_batch_is_no_larger_than_the_share(
     monkeypatch.setattr(trainer.model, "forward", lambda tokens: shapes.append(tokens.shape) or forward(tokens))
     trainer.step()
     assert shapes == [(8, 16)]
-
-
-def test_the_newest_course_wins_over_checkpoints_that_could_not_be_read(tmp_path: Path) -> None:
-    """A run that starts over saves lower steps than the torn files have, and must not delete what it just wrote."""
-    for step in (90, 100):
-        checkpoint.save(tmp_path, step, {"run_id": "x", "steps_done": step})
-    for path in (tmp_path / "checkpoint").iterdir():
-        path.write_bytes(b"torn")
-    (tmp_path / "checkpoint" / ".step-0000000110.pt.123.tmp").write_bytes(b"of a killed process")
-    checkpoint.save(tmp_path, 10, {"run_id": "x", "steps_done": 10})
-    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-0000000010.pt"]
-    state = checkpoint.load_newest(tmp_path, "x")
-    assert state is not None
-    assert state["steps_done"] == 10
-
-
-def test_checkpoints_of_other_runs_and_torn_ones(
-    tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = assemble(tiny_run, dataset, CPU, ALONE)
-    for step in (1, 2, 3):
-        trainer.step()
-        checkpoint.save(tmp_path, step, trainer.state_dict())
-    kept = sorted((tmp_path / "checkpoint").iterdir())
-    assert [path.name for path in kept] == ["step-0000000002.pt", "step-0000000003.pt"]
-    kept[1].write_bytes(kept[1].read_bytes()[:1000])
-    state = checkpoint.load_newest(tmp_path, tiny_run.run_id)
-    assert state is not None
-    assert state["steps_done"] == 2
-    assert "step-0000000003.pt is unreadable" in capsys.readouterr().err
-    with pytest.raises(
-        ValueError, match=r"step-0000000002\.pt is a checkpoint of run lowrank-qkv-tiny-s3-.*; wanted x"
-    ):
-        checkpoint.load_newest(tmp_path, "x")
-    state["data_sha256"] = "0" * 64
-    with pytest.raises(ValueError, match="was trained on data 000000000000; this run has"):
-        trainer.load_state_dict(state)
-
-
-def test_a_checkpoint_that_is_a_program_is_not_run(tmp_path: Path) -> None:
-    class Program:
-        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-            return (Path.touch, (str(tmp_path / "ran"),))  # type: ignore[return-value]
-
-    (tmp_path / "checkpoint").mkdir()
-    torch.save({"run_id": "x", "state": Program()}, tmp_path / "checkpoint" / "step-0000000001.pt")
-    assert checkpoint.load_newest(tmp_path, "x") is None
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

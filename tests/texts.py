@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.data.dataset import Dataset
-from experiments.data.tokenizer import END_OF_TEXT
 from experiments.design.data import DataConfig
+
+END_OF_TEXT = DataConfig.end_of_text
 
 # Many scripts, runs of white space, and the end-of-text token's own spelling, which is text in a document.
 WORDS = [*["def", "return", "self", "café", "naïve", "数据", "λ", "🙂", "==", "("], "\n\n    ", "\t", END_OF_TEXT]
@@ -46,8 +47,8 @@ def all_tokens(dataset: Dataset, split: str) -> NDArray[np.int64]:
 
 
 def visible(cache: Path) -> list[Path]:
-    """What a build left, but for its lock."""
-    return [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+    """What a build left, but for its lock and what it noted of a corpus's content."""
+    return [path for path in cache.iterdir() if not path.name.endswith((".lock", ".content"))]
 
 
 # A sweep of one run that takes a second, on a folder of text

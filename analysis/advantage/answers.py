@@ -8,6 +8,7 @@ from typing import Any
 from analysis.advantage.budgets import OfBudget
 from analysis.advantage.joint import Interval
 from analysis.laws.rates import Tuned
+from analysis.logs.learning import Unlearned
 from analysis.logs.selection import Excluded
 
 
@@ -78,4 +79,5 @@ class Multiplier:
     constancy: str | None = None  # "shown", "not shown" or "rejected"; None below three sizes
     change: Interval | None = None  # 90% interval of m at the largest compute over the mean m; decides `constancy`
     correlation_p: float | None = None  # p-value of the test that errors are independent over sizes; None if untestable
+    did_not_learn: tuple[Unlearned, ...] = ()  # of the arm and of the baseline, where there are such runs
     notes: tuple[str, ...] = ()  # how rows were selected, for information; problems are in `status`

@@ -35,9 +35,11 @@ from analysis.advantage.shifted import shifted_multipliers
 from analysis.advantage.single import require_below, single_size
 from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
+from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
 from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.laws.solver import Floats
+from analysis.logs.learning import unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
@@ -78,20 +80,32 @@ def multipliers(
     if not arms:
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
+        failures = unlearned(runs[runs["arm"].isin([baseline, arm])])
         try:
+            _require_learned(rows, (arm, baseline))
             both, tuned, lines = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+            if tuned:
+                failures = unlearned(runs[runs["arm"].isin([baseline, arm])], both, rate_column(both))
             pairs = pair(both, arm, baseline, convention, excluded, throughput)
             others = {name: pair(both, arm, baseline, name) for name in conventions_in(both) if name != convention}
             if floors and len(pairs.sizes) == 1:
                 answer = single_size(pairs, others, both, floors)
             else:
                 answer = compare(pairs, others, floors=floors, resamples=resamples, seed=seed)
-            found.append(_with_rates(replace(answer, notes=tuple(lines)), tuned))
+            answer = _with_rates(replace(answer, notes=tuple(lines)), tuned)
+            found.append(with_unlearned(answer, failures))
         except ValueError as error:
-            refused.append(f"{arm}: {error}")
+            refused.append(f"{arm}: {refusal(error, (arm, baseline), failures)}")
     if not found:
         raise ValueError("; ".join(refused))
     return at_once(found), refused
+
+
+def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
+    """Raises ValueError where an arm has no run that finished and learned."""
+    for arm in arms:
+        if not rows["arm"].eq(arm).any():
+            raise ValueError(f"no run of {arm} has finished and learned")
 
 
 def comparable(rows: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, list[Tuned], list[str]]:

@@ -9,7 +9,7 @@ design, is in analysis/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,9 @@ import numpy as np
 from scipy.special import stdtrit
 
 from analysis.laws.isocurves import Curves, Minima
-from analysis.laws.rates import for_a_law
+from analysis.laws.rates import for_a_law, rate_column
 from analysis.laws.solver import Bools, Floats
+from analysis.logs.learning import Unlearned, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, alike, choose_convention, finished, require_positive
 
@@ -91,7 +92,8 @@ class _Budget:
 def isoflop(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
     """Optima of every arm and budget, and each arm's law. Raises ValueError where N, D or compute is missing,
     and where no budget has enough sizes."""
-    return optima_of(usable_runs(runs, convention)[0], convention)
+    used, _, _ = usable_runs(runs, convention)
+    return optima_of(used, convention, unlearned(runs, used, rate_column(used)))
 
 
 def usable_runs(runs: pd.DataFrame, convention: str | None = None) -> tuple[pd.DataFrame, list[Excluded], list[str]]:
@@ -102,8 +104,11 @@ def usable_runs(runs: pd.DataFrame, convention: str | None = None) -> tuple[pd.D
     return used, excluded + others, lines
 
 
-def optima_of(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
-    """Like `isoflop`, for the runs that `usable_runs` returned."""
+def optima_of(
+    runs: pd.DataFrame, convention: str | None = None, failures: Mapping[str, Unlearned] | None = None
+) -> tuple[list[Optimum], list[Allocation]]:
+    """Like `isoflop`, for the runs that `usable_runs` returned. `failures` are the arms with runs that did not learn,
+    which the status of their law then says."""
     convention = choose_convention(runs, convention)
     column = CONVENTIONS[convention]
     for name, what in (("parameters", "N"), ("tokens", "D")):
@@ -115,7 +120,10 @@ def optima_of(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[O
     for arm, rows in runs.groupby("arm", sort=False):
         found, covariance = _arm_optima(str(arm), list(_budgets(rows, column)))
         optima += found
-        laws.append(_allocation(str(arm), found, covariance, convention))
+        law = _allocation(str(arm), found, covariance, convention)
+        if failures and (failed := failures.get(str(arm))):
+            law = replace(law, status=failed.remark if law.status == "ok" else f"{failed.remark}; {law.status}")
+        laws.append(law)
     if not any(item.points >= FEWEST_POINTS for item in optima):
         raise ValueError(
             f"no budget has {FEWEST_POINTS} sizes within {SAME_BUDGET:.0%} of compute; isoFLOP analysis needs several "

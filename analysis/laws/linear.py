@@ -17,6 +17,7 @@ import numpy as np
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval
 from analysis.laws.rates import at_best_rates, notes, rate_column
 from analysis.laws.solver import Floats, Loss, Problem
+from analysis.logs.learning import unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import alike, choose_convention, finished, require_positive
 
@@ -93,6 +94,7 @@ def fit_bilinear(
         )
     done, _ = finished(runs)
     done = done.assign(arm=done["arm"].fillna("all"))
+    failures = unlearned(runs)
     require_positive(done, "parameters", "N")
     try:
         done = done.assign(**{factor: done[factor].astype(float)})
@@ -108,6 +110,8 @@ def fit_bilinear(
         log_n, log_e, y = (np.log(rows[name].to_numpy(float)) for name in ("parameters", factor, "loss"))
         columns = {"a": log_n, "b": log_e, "c": log_n * log_e, "d": np.ones_like(y)}
         law = _fit(str(arm), "loss", columns, y, delta, resamples, seed, None)
+        if failed := failures.get(str(arm)):
+            law = replace(law, status=failed.remark if law.status == "ok" else f"{failed.remark}; {law.status}")
         found.append(replace(law, notes=lines))
     return found
 

@@ -40,6 +40,7 @@ class Points:
     cluster: tuple[str, ...]  # [n] equal for points that share an error, such as the arms and seeds of a size
     baseline: str  # the arm whose amplitudes are reported first
     sizes: Floats | None = None  # [n] N, to test whether the residuals of form c depend on it (adequacy.py)
+    missing: tuple[str, ...] = ()  # which runs are no points because they did not learn; the status repeats it
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _refuse_undetermined(points: Points, form: str, hold: Mapping[str, float]) -
 
 
 def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str:
-    faults = [f"{name} is at a bound" for name in certificate["bounds_hit"]]
+    faults = [*points.missing, *(f"{name} is at a bound" for name in certificate["bounds_hit"])]
     if not certificate["converged"]:
         faults.append("not converged")
     if certificate["starts_agree"] < 3:

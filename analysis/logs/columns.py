@@ -62,6 +62,8 @@ USUAL_NAMES = {  # our name -> usual names, in lower case with _ between words
         "heldout_loss",
     ),
     "bits_per_byte": ("bits_per_byte", "bpb", "val_bpb", "eval_bpb"),
+    "vocabulary": ("vocabulary", "vocab_size", "vocabulary_size", "n_vocab"),
+    "gradient_norm": ("gradient_norm", "grad_norm"),
     "tokenizer_sha256": ("tokenizer_sha256", "tokenizer"),
     "data_sha256": ("data_sha256", "data", "dataset"),
     "status": ("status", "state", "run_state", "sys_state", "done", "finished"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from analysis.logs.columns import format_columns, loss_unit
 from analysis.logs.points import run_types
+from analysis.logs.schema import LATER_COLUMNS
 from analysis.logs.store import Store, load
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class MergedStore(Store):
     @property
     def arguments(self) -> list[str]:
         columns = next((part.columns for part in self.parts if part.columns), {})
-        return [*(str(part.path) for part in self.parts), *format_columns(columns)]
+        return [*(str(part.path) for part in self.parts), *format_columns(columns), *self._condition]
 
     def rows(self, kind: str) -> pa.Table:
         import pyarrow as pa
@@ -71,7 +72,8 @@ def load_all(paths: Sequence[Path], columns: Mapping[str, str] | None = None) ->
         part.runs = _named_rows(part)
     runs, owners = _union(parts)
     problems = [problem for part in parts for problem in part.problems]
-    return MergedStore(paths[0], runs, problems, [d for part in parts for d in part.run_dirs], {}, parts, owners)
+    run_dirs = [run_dir for part in parts for run_dir in part.run_dirs]
+    return MergedStore(paths[0], runs, problems, run_dirs, parts=parts, owners=owners)
 
 
 def _points_file(path: Path) -> bool:
@@ -109,6 +111,8 @@ def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]]]:
 def _refuse_differing(run_id: str, one: Store, other: Store) -> None:
     rows = [store.runs[store.runs["run_id"] == run_id].iloc[0] for store in (one, other)]
     shared = [name for name in rows[0].index if name in rows[1].index]
+    known = rows[0].notna() & rows[1].notna().reindex(rows[0].index, fill_value=False)
+    shared = [name for name in shared if name not in LATER_COLUMNS or known[name]]
     different = [name for name in shared if not _equal(rows[0][name], rows[1][name])]
     if different:
         name = different[0]

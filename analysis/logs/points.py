@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.logs.columns import NATS, POINT_COLUMNS, measured, renaming, unit_of
 from analysis.logs.histories import last_of_each_run
+from analysis.logs.learning import mark_points
 from analysis.logs.numerals import decimal_mark, number, wrong_cells
 from analysis.logs.rawtables import read_raw
 from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS
@@ -60,11 +61,13 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
         points["loss_unit"] = unit
     points = _typed(path, _name_compute(path, points), {ours: theirs for theirs, ours in names.items()})
     states_given = "status" in points
+    points["_diverged"] = _diverged(points)
     points["status"] = _states(points)
     points, notes = last_of_each_run(path, points, states_given)
     if "loss_unit" in points and points["loss_unit"].fillna(NATS).nunique() > 1:
         units = ", ".join(points["loss_unit"].fillna(NATS).unique())
         raise ValueError(f"{path}: the losses are in several units ({units}); split the table")
+    points["did_not_learn"] = mark_points(points, points.pop("_diverged"))
     for flops, count in SIX_N_D.items():
         if {count, "tokens"} <= set(points) and flops not in points:
             points[flops] = 6.0 * points[count] * points["tokens"]
@@ -212,6 +215,15 @@ def _seeds(path: Path, cells: pd.Series) -> list[int | None]:
     if len(set(numbers.values())) < len(numbers):
         raise ValueError(f"{path}: the seeds {', '.join(sorted(numbers))} cannot be told apart as numbers; number them")
     return [None if label is None else numbers[label] for label in labels]
+
+
+def _diverged(points: pd.DataFrame) -> pd.Series:
+    """Which rows the table's own column `status` calls diverged."""
+    import pandas as pd
+
+    if "status" not in points:
+        return pd.Series(False, index=points.index)
+    return points["status"].str.strip().str.lower().eq("diverged").fillna(False)
 
 
 def _states(points: pd.DataFrame) -> pd.Series:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch")
-HARDWARE_AND_VERSIONS = ("device", "gpus", "dtype", "torch", "triton")  # what determines the speed of a step
+# what determines the speed of a step
+HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "torch", "triton")
 
 
 def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

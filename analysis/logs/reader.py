@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,25 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
         return Rows(table, problems=problems)
     kept, lost_seconds = _without_repeats(table, {n: attempt["first_step"] for n, attempt in readable.items()})
     return Rows(kept, lost_seconds, problems)
+
+
+def last_gradient_norm(run_dir: Path) -> float | None:
+    """The gradient norm of the last step of a complete run; None where its steps are unreadable or there are none."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        steps = parquet.read_table(run_dir / "steps.parquet", columns=["step", "gradient_norm"])
+    except (OSError, ValueError, pa.ArrowException):
+        return None  # `read_rows` names the file
+    return last_of(steps)
+
+
+def last_of(steps: pa.Table) -> float | None:
+    """The gradient norm of the last of the steps; None where there is none, or where it is not finite."""
+    norms = dict(zip(steps["step"].to_pylist(), steps["gradient_norm"].to_pylist(), strict=True))
+    norm = norms[max(norms)] if norms else None
+    return norm if norm is not None and math.isfinite(norm) else None
 
 
 def _without_repeats(table: pa.Table, first_steps: Mapping[int, int]) -> tuple[pa.Table, float]:

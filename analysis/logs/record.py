@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.logs import schema1
 from analysis.logs.files import read_json
-from analysis.logs.reader import read_attempts, status
+from analysis.logs.learning import mark_branches, why_failed, why_not
+from analysis.logs.reader import last_gradient_norm, read_attempts, status
 from analysis.logs.schema import (
     AXIS_PREFIX,
     CLOCKS,
@@ -49,12 +50,28 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if config["run_id"] != run_dir.name:
         raise ValueError(f"{path} belongs to run {config['run_id']}")
     row = {key: config.get(key) for key in RECORDED}
-    row["status"] = status(run_dir)
+    row |= {"vocabulary": vocabulary(config), "status": status(run_dir), "did_not_learn": None}
+    if row["status"] == "failed":
+        row["did_not_learn"] = why_failed(read_json(run_dir / "failure.json"))
     if row["status"] == "complete":
-        row |= _results(run_dir, config["schema"])
+        row |= _results(run_dir, config["schema"]) | {"vocabulary": row["vocabulary"]}
     for key, value in row.items():
         _check(run_dir, key, value, _TYPES[RUN_COLUMNS[key]], RUN_COLUMNS[key])
+    if row["status"] == "complete":
+        known: dict[str, Any] = {name: row.get(name) for name in ("loss", "task", "vocabulary", "gradient_norm")}
+        row["did_not_learn"] = why_not(**known)
     return row | _described(run_dir, config)
+
+
+def vocabulary(config: Mapping[str, Any]) -> int | None:
+    """The vocabulary in config.json. Older records have it in the model's configuration alone."""
+    if "vocabulary" in config:
+        stated: int | None = config["vocabulary"]
+        return stated
+    whole = config.get("config")
+    model = whole.get("model") if isinstance(whole, dict) else None
+    found = model.get("vocabulary") if isinstance(model, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -79,6 +96,8 @@ def _results(run_dir: Path, schema: int) -> dict[str, Any]:
     if not isinstance(clocks, dict):
         raise ValueError(f"{path} has seconds {clocks!r}, not a clock each")
     row = {f"{clock}_seconds": seconds for clock, seconds in clocks.items() if clock in CLOCKS}
+    if "gradient_norm" not in run:  # run.json did not always repeat it from the steps
+        run["gradient_norm"] = last_gradient_norm(run_dir)
     return row | {key: value for key, value in run.items() if key in RUN_COLUMNS}
 
 
@@ -106,6 +125,7 @@ def run_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a table: RUN_COLUMNS, then the [vary] axes, then the facts, in the order in which the rows name them."""
     import pandas as pd
 
+    mark_branches(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     described = {name: typed([row.get(name) for row in rows]) for name in (*axis_columns(names), *fact_columns(names))}
     known = [{name: row.get(name) for name in RUN_COLUMNS} for row in rows]

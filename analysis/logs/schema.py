@@ -52,12 +52,21 @@ IDENTITY = {  # written by the sweep into config.json, repeated in run.json; FLO
     "flops_6n_nonemb_d": "float64",
     "flops_6nactive_d": "float64",
 }
-RECORDED = {**IDENTITY, "code_commit": "string", "data_sha256": "string", "tokenizer_sha256": "string"}
+RECORDED = {
+    **IDENTITY,
+    "vocabulary": "Int64",
+    "code_commit": "string",
+    "data_sha256": "string",
+    "tokenizer_sha256": "string",
+}
 TRUNK = "trunk"  # the budget of a run that only trains what its branches share
 RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs follow, typed by `type_of`
     **IDENTITY,
+    "vocabulary": "Int64",
     "loss": "float64",
     "bits_per_byte": "float64",
+    "gradient_norm": "float64",
+    "did_not_learn": "string",
     "steps": "Int64",
     "attempts": "Int64",
     **{f"{clock}_seconds": "float64" for clock in CLOCKS},
@@ -73,6 +82,7 @@ RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs
     "tokenizer_sha256": "string",
     "status": "string",
 }
+LATER_COLUMNS = ("vocabulary", "gradient_norm", "did_not_learn")  # which stores frozen before they existed lack
 
 CONVENTIONS = {  # a way to count training FLOPs -> its column of the run table
     "exact": "flops_exact",

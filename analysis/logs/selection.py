@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.logs.learning import has_failures
 from analysis.logs.schema import CONVENTIONS, IDENTITY, TRUNK
 
 if TYPE_CHECKING:
@@ -28,13 +29,20 @@ class Excluded:
 
 
 def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """The finished rows, each run once, and those left out.
+    """The finished rows of runs that learned, each run once, and those left out. Runs that did not learn are to be
+    reported beside the answer (learning.unlearned).
 
     Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
     """
     trunks = runs["budget"].astype("string").eq(TRUNK).fillna(False) if "budget" in runs else runs["run_id"].isna()
     excluded = excluded_rows(runs[trunks], "a trunk, whose branches are the results")
     runs = runs[~trunks]
+    if has_failures(runs):
+        failed = runs[runs["did_not_learn"].notna()]
+        excluded += excluded_rows(failed, "did not learn: " + failed["did_not_learn"])
+        runs = runs.drop(failed.index)
+        if not runs["status"].eq("complete").any():
+            raise ValueError(f"none of the runs learned: {some(f'{row.run_id}, {row.reason}' for row in excluded)}")
     status = runs["status"].astype("string").fillna("no status")
     unfinished, done = runs[status != "complete"], runs[status == "complete"]
     excluded += excluded_rows(unfinished, status[unfinished.index])
@@ -44,6 +52,12 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     if done["loss"].isna().all():
         raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
     require_positive(done, "loss", "loss")
+    if "task" in done and done["task"].nunique() > 1:
+        tasks = list(done["task"].dropna().unique())
+        raise ValueError(
+            f"the runs are of several tasks ({some(tasks)}), whose losses cannot be compared; choose one with --where "
+            f"'task == \"{tasks[0]}\"', or compare a metric task by task with `dynconv table --metric`"
+        )
     for name, noun in (
         ("tokenizer_sha256", "tokenizers"),
         ("data_sha256", "data"),
@@ -62,9 +76,10 @@ def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
     values = rows[column].to_numpy(float, na_value=np.nan)
     wrong = rows[~(np.isfinite(values) & (values > 0))]
     if len(wrong):
+        marks = "unfinished, or diverged" if column == "loss" else "unfinished"
         raise ValueError(
             f"{name} must be positive; got {some(wrong[column])} in {some(wrong['run_id'])}; "
-            "correct these rows, remove them, or mark them unfinished in a column status"
+            f"correct these rows, remove them, or mark them {marks} in a column status"
         )
 
 

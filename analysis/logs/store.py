@@ -20,7 +20,7 @@ from analysis.logs.files import write_atomically
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
-from analysis.logs.schema import COLUMNS, RUN_COLUMNS
+from analysis.logs.schema import COLUMNS, LATER_COLUMNS, RUN_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +36,7 @@ class Store:
     problems: list[str]
     run_dirs: list[Path] = field(default_factory=list)  # of a live store
     columns: Mapping[str, str] = field(default_factory=dict)  # of a table of points: what --columns said
+    where: str | None = None  # the condition that `runs` were chosen by
 
     @property
     def paths(self) -> list[Path]:
@@ -49,8 +50,13 @@ class Store:
 
     @property
     def arguments(self) -> list[str]:
-        """How a command line names this store: its paths, and --columns where a table's columns were named."""
-        return [*map(str, self.paths), *format_columns(self.columns)]
+        """How a command line names these runs: the store's paths, --columns where a table's columns were named, and
+        --where."""
+        return [*map(str, self.paths), *format_columns(self.columns), *self._condition]
+
+    @property
+    def _condition(self) -> list[str]:
+        return [] if self.where is None else ["--where", self.where]
 
     def steps(self) -> pd.DataFrame:
         """run_id and the columns of `schema.STEP_COLUMNS`, by run and step."""
@@ -60,13 +66,9 @@ class Store:
         """run_id and the columns of `schema.EVAL_COLUMNS`, by run and step, a row for each metric."""
         return self.rows("evals").to_pandas()
 
-    def loss_curves(self, evals: pd.DataFrame | None = None) -> pd.DataFrame:
-        """run_id, step, tokens, loss: the held-out loss of each run on its own task, at every evaluation.
-
-        `evals` may give the table of `evals()`, so that it is not read again.
-        """
-        evals = self.evals() if evals is None else evals
-        evals = evals.merge(self.runs[["run_id", "task"]], on=["run_id", "task"])
+    def loss_curves(self) -> pd.DataFrame:
+        """run_id, step, tokens, loss: the held-out loss of each run on its own task, at every evaluation."""
+        evals = self.evals().merge(self.runs[["run_id", "task"]], on=["run_id", "task"])
         losses = evals[evals["metric"] == "loss"].rename(columns={"value": "loss"})
         return losses[["run_id", "step", "tokens", "loss"]]
 
@@ -105,7 +107,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
     if not path.is_dir():
         raise ValueError(f"no store at {path}; give a store's directory or a table of points")
     if (path / "runs.parquet").is_file():
-        return Store(path, _read_frozen(path / "runs.parquet"), [])
+        return Store(path, *_read_frozen(path / "runs.parquet"))
     return _read_live(path)
 
 
@@ -146,16 +148,20 @@ def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str
             problems.append(f"{error}; {run_dir.name} is left out")
 
 
-def _read_frozen(path: Path) -> pd.DataFrame:
+def _read_frozen(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """A frozen run table, and a line for the reader where an older version froze it without what it now would hold."""
     import pandas as pd
 
     runs = _whole(path, pd.read_parquet)
     if schema1.is_frozen(runs):
         runs = schema1.upgrade_frozen(runs)
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]
+    if needed := [name for name in missing if name not in LATER_COLUMNS]:
+        raise ValueError(f"{path} lacks the columns {', '.join(needed)}; freeze the store again")
+    problems = []
     if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; freeze the store again")
-    return run_types(runs)
+        problems = [f"{path} was frozen by an older version and does not say which runs did not learn; freeze it again"]
+    return run_types(runs), problems
 
 
 def _whole(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.logs.files import read_json, write_json, write_parquet
 from analysis.logs.provenance import summarize
-from analysis.logs.reader import Rows, attempt_numbers, read_attempts, read_rows
+from analysis.logs.reader import Rows, attempt_numbers, last_of, read_attempts, read_rows
 from analysis.logs.schema import ADDED_CLOCKS, CLOCKS, IDENTITY, RECORDED, SCHEMA, arrow_schema
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ class RunLog:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Merge the parts, write run.json and remove the parts, in this order.
 
-        run.json repeats the record in config.json and adds the final held-out loss, bits per byte, step count, clocks,
-        and the provenance of all attempts; `summary` adds to these and wins over them. Raises ValueError, and leaves
-        everything as it was, where the log is torn or has no held-out loss.
+        run.json repeats the record in config.json and adds the final held-out loss, bits per byte, step count, the last
+        gradient norm, clocks, and the provenance of all attempts; `summary` adds to these and wins over them. Raises
+        ValueError, and leaves everything as it was, where the log is torn or has no held-out loss.
         """
         self.flush()
         steps, evals = (read_rows(self._run_dir, kind) for kind in ("steps", "evals"))
@@ -190,7 +190,7 @@ class RunLog:
         seconds = _clocks(attempts, steps, evals)
         run = {key: self._config.get(key) for key in ("schema", *RECORDED, "facts", "vary")}
         run |= {"loss": final["loss"], "bits_per_byte": final.get("bits_per_byte"), "steps": last}
-        run |= {"attempts": self._attempt["attempt"], "seconds": seconds}
+        run |= {"gradient_norm": last_of(steps.table), "attempts": self._attempt["attempt"], "seconds": seconds}
         if seconds["train"] > 0:
             own = self._config.get("tokens_own", self._config["tokens"])  # of a branch, without those of its trunk
             run["tokens_per_second"] = own / seconds["train"]

@@ -16,7 +16,9 @@ from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
-from analysis.laws.rates import for_a_law
+from analysis.laws.rates import for_a_law, rate_column
+from analysis.logs.learning import unlearned
+from analysis.logs.metrics import final_metrics
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import (
     Excluded,
@@ -67,6 +69,7 @@ def fit_points(
         baseline = choose_baseline(done, baseline)
     baseline = baseline or str(done["arm"].iloc[0])
     done, others, lines = for_a_law(done, next(iter(columns.values())) if form == "c" else "tokens")
+    missing = unlearned(store.runs, done, rate_column(done))
     # Resamples are drawn in the order of the points; sort, so that results do not depend on the order of the rows.
     done = done.sort_values(["arm", *columns.values(), "loss", "run_id"])
     cells = ["size"] if several and done["size"].notna().all() else ["size", *columns.values()]
@@ -78,6 +81,7 @@ def fit_points(
         cluster=tuple(cluster),
         baseline=baseline,
         sizes=done["parameters"].to_numpy(float, na_value=np.nan),
+        missing=tuple(each.remark for each in missing.values()),
     )
     return points, excluded + others, lines
 
@@ -94,7 +98,7 @@ def answers(store: Store, baseline: str | None, convention: str | None) -> Answe
     with tqdm(total=2, desc="fitting", delay=1, leave=False) as bar:
         found, notes = _multipliers(store.runs, baseline, convention)
         answer = Answers(found[0].baseline if found else baseline or str(runs["arm"].iloc[0]), convention, found)
-        answer.notes = notes
+        answer.notes = notes + [each.remark for each in unlearned(store.runs).values()]
         bar.update()
         with contextlib.suppress(ValueError):  # most stores are not isoFLOP designs
             optima, allocations = isoflop(store.runs, convention)
@@ -139,25 +143,30 @@ def _law(store: Store, answer: Answers) -> Fit | None:
 
 @dataclass(frozen=True)
 class Material:
-    """The data of the figures: the finished runs (a missing arm is called "all"), their evaluations, the runs of the
-    ablation panels, and the load of each expert in mixtures of experts."""
+    """The data of the figures: the finished runs that learned (a missing arm is called "all"), their evaluations, the
+    runs of the ablation panels, and the load of each expert in mixtures of experts."""
 
     done: pd.DataFrame
     evals: pd.DataFrame
     ablated: pd.DataFrame
-    loads: pd.DataFrame
+    accuracies: pd.DataFrame  # metric_figures.accuracy_rows
+    loads: pd.DataFrame  # expert_load.expert_loads
 
 
 def material(store: Store) -> Material:
-    """The data of a store's figures. Reads the evaluations, which may add to `store.problems`."""
-    done = store.runs[store.runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
-    evals = store.evals()
-    return Material(done, store.loss_curves(evals), ablations(done), expert_loads(evals))
+    """The data of a store's figures. Reads the evaluations, which may add to `store.problems`. Runs that did not learn
+    are not drawn, as their losses would hide the others'."""
+    learned = store.runs["did_not_learn"].isna()
+    done = store.runs[learned & (store.runs["status"] == "complete")].assign(arm=lambda rows: rows["arm"].fillna("all"))
+    from analysis.pages.metric_figures import accuracy_rows
+
+    metrics = final_metrics(store)
+    return Material(done, store.loss_curves(), ablations(done), accuracy_rows(metrics, done), expert_loads(metrics))
 
 
 def draw(of: Material, answer: Answers) -> dict[str, Figure]:
     """Every figure that the store has the data for, by name."""
-    from analysis.pages import figures, isoflop_figures, run_figures
+    from analysis.pages import figures, isoflop_figures, metric_figures, run_figures
 
     done, law, found, base = of.done, answer.law, answer.found, answer.baseline
     column = CONVENTIONS[answer.convention]
@@ -183,6 +192,8 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
         todo["wall-clock"] = lambda: run_figures.wall_clock(done, column, answer.convention, base)
     if len(of.ablated):
         todo["ablations"] = lambda: run_figures.ablation_panels(of.ablated, baseline_loss(done, of.ablated, base))
+    if len(of.accuracies):
+        todo["accuracy"] = lambda: metric_figures.accuracy_panels(of.accuracies, base)
     if len(of.evals):
         todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
     if of.loads["run_id"].isin(done["run_id"]).any():

@@ -17,10 +17,9 @@ METRIC = r"expert_load\.(?P<layer>\d+)\.(?P<expert>\d+)"  # 1: the mean load of 
 DARKEST = 2.0  # loads from this on have one colour
 
 
-def expert_loads(evals: pd.DataFrame) -> pd.DataFrame:
-    """run_id, layer, expert, load: at each run's last evaluation. Empty for a store without experts."""
-    rows = evals.join(evals["metric"].str.extract(METRIC).astype("Int64")).dropna(subset=["layer"])
-    rows = rows[rows["step"] == rows.groupby("run_id")["step"].transform("max")]
+def expert_loads(metrics: pd.DataFrame) -> pd.DataFrame:
+    """run_id, layer, expert, load, from a table of `logs.metrics.final_metrics`. Empty for a store without experts."""
+    rows = metrics.join(metrics["metric"].str.extract(METRIC).astype("Int64")).dropna(subset=["layer"])
     return rows.rename(columns={"value": "load"})[["run_id", "layer", "expert", "load"]].reset_index(drop=True)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from analysis.advantage.unresolved import UNRESOLVED
 from analysis.pages.style import MANY
-from analysis.pages.tables import UNRESOLVED, interval_text, ratio_text
+from analysis.pages.tables import interval_text, ratio_text
 
 if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier

@@ -113,20 +113,31 @@ def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None)
 
 def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Finished runs by group: their number, mean and standard deviation of the loss (missing for a single run), mean
-    tokens a second, and total hours. Raises ValueError for a column that is missing or named twice."""
+    tokens a second, and total hours. Where some run of the table did not learn, the means are of those that did, and a
+    column counts the others. Raises ValueError for a column that is missing or named twice."""
     for name in by:
         if name not in runs or name in SUMMED:
             raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")
     repeated = [name for name in dict.fromkeys(by) if by.count(name) > 1]
     if repeated:
         raise ValueError(f"--by names {', '.join(repeated)} more than once; name each column once")
-    done = runs[runs["status"] == "complete"].sort_values(["arm", "parameters"], kind="stable")
-    groups = done.assign(train_hours=done["train_seconds"] / 3600).groupby(list(by), sort=False, dropna=False)
-    table = groups.agg(
-        runs=("loss", "size"),
-        loss=("loss", "mean"),
-        loss_sd=("loss", "std"),
-        tokens_per_second=("tokens_per_second", "mean"),
-        train_hours=("train_hours", lambda hours: hours.sum(min_count=1)),
-    ).reset_index()
+    failed = runs["did_not_learn"].notna()
+    ended = runs[(runs["status"] == "complete") | failed].sort_values(["arm", "parameters"], kind="stable")
+    learned = ended["did_not_learn"].isna()
+    ended = ended.assign(
+        train_hours=ended["train_seconds"] / 3600, loss=ended["loss"].where(learned), _learned=learned, _failed=~learned
+    )
+    counts = {"did_not_learn": ("_failed", "sum")} if failed.any() and "did_not_learn" not in by else {}
+    table = (
+        ended.groupby(list(by), sort=False, dropna=False)
+        .agg(
+            runs=("_learned", "sum"),
+            **counts,
+            loss=("loss", "mean"),
+            loss_sd=("loss", "std"),
+            tokens_per_second=("tokens_per_second", "mean"),
+            train_hours=("train_hours", lambda hours: hours.sum(min_count=1)),
+        )
+        .reset_index()
+    )
     return [str(name) for name in table.columns], [tuple(row) for row in table.itertuples(index=False)]

@@ -14,6 +14,7 @@ from dataclasses import astuple, fields
 from html import escape
 from typing import TYPE_CHECKING
 
+from analysis.logs.learning import unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.pages.chart_style import document
 from analysis.pages.charts import charts
@@ -54,6 +55,10 @@ CAPTIONS = {  # title and caption of each figure; one that is not here has no pl
     "isoflop-growth": ("The best size against compute", "N* of each budget; hollow where it does not count."),
     "loss-against-tokens": ("Loss against tokens", "Final loss of every run."),
     "wall-clock": ("Wall clock", "What compute costs in measured training time, and the loss that the time buys."),
+    "accuracy": (
+        "Accuracy on the task",
+        "Dots: runs, at their last evaluation. Lines: medians over seeds, as runs solve a recall task or do not.",
+    ),
     "loss-curves": ("Loss over training", "Held-out loss of every run."),
     "ablations": (
         "One fact at a time",
@@ -71,6 +76,7 @@ HOW = {  # column -> how its number is computed, and its key in the JSON of `dyn
     "sizes x seeds": ("paired sizes, and paired seeds at the size with fewest", "n_sizes, n_seeds"),
     "joint fit": ("the constant m of one law for both arms, a cross-check", "joint"),
     "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),
+    "did not learn": ("runs that did not learn, which keep m from being resolved", "did_not_learn"),
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),
     "other E": ("range of m over several values of the irreducible loss", "floor_sensitivity"),
@@ -84,7 +90,7 @@ def report(store: Store, baseline: str | None = None, convention: str | None = N
     name = store.name
     title = f"Compute advantage over {answer.baseline}" if answer.found else f"Scaling of {name}"
     figures, data = _figures(store, answer, of)
-    parts = [f"<header><h1>{escape(title)} <span>· {escape(name)}</span></h1>", *_first_screen(answer, of)]
+    parts = [f"<header><h1>{escape(title)} <span>· {escape(name)}</span></h1>", *_first_screen(answer, of, store.runs)]
     parts += [_left_out(answer.found, [*answer.notes, *store.problems]), _contents(answer), "</header>", *figures]
     if answer.found:
         parts += ['<h2 id="numbers">The numbers</h2>', *_multipliers(answer)]
@@ -93,14 +99,17 @@ def report(store: Store, baseline: str | None = None, convention: str | None = N
         parts.append('<h2 id="sources">Where the numbers come from</h2>')
         parts += [_source(store, answer, place) for place in range(len(answer.found))]
     rows = [["finished runs", f"{(store.runs['status'] == 'complete').sum()} of {len(store.runs)}"]]
+    rows += [["did not learn", each.remark] for each in unlearned(store.runs).values()]
     parts += ["<h2>Provenance</h2>", table("provenance", ["what", "value"], rows + _origin(_done(store.runs)))]
     parts += ['<h2 id="all-runs">Runs</h2>', _runs(store, CONVENTIONS[answer.convention])]
     return page(f"{name}: {title}", parts, data)
 
 
-def _first_screen(answer: Answers, of: Material) -> list[str]:
+def _first_screen(answer: Answers, of: Material, everything: pd.DataFrame) -> list[str]:
     """The first screen: the headline, one row for each arm, and a legend."""
-    runs = f"{len(of.done)} finished runs; FLOPs counted as {answer.convention}"
+    failed = sum(each.runs for each in unlearned(everything).values())
+    runs = f"{len(of.done)} finished runs{f', and {failed} that did not learn' if failed else ''}"
+    runs += f"; FLOPs counted as {answer.convention}"
     if not answer.found:
         return [f'<p class="headline">{escape(_scaling(answer))}</p>', note(f"{escape(runs)}.")]
     family = max(item.family for item in answer.found)
@@ -308,7 +317,7 @@ def _origin(runs: pd.DataFrame) -> list[list[str]]:
 def _runs(store: Store, flops: str) -> str:
     """Every run, with its FLOPs from column `flops`."""
     columns = ["run_id", "arm", "size", "seed", "parameters", "tokens", flops, "loss", "train_seconds", "status"]
-    columns += ["device", "gpus", "code_commit"]
+    columns += ["did_not_learn", "device", "gpus", "code_commit"]
     shown = store.runs.sort_values(["arm", "parameters", "seed"], kind="stable")[columns]
     shown = shown.assign(code_commit=shown["code_commit"].str.slice(0, 12)).dropna(axis="columns", how="all")
     rows = [[None if is_missing(value) else short(value) for value in row] for row in shown.itertuples(index=False)]

@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from analysis.advantage.unresolved import UNRESOLVED
 from analysis.logs.schema import CONVENTIONS
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "csv", "latex", "json")
 NONE = "-"  # how a number that does not exist is printed; CSV leaves it empty, JSON has null
-UNRESOLVED = "not resolved: "  # prefix of the status of a multiplier that is not significantly different from 1
 
 Cell = str | None
 Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]
@@ -125,12 +125,21 @@ def answer_cells(found: Sequence[Multiplier], notes: Mapping[str, int]) -> Table
         f"all {family} at once": [interval_text(item.family_ci) for item in found],
         "m at Cmax": [_at_largest(item) for item in found],
         "sizes x seeds": [f"{item.n_sizes} x {item.n_seeds}" for item in found],
+        "did not learn": [_unlearned(item) for item in found],
         "status": [verdict(item, notes) for item in found],
     }
-    left_out = {"m at Cmax"} if not any(cells["m at Cmax"]) else set()
+    left_out = {name for name in ("m at Cmax", "did not learn") if not any(cells[name])}
     left_out |= {f"all {family} at once"} if family == 1 else set()
     columns = [name for name in cells if name not in left_out]
     return columns, list(zip(*(cells[name] for name in columns), strict=True))
+
+
+def _unlearned(item: Multiplier) -> Cell:
+    """How many runs of the arm did not learn, of how many; where there are none of the comparison, nothing."""
+    counts = {each.arm: f"{each.runs} of {each.of}" for each in item.did_not_learn}
+    if item.baseline in counts:
+        return f"{counts.get(item.arm, '0')}; {counts[item.baseline]} of {item.baseline}"
+    return counts.get(item.arm)
 
 
 def _at_largest(item: Multiplier) -> Cell:
@@ -263,6 +272,8 @@ def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[A
             "exponent": item.exponent,
             "n_sizes": item.n_sizes,
             "n_seeds": item.n_seeds,
+            "did_not_learn": sum(each.runs for each in item.did_not_learn if each.arm == item.arm),
+            "baseline_did_not_learn": sum(each.runs for each in item.did_not_learn if each.arm == item.baseline),
             "excluded": len(item.excluded),
             "status": item.status,
         }

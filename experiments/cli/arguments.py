@@ -52,6 +52,11 @@ def columns_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--columns", metavar="NAME=COLUMN,...", action="append", default=[], help=text)
 
 
+def where_argument(verb: argparse.ArgumentParser) -> None:
+    text = "use only runs that fulfil this condition on columns of the run table, as in 'size != \"25k\"'"
+    verb.add_argument("--where", metavar="CONDITION", help=text)
+
+
 def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:
     text = "a sweep file, e.g. experiments/sweeps/demo.toml"
     verb.add_argument("sweep", type=Path, metavar="SWEEP", nargs=nargs, help=text)
@@ -77,12 +82,17 @@ def table_format_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def load_store(args: argparse.Namespace) -> Store:
-    """The stores of the command line as one; what could not be read is named on standard error."""
+    """The stores of the command line as one, with the runs that fulfil --where; what could not be read is named on
+    standard error."""
     from analysis.logs.columns import parse_columns
     from analysis.logs.merge import load_all
 
     store = load_all(args.stores, parse_columns(args.columns))
     warn(*store.problems)
+    if getattr(args, "where", None) is not None:
+        from analysis.pages.query import chosen
+
+        store.runs, store.where = chosen(store.runs, args.where, getattr(args, "convention", None)), args.where
     return store
 
 

@@ -12,8 +12,10 @@ from experiments.cli.arguments import (
     add_reading_verb,
     columns_argument,
     load_store,
+    reading_store,
     table_format_argument,
     warn,
+    where_argument,
 )
 from experiments.cli.runs import planned
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from analysis.advantage.measured import Assumption
     from analysis.advantage.planning import World
+    from analysis.logs.store import Store
 
 
 def register(subparsers: Subparsers) -> None:
@@ -41,6 +44,7 @@ def _add_table(subparsers: Subparsers) -> None:
         """results/runs/demo --where 'size != "25k"'""",
         "results/runs/demo --by arm,size",
         "results/runs/demo --throughput train.parquet",
+        "results/runs/mini-mqar --metric accuracy",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
@@ -58,11 +62,15 @@ def _add_table(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="a .csv or .parquet of measured throughput, with columns size, arm, tokens_per_second: for the wall clock",
     )
-    parser.add_argument(
-        "--where", metavar="CONDITION", help="use only runs that fulfil this SQL condition on columns of the run table"
-    )
+    where_argument(parser)
     parser.add_argument(
         "--by", metavar="COLUMN,...", help="summarise the runs by arm, size ... instead of comparing arms"
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="[TASK/]METRIC",
+        help="compare arms on this metric of the evaluations instead, as accuracy or lambada/perplexity: differences "
+        "of means, paired by size and seed",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of bootstrapped tests (default 0)")
     table_format_argument(parser)
@@ -112,10 +120,13 @@ def _add_power(subparsers: Subparsers) -> None:
 def _table(args: argparse.Namespace) -> int:
     from analysis.advantage.multiplier import multipliers
     from analysis.logs.throughput import read_throughput
-    from analysis.pages.query import chosen, grouped
+    from analysis.pages.query import grouped
     from analysis.pages.tables import multiplier_table, value_table
 
-    runs = chosen(load_store(args).runs, args.where, args.convention)
+    with reading_store(args) as store:
+        runs = store.runs
+        if args.metric is not None:
+            return _compare_metric(args, store)
     if args.by is not None:
         print(value_table(*grouped(runs, args.by.split(",")), args.format))
         return 0
@@ -129,6 +140,20 @@ def _table(args: argparse.Namespace) -> int:
     )
     warn(*(f"no answer for {line}" for line in refused))
     print(multiplier_table(found, args.format))
+    return 0
+
+
+def _compare_metric(args: argparse.Namespace, store: Store) -> int:
+    from analysis.advantage.outcomes import compare_metric
+    from analysis.logs.metrics import final_metrics, values_of
+    from analysis.pages.metric_tables import outcome_table
+
+    given = {"--by": args.by, "--hold": args.hold, "--throughput": args.throughput}
+    if others := [name for name, value in given.items() if value]:
+        raise ValueError(f"--metric compares means of a metric, without {others[0]}; give one of the two")
+    values, everything = values_of(store, args.metric), final_metrics(store)
+    found = compare_metric(store.runs, values, everything, baseline=args.baseline, convention=args.convention)
+    print(outcome_table(found, args.format))
     return 0
 
 
@@ -195,9 +220,11 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
 
     from analysis.advantage.measured import Assumption, measured
     from analysis.advantage.planning import World
+    from analysis.logs.learning import unlearned
 
     world, assumptions = World(), [Assumption(name, value, "assumed") for name, value in vars(World()).items()]
     if "loss" in design and design["loss"].notna().any():
+        warn(*(f"{each.remark}, and are not in these estimates" for each in unlearned(design).values()))
         world, assumptions = measured(design, args.baseline)
     names = {"reducible": "reducible_loss"}
     given = {

@@ -44,7 +44,10 @@ def _data(args: argparse.Namespace) -> int:
         return _fetch(args)
     path = Path(args.what)
     if args.action == "build":
-        path = build(load_sweep(path)[0].data, default_cache())
+        spec = load_sweep(path)[0].data
+        if spec is None:
+            raise ValueError(f"{path} trains on generated tasks, for which no data is built; submit it")
+        path = build(spec, default_cache())
     if args.verify:
         Dataset.open(path).verify(progress=True)
         print(f"{path}: every file has its checksum", file=sys.stderr)

@@ -7,7 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.cli.arguments import Subparsers, add_reading_verb, load_store, table_format_argument, warn
+from experiments.cli.arguments import (
+    Subparsers,
+    add_reading_verb,
+    load_store,
+    table_format_argument,
+    warn,
+    where_argument,
+)
 
 if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier
@@ -42,6 +49,7 @@ def _add_fit(subparsers: Subparsers) -> None:
         "or ln L = a ln N + b ln E + c ln N ln E + d, where E is --factor",
     )
     parser.add_argument("--factor", metavar="COLUMN", help="of form bilinear: a column such as the number of experts")
+    where_argument(parser)
     _add_law_arguments(parser)
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
     parser.add_argument("--starts", type=int, default=4500, metavar="N")
@@ -62,6 +70,7 @@ def _add_predict(subparsers: Subparsers) -> None:
     parser.add_argument("--N", metavar="PARAMETERS,...", help="with --D: loss at this size, by form nd")
     parser.add_argument("--D", metavar="TOKENS,...", help="with --N: one for each N, or one for all")
     parser.add_argument("--form", choices=("c", "nd"), help="default c with --C, nd with --N and --D")
+    where_argument(parser)
     _add_law_arguments(parser)
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for bands")
     table_format_argument(parser)
@@ -115,6 +124,7 @@ def _add_isoflop(subparsers: Subparsers) -> None:
         "points.csv --baseline transformer",
     )
     parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
+    where_argument(parser)
     parser.add_argument(
         "--baseline", help="compare each arm with this one, each at its own best sizes (default: the sweep's)"
     )
@@ -228,18 +238,24 @@ def _isoflop(args: argparse.Namespace) -> int:
     from dataclasses import astuple, fields
 
     from analysis.advantage.frontiers import frontier_multipliers
+    from analysis.advantage.unresolved import with_unlearned
     from analysis.laws.isoflop import optima_of, usable_runs
+    from analysis.laws.rates import rate_column
+    from analysis.logs.learning import unlearned
     from analysis.logs.selection import choose_baseline
     from analysis.pages.tables import multiplier_table, to_json, value_table
 
-    runs, excluded, told = usable_runs(load_store(args).runs, args.convention)
+    everything = load_store(args).runs
+    runs, excluded, told = usable_runs(everything, args.convention)
+    failures = unlearned(everything, runs, rate_column(runs))
     _warn_excluded(excluded)
     warn(*told)
-    optima, laws = optima_of(runs, args.convention)
+    optima, laws = optima_of(runs, args.convention, failures)
     found: list[Multiplier] = []
     if args.baseline is not None or (runs["arm"].nunique() > 1 and runs["baseline"].nunique() == 1):
         baseline = choose_baseline(runs, args.baseline)
         found, refused = frontier_multipliers(optima, baseline, laws[0].convention)
+        found = [with_unlearned(item, failures) for item in found]
         warn(*(f"no multiplier for {line}" for line in refused))
     if args.format == "json":
         answer = {"convention": laws[0].convention, "optima": optima, "laws": laws, "multipliers": found}

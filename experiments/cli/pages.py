@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
     Subparsers,
@@ -11,7 +12,13 @@ from experiments.cli.arguments import (
     reading_store,
     table_format_argument,
     warn,
+    where_argument,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from analysis.logs.store import Store
 
 
 def register(subparsers: Subparsers) -> None:
@@ -34,6 +41,7 @@ def _add_plot(subparsers: Subparsers) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
+    where_argument(parser)
     parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg")
 
 
@@ -77,13 +85,13 @@ def _add_report(subparsers: Subparsers) -> None:
         "results/runs/demo -o report.html",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
+    where_argument(parser)
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
 
 
 def _plot(args: argparse.Namespace) -> int:
     from analysis.logs.points import read_kernels
-    from analysis.pages.drawing import answers, draw, material
     from analysis.pages.kernel_figures import kernel_bars
     from analysis.pages.style import save
 
@@ -93,15 +101,31 @@ def _plot(args: argparse.Namespace) -> int:
         drawn = {"kernels": kernel_bars(kernels)}
     else:
         with reading_store(args) as store:
-            found = answers(store, args.baseline, args.convention)
-            warn(*found.notes)
-            drawn = draw(material(store), found)
+            drawn = _drawn(store, args.baseline, args.convention)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = args.out / f"{name}.{args.type}"
         save(figure, path)
         print(path)
     return 0
+
+
+def _drawn(store: Store, baseline: str | None, convention: str | None) -> dict[str, Figure]:
+    """The figures of a store. One of several tasks supports no law or multiplier, but its accuracies are drawn."""
+    from analysis.logs.selection import choose_baseline
+    from analysis.pages.drawing import answers, draw, material
+    from analysis.pages.metric_figures import accuracy_panels
+
+    try:
+        found = answers(store, baseline, convention)
+    except ValueError as error:
+        accuracies = material(store).accuracies
+        if accuracies.empty:
+            raise
+        warn(f"accuracy alone is drawn: {error}")
+        return {"accuracy": accuracy_panels(accuracies, choose_baseline(store.runs, baseline))}
+    warn(*found.notes)
+    return draw(material(store), found)
 
 
 def _query(args: argparse.Namespace) -> int:

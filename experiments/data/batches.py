@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.data.dataset import Dataset
+from experiments.draws import permute
 
 AHEAD = 4096  # sequences whose places are permuted at once: that takes numpy little longer than those of one batch
-ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff 1988); halves of few bits need more
 
 
 class Batches:
@@ -102,42 +102,3 @@ def _inputs_and_targets(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     tokens = dataset.windows(split, window * length, length + 1)
     return tokens[:, :-1], tokens[:, 1:]
-
-
-def permute(
-    place: NDArray[np.int64],  # [n], in 0..size-1
-    size: int,
-    seed: int,
-    epoch: NDArray[np.int64],  # [n]
-) -> NDArray[np.int64]:  # [n], in 0..size-1
-    """Where each place goes in the permutation of 0..size-1 that seed and epoch decide, computed place by place.
-
-    A Feistel network permutes the numbers below the next power of four; a result outside 0..size-1 is permuted again
-    until it is inside (cycle walking, Black and Rogaway 2002), in fewer than four passes on average. The arithmetic
-    is written out here, so that no new version of a random generator can change the order of the data.
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    epoch_key = _mix(_mix(np.full(len(place), seed, np.int64).view(np.uint64)) ^ epoch.view(np.uint64))
-    keys = [_mix(epoch_key + np.uint64(number)) for number in range(1, ROUNDS + 1)]
-    result = place.astype(np.uint64)
-    outside = np.ones(len(place), dtype=bool)
-    while outside.any():
-        result[outside] = _feistel(result[outside], half, [key[outside] for key in keys])
-        outside = result >= size
-    return result.astype(np.int64)
-
-
-def _feistel(value: NDArray[np.uint64], half: np.uint64, keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = value >> half, value & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
-    return left << half | right
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return value ^ value >> np.uint64(31)

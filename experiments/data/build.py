@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenizers import Tokenizer
-
+from analysis.logs.files import write_atomically
 from experiments.data import shards
 from experiments.data import tokenizer as bpe
-from experiments.data.corpus import CorpusFile, find_files, fingerprint, read_documents
+from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, sync_and_hash
 from experiments.data.documents import Documents
+from experiments.data.formats import file_sha256, read_documents, suffix_of
 from experiments.design.data import SPLITS, DataConfig
 from experiments.terminal import bar
 
@@ -32,34 +32,50 @@ from experiments.terminal import bar
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     """The folder in `cache` that holds the dataset of `spec`; it is built unless it is there already.
 
-    Its name is a hash of the specification and the corpus's fingerprint. It appears whole or not at all, even if
-    several processes build it at once or one is killed. Raises ValueError for a bad corpus, tokenizer or cache.
+    Its name is a hash of the specification and the content of the corpus's files, wherever they lie and whatever their
+    names: so copied, renamed or touched text is not built again. It appears whole or not at all, even if several
+    processes build it at once or one is killed. Raises ValueError for a bad corpus, tokenizer or cache.
     """
-    files = find_files(spec)
+    found = find_files(spec)
     tokenizer_json = None if spec.tokenizer is None else _read_tokenizer(spec)
-    key = [
-        SCHEMA,
-        dataclasses.asdict(spec),
-        fingerprint(files),
-        tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest(),
-    ]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    label = "python" if spec.source == "python" else "text"
-    target = cache / f"{label}-{spec.vocabulary}-{digest[:16]}"
-    if not target.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(spec) | {"source": spec.source == "python", "tokenizer": None}
+    key = [SCHEMA, settings, tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest()]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        target = cache / _name(spec, [*key, _content_of(found.files, cache, progress)])
+        if not target.exists():
             with _build_lock(target, progress):
                 if not target.exists():
-                    _build_and_publish(target, spec, files, tokenizer_json, progress)
-        except OSError as error:
-            raise ValueError(
-                f"the data cache must be a folder that takes files; "
-                f"got {error.filename or cache}: {error.strerror}; "
-                "choose another with DYNCONV_CACHE or make room"
-            ) from error
+                    _build_and_publish(target, spec, found, tokenizer_json, progress)
+    except OSError as error:
+        raise ValueError(
+            f"the data cache must be a folder that takes files; "
+            f"got {error.filename or cache}: {error.strerror}; "
+            "choose another with DYNCONV_CACHE or make room"
+        ) from error
     Dataset.open(target)
     return target
+
+
+def _name(spec: DataConfig, key: list[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return f"{'python' if spec.source == 'python' else 'text'}-{spec.vocabulary}-{digest[:16]}"
+
+
+def _content_of(files: list[CorpusFile], cache: Path, progress: bool) -> str:
+    """A hash of the content of all files, in any order. It is kept in the cache, under their places, sizes and times,
+    so that files which nobody wrote to are not read again."""
+    places = [str(file.path.resolve()) for file in files]
+    known = cache / f".{hashlib.sha256(json.dumps([places, fingerprint(files)]).encode()).hexdigest()[:16]}.content"
+    if not known.exists():
+        digests = []
+        with bar("hashing the corpus", sum(file.bytes for file in files), "B", progress) as done:
+            for file in files:
+                digests.append(f"{suffix_of(file.name)} {file_sha256(file.path)}")
+                done.update(file.bytes)
+        content = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+        write_atomically(known, lambda path: path.write_text(content))
+    return known.read_text()
 
 
 def _read_tokenizer(spec: DataConfig) -> bytes:
@@ -71,7 +87,7 @@ def _read_tokenizer(spec: DataConfig) -> bytes:
             f"tokenizer must be a readable file; got {path}: {error.strerror}; mend the path or leave it out"
         ) from error
     try:
-        bpe.load(raw, spec.vocabulary)
+        bpe.load(raw, spec.vocabulary, spec.end_of_text)
     except ValueError as error:
         raise ValueError(f"tokenizer {path} {error}") from error
     return raw
@@ -109,15 +125,17 @@ def _working_prefix(target: Path) -> str:
 
 
 def _build_and_publish(
-    target: Path, spec: DataConfig, files: list[CorpusFile], tokenizer_json: bytes | None, progress: bool
+    target: Path, spec: DataConfig, found: Found, tokenizer_json: bytes | None, progress: bool
 ) -> None:
+    if found.not_read:
+        print(f"{spec.source}: not read: {describe(found.not_read)}", file=sys.stderr)
     working = Path(tempfile.mkdtemp(prefix=_working_prefix(target), dir=target.parent))
     try:
         spill, dataset = working / "spill", working / "dataset"
         spill.mkdir()
         dataset.mkdir()
-        manifest = _write_dataset(dataset, spill, spec, files, tokenizer_json, progress)
-        if fingerprint(find_files(spec)) != fingerprint(files):
+        manifest = _write_dataset(dataset, spill, spec, found, tokenizer_json, progress)
+        if fingerprint(find_files(spec).files) != fingerprint(found.files):
             raise ValueError(
                 f'the corpus must stay as it is while it is read; got changes under "{spec.source}"; '
                 "build again when nothing writes to it"
@@ -137,19 +155,19 @@ def _write_dataset(
     folder: Path,
     spill: Path,
     spec: DataConfig,
-    files: list[CorpusFile],
+    found: Found,
     tokenizer_json: bytes | None,
     progress: bool,
 ) -> dict[str, Any]:
     """Write every file but the manifest; returns the manifest's content."""
-    documents, corpus = _read_corpus(spill, spec, files, progress)
+    documents, corpus = _read_corpus(spill, spec, found.files, progress)
     if tokenizer_json is None:
         with bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
-            tokenizer_json = bpe.train(texts, spec.vocabulary)
+            tokenizer_json = bpe.train(texts, spec.vocabulary, spec.end_of_text)
     (folder / TOKENIZER).write_bytes(tokenizer_json)
-    tokenizer = bpe.load(tokenizer_json, spec.vocabulary)
-    (folder / TOKEN_BYTES).write_bytes(bpe.token_bytes(tokenizer).astype("<u2").tobytes())
-    splits = {split: _write_split(folder, split, spec, documents, tokenizer, progress) for split in SPLITS}
+    coder = bpe.load(tokenizer_json, spec.vocabulary, spec.end_of_text)
+    (folder / TOKEN_BYTES).write_bytes(coder.token_bytes.astype("<u2").tobytes())
+    splits = {split: _write_split(folder, split, spec, documents, coder, progress) for split in SPLITS}
     corpus["duplicates"] = corpus["documents"] - sum(counts["distinct"] for counts in splits.values())
     return {
         "schema": SCHEMA,
@@ -157,6 +175,7 @@ def _write_dataset(
         "python": platform.python_version() if spec.source == "python" else None,
         "shard_tokens": shards.SHARD_TOKENS,
         "corpus": dict(corpus),
+        "not_read": found.not_read,
         "splits": splits,
         "files": {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},
     }
@@ -170,7 +189,7 @@ def _read_corpus(
     counts = Counter(files=len(files), documents=0, bytes=0, empty=0, undecodable=0)
     with documents, bar("reading the corpus", total, "B", progress) as done:
         for file in files:
-            for text in read_documents(file, spec.text_field):
+            for text in read_documents(file.path, spec):
                 if not text:
                     counts["undecodable" if text is None else "empty"] += 1
                     continue
@@ -193,12 +212,11 @@ def _read_corpus(
 
 
 def _write_split(
-    folder: Path, split: str, spec: DataConfig, documents: Documents, tokenizer: Tokenizer, progress: bool
+    folder: Path, split: str, spec: DataConfig, documents: Documents, coder: bpe.Coder, progress: bool
 ) -> dict[str, int]:
     """Write documents until the split has its tokens; returns counts, of which `distinct` includes the rest."""
     wanted = spec.train_tokens if split == "train" else spec.validation_tokens
-    lengths = bpe.token_bytes(tokenizer)
-    writer = shards.SplitWriter(folder, split, wanted, tokenizer.get_vocab()[bpe.END_OF_TEXT], lengths)
+    writer = shards.SplitWriter(folder, split, wanted, coder.end_of_text, coder.token_bytes)
     distinct = 0
 
     def counted() -> Iterator[bytes]:
@@ -209,7 +227,7 @@ def _write_split(
 
     texts = counted()
     with writer, bar(f"tokenizing {split}", wanted, "token", progress) as done:
-        for encoded in bpe.encode(tokenizer, texts, lengths):
+        for encoded in bpe.encode(coder, texts):
             writer.add(encoded)
             done.update(writer.tokens - done.n)
             if writer.full:

@@ -1,6 +1,6 @@
 """A built dataset on disk: memory-mapped shards of token ids, described by manifest.json. Without torch.
 
-    manifest.json               the specification, counts, and each file's length and SHA-256
+    manifest.json               the specification, counts, and each file's length, SHA-256, and CRC-32 of each block
     tokenizer.json              as the Hugging Face library writes it
     token-bytes.bin             uint16 [vocabulary]: the UTF-8 bytes each token stands for
     train-00000.bin ...         token ids, SHARD_TOKENS in each but the last; documents end with end-of-text
@@ -13,6 +13,8 @@ All numbers are little-endian.
 import hashlib
 import json
 import os
+import random
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,9 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 TOKEN_BYTES = "token-bytes.bin"
 REMEDY = "remove the folder and build the data again"
+
+BLOCK_BYTES = 2**20  # what a run checks of a dataset is a sample of such blocks, of all its files
+BLOCKS_CHECKED = 64
 
 
 def _content_sha256(files: Mapping[str, tuple[int, str]]) -> str:
@@ -49,11 +54,14 @@ def documents_name(split: str) -> str:
 
 
 def sync_and_hash(path: Path) -> dict[str, Any]:
-    """Force a file to disk; returns its length and SHA-256, as the manifest lists them."""
+    """Force a file to disk; returns its length, SHA-256 and each block's CRC-32, as the manifest lists them."""
+    digest, checks = hashlib.sha256(), []
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            checks.append(zlib.crc32(block))
+        return {"bytes": file.tell(), "sha256": digest.hexdigest(), "crc32": checks}
 
 
 class Dataset:
@@ -118,6 +126,39 @@ class Dataset:
                     raise ValueError(f"{self.path / name} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}")
                 done.update(entry["bytes"])
 
+    def spot_check(self, seed: str) -> None:
+        """Compare BLOCKS_CHECKED blocks, which `seed` chooses, with their checksums: runs together check everything.
+
+        Raises ValueError naming a file that differs, or holds a token outside the vocabulary.
+        """
+        blocks = [
+            (name, number)
+            for name, entry in sorted(self.manifest["files"].items())
+            for number in range(-(-entry["bytes"] // BLOCK_BYTES))
+        ]
+        for name, number in random.Random(seed).sample(blocks, min(BLOCKS_CHECKED, len(blocks))):
+            with (self.path / name).open("rb") as file:
+                file.seek(number * BLOCK_BYTES)
+                block = file.read(BLOCK_BYTES)
+            checks = self.manifest["files"][name].get("crc32")  # datasets of older versions have none
+            if checks and zlib.crc32(block) != checks[number]:
+                first = number * BLOCK_BYTES
+                raise ValueError(
+                    f"{self.path / name} must be as it was built; got other content in bytes {first} to "
+                    f"{first + len(block) - 1}; {REMEDY}"
+                )
+            if name in self._shard_names():
+                self._check_tokens(np.frombuffer(block, token_type(self.vocabulary)), name)
+
+    def _shard_names(self) -> list[str]:
+        return [shard_name(split, number) for split, parts in self._shards.items() for number in range(len(parts))]
+
+    def _check_tokens(self, tokens: NDArray[Any], name: str) -> None:
+        if len(tokens) and (largest := int(tokens.max())) >= self.vocabulary:
+            raise ValueError(
+                f"{self.path / name} must hold tokens below the vocabulary, {self.vocabulary}; got {largest}; {REMEDY}"
+            )
+
     def tokens(self, split: str) -> int:
         """The number of tokens in "train" or "validation"."""
         return int(self.manifest["splits"][split]["tokens"])
@@ -142,7 +183,10 @@ class Dataset:
         starts: NDArray[np.int64],  # [n]
         length: int,
     ) -> NDArray[np.int64]:  # [n, length]
-        """The `length` tokens from each start on, across the borders of shards if need be."""
+        """The `length` tokens from each start on, across the borders of shards if need be.
+
+        Raises ValueError naming the shard if one is outside the vocabulary.
+        """
         assert len(starts) == 0 or 0 <= starts.min() <= starts.max() <= self.tokens(split) - length
         windows = np.empty((len(starts), length), dtype=np.int64)
         for window, start in zip(windows, starts.tolist(), strict=True):
@@ -152,6 +196,9 @@ class Dataset:
                 part = self._shards[split][shard][offset : offset + length - done]
                 window[done : done + len(part)] = part
                 done += len(part)
+        if windows.size and windows.max() >= self.vocabulary:
+            for number, shard_tokens in enumerate(self._shards[split]):
+                self._check_tokens(shard_tokens, shard_name(split, number))
         return windows
 
 

@@ -148,7 +148,7 @@ def _packages(sources: Sources) -> Iterator[Package]:
     if sources.wheels:
         yield from origins.wheels(sources.wheels)
     if sources.repositories:
-        yield from origins.repositories(sources.repositories)
+        yield from origins.repositories(sources.repositories, sources.suffixes)
 
 
 def _write(package: Package, sources: Sources, corpus: _Corpus, folder: Path) -> Kept:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from experiments.data.corpus import describe
 from experiments.data.dataset import TOKENIZER, Dataset, manifest_errors
 from experiments.design.data import SPLITS
 
@@ -15,8 +16,8 @@ SAMPLE_TOKENS = 48
 def to_dict(path: Path | str) -> dict[str, Any]:
     """The dataset's specification, counts and hashes, and the text that its train split starts with."""
     dataset = Dataset.open(path)
+    first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
     with manifest_errors(dataset.path):
-        first = dataset.windows("train", np.zeros(1, np.int64), min(SAMPLE_TOKENS, dataset.tokens("train")))
         tokenizer = Tokenizer.from_file(str(dataset.path / TOKENIZER))
         return {
             "path": str(dataset.path),
@@ -24,6 +25,7 @@ def to_dict(path: Path | str) -> dict[str, Any]:
             "tokenizer_sha256": dataset.tokenizer_sha256,
             "bytes_per_token": dataset.bytes_per_token,
             "sample": tokenizer.decode(first[0].tolist(), skip_special_tokens=False),
+            "not_read": dataset.manifest.get("not_read", {}),
             **{key: dataset.manifest[key] for key in ("spec", "python", "corpus", "splits")},
         }
 
@@ -44,6 +46,7 @@ def _render(facts: dict[str, Any]) -> str:
         f"corpus       {corpus['files']:,} files, {corpus['documents']:,} documents, {corpus['bytes']:,} bytes",
         f"dropped      {corpus['duplicates']:,} duplicates, {corpus['undecodable']:,} not UTF-8, "
         f"{corpus['empty']:,} empty",
+        *([f"not read     {describe(facts['not_read'])}"] if facts["not_read"] else []),
     ]
     for split in SPLITS:
         counts = facts["splits"][split]

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 REQUIREMENT = re.compile(
     r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})"
 )
+FILE_MODES = ("100644", "100755")  # of git, for files; not links, nor other repositories
 COMMIT = re.compile(r"[0-9a-f]{40}")
 URL = re.compile(r"https://[A-Za-z0-9._/-]+")  # git runs a program for other forms, such as ext::
 
@@ -91,20 +91,24 @@ def wheels(requirements: tuple[str, ...]) -> Iterator[Package]:
                 yield Package(pinned["name"], pinned["version"], _licence(archive), _members(archive))
 
 
-def repositories(pinned: tuple[Repository, ...]) -> Iterator[Package]:
-    """The repositories in their order. Raises WorkFailed if git cannot fetch the commit."""
+def repositories(pinned: tuple[Repository, ...], suffixes: tuple[str, ...]) -> Iterator[Package]:
+    """The repositories in their order, with files of these suffixes. Raises WorkFailed if git cannot fetch a commit."""
     for repository in pinned:
         with tempfile.TemporaryDirectory(prefix="dynconv-git-") as folder:
             git = ["git", "-C", folder]
             _run(["git", "init", "--quiet", "--bare", folder], "git must work")
             fetch = [*git, "fetch", "--quiet", "--depth=1", repository.url, repository.commit]
             _run(fetch, f"{repository.url} must be fetched")
-            tar = Path(folder) / "text.tar"
-            command = [*git, "archive", "--format=tar", f"--output={tar}", repository.commit, "--", repository.under]
-            _run(command, f"{repository.url} must hold {repository.under}")
-            with tarfile.open(tar) as archive:
-                name = repository.url.removesuffix("/").removesuffix(".git").split("/", 3)[-1]
-                yield Package(name, repository.commit, repository.licence, _tar_members(archive))
+            tree = [*git, "ls-tree", "-r", "-z", repository.commit, "--", repository.under]
+            listed = _run(tree, f"{repository.url} must list its files", output=subprocess.PIPE)
+            objects = {}
+            for entry in filter(None, listed.decode(errors="surrogateescape").split("\0")):
+                facts, path = entry.split("\t", 1)
+                mode, _, name = facts.split()
+                if mode in FILE_MODES and path.endswith(suffixes):
+                    objects[path] = name
+            name = repository.url.removesuffix("/").removesuffix(".git").split("/", 3)[-1]
+            yield Package(name, repository.commit, repository.licence, _objects(git, objects))
 
 
 def _members(archive: zipfile.ZipFile) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -112,11 +116,19 @@ def _members(archive: zipfile.ZipFile) -> Iterator[tuple[str, Callable[[], bytes
         yield name, functools.partial(archive.read, name)
 
 
-def _tar_members(archive: tarfile.TarFile) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    for member in sorted((member for member in archive if member.isfile()), key=lambda member: member.name):
-        file = archive.extractfile(member)
-        assert file is not None  # it is a file
-        yield member.name, file.read
+def _objects(git: list[str], objects: dict[str, str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The files at these paths, whose objects' names git gives their content for, one after another."""
+    with subprocess.Popen([*git, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for path, name in sorted(objects.items()):
+            process.stdin.write(f"{name}\n".encode())
+            process.stdin.flush()
+            answer = process.stdout.readline().split()  # name, "blob", length; the content and a newline follow
+            if answer[1:2] != [b"blob"]:
+                raise WorkFailed(f"git must give the content of {path}; got {answer!r}")
+            content = process.stdout.read(int(answer[2]) + 1)[:-1]
+            yield path, functools.partial(bytes, content)
 
 
 def _licence(archive: zipfile.ZipFile) -> str:
@@ -135,10 +147,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _run(command: list[str], wanted: str) -> None:
-    """Run a program with its output on standard error. Raises WorkFailed if it fails, ValueError if it is missing."""
+STDERR = 2  # its file descriptor
+
+
+def _run(command: list[str], wanted: str, *, output: int = STDERR) -> bytes:
+    """Run a program; returns its output if that is PIPE. It says on standard error what goes wrong.
+
+    Raises WorkFailed if it fails, ValueError if it is missing.
+    """
     if shutil.which(command[0]) is None:
         raise ValueError(f"{wanted}; got no program {command[0]}; install it")
-    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
-    if code:
-        raise WorkFailed(f"{wanted}; {Path(command[0]).name} exited with {code}, for the reason above")
+    done = subprocess.run(command, stdout=output, check=False)
+    if done.returncode:
+        raise WorkFailed(f"{wanted}; {Path(command[0]).name} exited with {done.returncode}, for the reason above")
+    return done.stdout or b""

@@ -1,6 +1,10 @@
-"""Byte-level BPE: 256 bytes, one end-of-text token, and merges. Every UTF-8 text comes back exactly."""
+"""Byte-level BPE, trained here: 256 bytes, one end-of-text token, and merges. Or any tokenizer.json that loses nothing.
+
+Every text comes back from its tokens exactly, and each token stands for a known number of bytes: that is checked.
+"""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -8,8 +12,6 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-
-END_OF_TEXT = "<|endoftext|>"
 
 SAMPLE_BYTES = 16 * 2**20  # merges are learnt from this much; more text changes them little and costs minutes
 # The library needs some 100 bytes of memory a token while it encodes, so it gets BATCH_BYTES at a time, and long
@@ -28,7 +30,21 @@ class Encoded(NamedTuple):
     ends_document: bool
 
 
-def train(texts: Iterable[bytes], vocabulary: int) -> bytes:
+BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # how tokenizers with byte fallback spell a byte
+
+
+class Coder(NamedTuple):
+    """A tokenizer that is ready to encode."""
+
+    tokenizer: Tokenizer
+    end_of_text: int
+    token_bytes: NDArray[
+        np.uint16
+    ]  # [vocabulary]: UTF-8 bytes of each token; none for special tokens, which are no text
+    exact: bool  # whether tokens with the right number of bytes are sure to be the right text
+
+
+def train(texts: Iterable[bytes], vocabulary: int, end_of_text: str) -> bytes:
     """A tokenizer.json with `vocabulary` - 257 merges learnt from the first SAMPLE_BYTES of `texts`.
 
     The same texts give the same bytes. Raises ValueError if the texts have fewer merges to learn.
@@ -38,7 +54,7 @@ def train(texts: Iterable[bytes], vocabulary: int) -> bytes:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[end_of_text],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -60,44 +76,48 @@ def _sample(texts: Iterable[bytes]) -> Iterator[str]:
             return
 
 
-def load(raw: bytes, vocabulary: int) -> Tokenizer:
+def load(raw: bytes, vocabulary: int, end_of_text: str) -> Coder:
     """Read a tokenizer.json.
 
-    Raises ValueError unless it is byte-level, has END_OF_TEXT, and numbers its tokens 0..vocabulary-1.
+    Raises ValueError unless it has the token `end_of_text` and numbers its tokens below `vocabulary`.
     """
     try:
         tokenizer = Tokenizer.from_str(raw.decode())
         parts = json.loads(raw)
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise ValueError(f"must be a Hugging Face tokenizer.json; got {error}; give another file") from error
-    # Otherwise a token would not stand for known bytes, or a text's tokens not for the whole text.
-    for part, wanted in (("decoder", "ByteLevel"), ("normalizer", None)):
-        got = parts[part]["type"] if parts.get(part) else None
-        if got != wanted:
-            raise ValueError(f"must have {part} {wanted}, so that bits per byte are exact; got {got}; give another")
     numbers = tokenizer.get_vocab()
-    if sorted(numbers.values()) != list(range(vocabulary)):
+    if (largest := max(numbers.values(), default=-1)) >= vocabulary:
         raise ValueError(
-            f"must have the vocabulary of the specification, {vocabulary}; got {len(numbers)} tokens, "
-            f"the last numbered {max(numbers.values(), default=-1)}; set vocabulary to match"
+            f"must have no more tokens than the vocabulary of the specification, {vocabulary}; got {len(numbers)} "
+            f"tokens, the last numbered {largest}; set vocabulary to {largest + 1} or more"
         )
-    if END_OF_TEXT not in numbers:
-        raise ValueError(f"must have the token {END_OF_TEXT}; got none; add it to the file")
+    if end_of_text not in numbers:
+        special = sorted(str(t.content) for t in tokenizer.get_added_tokens_decoder().values() if t.special)
+        raise ValueError(
+            f"must have the token {end_of_text}; got none; set end_of_text to one of its special tokens "
+            f"({', '.join(special[:20]) or 'it has none'}), or add it to the file"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not an end
-    return tokenizer
+    decoder = (parts.get("decoder") or {}).get("type")
+    exact = decoder == "ByteLevel" and not parts.get("normalizer")
+    return Coder(tokenizer, numbers[end_of_text], _token_bytes(tokenizer, vocabulary, decoder), exact)
 
 
-def token_bytes(tokenizer: Tokenizer) -> NDArray[np.uint16]:  # [vocabulary]
-    """The UTF-8 bytes that each token stands for; none for special tokens, which stand for no text."""
+def _token_bytes(tokenizer: Tokenizer, vocabulary: int, decoder: str | None) -> NDArray[np.uint16]:  # [vocabulary]
     added = tokenizer.get_added_tokens_decoder()
-    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.uint16)
+    lengths = np.zeros(vocabulary, dtype=np.uint16)
     for token, number in tokenizer.get_vocab().items():
-        if number not in added:
-            lengths[number] = len(token)  # the byte-level alphabet spells each byte as one character
-        elif not added[number].special:
-            lengths[number] = len(token.encode())
+        if number in added:
+            lengths[number] = 0 if added[number].special else len(token.encode())
+        elif decoder == "ByteLevel":
+            lengths[number] = len(token)  # its alphabet spells each byte as one character
+        elif BYTE_FALLBACK.fullmatch(token):
+            lengths[number] = 1
+        else:
+            lengths[number] = len(tokenizer.decoder.decode([token]).encode()) if decoder else len(token.encode())
     return lengths
 
 
@@ -116,7 +136,7 @@ def pieces(texts: Iterable[bytes]) -> Iterator[Piece]:
         yield Piece(text[start:], ends_document=True)
 
 
-def encode(tokenizer: Tokenizer, texts: Iterable[bytes], lengths: NDArray[np.uint16]) -> Iterator[Encoded]:
+def encode(coder: Coder, texts: Iterable[bytes]) -> Iterator[Encoded]:
     """The ids of each piece of each text, in order. Raises ValueError if they do not stand for all of its bytes."""
     batch: list[Piece] = []
     size = 0
@@ -124,19 +144,26 @@ def encode(tokenizer: Tokenizer, texts: Iterable[bytes], lengths: NDArray[np.uin
         batch.append(piece)
         size += len(piece.text)
         if size >= BATCH_BYTES:
-            yield from _encode_batch(tokenizer, batch, lengths)
+            yield from _encode_batch(coder, batch)
             batch, size = [], 0
-    yield from _encode_batch(tokenizer, batch, lengths)
+    yield from _encode_batch(coder, batch)
 
 
-def _encode_batch(tokenizer: Tokenizer, batch: list[Piece], lengths: NDArray[np.uint16]) -> Iterator[Encoded]:
-    encodings = tokenizer.encode_batch_fast([piece.text.decode() for piece in batch], add_special_tokens=False)
-    for piece, encoding in zip(batch, encodings, strict=True):
+def _encode_batch(coder: Coder, batch: list[Piece]) -> Iterator[Encoded]:
+    texts = [piece.text.decode() for piece in batch]
+    encodings = coder.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for piece, text, encoding in zip(batch, texts, encodings, strict=True):
         ids = np.array(encoding.ids, dtype=np.int64)
-        kept = int(lengths[ids].sum(dtype=np.int64))
+        kept = int(coder.token_bytes[ids].sum(dtype=np.int64))
         if kept != len(piece.text):
             raise ValueError(
                 f"the tokenizer must keep every byte; got {kept} bytes of {len(piece.text)} "
                 f"from {piece.text[:40]!r}; give one that adds and removes nothing"
+            )
+        if not coder.exact and (back := coder.tokenizer.decode(encoding.ids, skip_special_tokens=False)) != text:
+            first = next((i for i, pair in enumerate(zip(text, back, strict=False)) if pair[0] != pair[1]), len(back))
+            raise ValueError(
+                f"the tokenizer must give back every character; got {back[first : first + 20]!r} for "
+                f"{text[first : first + 20]!r}; give one whose normalizer changes nothing in this text"
             )
         yield Encoded(ids, piece.ends_document)

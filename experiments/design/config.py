@@ -14,6 +14,9 @@ from experiments.design.identity import OUTSIDE_ID, digest
 from experiments.design.model import Counts, ModelConfig
 from experiments.design.train import TrainConfig
 from experiments.parts.base import Fact
+from experiments.tasks.registry import AnyTask
+
+TEXT = "text"  # the name of the task of language modelling
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class RunConfig:
     seed: int
     model: ModelConfig
     train: TrainConfig
-    data: DataConfig
+    data: DataConfig | None = None  # of text; None: the task generates its sequences
     # axis of the sweep's [vary] -> the run's value
     vary: Mapping[str, float] = field(default_factory=dict, metadata=OUTSIDE_ID)
     # id of the run from whose state this one starts, and the step after which that state was kept
     trunk: str | None = field(default=None, metadata=OUTSIDE_ID)
     branch_step: int = field(default=0, metadata=OUTSIDE_ID)
+    task: AnyTask | None = None  # None: language modelling on text
+    task_name: str = field(default=TEXT, metadata=OUTSIDE_ID)
 
     def __post_init__(self) -> None:
         group = self.model.sequence_group
@@ -53,7 +58,8 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """A readable prefix and a hash of everything that decides the outcome."""
-        return f"{self.arm}-{self.size}-s{self.seed}-{digest(self)}"
+        task = "" if self.task is None else f"-{self.task_name}"
+        return f"{self.arm}-{self.size}{task}-s{self.seed}-{digest(self)}"
 
     @property
     def counts(self) -> Counts:
@@ -71,15 +77,20 @@ class RunConfig:
         return self.model.count(self.own_tokens, self.train.sequence_length).flops_exact
 
     @property
-    def epochs(self) -> float:
-        """Passes over the training tokens."""
-        return self.train.tokens / self.data.train_tokens
+    def epochs(self) -> float | None:
+        """Passes over the training data. None: a generated task whose sequences are always new ones."""
+        if self.data is not None:
+            return self.train.tokens / self.data.train_tokens
+        assert self.task is not None
+        return self.train.sequences / self.task.train_sequences if self.task.train_sequences else None
 
     def facts(self) -> dict[str, Fact]:
         """The settings that a table may group runs by, in addition to their names."""
         train = self.train
+        task = {} if self.task is None else self.task.facts()
         return {
             **self.model.facts(),
+            **{f"task.{name}": value for name, value in task.items()},
             "train.optimizer": train.optimizer.kind,
             "train.schedule": train.schedule.kind,
             "train.learning_rate": train.learning_rate,
@@ -93,17 +104,28 @@ class Execution:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: int = 1  # number of processes, each with one GPU; on a CPU just the number of processes
+    # what several processes hold: "ddp" a whole model each, "fsdp" a part of every matrix and of its optimizer state
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
     compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises ValueError if micro-batches would separate sequences of which the model reads one for another."""
-        group = model.sequence_group
+    def check(self, run: RunConfig) -> None:
+        """Raises ValueError if the run cannot be executed like this.
+
+        Micro-batches must not separate sequences of which the model reads one for another, and Muon needs whole
+        matrices.
+        """
+        group = run.model.sequence_group
         if self.micro_batch % group:
             raise ValueError(
                 f"micro_batch must be a multiple of {group} for a model whose sequences read one another in groups of "
                 f"{group} (conv.mismatched); got {self.micro_batch}; change it in the profile"
+            )
+        if run.train.optimizer.kind == "muon" and self.parallel == "fsdp" and self.gpus > 1:
+            raise ValueError(
+                "Muon needs whole matrices, and with parallel = 'fsdp' each process has a part of each; "
+                "set parallel = 'ddp' in the profile"
             )

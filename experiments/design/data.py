@@ -20,13 +20,17 @@ class DataConfig:
     dataset is in the run's record, and is compared instead.
     """
 
-    # "python", for the source files of the standard library, or a folder of .txt, .jsonl and .parquet files
+    # "python", for the source files of the standard library; a folder of text (.txt, .jsonl, .json, each plain or with
+    # .gz or .zst, .parquet, .arrow); or one such file
     source: str = field(default="python", metadata=OUTSIDE_ID)
     site_packages: bool = False  # add every .py file of site-packages; with source "python" only
-    text_field: str = "text"  # the column of .jsonl and .parquet that holds a document's text
+    # the column or key that holds a document's text, or a list of messages with role and content; "a.b" is b within a
+    text_field: str = "text"
+    separator: str | None = None  # what stands between the documents of a .txt file; None: each file is a document
     vocabulary: int
-    # path of a byte-level tokenizer.json to use instead of training one
+    # path of a tokenizer.json to use instead of training one; it may have fewer tokens than `vocabulary`
     tokenizer: str | None = field(default=None, metadata=OUTSIDE_ID)
+    end_of_text: str = "<|endoftext|>"  # the token that ends each document
     train_tokens: int
     validation_tokens: int
 
@@ -41,6 +45,9 @@ class DataConfig:
                 raise ValueError(
                     f"{name} must be at least 2 (an input and a target); got {getattr(self, name)}; raise it"
                 )
+        for name in ("separator", "end_of_text"):
+            if getattr(self, name) == "":
+                raise ValueError(f'{name} must not be empty; got ""; give what marks the end of a document')
         if self.site_packages and self.source != "python":
             raise ValueError(
                 f'site_packages needs source = "python"; got source = "{self.source}"; remove site_packages'

@@ -109,4 +109,28 @@ _MINI_MOE = replace(
     tied=False,
 )
 
-LADDERS = {"paper": _PAPER, "mini": _MINI, "nano": _NANO, "paper-moe": _PAPER_MOE, "mini-moe": _MINI_MOE}
+# Two layers, as in the experiments on recall of arXiv 2312.04927, whose widths are 64 to 512, and of arXiv 2403.17844.
+# arXiv 2606.03825 does not give its shapes and ranks for recall. We chose heads of 64 channels, ranks of width / 16 but
+# at least 4, the ratio of FFN width to model width of the paper's language models, and the learning rates. The sequence
+# length is the task's.
+_RECALL = Ladder(
+    sizes={
+        "d32": Rung(2, 32, 88, 1, rank=4, sequence_length=64, batch_sequences=64, learning_rate=4e-3),
+        "d64": Rung(2, 64, 172, 1, rank=4, sequence_length=64, batch_sequences=64, learning_rate=2.8e-3),
+        "d128": Rung(2, 128, 344, 2, rank=8, sequence_length=64, batch_sequences=64, learning_rate=2e-3),
+        "d256": Rung(2, 256, 688, 4, rank=16, sequence_length=64, batch_sequences=64, learning_rate=1.4e-3),
+        "d512": Rung(2, 512, 1376, 8, rank=32, sequence_length=64, batch_sequences=64, learning_rate=1e-3),
+    },
+    head_size=16,
+    warmup_fraction=0.1,
+    init_std=0.02,
+)
+
+LADDERS = {
+    "paper": _PAPER,
+    "mini": _MINI,
+    "nano": _NANO,
+    "recall": _RECALL,
+    "paper-moe": _PAPER_MOE,
+    "mini-moe": _MINI_MOE,
+}

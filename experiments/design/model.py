@@ -46,6 +46,8 @@ class ModelConfig:
     tied: bool = True  # the LM head uses the weights of the embedding
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    # All outputs are decoded from the last token's state, by models/readout.py. No such model is causal.
+    reads_last_token: bool = False
 
     @property
     def sequence_group(self) -> int:
@@ -96,11 +98,14 @@ class ModelConfig:
         convolutions = sum(map(self.conv.parameters, self.convolutions()))
         norms = 2 * self.width  # one before each part
         layer = self.mixer.parameters(self.width) + self.ffn.parameters(self.width) + convolutions + norms
-        return self.layers * layer + self.width
+        readout = 2 * self.width**2 + 2 * self.width if self.reads_last_token else 0  # two linear maps and their norms
+        return self.layers * layer + self.width + readout
 
     def forward_flops(self, sequence_length: int) -> dict[str, int]:
         """FLOPs of one forward pass over one sequence, by operation."""
         flops = Counter({"head": 2 * sequence_length * self.width * self.vocabulary})
+        if self.reads_last_token:
+            flops["readout"] = 4 * sequence_length * self.width**2
         for part in (self.mixer, self.ffn):
             for name, count in part.forward_flops(self.width, sequence_length).items():
                 flops[name] += self.layers * count

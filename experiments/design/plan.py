@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.design.config import TRUNK, RunConfig
+from experiments.design.config import TEXT, TRUNK, RunConfig
 from experiments.terminal import align, short, span
 
 HEADINGS = ("N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
@@ -35,6 +35,7 @@ def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[di
                 "baseline": run.baseline,
                 "size": run.size,
                 "budget": run.budget,
+                "task": run.task_name,
                 "seed": run.seed,
                 "trunk": run.trunk,
                 "vary": dict(run.vary),
@@ -56,13 +57,15 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
     """The rows as a table to be read in a terminal, with totals. Each axis of the sweep is a column."""
     axes = list(dict.fromkeys(axis for row in plan for axis in row["vary"]))
     branching = any(row["trunk"] for row in plan)
+    tasks = any(row["task"] != TEXT for row in plan)
     # Only with experts, or with an input embedding that the LM head does not share, does a token use a part of N.
     active = any(row["parameters_active"] != row["parameters"] for row in plan)
-    added = (*axes, *(["branch of"] if branching else []), "N", *(["N_active"] if active else []))
-    headings = ("run", *added, *HEADINGS)
+    added = (*(["task"] if tasks else []), *axes, *(["branch of"] if branching else []))
+    headings = ("run", *added, "N", *(["N_active"] if active else []), *HEADINGS)
     cells = [
         (
             row["run_id"],
+            *([row["task"]] if tasks else []),
             *(f"{row['vary'][axis]:g}" if axis in row["vary"] else "" for axis in axes),
             *([_branch(row)] if branching else []),
             short(row["parameters"]),
@@ -70,7 +73,7 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
             short(row["parameters_nonembedding"]),
             short(row["tokens"]),
             str(row["steps"]),
-            f"{row['epochs']:.2f}",
+            "" if row["epochs"] is None else f"{row['epochs']:.2f}",
             f"{row['flops_exact']:.3e}",
             str(row["gpus"]),
             "" if row["hours"] is None else span(row["hours"]),

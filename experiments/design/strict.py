@@ -1,7 +1,8 @@
 """Read TOML files into frozen dataclasses. An unknown key or a wrong type is a ValueError that says how to correct it.
 
-A field that may hold one of several classes is annotated with them, `Annotated[Base, (First, Second)]`. Its table in
-the file chooses a class by the key `kind`, which must equal the class's attribute `kind`.
+A field that may hold one of several classes is annotated with them, `Annotated[Base, (First, Second)]`, or with a
+function that imports and returns them. Its table in the file chooses a class by the key `kind`, which must equal the
+class's attribute `kind`.
 """
 
 import dataclasses
@@ -85,6 +86,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         classes = hint.__metadata__[0]
+        if callable(classes):
+            classes = classes()
         return _parse_kind(_expect(value, dict, where), {cls.kind: cls for cls in classes}, where)
     if origin is typing.Literal:
         return choose(_expect(value, str, where), arguments, where)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from experiments.design import strict
 from experiments.design.arms import ARMS, Arm
-from experiments.design.config import RunConfig
+from experiments.design.config import TEXT, RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.ladder import LADDERS, Rung
 from experiments.design.model import ModelConfig
@@ -18,6 +18,7 @@ from experiments.design.recipe import BUDGET_AXIS, Recipe, check_axes
 from experiments.design.schedules import Cosine
 from experiments.design.train import AdamW, TrainConfig
 from experiments.design.trunks import with_trunks
+from experiments.tasks.registry import AnyTask
 
 FLOPS_TOLERANCE = 1e-3  # relative to the baseline's FLOPs, with match = "flops"
 LARGEST_SETTING = 1e9  # refuses numbers that would overflow later; no real sweep comes near it
@@ -35,9 +36,15 @@ class Sweep:
     baseline: str
     seeds: tuple[int, ...]
     match: Literal["tokens", "flops"]
-    data: DataConfig
-    tokens_per_parameter: float | None = None  # tokens for each parameter of the baseline; given here or in [vary]
+    data: DataConfig | None = None  # a sweep trains on this text or on the tasks below
+    task: Mapping[str, AnyTask] = field(default_factory=dict)  # generated tasks: [task.NAME]; each is trained alone
+    # The budget is one of the next two: tokens for each parameter (N) of the baseline, given here or in [vary], or the
+    # number of the baseline's optimizer steps, which is the same at all sizes.
+    tokens_per_parameter: float | None = None
     count: Literal["total", "active"] = "total"  # parameters that tokens_per_parameter counts: N or N_active
+    steps: int | None = None
+    # task -> its steps, where they are not `steps`, such as those of a smaller training set
+    steps_by_task: Mapping[str, int] = field(default_factory=dict)
     evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
     max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
@@ -60,7 +67,8 @@ class Sweep:
             for seed in own:
                 if not 0 <= seed < 2**63:
                     raise ValueError(f"{name} must be 0 to 2**63 - 1; got {seed}; choose another")
-        for key, name in [("name", self.name), *(("arm", name) for name in self.arm)]:
+        named = [("name", self.name), *(("arm", name) for name in self.arm), *(("task", name) for name in self.task)]
+        for key, name in named:
             if not NAME_PATTERN.fullmatch(name):
                 raise ValueError(
                     f"{key} must be letters, digits, '_', '.' and '-', the first a letter or a digit, "
@@ -81,9 +89,16 @@ class Sweep:
             strict.choose(size, self.sizes, "seeds_by_size: one of this sweep's sizes is wanted")
         for arm in self.vary_by_arm:
             strict.choose(arm, self.arms, "vary_by_arm: one of this sweep's arms is wanted")
+        for task in self.steps_by_task:
+            strict.choose(task, self.task, "steps_by_task: one of this sweep's tasks is wanted")
         redefined = sorted(set(self.arm) & set(ARMS))
         if redefined:
             raise ValueError(f"arm {redefined[0]!r} is built in; give your variant another name")
+        if (self.data is None) == (not self.task):
+            given = "neither is there" if self.data is None else "both are there"
+            raise ValueError(f"a sweep trains on text, [data], or on generated tasks, [task.NAME]; {given}; give one")
+        if TEXT in self.task:
+            raise ValueError(f"task {TEXT!r} is the name of language modelling; give the task another name")
 
     def _check_axes(self) -> None:
         check_axes(self.vary, "vary")
@@ -95,13 +110,24 @@ class Sweep:
                         f"vary_by_arm.{arm}.{axis} gives one arm's values of an axis, which [vary] must have for the "
                         f"others; add {axis} there"
                     )
-        if (self.tokens_per_parameter is None) == (BUDGET_AXIS not in self.vary):
-            given = "twice" if BUDGET_AXIS in self.vary else "nowhere"
-            raise ValueError(f"tokens_per_parameter is given {given}; give a number, or a list of them in [vary]")
-        for name in ("tokens_per_parameter", "evaluations", "max_epochs"):
+        given = [self.tokens_per_parameter is not None, BUDGET_AXIS in self.vary, self.steps is not None]
+        if self.steps is not None and sum(given) > 1:
+            raise ValueError("steps and tokens_per_parameter are both given; give one of them")
+        if self.steps is not None and self.count != "total":
+            raise ValueError(f"count needs tokens_per_parameter; got {self.count!r} beside steps; remove it")
+        if sum(given) != 1:
+            often = "twice" if any(given) else "nowhere"
+            raise ValueError(f"tokens_per_parameter is given {often}; give a number, or a list of them in [vary]")
+        for name in ("tokens_per_parameter", "steps", "evaluations", "max_epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= LARGEST_SETTING:  # also false for nan
                 raise ValueError(f"{name} must be above zero, at most {LARGEST_SETTING:g}; got {value}; correct it")
+        for task, steps in self.steps_by_task.items():
+            if self.steps is None or not 0 < steps <= LARGEST_SETTING:
+                raise ValueError(
+                    f"steps_by_task.{task} must be a number above zero, beside steps for the other tasks; got {steps} "
+                    f"and steps = {self.steps}; correct it"
+                )
         for where, recipe in [
             ("train", self.train),
             *((f"arm.{name}.train", arm.train) for name, arm in self.arm.items()),
@@ -139,6 +165,8 @@ def notes(sweep: Sweep) -> list[str]:
     """Messages about settings that are legal but perhaps not meant."""
     unused = [name for name in sweep.arm if name not in sweep.arms]
     found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
+    if sweep.data is None:
+        return found
     for key, place in (("source", sweep.data.source), ("tokenizer", sweep.data.tokenizer)):
         if place is not None and place != "python" and not Path(place).exists():
             found.append(f"data.{key} = {place!r} is not there; `submit` will refuse to build the data")
@@ -146,14 +174,15 @@ def notes(sweep: Sweep) -> list[str]:
 
 
 def expand(sweep: Sweep) -> list[RunConfig]:
-    """All runs, by size, then arm, then seed, then along the axes; a trunk comes before its branches."""
-    for size in sweep.sizes:
-        for arm in sweep.arm:
-            _model(sweep, size, arm)  # Check arms that `arms` does not list, too: a mistake shows when it is made.
+    """All runs, by task, then size, then arm, then seed, then along the axes; a trunk comes before its branches."""
     runs = []
-    for size, arm in itertools.product(sweep.sizes, sweep.arms):
-        for seed in sweep.seeds_by_size.get(size, sweep.seeds):
-            runs += with_trunks([_run(sweep, size, arm, seed, point) for point in sweep.points(arm)])
+    for task in sweep.task or (TEXT,):
+        for size in sweep.sizes:
+            for arm in sweep.arm:
+                _model(sweep, task, size, arm)  # Check arms that `arms` does not list, too.
+        for size, arm in itertools.product(sweep.sizes, sweep.arms):
+            for seed in sweep.seeds_by_size.get(size, sweep.seeds):
+                runs += with_trunks([_run(sweep, task, size, arm, seed, point) for point in sweep.points(arm)])
     _refuse_equal_runs(runs)
     return runs
 
@@ -173,26 +202,28 @@ def _refuse_equal_runs(runs: Sequence[RunConfig]) -> None:
             )
 
 
-def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float]) -> RunConfig:
+def _rung(sweep: Sweep, task: str, size: str) -> Rung:
+    """The rung of a size, at the sequence length of the task."""
     rung = LADDERS[sweep.ladder].sizes[size]
+    if sweep.data is None:
+        return replace(rung, sequence_length=sweep.task[task].sequence_length)
     _check_data(sweep.data, rung, size)
-    baseline = _model(sweep, size, sweep.baseline)
-    model = _model(sweep, size, arm)
-    tokens_per_parameter = point.get(BUDGET_AXIS, sweep.tokens_per_parameter)
-    assert tokens_per_parameter is not None
-    counted = baseline.parameters() if sweep.count == "total" else baseline.parameters_active()
-    baseline_sequences = round(tokens_per_parameter * counted / rung.sequence_length)
+    return rung
+
+
+def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping[str, float]) -> RunConfig:
+    rung = _rung(sweep, task, size)
+    baseline = _model(sweep, task, size, sweep.baseline)
+    model = _model(sweep, task, size, arm)
     recipe = _arm(sweep, arm).train.over(sweep.train).varied(point)
     batch = rung.batch_sequences if recipe.batch_sequences is None else recipe.batch_sequences
+    baseline_sequences, budget = _budget(sweep, task, rung, baseline, point)
     if baseline_sequences < batch:
-        raise ValueError(
-            f"{size}: tokens_per_parameter = {tokens_per_parameter:g} gives {baseline_sequences} sequences; "
-            f"one batch takes {batch}; raise it"
-        )
+        raise ValueError(f"{size}: {budget} gives {baseline_sequences} sequences; one batch takes {batch}; raise it")
     sequences = baseline_sequences
     if sweep.match == "flops":
         sequences = _matched_sequences(baseline, model, baseline_sequences, rung.sequence_length, f"{arm} {size}")
-    train = _train(sweep, rung, recipe, sequences, batch)
+    train = _train(sweep, task, rung, recipe, sequences, batch)
     train = replace(train, evaluate_every=_evaluation_interval(sweep, rung, baseline_sequences))
     run = RunConfig(
         sweep=sweep.name,
@@ -200,14 +231,16 @@ def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float
         baseline=sweep.baseline,
         ladder=sweep.ladder,
         size=size,
-        budget=f"{tokens_per_parameter:g} tokens per {'' if sweep.count == 'total' else 'active '}parameter",
+        budget=budget,
         seed=seed,
         model=model,
         train=train,
         data=sweep.data,
         vary=point,
+        task=sweep.task.get(task),
+        task_name=task,
     )
-    if run.epochs > sweep.max_epochs:
+    if run.data is not None and run.epochs is not None and run.epochs > sweep.max_epochs:
         raise ValueError(
             f"{arm} {size} would read the data {run.epochs:.1f} times; at most max_epochs = {sweep.max_epochs:g} "
             "is allowed; raise train_tokens or max_epochs, or lower tokens_per_parameter"
@@ -215,7 +248,20 @@ def _run(sweep: Sweep, size: str, arm: str, seed: int, point: Mapping[str, float
     return run
 
 
-def _train(sweep: Sweep, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
+def _budget(sweep: Sweep, task: str, rung: Rung, baseline: ModelConfig, point: Mapping[str, float]) -> tuple[int, str]:
+    """The number of the baseline's training sequences, and the budget in words."""
+    steps = sweep.steps_by_task.get(task, sweep.steps)
+    if steps is not None:
+        recipe = _arm(sweep, sweep.baseline).train.over(sweep.train).varied(point)
+        return steps * (recipe.batch_sequences or rung.batch_sequences), f"{steps} steps"
+    tokens_per_parameter = point.get(BUDGET_AXIS, sweep.tokens_per_parameter)
+    assert tokens_per_parameter is not None
+    counted = baseline.parameters() if sweep.count == "total" else baseline.parameters_active()
+    sequences = round(tokens_per_parameter * counted / rung.sequence_length)
+    return sequences, f"{tokens_per_parameter:g} tokens per {'' if sweep.count == 'total' else 'active '}parameter"
+
+
+def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
     rate = rung.learning_rate if recipe.learning_rate is None else recipe.learning_rate
     factor = 1.0 if recipe.learning_rate_factor is None else recipe.learning_rate_factor
     if not 0 < rate * factor < math.inf:
@@ -226,6 +272,10 @@ def _train(sweep: Sweep, rung: Rung, recipe: Recipe, sequences: int, batch: int)
     fraction = recipe.warmup_fraction
     if fraction is None:
         fraction = LADDERS[sweep.ladder].warmup_fraction
+    if sweep.data is None:
+        held_out = sweep.task[task].held_out_sequences
+    else:
+        held_out = (sweep.data.validation_tokens - 1) // rung.sequence_length
     chosen = {name: getattr(recipe, name) for name in ("weight_decay", "clip_norm")}
     return TrainConfig(
         tokens=sequences * rung.sequence_length,
@@ -233,7 +283,7 @@ def _train(sweep: Sweep, rung: Rung, recipe: Recipe, sequences: int, batch: int)
         batch_sequences=batch,
         learning_rate=rate * factor,
         evaluate_every=0,
-        held_out_sequences=(sweep.data.validation_tokens - 1) // rung.sequence_length,
+        held_out_sequences=held_out,
         warmup_steps=max(1, round(fraction * -(-sequences // batch))),
         schedule=recipe.schedule or Cosine(),
         optimizer=recipe.optimizer or AdamW(),
@@ -274,20 +324,25 @@ def _arm(sweep: Sweep, name: str) -> Arm:
     return sweep.arm[name] if name in sweep.arm else ARMS[name]
 
 
-def _model(sweep: Sweep, size: str, name: str) -> ModelConfig:
+def _model(sweep: Sweep, task: str, size: str, name: str) -> ModelConfig:
     try:
-        return _build_model(sweep, size, _arm(sweep, name))
+        model = _build_model(sweep, _vocabulary(sweep, task), size, _arm(sweep, name))
+        return replace(model, reads_last_token=task in sweep.task and sweep.task[task].reads_last_token)
     except ValueError as error:
         raise ValueError(f"arm.{name} at {size}: {error}") from None
 
 
-def _build_model(sweep: Sweep, size: str, arm: Arm) -> ModelConfig:
+def _vocabulary(sweep: Sweep, task: str) -> int:
+    return sweep.task[task].vocabulary if sweep.data is None else sweep.data.vocabulary
+
+
+def _build_model(sweep: Sweep, vocabulary: int, size: str, arm: Arm) -> ModelConfig:
     ladder = LADDERS[sweep.ladder]
     rung, shape = ladder.sizes[size], ladder.shape(size)
     plain = ModelConfig(
         layers=rung.layers,
         width=rung.width,
-        vocabulary=sweep.data.vocabulary,
+        vocabulary=vocabulary,
         mixer=arm.mixer.fitted(shape),
         ffn=arm.ffn.fitted(shape),
         init_std=ladder.init_std,

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.data.corpus import find_files, read_documents
-from experiments.data.tokenizer import encode, token_bytes
+from experiments.data.corpus import find_files
+from experiments.data.formats import read_documents
+from experiments.data.tokenizer import encode
 from experiments.evaluation.load import TrainedRun
 from experiments.evaluation.scoring import Request, score
 from experiments.terminal import bar
@@ -30,7 +31,7 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
     Raises ValueError if the folder holds no text.
     """
     loss, tokens, text_bytes = 0.0, 0, 0
-    lengths = token_bytes(run.tokenizer)
+    lengths = run.coder.token_bytes
     windows: list[Request] = []
     with bar(f"scoring {folder.name}", None, " tokens", progress=True) as progress:
         for window in _windows(run, folder):
@@ -51,10 +52,11 @@ def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
     """The text as one token to begin with and up to T that follow it, T being the sequence length of the training."""
     end = run.end_of_text
     length = run.config.train.sequence_length
-    spec = replace(run.config.data, source=str(folder), site_packages=False)
-    texts = (text for file in find_files(spec) for text in read_documents(file, spec.text_field) if text)
+    assert run.data is not None, "load_run refuses runs that were not trained on text"
+    spec = replace(run.data, source=str(folder), site_packages=False)
+    texts = (text for file in find_files(spec).files for text in read_documents(file.path, spec) if text)
     before, held = end, list[int]()
-    for piece in encode(run.tokenizer, texts, token_bytes(run.tokenizer)):
+    for piece in encode(run.coder, texts):
         held += piece.ids.tolist()
         if piece.ends_document:
             held.append(end)

@@ -11,7 +11,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiments.data.tokenizer import END_OF_TEXT
 from experiments.design.config import RunConfig
 from experiments.evaluation.load import TrainedRun
 from experiments.parts.attention import Attention
@@ -53,9 +52,9 @@ def export(run: TrainedRun, folder: Path) -> None:
             "generation_config.json": {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
             "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": END_OF_TEXT,
-                "bos_token": END_OF_TEXT,
-                "pad_token": END_OF_TEXT,
+                "eos_token": run.data.end_of_text,
+                "bos_token": run.data.end_of_text,
+                "pad_token": run.data.end_of_text,
                 "model_max_length": run.config.train.sequence_length,
                 "clean_up_tokenization_spaces": False,
             },

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from experiments.data.tokenizer import END_OF_TEXT
+from experiments.data import tokenizer as bpe
 from experiments.design.config import RunConfig
+from experiments.design.data import DataConfig
 from experiments.models.decoder import Decoder
 from experiments.training.precision import mixed_precision
 from experiments.training.record import TOKENIZER, read_record
@@ -26,11 +27,22 @@ class TrainedRun(NamedTuple):
         return self.model.embedding.weight.device
 
     @property
+    def data(self) -> DataConfig:
+        """The text that the run was trained on."""
+        assert self.config.data is not None, "load_run takes runs on text only"
+        return self.config.data
+
+    @property
     def end_of_text(self) -> int:
         """The token that ends a document."""
-        number = self.tokenizer.token_to_id(END_OF_TEXT)
+        number = self.tokenizer.token_to_id(self.data.end_of_text)
         assert number is not None, "a dataset is only built with a tokenizer that has it"
         return int(number)
+
+    @property
+    def coder(self) -> bpe.Coder:
+        """The tokenizer as the data were encoded by it."""
+        return bpe.load(self.tokenizer.to_str().encode(), self.data.vocabulary, self.data.end_of_text)
 
 
 def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
@@ -43,6 +55,8 @@ def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
         raise ValueError(f"{run_dir.name} is a control whose sequences read one another; it has no use by itself")
     if not (run_dir / "run.json").exists():
         raise ValueError(f"{run_dir} is not finished; `dynconv status` says where it stands")
+    if config.task is not None:
+        raise ValueError(f"{run_dir} has no tokenizer, as it was trained on {config.task_name}; give a run on text")
     model = Decoder(config.model, config.seed)
     model.load_state_dict(torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True))
     tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))

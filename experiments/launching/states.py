@@ -13,6 +13,7 @@ from typing import Any
 
 from analysis.logs import reader
 from analysis.logs.files import read_json
+from analysis.logs.learning import why_not
 from experiments.launching import slurm
 from experiments.launching.branches import trunk_failure
 from experiments.launching.jobs import errors_naming, job_of, process_started
@@ -36,7 +37,7 @@ class RunState:
     elapsed: float | None = None  # seconds of this attempt, or of all of a complete run
     eta: float | None = None  # seconds
     job_id: str | None = None
-    cause: str | None = None  # of a failure, or of our not knowing
+    cause: str | None = None  # of a failure, of our not knowing, or why a complete run did not learn
     log: str | None = None  # path of the job's output
 
 
@@ -109,6 +110,8 @@ def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> Ru
         with errors_naming(run_dir / "run.json"):
             run = read_json(run_dir / "run.json")
             elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
+            measured: dict[str, Any] = {key: run.get(key) for key in ("loss", "task", "vocabulary", "gradient_norm")}
+            known["cause"] = (reason := why_not(**measured)) and f"it did not learn: {reason}"
             return RunState(run_dir.name, where, 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
     known["cause"] = (trunk_failure(run_dir) if where in ("pending", "lost") else None) or _cause(run_dir, job, where)
     with errors_naming(run_dir / "attempt-*.json"):

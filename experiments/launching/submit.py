@@ -18,7 +18,7 @@ from experiments.launching import branches, jobs, local, local_loop, slurm, snap
 from experiments.launching.locks import signals_deferred, store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
-from experiments.training.record import check_store, write_record
+from experiments.training.record import check_store, data_sha256, write_record
 from experiments.training.run import Run
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def _launch(
         datasets = _build(runs, cache)  # not under the lock, which others would wait for
         with store_lock(store):
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
-            for spec, dataset in datasets.items():
-                check_store([run for run in todo if run.data == spec], store, dataset.sha256)
+            _check_store(todo, datasets, store)
             code = _freeze(todo, datasets, profile, store)
             with _markers_removed([store / run.run_id for run in todo]):
                 if profile.executor == "slurm":
@@ -149,7 +148,7 @@ def _stop_here(job: Mapping[str, Any]) -> str | None:
 
 def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
     for run in runs:
-        profile.job(run.size).execution.check(run.model)
+        profile.job(run.size).execution.check(run)
     if profile.slurm is not None:
         slurm.check(profile.slurm)
     if profile.executor == "local":
@@ -186,12 +185,23 @@ def _choose(
     return todo, skipped
 
 
+def _check_store(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"], store: Path) -> None:
+    """Raises ValueError if the store holds runs that cannot be compared with these."""
+    alike: dict[tuple[str, str], list[RunConfig]] = {}
+    for run in runs:
+        dataset = None if run.data is None else datasets[run.data]
+        alike.setdefault((run.task_name, data_sha256(run, dataset)), []).append(run)
+    for (_, sha256), group in alike.items():
+        check_store(group, store, sha256)
+
+
 def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"]:
-    """Build what data is missing."""
+    """Build what data is missing. Generated tasks have none."""
     from experiments.data.build import build
     from experiments.data.dataset import Dataset
 
-    return {spec: Dataset.open(build(spec, cache)) for spec in dict.fromkeys(run.data for run in runs)}
+    specs = dict.fromkeys(run.data for run in runs if run.data is not None)
+    return {spec: Dataset.open(build(spec, cache)) for spec in specs}
 
 
 def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"], profile: Profile, store: Path) -> Path:
@@ -200,7 +210,8 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
     commit = snapshot.commit(code)
     for run in runs:
         execution = profile.job(run.size).execution
-        write_record(run, store, datasets[run.data], execution, code_commit=commit, submitted_at=time.time())
+        dataset = None if run.data is None else datasets[run.data]
+        write_record(run, store, dataset, execution, code_commit=commit, submitted_at=time.time())
     return code
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
+from experiments.models.readout import LastTokenReadout
 from experiments.models.short_convolution import InputConvolution
 from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
 
@@ -52,12 +53,14 @@ class Decoder(nn.Module):
             torch.manual_seed(seed)  # Modules of convolutions initialise themselves.
             self.embedding = nn.Embedding(config.vocabulary, config.width)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+            if config.reads_last_token:
+                self.readout = LastTokenReadout(config.width, config.norm_epsilon)
             self.norm = RMSNorm(config.width, eps=config.norm_epsilon)
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
         self._initialise(seed)
-        self._run: Callable[[nn.Module, Tensor], Any] = _run
+        self._apply_norm: Callable[[RMSNorm, Tensor], Tensor] = RMSNorm.forward
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
@@ -69,7 +72,10 @@ class Decoder(nn.Module):
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
-        self._run = torch.compile(_run, *args, **kwargs)
+        self._apply_norm = torch.compile(RMSNorm.forward, *args, **kwargs)
+        program = torch.compile(Block.compute, *args, **kwargs)
+        for block in self.blocks:
+            cast(Block, block).program = program
 
     def forward(
         self,
@@ -94,11 +100,13 @@ class Decoder(nn.Module):
         for layer, module in enumerate(self.blocks):
             block = cast(Block, module)
             block.prepare(tokens.shape[1], tokens.device)
-            x, own, measured = self._run(block, x)
+            x, own, measured = block(x)
             for name, loss in own:
                 losses[name] = losses[name] + loss if name in losses else loss
             measures |= {f"{name}.{layer}": value for name, value in measured}
-        x = self._run(self.norm, x)
+        if self.config.reads_last_token:
+            x = self.readout(x)
+        x = self._apply_norm(self.norm, x)
         if criterion is not None:
             return Scored(criterion(x, self.head.weight), losses, measures)
         return Output(self.head(x), losses, measures)
@@ -112,6 +120,7 @@ class Decoder(nn.Module):
 
         Raises ValueError if a part of the model cannot decode, or if sequences read one another.
         """
+        assert not self.config.reads_last_token, "only models of text decode"
         if self.config.sequence_group > 1:
             raise ValueError("a model with conv.mismatched decodes no text; use its arm without mismatched")
         cache = [({}, {}) for _ in self.blocks] if cache is None else cache
@@ -145,12 +154,11 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.linear.weight, std=own_std, generator=generator)
             if hasattr(part, "initialise"):
                 part.initialise(generator, std, residual_std)
+        if self.config.reads_last_token:
+            for linear in self.readout.maps:
+                nn.init.normal_(cast(nn.Linear, linear).weight, std=std, generator=generator)
         if not self.config.tied:
             nn.init.normal_(self.head.weight, std=std, generator=generator)
-
-
-def _run(module: nn.Module, x: Tensor) -> Any:
-    return module(x)
 
 
 class Block(nn.Module):
@@ -162,6 +170,8 @@ class Block(nn.Module):
         self.ffn: Any = build(config.ffn, config)
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_epsilon)
+        # Only `compute` is compiled, and not the call of the module, whose hooks gather the weights under FSDP.
+        self.program: Callable[[Block, Tensor], Any] = Block.compute
         sites = config.conv.sites
         self.mixer_input = InputConvolution(config) if MIXER_INPUT in sites else nn.Identity()
         self.ffn_input = InputConvolution(config) if FFN_INPUT in sites else nn.Identity()
@@ -176,6 +186,11 @@ class Block(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> tuple[Tensor, Named, Named]:  # [B, T, D]; names and values of auxiliary losses and of measures
+        y: tuple[Tensor, Named, Named] = self.program(self, x)
+        return y
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Named, Named]:
+        """`forward`, uncompiled."""
         losses: Named = []
         measures: Named = []
         for part, norm, convolution in self._parts():

@@ -44,6 +44,10 @@ class MoEModule(nn.Module):
             nn.init.normal_(weight, std=std, generator=generator)
         nn.init.normal_(self.down, std=residual_std, generator=generator)
 
+    def in_float32(self) -> list[nn.Parameter]:
+        """The parameters that must not be rounded to 16 bits, as sharding rounds matrices."""
+        return list(self.router.parameters())
+
     def forward(
         self,
         x: Tensor,  # [B, T, D]

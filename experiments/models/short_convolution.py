@@ -70,11 +70,13 @@ class Maps(nn.ModuleDict):
     """The linear maps of a part by site. The module of every part has them as `self.maps`."""
 
     def __init__(self, part: Part, model: ModelConfig) -> None:
-        none = NoConvolution()
-        convs = {site: model.conv if site in model.conv.sites else none for site in part.linear_maps(model.width)}
+        conv, none = model.conv, NoConvolution()
         shapes = part.linear_maps(model.width)
-        super().__init__({site: ConvLinear(shapes[site], conv, model.width) for site, conv in convs.items()})
-        self._conv = model.conv
+        super().__init__(
+            {s: ConvLinear(shape, conv if s in conv.sites else none, model.width) for s, shape in shapes.items()}
+        )
+        self._mismatched = conv.sequence_group > 1
+        self._reads_part_input = conv.reads_part_input
 
     def apply_to(
         self,
@@ -88,9 +90,9 @@ class Maps(nn.ModuleDict):
         generators of all convolutions are computed in the product of the first map that has one.
         """
         maps = {site: cast(ConvLinear, self[site]) for site in sites}
-        read = generator_input(self._conv, x, part_input)
+        read = part_input if self._reads_part_input else x  # by the generators
         if not _shares_products(x):
-            read = partners(read) if self._conv.sequence_group > 1 else read
+            read = partners(read) if self._mismatched else read
             return [linear(x, read) for linear in maps.values()]
         dynamic = {s: m.conv for s, m in maps.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
         joined = dynamic if read is x else {}  # whose generators are part of the product
@@ -104,7 +106,7 @@ class Maps(nn.ModuleDict):
             y, *columns = project_together(weight, list(joined.values()), x)
             products = dict(zip(sharing, y.split(widths, -1), strict=True))
             generated |= dict(zip(joined, columns, strict=True))
-        if self._conv.sequence_group > 1:
+        if self._mismatched:
             generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
         if sharing == list(dynamic) and _fit_one_launch(list(dynamic.values()), widths):
             convolutions = cast(list[LowRankDynamicConv], list(dynamic.values()))
@@ -122,7 +124,7 @@ class Maps(nn.ModuleDict):
         state: dict[str, Tensor],  # of each site with a convolution, the inputs before those of x; updated in place
     ) -> list[Tensor]:  # [B, T, outputs] each
         """As `apply_to`, for inputs that continue a sequence. An empty `state` begins one."""
-        read = generator_input(self._conv, x, part_input)
+        read = part_input if self._reads_part_input else x  # by the generators
         outputs = []
         for site in sites:
             linear = cast(ConvLinear, self[site])
@@ -155,15 +157,6 @@ class InputConvolution(nn.Module):
     ) -> Tensor:  # [B, T, D]
         y, state["input"] = cast(Any, self.conv).prefill(x, x, state.get("input"))
         return cast(Tensor, y)
-
-
-def generator_input(
-    conv: Convolution,
-    x: Tensor,  # [B, T, inputs]: the input of a linear map
-    part_input: Tensor,  # [B, T, D]: the normed input of its part
-) -> Tensor:
-    """What the generators of convolutions read, before sequences change places in the mismatched control."""
-    return part_input if getattr(conv, "generator_input", "map") == "part" else x
 
 
 def partners(

@@ -23,6 +23,11 @@ class Convolution(ABC):
         """How many neighbouring sequences of a batch read one another: 1 if each is processed by itself."""
         return 1
 
+    @property
+    def reads_part_input(self) -> bool:
+        """Whether generators read the normed input of the part, and not the input of the linear map they belong to."""
+        return False
+
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
         """The same, with settings that are None taken from the shape.
 
@@ -130,13 +135,17 @@ class _DynamicConvolution(_PlacedConvolution):
     def sequence_group(self) -> int:
         return 2 if self.mismatched else 1
 
+    @property
+    def reads_part_input(self) -> bool:
+        return self.generator_input == "part"
+
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:
         if not self.static_filter and self.static_init != "uniform":
             raise ValueError("static_init needs static_filter = true; got false; remove static_init")
         return super().fitted(shape, maps)
 
     def widths(self, site: LinearMap, width: int) -> LinearMap:
-        return LinearMap(width, site.outputs) if self.generator_input == "part" else site
+        return LinearMap(width, site.outputs) if self.reads_part_input else site
 
     def parameters(self, site: LinearMap) -> int:
         return self._generator_parameters(site) + (self.width * site.outputs if self.static_filter else 0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.tasks.base import Examples
 from experiments.training.loss import IGNORED
-from experiments.training.parallel import World, without_averaging
+from experiments.training.parallel import World
 
 LONGEST_WINDOW = 64  # steps; with steps of 1.6 ms the host reads results ten times a second
 WINDOW_TOKENS = 2**21  # of one process; each takes 16 bytes on the device
@@ -52,8 +52,14 @@ def padded(examples: Examples, sequences: int) -> tuple[NDArray[np.int64], NDArr
     return np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
 
 
+def on_device(examples: Examples, sequences: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] on the device, as `padded` gives them."""
+    inputs, targets = padded(examples, sequences)
+    return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+
+
 def add_gradients(
-    model: nn.Module,  # replicated, if there are several processes
+    model: nn.Module,  # replicated or sharded, if there are several processes
     losses: Losses,
     # inputs, targets, and the share of the global batch's tokens
     micro_batches: Sequence[tuple[Tensor, Tensor, Tensor | float]],
@@ -64,14 +70,15 @@ def add_gradients(
     total = torch.zeros((), device=world.device)
     for number, (inputs, targets, share) in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
-        with contextlib.nullcontext() if last else without_averaging(model):
+        with contextlib.nullcontext() if last else world.without_averaging(model):
             loss, auxiliary = losses(inputs, targets)
-            loss = loss / positions
+            loss = loss / positions.clamp(min=1)  # without a target that counts the loss is 0, not NaN
             total += loss.detach()
             for auxiliary_loss in auxiliary.values():  # Each is a mean over the sequences of this micro-batch.
                 loss = loss + auxiliary_loss * share
-            # DDP averages gradients over the processes; our loss is a sum over them, so scale by their number.
+            # Gradients are averaged over the processes; our loss is a sum over them, so scale by their number.
             (loss * world.size).backward()
+    world.average_whole(model)
     return world.sum(total)
 
 
@@ -104,7 +111,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,  # replicated, if there are several processes
+        model: nn.Module,  # replicated or sharded, if there are several processes
         losses: Losses,
         optimizer: torch.optim.AdamW,  # fused
         world: World,
@@ -206,7 +213,7 @@ class Engine:
         )
         micro_batches = list(zip(inputs, targets, shares, strict=True))
         loss = add_gradients(self._model, self._losses, micro_batches, positions, self._world)
-        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = self._world.total_norm([p.grad for p in self._parameters if p.grad is not None])
         self._stopped.logical_or_(~(loss + norm).isfinite())
         # Fused AdamW divides gradients by grad_scale, which clips them, and updates nothing if found_inf is 1.
         scale = ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)

@@ -11,6 +11,7 @@ from torch import nn
 
 from dynconv.layers import optimizer_groups
 from experiments.design.train import AdamW, Muon, TrainConfig
+from experiments.training.parallel import is_sharded
 
 Optimizers = list[torch.optim.Optimizer]
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
@@ -35,15 +36,17 @@ def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
-    matrices = torch.optim.Muon(
-        groups["matrices"].values(),
+    matrices = groups["matrices"].values()
+    assert not any(is_sharded(matrix) for matrix in matrices), "Execution.check refuses this"
+    of_matrices = torch.optim.Muon(
+        matrices,
         lr=train.learning_rate,
         momentum=settings.momentum,
         weight_decay=train.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
     others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
-    return [matrices, _adamw(others, settings, train)]
+    return [of_matrices, _adamw(others, settings, train)]
 
 
 def _adamw(
@@ -51,12 +54,20 @@ def _adamw(
     settings: AdamW | Muon,
     train: TrainConfig,
 ) -> torch.optim.AdamW:
-    named: list[dict[str, Any]] = [{"params": list(parameters), "weight_decay": decay} for parameters, decay in groups]
+    named: list[dict[str, Any]] = [
+        {"params": alike, "weight_decay": decay} for parameters, decay in groups for alike in _alike(list(parameters))
+    ]
     betas = (settings.beta1, settings.beta2)
     on_gpu = all(parameter.is_cuda for group in named for parameter in group["params"])
     return torch.optim.AdamW(
         named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True, capturable=on_gpu
     )
+
+
+def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in lists of sharded and of whole ones, which fused AdamW does not take in one group."""
+    parts = ([p for p in parameters if is_sharded(p)], [p for p in parameters if not is_sharded(p)])
+    return [part for part in parts if part] or [[]]
 
 
 MAKERS: dict[str, Callable[..., Optimizers]] = {"adamw": adamw, "muon": muon}

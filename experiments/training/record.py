@@ -9,46 +9,49 @@ from typing import TYPE_CHECKING, Any
 from analysis.logs.files import read_json, write_atomically, write_json
 from analysis.logs.schema import SCHEMA
 from experiments.design import strict
-from experiments.design.config import TRUNK, Execution, RunConfig
+from experiments.design.config import TEXT, TRUNK, Execution, RunConfig
 from experiments.design.identity import differences, to_dict
 
 if TYPE_CHECKING:
     from experiments.data.dataset import Dataset
 
 TOKENIZER = "tokenizer.json"
-CELL = ("arm", "size", "budget", "seed")  # a store has one configuration for each, and for each point of [vary]
+CELL = ("arm", "size", "budget", "seed")  # a store has one configuration for each, each task and point of [vary]
 NAMES = ("run_id", "sweep", "arm", "size", "budget", "seed", "baseline", "trunk", "branch_step")
 
 
 def write_record(
     run: RunConfig,
     store: Path,
-    dataset: "Dataset",
+    dataset: "Dataset | None",  # None: of a generated task
     execution: Execution,
     *,
     code_commit: str | None,
     submitted_at: float,  # unix seconds
 ) -> Path:
-    """Write config.json with everything that a run needs, and the tokenizer. Returns the run's directory."""
+    """Write config.json with everything that a run needs, and the tokenizer of text. Returns the run's directory."""
     record = {
         "schema": SCHEMA,
         **{key: getattr(run, key) for key in NAMES},
-        "task": "text",
+        "task": run.task_name,
+        "vocabulary": run.model.vocabulary,
         **asdict(run.counts),
         "tokens_own": run.own_tokens,
         "facts": run.facts(),
         "vary": dict(run.vary),
         "config": to_dict(run),
         "execution": asdict(execution),
-        "data_dir": str(dataset.path),
-        "data_sha256": dataset.sha256,
-        "tokenizer_sha256": dataset.tokenizer_sha256,
+        "data_dir": None if dataset is None else str(dataset.path),
+        "data_sha256": data_sha256(run, dataset),
+        "tokenizer_sha256": None if dataset is None else dataset.tokenizer_sha256,
         "code_commit": code_commit,
         "submitted_at": submitted_at,
     }
     run_dir = store / run.run_id
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / TOKENIZER, lambda temporary: shutil.copyfile(dataset.path / TOKENIZER, temporary))
+    if dataset is not None:
+        tokenizer = dataset.path / TOKENIZER
+        write_atomically(run_dir / TOKENIZER, lambda temporary: shutil.copyfile(tokenizer, temporary))
     write_json(run_dir / "config.json", record)
     return run_dir
 
@@ -66,22 +69,35 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
     return record, run, strict.parse(record["execution"], Execution, f"{path}: execution")
 
 
-def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> None:
-    """Raises ValueError if the store holds runs that cannot be compared with the new ones.
+def data_sha256(run: RunConfig, dataset: "Dataset | None") -> str:
+    """The identity of the data of a run: of the dataset, or of the generator and its settings."""
+    if dataset is not None:
+        return dataset.sha256
+    assert run.task is not None, "a run has a dataset or a generated task"
+    return run.task.sha256
 
-    These are runs that were trained on other data, and runs with another configuration of the same arm, size, budget,
-    seed and point of [vary].
+
+def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> None:
+    """Raises ValueError if the store holds runs that cannot be compared with the new ones, which are of one task.
+
+    These are runs of the same task that were trained on other data, and runs with another configuration of the same
+    arm, size, budget, seed, task and point of [vary].
     """
+    runs = list(runs)
+    tasks = {run.task_name for run in runs}
     new = [run for run in runs if run.budget != TRUNK]  # Trunks are left out, since no table shows them.
-    cells = {_cell({name: getattr(run, name) for name in (*CELL, "vary")}): run for run in new}
+    cells = {
+        _cell({name: getattr(run, name) for name in (*CELL, "vary")} | {"task": run.task_name}): run for run in new
+    }
     for path in sorted(store.glob("*/config.json")):
         try:
             record = read_json(path)
             other = cells.get(_cell(record))
             its_id, its_data, its_config = record["run_id"], str(record["data_sha256"]), record["config"]
+            its_task = record.get("task", TEXT)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # This file is not a record of ours; `status` names it.
-        if its_data != data_sha256:
+        if its_task in tasks and its_data != data_sha256:
             raise ValueError(
                 f"{path.parent.name} in {store} was submitted with data {its_data[:12]}; the data is now "
                 f"{data_sha256[:12]}; restore it, or submit to another store: runs on different data cannot be compared"
@@ -97,4 +113,4 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> Non
 
 
 def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
-    return (*(record[name] for name in CELL), *sorted(record["vary"].items()))
+    return (record.get("task", TEXT), *(record[name] for name in CELL), *sorted(record["vary"].items()))

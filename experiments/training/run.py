@@ -14,19 +14,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import submitit
 from submitit.helpers import DelayedSubmission
 
 from analysis.logs.files import read_json, write_atomically
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
-from experiments.design.config import Execution, RunConfig
-from experiments.training.record import read_record
+from experiments.design.config import RunConfig
+from experiments.training.job import joined, this_place
+from experiments.training.record import data_sha256, read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     from experiments.training.parallel import World
@@ -90,15 +90,15 @@ class StopSignal:
 
 
 class _Attempt:
-    """One process in one attempt at a run. Only rank 0 writes the log and the checkpoints."""
+    """One process in one attempt at a run. Only rank 0 writes the log; all processes write the checkpoints."""
 
     def __init__(self, run_dir: Path, called_at: float) -> None:
         self._run_dir, self._called_at = run_dir, called_at
         self.stop = StopSignal()
-        self._place = _place()
+        self._place = this_place()
         self._number = next_attempt(run_dir)
         self._log: RunLog | None = None
-        self._step = 0
+        self._step = self._micro_batch = 0
         self._saved_at = time.monotonic()
 
     @contextmanager
@@ -118,6 +118,8 @@ class _Attempt:
 
     def execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
+        import torch
+
         if self._place.size == 1:
             self._remove_failure()
         config, run, self._execution = read_record(self._run_dir)
@@ -126,15 +128,49 @@ class _Attempt:
                 f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
                 "allowed; raise it in the profile, then retry"
             )
-        with _world(self._run_dir, self._execution, self._place) as world:
+        with joined(self._run_dir, self._execution, self._place, self._number) as world:
             if world.rank == 0 and world.size > 1:
                 self._remove_failure()
             world.wait_for_all()  # A process that fails from here on writes failure.json, which must not be deleted.
-            trainer = self._prepare(config, run, world)
-            finished = self._train(trainer, world)
-            if finished:
-                self._finish(trainer)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return self._work(config, run, world)
+            # Here the trainer, which the error's traceback held, is gone, and its memory is free for a smaller one.
+            raise self._does_not_fit(config, run, world)
+
+    def _work(self, config: dict[str, Any], run: RunConfig, world: "World") -> bool:
+        """`execute`, once the processes have joined. The trainer is dropped before they part."""
+        trainer = self._prepare(config, run, world)
+        finished = self._train(trainer, world)
+        if finished:
+            self._finish(trainer)
         return finished
+
+    def _does_not_fit(self, config: dict[str, Any], run: RunConfig, world: "World") -> ValueError:
+        """The error of a batch that does not fit into the GPU's memory."""
+        import torch
+
+        from experiments.data.dataset import Dataset
+        from experiments.training.assembly import assemble
+        from experiments.training.memory import micro_batch_that_fits
+        from experiments.training.parallel import World
+
+        def make(micro_batch: int) -> "Trainer":
+            execution = replace(self._execution, micro_batch=micro_batch)
+            return assemble(run, Dataset.open(config["data_dir"]), execution, World(0, 1, world.device))
+
+        tried = self._micro_batch
+        if world.sharded:  # One process alone cannot try, and the others may be waiting for it already.
+            advice = f"try micro_batch = {max(1, tried // 2)} in the profile, or more GPUs"
+        else:
+            fits = micro_batch_that_fits(make, tried, run.model.sequence_group)
+            advice = f"{fits} do: set micro_batch = {fits} in the profile"
+            if fits is None:
+                advice = "nor do fewer: set parallel = 'fsdp' in the profile, on more GPUs"
+        gigabytes = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+        return ValueError(
+            f"micro_batch = {tried} sequences of {run.train.sequence_length} tokens do not fit into the GPU's "
+            f"{gigabytes:.0f} GiB; {advice}"
+        )
 
     def _remove_failure(self) -> None:
         """Delete the failure.json of an earlier attempt.
@@ -161,26 +197,23 @@ class _Attempt:
         from experiments.training.assembly import assemble
 
         waiting_since = _waiting_since(self._run_dir, config)
-        dataset = Dataset.open(config["data_dir"])
-        if dataset.sha256 != config["data_sha256"]:
+        dataset = None if run.data is None else Dataset.open(config["data_dir"])
+        found = data_sha256(run, dataset)
+        if found != config["data_sha256"]:
             raise ValueError(
-                f"{config['data_dir']} holds data {dataset.sha256[:12]}; the run was submitted with "
-                f"{config['data_sha256'][:12]}; restore it or submit the sweep again"
+                f"{config['data_dir'] or f'the task {run.task_name}'} holds data {found[:12]}; the run was submitted "
+                f"with {config['data_sha256'][:12]}; restore it or submit the sweep again"
             )
+        if dataset is not None:
+            dataset.spot_check(run.run_id)
         trainer = assemble(run, dataset, self._execution, world)
-        state = checkpoints.load_newest(self._run_dir, run.run_id)
-        if state is None and run.trunk is not None:
-            state = checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step)
-        if state is not None:
-            trainer.load_state_dict(state)
-        if not world.agree(trainer.steps_done):
-            raise RuntimeError(
-                f"rank {world.rank} found the checkpoint of step {trainer.steps_done}, and another rank found another; "
-                "retry when the file system shows the same files everywhere"
-            )
-        self._step = trainer.steps_done + 1
+        skipped = checkpoints.load_newest(self._run_dir, run.run_id, trainer, world)
+        if skipped is None and run.trunk is not None:
+            checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
+        self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
             about = _provenance(world, self._place.job, config["code_commit"])
+            about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=about)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
@@ -211,12 +244,12 @@ class _Attempt:
             else:
                 steps = trainer.advance()
                 self._step = trainer.steps_done + 1
-                if trainer.steps_done in trainer.config.branch_steps and self._log is not None:
-                    checkpoints.keep_branch_point(self._run_dir, trainer.steps_done, trainer.state_dict())
+                if trainer.steps_done in trainer.config.branch_steps:
+                    checkpoints.keep_branch_point(self._run_dir, trainer.state(), world)
                 for step in steps:
                     if self._log is not None:
                         self._log.step(**asdict(step))
-            if time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes:
+            if world.any(time.monotonic() - self._saved_at > 60 * self._execution.checkpoint_minutes):
                 self._save(trainer)
         return True
 
@@ -224,10 +257,11 @@ class _Attempt:
         """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
         from experiments.training import checkpoints
 
+        start = time.monotonic()
         if self._log is not None:
-            start = time.monotonic()
             self._log.flush()
-            checkpoints.save(self._run_dir, trainer.steps_done, trainer.state_dict())
+        checkpoints.save(self._run_dir, trainer.state(), trainer.world)
+        if self._log is not None:
             self._add_seconds("checkpoint", start)
             self._log.flush()
         self._saved_at = time.monotonic()
@@ -238,8 +272,8 @@ class _Attempt:
 
         from experiments.training import checkpoints
 
+        weights = trainer.weights()
         if self._log is not None:
-            weights = trainer.model.state_dict()
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
             self._log.finish({})
             checkpoints.remove(self._run_dir)
@@ -247,56 +281,6 @@ class _Attempt:
     def _add_seconds(self, clock: str, since: float) -> None:
         if self._log is not None:
             self._log.add_seconds(clock, time.monotonic() - since)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The place of this process among those of its job, as the scheduler gives it."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    job: str = ""
-
-
-def _place() -> _Place:
-    if "SUBMITIT_EXECUTOR" not in os.environ:
-        return _Place()
-    environment = submitit.JobEnvironment()
-    return _Place(environment.global_rank, environment.num_tasks, environment.local_rank, environment.job_id)
-
-
-@contextmanager
-def _world(run_dir: Path, execution: Execution, place: _Place) -> Iterator["World"]:
-    """The processes of this job. If there are several, they are joined to a process group until the context ends."""
-    import torch
-    import torch.distributed as dist
-
-    from experiments.training.parallel import World
-
-    cuda = torch.cuda.is_available()
-    if execution.device == "cuda" and not cuda:
-        raise ValueError("device = 'cuda' was asked for and torch sees no GPU; set device = 'auto' or 'cpu'")
-    if cuda and execution.device != "cpu":
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(execution.threads)
-    world = World(place.rank, place.size, device)
-    if world.size == 1:
-        yield world
-        return
-    # The processes meet through a shared file: a port that we chose could be taken by another program.
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    rendezvous = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=world.rank, world_size=world.size)
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
-        rendezvous.unlink(missing_ok=True)
 
 
 def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
@@ -308,6 +292,7 @@ def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[st
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "gpus": world.size,
+        "parallel": world.parallel if world.size > 1 else None,
         "dtype": "bfloat16" if cuda else "float32",
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
 from experiments.tasks.base import Examples, Task
-from experiments.training.engine import Engine, add_gradients, padded, window_shape
-from experiments.training.loss import IGNORED, linear_cross_entropy
+from experiments.training.checkpoints import State
+from experiments.training.engine import Engine, add_gradients, on_device, window_shape
+from experiments.training.evaluation import Evaluator
+from experiments.training.loss import IGNORED, linear_cross_entropy, means_over_sequences
 from experiments.training.optimizers import Optimizers
-from experiments.training.parallel import World
+from experiments.training.parallel import World, local, whole
 from experiments.training.precision import mixed_precision
 
 MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
@@ -80,16 +82,16 @@ class Trainer:
         self._identity = {**identity, "data_sha256": task.sha256}
         self._optimizers = optimizers
         self._cuda = world.device.type == "cuda"
-        share = math.ceil(config.batch_sequences / group / world.size) * group
+        share = world.largest_share(config.batch_sequences, group)
         fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length // group) * group
         self._micro_batch = min(share, execution.micro_batch or fitting)
         self._group = group
-        self._held_out = task.held_out if group == 1 else task.held_out.in_pairs()
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)
         self._replicas = world.replicate(model)
         self._losses = partial(losses_of, self._replicas, world.device)
+        self._evaluator = Evaluator(self._replicas, self._losses, task, world, self._micro_batch, group)
         self._engine: Engine | None = None
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
@@ -99,6 +101,11 @@ class Trainer:
         self._window = 1  # number of steps to launch together; grows once their time is measured
         self._filled = range(0)  # steps whose batches are in the engine's next window
         self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
+
+    @property
+    def micro_batch(self) -> int:
+        """The number of sequences of one forward pass."""
+        return self._micro_batch
 
     @property
     def finished(self) -> bool:
@@ -201,11 +208,11 @@ class Trainer:
         start = time.perf_counter()
         total = self._backward(self.steps_done)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self.world.total_norm(gradients)
         loss_value, norm_value = total.item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise NonFiniteLoss(self._cause(loss_value, norm_value))
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        self.world.clip(list(self.model.parameters()), self.config.clip_norm, norm)
         rate = self.config.learning_rate_at(self.steps_done)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -226,68 +233,87 @@ class Trainer:
         on_device = [(*self._to_device(each), each.inputs.size / tokens) for each in micro_batches]
         return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
-    @torch.no_grad()
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """The task's metrics on its held-out set. None if `interrupted`, called before each micro-batch, is True."""
+        """The task's metrics on its held-out sets. None if `interrupted`, called before each micro-batch, is True."""
         start = time.perf_counter()
-        held_out = self._held_out
-        first, count = self.world.share(len(held_out.inputs), self._group)
-        largest_share = math.ceil(len(held_out.inputs) / self._group / self.world.size) * self._group
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        auxiliary: dict[str, Tensor] = {}
-        for i in range(math.ceil(largest_share / self._micro_batch)):
-            if interrupted():
-                return None
-            low, high = (first + min(n * self._micro_batch, count) for n in (i, i + 1))
-            if high > low:
-                examples = held_out.rows(low, high)
-                loss, own = self._losses(*self._to_device(examples))
-                total += loss.double()
-                for name, value in own.items():
-                    share = value.double() * (len(examples.inputs) / len(held_out.inputs))
-                    auxiliary[name] = auxiliary[name] + share if name in auxiliary else share
-        mean = self.world.sum(total).item() / held_out.positions
-        if not math.isfinite(mean):
-            raise NonFiniteLoss(f"held-out loss {mean}")
-        metrics = dict(self.task.metrics(mean))
-        for name, value in auxiliary.items():
-            totals = self.world.sum(value)
-            names = [f"{name}.{index}" for index in range(len(totals))] if totals.dim() else [name]
-            metrics |= dict(zip(names, totals.flatten().tolist(), strict=True))
+        metrics = self._evaluator.metrics(self.finished, interrupted)
+        if metrics is None:
+            return None
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteLoss(f"held-out loss {metrics['loss']}")
         self.evaluated_at = self.steps_done
         seconds = time.perf_counter() - start
         return Evaluation(self.steps_done, self._tokens(self.steps_done), self.task.name, metrics, seconds)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to resume the run, as tensors, numbers and strings."""
-        return {
-            **self._identity,
-            "steps_done": self.steps_done,
-            "evaluated_at": self.evaluated_at,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-        }
+    def state(self) -> State:
+        """Everything that is needed to resume the run. All processes must call this."""
+        about: dict[str, str | int] = {**self._identity}
+        about |= {"steps_done": self.steps_done, "evaluated_at": self.evaluated_at}
+        tensors = {f"model.{name}": tensor for name, tensor in self._model_tensors().items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self._optimizers:
+            for parameter, own in optimizer.state.items():
+                tensors.update({f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in own.items()})
+        return State(about, tensors)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. Raises ValueError if it was trained on other data."""
+    def tensors_for(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+        """The tensors into which those of a checkpoint are read, by name: the model's own, and new ones.
+
+        What belongs to a parameter and has its size is sharded as it is. Raises ValueError if the model and the
+        checkpoint have not the same parameters.
+        """
+        own = self._model_tensors()
+        missing = sorted({f"model.{name}" for name in own} - set(saved))
+        if missing:
+            raise ValueError(f"the checkpoint lacks {missing[0]}, which this model has; start the run anew")
+        tensors = {}
+        for name, (size, dtype) in saved.items():
+            kind, _, rest = name.partition(".")
+            owner = own.get(rest if kind == "model" else rest.rpartition(".")[0])
+            if owner is None or (kind == "model" and owner.shape != size):
+                raise ValueError(f"the checkpoint has {name} {list(size)}, which this model lacks; start the run anew")
+            if kind == "model":
+                tensors[name] = owner.detach()
+            elif owner.shape == size:
+                tensors[name] = torch.empty_like(owner, dtype=dtype)
+            else:
+                tensors[name] = torch.empty(size, dtype=dtype, device=owner.device)
+        return tensors
+
+    def resume(self, state: State) -> None:
+        """Continue from a state that was read into the tensors of `tensors_for`.
+
+        Raises ValueError if it was trained on other data.
+        """
         data_sha256 = self._identity["data_sha256"]
-        if state["data_sha256"] != data_sha256:
+        if state.about["data_sha256"] != data_sha256:
             raise ValueError(
-                f"the checkpoint was trained on data {state['data_sha256'][:12]}; this run has "
+                f"the checkpoint was trained on data {str(state.about['data_sha256'])[:12]}; this run has "
                 f"{data_sha256[:12]}; restore the data it began with or start the run anew"
             )
         assert self._engine is None or not self._engine.captured, (
             "load the state before warm_up: a captured step uses the tensors that it was captured with"
         )
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            # Keep the tensor of the rate and `capturable`, which depend on the device and not on the checkpoint.
-            groups = optimizer.param_groups
-            settings = [{k: v for k, v in group.items() if k in ("lr", "capturable")} for group in groups]
-            optimizer.load_state_dict(saved)
-            for group, kept in zip(optimizer.param_groups, settings, strict=True):
-                group.update(kept)
-        self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.tensors.items():
+            if name.startswith("optimizer."):
+                parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+                states.setdefault(parameter, {})[key] = tensor
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                optimizer.state.update({p: states[names[p]] for p in group["params"] if names[p] in states})
+        self.steps_done, self.evaluated_at = int(state.about["steps_done"]), int(state.about["evaluated_at"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model's state_dict, gathered from all processes, which must all call this."""
+        return {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, shared ones once; after a pass in which FSDP gathered them, sharded again."""
+        tensors: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        once: dict[int, str] = {}
+        return {name: tensor for name, tensor in tensors.items() if once.setdefault(id(tensor), name) == name}
 
     def _tokens(self, steps: int) -> int:
         sequences = min(steps * self.config.batch_sequences, self.config.sequences)
@@ -300,16 +326,18 @@ class Trainer:
     def _micro_batches(self, index: int) -> Iterator[Examples]:
         """This process's share of global batch `index`, in micro-batches.
 
-        There is at least one, even if it is empty, because every process must take part in averaging gradients.
+        All processes have as many, some of which may be empty, because they gather weights and average gradients
+        together.
         """
-        first, share = self.world.share(self._tokens_of(index) // self.config.sequence_length, self._group)
-        for low in range(0, max(share, 1), self._micro_batch):
-            yield self.task.batch(index, first + low, min(self._micro_batch, share - low))
+        sequences = self._tokens_of(index) // self.config.sequence_length
+        first, share = self.world.share(sequences, self._group)
+        for low in range(0, self.world.largest_share(sequences, self._group), self._micro_batch):
+            start = min(low, share)
+            yield self.task.batch(index, first + start, min(self._micro_batch, share - start))
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Inputs and targets on the device, padded to a whole micro-batch."""
-        inputs, targets = padded(examples, self._micro_batch)
-        return torch.from_numpy(inputs).to(self.world.device), torch.from_numpy(targets).to(self.world.device)
+        return on_device(examples, self._micro_batch, self.world.device)
 
     def _zero_grad(self) -> None:
         for optimizer in self._optimizers:
@@ -317,7 +345,8 @@ class Trainer:
 
     def _cause(self, loss: float, norm: float) -> str:
         names = [name for name, _ in self.model.named_parameters()]
-        broken = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        finite = {n: local(p.grad).isfinite().all() for n, p in self.model.named_parameters() if p.grad is not None}
+        broken = [name for name, flag in finite.items() if self.world.any(not flag)]
         where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
         rate = self.config.learning_rate_at(self.steps_done)
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
@@ -345,9 +374,7 @@ def losses_of(
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
     if not torch.is_grad_enabled():
         auxiliary = auxiliary | measures
-    real = (targets != IGNORED).any(1).float()
-    weights = real / real.sum().clamp(min=1.0)  # [B]; all zero if the whole micro-batch is padding
-    return loss, {name: torch.tensordot(weights.to(value), value, 1) for name, value in auxiliary.items()}
+    return loss, means_over_sequences(auxiliary, targets)
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:

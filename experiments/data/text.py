@@ -14,7 +14,7 @@ class Text:
     name = "text"
 
     def __init__(self, dataset: Dataset, train: TrainConfig, seed: int) -> None:
-        self.sha256 = dataset.sha256
+        self.vocabulary, self.sha256 = dataset.vocabulary, dataset.sha256
         self._batches = Batches(
             dataset, sequence_length=train.sequence_length, batch_sequences=train.batch_sequences, seed=seed
         )

@@ -1,0 +1,265 @@
+"""Compare arms on any metric of the log, such as accuracy on a recall task, by differences of means.
+
+Runs are paired as for the multiplier: on size, budget and seed, each arm at its best learning rate. No law of compute
+is fitted. At each size the mean difference over seeds has an interval (shares.py). Over three or more sizes the mean of
+the sizes' differences has t's, with sizes as replicates, as in the paired estimator of m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.advantage.multiplier import comparable
+from analysis.advantage.pairs import usable
+from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
+from analysis.advantage.unresolved import UNRESOLVED
+from analysis.laws.rates import rate_column
+from analysis.logs.learning import Unlearned, unlearned
+from analysis.logs.schema import CONVENTIONS
+from analysis.logs.selection import Excluded, choose_baseline, choose_convention, excluded_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEWEST_SIZES = 3  # over which the mean of the sizes' differences gets an interval
+ALL_SIZES = "all sizes"
+KEY = ["_size", "_budget", "_seed"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of some runs succeeded, and the 95% Clopper-Pearson interval of the share."""
+
+    successes: int
+    of: int
+    ci: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One arm's values of a metric at one size and budget, or over all sizes, and their difference from the baseline's.
+    Means are over seeds; the difference is over the seeds that both arms have."""
+
+    task: str
+    metric: str
+    size: str
+    budget: str  # "" where each size has one
+    arm: str
+    baseline: str
+    seeds: int  # of the arm; over all sizes, at the size with fewest
+    mean: float
+    median: float
+    least: float
+    most: float
+    difference: float | None = None  # arm less baseline; None for the baseline itself
+    ci: Interval | None = None  # 95%, of the difference
+    family_ci: Interval | None = None  # the same for all `family` differences of this kind at once (Bonferroni)
+    family: int = 1
+    method: str | None = None  # how the interval was made
+    success: Rate | None = None  # of the arm's runs, where the task has a metric "success"
+    loss: float | None = None  # mean loss of the same answers, nats for each target
+    status: str = "ok"  # "ok", or why no difference is shown
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What `compare_metric` found: a row for each arm and size, the baseline's first, and what was left out."""
+
+    rows: tuple[Outcome, ...]
+    excluded: tuple[Excluded, ...]
+    did_not_learn: tuple[Unlearned, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row whose interval is made when it is known how many there are."""
+
+    outcome: Outcome
+    interval: Callable[[float], tuple[Interval | None, str | None]] | None = None  # of the level
+    no_interval: str = ""  # why it gives none
+    failed: Sequence[str] = ()  # which runs of the two arms did not learn
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The comparison on one task."""
+
+    rows: list[_Row]
+    excluded: list[Excluded]
+    did_not_learn: list[Unlearned]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One arm's values by size and budget, each a column of seeds: `value`, and `success` and `loss` where known."""
+
+    arm: str
+    cells: dict[tuple[str, str], pd.DataFrame]
+
+
+def compare_metric(
+    runs: pd.DataFrame,
+    values: pd.DataFrame,
+    everything: pd.DataFrame | None = None,
+    *,
+    baseline: str | None = None,
+    convention: str | None = None,
+) -> Outcomes:
+    """Every arm against the baseline on one metric, task by task.
+
+    `values` are the final values of the metric (logs.metrics.values_of). From `everything`, those of all metrics
+    (logs.metrics.final_metrics), success and loss of the same answers are shown beside. Raises ValueError where there
+    is nothing to compare.
+    """
+    parts = [
+        _of_task(runs, mine, _beside(mine, everything), baseline, convention)
+        for _, mine in values.groupby("task", sort=False)
+    ]
+    rows = tuple(_at_once([row for part in parts for row in part.rows]))
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    if not any(row.difference is not None for row in rows):
+        raise ValueError("; ".join(notes) or "the runs hold one arm; a comparison needs another")
+    return Outcomes(
+        rows,
+        tuple(item for part in parts for item in part.excluded),
+        tuple(item for part in parts for item in part.did_not_learn),
+        notes,
+    )
+
+
+def _beside(mine: pd.DataFrame, everything: pd.DataFrame | None) -> pd.DataFrame:
+    """`mine` with the columns success and loss of the same held-out set, the part of the metric's name after an @."""
+    if everything is None:
+        return mine.assign(success=np.nan, loss_beside=np.nan)
+    task, metric = mine["task"].iloc[0], str(mine["metric"].iloc[0])
+    _, at, where = metric.partition("@")
+    for column, name in (("success", f"success{at}{where}"), ("loss_beside", f"loss{at}{where}")):
+        other = everything[(everything["task"] == task) & (everything["metric"] == name)]
+        own = name == metric  # then the value is not repeated
+        other = other[["run_id", "value"]].rename(columns={"value": column})
+        mine = mine.assign(**{column: np.nan}) if own else mine.merge(other, on="run_id", how="left")
+    return mine
+
+
+def _of_task(
+    runs: pd.DataFrame, mine: pd.DataFrame, measured: pd.DataFrame, baseline: str | None, convention: str | None
+) -> _Part:
+    """The comparison on one task. The runs that were trained on the same task as those with a value take part, so that
+    one without a value is named."""
+    trained_on = runs["task"].fillna("")
+    runs = runs[trained_on.isin(trained_on[runs["run_id"].isin(mine["run_id"])])]
+    done, excluded = usable(runs)
+    task, metric = str(mine["task"].iloc[0]), str(mine["metric"].iloc[0])
+    baseline = choose_baseline(runs, baseline)
+    column = CONVENTIONS[choose_convention(runs, convention)]
+    absent = done[~done["run_id"].isin(mine["run_id"])]
+    excluded += excluded_rows(absent, f"it has no {task}/{metric}" if task else f"it has no {metric}")
+    done = done.drop(absent.index)
+    rows: list[_Row] = []
+    notes: list[str] = []
+    failures: dict[str, Unlearned] = {}
+    for arm in [name for name in dict.fromkeys(done["arm"]) if name != baseline]:
+        two = runs[runs["arm"].isin([baseline, arm])]
+        try:
+            both, tuned, lines = comparable(done[done["arm"].isin([baseline, arm])], baseline, column)
+        except ValueError as error:
+            notes.append(f"no answer for {arm}: {error}")
+            continue
+        notes += lines
+        failed = unlearned(two, both, rate_column(both)) if tuned else unlearned(two)
+        failures |= failed
+        sides = [_side(both, measured, name) for name in (baseline, arm)]
+        names = {"task": task, "metric": metric, "baseline": baseline}
+        shown = {(row.outcome.size, row.outcome.budget) for row in rows if row.outcome.arm == baseline}
+        rows += [_Row(_alone(sides[0], cell, names)) for cell in sides[0].cells if cell not in shown]
+        rows += _against(sides[1], sides[0], names, [each.remark for each in failed.values()])
+    return _Part(rows, excluded, list(failures.values()), notes)
+
+
+def _side(both: pd.DataFrame, measured: pd.DataFrame, arm: str) -> _Side:
+    """One arm's values; replicates of a seed are averaged."""
+    rows = both[both["arm"] == arm].merge(measured[["run_id", "value", "success", "loss_beside"]], on="run_id")
+    rows = rows.sort_values("parameters", kind="stable")
+    means = rows.groupby(KEY, sort=False)[["value", "success", "loss_beside"]].mean().reset_index()
+    return _Side(arm, {(str(s), str(b)): part for (s, b), part in means.groupby(KEY[:2], sort=False)})
+
+
+def _alone(side: _Side, cell: tuple[str, str], names: Mapping[str, str]) -> Outcome:
+    """One arm's values at one size and budget, without a comparison."""
+    part = side.cells[cell]
+    value = part["value"].to_numpy(float)
+    won = part["success"].dropna().to_numpy(float)
+    known = len(won) == len(value)
+    return Outcome(
+        **names,  # type: ignore[arg-type]
+        size=cell[0],
+        budget=cell[1],
+        arm=side.arm,
+        seeds=len(value),
+        mean=float(value.mean()),
+        median=float(np.median(value)),
+        least=float(value.min()),
+        most=float(value.max()),
+        success=Rate(int(won.sum()), len(won), share_interval(float(won.mean()), len(won))) if known else None,
+        loss=float(part["loss_beside"].mean()) if part["loss_beside"].notna().all() else None,
+    )
+
+
+def _against(side: _Side, base: _Side, names: Mapping[str, str], failed: Sequence[str]) -> Iterator[_Row]:
+    """An arm's values at each size and budget with their difference from the baseline's, then over all sizes."""
+    alone, differences = [], dict[str, list[float]]()
+    for cell, part in side.cells.items():
+        row = _alone(side, cell, names)
+        alone.append(row)
+        paired = part.merge(base.cells.get(cell, part.iloc[:0]), on="_seed", suffixes=("_1", "_0"))
+        y1, y0 = (paired[name].to_numpy(float) for name in ("value_1", "value_0"))
+        if len(y1) == 0:
+            yield _Row(replace(row, status=f"{UNRESOLVED}no run of {base.arm} at this size, budget and seeds"))
+            continue
+        mean = float((y1 - y0).mean())
+        differences.setdefault(cell[0], []).append(mean)
+        why = "one seed gives no interval" if len(y1) < 2 else "the differences do not vary"
+        yield _Row(replace(row, difference=mean), partial(difference_interval, y1, y0), why, failed)
+    if len(differences) >= FEWEST_SIZES:
+        d = np.array([np.mean(each) for each in differences.values()])
+        values = np.array([row.mean for row in alone])
+        row = replace(
+            alone[0],
+            size=ALL_SIZES,
+            budget="",
+            seeds=min(row.seeds for row in alone),
+            mean=float(values.mean()),
+            median=float(np.median(values)),
+            least=min(row.least for row in alone),
+            most=max(row.most for row in alone),
+            success=None,
+            loss=None if any(row.loss is None for row in alone) else float(np.mean([row.loss for row in alone])),
+            difference=float(d.mean()),
+        )
+        yield _Row(row, partial(over_sizes, d), "the differences do not vary", failed)
+
+
+def _at_once(rows: Sequence[_Row]) -> Iterator[Outcome]:
+    """The rows with their intervals. Those at single sizes are one family, those over all sizes another."""
+    for row in rows:
+        if row.interval is None:
+            yield row.outcome
+            continue
+        ci, method = row.interval(LEVEL)
+        same = [each for each in rows if (each.outcome.size == ALL_SIZES) == (row.outcome.size == ALL_SIZES)]
+        family = sum(each.interval is not None and each.interval(LEVEL)[0] is not None for each in same)
+        together = row.interval(LEVEL / max(family, 1))[0]
+        reasons = list(row.failed)
+        if together is None:
+            reasons.append(row.no_interval)
+        elif together[0] <= 0 <= together[1]:
+            reasons.append("the interval holds 0" if family == 1 else f"the interval of all {family} at once holds 0")
+        status = UNRESOLVED + "; ".join(reasons) if reasons else "ok"
+        yield replace(row.outcome, ci=ci, family_ci=together, family=max(family, 1), method=method, status=status)

@@ -1,0 +1,67 @@
+"""Arms compared on a metric, as text: Markdown, CSV, LaTeX or JSON. No number is computed here."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from analysis.pages.tables import Cell, interval_text, render, short, to_json, value_table
+
+if TYPE_CHECKING:
+    from analysis.advantage.outcomes import Outcome, Outcomes
+
+
+def outcome_table(found: Outcomes, form: str) -> str:
+    """Arms compared on a metric, one row for each arm and size, the baseline's without a difference."""
+    if form == "json":
+        return to_json(found)
+    if form == "csv":
+        rows = [_values(row) for row in found.rows]
+        return value_table(list(rows[0]), [list(row.values()) for row in rows], form)
+    cells = [_cells(row) for row in found.rows]
+    columns = [name for name in cells[0] if name == "arm" or any(row[name] is not None for row in cells)]
+    first = found.rows[0]
+    lines = [
+        f"{first.metric}: the difference is from {first.baseline}, paired by size and seed; intervals are 95%.",
+        *found.notes,
+    ]
+    if found.excluded:
+        shown = "; ".join(f"{row.run_id} ({row.reason})" for row in found.excluded[:5])
+        lines.append(f"Left out: {len(found.excluded)} rows: {shown}{' ...' if len(found.excluded) > 5 else ''}")
+    mark = "% " if form == "latex" else ""
+    text = render(columns, [[row[name] for name in columns] for row in cells], form)
+    return text + "\n" * (1 if mark else 2) + "\n".join(mark + " ".join(line.split()) for line in lines)
+
+
+def _cells(row: Outcome) -> dict[str, Cell]:
+    won = row.success
+    return {
+        "task": row.task or None,
+        "size": row.size,
+        "budget": row.budget or None,
+        "arm": row.arm,
+        "seeds": str(row.seeds),
+        "mean": short(row.mean),
+        "median": short(row.median),
+        "range": f"{short(row.least)} to {short(row.most)}" if row.most > row.least else None,
+        "difference": None if row.difference is None else f"{row.difference:+.4g}",
+        "95% interval": interval_text(row.ci, "{:+.4g}"),
+        "all at once": interval_text(row.family_ci, "{:+.4g}") if row.family > 1 else None,
+        "successes": None if won is None else f"{won.successes} of {won.of} {interval_text(won.ci)}",
+        "loss": None if row.loss is None else short(row.loss),
+        "status": row.status if row.difference is not None or row.status != "ok" else None,
+    }
+
+
+def _values(row: Outcome) -> dict[str, Any]:
+    """Every field of a row, intervals as two columns."""
+    values: dict[str, Any] = {}
+    for item in fields(row):
+        value = getattr(row, item.name)
+        if item.name in ("ci", "family_ci"):
+            values |= dict(zip((f"{item.name}_low", f"{item.name}_high"), value or (None, None), strict=True))
+        elif item.name == "success":
+            values |= {"successes": value and value.successes, "tried": value and value.of}
+        else:
+            values[item.name] = value
+    return values

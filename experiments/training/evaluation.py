@@ -1,0 +1,116 @@
+"""Evaluate a model on the held-out sets of its task, over all processes.
+
+Shapes: n sequences of a held-out set, T sequence length.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from experiments.tasks.base import Examples, Task
+from experiments.tasks.stream import GeneratedTask
+from experiments.training.engine import Losses, on_device
+from experiments.training.parallel import World
+from experiments.training.scoring import answers_of
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What an evaluation needs of a trainer."""
+
+    model: nn.Module  # replicated, if there are several processes
+    losses: Losses
+    task: Task
+    world: World
+    micro_batch: int  # sequences
+    group: int  # neighbouring sequences that read one another, and share a micro-batch
+
+    @torch.no_grad()
+    def metrics(self, finished: bool, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        """Metrics by name: the task's, and auxiliary losses of the model.
+
+        A generated task's further held-out sets are evaluated only if training is `finished`. Returns None if
+        `interrupted`, called before each micro-batch, is True.
+        """
+        if not isinstance(self.task, GeneratedTask):
+            return self._metrics_of_loss(interrupted)
+        metrics = self._metrics_of_answers(self.task, "", interrupted)
+        for at in self.task.further if finished else ():
+            # These have other sequence lengths, for which compiling would take longer than the evaluation.
+            with torch.compiler.set_stance("force_eager"):
+                more = self._metrics_of_answers(self.task, at, interrupted)
+            metrics = None if metrics is None or more is None else metrics | more
+        return metrics
+
+    def _metrics_of_loss(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        held_out = self._grouped(self.task.held_out)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        auxiliary = _AuxiliaryLosses(self.world)
+        for low, high in self._parts(held_out):
+            if interrupted():
+                return None
+            examples = held_out.rows(low, high)
+            loss, own = self.losses(*on_device(examples, self.micro_batch, self.world.device))
+            total += loss.double()
+            auxiliary.add(own, examples.inputs.size / held_out.inputs.size)
+        mean = self.world.sum(total).item() / held_out.positions
+        return dict(self.task.metrics(mean)) | auxiliary.means()
+
+    def _metrics_of_answers(
+        self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        held_out = self._grouped(task.further[at] if at else task.held_out)
+        device = self.world.device
+        losses = torch.zeros(held_out.inputs.shape, dtype=torch.float64, device=device)
+        correct = torch.zeros(held_out.inputs.shape, dtype=torch.int32, device=device)
+        auxiliary = _AuxiliaryLosses(self.world)
+        for low, high in self._parts(held_out):
+            if interrupted():
+                return None
+            examples = held_out.rows(low, high)
+            answers = answers_of(self.model, device, *on_device(examples, self.micro_batch, device))
+            losses[low:high], correct[low:high] = answers.losses[: high - low], answers.correct[: high - low]
+            auxiliary.add(answers.auxiliary, examples.inputs.size / held_out.inputs.size)
+        # Each process has filled in its own sequences, and the others are zero.
+        all_losses, all_correct = (self.world.sum(each).cpu().numpy() for each in (losses, correct))
+        return task.scores(held_out, all_losses, all_correct > 0, at) | ({} if at else auxiliary.means())
+
+    def _grouped(self, held_out: Examples) -> Examples:
+        return held_out if self.group == 1 else held_out.in_pairs()
+
+    def _parts(self, held_out: Examples) -> Iterator[tuple[int, int]]:
+        """This process's share of a held-out set in micro-batches: as many in every process, some perhaps empty.
+
+        A process without sequences left takes part all the same: sharded weights are gathered from all processes.
+        """
+        sequences = len(held_out.inputs)
+        first, count = self.world.share(sequences, self.group)
+        largest_share = self.world.largest_share(sequences, self.group)
+        for i in range(math.ceil(largest_share / self.micro_batch)):
+            low, high = (first + min(n * self.micro_batch, count) for n in (i, i + 1))
+            yield low, high
+
+
+class _AuxiliaryLosses:
+    """Means of the model's auxiliary losses and measures over a held-out set, by name and, of a measure, by index."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor], share: float) -> None:
+        """Add the losses of a micro-batch that has this share of the set's tokens."""
+        for name, value in losses.items():
+            part = value.double() * share
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def means(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, total in self._sums.items():
+            values = self._world.sum(total)
+            names = [f"{name}.{index}" for index in range(len(values))] if values.dim() else [name]
+            found |= dict(zip(names, values.flatten().tolist(), strict=True))
+        return found

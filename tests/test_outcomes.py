@@ -1,0 +1,232 @@
+"""`table --metric`: arms compared on any metric, by differences of means with intervals that suit few seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import ABOUT, write_config
+from scipy import stats
+
+from analysis.advantage.outcomes import ALL_SIZES, Outcome, Outcomes, compare_metric
+from analysis.advantage.shares import difference_interval, over_sizes, share_interval
+from analysis.logs.learning import DIVERGED
+from analysis.logs.metrics import final_metrics, values_of
+from analysis.logs.store import Store, freeze, load
+from analysis.logs.writer import RunLog
+from analysis.pages.metric_figures import accuracy_panels, accuracy_rows
+from experiments.cli.main import main
+
+
+def write_task_run(store: Path, arm: str, size: int, seed: int, accuracy: float | None, task: str = "mqar") -> None:
+    """A run on a recall task, evaluated twice. None: it diverged."""
+    facts = {"task.kind": task, "conv.kind": arm}
+    flops = dict.fromkeys(("flops_exact", "flops_6nd", "flops_6n_nonemb_d"), 1000000000000.0 * size)
+    counts = {"parameters": 1000 * size, "tokens": 10**6, **flops}
+    run_id = f"{arm}-{size}-{task}-{seed}"
+    names = {"run_id": run_id, "task": task, "data_sha256": task, "baseline": "static", "budget": "500 steps"}
+    run_dir = write_config(store, arm, f"w{size}", seed, **names, facts=facts, **counts)
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    log.step(1, 10, 3.0, 1.0, 1e-3, 0.1)
+    if accuracy is None:
+        log.fail(2, f"{DIVERGED}: loss nan")
+        return
+    for step, value in ((0, 0.0), (1, accuracy)):
+        metrics = {"loss": 3.0 - 2 * value, "accuracy": value, "success": float(value >= 0.9)}
+        metrics |= {"accuracy@key_length=2": value / 2, "loss@key_length=2": 4.0}
+        log.evaluation(step, 10 * step, task, metrics, 0.1)
+    log.finish({})
+
+
+def recall(store: Path, **arms: list[float | None]) -> Store:
+    """Two sizes; each arm's accuracy by seed, a tenth higher at the second size, but never above 1."""
+    for arm, accuracies in arms.items():
+        for size in (1, 2):
+            for seed, accuracy in enumerate(accuracies):
+                value = None if accuracy is None else min(accuracy + 0.1 * (size - 1), 1.0)
+                write_task_run(store, arm, size, seed, value)
+    return load(store)
+
+
+def compared(store: Store, metric: str = "accuracy") -> Outcomes:
+    return compare_metric(store.runs, values_of(store, metric), final_metrics(store))
+
+
+def row(found: Outcomes, arm: str, size: str) -> Outcome:
+    (one,) = [each for each in found.rows if (each.arm, each.size) == (arm, size)]
+    return one
+
+
+def test_differences_are_paired_by_seed_with_the_interval_of_a_paired_t_test(tmp_path: Path) -> None:
+    base, better = [0.3, 0.5, 0.2, 0.4, 0.35], [0.42, 0.58, 0.35, 0.49, 0.47]
+    found = compared(recall(tmp_path, static=base, dyn=better))
+    mine = row(found, "dyn", "w1")
+    low, high = stats.ttest_rel(better, base).confidence_interval(0.95)
+    assert mine.difference == pytest.approx(np.mean(better) - np.mean(base))
+    assert mine.ci == pytest.approx((low, high))
+    assert (mine.seeds, mine.median, mine.least, mine.most) == (5, pytest.approx(0.47), 0.35, 0.58)
+    assert (mine.method, mine.status, mine.family) == ("t over seeds", "ok", 2)
+    low, high = stats.ttest_rel(better, base).confidence_interval(0.975)
+    assert mine.family_ci == pytest.approx((low, high))
+    assert mine.loss == pytest.approx(3 - 2 * np.mean(better))
+    assert mine.success is not None
+    assert (mine.success.successes, mine.success.of) == (0, 5)
+    assert mine.success.ci == pytest.approx(tuple(stats.binomtest(0, 5).proportion_ci(method="exact")))
+    alone = row(found, "static", "w1")
+    assert (alone.difference, alone.ci, alone.mean) == (None, None, pytest.approx(np.mean(base)))
+    assert [each.size for each in found.rows].count(ALL_SIZES) == 0  # two sizes
+
+
+def test_success_that_is_bimodal(tmp_path: Path) -> None:
+    """All seeds solve the task, or none does: t would give an interval of no width."""
+    found = compared(recall(tmp_path, static=[0.1] * 5, dyn=[1.0] * 5), "success")
+    mine = row(found, "dyn", "w1")
+    assert mine.difference == 1.0
+    assert mine.method == "Clopper-Pearson of both means"
+    (low1, _), (_, high0) = (stats.binomtest(k, 5).proportion_ci(method="exact") for k in (5, 0))
+    assert mine.ci == pytest.approx((1 - math.hypot(1 - low1, high0), 1.0))
+    assert mine.status == "ok"
+    few = compared(recall(tmp_path / "few", static=[0.1] * 2, dyn=[1.0] * 2), "success")
+    assert row(few, "dyn", "w1").status == "not resolved: the interval of all 2 at once holds 0"
+    assert compared(recall(tmp_path / "same", static=[0.1] * 5, dyn=[0.2] * 5)).rows[-1].method == (
+        "Clopper-Pearson of both means"  # accuracies whose differences do not vary
+    )
+
+
+def test_a_share_has_clopper_and_pearsons_interval() -> None:
+    for k, n in ((0, 3), (1, 5), (5, 5), (7, 20)):
+        assert share_interval(k / n, n) == pytest.approx(tuple(stats.binomtest(k, n).proportion_ci(method="exact")))
+
+
+@pytest.mark.parametrize(("p", "seeds"), [(0.5, 2), (0.5, 3), (0.3, 5), (0.5, 5), (0.8, 5), (0.5, 10)])
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.1, 0.98)])
+def test_equal_arms_are_seldom_called_different(p: float, seeds: int, values: tuple[float, float]) -> None:
+    """Both arms succeed with the same probability. At 5%, the share of wrong calls stays below 6.5%. Of values such as
+    .1 and .98, differences that vary have t's interval."""
+    random = np.random.default_rng(3)
+    wrong, runs = 0, 1500
+    for _ in range(runs):
+        y1, y0 = (np.where(random.random(seeds) < p, values[1], values[0]) for _ in range(2))
+        ci, _ = difference_interval(y1, y0)
+        wrong += ci is not None and not ci[0] <= 0 <= ci[1]
+    assert wrong / runs < 0.065
+
+
+def test_values_that_are_no_shares_and_do_not_vary_have_no_interval() -> None:
+    assert difference_interval(np.array([7.0, 8.0]), np.array([5.0, 6.0])) == (None, None)
+    assert difference_interval(np.array([0.7]), np.array([0.5])) == (None, None)
+    assert over_sizes(np.array([0.5, 0.5, 0.5])) == (None, None)
+
+
+def test_over_three_sizes_the_sizes_are_the_replicates(tmp_path: Path) -> None:
+    gains = (0.08, 0.12, 0.09)
+    for size, gain in zip((1, 2, 4), gains, strict=True):
+        write_task_run(tmp_path, "static", size, 0, 0.3)
+        write_task_run(tmp_path, "dyn", size, 0, 0.3 + gain)
+    mine = row(compared(load(tmp_path)), "dyn", ALL_SIZES)
+    low, high = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    assert mine.ci == pytest.approx((low, high))
+    assert (mine.method, mine.seeds, mine.status) == ("t over 3 sizes", 1, "ok")
+    assert row(compared(load(tmp_path)), "dyn", "w1").status == "not resolved: one seed gives no interval"
+
+
+def test_a_run_that_diverged_keeps_its_arm_from_being_resolved(tmp_path: Path) -> None:
+    found = compared(recall(tmp_path, static=[0.1, 0.2, 0.1, 0.2, 0.1], dyn=[0.9, 0.8, 0.9, 0.8, None]))
+    mine = row(found, "dyn", "w1")
+    assert mine.status == "not resolved: 2 of 10 runs of dyn did not learn (1 of 5 at w1, 1 of 5 at w2)"
+    assert [each.runs for each in found.did_not_learn] == [2]
+    assert {item.reason for item in found.excluded} == {"did not learn: it diverged at step 2"}
+
+
+def test_several_tasks_are_compared_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store may hold runs of several tasks; a metric of one task alone is named TASK/METRIC."""
+    for task, gain in (("mqar", 0.3), ("copying", 0.0)):
+        for arm, own in (("static", 0.0), ("dyn", gain)):
+            for seed in range(4):
+                write_task_run(tmp_path / "live", arm, 1, seed, 0.4 + own + 0.01 * seed * (1 + own), task)
+    store = load(tmp_path / "live")
+    found = compared(store)
+    assert [(each.task, each.status.partition(":")[0]) for each in found.rows if each.arm == "dyn"] == [
+        ("copying", "not resolved"),
+        ("mqar", "ok"),
+    ]
+    freeze(store, tmp_path / "frozen")
+    command = ["table", str(tmp_path / "frozen"), "--metric", "mqar/accuracy@key_length=2"]
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(each["task"], each["arm"]) for each in rows] == [("mqar", "static"), ("mqar", "dyn")]
+    assert rows[1]["difference"] == pytest.approx(0.3 / 2 * (1 + 0.01 * 1.5))
+    assert rows[1]["loss"] == 4.0  # of the same keys
+    assert rows[1]["success"] is None
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "the difference is from static, paired by size and seed" in text
+    assert main([*command, "--format", "csv"]) == 0
+    table = pd.read_csv(pd.io.common.StringIO(capsys.readouterr().out))
+    assert table["ci_low"].notna().tolist() == [False, True]
+    assert main([*command, "--format", "latex"]) == 0
+    assert r"\toprule" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recall(tmp_path, static=[0.1, 0.2], dyn=[0.5, 0.7])
+    for arguments, message in (
+        (["--metric", "nothing"], "no metric 'nothing' in"),
+        (["--metric", "accuracy", "--by", "arm"], "--metric compares means of a metric, without --by"),
+        (["--metric", "accuracy", "--where", "arm == 'dyn'", "--baseline", "static"], "no arm 'static'"),
+        (["--metric", "accuracy", "--where", "arm == 'static'"], "the runs hold one arm"),
+    ):
+        assert main(["table", str(tmp_path), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_column_of_a_table_of_points(tmp_path: Path) -> None:
+    rows = [
+        {"arm": arm, "size": "s", "seed": seed, "C": 1e18, "loss": 3.0 - gain, "glue": 50 + gain + seed}
+        for arm, gain in (("base", 0.0), ("dyn", 2.0))
+        for seed in range(3)
+    ]
+    rows[-1]["glue"] = None
+    pd.DataFrame(rows).to_csv(tmp_path / "points.csv", index=False)
+    store = load(tmp_path / "points.csv")
+    found = compare_metric(store.runs, values_of(store, "glue"), final_metrics(store), baseline="base")
+    assert row(found, "dyn", "s").difference == pytest.approx(2.0)
+    assert [item.reason for item in found.excluded] == ["it has no glue"]
+
+
+def test_the_figure_of_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against size and against key length, by arm; of a store of several tasks, too, which has no multipliers."""
+    recall(tmp_path / "live", static=[0.1, 0.2, 0.7], dyn=[0.5, 0.7, 0.9])
+    for seed in range(2):
+        write_task_run(tmp_path / "live", "dyn", 1, seed, 0.3, "copying")
+    store = load(tmp_path / "live")
+    rows = accuracy_rows(final_metrics(store), store.runs)
+    assert rows.groupby("panel").size().to_dict() == {
+        "copying": 2,
+        "copying by key length": 2,
+        "mqar": 12,
+        "mqar by key length": 6,  # at the larger size
+    }
+    lengths = rows[rows["panel"] == "mqar by key length"]
+    assert lengths["x"].unique().tolist() == [2.0]
+    assert sorted(lengths["value"]) == pytest.approx([0.1, 0.15, 0.3, 0.4, 0.4, 0.5])
+    figure = accuracy_panels(rows, "static")
+    by_title = {axes.get_title(): axes for axes in figure.axes}
+    assert list(by_title) == ["copying", "copying by key length", "mqar", "mqar by key length"]
+    medians = [line.get_ydata().tolist() for line in by_title["mqar"].lines if line.get_linestyle() != "None"]
+    assert medians == [pytest.approx([0.7, 0.8]), pytest.approx([0.2, 0.3])]
+    command = [str(tmp_path / "live"), "--where", "task == 'mqar'"]
+    assert main(["plot", str(tmp_path / "live"), "-o", str(tmp_path / "figures")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(tmp_path / "figures" / "accuracy.svg")
+    assert "accuracy alone is drawn: the runs are of several tasks (copying, mqar)" in captured.err
+    assert main(["report", *command, "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Accuracy on the task" in page
+    assert "--where &#x27;task == &#x27;&quot;&#x27;&quot;&#x27;mqar" in page
