@@ -208,8 +208,8 @@ def test_auxiliary_losses_train_and_are_metrics(tiny_run: RunConfig, dataset: Da
             self.weight = torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, tokens: torch.Tensor) -> Output:
-            logits, losses = self.decoder(tokens)
-            return Output(logits, losses | {"pull": (self.weight - 0.05).square()})
+            logits, losses, measures = self.decoder(tokens)
+            return Output(logits, losses | {"pull": (self.weight - 0.05).square().expand(len(tokens))}, measures)
 
     config = replace(tiny_run.train, clip_norm=1e9, weight_decay=0.0)
     gradients = []
