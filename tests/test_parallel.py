@@ -65,10 +65,12 @@ class Job:
     folder: Path
     run: RunConfig
     data: Path
+    recompute: Literal["none", "block"] = "none"
 
     def trainer(self, world: World) -> Trainer:
         torch.set_num_threads(1)
-        return assemble(self.run, Dataset.open(self.data), Execution(device="cpu", micro_batch=2), world)
+        execution = Execution(device="cpu", micro_batch=2, recompute=self.recompute)
+        return assemble(self.run, Dataset.open(self.data), execution, world)
 
     def resumed(self, world: World, checkpoint: str) -> Trainer:
         trainer = self.trainer(world)
@@ -136,6 +138,7 @@ def two_processes(rank: int, size: int, job: Job) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
             records["fsdp ahead"] = course(job.trainer(world), STEPS)
+            records["fsdp recomputed"] = course(replace(job, recompute="block").trainer(world), STEPS)
             records["muon"] = course(job.with_muon().trainer(world), STEPS)
             records["muon resumed"] = interrupted(job.with_muon(), world, "muon-2")
         records["parts"] = {
@@ -230,7 +233,7 @@ def expect_equal(got: Record, want: Record) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "fsdp ahead"])
+@pytest.mark.parametrize("kind", [*KINDS, "fsdp ahead", "fsdp recomputed"])
 def test_two_processes_train_as_one(kind: str, alone: Record, two: list[Record]) -> None:
     expect_equal(two[0][kind], two[1][kind])
     expect_close(two[0][kind], alone)
