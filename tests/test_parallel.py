@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import struct
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,6 +140,7 @@ def two_processes(rank: int, size: int, job: Job) -> None:
             patch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
             records["fsdp ahead"] = course(job.trainer(world), STEPS)
             records["fsdp recomputed"] = course(replace(job, recompute="block").trainer(world), STEPS)
+            records["fsdp compiled"] = compiled(job.trainer(world))
             records["muon"] = course(job.with_muon().trainer(world), STEPS)
             records["muon resumed"] = interrupted(job.with_muon(), world, "muon-2")
         records["parts"] = {
@@ -148,6 +150,14 @@ def two_processes(rank: int, size: int, job: Job) -> None:
         records["errors"] = errors(job, world)
         world.wait_for_all()
     torch.save(records, job.folder / f"two-{rank}.pt")
+
+
+def compiled(trainer: Trainer) -> Record:
+    """The course of a model whose blocks are compiled, and how many programs they took."""
+    trainer.model.compile(dynamic=False, backend="aot_eager")
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # Dynamo provokes one of torch's
+        record = course(trainer, STEPS)
+    return {**record, "programs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
 
 
 def errors(job: Job, world: World) -> list[str]:
@@ -246,6 +256,13 @@ def test_four_processes_train_as_one(kind: str, alone: Record, four: list[Record
     for record in four[1:]:
         expect_equal(record[kind], four[0][kind])
     expect_close(four[0][kind], alone)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_gathered_outside_of_their_programs(alone: Record, two: list[Record]) -> None:
+    """All layers share one program of the block. With that of the norm and without gradients, there are four."""
+    expect_close(two[0]["fsdp compiled"], alone)
+    assert two[0]["fsdp compiled"]["programs"] == 4
 
 
 @pytest.mark.slow
