@@ -133,6 +133,26 @@ def test_rows_by_hand() -> None:
     assert (unknown[0]["mfu"], unknown[0]["memory_gib"], unknown[1]["slowdown_low"]) == (None, None, None)
 
 
+def test_plan_forecasts_by_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, sweep = tmp_path / "t.parquet", str(SWEEPS / "demo.toml")
+    found = [trial for batch in (4, 8) for trial in chosen("25k", batch=batch)]
+    rows = rows_of(found, [Outcome([0.1]), Outcome([0.2]), Outcome([0.1]), Outcome([0.2])], None, WHERE)
+    table([*rows, *(row | {"gpus": 2, "device": "Another"} for row in rows)]).to_parquet(path)
+    assert main(["plan", sweep, "--throughput", str(path), "--json"]) == 0
+    out = capsys.readouterr()
+    assert f"{path} has no throughput of static-qkv at 25k, " in out.err
+    for row in json.loads(out.out):
+        speed = {"transformer": 8 * 128 / 0.1, "lowrank-qkv": 8 * 128 / 0.2}.get(row["arm"])  # the faster batch
+        if row["size"] == "25k" and speed is not None:
+            assert row["hours"] == pytest.approx(row["tokens"] / speed / 3600)
+            assert row["teraflops_per_second"] == pytest.approx(row["flops_exact"] / row["tokens"] * speed / 1e12)
+        else:
+            assert row["hours"] is None
+    table([*rows, *(row | {"commit": "def"} for row in rows)]).to_parquet(path)
+    assert main(["plan", sweep, "--throughput", str(path)]) == 2
+    assert "the throughput of transformer at 25k is of several commits (abc, def); leave" in capsys.readouterr().err
+
+
 def test_a_peak_is_known_for_named_cards_only() -> None:
     assert PEAKS["NVIDIA H100 80GB HBM3"] == PEAKS["NVIDIA H200"] == 989e12
     assert "NVIDIA H100 PCIe" not in PEAKS
