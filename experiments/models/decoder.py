@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
 from experiments.models.readout import LastTokenReadout
+from experiments.models.recompute import Policy, recomputing
 from experiments.models.short_convolution import InputConvolution
 from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
 
@@ -62,6 +63,11 @@ class Decoder(nn.Module):
         self._initialise(seed)
         self._apply_norm: Callable[[RMSNorm, Tensor], Tensor] = RMSNorm.forward
 
+    def recompute(self, policy: Policy) -> None:
+        """Compute activations of the blocks again in the backward pass. Call it before `compile`."""
+        for block in self.blocks:
+            cast(Block, block).program = recomputing(Block.compute, policy)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
 
@@ -73,7 +79,7 @@ class Decoder(nn.Module):
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
         self._apply_norm = torch.compile(RMSNorm.forward, *args, **kwargs)
-        program = torch.compile(Block.compute, *args, **kwargs)
+        program = torch.compile(cast(Block, self.blocks[0]).program, *args, **kwargs)
         for block in self.blocks:
             cast(Block, block).program = program
 
