@@ -72,7 +72,7 @@ class Evaluator:
             return None
         total, auxiliary = sums
         mean = self.world.sum(total).item() / self._loss.positions
-        return dict(self.task.metrics(mean)) | {n: self.world.sum(each).item() for n, each in auxiliary.items()}
+        return dict(self.task.metrics(mean)) | _summed(auxiliary, self.world)
 
     def _metrics_of_answers(
         self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
@@ -110,7 +110,7 @@ class Evaluator:
 
 
 class _AuxiliaryLosses:
-    """Means of the model's auxiliary losses and measures over a held-out set, by name and, of a measure, by index."""
+    """Means of the model's auxiliary losses and measures over a held-out set, by name."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -123,9 +123,14 @@ class _AuxiliaryLosses:
             self._sums[name] = self._sums[name] + part if name in self._sums else part
 
     def means(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, total in self._sums.items():
-            values = self._world.sum(total)
-            names = [f"{name}.{index}" for index in range(len(values))] if values.dim() else [name]
-            found |= dict(zip(names, values.flatten().tolist(), strict=True))
-        return found
+        return _summed(self._sums, self._world)
+
+
+def _summed(parts: Mapping[str, Tensor], world: World) -> dict[str, float]:
+    """The sums over all processes by name; the values of a measure [n] are named NAME.0, NAME.1, ..."""
+    found: dict[str, float] = {}
+    for name, part in parts.items():
+        values = world.sum(part)
+        names = [f"{name}.{index}" for index in range(len(values))] if values.dim() else [name]
+        found |= dict(zip(names, values.flatten().tolist(), strict=True))
+    return found
