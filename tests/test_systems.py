@@ -116,6 +116,13 @@ def test_it_learns_text_and_resumes_bit_for_bit(
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["moe", "mamba2 lowrank", "gated deltanet"])
+def test_recomputed_activations_change_no_bit(name: str, tiny_run: RunConfig, dataset: Dataset) -> None:
+    run = replace(tiny_run, model=SYSTEMS[name])
+    plain, other = (assemble(run, dataset, how, ALONE) for how in (CPU, replace(CPU, recompute="block")))
+    assert [other.step().loss for _ in range(4)] == [plain.step().loss for _ in range(4)]
+
+
 def _in_company(rank: int, size: int, job: Job) -> None:
     with process_group(torch.device("cpu"), job.folder / "meeting", rank, size, ["here"]):
         kinds = {kind: course(job.trainer(World(rank, size, torch.device("cpu"), kind)), STEPS) for kind in KINDS}
