@@ -47,9 +47,8 @@ class GatedDeltaNetModule(nn.Module):
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
         gate, *inputs = self._inputs(*self.maps.apply_to(x, IN, x))
-        (y,) = self.maps.apply_to(
-            self.norm(recurrence(*inputs, by_library=self.by_library)).flatten(2) * F.silu(gate), ("o",), x
-        )
+        y = self.norm(recurrence(*inputs, by_library=self.by_library)).flatten(2)
+        (y,) = self.maps.apply_to(y * F.silu(gate), ("o",), x)
         return y
 
     def decode(

@@ -12,6 +12,7 @@ Shapes: B batch, T time, H heads, K channels of a key, V channels of a value, N 
 
 import importlib.util
 import math
+import re
 import sys
 from functools import cache
 
@@ -147,7 +148,7 @@ def library_problem() -> str | None:
         return 'flash-linear-attention is not installed: pip install "dynconv[fla]"'
     import triton
 
-    version = tuple(int(number) for number in triton.__version__.split(".")[:3])
+    version = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
     # flash-linear-attention refuses these: https://github.com/fla-org/flash-linear-attention/issues/640
     if torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= version < (3, 7, 1):
         return f"Triton {triton.__version__} computes its gradients wrongly on a Hopper GPU: upgrade Triton to 3.7.1"
