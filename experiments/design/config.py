@@ -52,7 +52,7 @@ class RunConfig:
         if self.train.held_out_sequences < group:
             raise ValueError(
                 f"{where}, so the held-out set needs {group} sequences; got {self.train.held_out_sequences}; "
-                "raise validation_tokens"
+                "raise validation_tokens, or held_out_sequences of a generated task"
             )
 
     @property

@@ -74,7 +74,7 @@ def add_gradients(
             loss, auxiliary = losses(inputs, targets)
             loss = loss / positions.clamp(min=1)  # without a target that counts the loss is 0, not NaN
             total += loss.detach()
-            for auxiliary_loss in auxiliary.values():  # Each is a mean over the tokens of this micro-batch.
+            for auxiliary_loss in auxiliary.values():  # Each is a mean over the sequences of this micro-batch.
                 loss = loss + auxiliary_loss * share
             # Gradients are averaged over the processes; our loss is a sum over them, so scale by their number.
             (loss * world.size).backward()

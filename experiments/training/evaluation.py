@@ -77,7 +77,7 @@ class Evaluator:
     def _metrics_of_answers(
         self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
     ) -> dict[str, float] | None:
-        held_out = self._grouped(task.further[at] if at else task.held_out)
+        held_out = self._grouped(task.further_held_out(at) if at else task.held_out)
         device = self.world.device
         losses = torch.zeros(held_out.inputs.shape, dtype=torch.float64, device=device)
         correct = torch.zeros(held_out.inputs.shape, dtype=torch.int32, device=device)
@@ -110,7 +110,7 @@ class Evaluator:
 
 
 class _AuxiliaryLosses:
-    """Means of the model's auxiliary losses over a held-out set, by name."""
+    """Means of the model's auxiliary losses and measures over a held-out set, by name and, of a measure, by index."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -123,4 +123,9 @@ class _AuxiliaryLosses:
             self._sums[name] = self._sums[name] + part if name in self._sums else part
 
     def means(self) -> dict[str, float]:
-        return {name: self._world.sum(total).item() for name, total in self._sums.items()}
+        found: dict[str, float] = {}
+        for name, total in self._sums.items():
+            values = self._world.sum(total)
+            names = [f"{name}.{index}" for index in range(len(values))] if values.dim() else [name]
+            found |= dict(zip(names, values.flatten().tolist(), strict=True))
+        return found

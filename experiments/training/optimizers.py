@@ -52,7 +52,9 @@ def _adamw(
     settings: AdamW | Muon,
     train: TrainConfig,
 ) -> torch.optim.AdamW:
-    named: list[dict[str, Any]] = [{"params": list(parameters), "weight_decay": decay} for parameters, decay in groups]
+    named: list[dict[str, Any]] = [
+        {"params": alike, "weight_decay": decay} for parameters, decay in groups for alike in _alike(list(parameters))
+    ]
     betas = (settings.beta1, settings.beta2)
     parameters = [parameter for group in named for parameter in group["params"]]
     on_gpu = all(parameter.is_cuda for parameter in parameters)
@@ -62,6 +64,12 @@ def _adamw(
 
         kind = LargeAdamW
     return kind(named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True, capturable=on_gpu)
+
+
+def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in lists of sharded and of whole ones, which fused AdamW does not take in one group."""
+    parts = ([p for p in parameters if is_sharded(p)], [p for p in parameters if not is_sharded(p)])
+    return [part for part in parts if part] or [[]]
 
 
 MAKERS: dict[str, Callable[..., Optimizers]] = {"adamw": adamw, "muon": muon}

@@ -21,7 +21,7 @@ from experiments.tasks.base import Examples, Task
 from experiments.training.checkpoints import State
 from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
-from experiments.training.loss import IGNORED, linear_cross_entropy
+from experiments.training.loss import IGNORED, linear_cross_entropy, means_over_sequences
 from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
@@ -113,6 +113,11 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.steps_done == self.config.steps
+
+    @property
+    def captured(self) -> bool:
+        """Whether a step is a CUDA graph: true of small models on a GPU, once they are warmed up."""
+        return self._engine is not None and self._engine.captured
 
     @property
     def evaluation_due(self) -> bool:
@@ -360,16 +365,23 @@ def losses_of(
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses by name."""
+    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
+
+    Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
+    Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
+    """
     if device.type == "cuda":
         with mixed_precision(device):
-            loss, auxiliary = model(
+            loss, auxiliary, measures = model(
                 inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
             )
-        return loss, auxiliary
-    logits, auxiliary = model(inputs)
-    logits = logits.float().flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
+    else:
+        logits, auxiliary, measures = model(inputs)
+        logits = logits.float().flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    if not torch.is_grad_enabled():
+        auxiliary = auxiliary | measures
+    return loss, means_over_sequences(auxiliary, targets)
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
