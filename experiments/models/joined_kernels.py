@@ -86,7 +86,10 @@ def rotate_backward(
 
 
 @triton.jit
-def _swiglu(joined, result, tokens, hidden, start, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _swiglu(
+    joined, result, tokens, hidden, start, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
+):
+    hidden, start, stride = hidden * UNIT, start * UNIT, stride * UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     ok = (row < tokens) & (column < hidden)
@@ -98,8 +101,10 @@ def _swiglu(joined, result, tokens, hidden, start, stride, ROWS: tl.constexpr, C
 
 @triton.jit
 def _swiglu_backward(
-    dresult, joined, djoined, tokens, hidden, start, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    dresult, joined, djoined, tokens, hidden, start, stride, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    hidden, start, stride, width = hidden * UNIT, start * UNIT, stride * UNIT, width * UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     ok = (row < tokens) & (column < hidden)
@@ -122,7 +127,8 @@ def swiglu(
     tokens = joined.shape[0] * joined.shape[1]
     result = joined.new_empty(*joined.shape[:2], hidden)
     grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(hidden, _COLUMNS))
-    _swiglu[grid](joined, result, tokens, hidden, start, joined.stride(1), ROWS=_ROWS, COLUMNS=_COLUMNS)
+    sizes, unit = _in_units(hidden, start, joined.stride(1))
+    _swiglu[grid](joined, result, tokens, *sizes, ROWS=_ROWS, COLUMNS=_COLUMNS, UNIT=unit)
     return result
 
 
@@ -136,11 +142,20 @@ def swiglu_backward(
     filled = start == hidden and joined.shape[2] == 2 * hidden
     djoined = (torch.empty if filled else torch.zeros)(joined.shape, dtype=joined.dtype, device=joined.device)
     grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(hidden, _COLUMNS))
+    sizes, unit = _in_units(hidden, start, joined.stride(1), joined.shape[2])
     _swiglu_backward[grid](
-        dresult.contiguous(), joined, djoined, tokens, hidden, start, joined.stride(1), joined.shape[2],
-        ROWS=_ROWS, COLUMNS=_COLUMNS,
-    )  # fmt: skip
+        dresult.contiguous(), joined, djoined, tokens, *sizes, ROWS=_ROWS, COLUMNS=_COLUMNS, UNIT=unit
+    )
     return djoined
+
+
+def _in_units(*sizes: int) -> tuple[list[int], int]:
+    """The sizes in units of 8 channels, which are one access to memory, if all are whole ones; else as they are.
+
+    Triton sees by itself only multiples of 16.
+    """
+    unit = 8 if all(size % 8 == 0 for size in sizes) else 1
+    return [size // unit for size in sizes], unit
 
 
 def _rows(joined: Tensor) -> Tensor:
