@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
 
 # Processes take a third of a second each to start; below this much text, the tokenizer's threads alone are as fast.
-PARALLEL_BYTES = 256 * 2**20
+PARALLEL_BYTES = 128 * 2**20
 
 
 class Job(NamedTuple):
