@@ -89,11 +89,11 @@ def test_a_held_irreducible_loss_holds_in_the_test_of_constancy_too() -> None:
     arm = 1.7 + 1.3 * (1.6 * designs.compute / 1e20) ** -0.15
     noise = 2e-4 * np.random.default_rng(0).standard_normal((2, 6))
     pairs = pairs_of(designs.compute, quiet + noise[0], arm + noise[1])
-    right, wrong = compare(pairs, floors=[1.7]), compare(pairs, floors=[0.0])
+    right, wrong = compare(pairs, irreducible_losses=[1.7]), compare(pairs, irreducible_losses=[0.0])
     assert right.constancy == "shown"
     assert wrong.constancy == "rejected"
     assert wrong.method == "paired, at the largest compute"
-    expected = constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], 999, 0, floor=0.0)
+    expected = constancy_p(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], 999, 0, irreducible_loss=0.0)
     assert wrong.constant_m_p == expected[0]
 
 

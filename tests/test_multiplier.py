@@ -305,21 +305,21 @@ def test_a_changing_m_is_flagged_and_reported_at_the_largest_compute() -> None:
     assert found.curve[0].m < found.curve[-1].m
     assert found.loso is not None
     assert found.loso[0] < found.m < found.loso[1] < 1.1 * found.m  # of m at the largest compute as well
-    unmoved = next(row["m"] for row in found.floor_sensitivity if row["E"] == found.irreducible_loss)
+    unmoved = next(row["m"] for row in found.irreducible_loss_sensitivity if row["E"] == found.irreducible_loss)
     assert unmoved == pytest.approx(found.m, rel=1e-3)
     assert found.curve[-1].compute == pytest.approx(10 * TOP)
 
 
-def test_dropping_the_irreducible_loss_shows_in_the_floor_sensitivity() -> None:
+def test_dropping_the_irreducible_loss_shows_in_the_irreducible_loss_sensitivity() -> None:
     """With E moved to 0 the local multipliers no longer agree, and the top one is too low: 1.23 for a true 1.33."""
     compute = np.geomspace(TOP / 1000, TOP, 5)
     y0, y1 = (1.7 + (m * compute / 1e20) ** -0.07 for m in (1.0, 1.33))
     found = compare(pairs_of(compute, y0, y1))
     assert found.irreducible_loss == pytest.approx(1.7, abs=1e-3)
     assert found.m == pytest.approx(1.33, rel=1e-3)
-    stated = {round(row["E"], 2): row["m"] for row in found.floor_sensitivity}
+    stated = {round(row["E"], 2): row["m"] for row in found.irreducible_loss_sensitivity}
     assert stated[1.7] == pytest.approx(1.33, rel=1e-3)
-    local = local_multipliers(compute, compute, y0[None], y1[None], floor=0.0)
+    local = local_multipliers(compute, compute, y0[None], y1[None], irreducible_loss=0.0)
     assert math.exp(local.ln_m[0, -1]) < 1.3
 
 
@@ -329,7 +329,7 @@ def test_two_sizes_get_a_number_and_a_warning() -> None:
     assert found.status.startswith("not resolved")
     assert "E = 0 assumed" in found.status
     compute, y0, y1, _ = simulate(1, 2, 1, 1.33, noise=0.0)
-    stated = compare(pairs_of(compute, y0[0], y1[0]), floors=[1.7])
+    stated = compare(pairs_of(compute, y0[0], y1[0]), irreducible_losses=[1.7])
     assert stated.m == pytest.approx(1.33, rel=1e-6)
     assert "E = 0" not in stated.status
 

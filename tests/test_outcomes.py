@@ -176,7 +176,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     recall(tmp_path, static=[0.1, 0.2], dyn=[0.5, 0.7])
     for arguments, message in (
         (["--metric", "nothing"], "no metric 'nothing' in"),
-        (["--metric", "accuracy", "--by", "arm"], "--metric compares means of a metric, without --by"),
+        (["--metric", "accuracy", "--by", "arm"], "--metric and --by do not go together"),
         (["--metric", "accuracy", "--where", "arm == 'dyn'", "--baseline", "static"], "no arm 'static'"),
         (["--metric", "accuracy", "--where", "arm == 'static'"], "the runs hold one arm"),
     ):

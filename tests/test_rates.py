@@ -141,6 +141,51 @@ def test_points_with_a_column_lr_are_tuned_too(answer: Any) -> None:
     assert "each arm at its own best learning rate: base at 0.0" in found["notes"][0]
 
 
+PILOT = {  # held-out losses of two seeds at 1, 2, 4 and 8 times the ladder's rate: 1M parameters on Python, one H200
+    "base": [(2.345, 2.405), (2.342, 2.364), (2.350, 2.990), (4.623, 4.719)],
+    "new": [(2.259, 2.306), (2.221, 2.223), (2.206, 2.298), (2.762, 3.920)],
+}
+
+
+def pilot(sizes: int = 5, without: tuple[str, ...] = ()) -> Iterator[str]:
+    """The pilot's losses at every size of a law, the arm's with their own advantage."""
+    for arm, losses in PILOT.items():
+        for i, compute in enumerate(COMPUTE[:sizes]):
+            for factor, of_seeds in zip((1, 2, 4, 8), losses, strict=True):
+                for seed, loss in enumerate(of_seeds):
+                    if f"{arm}{factor}" not in without:
+                        yield f"{arm},s{i},{seed},{compute},{loss + law(1.0, compute) - 2.9},{0.004 * factor},{factor}"
+
+
+def test_a_cliff_beside_the_best_rate_promises_no_loss_that_no_rate_gave(answer: Any) -> None:
+    """The seeds at 4 and 8 differ by .6 nats. Their mean and their noise, in the parabola and in what is given back,
+    made the baseline better than the arm, which has lower losses at every rate."""
+    found = answer(pilot(), HEADER)
+    assert found["m"] > 1.2
+    for item in found["rates"]:
+        assert item["rates"] == 4
+        assert not item["at_edge"]
+        assert 1.9 < item["factor"] < 2.5
+        assert item["given_back"] < 0.02  # seeds of stable rates differ by .001 to .06
+    without_the_cliff = answer(pilot(without=("base8", "new8")), HEADER)
+    assert without_the_cliff["m"] == pytest.approx(found["m"], rel=0.02)
+
+
+def test_a_rate_at_which_runs_diverged_brackets_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it the best rate is the highest that is left."""
+    rows = [f"{row},complete" for row in pilot(without=("base8", "new8", "base4"))]
+    diverged = [
+        f"base,s{i},{seed},{compute},,{0.004 * 4},4,diverged" for i, compute in enumerate(COMPUTE) for seed in (0, 1)
+    ]
+    edges = []
+    for more in ([], diverged):
+        (tmp_path / "p.csv").write_text("\n".join([f"{HEADER},status", *rows, *more]) + "\n")
+        assert main(["table", str(tmp_path / "p.csv"), "--baseline", "base", "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        edges.append({item["at_edge"] for item in found["rates"] if item["arm"] == "base"})
+    assert edges == [{True}, {False}]
+
+
 def simulate(m: float, x: Floats, best: float, noise: float, sweeps: int, random: np.random.Generator) -> Floats:
     """Best losses of one arm [sweeps, 2, S]: as they are, and with the excess given back. Its best ln rate is spread by
     .3 about `best` from size to size."""

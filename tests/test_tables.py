@@ -203,7 +203,7 @@ def test_the_published_rows_are_tabulated_and_resolve_nothing(capsys: pytest.Cap
     found = {item["arm"]: item for item in json.loads(out)}
     assert code == 0
     assert all(item["status"].startswith("not resolved") for item in found.values())
-    assert {row["E"] for item in found.values() for row in item["floor_sensitivity"]} == {0.0, 1.6}
+    assert {row["E"] for item in found.values() for row in item["irreducible_loss_sensitivity"]} == {0.0, 1.6}
     exponent = math.log(math.log(19.12) / math.log(11.71)) / math.log(
         1824655360 * 91232768000 / 305169408 / 14999998464
     )

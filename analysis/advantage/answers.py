@@ -64,7 +64,9 @@ class Multiplier:
     joint: Answer | None = None  # by the joint fit of both arms, as a cross-check
     aicc: dict[str, float] | None = None  # by model: "shared", "free exponent", "free E"; lower is better
     wild_cluster: Interval | None = None
-    floor_sensitivity: tuple[dict[str, Any], ...] = ()  # for several E: E, m, and m under the other conventions
+    irreducible_loss_sensitivity: tuple[
+        dict[str, Any], ...
+    ] = ()  # for several E: E, m, and m under the other conventions
     noise_floor: float | None = None  # the smallest m that stands out from seed noise; None without repeated seeds
     wall_clock: Clock | None = None
     gpu_cost: Clock | None = None

@@ -52,7 +52,7 @@ def constancy_p(
     resamples: int,
     seed: int,
     until: float = 2.0,
-    floor: float | None = None,
+    irreducible_loss: float | None = None,
     seeds: SeedNoise | None = None,
 ) -> Floats:
     """p-value [K] of the test that m is constant: how often, under a constant m, the trend of ln m is as strong as the
@@ -61,7 +61,7 @@ def constancy_p(
     The t distribution would reject too often, since E and g are estimated from the same points. Losses y0, y1 [K, S] at
     computes c0, c1 [S]; for a test in seconds give the arm's compute divided by its relative throughput. Simulated
     losses follow the fitted law with constant m, with noise on the differences estimated from the local values, and
-    noise shared by the arms estimated from the fit's residuals. `floor` is a stated irreducible loss E, which is then
+    noise shared by the arms estimated from the fit's residuals. `irreducible_loss` is a stated E, which is then
     not fitted. Resampling stops early once p can no longer come out below `until`; the p returned is then only known to
     be at least `until`.
 
@@ -71,7 +71,7 @@ def constancy_p(
     hardly with more sizes (analysis/README.md).
     """
     random = np.random.default_rng(seed)
-    seen = local_multipliers(c0, c1, y0, y1, floor)
+    seen = local_multipliers(c0, c1, y0, y1, irreducible_loss)
     strength = np.abs(trend(seen, c0[-1], seeds.variance if seeds else None).t)
     noise = _Noise(seen, seeds)
     as_strong = np.where(noise.of_difference < ROUNDING * y0.min(axis=1), resamples, 0)  # resamples, [K]
@@ -80,7 +80,7 @@ def constancy_p(
         undecided = np.flatnonzero((as_strong < resamples) & ((1 + as_strong) / (1 + resamples) < until))
         for part in np.array_split(undecided, max(1, len(undecided) * BLOCK // TOGETHER)):
             losses, seed_variance = noise.draw(part, count, random)
-            null = trend(local_multipliers(c0, c1, *losses, floor), c0[-1], seed_variance)
+            null = trend(local_multipliers(c0, c1, *losses, irreducible_loss), c0[-1], seed_variance)
             as_strong[part] += (np.abs(null.t).reshape(-1, count) >= strength[part, None]).sum(axis=1)
     return (1 + as_strong) / (1 + resamples)
 
@@ -98,7 +98,7 @@ class _Noise:
         if seeds:
             self.of_difference = np.maximum(self.of_difference, np.sqrt(seeds.variance))
         residual = (y0 + y1 - 2 * E - seen.reducible - a1 * (c1 / law.unit) ** -g) / 2
-        fitted = 3 if seen.floor is None else 2
+        fitted = 3 if seen.irreducible_loss is None else 2
         shared = (residual**2).sum(axis=1) / max(sizes - fitted, 1) - self.of_difference**2 / 4
         self.shared = np.sqrt(np.maximum(shared, 0.0))
         constant = law.a0[:, None] * np.exp(-g * (np.log(c1 / law.unit) + mean))

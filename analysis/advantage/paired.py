@@ -51,15 +51,15 @@ class SharedLaw:
 
 
 def shared_law(
-    c0: Floats, c1: Floats, y0: Floats, y1: Floats, floor: float | None = None, tilt: Floats | None = None
+    c0: Floats, c1: Floats, y0: Floats, y1: Floats, irreducible_loss: float | None = None, tilt: Floats | None = None
 ) -> SharedLaw:
-    """Least-squares fit to losses y0, y1 [K, S] at computes c0, c1 [S], given `tilt` [K]. `floor` is a stated
-    irreducible loss E, which is then not fitted."""
+    """Least-squares fit to losses y0, y1 [K, S] at computes c0, c1 [S], given `tilt` [K]. `irreducible_loss` is a
+    stated E, which is then not fitted."""
     tilt = np.zeros(len(y0)) if tilt is None else tilt
     unit = float(np.exp(np.log(np.concatenate([c0, c1])).mean()))
     logs = np.log(c0 / unit), (1 + tilt[:, None, None]) * np.log(c1 / unit)
     least = np.minimum(y0.min(axis=1), y1.min(axis=1))[:, None]
-    limits = (0 * least, 0.999 * least) if floor is None else (np.full_like(least, floor),) * 2
+    limits = (0 * least, 0.999 * least) if irreducible_loss is None else (np.full_like(least, irreducible_loss),) * 2
     rows = np.arange(len(y0))
     grid = np.tile(np.log(np.geomspace(*EXPONENTS, GRID)), (len(y0), 1))
     for _ in range(ZOOMS):
@@ -115,7 +115,7 @@ class Local:
     c0: Floats  # [S] the baseline's compute, FLOPs
     c1: Floats  # [S] the arm's
     losses: tuple[Floats, Floats]  # [K, S] each
-    floor: float | None  # the stated irreducible loss; None where E is fitted
+    irreducible_loss: float | None  # the stated irreducible loss; None where E is fitted
     law: SharedLaw
     law_error: Floats  # [K, 2, 2] covariance of ln g and ln a0
     law_dof: int
@@ -140,9 +140,9 @@ class Local:
         return self.mean - half, self.mean + half
 
 
-def local_multipliers(c0: Floats, c1: Floats, y0: Floats, y1: Floats, floor: float | None = None) -> Local:
+def local_multipliers(c0: Floats, c1: Floats, y0: Floats, y1: Floats, irreducible_loss: float | None = None) -> Local:
     """The paired estimator of losses y0, y1 [K, S] at computes c0, c1 [S], S >= 2, by a law with a constant m."""
-    return by_law(shared_law(c0, c1, y0, y1, floor), c0, c1, (y0, y1), floor)
+    return by_law(shared_law(c0, c1, y0, y1, irreducible_loss), c0, c1, (y0, y1), irreducible_loss)
 
 
 def changing_multipliers(local: Local) -> Local:
@@ -156,13 +156,15 @@ def changing_multipliers(local: Local) -> Local:
     """
     for _ in range(REFITS):
         tilt = np.clip(trend(local, local.c0[-1]).slope, *TILTS)
-        law = shared_law(local.c0, local.c1, *local.losses, local.floor, tilt)
-        local = by_law(law, local.c0, local.c1, local.losses, local.floor)
+        law = shared_law(local.c0, local.c1, *local.losses, local.irreducible_loss, tilt)
+        local = by_law(law, local.c0, local.c1, local.losses, local.irreducible_loss)
     return local
 
 
-def by_law(law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats], floor: float | None) -> Local:
-    """The paired estimator given a fitted law; `floor` is its E if that was stated, else None."""
+def by_law(
+    law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats], irreducible_loss: float | None
+) -> Local:
+    """The paired estimator given a fitted law; `irreducible_loss` is its E if that was stated, else None."""
     y0, y1 = losses
     g, log_c0 = law.g[:, None], np.log(c0 / law.unit)
     log_c1 = (1 + law.tilt[:, None]) * np.log(c1 / law.unit)
@@ -179,9 +181,9 @@ def by_law(law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats]
     sensitivity = np.stack([-at_equal_compute - by_r * g * log_c0, by_r], axis=2)
     residual = (y0 - law.E[:, None] - r0 + y1 - law.E[:, None] - r1) / 2
     slopes = [np.ones_like(r0), -g * (r0 * log_c0 + r1 * log_c1) / 2, (r0 + r1) / 2]
-    law_error, law_dof = _law_error(slopes[floor is not None :], residual)
+    law_error, law_dof = _law_error(slopes[irreducible_loss is not None :], residual)
     error = np.sqrt(spread / (len(c0) - 1))
-    return Local(c0, c1, losses, floor, law, law_error, law_dof, r0, ln_m, sensitivity, weight, mean, error)
+    return Local(c0, c1, losses, irreducible_loss, law, law_error, law_dof, r0, ln_m, sensitivity, weight, mean, error)
 
 
 def _law_error(slopes: list[Floats], residual: Floats) -> tuple[Floats, int]:

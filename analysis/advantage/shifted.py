@@ -52,8 +52,8 @@ def shifted_multipliers(local: Local) -> Shifted:
     largest = LARGEST_SHIFT * np.minimum(y0.min(axis=1), y1.min(axis=1))
     for _ in range(REFITS):
         shift = np.clip(_line(local, difference, law, law.g, law.a0, np.zeros_like(law.g))[0], -largest, largest)
-        law = shared_law(local.c0, local.c1, y0, y1 - shift[:, None], local.floor)
-    unshifted = by_law(law, local.c0, local.c1, (y0, y1 - shift[:, None]), local.floor)
+        law = shared_law(local.c0, local.c1, y0, y1 - shift[:, None], local.irreducible_loss)
+    unshifted = by_law(law, local.c0, local.c1, (y0, y1 - shift[:, None]), local.irreducible_loss)
     none = np.zeros_like(shift)
     shift, own = _line(local, difference, law, law.g, law.a0, none)
     by_law_ = _law_variance(unshifted, lambda g, a0: _line(local, difference, law, g, a0, none)[0])

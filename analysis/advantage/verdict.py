@@ -54,18 +54,20 @@ def judge(
     y0: Floats,
     y1: Floats,
     *,
-    floor: float | None = None,
+    irreducible_loss: float | None = None,
     seeds: SeedNoise | None = None,
     resamples: int = 999,
     seed: int = 0,
 ) -> Verdict:
-    """Compare losses y0, y1 [S] at computes c0, c1 [S], seeds averaged within a size, and test the assumptions. `floor`
-    is a stated irreducible loss E, which is then not fitted."""
-    local = local_multipliers(c0, c1, y0[None], y1[None], floor)
+    """Compare losses y0, y1 [S] at computes c0, c1 [S], seeds averaged within a size, and test the assumptions.
+    `irreducible_loss` is a stated E, which is then not fitted."""
+    local = local_multipliers(c0, c1, y0[None], y1[None], irreducible_loss)
     if len(c0) < 3:
         return Verdict(local, local, None, None, None, None)
     changing = changing_multipliers(local)
-    p = float(constancy_p(c0, c1, y0[None], y1[None], resamples, seed, floor=floor, seeds=seeds)[0])
+    p = float(
+        constancy_p(c0, c1, y0[None], y1[None], resamples, seed, irreducible_loss=irreducible_loss, seeds=seeds)[0]
+    )
     low, high = change_bounds(changing)
     # The residuals of losses without noise are rounding errors, which are far from independent.
     independence_p = np.nan if np.ptp(local.ln_m[0]) < ROUNDING else float(correlation_p(changing)[0])

@@ -2,6 +2,9 @@
 
 The best loss is the minimum of the parabola in ln rate through the best rate tried and its two neighbours. Where the
 best is the lowest or the highest rate, or one of only two, its measured loss is used and the tuning is "at the edge".
+Rates at which training is unstable (some runs fail, seeds scatter far more than elsewhere, or the loss is far above the
+best) only bracket the best rate: the parabola describes stable training, and a cliff beside the best would bend it so
+much that it promised a loss which no rate gives.
 The minimum of several noisy losses is biased low. Where repeated seeds or replicates show the noise, this bias is
 simulated about a smooth curve through the losses and added back. The remaining noise of the tuning differs from size to
 size, so it is part of the spread over sizes from which the paired estimator takes its interval.
@@ -30,6 +33,8 @@ Key = tuple[str, str, str]  # arm, size, budget
 CELL = ["arm", "_size", "_budget"]  # runs that agree in these differ only in learning rate and seed
 RATE = "train.learning_rate"
 FACTOR = "vary.learning_rate_factor"  # multiple of the ladder's own rate
+CLIFF = 0.15  # nats above the best loss of a size; twice the best rate costs .01 to .05 where training is stable
+SCATTER = 5.0  # standard deviations of the usual noise, by which the seeds of one rate may scatter
 FAR_OFF = 1.5  # an untuned size whose rate is off by more than this factor gets a remark
 DRAWS = 1000  # of the simulated bias, whose standard error is then about a thirtieth of the noise
 
@@ -87,19 +92,23 @@ class Tuned:
     cost: float | None = None  # estimated loss of this deviation in nats, from the curvature at the tuned sizes
 
 
-def at_best_rates(runs: pd.DataFrame, rate: str | None, column: str) -> tuple[pd.DataFrame, list[Tuned]]:
+def at_best_rates(
+    runs: pd.DataFrame, rate: str | None, column: str, failed: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, list[Tuned]]:
     """Of each arm, size and budget, the runs at the best of the rates in column `rate`, with their losses shifted so
     that the mean is the loss at the interpolated best rate; and how each was tuned. Where no cell has two rates, the
-    runs as they are and an empty list. `column` holds the compute."""
+    runs as they are and an empty list. `column` holds the compute; `failed` are runs that did not learn, whose rates
+    are unstable."""
     import pandas as pd
 
     if rate is None or runs.groupby(CELL)[rate].nunique().max() < 2:
         return runs, []
     runs = runs.assign(_rate=_numbers(runs, rate).map(lambda value: float(f"{value:.6g}")))
     variance = _variance(runs, [*CELL, "_rate"])
+    failures = _failed_rates(failed, rate)
     kept, found, bends, computes = [], [], {}, {}
     for (arm, size, budget), rows in runs.sort_values(["arm", column], kind="stable").groupby(CELL, sort=False):
-        chosen, tuned, bend = _tune(rows, variance)
+        chosen, tuned, bend = _tune(rows, variance, failures.get((arm, str(rows["size"].iloc[0])), []))
         kept.append(chosen)
         found.append(tuned)
         key = arm, size, budget
@@ -154,31 +163,73 @@ def _numbers(runs: pd.DataFrame, rate: str) -> pd.Series:
 
 
 def _variance(runs: pd.DataFrame, by: list[str]) -> float | None:
-    """The variance of one run's loss, from runs that agree in the columns `by`; None where no two do."""
-    groups = runs.groupby(by)["loss"]
-    dof = int((groups.size() - 1).sum())
-    return float(((runs["loss"] - groups.transform("mean")) ** 2).sum() / dof) if dof else None
+    """The variance of one run's loss, from runs that agree in the columns `by`; None where no two do.
+
+    The groups that scatter more than SCATTER times a robust standard deviation, from the median of their variances,
+    count as unstable and are left out.
+    """
+    from scipy.stats import chi2
+
+    groups = runs.groupby(by)["loss"].agg(["var", "size"])
+    groups = groups[groups["size"] > 1]
+    if groups.empty:
+        return None
+    dof = groups["size"] - 1
+    usual = float((groups["var"] / (chi2.ppf(0.5, dof) / dof)).median())  # a variance's median is below its mean
+    stable = groups["var"] <= SCATTER**2 * usual
+    return float((groups["var"] * dof)[stable].sum() / dof[stable].sum())
 
 
-def _tune(rows: pd.DataFrame, variance: float | None) -> tuple[pd.DataFrame, Tuned, float]:
+def _failed_rates(failed: pd.DataFrame | None, rate: str) -> dict[tuple[str, str], list[float]]:
+    """The rates at which runs did not learn, by arm and size."""
+    if failed is None or failed.empty or rate not in failed:
+        return {}
+    known = failed[failed[rate].notna()]
+    numbers = _numbers(known, rate).map(lambda value: float(f"{value:.6g}"))
+    groups = numbers.groupby([known["arm"].astype(str), known["size"].astype(str)])
+    return {key: sorted(set(values)) for key, values in groups}
+
+
+def _stable(x: Floats, y: Floats, unstable: Bools) -> tuple[slice, bool]:
+    """The neighbouring rates about the best at which training is stable, as a slice of the ascending ln rates x [R];
+    and whether a worse or unstable rate was tried on either side of the best."""
+    allowed = ~unstable if not unstable.all() else np.ones(len(x), dtype=bool)
+    at = int(np.where(allowed, y, np.inf).argmin())
+    allowed &= y <= y[at] + CLIFF
+    first, last = at, at
+    while first > 0 and allowed[first - 1]:
+        first -= 1
+    while last < len(x) - 1 and allowed[last + 1]:
+        last += 1
+    return slice(first, last + 1), 0 < at < len(x) - 1
+
+
+def _tune(rows: pd.DataFrame, variance: float | None, failed: Sequence[float]) -> tuple[pd.DataFrame, Tuned, float]:
     """The runs of one cell at the best rate, their losses shifted to the interpolated minimum; how it was tuned; and
-    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed)."""
-    by_rate = rows.groupby("_rate")["loss"].agg(["mean", "size"])
+    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed). Runs at the rates `failed` did not
+    learn."""
+    by_rate = rows.groupby("_rate")["loss"].agg(["mean", "size", "std"])
+    by_rate = by_rate.reindex(sorted({*by_rate.index, *failed}))
     arm, size, budget = (str(rows[name].iloc[0]) for name in ("arm", "_size", "_budget"))
     factors = rows[FACTOR].astype(float) if FACTOR in rows else rows["_rate"] * np.nan
     own = float((rows["_rate"] / factors).median()) if factors.notna().all() else None  # the ladder's rate
-    if len(by_rate) < 2:
+    tried = len(by_rate)
+    if tried < 2:  # a rate at which all runs failed is none to compare at
         only = float(by_rate.index[0]) if len(by_rate) else None
         return rows, Tuned(arm, size, budget, len(by_rate), only, _over(only, own), False, None), np.nan
-    x, y = np.log(by_rate.index.to_numpy(float)), by_rate["mean"].to_numpy(float)
-    ln_rate, loss, bracketed = (part[0] for part in best_of(x, y[None]))
+    x, y = np.log(by_rate.index.to_numpy(float)), by_rate["mean"].fillna(np.inf).to_numpy(float)
+    unstable = by_rate.index.isin(failed) | (by_rate["std"] > SCATTER * np.sqrt(variance or np.inf)).to_numpy(bool)
+    stable, bracketed = _stable(x, y, unstable)
+    x, y, by_rate = x[stable], y[stable], by_rate.iloc[stable]
+    ln_rate, loss, _ = (part[0] for part in best_of(x, y[None]))
     given_back = None if variance is None else excess(x, y, np.sqrt(variance / by_rate["size"].to_numpy(float)))
     at = int(y.argmin())
     chosen = rows[rows["_rate"] == by_rate.index[at]]
     moved = chosen.assign(loss=chosen["loss"] + (loss + (given_back or 0.0) - y[at]))
     best = float(np.exp(ln_rate))
-    bend = float(np.polynomial.Polynomial.fit(x, y, 2).convert().coef[2]) if bracketed else np.nan
-    return moved, Tuned(arm, size, budget, len(x), best, _over(best, own), not bracketed, given_back), bend
+    inside = bracketed and len(x) > 2
+    bend = float(np.polynomial.Polynomial.fit(x, y, 2).convert().coef[2]) if inside else np.nan
+    return moved, Tuned(arm, size, budget, tried, best, _over(best, own), not bracketed, given_back), bend
 
 
 def _over(rate: float | None, own: float | None) -> float | None:

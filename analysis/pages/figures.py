@@ -61,9 +61,9 @@ def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention
         label_ends(top, labels)
         delta = law.loss.delta
         loss = "least squares" if delta is None else f"Huber, delta {delta:g}"
-        floor = law.parameter("E", law.points.baseline)
-        floor_text = "E at its bound" if "E" in law.certificate["bounds_hit"] else f"E = {floor:.3f}"
-        top.set_title(f"{floor_text}{', shared' if len(mark_of) > 1 else ''}, by {loss}; bands: 68%", loc="left")
+        E = law.parameter("E", law.points.baseline)
+        label = "E at its bound" if "E" in law.certificate["bounds_hit"] else f"E = {E:.3f}"
+        top.set_title(f"{label}{', shared' if len(mark_of) > 1 else ''}, by {loss}; bands: 68%", loc="left")
     return settled(figure)
 
 

@@ -1,7 +1,9 @@
-"""Arms compared on a metric, as text: Markdown, CSV, LaTeX or JSON. No number is computed here."""
+"""Arms compared on a metric, and measured beside published rows, as text: Markdown, CSV, LaTeX or JSON. No number is
+computed here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from analysis.pages.tables import Cell, interval_text, render, short, to_json, v
 
 if TYPE_CHECKING:
     from analysis.advantage.outcomes import Outcome, Outcomes
+    from analysis.advantage.published import Beside
 
 
 def outcome_table(found: Outcomes, form: str) -> str:
@@ -65,3 +68,43 @@ def _values(row: Outcome) -> dict[str, Any]:
         else:
             values[item.name] = value
     return values
+
+
+def published_table(found: Sequence[Beside], form: str) -> str:
+    """Published rows and the measured ones beside them. Differences are from the ablation's reference."""
+    if form in ("json", "csv"):
+        names = [item.name for item in fields(found[0])]
+        rows = [{name: getattr(row, name) for name in names} for row in found]
+        if form == "json":
+            return to_json(rows)
+        flat = [row | {"ci": interval_text(row["ci"], "{:.6g}")} for row in rows]
+        return value_table(names, [list(row.values()) for row in flat], form)
+    columns = ("ablation", "setting", "published", "its difference", "size", "arm", "seeds", "loss", "difference")
+    cells = [
+        [
+            row.ablation,
+            row.setting,
+            f"{row.perplexity:.2f}",
+            _signed(row.published_difference),
+            row.size,
+            row.arm,
+            None if row.seeds is None else str(row.seeds),
+            None if row.loss is None else f"{row.loss:.4f}",
+            _signed(row.difference),
+            interval_text(row.ci, "{:+.4f}"),
+            "; ".join(filter(None, (row.status, row.differs and f"with {row.differs}"))),
+        ]
+        for row in found
+    ]
+    mark = "% " if form == "latex" else ""
+    legend = (
+        "published: perplexity; its difference: of log perplexity from the ablation's reference, in nats a token. Then "
+        "the measured runs with the same facts: mean held-out loss, and its difference from that of the reference, "
+        "paired by seed, with its 95% interval. Other models on other text: compare differences, not levels."
+    )
+    text = render([*columns, "95% interval", "status"], cells, form)
+    return text + "\n" * (1 if mark else 2) + mark + legend
+
+
+def _signed(value: float | None) -> Cell:
+    return None if value is None else f"{value:+.4f}"

@@ -64,6 +64,10 @@ CAPTIONS = {  # title and caption of each figure; one that is not here has no pl
         "One fact at a time",
         "Arms that differ in one fact alone, at one size; dotted: the baseline.",
     ),
+    "expert-load": (
+        "Load of the experts",
+        "Tokens that chose each expert, over the mean of its layer, after the last step of one run of each arm.",
+    ),
 }
 PROVENANCE = ("device", "gpus", "dtype", "torch", "code_commit", "data_sha256", "tokenizer_sha256")
 HOW = {  # column -> how its number is computed, and its key in the JSON of `dynconv table`
@@ -75,7 +79,7 @@ HOW = {  # column -> how its number is computed, and its key in the JSON of `dyn
     "did not learn": ("runs that did not learn, which keep m from being resolved", "did_not_learn"),
     "leave one out": ("range of m with each size left out in turn", "loso"),
     "p(constant)": ("test that m is the same at every size", "constant_m_p"),
-    "other E": ("range of m over several values of the irreducible loss", "floor_sensitivity"),
+    "other E": ("range of m over several values of the irreducible loss", "irreducible_loss_sensitivity"),
 }
 
 
@@ -256,7 +260,7 @@ def _how(item: Multiplier, column: str) -> tuple[str, str]:
         return "the intervals of all arms hold the truth at once with 95%", "family_ci"
     if column in item.conventions:
         return f"m with FLOPs counted as {column}", f"conventions, {column}"
-    return "m at this irreducible loss with FLOPs so counted", "floor_sensitivity"
+    return "m at this irreducible loss with FLOPs so counted", "irreducible_loss_sensitivity"
 
 
 def _law(store: Store, answer: Answers) -> list[str]:

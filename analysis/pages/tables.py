@@ -171,14 +171,18 @@ def check_cells(found: Sequence[Multiplier]) -> Table:
         "at Cmax": [ratio_text(item.m_at_cmax) if item.n_sizes > 2 else None for item in found],
         "leave one out": [interval_text(item.loso) for item in found],
         "p(constant)": [None if item.constant_m_p is None else f"{item.constant_m_p:.3f}" for item in found],
-        "other E": [_over_floors(item) for item in found],
+        "other E": [_over_irreducible_losses(item) for item in found],
     }
     names = dict.fromkeys(name for item in found for name in item.conventions)
     for name in names:
         cells[name] = [_m(item.conventions.get(name)) if item.n_sizes > 2 else None for item in found]
-    for floor in sorted({row["E"] for item in found if item.n_sizes < 3 for row in item.floor_sensitivity}):
+    for irreducible_loss in sorted(
+        {row["E"] for item in found if item.n_sizes < 3 for row in item.irreducible_loss_sensitivity}
+    ):
         for name in (found[0].convention, *names):
-            cells[f"E={floor:g} {name}"] = [_at_floor(item, floor, name) for item in found]
+            cells[f"E={irreducible_loss:g} {name}"] = [
+                _at_irreducible_loss(item, irreducible_loss, name) for item in found
+            ]
     columns = [name for name, column in cells.items() if any(cell is not None for cell in column)]
     return columns, list(zip(*(cells[name] for name in columns), strict=True))
 
@@ -202,16 +206,16 @@ def _m(answer: Answer | None) -> Cell:
     return None if answer is None else ratio_text(answer.m)
 
 
-def _over_floors(item: Multiplier) -> Cell:
+def _over_irreducible_losses(item: Multiplier) -> Cell:
     """The range of m over the irreducible losses tried."""
-    values = [row["m"] for row in item.floor_sensitivity]
+    values = [row["m"] for row in item.irreducible_loss_sensitivity]
     return interval_text((min(values), max(values))) if values and item.n_sizes > 2 else None
 
 
-def _at_floor(item: Multiplier, floor: float, convention: str) -> Cell:
+def _at_irreducible_loss(item: Multiplier, irreducible_loss: float, convention: str) -> Cell:
     """m at a stated irreducible loss under a convention, for an arm with too few sizes to fit it."""
-    for row in item.floor_sensitivity if item.n_sizes < 3 else ():
-        if row["E"] == floor:
+    for row in item.irreducible_loss_sensitivity if item.n_sizes < 3 else ():
+        if row["E"] == irreducible_loss:
             m = {item.convention: row["m"], **row["conventions"]}.get(convention)
             return None if m is None else ratio_text(m)
     return None

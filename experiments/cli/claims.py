@@ -19,6 +19,8 @@ from experiments.cli.arguments import (
 )
 from experiments.cli.runs import planned
 
+PUBLISHED = Path("results/published")
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -45,6 +47,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "results/runs/demo --by arm,size",
         "results/runs/demo --throughput train.parquet",
         "results/runs/mini-mqar --metric accuracy",
+        "results/runs/mini-ablation-width --published",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
     parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
@@ -71,6 +74,15 @@ def _add_table(subparsers: Subparsers) -> None:
         metavar="[TASK/]METRIC",
         help="compare arms on this metric of the evaluations instead, as accuracy or lambada/perplexity: differences "
         "of means, paired by size and seed",
+    )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        nargs="?",
+        const=PUBLISHED,
+        metavar="DIR",
+        help="put the paper's ablations beside the runs that have the same facts instead: what each change makes of "
+        f"the log perplexity there, and of the loss here (from DIR/ablations.csv, default {PUBLISHED})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of bootstrapped tests (default 0)")
     table_format_argument(parser)
@@ -125,8 +137,11 @@ def _table(args: argparse.Namespace) -> int:
 
     with reading_store(args) as store:
         runs = store.runs
+        _refuse_several_answers(args)
         if args.metric is not None:
             return _compare_metric(args, store)
+        if args.published is not None:
+            return _beside_published(args, store)
     if args.by is not None:
         print(value_table(*grouped(runs, args.by.split(",")), args.format))
         return 0
@@ -134,7 +149,7 @@ def _table(args: argparse.Namespace) -> int:
         runs,
         baseline=args.baseline,
         convention=args.convention,
-        floors=_held_losses(args.hold),
+        irreducible_losses=_held_losses(args.hold),
         throughput=read_throughput(args.throughput) if args.throughput else None,
         seed=args.seed,
     )
@@ -143,14 +158,28 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_several_answers(args: argparse.Namespace) -> None:
+    """Raises ValueError where options ask for several tables at once."""
+    tables = [f"--{name}" for name in ("metric", "published", "by") if getattr(args, name) is not None]
+    settings = [f"--{name}" for name in ("hold", "throughput") if getattr(args, name)]
+    if len(tables) > 1 or (tables and settings):
+        given = " and ".join([*tables, *settings][:2])
+        raise ValueError(f"{given} do not go together: each of --metric, --published and --by is a table of its own")
+
+
+def _beside_published(args: argparse.Namespace, store: Store) -> int:
+    from analysis.advantage.published import beside_published, read_published
+    from analysis.pages.metric_tables import published_table
+
+    print(published_table(beside_published(store.runs, read_published(args.published)), args.format))
+    return 0
+
+
 def _compare_metric(args: argparse.Namespace, store: Store) -> int:
     from analysis.advantage.outcomes import compare_metric
     from analysis.logs.metrics import final_metrics, values_of
     from analysis.pages.metric_tables import outcome_table
 
-    given = {"--by": args.by, "--hold": args.hold, "--throughput": args.throughput}
-    if others := [name for name, value in given.items() if value]:
-        raise ValueError(f"--metric compares means of a metric, without {others[0]}; give one of the two")
     values, everything = values_of(store, args.metric), final_metrics(store)
     found = compare_metric(store.runs, values, everything, baseline=args.baseline, convention=args.convention)
     print(outcome_table(found, args.format))

@@ -1,0 +1,115 @@
+"""Checks of a paired estimate: m with a size left out, at other irreducible losses, against seed noise and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.advantage.answers import Answer, At
+from analysis.advantage.changing import band, reported
+from analysis.advantage.joint import Interval, joint_interval
+from analysis.advantage.paired import Local, changing_multipliers, local_multipliers, ratio, seed_noise, trend
+from analysis.advantage.pairs import Pairs
+from analysis.advantage.shifted import shifted_multipliers
+from analysis.laws.solver import Floats
+
+EXTRAPOLATED = 10.0  # m(C) is drawn up to this multiple of the largest compute
+IRREDUCIBLE_LOSS_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # multiples of the fitted E at which m is computed as well
+
+
+def local_of(pairs: Pairs, irreducible_loss: float | None) -> Local:
+    return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], irreducible_loss)
+
+
+def headline_answer(local: Local, p: float | None) -> Answer:
+    """The headline m and its interval, given the p-value of the test of constancy (None below three sizes)."""
+    if p is None:
+        return answer_of(local.mean, *local.interval())
+    return answer_of(*reported(local, np.array([p]), changing_multipliers(local)))
+
+
+def answer_of(ln_m: Floats, low: Floats, high: Floats) -> Answer:
+    return Answer(ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
+
+
+def by_joint_fit(pairs: Pairs) -> Answer | None:
+    found = joint_interval(pairs)
+    return found and Answer(*found)
+
+
+def curve(pairs: Pairs, local: Local) -> Iterator[At]:
+    """m(C) with its 95% band. From three sizes on it is given by the laws in which m changes, since an extrapolation
+    should not assume that m is constant. Two sizes cannot show a change, so the constant m is drawn, over the sizes
+    only."""
+    if len(pairs.sizes) < 3:
+        for compute in np.geomspace(pairs.c0[0], pairs.c0[-1], 40):
+            answer = headline_answer(local, None)
+            assert answer.ci is not None
+            yield At(float(compute), answer.m, answer.ci)
+        return
+    changing, shifted = changing_multipliers(local), shifted_multipliers(local)
+    for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
+        ln_m, low, high = band(changing, shifted, float(compute))
+        yield At(float(compute), ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
+
+
+def headline(local: Local, varies: bool, top: float) -> float:
+    """m as in the headline: the constant one, or m at compute `top` where m varies."""
+    return ratio((trend(changing_multipliers(local), top).at if varies else local.mean)[0])
+
+
+def leave_one_out(pairs: Pairs, stated: float | None, fitted: float, varies: bool) -> Interval | None:
+    """The range of the headline's m with each size left out in turn. E is refitted as long as three sizes remain, else
+    it is held at `fitted`. None if fewer than two sizes would remain, or fewer than three where m varies."""
+    sizes = len(pairs.sizes)
+    if sizes < (4 if varies else 3):
+        return None
+    irreducible_loss = fitted if stated is None and sizes == 3 else stated
+    values = []
+    for out in range(sizes):
+        keep = np.arange(sizes) != out
+        part = (pairs.c0[keep], pairs.c1[keep], pairs.y0[None, keep], pairs.y1[None, keep])
+        values.append(headline(local_multipliers(*part, irreducible_loss), varies, pairs.c0[-1]))
+    return min(values), max(values)
+
+
+def at_other_irreducible_losses(
+    pairs: Pairs, others: dict[str, Pairs], local: Local, stated: Sequence[float], varies: bool
+) -> tuple[dict[str, Any], ...]:
+    """m at each stated irreducible loss, or without any at multiples of the fitted one. Values that are not below every
+    measured loss are left out."""
+    irreducible_losses = stated or dict.fromkeys(shift * float(local.law.E[0]) for shift in IRREDUCIBLE_LOSS_SHIFTS)
+    least = min(pairs.y0.min(), pairs.y1.min())
+    possible = [irreducible_loss for irreducible_loss in irreducible_losses if irreducible_loss < 0.999 * least]
+
+    def m(pairs: Pairs, irreducible_loss: float) -> float:
+        return headline(local_of(pairs, irreducible_loss), varies, pairs.c0[-1])
+
+    return tuple(
+        {
+            "E": irreducible_loss,
+            "m": m(pairs, irreducible_loss),
+            "conventions": {name: m(other, irreducible_loss) for name, other in others.items()},
+        }
+        for irreducible_loss in possible
+    )
+
+
+def noise_floor(pairs: Pairs, local: Local) -> float | None:
+    """The smallest m above 1 that is significant at 95% against seed noise alone; None without repeated seeds."""
+    dof = sum(len(group) - 1 for group in (*pairs.differences, *pairs.replicates))
+    if dof < 1:
+        return None
+    squares = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences)
+    squares += 2 * sum(((y - y.mean()) ** 2).sum() for y in pairs.replicates)  # a difference has the noise of two runs
+    variance = squares / dof
+    return ratio(seed_noise(local, np.array([variance]), np.array(pairs.seeds), dof)[0])
+
+
+def local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:
+    columns = (pairs.sizes, pairs.c0, pairs.c1, pairs.y0, pairs.y1, [ratio(value) for value in local.ln_m[0]])
+    names = ("size", "compute_baseline", "compute", "loss_baseline", "loss", "m")
+    for row in zip(*columns, strict=True):
+        yield dict(zip(names, [row[0], *map(float, row[1:])], strict=True))
