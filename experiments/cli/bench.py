@@ -15,6 +15,8 @@ def register(subparsers: Subparsers) -> None:
         "bench",
         help="time the convolutions on this GPU, or whole training steps",
         description="Time the convolutions on this GPU (bench kernels), or whole training steps (bench train).",
+        epilog="examples:\n  dynconv bench kernels --quick\n  dynconv bench train 300M --arms transformer lowrank-qkv",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     _add_kernels(what)
