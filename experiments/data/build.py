@@ -21,12 +21,17 @@ from typing import Any, BinaryIO
 from analysis.logs.files import write_atomically
 from experiments.data import encode, shards
 from experiments.data import tokenizer as bpe
+from experiments.data.copies import find_near_copies
 from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, file_sha256, sync_and_hash
 from experiments.data.documents import Documents
 from experiments.data.formats import EXPANSION, read_documents, suffix_of, unreadable
 from experiments.design.data import SPLITS, DataConfig
 from experiments.terminal import bar
+
+# Held-out text is looked through for near copies up to this many bytes for each token that is wanted: far more than is
+# read, even if much of it is left out.
+CHECKED_BYTES = 64
 
 
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
@@ -38,7 +43,11 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     """
     found = find_files(spec)
     tokenizer_json = None if spec.tokenizer is None else _read_tokenizer(spec)
-    settings = dataclasses.asdict(spec) | {"source": spec.source == "python", "tokenizer": None}
+    settings = dataclasses.asdict(spec) | {
+        "source": spec.source == "python",
+        "validation_source": None,
+        "tokenizer": None,
+    }
     key = [SCHEMA, settings, tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest()]
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -72,7 +81,7 @@ def _content_of(files: list[CorpusFile], cache: Path, progress: bool) -> str:
         with bar("hashing the corpus", sum(file.bytes for file in files), "B", progress) as done:
             for file in files:
                 try:
-                    digests.append(f"{suffix_of(file.name)} {file_sha256(file.path)}")
+                    digests.append(f"{file.split} {suffix_of(file.name)} {file_sha256(file.path)}")
                 except OSError as error:
                     raise unreadable(file.path, error) from error
                 done.update(file.bytes)
@@ -176,6 +185,8 @@ def _write_dataset(
 ) -> dict[str, Any]:
     """Write every file but the manifest; returns the manifest's content."""
     documents, corpus = _read_corpus(working / "spill", spec, found.files, progress)
+    if spec.drop_near_copies:
+        corpus["near_copies"] = _leave_out_near_copies(documents, spec, progress)
     if tokenizer_json is None:
         with bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
             tokenizer_json = bpe.train(texts, spec.vocabulary, spec.end_of_text)
@@ -193,7 +204,7 @@ def _write_dataset(
         "spec": dataclasses.asdict(spec),
         "python": platform.python_version() if spec.source == "python" else None,
         "shard_tokens": shards.SHARD_TOKENS,
-        "corpus": corpus | {"duplicates": corpus["documents"] - distinct},
+        "corpus": corpus | {"duplicates": corpus["documents"] - distinct - corpus.get("near_copies", 0)},
         "not_read": found.not_read,
         "splits": splits,
         "files": {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},
@@ -217,8 +228,8 @@ def _read_corpus(
                 if not text:
                     counts["undecodable" if text is None else "empty"] += 1
                     continue
-                documents.add(text)
-                counts.update(documents=1, bytes=len(text))
+                added = documents.add(text, file.split)
+                counts.update({"documents": 1, "bytes": len(text)} if added else {"held_out": 1})
             done.update(file.bytes)
     if not counts["documents"]:
         raise ValueError(
@@ -234,6 +245,24 @@ def _read_corpus(
             )
     documents.finish(dict(counts))
     return documents, dict(counts)
+
+
+def _leave_out_near_copies(documents: Documents, spec: DataConfig, progress: bool) -> int:
+    """Leave out what of the held-out text stands, for the most part, in training documents; returns how many."""
+
+    def candidates() -> Iterator[bytes]:
+        size = 0
+        for text in documents.distinct("validation"):
+            yield text
+            size += len(text)
+            if size > CHECKED_BYTES * spec.validation_tokens:
+                return
+
+    documents.leave_out([])  # an earlier process may have found some
+    with bar("looking for near copies", None, "document", progress, documents.distinct("train")) as texts:
+        digests = find_near_copies(candidates(), texts)
+    documents.leave_out(digests)
+    return len(digests)
 
 
 def _write_split(

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.logs.files import write_json
+from analysis.logs.files import write_atomically, write_json
 from experiments.design.data import SPLITS
 
 # One document in twenty: enough of the 10 MB embedded corpus for a held-out set of 250,000 tokens, while the
@@ -29,6 +29,7 @@ MOST_BUCKETS = 128  # two open files each, well below the usual limit of 1024
 DIGEST_BYTES = 32
 LENGTH_BYTES = 8
 COUNTS = "counts.json"  # written last: the documents are all there
+LEFT_OUT = "left-out"  # hashes of held-out documents that are not to be read
 
 
 def split_of(digest: bytes) -> str:
@@ -45,6 +46,7 @@ class Documents:
         self.buckets = min(MOST_BUCKETS, 1 + text_bytes // BUCKET_BYTES)
         self.added: Counter[str] = Counter()  # by split, duplicates among them
         self.folder = folder
+        self._held_out: set[bytes] = set()
         self._stack = ExitStack()
         self._files: dict[str, list[BinaryIO]] = {}
 
@@ -69,14 +71,23 @@ class Documents:
     def _path(self, split: str, bucket: int) -> Path:
         return self.folder / f"{split}-{bucket:03d}"
 
-    def add(self, text: bytes) -> None:
+    def add(self, text: bytes, split: str | None = None) -> bool:
+        """Add a document to a split, or to the one that its hash decides.
+
+        False, and it is not added, if it was held out by name before and is now to be trained on.
+        """
         digest = hashlib.sha256(text).digest()
-        split = split_of(digest)
+        if split == "validation":
+            self._held_out.add(digest)
+        elif split == "train" and digest in self._held_out:
+            return False
+        split = split or split_of(digest)
         bucket = int.from_bytes(digest[:4], "big") * self.buckets >> 32
         file = self._files[split][bucket]
         file.write(digest + len(text).to_bytes(LENGTH_BYTES, "big"))
         file.write(text)
         self.added[split] += 1
+        return True
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -84,6 +95,10 @@ class Documents:
     def finish(self, facts: dict[str, Any]) -> None:
         """Note that all documents are there, and `facts` about them."""
         write_json(self.folder / COUNTS, {"buckets": self.buckets, "facts": facts})
+
+    def leave_out(self, digests: list[bytes]) -> None:
+        """Read these held-out documents no more."""
+        write_atomically(self.folder / LEFT_OUT, lambda path: path.write_bytes(b"".join(digests)))
 
     def text_bytes(self, split: str) -> int:
         """Bytes of a split's documents and their hashes, duplicates among them."""
@@ -118,4 +133,8 @@ class Documents:
                 file.seek(int.from_bytes(file.read(LENGTH_BYTES), "big"), 1)
         # numpy pads with zeros on the right, which changes neither order nor equality of hashes of one length
         found, first = np.unique(np.frombuffer(bytes(digests), f"S{DIGEST_BYTES}"), return_index=True)
-        return found, np.frombuffer(offsets, np.int64)[first]
+        places = np.frombuffer(offsets, np.int64)[first]
+        if split == "validation" and (self.folder / LEFT_OUT).exists():
+            kept = ~np.isin(found, np.fromfile(self.folder / LEFT_OUT, f"S{DIGEST_BYTES}"))
+            found, places = found[kept], places[kept]
+        return found, places
