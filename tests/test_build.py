@@ -17,6 +17,7 @@ from experiments.data import build as build_module
 from experiments.data import documents, encode
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
+from experiments.data.forecast import forecast
 from experiments.design.data import DataConfig
 
 
@@ -144,3 +145,21 @@ def test_killed_five_times_at_random_the_build_ends_as_if_made_at_once(
     data = Dataset.open(path)
     data.verify()
     assert data.sha256 == sha256
+
+
+def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the paper's 100 billion tokens, from a file that takes no room on disk."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(400 * 10**9)
+    spec = specify(tmp_path, vocabulary=100_352, train_tokens=10**11, validation_tokens=10**7)
+    line = forecast(spec)
+    assert line is not None
+    assert "100B tokens of 400 GB of text, about 1." in line
+    assert "h on 64 cores" in line
+    assert "1,200 GB of disk meanwhile and 400 GB then" in line
+    assert "too little" not in line
+    (tmp_path / "a.txt").write_text("a short text")
+    assert str(forecast(spec)).endswith("; that may be too little text")
+    assert forecast(specify(tmp_path)) is None
+    assert forecast(specify(tmp_path / "nowhere", train_tokens=10**11)) is None

@@ -52,9 +52,13 @@ def _add_plan(subparsers: Subparsers) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from experiments.data.forecast import forecast
     from experiments.design import plan
 
     runs, _ = _runs(args)
+    for spec in dict.fromkeys(run.data for run in runs if run.data is not None):
+        if cost := forecast(spec):
+            warn(f"{args.sweep}: {cost}")
     rows = _planned(runs, _profile(args))
     print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
     return 0
