@@ -234,6 +234,7 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     texts = {"code": ["import os\n" * 9, "x = 1"], "prose": ["Nobody said café. <|endoftext|> " * 4]}
     for domain, documents in texts.items():
         write_txt(tmp_path / "text" / domain, documents)
+    capsys.readouterr()  # what the training printed
     assert main(["eval", str(run_dir), "--text", str(tmp_path / "text"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     got = {(row["task"], row["metric"]): row["value"] for row in rows}
