@@ -8,10 +8,11 @@ from experiments.data.formats import EXPANSION
 from experiments.design.data import DataConfig
 from experiments.terminal import short, span
 
-# Measured on results/measured/corpora: bytes of text hashed, read and written in a second, by one process, and tokens
-# of vocabulary 4096 made in a core-second, by any number of processes.
+# Measured on results/measured/corpora, in a core-second: bytes of text read and written again, and tokens of vocabulary
+# 4096 made, by any number of processes; and bytes that one process alone hashes or copies.
 READ_BYTES = 100e6
 TOKENS = {True: 3.0e6, False: 0.86e6}  # with tiktoken, and without
+ALONE_BYTES = 0.5e9
 BYTES_A_TOKEN = 3.2  # of those corpora; 4.5 is usual for English at vocabularies of 100,000
 WORTH_A_WORD = 60.0  # seconds
 
@@ -24,17 +25,18 @@ def forecast(spec: DataConfig) -> str | None:
         return None
     text = sum(file.bytes * EXPANSION.get(file.path.suffix, 1) for file in files)
     wanted = spec.train_tokens + spec.validation_tokens
+    width = 2 if spec.vocabulary <= 2**16 else 4
     cores = len(os.sched_getaffinity(0))
     fast = importlib.util.find_spec("tiktoken") is not None
-    core_seconds = wanted / TOKENS[fast]
-    seconds = text / READ_BYTES + core_seconds / cores
+    shared = text / READ_BYTES + wanted / TOKENS[fast]
+    alone = (sum(file.bytes for file in files) + 2 * width * wanted) / ALONE_BYTES
+    seconds = shared / cores + alone
     if seconds < WORTH_A_WORD:
         return None
-    width = 2 if spec.vocabulary <= 2**16 else 4
     enough = "" if text > 0.8 * wanted * BYTES_A_TOKEN else "; that may be too little text"
     return (
         f"building the data, unless it is done: {short(wanted)} tokens of {_gigabytes(text)} of text, about "
-        f"{span(seconds / 3600)} on {cores} cores ({span((text / READ_BYTES + core_seconds) / 3600)} of one), "
+        f"{span(seconds / 3600)} on {cores} cores ({span((shared + alone) / 3600)} on one), "
         f"{_gigabytes(text + 2 * width * wanted)} of disk meanwhile and {_gigabytes(width * wanted)} then{enough}"
     )
 
