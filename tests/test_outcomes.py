@@ -24,9 +24,9 @@ from experiments.cli.main import main
 
 def write_task_run(store: Path, arm: str, size: int, seed: int, accuracy: float | None, task: str = "mqar") -> None:
     """A run on a recall task, evaluated twice. None: it diverged."""
-    facts = {"task.kind": task, "conv.kind": arm}
+    facts = {"task.kind": task, "task.pairs": 4, "conv.kind": arm}
     flops = dict.fromkeys(("flops_exact", "flops_6nd", "flops_6n_nonemb_d"), 1000000000000.0 * size)
-    counts = {"parameters": 1000 * size, "tokens": 10**6, **flops}
+    counts = {"parameters": (1100 if arm == "dyn" else 1000) * size, "tokens": 10**6, **flops}
     run_id = f"{arm}-{size}-{task}-{seed}"
     names = {"run_id": run_id, "task": task, "data_sha256": task, "baseline": "static", "budget": "500 steps"}
     run_dir = write_config(store, arm, f"w{size}", seed, **names, facts=facts, **counts)
@@ -37,7 +37,9 @@ def write_task_run(store: Path, arm: str, size: int, seed: int, accuracy: float 
         return
     for step, value in ((0, 0.0), (1, accuracy)):
         metrics = {"loss": 3.0 - 2 * value, "accuracy": value, "success": float(value >= 0.9)}
-        metrics |= {"accuracy@key_length=2": value / 2, "loss@key_length=2": 4.0}
+        metrics |= {"accuracy@key_length=2": value / 2, "loss@key_length=2": 4.0, "accuracy@key_length=1": value}
+        if task == "mqar":
+            metrics |= {"accuracy@pairs=2": value, "success@pairs=2": 0.0, "accuracy@pairs=16": value / 4}
         log.evaluation(step, 10 * step, task, metrics, 0.1)
     log.finish({})
 
@@ -209,16 +211,24 @@ def test_the_figure_of_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[st
     rows = accuracy_rows(final_metrics(store), store.runs)
     assert rows.groupby("panel").size().to_dict() == {
         "copying": 2,
-        "copying by key length": 2,
+        "copying by key length": 4,
         "mqar": 12,
-        "mqar by key length": 6,  # at the larger size
+        "mqar by key length": 12,  # 2 lengths of 6 runs at the larger size
+        "mqar by pairs": 18,  # 2 further sets and the task's own, of 4 pairs
     }
     lengths = rows[rows["panel"] == "mqar by key length"]
-    assert lengths["x"].unique().tolist() == [2.0]
-    assert sorted(lengths["value"]) == pytest.approx([0.1, 0.15, 0.3, 0.4, 0.4, 0.5])
+    assert sorted(lengths["x"].unique()) == [1.0, 2.0]
+    assert set(lengths["arm"]) == {"static", "dyn"}  # whose N differ at the larger size
+    assert sorted(lengths["value"][lengths["x"] == 2]) == pytest.approx([0.1, 0.15, 0.3, 0.4, 0.4, 0.5])
+    pairs = rows[(rows["panel"] == "mqar by pairs") & (rows["arm"] == "static")]
+    assert {x: sorted(part["value"]) for x, part in pairs.groupby("x")} == {
+        2.0: pytest.approx([0.2, 0.3, 0.8]),
+        4.0: pytest.approx([0.2, 0.3, 0.8]),
+        16.0: pytest.approx([0.05, 0.075, 0.2]),
+    }
     figure = accuracy_panels(rows, "static")
     by_title = {axes.get_title(): axes for axes in figure.axes}
-    assert list(by_title) == ["copying", "copying by key length", "mqar", "mqar by key length"]
+    assert list(by_title) == list(rows["panel"].unique())
     medians = [line.get_ydata().tolist() for line in by_title["mqar"].lines if line.get_linestyle() != "None"]
     assert medians == [pytest.approx([0.7, 0.8]), pytest.approx([0.2, 0.3])]
     command = [str(tmp_path / "live"), "--where", "task == 'mqar'"]
