@@ -38,11 +38,9 @@ def test_an_arm_learns_and_resumes_bit_for_bit(
     first = assemble(run, dataset, CPU, ALONE)
     for _ in range(11):
         first.step()
-    checkpoints.save(tmp_path, 11, first.state_dict())
+    checkpoints.save(tmp_path, first.state(), ALONE)
     resumed = assemble(run, dataset, CPU, ALONE)
-    state = checkpoints.load_newest(tmp_path, run.run_id)
-    assert state is not None
-    resumed.load_state_dict(state)
+    assert checkpoints.load_newest(tmp_path, run.run_id, resumed, ALONE) == []
     assert [resumed.step().loss for _ in range(14)] == losses[11:]
     one, other = straight.evaluate(lambda: False), resumed.evaluate(lambda: False)
     assert one is not None

@@ -62,7 +62,7 @@ def test_the_text_has_a_table_a_shape_and_a_line_a_kernel() -> None:
 
 @pytest.mark.parametrize("name", ["kernels.parquet", "kernels.csv"])
 def test_rows_survive_a_file(tmp_path: Path, name: str) -> None:
-    bench._check_target("-o", tmp_path / "new" / name, (".parquet", ".csv"))
+    bench.check_target("-o", tmp_path / "new" / name, (".parquet", ".csv"))
     bench._save(_rows()[bench.COLUMNS], tmp_path / "new" / name)
     read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}[Path(name).suffix](tmp_path / "new" / name)
     assert list(read.columns) == bench.COLUMNS

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import resource
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -151,6 +152,18 @@ def test_a_save_that_is_interrupted_leaves_the_copies_before(
     save(tmp_path, 4)
     assert len(kept(tmp_path)) == 2
     assert loaded(tmp_path) == (4, [])
+
+
+def test_a_disk_that_is_full_is_named_and_the_copy_before_stays(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # the system refuses larger files
+    try:
+        with pytest.raises(OSError, match=r"a checkpoint could not be written by rank 0 \(OSError: .*File too large"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert loaded(tmp_path) == (1, [])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from experiments.data import documents, shards, tokenizer
 from experiments.data.batches import held_out
 from experiments.data.build import build
 from experiments.data.corpus import find_files
-from experiments.data.dataset import Dataset
+from experiments.data.dataset import Dataset, token_type
 from experiments.data.inspect import inspect, to_dict
 from experiments.design.data import SPLITS, DataConfig, default_cache
 
@@ -160,8 +160,8 @@ def test_pieces_cut_between_characters_and_lose_nothing(texts: list[str], most: 
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token() -> None:
-    assert shards.token_type(65536).itemsize == 2
-    assert shards.token_type(65537).itemsize == 4
+    assert token_type(65536).itemsize == 2
+    assert token_type(65537).itemsize == 4
 
 
 # The cache

@@ -133,6 +133,8 @@ SHARED = {
     "some sites": LowRankConvolution(("k", "o", "up", "down"), rank=3),
     "no static filter": LowRankConvolution(("q", "k", "v"), rank=3, static_filter=False),
     "static": StaticConvolution(("q", "up"), width=3),
+    "static qkv": StaticConvolution(QKV, activation="silu"),
+    "headwise, no static filter": HeadwiseConvolution(ALL_LINEAR, head_size=8, static_filter=False, residual=False),
     "canon": CONVS["canon"],
     "lowrank everywhere": CONVS["lowrank everywhere"],
     "part input": CONVS["part input"],
@@ -236,12 +238,15 @@ def test_other_initial_filters(kind: type[Convolution]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+@pytest.mark.parametrize("kind", ["lowrank", "static", "headwise"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_compiled_block_by_block_all_layers_share_one_program(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_block_by_block_all_layers_share_one_program(
+    shared: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And make the same; under autocast the programs take a residual stream of its dtype."""
     torch.compiler.reset()
     monkeypatch.setattr(short_convolution, "_shares_products", lambda x: shared)  # noqa: ARG005 - its signature
-    model = Decoder(replace(SMALL, layers=3, conv=CONVS["lowrank"], mixer=Attention(4, 2, qk_norm=True)), seed=0)
+    model = Decoder(replace(SMALL, layers=3, conv=CONVS[kind], mixer=Attention(4, 2, qk_norm=True)), seed=0)
     tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
     expected = model(tokens).logits
     streams = []
@@ -282,7 +287,7 @@ def test_models_of_one_process_are_all_compiled_and_of_one_shape_once() -> None:
 def test_a_criterion_gets_what_the_head_would() -> None:
     model = randomised(SMALL)
     tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
-    loss, _ = model(tokens, lambda x, weight: (x @ weight.T).square().sum())
+    loss, *_ = model(tokens, lambda x, weight: (x @ weight.T).square().sum())
     assert loss == model(tokens).logits.square().sum()
 
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
-from experiments.design.train import Muon
+from experiments.design.train import AdamW, Muon, Optimizer
 from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, NoConvolution
 from experiments.training import checkpoints
 from experiments.training.assembly import assemble
@@ -96,10 +96,10 @@ def test_what_a_gpu_computes_follows_float32_on_a_cpu_too(
         model: torch.nn.Module, _: torch.device, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with torch.autocast("cpu", torch.bfloat16):
-            loss, losses = model(
+            loss, _, _ = model(
                 inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), chunk=48)
             )
-        return loss, losses
+        return loss, {}
 
     monkeypatch.setattr("experiments.training.trainer.losses_of", losses_of)
     monkeypatch.setattr("experiments.models.short_convolution._shares_products", lambda _: True)
@@ -124,9 +124,11 @@ def test_windows_end_where_something_is_due_and_change_no_bit(
         assert len({step.seconds for step in window}) == 1
 
 
+@pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=lambda optimizer: optimizer.kind)
 def test_a_step_that_is_not_finite_stops_the_run_in_the_state_before_it(
-    tiny_run: RunConfig, ahead: Callable[..., Trainer]
+    optimizer: Optimizer, tiny_run: RunConfig, ahead: Callable[..., Trainer]
 ) -> None:
+    tiny_run = replace(tiny_run, train=replace(tiny_run.train, optimizer=optimizer))
     whole = ahead(tiny_run)
     expected = [whole.step() for _ in range(3)]
     trainer = ahead(tiny_run, 8)
@@ -141,8 +143,10 @@ def test_a_step_that_is_not_finite_stops_the_run_in_the_state_before_it(
             trainer.advance()
     assert trainer.steps_done == 3
     assert torch.equal(weights(trainer), weights(whole))
-    (optimizer,) = trainer._optimizers
-    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    states = [dict(enumerate(each.state.values())) for each in (*trainer._optimizers, *whole._optimizers)]
+    many = len(trainer._optimizers)
+    for one, other in zip(states[:many], states[many:], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
     first = ahead(tiny_run, 8)
     first.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NonFiniteLoss, match=r"gradient norm (inf|nan), first in norm\.weight"):
@@ -247,13 +251,43 @@ def test_bfloat16_on_a_gpu_follows_float32(
 
 
 @on_a_gpu
-def test_muon_on_a_gpu_is_checked_at_every_step(tiny_run: RunConfig, dataset: Dataset) -> None:
+def test_muon_is_captured_and_follows_float32(tiny_run: RunConfig, dataset: Dataset) -> None:
     run = replace(tiny_run, train=replace(tiny_run.train, optimizer=Muon()))
     torch.compiler.reset()
     checked, trainer = assemble(run, dataset, CPU, ALONE), gpu_trainer(run, dataset)
-    assert trainer._engine is None
-    for _ in range(10):
-        assert trainer.step().loss == pytest.approx(checked.step().loss, rel=2e-2)
+    assert trainer._engine is not None
+    assert trainer._engine.captured
+    for step in [step for window in to_the_end(trainer) for step in window][:10]:
+        assert step.loss == pytest.approx(checked.step().loss, rel=2e-2)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("policy", ["block", "attention-kept"])
+def test_recomputed_activations_are_captured(policy: str, tiny_run: RunConfig, dataset: Dataset) -> None:
+    torch.compiler.reset()
+    plain, other = gpu_trainer(tiny_run, dataset), gpu_trainer(tiny_run, dataset, recompute=policy)
+    assert other._engine is not None
+    assert other._engine.captured
+    for _ in range(5):
+        assert other.step().loss == pytest.approx(plain.step().loss, rel=1e-3)
+
+
+@on_a_gpu
+def test_evaluations_are_repeated_exactly_and_see_new_weights(tiny_run: RunConfig, dataset: Dataset) -> None:
+    torch.compiler.reset()
+    trainer = gpu_trainer(tiny_run, dataset, micro_batch=3)  # The last micro-batch of 50 sequences has two.
+    uncaptured = gpu_trainer(tiny_run, dataset, compile=False)
+    first, again, plain = (each.evaluate(lambda: False) for each in (trainer, trainer, uncaptured))
+    assert first is not None
+    assert again is not None
+    assert plain is not None
+    assert first.metrics == again.metrics
+    assert first.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-3)
+    trainer.step()
+    later = trainer.evaluate(lambda: False)
+    assert later is not None
+    assert later.metrics["loss"] < first.metrics["loss"]
+    assert trainer.evaluate(lambda: True) is None
 
 
 @on_a_gpu

@@ -1,9 +1,12 @@
 """Exact counts: against the paper's published ones, the built model, and torch's own FLOP counter."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from test_recurrence import token_by_token
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,6 +15,10 @@ from experiments.design.ladder import LADDERS
 from experiments.design.model import ModelConfig
 from experiments.models.decoder import Decoder
 from experiments.parts.attention import Attention
+from experiments.parts.base import INPUT_SITES, Part
+from experiments.parts.gated_deltanet import GatedDeltaNet
+from experiments.parts.mamba2 import Mamba2
+from experiments.parts.moe import MoE
 from experiments.parts.registry import CONVOLUTIONS, FEED_FORWARDS, MIXERS
 from experiments.parts.short_convolution import (
     Convolution,
@@ -24,6 +31,13 @@ from experiments.parts.swiglu import SwiGLU
 
 PAPER_VOCABULARY = 100_352
 SMALL = ModelConfig(2, width=32, vocabulary=300, mixer=Attention(4, 2), ffn=SwiGLU(48))
+PARTS: list[dict[str, Part]] = [
+    {},
+    {"mixer": Attention(4, 2, qk_norm=True)},
+    {"ffn": MoE(experts=5, top_k=2, shared=3, hidden=8)},
+    {"mixer": Mamba2(heads=3, head_size=5, state=8)},
+    {"mixer": GatedDeltaNet(heads=2, key=8, value=16)},
+]
 CONVS = [
     NoConvolution(),
     StaticConvolution(QKV, width=3),
@@ -36,6 +50,13 @@ CONVS = [
     LowRankConvolution(ALL_LINEAR, rank=3, generator_input="part"),
     HeadwiseConvolution(("o", "down", "ffn_input"), head_size=8, generator_input="part"),
 ]
+
+
+def with_parts(conv: Convolution, change: Mapping[str, Any]) -> ModelConfig:
+    """The small model with other parts, and the convolution at those of its sites that these have."""
+    config = replace(SMALL, **change)
+    sites = tuple(site for site in conv.sites if site in (*config.linear_maps(), *INPUT_SITES))
+    return replace(config, conv=replace(conv, sites=sites) if sites else NoConvolution())  # type: ignore[type-var]
 
 
 def paper_model(size: str, conv: Convolution | None = None) -> ModelConfig:
@@ -82,9 +103,9 @@ def test_canon_layers_cost_what_their_paper_says() -> None:
 
 
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("change", [{}, {"mixer": Attention(4, 2, qk_norm=True)}, {"tied": False}])
+@pytest.mark.parametrize("change", [*PARTS, {"tied": False}])
 def test_parameters_equal_those_of_the_built_model(conv: Convolution, change: dict[str, object]) -> None:
-    config = replace(SMALL, conv=conv, **change)
+    config = with_parts(conv, change)
     with torch.device("meta"):
         model = Decoder(config, seed=0)
     assert config.parameters() == sum(p.numel() for p in model.parameters())
@@ -94,9 +115,16 @@ def test_parameters_equal_those_of_the_built_model(conv: Convolution, change: di
 
 
 @pytest.mark.parametrize("conv", CONVS)
-def test_matrix_products_equal_torchs_count(conv: Convolution) -> None:
-    """torch counts attention in full, and no elementwise work: the convolution itself is checked by hand below."""
-    config, time = replace(SMALL, conv=conv), 24
+@pytest.mark.parametrize("change", PARTS)
+def test_matrix_products_equal_torchs_count(
+    conv: Convolution, change: dict[str, Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch counts attention in full, and no elementwise work: the convolution itself is checked by hand below.
+
+    Recurrences are counted, and therefore computed here, token by token, as they are defined.
+    """
+    config, time = with_parts(conv, change), 24
+    monkeypatch.setattr("experiments.models.recurrence.chunked", token_by_token)
     model = Decoder(config, seed=0)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernels have no entry in torch's table on a CPU
@@ -104,7 +132,8 @@ def test_matrix_products_equal_torchs_count(conv: Convolution) -> None:
         forward = counter.get_total_flops() // 2
         loss.backward()
     parts = config.forward_flops(time)
-    assert forward == parts["linear"] + parts["head"] + 2 * parts["attention"] + parts.get("generator", 0)
+    elementwise = parts.get("convolution", 0) + parts.get("decay", 0)
+    assert forward == sum(parts.values()) - elementwise + parts.get("attention", 0)
     assert counter.get_total_flops() == 3 * 2 * forward
 
 
@@ -130,5 +159,5 @@ def test_conventions() -> None:
 def test_every_part_of_the_registry_is_counted_here() -> None:
     """Whoever registers a part adds it to the cases above, which hold it to torch's counter and the built module."""
     assert {type(conv) for conv in CONVS} == set(CONVOLUTIONS)
-    assert {type(SMALL.mixer)} == set(MIXERS)
-    assert {type(SMALL.ffn)} == set(FEED_FORWARDS)
+    assert {type(replace(SMALL, **change).mixer) for change in PARTS} == set(MIXERS)
+    assert {type(replace(SMALL, **change).ffn) for change in PARTS} == set(FEED_FORWARDS)

@@ -97,7 +97,7 @@ def house(tmp_path: Path) -> Path:
     (tmp_path / "experiments/models/running_mean.py").write_text(MODULE)
     registry = tmp_path / "experiments/parts/registry.py"
     text = registry.read_text()
-    text = text.replace("MIXERS: tuple[type[Part], ...] = (Attention,)", "MIXERS = (Attention, RunningMean)")
+    text = text.replace("MIXERS: tuple[type[Part], ...] = (", "MIXERS = (RunningMean, ")
     registry.write_text(
         text.replace("import SwiGLU\n", "import SwiGLU\nfrom experiments.parts.running_mean import RunningMean\n")
     )

@@ -47,6 +47,10 @@ def test_every_direct_requirement_is_pinned() -> None:
         *PROJECT["dependencies"],
         *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
     ]
-    names = {requirement.split(";")[0].split(">")[0].strip().lower() for requirement in wanted}
+    names = {
+        requirement.split(";")[0].split(">")[0].strip().lower()
+        for requirement in wanted
+        if not requirement.startswith("dynconv[")
+    }
     assert names <= pins
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().split()

@@ -115,7 +115,7 @@ def listening() -> list[str]:
 
 def two_processes(rank: int, size: int, job: Job) -> None:
     records: Record = {}
-    with process_group("gloo", job.folder / "meeting-2", rank, size, ["here"]):
+    with process_group(CPU, job.folder / "meeting-2", rank, size, ["here"]):
         records["listening"] = dist.get_rank() == rank and listening()
         for kind in KINDS:
             world = World(rank, size, CPU, kind)
@@ -166,7 +166,7 @@ def errors(job: Job, world: World) -> list[str]:
 
 def four_processes(rank: int, size: int, job: Job) -> None:
     records: Record = {}
-    with process_group("gloo", job.folder / "meeting-4", rank, size, ["here"]):
+    with process_group(CPU, job.folder / "meeting-4", rank, size, ["here"]):
         for kind in KINDS:
             world = World(rank, size, CPU, kind)
             records[kind] = course(job.trainer(world), STEPS)
@@ -305,7 +305,7 @@ def test_torch_without_the_library_for_several_processes_is_named(
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with (
         pytest.raises(ValueError, match=r"torch was built without NCCL, which several .* or set gpus = 1"),
-        process_group("nccl", tmp_path / "meeting", 0, 2, ["here"]),
+        process_group(torch.device("cuda"), tmp_path / "meeting", 0, 2, ["here"]),
     ):
         pass
 
@@ -343,6 +343,9 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(
         if trainer.micro_batch > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
 
+    def no_model(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
     monkeypatch.setattr(Trainer, "advance", played)
     monkeypatch.setattr(Trainer, "warm_up", played)
     monkeypatch.setattr(World, "sharded", parallel == "fsdp")
@@ -350,6 +353,9 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     run_dir = submitted(tiny_run, tmp_path, parallel=parallel)
     with pytest.raises(RunFailed, match=rf"micro_batch = 8 sequences of 16 tokens .* the GPU's 80 GiB; {advice}$"):
+        Run(run_dir)()
+    monkeypatch.setattr("experiments.training.assembly.assemble", no_model)
+    with pytest.raises(RunFailed, match=r"the model does not fit into the GPU's 80 GiB; set parallel = 'fsdp' on more"):
         Run(run_dir)()
 
 

@@ -125,7 +125,7 @@ def test_a_preempted_run_saves_requeues_and_resumes(
 ) -> None:
     """The signal arrives in the middle of training, in every process."""
     long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 600, evaluate_every=16 * 8 * 300))
-    run_dir = submitted(long, tmp_path / "store", checkpoint_minutes=0.005)
+    run_dir = submitted(long, tmp_path / "store", checkpoint_minutes=0.02, parallel="fsdp")
     job = start(run_dir, processes)
     wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
     job._process.send_signal(signal.SIGTERM)

@@ -1,6 +1,11 @@
 """A sweep on generated tasks, from its file to its log: no corpus, one row a metric, resumed bit for bit."""
 
 import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,7 +223,8 @@ def test_the_metrics_are_those_of_the_models_own_answers(runs: dict[str, RunConf
         assert evaluation is not None
         task = trainer.task
         assert isinstance(task, GeneratedTask)
-        for at, examples in {"": task.held_out, **{f"@{at}": each for at, each in task.further.items()}}.items():
+        further = {f"@{at}": task.further_held_out(at) for at in task.further}
+        for at, examples in {"": task.held_out, **further}.items():
             logits = trainer.model(torch.from_numpy(examples.inputs)).logits.detach()
             mask, targets = torch.from_numpy(examples.mask), torch.from_numpy(examples.targets)
             right = logits[mask].argmax(1) == targets[mask]
@@ -226,6 +233,53 @@ def test_the_metrics_are_those_of_the_models_own_answers(runs: dict[str, RunConf
             assert evaluation.metrics[f"accuracy{at}"] == pytest.approx(right.float().mean().item())
         found.append(evaluation.metrics)
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-3)
+
+
+def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    world = World(rank, size, torch.device("cpu"))
+    trainer = assemble(run, None, replace(CPU, micro_batch=2), world)
+    while not trainer.finished:
+        trainer.step()
+    evaluation = trainer.evaluate(lambda: world.any(False))
+    assert evaluation is not None
+    (folder / f"metrics-{rank}.json").write_text(json.dumps(evaluation.metrics))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_three_processes_score_as_one(runs: dict[str, RunConfig], tmp_path: Path) -> None:
+    run = runs["keys"]
+    context = multiprocessing.get_context("fork")  # the others would import torch anew
+    processes = [context.Process(target=_train_in_company, args=(rank, 3, tmp_path, run)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    alone = assemble(run, None, CPU, ALONE)
+    while not alone.finished:
+        alone.step()
+    evaluation = alone.evaluate(never)
+    assert evaluation is not None
+    for rank in range(3):
+        metrics = json.loads((tmp_path / f"metrics-{rank}.json").read_text())
+        assert list(metrics) == list(evaluation.metrics)
+        assert metrics["loss"] == pytest.approx(evaluation.metrics["loss"], rel=1e-3)
+        assert metrics["loss@pairs=8"] == pytest.approx(evaluation.metrics["loss@pairs=8"], rel=1e-3)
+        assert metrics["accuracy"] == pytest.approx(evaluation.metrics["accuracy"], abs=0.03)
+
+
+def test_scoring_takes_a_batch_without_answers(runs: dict[str, RunConfig]) -> None:
+    """As a process gets it whose share of the held-out set is used up."""
+    model = Decoder(runs["short"].model, 0)
+    nothing = torch.full((2, 24), IGNORED)
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        where = torch.device(device)
+        answers = answers_of(model.to(where), where, torch.zeros_like(nothing).to(where), nothing.to(where))
+        assert not answers.losses.any()
+        assert not answers.correct.any()
 
 
 def test_a_solved_tasks_loss_is_not_rounded_to_zero() -> None:
@@ -373,6 +427,11 @@ def test_a_batch_without_an_answer_is_no_divergence(
     assert min(losses[0], losses[2]) > 1
 
 
+def test_power_is_for_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["power", str(write(tmp_path))]) == 2
+    assert "power simulates losses on text; recall trains on generated tasks" in capsys.readouterr().err
+
+
 def test_data_of_a_generated_task_is_not_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "build", str(write(tmp_path))]) == 2
     assert "trains on generated tasks, for which no data is built; submit it" in capsys.readouterr().err
@@ -383,3 +442,80 @@ def test_a_models_vocabulary_must_hold_the_tasks(runs: dict[str, RunConfig]) -> 
     with pytest.raises(ValueError, match="the data have 24 tokens, and the model's vocabulary is 20; make them equal"):
         assemble(replace(run, model=replace(run.model, vocabulary=20)), None, CPU, ALONE)
     assert Decoder(run.model, 0).head.weight.shape[0] == 24
+
+
+TASK = '''
+"""Say the first token again at the end."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.draws import Draws
+from experiments.tasks.base import Examples, Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo(Generator):
+    kind = "echo"
+
+    loudness: float = 1.0
+
+    def check(self) -> None:
+        self.require("sequence_length", 2, "a first token and a last one")
+
+    def examples(self, draws: Draws, held_out: bool) -> Examples:
+        inputs = draws.integers(self.vocabulary, self.sequence_length)
+        mask = np.zeros(inputs.shape, bool)
+        mask[:, -1] = True
+        return Examples(inputs, np.broadcast_to(inputs[:, :1], inputs.shape), mask)
+'''
+
+
+@pytest.mark.slow
+def test_a_new_task_is_a_file_and_a_line(tmp_path: Path) -> None:
+    for package in ("analysis", "dynconv", "experiments"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(__file__).parent.parent / package, tmp_path / package, ignore=ignored)
+    (tmp_path / "experiments/tasks/echo.py").write_text(TASK)
+    registry = tmp_path / "experiments/tasks/registry.py"
+    text = registry.read_text().replace(
+        "    return (", "    from experiments.tasks.echo import Echo\n    return (Echo, "
+    )
+    registry.write_text(text)
+    sweep = SWEEP.partition("[task")[0] + "[task.last]\nkind = 'echo'\nsequence_length = 8\nvocabulary = 5\n"
+    (tmp_path / "here.toml").write_text('executor = "debug"\n[default]\ndevice = "cpu"\n')
+
+    def dynconv(*arguments: object) -> str:
+        command = [sys.executable, "-m", "experiments.cli.main", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    path, store = write(tmp_path, sweep), tmp_path / "store"
+    dynconv("submit", path, "--store", store, "--profile", tmp_path / "here.toml")
+    assert "task.loudness" in dynconv("table", store, "--by", "task.loudness")
+    evals = load(store).evals()
+    assert set(evals["task"]) == {"last"}
+    assert "accuracy" in set(evals["metric"])
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_scores_as_a_cpu_does(runs: dict[str, RunConfig]) -> None:
+    """Compiled for the task's own held-out set and uncompiled for the further ones, in bfloat16."""
+    gpu = assemble(runs["keys"], None, Execution(device="cuda"), World(0, 1, torch.device("cuda", 0)))
+    gpu.warm_up()
+    while not gpu.finished:
+        gpu.advance()
+    cpu = assemble(runs["keys"], None, CPU, ALONE)
+    cpu.model.load_state_dict({name: value.cpu() for name, value in gpu.model.state_dict().items()})
+    cpu.steps_done = gpu.steps_done
+    got, want = gpu.evaluate(never), cpu.evaluate(never)
+    assert got is not None
+    assert want is not None
+    assert got.metrics.keys() == want.metrics.keys()
+    for name, value in want.metrics.items():
+        assert got.metrics[name] == pytest.approx(value, abs=0.03 if name.startswith("loss") else 0.1)

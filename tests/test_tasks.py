@@ -265,12 +265,13 @@ def test_answers_are_spread_evenly_over_the_values() -> None:
 def test_longer_sets_are_those_of_their_settings() -> None:
     generator = replace(SETTINGS["mqar"], evaluate_pairs=(4, 16), evaluate_lengths=(128,))
     task = GeneratedTask(generator, "recall", 8, 0)
-    assert {at: each.inputs.shape[1] for at, each in task.further.items()} == {
+    further = {at: task.further_held_out(at) for at in task.further}
+    assert {at: each.inputs.shape[1] for at, each in further.items()} == {
         "sequence_length=128": 128,
         "pairs=4": 32,
         "pairs=16": 128,
     }
-    for at, found in task.further.items():
+    for at, found in further.items():
         variant = generator.further()[at]
         assert found.positions == variant.pairs * 1280
         assert all(solve_mqar(variant, prefix) == answer for prefix, answer in answers(found.rows(0, 50)))
@@ -395,7 +396,7 @@ def test_metrics_are_those_of_the_answers() -> None:
     assert [found[f"loss@key_length={length}"] for length in (1, 2, 3, 4)] == [1, 2, 3, 4]
     lenient = GeneratedTask(replace(generator, success_accuracy=found["accuracy"]), "recall", 8, 0)
     assert lenient.scores(task.held_out, losses, right)["success"] == 1.0
-    further = task.further["pairs=3"]
+    further = task.further_held_out("pairs=3")
     assert further.mask is not None
     losses = np.where(further.mask, 2.0, np.nan)
     assert task.scores(further, losses, further.mask, "pairs=3") == {

@@ -8,8 +8,6 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from experiments.data.dataset import Dataset
 from experiments.data.text import Text
@@ -161,31 +159,6 @@ def test_ranks_share_every_batch_without_gap_or_overlap(size: int) -> None:
         assert max(many for _, many in shares) - min(many for _, many in shares) <= 1
 
 
-def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
-    world = World(rank, size, torch.device("cpu"))
-    trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
-    losses = [step.loss for step in steps(trainer, run.train.steps)]
-    evaluation = trainer.evaluate(lambda: world.any(False))
-    assert evaluation is not None
-    torch.save([*losses, evaluation.metrics["loss"]], folder / f"losses-{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_three_processes_train_as_one(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
-    """A short last batch of 2 leaves one of the three without a sequence."""
-    run = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * (8 * 6 + 2)))
-    alone = assemble(run, dataset, CPU, ALONE)
-    expected = [step.loss for step in steps(alone, run.train.steps)]
-    evaluation = alone.evaluate(never)
-    assert evaluation is not None
-    mp.spawn(_train_in_company, (3, tmp_path, run, dataset.path), nprocs=3)
-    got = [torch.load(tmp_path / f"losses-{rank}.pt") for rank in range(3)]
-    assert got[0] == got[1] == got[2]
-    assert got[0] == pytest.approx([*expected, evaluation.metrics["loss"]], rel=1e-5)
-
-
 class Recall:
     """A task that asks at one position of each sequence only: repeat its first token at its end."""
 
@@ -235,8 +208,8 @@ def test_auxiliary_losses_train_and_are_metrics(tiny_run: RunConfig, dataset: Da
             self.weight = torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, tokens: torch.Tensor) -> Output:
-            logits, losses = self.decoder(tokens)
-            return Output(logits, losses | {"pull": (self.weight - 0.05).square()})
+            logits, losses, measures = self.decoder(tokens)
+            return Output(logits, losses | {"pull": (self.weight - 0.05).square().expand(len(tokens))}, measures)
 
     config = replace(tiny_run.train, clip_norm=1e9, weight_decay=0.0)
     gradients = []

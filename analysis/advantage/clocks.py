@@ -14,11 +14,11 @@ import numpy as np
 
 from analysis.laws.solver import Floats
 from analysis.logs.selection import some
+from analysis.logs.throughput import ONE_KIND, OPTIMIZER, RUNS_OPTIMIZER, SETTING
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # compared only where all are equal
 RUNS = "the runs' own clocks, each alone on its device"
 TABLE = "the table's train seconds, of which it does not say that runs were alone on one kind of device"
 
@@ -94,32 +94,68 @@ def rates_of_throughput(
     sizes: Sequence[pd.DataFrame], column: str, measured: pd.DataFrame, baseline: str, arm: str
 ) -> Rates:
     """Relative speed from measured tokens a second (`logs.throughput.read_throughput`), compared at equal SETTING.
-    Repeated measurements are averaged; the ratios at several settings are combined by their geometric mean."""
-    found, reason = [], None
+
+    Each arm counts with the optimizer of its runs, and on as many GPUs if that was measured. Repeated measurements are
+    averaged; the ratios at several batches and sequence lengths are combined by their geometric mean, those of several
+    devices or commits refused."""
+    found, reason, used = [], None, []
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
-        value, why = _measured_ratio(measured[measured["size"] == size], baseline, arm)
+        at_size = measured[measured["size"] == size]
+        sides = [_of_its_runs(at_size, name, rows, end) for name, end in ((baseline, "_0"), (arm, "_1"))]
+        settings, value = _measured_ratio(sides, baseline, arm)
+        why = value if isinstance(value, str) else None
         per_token = [(rows[column + side] / rows["tokens" + side].astype(float)).mean() for side in ("_0", "_1")]
         if why is None and not np.isfinite(per_token).all():
             why = "FLOPs a second cannot be computed from tokens a second without the runs' tokens; add a column D"
-        found.append(np.nan if why else value * per_token[1] / per_token[0])
+        found.append(np.nan if isinstance(value, str) or why else value * per_token[1] / per_token[0])
         reason = reason or (why and f"at {size} {why}")
-    devices = some(sorted(measured["device"].dropna().unique())) or "an unnamed device"
+        used += settings
     wall = np.array(found, dtype=float)
-    return Rates(wall, wall, f"throughput measured on {devices}", reason)
+    return Rates(wall, wall, _source(used), reason)
 
 
-def _measured_ratio(rows: pd.DataFrame, baseline: str, arm: str) -> tuple[float, str | None]:
-    """The arm's tokens a second over the baseline's, or why there is none."""
-    keyed = rows.fillna(dict.fromkeys(SETTING, ""))
-    means = keyed.groupby(["arm", *SETTING])["tokens_per_second"].mean()
-    known = set(means.index.get_level_values("arm"))
-    if lacking := [name for name in (baseline, arm) if name not in known]:
-        return np.nan, f"the throughput file has no {' and no '.join(lacking)}"
-    theirs, mine = means[baseline], means[arm]
+def _of_its_runs(measured: pd.DataFrame, arm: str, runs: pd.DataFrame, end: str) -> pd.DataFrame:
+    """The rows of an arm with the optimizer of its runs, where both say which it was; and with as many GPUs, if there
+    are such rows. `end` is the ending of the arm's columns in `runs`."""
+    mine = measured[measured["arm"] == arm]
+    optimizers = set(runs[RUNS_OPTIMIZER + end].dropna())
+    if optimizers:
+        mine = mine[mine[OPTIMIZER].isna() | mine[OPTIMIZER].isin(optimizers)]
+    counts = {f"{count:.0f}" for count in runs["gpus" + end].dropna()}
+    alike = mine[mine["gpus"].isin(counts)]
+    return mine if alike.empty else alike
+
+
+Settings = list[dict[str, str]]  # the values of SETTING at which throughput was compared
+
+
+def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> tuple[Settings, float | str]:
+    """The arm's tokens a second over the baseline's, or why there is none. `sides` are the rows of both."""
+    if lacking := [name for name, rows in zip((baseline, arm), sides, strict=True) if rows.empty]:
+        return [], f"the throughput file has no {' and no '.join(lacking)}"
+    keyed = [rows.fillna(dict.fromkeys((*SETTING, OPTIMIZER), "")).groupby(list(SETTING)) for rows in sides]
+    theirs, mine = (groups["tokens_per_second"].mean() for groups in keyed)
     common = theirs.index.intersection(mine.index)
     if common.empty:
-        return np.nan, f"the throughput of {arm} and {baseline} is at no equal {', '.join(SETTING)}"
-    if common.get_level_values("device").nunique() > 1:
-        return np.nan, f"the throughput is of several devices ({some(common.get_level_values('device').unique())})"
-    return float(np.exp(np.log(mine[common] / theirs[common]).mean())), None
+        return [], f"the throughput of {arm} and {baseline} is at no equal {', '.join(SETTING)}"
+    for name in ONE_KIND:
+        if (values := common.get_level_values(name)).nunique() > 1:
+            return [], f"the throughput is of several {ONE_KIND[name]} ({some(values.unique())})"
+    if any((groups[OPTIMIZER].nunique()[common] > 1).any() for groups in keyed):
+        return [], "the throughput is of several optimizers, and the runs do not say which they used"
+    ratio = float(np.exp(np.log(mine[common] / theirs[common]).mean()))
+    return [dict(zip(SETTING, setting, strict=True)) for setting in common], ratio
+
+
+def _source(used: Settings) -> str:
+    """Where throughput was measured, and whatever about it differs from size to size, or was averaged over."""
+    values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
+    text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
+    for name in ("versions", "commit"):
+        if len(values[name]) > 1:
+            text += f", of several {ONE_KIND[name]} ({some(values[name])})"
+    for name in ("gpus", "parallel"):
+        if len(values[name]) > 1:
+            text += f", {name} {some(values[name])}"
+    return text

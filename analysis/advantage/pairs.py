@@ -19,6 +19,7 @@ from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
 from analysis.laws.solver import Floats
 from analysis.logs.schema import AXIS_PREFIX, CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import ALIKE, Excluded, excluded_rows, finished, is_rate, some
+from analysis.logs.throughput import RUNS_OPTIMIZER
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +113,10 @@ def pair(
     column = CONVENTIONS[convention]
     if "clock" not in runs:
         runs = runs.assign(clock=pd.Series(pd.NA, index=runs.index, dtype="string"))
-    used = runs[["run_id", "arm", *ON, "loss", "tokens", "device", "gpus", "clock", "train_seconds", column]]
+    if RUNS_OPTIMIZER not in runs:
+        runs = runs.assign(**{RUNS_OPTIMIZER: pd.Series(pd.NA, index=runs.index, dtype="string")})
+    known = ["run_id", "arm", *ON, "loss", "tokens", "device", "gpus", "clock", "train_seconds", RUNS_OPTIMIZER, column]
+    used = runs[known]
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
     if both.empty:

@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEEDED = ("size", "arm", "tokens_per_second")
-SETTING = ("batch", "sequence", "gpus", "parallel", "device")  # missing values count as equal
+# Throughput is compared only where all of these are equal; missing values count as equal.
+SETTING = ("batch", "sequence", "gpus", "parallel", "micro_batches", "vocabulary", "device", "versions", "commit")
+# Columns of SETTING, with their plurals: measurements of several kinds are not averaged.
+ONE_KIND = {"device": "devices", "vocabulary": "vocabularies", "versions": "versions", "commit": "commits"}
+OPTIMIZER = "optimizer"  # each arm is compared with that of its runs
+RUNS_OPTIMIZER = "train.optimizer"  # the fact that names it
 
 
 def read_throughput(path: Path) -> pd.DataFrame:
-    """The columns NEEDED and SETTING of a .csv or .parquet file, SETTING as text; rows without a throughput (out of
-    memory, say) are left out.
+    """The columns NEEDED, SETTING and OPTIMIZER of a .csv or .parquet file, as `dynconv bench train` writes one.
+
+    All but the throughput are text; rows without a throughput (out of memory, say) are left out.
 
     Raises ValueError where the file cannot be read, lacks a column, or has other numbers than positive ones.
     """
@@ -38,6 +44,7 @@ def read_throughput(path: Path) -> pd.DataFrame:
     if len(wrong) or rows.empty:
         got = some(f"{rows.at[at, 'tokens_per_second']} in row {at + 1}" for at in wrong) or "no row with one"
         raise ValueError(f"{path}: tokens_per_second must be positive numbers; got {got}")
-    text = {name: rows[name].astype("string") for name in ("size", "arm", *SETTING) if name in rows}
-    absent = {name: pd.Series(pd.NA, index=rows.index, dtype="string") for name in SETTING if name not in rows}
+    texts = (*SETTING, OPTIMIZER)
+    text = {name: rows[name].astype("string") for name in ("size", "arm", *texts) if name in rows}
+    absent = {name: pd.Series(pd.NA, index=rows.index, dtype="string") for name in texts if name not in rows}
     return pd.DataFrame({**text, **absent, "tokens_per_second": rates.astype(float)})

@@ -77,8 +77,9 @@ class RunLog:
 
     `first_step` is the number of the first step that this attempt takes (a resumed one: the checkpoint's last step
     plus one); rows carry the same numbering. An evaluation after step s is logged under s, before any checkpoint of
-    s. `about` is the attempt's provenance: device, gpus (processes, one a device), dtype, torch, triton, python,
-    job_id, code_commit, and `sharing`: how many runs share the device at most (1: this one alone; None: not known).
+    s. `about` is the attempt's provenance: device, gpus (processes, one a device), parallel (how several processes
+    share the model), dtype, torch, triton, python, job_id, code_commit, damaged_checkpoints (a line for each that was
+    skipped), and `sharing`: how many runs share the device at most (1: this one alone; None: not known).
     """
 
     def __init__(

@@ -29,6 +29,7 @@ from analysis.logs.selection import (
 )
 from analysis.logs.store import Store
 from analysis.pages.ablations import ablations, baseline_loss
+from analysis.pages.expert_load import expert_load, expert_loads
 from analysis.pages.style import loss_label
 
 if TYPE_CHECKING:
@@ -143,13 +144,14 @@ def _law(store: Store, answer: Answers) -> Fit | None:
 
 @dataclass(frozen=True)
 class Material:
-    """The data of the figures: the finished runs that learned (a missing arm is called "all"), their evaluations, and
-    the runs of the ablation panels."""
+    """The data of the figures: the finished runs that learned (a missing arm is called "all"), their evaluations, the
+    runs of the ablation panels, and the load of each expert in mixtures of experts."""
 
     done: pd.DataFrame
     evals: pd.DataFrame
     ablated: pd.DataFrame
     accuracies: pd.DataFrame  # metric_figures.accuracy_rows
+    loads: pd.DataFrame  # expert_load.expert_loads
 
 
 def material(store: Store) -> Material:
@@ -159,7 +161,8 @@ def material(store: Store) -> Material:
     done = store.runs[learned & (store.runs["status"] == "complete")].assign(arm=lambda rows: rows["arm"].fillna("all"))
     from analysis.pages.metric_figures import accuracy_rows
 
-    return Material(done, store.loss_curves(), ablations(done), accuracy_rows(final_metrics(store), done))
+    metrics = final_metrics(store)
+    return Material(done, store.loss_curves(), ablations(done), accuracy_rows(metrics, done), expert_loads(metrics))
 
 
 def draw(of: Material, answer: Answers) -> dict[str, Figure]:
@@ -194,6 +197,8 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
         todo["accuracy"] = lambda: metric_figures.accuracy_panels(of.accuracies, base)
     if len(of.evals):
         todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
+    if of.loads["run_id"].isin(done["run_id"]).any():
+        todo["expert-load"] = lambda: expert_load(of.loads, done)
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
 
 

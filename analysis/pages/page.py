@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LONG = 40  # characters, from which a cell's text is broken into lines
 LARGEST_SVG = 250_000  # bytes; a larger figure is embedded as PNG, so that the page stays small
+SHOWN_BY_SCRIPTS = ("isoflop-growth",)  # figures without charts whose content the charts of another figure show
 SCREEN = 110  # dots per inch of such a PNG
 SHAPES = {  # markers of style.MARKERS as SVG paths around the origin
     "o": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
@@ -128,9 +129,14 @@ def _shape(mark: Mark) -> str:
 
 
 def figure(name: str, title: str, caption: str, still: Figure, places: Sequence[str], extra: str = "") -> str:
-    """Charts at `places`, and a still figure for readers without scripts; `extra` is HTML above them."""
+    """Charts at `places`, and a still figure for readers without scripts; `extra` is HTML above them.
+
+    Without charts the still figure is for all readers, unless scripts show its content elsewhere.
+    """
     if not places:
-        return f'<noscript><figure id="{name}"><h3>{escape(title)}</h3>{image(still, caption)}</figure></noscript>'
+        head = f"<h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>"
+        whole = f'<figure id="{name}">{head}{image(still, caption)}</figure>'
+        return f"<noscript>{whole}</noscript>" if name in SHOWN_BY_SCRIPTS else whole
     plots = "".join(f'<div id="{place}"></div>' for place in places)
     wide = ' class="wide"' if len(places) > 1 and name != "loss-against-compute" else ""
     return (

@@ -64,6 +64,10 @@ CAPTIONS = {  # title and caption of each figure; one that is not here has no pl
         "One fact at a time",
         "Arms that differ in one fact alone, at one size; dotted: the baseline.",
     ),
+    "expert-load": (
+        "Load of the experts",
+        "Tokens that chose each expert, over the mean of its layer, after the last step of one run of each arm.",
+    ),
 }
 PROVENANCE = ("device", "gpus", "dtype", "torch", "code_commit", "data_sha256", "tokenizer_sha256")
 HOW = {  # column -> how its number is computed, and its key in the JSON of `dynconv table`

@@ -202,7 +202,7 @@ def _installed_peers() -> Iterator[Provider]:
 
         yield Provider("causal-conv1d", {"static": channels_first}, taps_last=True)
     if importlib.util.find_spec("fla"):
-        from fla.modules.convolution import causal_conv1d  # type: ignore[import-not-found]  # not a dependency
+        from fla.modules.convolution import causal_conv1d
 
         def channels_last(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
             y: Tensor = causal_conv1d(x, weight, residual=x if residual else None)[0]

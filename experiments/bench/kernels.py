@@ -192,7 +192,7 @@ def render(rows: pd.DataFrame) -> str:
     return "\n".join(text)
 
 
-def _check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None:
+def check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None:
     """Make the folder of an output file. Raises ValueError, before any measurement, if it cannot be written."""
     if path is None:
         return
@@ -215,8 +215,8 @@ def _save(rows: pd.DataFrame, path: Path | None) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    _check_target("-o", args.output, (".parquet", ".csv"))
-    _check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
+    check_target("-o", args.output, (".parquet", ".csv"))
+    check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
     if not torch.cuda.is_available():
         raise WorkFailed("bench kernels times a GPU, and none is visible here; run it where nvidia-smi shows one")
     found = providers(args.compiled, args.against)

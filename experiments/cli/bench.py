@@ -1,16 +1,29 @@
-"""The verb that times the convolutions on this GPU: bench."""
+"""The verb that times the convolutions on this GPU, and training: bench kernels, bench train."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from experiments.bench import kernels
+from experiments.bench import kernels, training
 from experiments.cli.arguments import Subparsers
 
 
 def register(subparsers: Subparsers) -> None:
     """Add the verb of this file."""
+    group = subparsers.add_parser(
+        "bench",
+        help="time the convolutions on this GPU, or whole training steps",
+        description="Time the convolutions on this GPU (bench kernels), or whole training steps (bench train).",
+        epilog="examples:\n  dynconv bench kernels --quick\n  dynconv bench train 300M --arms transformer lowrank-qkv",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = group.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _add_kernels(what)
+    _add_train(what)
+
+
+def _add_kernels(what: Subparsers) -> None:
     example = (
         "examples:\n"
         "  dynconv bench kernels --quick                          # only the shape of the paper's timings\n"
@@ -18,21 +31,12 @@ def register(subparsers: Subparsers) -> None:
         "  dynconv bench kernels --quick --no-compiled --json     # our kernels and installed packages, as JSON\n"
         "  dynconv bench kernels --against mypackage.ops:lowrank_convolution"
     )
-    layout = argparse.RawDescriptionHelpFormatter
-    group = subparsers.add_parser(
-        "bench",
-        help="time the convolutions on this GPU",
-        description=kernels.__doc__,
-        epilog=example,
-        formatter_class=layout,
-    )
-    what = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     parser = what.add_parser(
         "kernels",
         help="time every convolution at the shapes of the paper and others, beside the time of its memory traffic",
         description=kernels.__doc__,
         epilog=example,
-        formatter_class=layout,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="only the shape of the paper's timings")
     parser.add_argument(
@@ -56,3 +60,65 @@ def register(subparsers: Subparsers) -> None:
         "--figure", type=Path, metavar="FILE", help="draw the times as bars to a .svg, .pdf or .png file"
     )
     parser.set_defaults(run=kernels.run)
+
+
+def _add_train(what: Subparsers) -> None:
+    example = (
+        "examples:\n"
+        "  dynconv bench train 1M 16M 300M                          # the paper's arms, beside the plain Transformer\n"
+        "  dynconv bench train 300M --arms transformer lowrank-qkv --profile\n"
+        "  dynconv bench train 300M --optimizer adamw muon          # what an optimizer costs, on equal terms\n"
+        "  dynconv bench train 300M --gpus 2                        # and how two GPUs scale against one\n"
+        "  dynconv bench train 1M --sweep my-sweep.toml             # with the arms of a sweep file\n"
+        "  dynconv bench train 25k --device cpu --rounds 3 --seconds 0.2\n"
+        "  dynconv table STORE --throughput results/measured/h200/training.parquet"
+    )
+    parser = what.add_parser(
+        "train",
+        help="time whole training steps by size and arm: tokens a second, MFU, memory, slowdowns with intervals",
+        description=training.__doc__,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sizes", nargs="+", metavar="SIZE", help="sizes of a ladder, as 1M or 300M")
+    parser.add_argument(
+        "--arms", nargs="+", default=[], metavar="ARM",
+        help="the first is what others are compared with (default: those of the sweep file, or of the paper)",
+    )  # fmt: skip
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="a sweep file for arms, ladder and vocabulary")
+    parser.add_argument(
+        "--optimizer", nargs="+", default=[], metavar="NAME", help="adamw, muon or both (default: the arm's own)"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N",
+        help="sequences of a micro-batch on each GPU (default: as in a run; if it does not fit, half as many)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--micro-batches", type=int, default=1, metavar="N",
+        help="micro-batches of a step on each GPU, over which gradients are accumulated (default 1)",
+    )  # fmt: skip
+    parser.add_argument("--sequence", type=int, metavar="T", help="tokens of a sequence (default: the ladder's)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also time N GPUs together (default 1)")
+    parser.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how several GPUs train (default ddp)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each arm (default 5)")
+    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="length of a turn (default 1)")
+    parser.add_argument("--profile", action="store_true", help="name the most expensive kernels of each arm")
+    parser.add_argument(
+        "--peak",
+        type=float,
+        metavar="TFLOPS",
+        help="dense bf16 peak of the card in TFLOP/s, for the MFU of one not known",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="json for scripts (default text)")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+    parser.add_argument(
+        "-o", dest="output", type=Path, metavar="FILE",
+        help="a .parquet file for the rows, which replace those of the same settings (default: above)",
+    )  # fmt: skip
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rows to a .svg, .pdf or .png file")
+    parser.set_defaults(run=training.run)

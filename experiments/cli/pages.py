@@ -34,9 +34,10 @@ def _add_plot(subparsers: Subparsers) -> None:
         subparsers,
         "plot",
         _plot,
-        "draw every figure for which a store, or a table of kernel times, has the data",
+        "draw every figure for which a store, or a table of kernel times or throughput, has the data",
         "results/runs/demo -o figures",
         "results/measured/h200/kernels.parquet -o figures --type png",
+        "results/measured/h200/training.parquet -o figures",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
@@ -94,11 +95,15 @@ def _plot(args: argparse.Namespace) -> int:
     from analysis.logs.points import read_kernels
     from analysis.pages.kernel_figures import kernel_bars
     from analysis.pages.style import save
+    from analysis.pages.throughput_figures import read_training, throughput_panels
 
     _folder(args.out)
     kernels = read_kernels(args.stores[0]) if len(args.stores) == 1 else None
+    training = read_training(args.stores[0]) if len(args.stores) == 1 else None
     if kernels is not None:
         drawn = {"kernels": kernel_bars(kernels)}
+    elif training is not None:
+        drawn = {"training": throughput_panels(training)}
     else:
         with reading_store(args) as store:
             drawn = _drawn(store, args.baseline, args.convention)

@@ -68,11 +68,17 @@ def _planned(runs: list[RunConfig], profile: "Profile") -> list[dict[str, Any]]:
 
 
 def planned(sweep: Path) -> list[dict[str, Any]]:
-    """The runs of a sweep file as `plan --format json` prints them without a profile."""
+    """The runs of a sweep file as `plan --format json` prints them without a profile, for `power`.
+
+    Raises ValueError for a sweep on generated tasks.
+    """
     from experiments.design.sweep import load_sweep
     from experiments.launching.profile import Profile
 
-    return _planned(load_sweep(sweep), Profile("local"))
+    runs = load_sweep(sweep)
+    if runs[0].task is not None:
+        raise ValueError(f"power simulates losses on text; {runs[0].sweep} trains on generated tasks; give another")
+    return _planned(runs, Profile("local"))
 
 
 def _add_submit(subparsers: Subparsers) -> None:

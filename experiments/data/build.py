@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from analysis.logs.files import write_atomically
-from experiments.data import shards
+from experiments.data import encode, shards
 from experiments.data import tokenizer as bpe
 from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
-from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, sync_and_hash
+from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, file_sha256, sync_and_hash
 from experiments.data.documents import Documents
-from experiments.data.formats import file_sha256, read_documents, suffix_of
+from experiments.data.formats import EXPANSION, read_documents, suffix_of, unreadable
 from experiments.design.data import SPLITS, DataConfig
 from experiments.terminal import bar
 
@@ -44,9 +44,9 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         target = cache / _name(spec, [*key, _content_of(found.files, cache, progress)])
         if not target.exists():
-            with _build_lock(target, progress):
+            with _build_lock(target, progress) as left_over:
                 if not target.exists():
-                    _build_and_publish(target, spec, found, tokenizer_json, progress)
+                    _build_and_publish(target, spec, found, tokenizer_json, progress, left_over)
     except OSError as error:
         raise ValueError(
             f"the data cache must be a folder that takes files; "
@@ -71,7 +71,10 @@ def _content_of(files: list[CorpusFile], cache: Path, progress: bool) -> str:
         digests = []
         with bar("hashing the corpus", sum(file.bytes for file in files), "B", progress) as done:
             for file in files:
-                digests.append(f"{suffix_of(file.name)} {file_sha256(file.path)}")
+                try:
+                    digests.append(f"{suffix_of(file.name)} {file_sha256(file.path)}")
+                except OSError as error:
+                    raise unreadable(file.path, error) from error
                 done.update(file.bytes)
         content = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
         write_atomically(known, lambda path: path.write_text(content))
@@ -94,8 +97,8 @@ def _read_tokenizer(spec: DataConfig) -> bytes:
 
 
 @contextmanager
-def _build_lock(target: Path, progress: bool) -> Iterator[None]:
-    """Wait for another process that builds `target`, then delete the folders of builders killed on this machine.
+def _build_lock(target: Path, progress: bool) -> Iterator[Path | None]:
+    """Wait for another process that builds `target`; gives the folder of a builder killed on this machine, if any.
 
     The lock only saves work. Correctness rests on unique working folders and an atomic rename, because some cluster
     file systems have no locks, or none between hosts.
@@ -104,11 +107,12 @@ def _build_lock(target: Path, progress: bool) -> Iterator[None]:
         try:
             _wait_for(lock, target, progress)
         except OSError:
-            pass
-        else:
-            for left_over in target.parent.glob(f"{_working_prefix(target)}*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-        yield
+            yield None
+            return
+        left_over = sorted(target.parent.glob(f"{_working_prefix(target)}*"), key=lambda path: -path.stat().st_mtime)
+        for older in left_over[1:]:
+            shutil.rmtree(older, ignore_errors=True)
+        yield next(iter(left_over), None)
 
 
 def _wait_for(lock: BinaryIO, target: Path, progress: bool) -> None:
@@ -125,16 +129,25 @@ def _working_prefix(target: Path) -> str:
 
 
 def _build_and_publish(
-    target: Path, spec: DataConfig, found: Found, tokenizer_json: bytes | None, progress: bool
+    target: Path,
+    spec: DataConfig,
+    found: Found,
+    tokenizer_json: bytes | None,
+    progress: bool,
+    left_over: Path | None,
 ) -> None:
+    """Build in a folder of its own, which goes on where a killed builder left off, and rename it to `target`.
+
+    The folder stays if this process is killed or interrupted, and goes if the build fails.
+    """
     if found.not_read:
         print(f"{spec.source}: not read: {describe(found.not_read)}", file=sys.stderr)
-    working = Path(tempfile.mkdtemp(prefix=_working_prefix(target), dir=target.parent))
+    working = left_over or Path(tempfile.mkdtemp(prefix=_working_prefix(target), dir=target.parent))
     try:
-        spill, dataset = working / "spill", working / "dataset"
-        spill.mkdir()
+        dataset = working / "dataset"
+        shutil.rmtree(dataset, ignore_errors=True)
         dataset.mkdir()
-        manifest = _write_dataset(dataset, spill, spec, found, tokenizer_json, progress)
+        manifest = _write_dataset(dataset, working, spec, found, tokenizer_json, progress)
         if fingerprint(find_files(spec).files) != fingerprint(found.files):
             raise ValueError(
                 f'the corpus must stay as it is while it is read; got changes under "{spec.source}"; '
@@ -147,34 +160,40 @@ def _build_and_publish(
         except OSError:  # a builder on another host was faster
             if not target.exists():
                 raise
-    finally:
+    except (ValueError, OSError):
         shutil.rmtree(working, ignore_errors=True)
+        raise
+    shutil.rmtree(working, ignore_errors=True)
 
 
 def _write_dataset(
     folder: Path,
-    spill: Path,
+    working: Path,
     spec: DataConfig,
     found: Found,
     tokenizer_json: bytes | None,
     progress: bool,
 ) -> dict[str, Any]:
     """Write every file but the manifest; returns the manifest's content."""
-    documents, corpus = _read_corpus(spill, spec, found.files, progress)
+    documents, corpus = _read_corpus(working / "spill", spec, found.files, progress)
     if tokenizer_json is None:
         with bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
             tokenizer_json = bpe.train(texts, spec.vocabulary, spec.end_of_text)
     (folder / TOKENIZER).write_bytes(tokenizer_json)
     coder = bpe.load(tokenizer_json, spec.vocabulary, spec.end_of_text)
     (folder / TOKEN_BYTES).write_bytes(coder.token_bytes.astype("<u2").tobytes())
-    splits = {split: _write_split(folder, split, spec, documents, coder, progress) for split in SPLITS}
-    corpus["duplicates"] = corpus["documents"] - sum(counts["distinct"] for counts in splits.values())
+    # The tokens of an earlier process are of the same tokenizer: training on the same text gives the same one.
+    tokens = working / f"tokens-{hashlib.sha256(tokenizer_json).hexdigest()[:16]}"
+    tokens.mkdir(exist_ok=True)
+    write_atomically(tokens / TOKENIZER, lambda path: path.write_bytes(tokenizer_json))
+    splits = {split: _write_split(folder, tokens, split, spec, documents, coder, progress) for split in SPLITS}
+    distinct = sum(counts["distinct"] for counts in splits.values())
     return {
         "schema": SCHEMA,
         "spec": dataclasses.asdict(spec),
         "python": platform.python_version() if spec.source == "python" else None,
         "shard_tokens": shards.SHARD_TOKENS,
-        "corpus": dict(corpus),
+        "corpus": corpus | {"duplicates": corpus["documents"] - distinct},
         "not_read": found.not_read,
         "splits": splits,
         "files": {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},
@@ -183,9 +202,14 @@ def _write_dataset(
 
 def _read_corpus(
     spill: Path, spec: DataConfig, files: list[CorpusFile], progress: bool
-) -> tuple[Documents, Counter[str]]:
+) -> tuple[Documents, dict[str, int]]:
+    """The documents in the order of their hashes, and counts; from an earlier process if it read everything."""
+    if finished := Documents.finished(spill):
+        return finished
+    shutil.rmtree(spill, ignore_errors=True)
+    spill.mkdir()
     total = sum(file.bytes for file in files)
-    documents = Documents(spill, total)
+    documents = Documents(spill, sum(file.bytes * EXPANSION.get(file.path.suffix, 1) for file in files))
     counts = Counter(files=len(files), documents=0, bytes=0, empty=0, undecodable=0)
     with documents, bar("reading the corpus", total, "B", progress) as done:
         for file in files:
@@ -208,33 +232,32 @@ def _read_corpus(
                 f'{len(files)} files of "{spec.source}", none of them for {split}; split the text into more '
                 "documents: one a .txt file, or one a row of .jsonl"
             )
-    return documents, counts
+    documents.finish(dict(counts))
+    return documents, dict(counts)
 
 
 def _write_split(
-    folder: Path, split: str, spec: DataConfig, documents: Documents, coder: bpe.Coder, progress: bool
+    folder: Path,
+    tokens: Path,
+    split: str,
+    spec: DataConfig,
+    documents: Documents,
+    coder: bpe.Coder,
+    progress: bool,
 ) -> dict[str, int]:
     """Write documents until the split has its tokens; returns counts, of which `distinct` includes the rest."""
     wanted = spec.train_tokens if split == "train" else spec.validation_tokens
-    writer = shards.SplitWriter(folder, split, wanted, coder.end_of_text, coder.token_bytes)
-    distinct = 0
-
-    def counted() -> Iterator[bytes]:
-        nonlocal distinct
-        for text in documents.distinct(split):
-            distinct += 1
-            yield text
-
-    texts = counted()
+    writer = shards.SplitWriter(folder, split, wanted, coder.token_bytes)
+    jobs = [
+        encode.Job(tokens, documents.folder, split, bucket, wanted, spec.vocabulary, spec.end_of_text)
+        for bucket in range(documents.buckets)
+    ]
     with writer, bar(f"tokenizing {split}", wanted, "token", progress) as done:
-        for encoded in bpe.encode(coder, texts):
-            writer.add(encoded)
-            done.update(writer.tokens - done.n)
+        for bucket in encode.encode(jobs, documents.text_bytes(split), lambda n: done.update(min(n, wanted - done.n))):
+            writer.add(bucket.ids, bucket.starts)
             if writer.full:
                 break
-    with bar(f"counting the rest of {split}", None, "document", progress, texts) as rest:
-        for _ in rest:  # reading them counts them
-            pass
+    distinct = sum(documents.count(split, bucket) for bucket in range(documents.buckets))
     if not writer.full:
         raise ValueError(
             f"{split}_tokens must be at most what the corpus holds; got {wanted}, "
@@ -246,6 +269,6 @@ def _write_split(
     return {
         "tokens": writer.tokens,
         "bytes": writer.bytes,
-        "documents": len(writer.starts),
+        "documents": writer.documents,
         "distinct": distinct,
     }

@@ -53,6 +53,11 @@ def documents_name(split: str) -> str:
     return f"{split}-documents.bin"
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_and_hash(path: Path) -> dict[str, Any]:
     """Force a file to disk; returns its length, SHA-256 and each block's CRC-32, as the manifest lists them."""
     digest, checks = hashlib.sha256(), []
@@ -216,8 +221,7 @@ def manifest_errors(folder: Path) -> Iterator[None]:
 
 def _checksum(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         return str(error.strerror)
 

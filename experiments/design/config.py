@@ -52,7 +52,7 @@ class RunConfig:
         if self.train.held_out_sequences < group:
             raise ValueError(
                 f"{where}, so the held-out set needs {group} sequences; got {self.train.held_out_sequences}; "
-                "raise validation_tokens"
+                "raise validation_tokens, or held_out_sequences of a generated task"
             )
 
     @property
@@ -108,6 +108,7 @@ class Execution:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
     compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
+    recompute: Literal["none", "block", "attention-kept"] = "none"  # activations, to save memory: models/recompute.py
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails

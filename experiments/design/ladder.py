@@ -1,6 +1,6 @@
 """Ladders of model sizes. Add a size as an entry of a ladder's `sizes`, and a ladder as an entry of `LADDERS`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.parts.base import Shape
 
@@ -27,6 +27,7 @@ class Ladder:
     head_size: int  # of head-wise convolutions
     warmup_fraction: float  # share of the steps in which the learning rate rises to its peak
     init_std: float  # standard deviation of the initial weights
+    tied: bool = True  # the LM head uses the weights of the embedding
 
     def shape(self, size: str) -> Shape:
         """The settings of a size that the parts of its models may take over."""
@@ -35,13 +36,15 @@ class Ladder:
 
 
 # arXiv 2606.03825 trains every size with AdamW at a learning rate of 3e-4, with 10% warm-up and sequences of 4096
-# tokens. The shapes of 300M and 2B reproduce the paper's parameter counts exactly. We chose the shapes of 150M,
-# 600M and 1B (at the same ratio of FFN width to model width, 2.69), the head sizes (64 up to width 1024, 128 above) and
-# the batches (0.5M tokens, 1M from 600M up). The rank of 300M, 16, reproduces the published counts at 2B, too.
+# tokens. The shapes of 300M and 2B reproduce the paper's parameter counts exactly. 400M is that of Mamba-2 and Gated
+# DeltaNet in a sibling configuration. We chose the shapes of 150M, 600M and 1B (at the same ratio of FFN width to model
+# width, 2.69), the head sizes (64 up to width 1024, 128 above) and the batches (0.5M tokens, 1M from 600M up). The rank
+# of 300M, 16, reproduces the published counts at 2B, too.
 _PAPER = Ladder(
     sizes={
         "150M": Rung(12, 768, 2048, 12, rank=16, sequence_length=4096, batch_sequences=128, learning_rate=3e-4),
         "300M": Rung(16, 1024, 2752, 16, rank=16, sequence_length=4096, batch_sequences=128, learning_rate=3e-4),
+        "400M": Rung(24, 1024, 2752, 16, rank=16, sequence_length=4096, batch_sequences=128, learning_rate=3e-4),
         "600M": Rung(24, 1280, 3440, 10, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4),
         "1B": Rung(30, 1536, 4128, 12, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4),
         "2B": Rung(32, 2048, 5504, 16, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4),
@@ -84,6 +87,28 @@ _NANO = Ladder(
     init_std=0.05,
 )
 
+# Mixtures of experts. `ffn` is the hidden width that one token uses: of the shared expert and the chosen ones.
+# arXiv 2606.03825 names 7B parameters, 1B active; the shape is that of a sibling configuration with 128 experts of
+# 256, 8 of them chosen, beside a shared one of 1024: 6.92B parameters, 1.11B active. We chose the batch, 1M tokens.
+_PAPER_MOE = Ladder(
+    sizes={"7B": Rung(40, 1536, 3072, 24, rank=16, sequence_length=4096, batch_sequences=256, learning_rate=3e-4)},
+    head_size=16,
+    warmup_fraction=0.1,
+    init_std=0.02,
+    tied=False,
+)
+
+# The shapes and rates of the ladder "mini", with the ratio of `ffn` to width of the 7B model, 2. Sizes are named after
+# their parameters with 32 experts, 4 of them chosen, at a vocabulary of 4096; active are 1.2M to 13M.
+_MINI_MOE = replace(
+    _MINI,
+    sizes={
+        name: replace(_MINI.sizes[dense], ffn=2 * _MINI.sizes[dense].width)
+        for name, dense in {"3M": "1M", "8M": "3M", "18M": "7M", "28M": "11M", "40M": "16M"}.items()
+    },
+    tied=False,
+)
+
 # Two layers, as in the experiments on recall of arXiv 2312.04927, whose widths are 64 to 512, and of arXiv 2403.17844.
 # arXiv 2606.03825 does not give its shapes and ranks for recall. We chose heads of 64 channels, ranks of width / 16 but
 # at least 4, the ratio of FFN width to model width of the paper's language models, and the learning rates. The sequence
@@ -101,4 +126,11 @@ _RECALL = Ladder(
     init_std=0.02,
 )
 
-LADDERS = {"paper": _PAPER, "mini": _MINI, "nano": _NANO, "recall": _RECALL}
+LADDERS = {
+    "paper": _PAPER,
+    "mini": _MINI,
+    "nano": _NANO,
+    "recall": _RECALL,
+    "paper-moe": _PAPER_MOE,
+    "mini-moe": _MINI_MOE,
+}

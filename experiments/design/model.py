@@ -83,10 +83,15 @@ class ModelConfig:
         return self.parameters_nonembedding() + (1 if self.tied else 2) * self.vocabulary * self.width
 
     def parameters_active(self) -> int:
-        """The parameters that one token uses: N without the experts that a router does not choose for it."""
+        """N_active, the parameters that one token uses.
+
+        Idle are the experts that a router does not choose for it, and all but one row of an input embedding that the LM
+        head does not share.
+        """
         parts = (self.mixer, self.ffn)
         idle = sum(part.parameters(self.width) - part.active_parameters(self.width) for part in parts)
-        return self.parameters() - self.layers * idle
+        other_rows = 0 if self.tied else (self.vocabulary - 1) * self.width
+        return self.parameters() - self.layers * idle - other_rows
 
     def parameters_nonembedding(self) -> int:
         """N without the input embedding and without an untied LM head."""

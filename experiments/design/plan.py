@@ -7,7 +7,7 @@ from typing import Any
 from experiments.design.config import TEXT, TRUNK, RunConfig
 from experiments.terminal import align, short, span
 
-HEADINGS = ("N", "N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
+HEADINGS = ("N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
     axes = list(dict.fromkeys(axis for row in plan for axis in row["vary"]))
     branching = any(row["trunk"] for row in plan)
     tasks = any(row["task"] != TEXT for row in plan)
-    headings = ("run", *(["task"] if tasks else []), *axes, *(["branch of"] if branching else []), *HEADINGS)
+    # Only with experts, or with an input embedding that the LM head does not share, does a token use a part of N.
+    active = any(row["parameters_active"] != row["parameters"] for row in plan)
+    added = (*(["task"] if tasks else []), *axes, *(["branch of"] if branching else []))
+    headings = ("run", *added, "N", *(["N_active"] if active else []), *HEADINGS)
     cells = [
         (
             row["run_id"],
@@ -66,6 +69,7 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
             *(f"{row['vary'][axis]:g}" if axis in row["vary"] else "" for axis in axes),
             *([_branch(row)] if branching else []),
             short(row["parameters"]),
+            *([short(row["parameters_active"])] if active else []),
             short(row["parameters_nonembedding"]),
             short(row["tokens"]),
             str(row["steps"]),

@@ -41,6 +41,7 @@ class Sweep:
     # The budget is one of the next two: tokens for each parameter (N) of the baseline, given here or in [vary], or the
     # number of the baseline's optimizer steps, which is the same at all sizes.
     tokens_per_parameter: float | None = None
+    count: Literal["total", "active"] = "total"  # parameters that tokens_per_parameter counts: N or N_active
     steps: int | None = None
     # task -> its steps, where they are not `steps`, such as those of a smaller training set
     steps_by_task: Mapping[str, int] = field(default_factory=dict)
@@ -112,6 +113,8 @@ class Sweep:
         given = [self.tokens_per_parameter is not None, BUDGET_AXIS in self.vary, self.steps is not None]
         if self.steps is not None and sum(given) > 1:
             raise ValueError("steps and tokens_per_parameter are both given; give one of them")
+        if self.steps is not None and self.count != "total":
+            raise ValueError(f"count needs tokens_per_parameter; got {self.count!r} beside steps; remove it")
         if sum(given) != 1:
             often = "twice" if any(given) else "nowhere"
             raise ValueError(f"tokens_per_parameter is given {often}; give a number, or a list of them in [vary]")
@@ -253,8 +256,9 @@ def _budget(sweep: Sweep, task: str, rung: Rung, baseline: ModelConfig, point: M
         return steps * (recipe.batch_sequences or rung.batch_sequences), f"{steps} steps"
     tokens_per_parameter = point.get(BUDGET_AXIS, sweep.tokens_per_parameter)
     assert tokens_per_parameter is not None
-    sequences = round(tokens_per_parameter * baseline.parameters() / rung.sequence_length)
-    return sequences, f"{tokens_per_parameter:g} tokens per parameter"
+    counted = baseline.parameters() if sweep.count == "total" else baseline.parameters_active()
+    sequences = round(tokens_per_parameter * counted / rung.sequence_length)
+    return sequences, f"{tokens_per_parameter:g} tokens per {'' if sweep.count == 'total' else 'active '}parameter"
 
 
 def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
@@ -342,6 +346,7 @@ def _build_model(sweep: Sweep, vocabulary: int, size: str, arm: Arm) -> ModelCon
         mixer=arm.mixer.fitted(shape),
         ffn=arm.ffn.fitted(shape),
         init_std=ladder.init_std,
+        tied=ladder.tied,
     )
     sites = plain.sites()
     for site in arm.conv.sites:

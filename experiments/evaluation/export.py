@@ -18,7 +18,7 @@ from experiments.parts.base import INPUT_SITES
 from experiments.parts.short_convolution import Convolution, NoConvolution
 from experiments.parts.swiglu import SwiGLU
 
-CODE = Path(__file__).parent / "hf" / "modeling_dynconv.py"
+CODE = Path(__file__).parent / "modeling_dynconv.py"
 _OPTIONS = ("sites", "width", "residual", "static_filter", "head_size", "rank", "activation")
 _OF_TRAINING = ("static_init", "generator_init")
 # Names of our parameters in a layer -> theirs in transformers' Qwen3
@@ -36,7 +36,7 @@ _NAMES = {
 def export(run: TrainedRun, folder: Path) -> None:
     """Fill a new folder with the weights (safetensors), the configuration, the model's code and the tokenizer.
 
-    Raises ValueError if the model has a part that the code in hf/modeling_dynconv.py does not have.
+    Raises ValueError if the model has a part that the code in modeling_dynconv.py does not have.
     """
     settings = configuration(run.config)
     temporary = folder.with_name(f".{folder.name}.tmp")

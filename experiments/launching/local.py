@@ -1,4 +1,4 @@
-"""Runs on this machine: slots with their GPUs, in which submitit's local executor starts one run at a time.
+"""Runs on this machine: slots with their GPUs, in which submitit's local executor has one run at a time.
 
 By itself that executor starts every job at once, ends each after two minutes and hides the GPUs.
 """
@@ -12,13 +12,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
 import submitit
 
+from experiments.launching.fork_server import ForkedExecutor, ForkServer, fork_server
 from experiments.launching.profile import Job, Profile
 from experiments.training.run import SHARING_VARIABLE, Run
+
+_COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 
 
 class LocalRun(Run):
@@ -56,6 +60,7 @@ class Slots:
             raise ValueError("device = 'cuda' was asked for and this machine shows no GPU; set device = 'auto'")
         if gpus and need > len(gpus):
             raise ValueError(f"gpus = {need} a run were asked for; this machine shows {len(gpus)}; lower it")
+        self._compiles = bool(gpus) and any(job.compile for job in jobs)
         self._cores = len(os.sched_getaffinity(0))
         self._threads = max((job.gpus * job.threads for job in jobs), default=1)  # of the largest run
         fitting = len(gpus) // need if gpus else max(1, self._cores // self._threads)
@@ -80,21 +85,30 @@ class Slots:
     def _devices(self, slot: int, job: Job) -> list[int]:
         return [] if job.device == "cpu" else self._gpus[slot][: job.gpus]
 
-    def start(self, slot: int, run_dir: Path, job: Job, folder: Path, snapshot: Path) -> "submitit.Job[None]":
-        """Start a run in a free slot, with the code of `snapshot`; submitit's files and the output go to `folder`."""
+    def server(self, snapshot: Path) -> AbstractContextManager[ForkServer]:
+        """The process from which the runs are forked, with the code of `snapshot`."""
+        variables = {
+            "PYTHONPATH": os.pathsep.join([str(snapshot), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONSAFEPATH": "1",  # else the folder that was submitted from comes before the snapshot
+            "OMP_NUM_THREADS": str(self._threads),
+            "SUBMITIT_PREEMPT_SIGNAL": "TERM",  # submitit reads it when it is imported
+            # Otherwise each run starts as many processes that compile as there are cores.
+            _COMPILERS: os.environ.get(_COMPILERS, str(max(1, self._cores // max(1, self._in_use)))),
+        }
+        return fork_server(variables, compiler=self._compiles)
+
+    def start(self, slot: int, run_dir: Path, job: Job, folder: Path, server: ForkServer) -> "submitit.Job[None]":
+        """Start a run in a free slot; submitit's files and the output go to `folder`."""
         gpus = self._devices(slot, job)
-        executor = submitit.LocalExecutor(folder=folder)
+        executor = ForkedExecutor(folder, server)
         executor.update_parameters(
             timeout_min=60 * job.hours,
             tasks_per_node=job.gpus,
             gpus_per_node=len(gpus),
             visible_gpus=gpus,
-            stderr_to_stdout=True,
         )
         variables = {
             "SUBMITIT_PREEMPT_SIGNAL": "TERM",
-            "PYTHONPATH": os.pathsep.join([str(snapshot), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "PYTHONSAFEPATH": "1",  # else the folder that was submitted from comes before the snapshot
             "OMP_NUM_THREADS": str(job.threads),
             SHARING_VARIABLE: str(self.sharing(slot, job)),
         }

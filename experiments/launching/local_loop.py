@@ -6,6 +6,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,12 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
     folder = jobs.new_folder(store, "local")
     slots = local.Slots(profile, [profile.job(run.size) for run in runs])
     waiting, running = deque(runs), dict[int, "submitit.Job[None]"]()
-    with Progress(store, runs) as progress, termination_as_interrupt():
+    with ExitStack() as stack:
+        stack.enter_context(termination_as_interrupt())
+        with signals_deferred():  # ignored by the server, too, and so by the runs: only the launcher heeds Ctrl-C
+            server = stack.enter_context(slots.server(code))
+        server.wait_until_ready()
+        progress = stack.enter_context(Progress(store, runs))
         try:
             while waiting or running:
                 for slot in [slot for slot, job in running.items() if job.done()]:
@@ -47,7 +53,7 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
                         if states.read(store, [run.run_id])[0].state in states.SUBMITTABLE:
                             slot = slots.free.pop(0)
                             with signals_deferred():
-                                running[slot] = slots.start(slot, run_dir, profile.job(run.size), folder, code)
+                                running[slot] = slots.start(slot, run_dir, profile.job(run.size), folder, server)
                                 jobs.write_job(run_dir, "local", running[slot].job_id, running[slot].paths.stdout, code)
                 progress.update()
                 time.sleep(POLL_SECONDS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
 from experiments.models.readout import LastTokenReadout
+from experiments.models.recompute import Policy, recomputing
 from experiments.models.short_convolution import InputConvolution
 from experiments.parts.base import FFN_INPUT, MIXER_INPUT, Part
 
@@ -20,20 +21,23 @@ COMPILED_PROGRAMS = 128  # in one process; a model needs four: its block and its
 # What each layer's mixer and feed-forward part keep of the tokens before: tensors whose first dimension is the batch
 Cache = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 Criterion = Callable[[Tensor, Tensor], Tensor]  # (input [B, T, D] of the LM head, its weight [V, D]) -> loss []
+Named = list[tuple[str, Tensor]]
 
 
 class Output(NamedTuple):
     """The output of a model, as the trainer uses it."""
 
     logits: Tensor  # [B, T, V]
-    losses: dict[str, Tensor]  # auxiliary losses by name: means over tokens, weighted already
+    losses: dict[str, Tensor]  # [B] each: auxiliary losses of each sequence by name, weighted already
+    measures: dict[str, Tensor]  # [B, n] each: what an evaluation logs of each sequence besides, by name and layer
 
 
 class Scored(NamedTuple):
     """The output of a model that was given a criterion."""
 
     loss: Tensor  # []: the criterion's
-    losses: dict[str, Tensor]  # as in Output
+    losses: dict[str, Tensor]  # this and the next as in Output
+    measures: dict[str, Tensor]
 
 
 class Decoder(nn.Module):
@@ -59,6 +63,11 @@ class Decoder(nn.Module):
         self._initialise(seed)
         self._apply_norm: Callable[[RMSNorm, Tensor], Tensor] = RMSNorm.forward
 
+    def recompute(self, policy: Policy) -> None:
+        """Compute activations of the blocks again in the backward pass. Call it before `compile`."""
+        for block in self.blocks:
+            cast(Block, block).program = recomputing(Block.compute, policy)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
 
@@ -70,7 +79,7 @@ class Decoder(nn.Module):
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
         self._apply_norm = torch.compile(RMSNorm.forward, *args, **kwargs)
-        program = torch.compile(Block.compute, *args, **kwargs)
+        program = torch.compile(cast(Block, self.blocks[0]).program, *args, **kwargs)
         for block in self.blocks:
             cast(Block, block).program = program
 
@@ -93,18 +102,20 @@ class Decoder(nn.Module):
             )
         x = self._embed(tokens)
         losses: dict[str, Tensor] = {}
-        for module in self.blocks:
+        measures: dict[str, Tensor] = {}
+        for layer, module in enumerate(self.blocks):
             block = cast(Block, module)
             block.prepare(tokens.shape[1], tokens.device)
-            x, own = block(x)
+            x, own, measured = block(x)
             for name, loss in own:
                 losses[name] = losses[name] + loss if name in losses else loss
+            measures |= {f"{name}.{layer}": value for name, value in measured}
         if self.config.reads_last_token:
             x = self.readout(x)
         x = self._apply_norm(self.norm, x)
         if criterion is not None:
-            return Scored(criterion(x, self.head.weight), losses)
-        return Output(self.head(x), losses)
+            return Scored(criterion(x, self.head.weight), losses, measures)
+        return Output(self.head(x), losses, measures)
 
     def decode(
         self,
@@ -141,11 +152,14 @@ class Decoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         std = self.config.init_std
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
+        residual_std = std * (2 * self.config.layers) ** -0.5
         parts: list[Any] = [part for block in self.blocks for part in (block.mixer, block.ffn)]
         for part in parts:
             for site, module in part.maps.items():
-                scale = (2 * self.config.layers) ** -0.5 if site in part.into_residual else 1.0
-                nn.init.normal_(module.linear.weight, std=std * scale, generator=generator)
+                own_std = residual_std if site in part.into_residual else std
+                nn.init.normal_(module.linear.weight, std=own_std, generator=generator)
+            if hasattr(part, "initialise"):
+                part.initialise(generator, std, residual_std)
         if self.config.reads_last_token:
             for linear in self.readout.maps:
                 nn.init.normal_(cast(nn.Linear, linear).weight, std=std, generator=generator)
@@ -177,20 +191,22 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:  # [B, T, D]; names and values of auxiliary losses
-        y: tuple[Tensor, list[tuple[str, Tensor]]] = self.program(self, x)
+    ) -> tuple[Tensor, Named, Named]:  # [B, T, D]; names and values of auxiliary losses and of measures
+        y: tuple[Tensor, Named, Named] = self.program(self, x)
         return y
 
-    def compute(self, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    def compute(self, x: Tensor) -> tuple[Tensor, Named, Named]:
         """`forward`, uncompiled."""
-        losses: list[tuple[str, Tensor]] = []
+        losses: Named = []
+        measures: Named = []
         for part, norm, convolution in self._parts():
             y = part(convolution(norm(x)))
             if isinstance(y, tuple):
-                y, own = y
+                y, own, measured = y
                 losses += own.items()
+                measures += measured.items()
             x = x + y
-        return x, losses
+        return x, losses, measures
 
     def decode(
         self,
@@ -215,10 +231,13 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     """The module of a part, from the function `build` of models/X.py for a part of parts/X.py.
 
     The module has its linear maps as `maps` (a `Maps`), and as `into_residual` the sites of those that write into the
-    residual stream. Its `forward` maps [B, T, D] to [B, T, D], or to a pair of that and a dictionary of
-    auxiliary losses. If it has a method `prepare(time, device)`, this is called before every pass, outside compiled
-    code, to make tables that all layers share. A part that can generate text has `decode(x, state)`, which continues a
-    sequence: `state`, a dictionary of tensors that is empty at the start, is updated in place.
+    residual stream. Its `forward` maps [B, T, D] to [B, T, D], or to that and two dictionaries: the auxiliary losses
+    [B] of each sequence, and measures [B, n] of each sequence that an evaluation logs. If it has a method
+    `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all layers
+    share. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that are not of
+    `maps`; the second standard deviation is that of weights into the residual stream. A part that can generate text has
+    `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at the start, is
+    updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]
     module: nn.Module = importlib.import_module(f"experiments.models.{name}").build(part, model)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynconv import lowrank_dynamic_convolution
+from dynconv import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, project_together
 from experiments.design.model import ModelConfig
 from experiments.parts.base import LinearMap, Part
@@ -28,6 +28,9 @@ ONE_PRODUCT_WIDTH = 512  # maps of wider inputs share no product: it costs a 2B 
 # of the second for one launch that takes several maps.
 _CHANNEL_MULTIPLE = 16
 _SEGMENT_MULTIPLE = 128
+
+
+_ShortConv = StaticShortConv | HeadwiseDynamicConv | LowRankDynamicConv
 
 
 class ConvLinear(nn.Module):
@@ -108,9 +111,10 @@ class Maps(nn.ModuleDict):
             generated |= dict(zip(joined, columns, strict=True))
         if self._mismatched:
             generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
-        if sharing == list(dynamic) and _fit_one_launch(list(dynamic.values()), widths):
-            convolutions = cast(list[LowRankDynamicConv], list(dynamic.values()))
-            return _convolve_together(convolutions, y, torch.cat(list(generated.values()), -1), widths)
+        convolved = {site: cast(_ShortConv, linear.conv) for site, linear in maps.items() if linear.conv is not None}
+        if sharing == list(convolved) and _fit_one_launch(list(convolved.values()), widths):
+            columns = [generated[site] for site in dynamic]
+            return _convolve_together(list(convolved.values()), y, torch.cat(columns, -1) if columns else None, widths)
         for site, linear in maps.items():
             if site not in products:
                 products[site] = F.linear(x, linear.padded_weight())
@@ -166,32 +170,48 @@ def partners(
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def _fit_one_launch(convolutions: Sequence[nn.Module], widths: Sequence[int]) -> bool:
-    """Whether one launch of the low-rank kernels can compute these convolutions, `widths` channels each."""
-    lowrank = [c for c in convolutions if isinstance(c, LowRankDynamicConv)]
-    kinds = [(len(c.up), c.width, c.residual, c.static_filter is None, c.activation) for c in lowrank]
-    alike = len(lowrank) == len(convolutions) and all(kind == kinds[0] for kind in kinds)
-    return len(convolutions) > 1 and alike and not any(width % _SEGMENT_MULTIPLE for width in widths)
+def _fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -> bool:
+    """Whether one launch can compute these convolutions, `widths` channels each: they must be alike but for those."""
+
+    def settings(convolution: _ShortConv) -> tuple[object, ...]:
+        shape: int | None = None
+        if isinstance(convolution, LowRankDynamicConv):
+            shape = len(convolution.up)  # the rank
+        if isinstance(convolution, HeadwiseDynamicConv):
+            shape = convolution.channels // convolution.heads
+        static = convolution.static_filter is not None
+        return type(convolution), convolution.width, convolution.residual, static, convolution.activation, shape
+
+    lowrank = any(isinstance(convolution, LowRankDynamicConv) for convolution in convolutions)
+    fitting = not (lowrank and any(width % _SEGMENT_MULTIPLE for width in widths))
+    kinds = [settings(convolution) for convolution in convolutions]
+    return len(convolutions) > 1 and fitting and all(kind == kinds[0] for kind in kinds)
 
 
 def _convolve_together(
-    convolutions: Sequence[LowRankDynamicConv],  # equal in all settings but their channels
+    convolutions: Sequence[_ShortConv],  # equal in all settings but their channels
     y: Tensor,  # [B, T, sum of widths]
-    generated: Tensor,  # [B, T, columns of all generators]
+    generated: Tensor | None,  # [B, T, columns of all generators]; None for static convolutions
     widths: Sequence[int],  # channels of each in y, including padding
 ) -> list[Tensor]:  # [B, T, channels] each
     """Apply several convolutions in one launch. Padding channels of y get zero filters, and are removed."""
     first = convolutions[0]
-    ups, filters = [], []
-    for convolution, width in zip(convolutions, widths, strict=True):
-        more = width - convolution.channels
-        ups.append(F.pad(convolution.up.unflatten(1, (convolution.width, -1)), (0, more)))  # [R, W, width]
-        if convolution.static_filter is not None:
-            filters.append(F.pad(convolution.static_filter, (0, more)))
-    up, static = torch.cat(ups, 2).flatten(1), torch.cat(filters, 1) if filters else None
-    y = lowrank_dynamic_convolution(
-        y, generated, up, static, first.residual, activation=first.activation, segments=tuple(widths)
-    )
+    padding = [width - convolution.channels for convolution, width in zip(convolutions, widths, strict=True)]
+    filters = [c.static_filter for c in convolutions if c.static_filter is not None]
+    static = torch.cat([F.pad(f, (0, more)) for f, more in zip(filters, padding, strict=True)], 1) if filters else None
+    options: dict[str, Any] = {"residual": first.residual, "activation": first.activation}
+    if isinstance(first, LowRankDynamicConv):
+        assert generated is not None
+        lowrank = cast(Sequence[LowRankDynamicConv], convolutions)
+        bases = [c.up.unflatten(1, (c.width, -1)) for c in lowrank]  # [R, W, channels] each
+        up = torch.cat([F.pad(base, (0, more)) for base, more in zip(bases, padding, strict=True)], 2).flatten(1)
+        y = lowrank_dynamic_convolution(y, generated, up, static, segments=tuple(widths), **options)
+    elif isinstance(first, HeadwiseDynamicConv):
+        assert generated is not None
+        y = headwise_dynamic_convolution(y, generated.unflatten(2, (-1, first.width)), static, **options)
+    else:
+        assert static is not None
+        y = static_convolution(y, static, **options)
     return [part[..., : c.channels] for c, part in zip(convolutions, y.split(widths, -1), strict=True)]
 
 

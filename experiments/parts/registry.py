@@ -7,6 +7,9 @@ from typing import Annotated
 
 from experiments.parts.attention import Attention
 from experiments.parts.base import Part
+from experiments.parts.gated_deltanet import GatedDeltaNet
+from experiments.parts.mamba2 import Mamba2
+from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import (
     Convolution,
     HeadwiseConvolution,
@@ -16,8 +19,8 @@ from experiments.parts.short_convolution import (
 )
 from experiments.parts.swiglu import SwiGLU
 
-MIXERS: tuple[type[Part], ...] = (Attention,)
-FEED_FORWARDS: tuple[type[Part], ...] = (SwiGLU,)
+MIXERS: tuple[type[Part], ...] = (Attention, Mamba2, GatedDeltaNet)
+FEED_FORWARDS: tuple[type[Part], ...] = (SwiGLU, MoE)
 CONVOLUTIONS: tuple[type[Convolution], ...] = (
     NoConvolution,
     StaticConvolution,

@@ -26,7 +26,7 @@ class GeneratedTask:
         self.generator = generator
         self.vocabulary, self.sha256 = generator.vocabulary, generator.sha256
         self.held_out = _held_out(generator, name)
-        self.further = {at: _held_out(variant, f"{name} at {at}") for at, variant in generator.further().items()}
+        self.further = generator.further()
         self._batch_sequences, self._seed = batch_sequences, seed
         self._block = max(batch_sequences, AHEAD_TOKENS // generator.sequence_length)
         self._first = 0
@@ -48,6 +48,10 @@ class GeneratedTask:
 
     def metrics(self, loss: float) -> Mapping[str, float]:
         return {"loss": loss}
+
+    def further_held_out(self, at: str) -> Examples:
+        """The held-out set at a key of `further`, made when it is asked for: only the end of a run needs it."""
+        return _held_out(self.further[at], f"{self.name} at {at}")
 
     def scores(
         self,

@@ -5,12 +5,13 @@ and a checksum of each file. No code is executed when it is read. A folder appea
 on disk, and a checkpoint whose checksums differ is never used.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -161,7 +162,7 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> li
     from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = _make_writer(folder, tensors)
-    with _one_process_is_intended():
+    with _errors_of_torch_named("written"):
         save(tensors, storage_writer=writer, no_dist=world.size == 1)
     names: list[str] = writer.written  # type: ignore[attr-defined]
     return names
@@ -195,14 +196,26 @@ def _read(path: Path, run: Resumable, world: World) -> None:
 
     saved: Mapping[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = run.tensors_for({name: (each.size, each.properties.dtype) for name, each in saved.items()})
-    with _one_process_is_intended():
+    with _errors_of_torch_named("read"):
         load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.size == 1)
     run.resume(State(_manifest(path)["about"], tensors))
 
 
-def _one_process_is_intended() -> warnings.catch_warnings:
-    """A context in which torch does not warn that there is no process group."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+@contextlib.contextmanager
+def _errors_of_torch_named(verb: str) -> Iterator[None]:
+    """A context in which torch does not warn that there is no process group, and what went wrong is an OSError.
+
+    Torch raises an exception that is no Exception, in all processes alike.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
+    except CheckpointException as failure:
+        rank, (cause, _) = next(iter(failure.failures.items()))
+        message = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
+        raise OSError(f"a checkpoint could not be {verb} by rank {rank} ({message})") from None
 
 
 def _problem(path: Path, world: World) -> str | None:

@@ -74,7 +74,7 @@ def add_gradients(
             loss, auxiliary = losses(inputs, targets)
             loss = loss / positions.clamp(min=1)  # without a target that counts the loss is 0, not NaN
             total += loss.detach()
-            for auxiliary_loss in auxiliary.values():  # Each is a mean over the tokens of this micro-batch.
+            for auxiliary_loss in auxiliary.values():  # Each is a mean over the sequences of this micro-batch.
                 loss = loss + auxiliary_loss * share
             # Gradients are averaged over the processes; our loss is a sum over them, so scale by their number.
             (loss * world.size).backward()
@@ -103,24 +103,25 @@ class _Window:
 
 
 class Engine:
-    """Whole optimizer steps: forward, backward, clipping and AdamW. `warm_up` can capture them as one CUDA graph.
+    """Whole optimizer steps: forward, backward, clipping and update. `warm_up` can capture them as one CUDA graph.
 
     If the loss or the gradient norm of a step is not finite, this step and all later ones update nothing, neither
-    parameters nor moments nor AdamW's step count: the state stays as it was before that step.
+    parameters nor the optimizers' state, such as AdamW's step count: all stays as it was before that step.
     """
 
     def __init__(
         self,
         model: nn.Module,  # replicated or sharded, if there are several processes
         losses: Losses,
-        optimizer: torch.optim.AdamW,  # fused
+        optimizers: Sequence[torch.optim.Optimizer],  # which heed `grad_scale` and `found_inf`
         world: World,
         shape: Shape,
         clip_norm: float,
     ) -> None:
-        self._model, self._losses, self._optimizer, self._world = model, losses, optimizer, world
+        self._model, self._losses, self._optimizers, self._world = model, losses, optimizers, world
         self._clip_norm, self.shape = clip_norm, shape
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
         cuda = world.device.type == "cuda"
         self._host = _Window(shape, torch.device("cpu"), pinned=cuda)
         self._window = _Window(shape, world.device)
@@ -128,10 +129,10 @@ class Engine:
         self._place = torch.zeros(1, dtype=torch.int64, device=world.device)  # index of the next step in the window
         self._stopped = torch.zeros((), device=world.device)  # 1 after a step that was not finite, else 0
         self._rate = torch.zeros((), device=world.device)
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = self._rate
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream() if cuda else None
+        self.stream = torch.cuda.Stream() if cuda else None  # for captures
         self._uploaded = torch.cuda.Event() if cuda else None
 
     @property
@@ -190,7 +191,7 @@ class Engine:
             self._graph = torch.cuda.CUDAGraph()
             # Capture on a separate stream. cuBLAS has one workspace per stream: graphs that were captured on the same
             # stream would share it, and corrupt each other's products if they are replayed at the same time.
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            with torch.cuda.graph(self._graph, stream=self.stream):
                 self._step()
             self._release_gradients()  # Their memory belongs to the graph.
         self._stopped.zero_()
@@ -198,11 +199,11 @@ class Engine:
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:
         """Launch on the engine's stream, after all earlier work of the current stream and before all later work."""
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             yield
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def _step(self) -> None:
         """One step on the batch at index `_place` of the window. The gradients are not released."""
@@ -215,10 +216,11 @@ class Engine:
         loss = add_gradients(self._model, self._losses, micro_batches, positions, self._world)
         norm = self._world.total_norm([p.grad for p in self._parameters if p.grad is not None])
         self._stopped.logical_or_(~(loss + norm).isfinite())
-        # Fused AdamW divides gradients by grad_scale, which clips them, and updates nothing if found_inf is 1.
+        # The optimizers divide gradients by grad_scale, which clips them, and update nothing if found_inf is 1.
         scale = ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
-        self._optimizer.grad_scale, self._optimizer.found_inf = scale, self._stopped  # type: ignore[attr-defined]
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.grad_scale, optimizer.found_inf = scale, self._stopped  # type: ignore[attr-defined]
+            optimizer.step()
         self._results.index_copy_(1, at, torch.stack([loss, norm])[:, None])
         self._place += 1
 

@@ -5,7 +5,6 @@ Shapes: n sequences of a held-out set, T sequence length.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +12,48 @@ from torch import Tensor, nn
 from experiments.tasks.base import Examples, Task
 from experiments.tasks.stream import GeneratedTask
 from experiments.training.engine import Losses, on_device
+from experiments.training.held_out import HeldOutLoss
 from experiments.training.parallel import World
 from experiments.training.scoring import answers_of
 
 
-@dataclass(frozen=True)
 class Evaluator:
-    """What an evaluation needs of a trainer."""
+    """Evaluates the model of a trainer."""
 
-    model: nn.Module  # replicated, if there are several processes
-    losses: Losses
-    task: Task
-    world: World
-    micro_batch: int  # sequences
-    group: int  # neighbouring sequences that read one another, and share a micro-batch
+    def __init__(
+        self,
+        model: nn.Module,  # replicated, if there are several processes
+        losses: Losses,
+        task: Task,
+        world: World,
+        micro_batch: int,  # sequences
+        group: int,  # neighbouring sequences that read one another, and share a micro-batch
+    ) -> None:
+        self.model, self.task, self.world = model, task, world
+        self.micro_batch, self.group = micro_batch, group
+        self._loss: HeldOutLoss | None = None
+        if not isinstance(task, GeneratedTask):
+            held_out = self._grouped(task.held_out)
+            self._loss = HeldOutLoss(losses, held_out, list(self._parts(held_out)), micro_batch, world.device)
+
+    @torch.no_grad()
+    def warm_up(self, stream: torch.cuda.Stream | None) -> None:
+        """Compile, by a pass whose result is discarded. With a stream, also record passes on it as CUDA graphs.
+
+        The answers to a generated task are not recorded: how many of its targets count is not the same in every pass.
+        """
+        if self._loss is None:
+            examples = self._grouped(self.task.held_out).rows(0, self.micro_batch)
+            answers_of(self.model, self.world.device, *on_device(examples, self.micro_batch, self.world.device))
+        else:
+            self._loss.warm_up(stream)
 
     @torch.no_grad()
     def metrics(self, finished: bool, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Metrics by name: the task's, and auxiliary losses of the model.
 
         A generated task's further held-out sets are evaluated only if training is `finished`. Returns None if
-        `interrupted`, called before each micro-batch, is True.
+        `interrupted`, called on the way, returned True.
         """
         if not isinstance(self.task, GeneratedTask):
             return self._metrics_of_loss(interrupted)
@@ -46,23 +66,18 @@ class Evaluator:
         return metrics
 
     def _metrics_of_loss(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        held_out = self._grouped(self.task.held_out)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        auxiliary = _AuxiliaryLosses(self.world)
-        for low, high in self._parts(held_out):
-            if interrupted():
-                return None
-            examples = held_out.rows(low, high)
-            loss, own = self.losses(*on_device(examples, self.micro_batch, self.world.device))
-            total += loss.double()
-            auxiliary.add(own, examples.inputs.size / held_out.inputs.size)
-        mean = self.world.sum(total).item() / held_out.positions
-        return dict(self.task.metrics(mean)) | auxiliary.means()
+        assert self._loss is not None
+        sums = self._loss.sums(interrupted)
+        if sums is None:
+            return None
+        total, auxiliary = sums
+        mean = self.world.sum(total).item() / self._loss.positions
+        return dict(self.task.metrics(mean)) | {n: self.world.sum(each).item() for n, each in auxiliary.items()}
 
     def _metrics_of_answers(
         self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
     ) -> dict[str, float] | None:
-        held_out = self._grouped(task.further[at] if at else task.held_out)
+        held_out = self._grouped(task.further_held_out(at) if at else task.held_out)
         device = self.world.device
         losses = torch.zeros(held_out.inputs.shape, dtype=torch.float64, device=device)
         correct = torch.zeros(held_out.inputs.shape, dtype=torch.int32, device=device)
@@ -95,7 +110,7 @@ class Evaluator:
 
 
 class _AuxiliaryLosses:
-    """Means of the model's auxiliary losses over a held-out set, by name."""
+    """Means of the model's auxiliary losses and measures over a held-out set, by name and, of a measure, by index."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -108,4 +123,9 @@ class _AuxiliaryLosses:
             self._sums[name] = self._sums[name] + part if name in self._sums else part
 
     def means(self) -> dict[str, float]:
-        return {name: self._world.sum(total).item() for name, total in self._sums.items()}
+        found: dict[str, float] = {}
+        for name, total in self._sums.items():
+            values = self._world.sum(total)
+            names = [f"{name}.{index}" for index in range(len(values))] if values.dim() else [name]
+            found |= dict(zip(names, values.flatten().tolist(), strict=True))
+        return found

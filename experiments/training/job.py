@@ -55,8 +55,7 @@ def joined(run_dir: Path, execution: Execution, place: Place, attempt: int) -> I
         return
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")  # A requeued job keeps its id.
     meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}-{attempt}"
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    with process_group(backend, meeting, world.rank, world.size, place.hosts):
+    with process_group(device, meeting, world.rank, world.size, place.hosts):
         names = world.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
         other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
         if other is not None:

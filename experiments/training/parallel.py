@@ -78,9 +78,10 @@ class World:
     def place(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
         """Move the model to this process's device. Under "fsdp" this process keeps its part of every matrix.
 
-        `parts` are the submodules whose matrices are gathered together, in the order of their use. Norms and
-        convolutions stay whole and in float32 everywhere, because one process alone uses them in float32 as well, and
-        because they are few. Sharding replaces parameters: optimizers must be made after this.
+        `parts` are the submodules whose matrices are gathered together, in the order of their use. Norms,
+        convolutions and what modules name as `in_float32` stay whole and in float32 everywhere, because one process
+        alone uses them in float32 as well, and because they are few. Sharding replaces parameters: optimizers must be
+        made after this.
         """
         if not self.sharded:
             model.to(self.device)
@@ -88,6 +89,8 @@ class World:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         kept = list(optimizer_groups(model)["undecayed"].values())
+        for module in model.modules():
+            kept += cast(Any, module).in_float32() if hasattr(module, "in_float32") else []
         for parameter in kept:
             parameter.data = parameter.data.to(self.device)
             dist.broadcast(parameter.data, 0)

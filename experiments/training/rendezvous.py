@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from analysis.logs.files import read_json, write_json
@@ -24,15 +25,16 @@ _POLL_SECONDS = 0.1
 
 
 @contextlib.contextmanager
-def process_group(backend: str, file: Path, rank: int, size: int, hosts: Sequence[str]) -> Iterator[None]:
-    """Join the processes of a job to torch's default process group, until the context ends.
+def process_group(device: torch.device, file: Path, rank: int, size: int, hosts: Sequence[str]) -> Iterator[None]:
+    """Join the processes of a job, each with its device, to torch's default process group until the context ends.
 
     `file` is where rank 0 publishes the address; its name must be new for every attempt. `hosts` are the job's nodes;
     if there is only one, nothing listens beyond its loopback interface. Raises ValueError if torch lacks the backend,
     and TimeoutError if the processes do not meet.
     """
-    available = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available}[backend]
-    if not available():
+    cuda = device.type == "cuda"
+    backend, available = ("nccl", dist.is_nccl_available()) if cuda else ("gloo", dist.is_gloo_available())
+    if not available:
         raise ValueError(
             f"torch was built without {backend.upper()}, which several processes need here; install a build that has "
             "it, or set gpus = 1"
@@ -41,7 +43,9 @@ def process_group(backend: str, file: Path, rank: int, size: int, hosts: Sequenc
         for library in ("NCCL", "GLOO"):
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
     store = _open_store(file, size, hosts) if rank == 0 else _find_store(file, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT, device_id=device if cuda else None
+    )
     try:
         if rank == 0:
             file.unlink(missing_ok=True)  # All have met.

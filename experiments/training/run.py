@@ -156,9 +156,13 @@ class _Attempt:
 
         def make(micro_batch: int) -> "Trainer":
             execution = replace(self._execution, micro_batch=micro_batch)
-            return assemble(run, Dataset.open(config["data_dir"]), execution, World(0, 1, world.device))
+            dataset = None if run.data is None else Dataset.open(config["data_dir"])
+            return assemble(run, dataset, execution, World(0, 1, world.device))
 
         tried = self._micro_batch
+        gigabytes = f"{torch.cuda.get_device_properties(world.device).total_memory / 2**30:.0f} GiB"
+        if tried == 0:
+            return ValueError(f"the model does not fit into the GPU's {gigabytes}; set parallel = 'fsdp' on more GPUs")
         if world.sharded:  # One process alone cannot try, and the others may be waiting for it already.
             advice = f"try micro_batch = {max(1, tried // 2)} in the profile, or more GPUs"
         else:
@@ -166,10 +170,9 @@ class _Attempt:
             advice = f"{fits} do: set micro_batch = {fits} in the profile"
             if fits is None:
                 advice = "nor do fewer: set parallel = 'fsdp' in the profile, on more GPUs"
-        gigabytes = torch.cuda.get_device_properties(world.device).total_memory / 2**30
         return ValueError(
             f"micro_batch = {tried} sequences of {run.train.sequence_length} tokens do not fit into the GPU's "
-            f"{gigabytes:.0f} GiB; {advice}"
+            f"{gigabytes}; {advice}"
         )
 
     def _remove_failure(self) -> None:

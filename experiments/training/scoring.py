@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.training.loss import CHUNK, IGNORED
+from experiments.training.loss import CHUNK, IGNORED, means_over_sequences
 from experiments.training.precision import mixed_precision
 
 
@@ -18,7 +18,7 @@ class Answers(NamedTuple):
 
     losses: Tensor  # [B, T] in nats, float64
     correct: Tensor  # [B, T]: whether the likeliest token is the target
-    auxiliary: dict[str, Tensor]  # losses of the model, by name
+    auxiliary: dict[str, Tensor]  # means of the model's auxiliary losses [] and measures [n], by name
 
 
 def answers_of(
@@ -46,11 +46,11 @@ def answers_of(
 
     if device.type == "cuda":
         with mixed_precision(device):
-            _, auxiliary = model(inputs, score)
-        return Answers(losses, correct, auxiliary)
-    logits, auxiliary = model(inputs)
-    losses[counted], correct[counted] = _score(logits[counted], targets[counted])
-    return Answers(losses, correct, auxiliary)
+            _, auxiliary, measures = model(inputs, score)
+    else:
+        logits, auxiliary, measures = model(inputs)
+        losses[counted], correct[counted] = _score(logits[counted], targets[counted])
+    return Answers(losses, correct, means_over_sequences(auxiliary | measures, targets))
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # [N, V], [N] -> [N], [N]

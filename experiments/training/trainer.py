@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
+from experiments.models.decoder import Decoder
 from experiments.tasks.base import Examples, Task
 from experiments.training.checkpoints import State
 from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
-from experiments.training.loss import IGNORED, linear_cross_entropy
+from experiments.training.loss import IGNORED, linear_cross_entropy, means_over_sequences
+from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
 from experiments.training.precision import mixed_precision
@@ -86,6 +88,8 @@ class Trainer:
         fitting = max(1, MICRO_BATCH_TOKENS // config.sequence_length // group) * group
         self._micro_batch = min(share, execution.micro_batch or fitting)
         self._group = group
+        if execution.recompute != "none":
+            cast(Decoder, model).recompute(execution.recompute)
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)
@@ -96,8 +100,7 @@ class Trainer:
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
             shape = window_shape(micro_batches, self._micro_batch, config.sequence_length)
-            adamw = cast(torch.optim.AdamW, optimizers[0])
-            self._engine = Engine(self._replicas, self._losses, adamw, world, shape, config.clip_norm)
+            self._engine = Engine(self._replicas, self._losses, optimizers, world, shape, config.clip_norm)
         self._window = 1  # number of steps to launch together; grows once their time is measured
         self._filled = range(0)  # steps whose batches are in the engine's next window
         self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
@@ -112,6 +115,11 @@ class Trainer:
         return self.steps_done == self.config.steps
 
     @property
+    def captured(self) -> bool:
+        """Whether a step is a CUDA graph: true of small models on a GPU, once they are warmed up."""
+        return self._engine is not None and self._engine.captured
+
+    @property
     def evaluation_due(self) -> bool:
         """Whether to evaluate: after the last step, and wherever a multiple of `evaluate_every` tokens is reached."""
         return self.steps_done != self.evaluated_at and self._evaluates_after(self.steps_done)
@@ -119,18 +127,17 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile the model and load kernels by a training and an evaluation pass whose results are discarded.
 
-        A small model's step is also captured as a CUDA graph.
+        A small model's passes are also captured as CUDA graphs.
         """
-        if self._engine is not None:
-            small = sum(parameter.numel() for parameter in self.model.parameters()) <= CAPTURED_PARAMETERS
-            self._engine.warm_up(capture=self._compiled and small and self.world.size == 1)
-        inputs, targets = self._to_device(next(self._micro_batches(0)))
+        small = sum(parameter.numel() for parameter in self.model.parameters()) <= CAPTURED_PARAMETERS
+        capture = self._compiled and small and self.world.size == 1
         if self._engine is None:
-            loss, _ = self._losses(inputs, targets)
-            loss.backward()
+            self._backward(0)
             self._zero_grad()
-        with torch.no_grad():
-            self._losses(inputs, targets)
+            self._evaluator.warm_up(None)
+        else:
+            self._engine.warm_up(capture)
+            self._evaluator.warm_up(self._engine.stream if capture else None)
         torch.cuda.synchronize()
 
     def step(self) -> Step:
@@ -234,7 +241,7 @@ class Trainer:
         return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """The task's metrics on its held-out sets. None if `interrupted`, called before each micro-batch, is True."""
+        """The task's metrics on its held-out sets. None if `interrupted`, called on the way, returned True."""
         start = time.perf_counter()
         metrics = self._evaluator.metrics(self.finished, interrupted)
         if metrics is None:
@@ -358,21 +365,29 @@ def losses_of(
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses by name."""
+    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
+
+    Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
+    Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
+    """
     if device.type == "cuda":
         with mixed_precision(device):
-            loss, auxiliary = model(
+            loss, auxiliary, measures = model(
                 inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
             )
-        return loss, auxiliary
-    logits, auxiliary = model(inputs)
-    logits = logits.float().flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"), auxiliary
+    else:
+        logits, auxiliary, measures = model(inputs)
+        logits = logits.float().flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    if not torch.is_grad_enabled():
+        auxiliary = auxiliary | measures
+    return loss, means_over_sequences(auxiliary, targets)
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
-    """Whether steps are launched before the losses of earlier ones are read: on a GPU with fused AdamW only.
+    """Whether steps are launched before the losses of earlier ones are read: on a GPU, where it saves time.
 
-    Only this optimizer can skip an update by a flag on the device. On a CPU nothing would be gained.
+    It takes optimizers that can skip an update by a flag on the device.
     """
-    return world.device.type == "cuda" and all(type(optimizer) is torch.optim.AdamW for optimizer in optimizers)
+    able = all(isinstance(optimizer, torch.optim.AdamW | Muon) for optimizer in optimizers)
+    return world.device.type == "cuda" and able

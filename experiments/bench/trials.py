@@ -1,0 +1,174 @@
+"""What `dynconv bench train` measures: arms at sizes, as the runs of a sweep, with random tokens for text.
+
+Shapes: B sequences of a batch, T sequence length.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from experiments.design import strict
+from experiments.design.arms import ARMS, Arm
+from experiments.design.config import Execution, RunConfig
+from experiments.design.data import DataConfig
+from experiments.design.ladder import LADDERS
+from experiments.design.model import BACKWARD_OVER_FORWARD, ModelConfig
+from experiments.design.recipe import Recipe
+from experiments.design.schedules import Constant
+from experiments.design.sweep import Sweep, expand, read_sweep
+from experiments.design.train import OPTIMIZERS, Optimizer, TrainConfig
+
+DEFAULT_ARMS = ("transformer", "static-qkv", "headwise-qkv", "lowrank-qkv", "lowrank-all")
+VOCABULARIES = {"paper": 100_352, "mini": 4096, "nano": 512}  # as in experiments/sweeps
+ENDLESS = 10**7  # steps of a measured run, far more than are taken
+_ANY_NUMBER = 1e9  # the largest setting of a sweep; used where the length of the run does not matter
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm at a size, with an optimizer, on a number of GPUs."""
+
+    run: RunConfig
+    gpus: int = 1
+    parallel: str = "none"  # "ddp" or "fsdp" on several GPUs
+    micro_batches: int = 1  # of a step, on each GPU
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a micro-batch."""
+        return self.run.train.batch_sequences // self.gpus // self.micro_batches
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step on all GPUs."""
+        return self.run.train.batch_sequences * self.run.train.sequence_length
+
+    @property
+    def optimizer(self) -> str:
+        return self.run.train.optimizer.kind
+
+    @property
+    def name(self) -> str:
+        where = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
+        return f"{self.run.size} {self.run.arm} {self.optimizer}{where}"
+
+    def execution(self, device: str) -> Execution:
+        kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+        shared: Literal["ddp", "fsdp"] = "fsdp" if self.parallel == "fsdp" else "ddp"
+        return Execution(device=kind, gpus=self.gpus, parallel=shared, micro_batch=self.batch)
+
+    def flops(self) -> dict[str, int]:
+        """Training FLOPs of a step on all GPUs, by part of the model."""
+        length = self.run.train.sequence_length
+        sequences = self.run.train.batch_sequences * (1 + BACKWARD_OVER_FORWARD)
+        return {part: sequences * count for part, count in flops_by_part(self.run.model, length).items()}
+
+
+def flops_by_part(model: ModelConfig, sequence_length: int) -> dict[str, int]:
+    """FLOPs of one forward pass over one sequence: mixer, feed-forward part, convolutions with their generators, head.
+
+    Their sum is that of `ModelConfig.forward_flops`.
+    """
+    total = model.forward_flops(sequence_length)
+    found = {
+        name: model.layers * sum(part.forward_flops(model.width, sequence_length).values())
+        for name, part in (("mixer", model.mixer), ("ffn", model.ffn))
+    }
+    found["head"] = total["head"]
+    return found | {"convolutions": sum(total.values()) - sum(found.values())}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    sizes: tuple[str, ...]
+    arms: tuple[str, ...] = ()  # none: all of the sweep, or DEFAULT_ARMS
+    optimizers: tuple[str, ...] = ()  # none: the arm's own
+    sweep: Path | None = None
+    batch: int | None = None  # sequences of a micro-batch; None: as in a run
+    micro_batches: int = 1  # of a step, on each GPU
+    sequence: int | None = None  # None: the ladder's
+    gpus: int = 1
+    parallel: str = "ddp"
+
+
+def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | None = None) -> list[Trial]:
+    """The trials of one size: all arms with the first optimizer, then with the next; on one GPU, then on several.
+
+    `batch`, if given, stands in for the request's; without either, a micro-batch is what a run would use: the recipe's
+    batch, but at most `micro_batch_tokens`. Raises ValueError for a size, an arm or an optimizer that is
+    not known, and for numbers below 1.
+    """
+    for name in ("batch", "sequence", "micro_batches", "gpus"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+    sweep = _sweep(request, size)
+    known = {optimizer.kind: optimizer for optimizer in OPTIMIZERS}
+    for kind in request.optimizers:
+        strict.choose(kind, known, "--optimizer")
+    optimizers: list[Optimizer | None] = [known[kind]() for kind in request.optimizers]
+    found = []
+    for gpus, optimizer, run in itertools.product(
+        dict.fromkeys((1, request.gpus)), optimizers or [None], expand(sweep)
+    ):
+        length = request.sequence or run.train.sequence_length
+        fitting = min(run.train.batch_sequences, max(1, micro_batch_tokens // length))
+        sequences = (batch or request.batch or fitting) * request.micro_batches * gpus
+        train = _endless(run.train, sequences, length)
+        if optimizer is not None:
+            train = replace(train, optimizer=optimizer)
+        parallel = "none" if gpus == 1 else request.parallel
+        found.append(Trial(replace(run, train=train), gpus, parallel, request.micro_batches))
+        found[-1].execution("cpu").check(found[-1].run)
+    return found
+
+
+def _endless(train: TrainConfig, sequences: int, length: int) -> TrainConfig:
+    """A run that is never evaluated and never ends, at a rate next to zero, so that random tokens do no harm."""
+    tokens = ENDLESS * sequences * length
+    return replace(
+        train,
+        tokens=tokens,
+        sequence_length=length,
+        batch_sequences=sequences,
+        evaluate_every=tokens,
+        warmup_steps=ENDLESS,
+        schedule=Constant(),
+    )
+
+
+def _sweep(request: Request, size: str) -> Sweep:
+    """A sweep of this size and the chosen arms, with one endless run of each."""
+    own: dict[str, Arm] = {}  # arms that the file defines
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    if request.sweep is None:
+        ladders = {each: name for name in VOCABULARIES for each in LADDERS[name].sizes}
+        ladder = ladders[strict.choose(size, ladders, "size")]
+        train, vocabulary = Recipe(), VOCABULARIES[ladder]
+    else:
+        given = read_sweep(request.sweep)
+        if given.data is None:
+            raise ValueError(f"--sweep {request.sweep} has no [data]; give a sweep on text")
+        ladder, train, own, vocabulary = given.ladder, given.train, dict(given.arm), given.data.vocabulary
+        strict.choose(size, LADDERS[ladder].sizes, f"sizes of ladder {ladder!r}")
+        arms = (given.baseline, *(arm for arm in given.arms if arm != given.baseline))
+    for arm in request.arms:
+        strict.choose(arm, ARMS | own, "--arms")
+    arms = tuple(dict.fromkeys(request.arms or arms))
+    return Sweep(
+        name="bench",
+        ladder=ladder,
+        sizes=(size,),
+        arms=arms,
+        baseline=arms[0],
+        seeds=(0,),
+        match="tokens",
+        data=DataConfig(vocabulary=vocabulary, train_tokens=2**62, validation_tokens=2**31),
+        tokens_per_parameter=_ANY_NUMBER,
+        max_epochs=_ANY_NUMBER,
+        train=train,
+        arm=own,
+    )

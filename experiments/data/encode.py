@@ -1,0 +1,157 @@
+"""Buckets of documents -> buckets of tokens, each a file that is complete or not there, in as many processes as cores.
+
+So a build that was killed goes on with the buckets that are missing.
+"""
+
+import functools
+import json
+import os
+import signal
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.errors import WorkFailed
+from analysis.logs.files import write_atomically, write_json
+from experiments.data import tokenizer as bpe
+from experiments.data.dataset import TOKENIZER, file_sha256, token_type
+from experiments.data.documents import Documents
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
+# Processes take a third of a second each to start; below this much text, the tokenizer's threads alone are as fast.
+PARALLEL_BYTES = 256 * 2**20
+
+
+class Job(NamedTuple):
+    """What one process does at a time."""
+
+    folder: Path  # the tokenizer lies here, and the tokens go here
+    spill: Path  # the documents lie here
+    split: str
+    bucket: int
+    wanted: int  # tokens; the rest of the bucket may be left out
+    vocabulary: int
+    end_of_text: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.split}-bucket-{self.bucket:03d}"
+
+
+class Bucket(NamedTuple):
+    """The tokens of a bucket."""
+
+    ids: NDArray[Any]
+    starts: NDArray[np.uint64]  # the position of each document's first token
+
+
+def encode(jobs: list[Job], text_bytes: int, report: Callable[[int], object]) -> Iterator[Bucket]:
+    """The buckets of tokens in order, from earlier processes where they are whole; stop asking when there are enough.
+
+    `report` is told how many tokens were made. Raises ValueError if the tokenizer loses something, and WorkFailed if
+    a process was killed.
+    """
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    if workers > 1 and text_bytes >= PARALLEL_BYTES:
+        yield from _encode_in_processes(jobs, workers, report)
+        return
+    still_wanted = jobs[0].wanted
+    for job in jobs:
+        _encode(job._replace(wanted=still_wanted), report)
+        bucket = _read(job)
+        still_wanted -= len(bucket.ids)
+        yield bucket
+
+
+def _encode_in_processes(jobs: list[Job], workers: int, report: Callable[[int], object]) -> Iterator[Bucket]:
+    context = get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), stop)) as pool:
+        # Few jobs wait, so that little is encoded in vain when the split has its tokens.
+        futures = [pool.submit(_encode, job) for job in jobs[:workers]]
+        try:
+            for number, job in enumerate(jobs):
+                futures[number].result()
+                futures += [pool.submit(_encode, later) for later in jobs[len(futures) : number + 1 + workers]]
+                bucket = _read(job)
+                report(len(bucket.ids))
+                yield bucket
+        except BrokenProcessPool as error:
+            raise WorkFailed(
+                "a process that tokenizes was killed, perhaps for want of memory; what is done is kept: build again, "
+                "on fewer cores (taskset) if need be"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int, stop: "Event") -> None:
+    """One core a worker; and leave at once when told to, or when the parent has been killed and nobody would tell."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells the workers
+
+    def watch() -> None:
+        while os.getppid() == parent and not stop.wait(0.2):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _encode(job: Job, report: Callable[[int], object] = lambda _: None) -> None:
+    """Write the tokens of a bucket, unless an earlier process has."""
+    if _is_whole(job):
+        return
+    coder = _coder(job.folder / TOKENIZER, job.vocabulary, job.end_of_text)
+    found = Documents.finished(job.spill)
+    assert found is not None
+    documents, _ = found
+    starts, tokens, starts_document = array("Q"), 0, True
+
+    def write(path: Path) -> None:
+        nonlocal tokens, starts_document
+        with path.open("wb") as file:
+            for encoded in bpe.encode(coder, documents.texts(job.split, job.bucket)):
+                if starts_document:
+                    starts.append(tokens)
+                starts_document = encoded.ends_document
+                ids = np.append(encoded.ids, coder.end_of_text) if encoded.ends_document else encoded.ids
+                file.write(ids.astype(token_type(job.vocabulary)).tobytes())
+                tokens += len(ids)
+                report(len(ids))
+                if tokens >= job.wanted:
+                    break
+
+    write_atomically(job.path.with_suffix(".ids"), write)
+    write_atomically(job.path.with_suffix(".starts"), lambda path: path.write_bytes(starts.tobytes()))
+    hashes = {suffix: file_sha256(job.path.with_suffix(suffix)) for suffix in (".ids", ".starts")}
+    write_json(job.path.with_suffix(".json"), hashes)
+
+
+def _is_whole(job: Job) -> bool:
+    try:
+        noted = json.loads(job.path.with_suffix(".json").read_text())
+        return all(file_sha256(job.path.with_suffix(suffix)) == noted[suffix] for suffix in (".ids", ".starts"))
+    except (OSError, ValueError, LookupError):
+        return False
+
+
+def _read(job: Job) -> Bucket:
+    ids = np.fromfile(job.path.with_suffix(".ids"), token_type(job.vocabulary))
+    return Bucket(ids, np.fromfile(job.path.with_suffix(".starts"), np.uint64))
+
+
+@functools.lru_cache(maxsize=1)
+def _coder(path: Path, vocabulary: int, end_of_text: str) -> bpe.Coder:
+    return bpe.load(path.read_bytes(), vocabulary, end_of_text)

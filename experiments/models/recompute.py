@@ -1,0 +1,46 @@
+"""Activation checkpointing: blocks compute part of their activations again in the backward pass, to save memory.
+
+Policies: "block" keeps nothing but a block's input. "attention-kept" also keeps the results of attention and of
+convolutions, which take the most time to compute again for their size (arXiv 2205.05198 calls this selective).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+Policy = Literal["block", "attention-kept"]
+# Attention on a CPU, and in the order in which a GPU prefers its implementations; dynconv's operator.
+_KEPT = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "dynconv::convolve",
+}
+
+
+def recomputing(run: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
+    """`run(module, x)`, whose activations are computed again in the backward pass, apart from those that are kept."""
+    # No random numbers are drawn in a block, and a CUDA graph could not save the generator's state.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if policy == "attention-kept":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def again(module: nn.Module, x: Tensor) -> Any:
+        return checkpoint(run, module, x, **options) if torch.is_grad_enabled() else run(module, x)
+
+    return again
+
+
+def _policy(_: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001
+    name = operator.name().partition(".")[0] if hasattr(operator, "name") else ""
+    return CheckpointPolicy.MUST_SAVE if name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,150 @@
+"""Linear recurrences over a matrix of state, as in Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
+
+For each head, with decay a_t in (0, 1] and state S of shape [K, V]:
+
+    S_t = a_t S_{t-1} + k_t u_t^T,    o_t = S_t^T q_t
+
+where u_t is v_t, or with `beta` the delta rule's beta_t (v_t - a_t S_{t-1}^T k_t), which replaces what the state holds
+under the key k_t.
+
+Shapes: B batch, T time, H heads, K channels of a key, V channels of a value, N chunks of C tokens.
+"""
+
+import importlib.util
+import math
+import sys
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.parts.short_convolution import Convolution
+
+CHUNK = 64  # tokens; 16 to 64 took the same time on a CPU, 10 times less than one token after another
+
+
+def recurrence(
+    q: Tensor,  # [B, T, H, K], or [B, T, 1, K] if all heads share it
+    k: Tensor,  # as q
+    v: Tensor,  # [B, T, H, V]
+    log_decay: Tensor,  # [B, T, H]: ln a, in float32 or wider
+    beta: Tensor | None = None,  # [B, T, H], in (0, 1)
+) -> Tensor:  # [B, T, H, V]
+    """The outputs, in the dtype of v. On a GPU by flash-linear-attention, where `library_problem` has no objection."""
+    if v.is_cuda and library_problem() is None:
+        return _by_library(q, k, v, log_decay, beta)
+    with torch.autocast(v.device.type, enabled=False):
+        return chunked(q, k, v, log_decay, beta)[0]
+
+
+def chunked(
+    q: Tensor,  # these five as in `recurrence`
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None = None,
+    *,
+    state: Tensor | None = None,  # [B, H, K, V]: S before the first token; None: zeros
+) -> tuple[Tensor, Tensor]:  # [B, T, H, V]; [B, H, K, V], S after the last token
+    """The recurrence with matrix products within chunks, and one step from chunk to chunk, in log_decay's dtype.
+
+    The outputs are in the dtype of v. Sources: arXiv 2405.21060, section 6, and arXiv 2412.06464, section 3.3, whose
+    notation the comments use.
+    """
+    time, dtype = v.shape[1], v.dtype
+    length = min(CHUNK, time)
+    q, k, v = (_chunks(x.to(log_decay.dtype), length) for x in (q, k, v))  # [B, N, H or 1, C, K or V]
+    total = _chunks(log_decay[..., None], length).squeeze(-1).cumsum(-1)  # [B, N, H, C]: ln of gamma
+    past = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
+    # Future tokens are masked before exp, which could overflow there.
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~past, -torch.inf).exp()  # Gamma
+    weights = (q @ k.mT) * decay  # [B, N, H, C, C]
+    replaced = None
+    if beta is not None:
+        b = _chunks(beta[..., None].to(v.dtype), length)
+        # (I + strictly lower part of diag(b) (Gamma * K K^T)) [U, W] = diag(b) [V, diag(gamma) K]: the WY form.
+        system = (b * (k @ k.mT) * decay).tril(-1) + torch.eye(length, dtype=v.dtype, device=v.device)
+        right = torch.cat([b * v, b * total.exp()[..., None] * k], -1)
+        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        v, replaced = solved.split([v.shape[-1], k.shape[-1]], -1)
+    end = total[..., -1:]
+    q = q * total.exp()[..., None]
+    k = (k * (end - total).exp()[..., None]).mT
+    if state is None:
+        state = torch.zeros_like(k[:, 0] @ v[:, 0])
+    outputs = []
+    for n in range(v.shape[1]):
+        u = v[:, n] if replaced is None else v[:, n] - replaced[:, n] @ state
+        outputs.append(q[:, n] @ state + weights[:, n] @ u)
+        state = end[:, n, ..., None].exp() * state + k[:, n] @ u
+    return torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :time].to(dtype), state
+
+
+def _chunks(
+    x: Tensor,  # [B, T, H, X]
+    length: int,  # C
+) -> Tensor:  # [B, N, H, C, X]
+    """Chunks, of which the last is padded with zeros: no key and no decay, so that the state stays as it is."""
+    return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % length)).unflatten(1, (-1, length)).transpose(2, 3)
+
+
+def activated(
+    conv: Convolution,
+    site: str,
+    y: Tensor,  # [B, T, channels]: the output of the linear map at the site, and of its convolution
+) -> Tensor:  # [B, T, channels]
+    """silu(y), as published, unless the convolution at the site has an activation of its own."""
+    return y if site in conv.sites and getattr(conv, "activation", None) else F.silu(y)
+
+
+@torch.no_grad()
+def draw_decay(
+    log_a: Tensor,  # [H]
+    dt_bias: Tensor,  # [H]
+    lowest: float,
+    generator: torch.Generator,
+) -> None:
+    """Draw the parameters of a decay exp(-exp(log_a) softplus(dt + dt_bias)) as in the published models.
+
+    exp(log_a) is uniform from `lowest` to 16, and softplus(dt_bias) log-uniform from 0.001 to 0.1.
+    """
+    nn.init.uniform_(log_a, lowest, 16.0, generator=generator).log_()
+    step = nn.init.uniform_(dt_bias, math.log(1e-3), math.log(1e-1), generator=generator).exp_()
+    step.copy_(step + (-(-step).expm1()).log())  # the inverse of softplus
+
+
+@torch.compiler.disable
+def _by_library(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> Tensor:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    heads = v.shape[2]
+    q, k = (x.to(v.dtype).expand(-1, -1, heads, -1).contiguous() for x in (q, k))  # its kernels know no shared heads
+    y: Tensor
+    if beta is None:
+        y, _ = chunk_simple_gla(q, k, v.contiguous(), log_decay, scale=1.0)
+    else:
+        y, _ = chunk_gated_delta_rule(q, k, v.contiguous(), log_decay, beta.to(v.dtype), scale=1.0)
+    return y
+
+
+@cache
+def library_problem() -> str | None:
+    """Why flash-linear-attention cannot train on this GPU, and what to do; None if it can."""
+    if importlib.util.find_spec("fla") is None:
+        return 'flash-linear-attention is not installed: pip install "dynconv[fla]"'
+    import triton
+
+    version = tuple(int(number) for number in triton.__version__.split(".")[:3])
+    # flash-linear-attention refuses these: https://github.com/fla-org/flash-linear-attention/issues/640
+    if torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= version < (3, 7, 1):
+        return f"Triton {triton.__version__} computes its gradients wrongly on a Hopper GPU: upgrade Triton to 3.7.1"
+    return None
+
+
+@cache
+def warn_without_library(device: torch.device) -> None:
+    """Say once, on standard error, that a run on a GPU will be slower than it could be, and why."""
+    if device.type == "cuda" and (problem := library_problem()) is not None:
+        print(f"dynconv: recurrences run by plain matrix products, which is slower; {problem}", file=sys.stderr)

@@ -1,0 +1,88 @@
+"""The losses of the held-out set, with its sequences and their sums on the device.
+
+Shapes: P micro-batches of this process, B sequences of a micro-batch, T sequence length.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from experiments.tasks.base import Examples
+from experiments.training.engine import Losses, padded
+
+_LOOK_EVERY = 8  # micro-batches that are launched on a GPU before the host waits for them
+
+
+class HeldOutLoss:
+    """The losses of this process's share of the held-out set. Some of its micro-batches may be of padding only."""
+
+    def __init__(
+        self,
+        losses: Losses,
+        examples: Examples,
+        bounds: Sequence[tuple[int, int]],  # P: first sequence of a micro-batch, and the one after its last
+        sequences: int,  # B
+        device: torch.device,
+    ) -> None:
+        self._losses, self._device, self._passes = losses, device, len(bounds)
+        self.positions = examples.positions  # that count, in the whole set
+        parts = [examples.rows(low, high) for low, high in bounds]
+        inputs, targets = zip(*(padded(part, sequences) for part in parts), strict=True)
+        self._inputs, self._targets = (  # [P, B, T]
+            torch.stack([torch.from_numpy(array) for array in arrays]).to(device) for arrays in (inputs, targets)
+        )
+        shares = [part.inputs.size / examples.inputs.size for part in parts]
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=device)  # [P]
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)  # index of the next micro-batch
+        self._total = torch.zeros((), dtype=torch.float64, device=device)
+        self._auxiliary: dict[str, Tensor] = {}
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def warm_up(self, stream: torch.cuda.Stream | None) -> None:
+        """Compile, by a pass whose result is discarded. With a stream, also record the pass on it as a CUDA graph."""
+        self._pass()
+        if stream is not None:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            self._place.zero_()
+            with torch.cuda.graph(graph, stream=stream):
+                self._pass()
+            self._graph = graph
+
+    @torch.no_grad()
+    def sums(self, interrupted: Callable[[], bool]) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The summed loss, and this process's part of the mean of each auxiliary loss, in float64.
+
+        None if `interrupted` returned True. It is called before each micro-batch on a CPU, before every eighth on
+        a GPU.
+        """
+        self._place.zero_()
+        for each in (self._total, *self._auxiliary.values()):
+            each.zero_()
+        cuda = self._device.type == "cuda"
+        for number in range(self._passes):
+            if not cuda or number % _LOOK_EVERY == 0:
+                if cuda:
+                    torch.cuda.synchronize()
+                if interrupted():
+                    return None
+            if self._graph is None:
+                self._pass()
+            else:
+                self._graph.replay()
+        return self._total.clone(), {name: value.clone() for name, value in self._auxiliary.items()}
+
+    def _pass(self) -> None:
+        """Add the losses of the micro-batch at index `_place` to the sums."""
+        inputs, targets, share = (
+            tensor.index_select(0, self._place)[0] for tensor in (self._inputs, self._targets, self._shares)
+        )
+        loss, auxiliary = self._losses(inputs, targets)
+        self._total += loss.double()
+        for name, value in auxiliary.items():
+            if name not in self._auxiliary:
+                self._auxiliary[name] = torch.zeros_like(self._total)
+            self._auxiliary[name] += value.double() * share
+        self._place += 1

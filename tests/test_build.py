@@ -1,0 +1,146 @@
+"""Large builds: killed and gone on with, in several processes, in bounded memory; always the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from texts import make_texts, specify, visible, write_txt
+
+from experiments.data import build as build_module
+from experiments.data import documents, encode
+from experiments.data.build import build
+from experiments.data.dataset import Dataset
+from experiments.design.data import DataConfig
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """Some twelve buckets a split."""
+    monkeypatch.setattr(documents, "BUCKET_BYTES", 4_000)
+    return specify(write_txt(tmp_path / "txt", make_texts()))
+
+
+@pytest.fixture
+def sha256(spec: DataConfig, tmp_path: Path) -> str:
+    """Of the dataset, built at once."""
+    return Dataset.open(build(spec, tmp_path / "at once")).sha256
+
+
+def left_over(cache: Path) -> list[Path]:
+    return [path for path in visible(cache) if path.is_dir() and path.name.startswith(".")]
+
+
+def test_an_interrupted_build_goes_on_where_it_was(
+    spec: DataConfig, sha256: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[encode.Job] = []
+    encode_one = encode._encode
+
+    def interrupted(job: encode.Job, *arguments: Any) -> None:
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        if not encode._is_whole(job):
+            made.append(job)
+        encode_one(job, *arguments)
+
+    monkeypatch.setattr(encode, "_encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(spec, tmp_path / "cache")
+    (working,) = left_over(tmp_path / "cache")
+    damaged = sorted(working.glob("tokens-*/train-bucket-*.ids"))[2]
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    monkeypatch.setattr(encode, "_encode", encode_one)
+    monkeypatch.setattr(build_module, "read_documents", lambda *_: pytest.fail("the text was read already"))
+    assert len(list(working.glob("tokens-*/*.ids"))) == 5
+    path = build(spec, tmp_path / "cache")
+    assert Dataset.open(path).sha256 == sha256
+    assert visible(tmp_path / "cache") == [path]
+
+
+def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp_path: Path) -> None:
+    """_encode leaves a whole bucket alone, and makes a damaged one again."""
+    text = tmp_path / "spill"
+    text.mkdir()
+    with documents.Documents(text, 1) as found:
+        for each in make_texts():
+            found.add(each.encode())
+    found.finish({})
+    trained = build(spec, tmp_path / "cache") / "tokenizer.json"
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "tokenizer.json").write_bytes(trained.read_bytes())
+    job = encode.Job(tmp_path / "tokens", text, "train", 0, 10**6, 300, spec.end_of_text)
+    encode._encode(job)
+    ids = job.path.with_suffix(".ids")
+    whole, written = ids.read_bytes(), ids.stat().st_mtime_ns
+    encode._encode(job)
+    assert ids.stat().st_mtime_ns == written
+    ids.write_bytes(whole[:-2])
+    encode._encode(job)
+    assert ids.read_bytes() == whole
+
+
+def test_processes_make_the_same_bytes(
+    spec: DataConfig, sha256: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    path = build(spec, tmp_path / "cache")
+    assert Dataset.open(path).sha256 == sha256
+    assert visible(tmp_path / "cache") == [path]
+
+
+CODE = """
+import json, os, sys
+from pathlib import Path
+from experiments.data import documents, encode
+from experiments.data.build import build
+from experiments.design.data import DataConfig
+documents.BUCKET_BYTES, encode.PARALLEL_BYTES = 4_000, 0
+os.sched_getaffinity = lambda _: {0, 1}
+if __name__ == "__main__":
+    print(build(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])))
+"""
+
+
+def processes_of(group: int) -> list[str]:
+    listed = subprocess.run(["ps", "-o", "stat=", "-o", "args=", "-s", str(group)], capture_output=True, text=True)
+    return [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
+
+
+@pytest.mark.slow
+def test_killed_five_times_at_random_the_build_ends_as_if_made_at_once(
+    spec: DataConfig, sha256: str, tmp_path: Path
+) -> None:
+    """The builder alone is killed, as by the kernel: its workers leave by themselves."""
+    cache = tmp_path / "cache"
+    rng, killed = random.Random(1), 0
+    for attempt in range(6):
+        command = [sys.executable, "-c", CODE, json.dumps(vars(spec)), str(cache)]
+        builder = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if attempt == 5:
+            assert builder.wait(timeout=120) == 0
+            break
+        while not (cache.is_dir() and left_over(cache)) and builder.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 1))
+        killed += builder.poll() is None
+        builder.send_signal(signal.SIGKILL)
+        builder.wait()
+        deadline = time.monotonic() + 30
+        while processes_of(builder.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_of(builder.pid) == []
+    assert killed, "no builder was killed at work, so this shows nothing"
+    (path,) = visible(cache)
+    data = Dataset.open(path)
+    data.verify()
+    assert data.sha256 == sha256
