@@ -71,6 +71,28 @@ def test_every_row_finds_the_arm_of_the_shipped_sweep(sweep: str, tmp_path: Path
     assert {row.differs for row in rows} == {None}
 
 
+OTHER_SYSTEMS = {  # sweep -> ablation, and the setting that each arm is
+    "moe": ("arms at 7B/1B (MoE)", {"moe": "none", "moe-lowrank-qkv": "low-rank QKV"}),
+    "mamba2": ("Mamba-2", {"mamba2-static": "static", "mamba2-lowrank": "low-rank"}),
+    "gated-deltanet": ("Gated DeltaNet", {"gated-deltanet-static": "static", "gated-deltanet-lowrank": "low-rank"}),
+}
+
+
+@pytest.mark.parametrize("sweep", OTHER_SYSTEMS)
+def test_other_systems_find_their_rows(sweep: str, tmp_path: Path) -> None:
+    ablation, settings = OTHER_SYSTEMS[sweep]
+    published = {row.setting: math.log(row.perplexity) for row in ROWS if row.ablation == ablation}
+    for place, run in enumerate(load_sweep(SWEEPS / f"{sweep}.toml")):
+        if run.seed == 0:
+            loss = published[settings[run.arm]] if run.arm in settings else 4.0
+            write_planned(tmp_path, run, loss, f"arm {place}")
+    rows = of(beside_published(load(tmp_path).runs, ROWS), ablation)
+    assert [row.setting for row in rows] == list(settings.values())
+    assert [row.status for row in rows] == ["reference", "not resolved: one seed gives no interval"]
+    assert rows[1].difference == pytest.approx(rows[1].published_difference, abs=1e-12)
+    assert rows[1].differs is None
+
+
 def mini(store: Path, sweep: str, arms: dict[str, float], **facts: object) -> Store:
     for run in load_sweep(SWEEPS / f"mini-ablation-{sweep}.toml"):
         if run.arm in arms:
