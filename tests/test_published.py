@@ -12,6 +12,7 @@ from planted import write_config, write_run
 
 from analysis.advantage.published import Beside, PublishedRow, beside_published, read_published
 from analysis.logs.store import Store, load
+from analysis.pages.published_figures import published_panels
 from experiments.cli.main import main
 from experiments.design.config import RunConfig
 from experiments.design.sweep import load_sweep
@@ -184,3 +185,19 @@ def test_an_ablation_has_one_reference(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ablation 'a' has 2 references; give one"):
         read_published(tmp_path)
     assert isinstance(ROWS[0], PublishedRow)
+
+
+def test_the_figure_of_published_and_measured_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {"transformer": 3.0, "width-2": 2.9, "width-6": 2.8}
+    found = beside_published(mini(tmp_path / "live", "width", arms).runs, ROWS)
+    figure = published_panels(found)
+    (axes,) = figure.axes
+    assert axes.get_title() == "width"
+    published, measured = axes.lines[0], axes.lines[1]
+    assert published.get_ydata() == pytest.approx([math.log(row.perplexity / 19.12) for row in of(found, "width")[1:]])
+    assert (list(measured.get_xdata()), list(measured.get_ydata())) == ([1, 5], pytest.approx([-0.1, -0.2]))
+    with pytest.raises(ValueError, match="no run has the facts of a published row"):
+        published_panels([row for row in found if row.difference is None])
+    out = str(tmp_path / "figures")
+    assert main(["plot", str(tmp_path / "live"), "-o", out, "--published", str(PUBLISHED)]) == 0
+    assert str(tmp_path / "figures" / "published.svg") in capsys.readouterr().out
