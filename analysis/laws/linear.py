@@ -41,7 +41,7 @@ class LinearFit:
     points: int
     convention: str | None  # of C
     status: str
-    notes: tuple[str, ...] = ()  # how the rows were taken
+    notes: tuple[str, ...] = ()  # how rows were selected
 
 
 def fit_optima(

@@ -52,7 +52,7 @@ def published_panels(found: Sequence[Beside]) -> Figure:
                     if row.ci is not None:
                         axes.plot([x, x], row.ci, color=shades[size], lw=1)
             axes.axhline(0, color=BLACK, lw=0.6, ls=":")
-            axes.set_xticks(places, [printable(name, 14) for name in settings], rotation=45, ha="right", fontsize=7)
+            axes.set_xticks(places, [printable(name, 20) for name in settings], rotation=45, ha="right", fontsize=7)
             axes.set_title(printable(ablation))
         for axes in panels[len(ablations) :]:
             axes.remove()
