@@ -59,7 +59,8 @@ def test_a_step_takes_the_micro_batch_of_a_run() -> None:
         (2, "adamw", "lowrank-qkv", "ddp"),
     ]
     assert several[4].tokens == 2 * several[0].tokens
-    (accumulated,) = chosen("1M", ("transformer",), micro_batches=4)
+    (accumulated,) = chosen("1M", ("transformer",), micro_batches=4, recompute="block")
+    assert accumulated.execution("cuda").recompute == "block"
     assert (accumulated.batch, accumulated.tokens) == (32, 4 * 32 * 512)
     assert accumulated.execution("cpu").micro_batch == 32
 
@@ -131,6 +132,26 @@ def test_rows_by_hand() -> None:
     assert on_two["mfu"] == pytest.approx(0.8 * first["mfu"])
     unknown = rows_of(found[:2], [Outcome([1.0])] * 2, None, WHERE)
     assert (unknown[0]["mfu"], unknown[0]["memory_gib"], unknown[1]["slowdown_low"]) == (None, None, None)
+
+
+def test_plan_forecasts_by_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, sweep = tmp_path / "t.parquet", str(SWEEPS / "demo.toml")
+    found = [trial for batch in (4, 8) for trial in chosen("25k", batch=batch)]
+    rows = rows_of(found, [Outcome([0.1]), Outcome([0.2]), Outcome([0.1]), Outcome([0.2])], None, WHERE)
+    table([*rows, *(row | {"gpus": 2, "device": "Another"} for row in rows)]).to_parquet(path)
+    assert main(["plan", sweep, "--throughput", str(path), "--json"]) == 0
+    out = capsys.readouterr()
+    assert f"{path} has no throughput of static-qkv at 25k, " in out.err
+    for row in json.loads(out.out):
+        speed = {"transformer": 8 * 128 / 0.1, "lowrank-qkv": 8 * 128 / 0.2}.get(row["arm"])  # the faster batch
+        if row["size"] == "25k" and speed is not None:
+            assert row["hours"] == pytest.approx(row["tokens"] / speed / 3600)
+            assert row["teraflops_per_second"] == pytest.approx(row["flops_exact"] / row["tokens"] * speed / 1e12)
+        else:
+            assert row["hours"] is None
+    table([*rows, *(row | {"commit": "def"} for row in rows)]).to_parquet(path)
+    assert main(["plan", sweep, "--throughput", str(path)]) == 2
+    assert "the throughput of transformer at 25k is of several commits (abc, def); leave" in capsys.readouterr().err
 
 
 def test_a_peak_is_known_for_named_cards_only() -> None:
@@ -469,7 +490,9 @@ def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: p
 
     assert answer(rows)["no_clock"] == "at 25k the throughput is of several commits (abc, def)"
     split = [row for row in rows if (row["commit"] == "abc") == (row["arm"] == "transformer")]
-    words = "is at no equal batch, sequence, gpus, parallel, micro_batches, vocabulary, device, versions, commit"
+    words = (
+        "is at no equal batch, sequence, gpus, parallel, micro_batches, recompute, vocabulary, device, versions, commit"
+    )
     assert words in answer(split)["no_clock"]
     by_size = [row for row in rows if (row["commit"] == "abc") == (row["size"] == "25k")]
     found = answer(by_size)

@@ -65,7 +65,8 @@ def test_no_forecast_without_a_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["plan", str(DEMO)]) == 0
-    assert "; for a forecast give --profile with teraflops_per_second; nothing was" in capsys.readouterr().out
+    words = "; for a forecast give --profile with teraflops_per_second, or --throughput; nothing was"
+    assert words in capsys.readouterr().out
     assert main(["plan", str(DEMO), "--json"]) == 0
     text = capsys.readouterr().out
     assert {(row["hours"], row["teraflops_per_second"]) for row in json.loads(text)} == {(None, None)}

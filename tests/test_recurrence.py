@@ -233,28 +233,43 @@ def test_sizes_below_one_are_refused(settings: dict[str, int]) -> None:
 def test_a_gpu_without_the_library_says_what_to_install_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for function in (module.library_problem, module.warn_without_library):
-        function.cache_clear()
+    module.library_trains.cache_clear()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    module.warn_without_library(torch.device("cpu"))
+    assert not module.library_trains(torch.device("cpu"))
     assert capsys.readouterr().err == ""
     for _ in range(2):
-        module.warn_without_library(torch.device("cuda"))
+        assert not module.library_trains(torch.device("cuda"))
     assert capsys.readouterr().err.count('flash-linear-attention is not installed: pip install "dynconv[fla]"') == 1
-    module.library_problem.cache_clear()
+    module.library_trains.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "refused"),
+    [((9, 0), "3.6.0", True), ((9, 0), "3.7.1", False), ((8, 0), "3.6.0", False), ((9, 0), "3.3.1", False)],
+)
+def test_a_triton_that_the_library_refuses_is_named(
+    capability: tuple[int, int], version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(triton, "__version__", version)
+    problem = module.library_problem()
+    assert (problem is not None) == refused
+    assert not refused or "upgrade Triton to 3.7.1" in str(problem)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("delta", "sizes"), [(False, (24, 19)), (True, (32, 64)), (True, (256, 512))])
 def test_the_library_agrees_with_the_chunks_on_a_gpu(delta: bool, sizes: tuple[int, int]) -> None:
-    module.library_problem.cache_clear()
     if problem := module.library_problem():
         pytest.skip(problem)
     inputs = [x.detach().cuda() for x in drawn(200, 2, not delta, delta, sizes=sizes)]
     narrow = [x.to(torch.float32 if i == 3 else torch.bfloat16).requires_grad_() for i, x in enumerate(inputs)]
     wide = [x.detach().double().requires_grad_() for x in narrow]
-    y, want = module.recurrence(*narrow), module.chunked(*wide)[0]
+    y, want = module.recurrence(*narrow, by_library=True), module.chunked(*wide)[0]
     weights = torch.linspace(-1, 1, want.numel(), device="cuda").view_as(want)
     pairs = [(y, want)]
     gradients = (torch.autograd.grad((out * weights).sum(), of) for out, of in ((y.float(), narrow), (want, wide)))

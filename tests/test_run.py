@@ -28,6 +28,7 @@ from experiments.training.checkpoints import State, save
 from experiments.training.job import Place
 from experiments.training.parallel import World
 from experiments.training.run import Run, RunFailed
+from experiments.training.trainer import Step, Trainer
 
 Submitted = Callable[..., Path]
 
@@ -104,6 +105,35 @@ def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(
     assert kills >= 5
     expect_whole(run_dir, reference)
     assert result(run_dir)["attempts"] > 1
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_and_says_so(
+    tiny_run: RunConfig, submitted: Submitted, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path / "damaged", checkpoint_minutes=0.0)
+    advance = Trainer.advance
+
+    def killed_after_12(trainer: Trainer) -> list[Step]:
+        if trainer.steps_done == 12:
+            raise SystemExit
+        return advance(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", killed_after_12)
+        with pytest.raises(SystemExit):
+            Run(run_dir)()
+    older, newest = sorted((run_dir / "checkpoint").iterdir())
+    (path,) = newest.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    Run(run_dir)()
+    expect_whole(run_dir, reference)
+    first, second = result(run_dir)["attempts_made"]
+    assert (first["damaged_checkpoints"], second["first_step"]) == ([], int(older.name.removeprefix("step-")) + 1)
+    assert second["damaged_checkpoints"] == [
+        f"{newest.name}: the checksum of {path.name} differs from that in manifest.json"
+    ]
 
 
 @pytest.fixture

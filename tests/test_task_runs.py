@@ -24,7 +24,7 @@ from experiments.cli.main import main
 from experiments.design.config import Execution, RunConfig
 from experiments.design.sweep import load_sweep
 from experiments.evaluation.load import load_run
-from experiments.models.decoder import Decoder
+from experiments.models.decoder import Decoder, Output
 from experiments.models.readout import positions
 from experiments.parts.short_convolution import NoConvolution
 from experiments.tasks.base import Examples
@@ -284,8 +284,8 @@ def test_scoring_takes_a_batch_without_answers(runs: dict[str, RunConfig]) -> No
 
 def test_a_solved_tasks_loss_is_not_rounded_to_zero() -> None:
     class Sure(torch.nn.Module):
-        def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return 30.0 * torch.nn.functional.one_hot(tokens, 5).float(), {}
+        def forward(self, tokens: torch.Tensor) -> Output:
+            return Output(30.0 * torch.nn.functional.one_hot(tokens, 5).float(), {}, {})
 
     inputs = torch.tensor([[0, 1, 2, 3]])
     targets = torch.tensor([[IGNORED, 1, 3, IGNORED]])

@@ -2,7 +2,7 @@
 
 The best loss is the minimum of the parabola in ln rate through the best rate tried and its two neighbours. Where the
 best is the lowest or the highest rate, or one of only two, its measured loss is used and the tuning is "at the edge".
-Rates at which training is unstable (some runs fail, seeds scatter far more than elsewhere, or the loss is far above the
+Rates at which training is unstable (all runs fail, seeds scatter far more than elsewhere, or the loss is far above the
 best) only bracket the best rate: the parabola describes stable training, and a cliff beside the best would bend it so
 much that it promised a loss which no rate gives.
 The minimum of several noisy losses is biased low. Where repeated seeds or replicates show the noise, this bias is
@@ -208,7 +208,7 @@ def _stable(x: Floats, y: Floats, unstable: Bools) -> tuple[slice, bool]:
 
 def _tune(rows: pd.DataFrame, variance: float | None, failed: Sequence[float]) -> tuple[pd.DataFrame, Tuned, float]:
     """The runs of one cell at the best rate, their losses shifted to the interpolated minimum; how it was tuned; and
-    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed). Runs at the rates `failed` did not
+    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed). At the rates `failed` some runs did not
     learn."""
     by_rate = rows.groupby("_rate")["loss"].agg(["mean", "size", "std"])
     by_rate = by_rate.reindex(sorted({*by_rate.index, *failed}))
@@ -220,7 +220,9 @@ def _tune(rows: pd.DataFrame, variance: float | None, failed: Sequence[float]) -
         only = float(by_rate.index[0]) if len(by_rate) else None
         return rows, Tuned(arm, size, budget, len(by_rate), only, _over(only, own), False, None), np.nan
     x, y = np.log(by_rate.index.to_numpy(float)), by_rate["mean"].fillna(np.inf).to_numpy(float)
-    unstable = by_rate.index.isin(failed) | (by_rate["std"] > SCATTER * np.sqrt(variance or np.inf)).to_numpy(bool)
+    unstable = by_rate["mean"].isna().to_numpy(bool) | (
+        by_rate["std"] > SCATTER * np.sqrt(variance or np.inf)
+    ).to_numpy(bool)
     stable, bracketed = _stable(x, y, unstable)
     x, y, by_rate = x[stable], y[stable], by_rate.iloc[stable]
     ln_rate, loss, _ = (part[0] for part in best_of(x, y[None]))

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 NEEDED = ("size", "arm", "tokens_per_second")
 # Throughput is compared only where all of these are equal; missing values count as equal.
-SETTING = ("batch", "sequence", "gpus", "parallel", "micro_batches", "vocabulary", "device", "versions", "commit")
+SETTING = (
+    *("batch", "sequence", "gpus", "parallel", "micro_batches", "recompute", "vocabulary"),
+    *("device", "versions", "commit"),
+)
 # Columns of SETTING, with their plurals: measurements of several kinds are not averaged.
 ONE_KIND = {"device": "devices", "vocabulary": "vocabularies", "versions": "versions", "commit": "commits"}
 OPTIMIZER = "optimizer"  # each arm is compared with that of its runs

@@ -29,7 +29,7 @@ PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 SMALLEST_INTERVAL = 3  # rounds
 SETTING = (
     *("size", "arm", "optimizer", "batch", "micro_batches", "sequence", "vocabulary"),
-    *("gpus", "parallel", "device"),
+    *("gpus", "parallel", "recompute", "device"),
 )
 COLUMNS = (
     *SETTING,
@@ -98,6 +98,7 @@ def rows_of(
             "vocabulary": trial.run.model.vocabulary,
             "gpus": trial.gpus,
             "parallel": trial.parallel,
+            "recompute": trial.recompute,
             "tokens_per_second": trial.tokens / step,
             "mfu": sum(flops.values()) / step / (peak * trial.gpus) if peak else None,
             "memory_gib": None if outcome.memory is None else outcome.memory / 2**30,
@@ -180,7 +181,7 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    text = ("size", "arm", "optimizer", "parallel", "device", "against", "versions", "commit")
+    text = ("size", "arm", "optimizer", "parallel", "recompute", "device", "against", "versions", "commit")
     whole = ("batch", "micro_batches", "sequence", "vocabulary", "gpus", "parameters", "rounds")
     types = dict.fromkeys(COLUMNS, "float64") | dict.fromkeys(text, "string") | dict.fromkeys(whole, "int64")
     return frame.astype(types | {"captured": "bool"})

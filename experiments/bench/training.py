@@ -77,6 +77,7 @@ def _request(args: argparse.Namespace) -> Request:
         sequence=args.sequence,
         gpus=args.gpus,
         parallel=args.parallel,
+        recompute=args.recompute,
     )
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {args.rounds}")
@@ -177,6 +178,8 @@ def render(rows: Sequence[Row]) -> str:
     batches = f"{first['micro_batches']} micro-batches of " if first["micro_batches"] > 1 else "batch "
     shape = f"{batches}{first['batch']} on each GPU, sequences of {first['sequence']}"
     shape += f", vocabulary {first['vocabulary']}"
+    if first["recompute"] != "none":
+        shape += f", activations computed again ({first['recompute']})"
     shape += "; the last columns are shares of the model FLOPs"
     text = f"\n{first['size']}: {first['rounds']} rounds, {shape}\n{align(headings, lines)}\n"
     for row in rows:

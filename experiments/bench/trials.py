@@ -19,6 +19,7 @@ from experiments.design.schedules import Constant
 from experiments.design.sweep import Sweep, expand, read_sweep
 from experiments.design.train import OPTIMIZERS, Optimizer, TrainConfig
 
+Recompute = Literal["none", "block", "attention-kept"]
 DEFAULT_ARMS = ("transformer", "static-qkv", "headwise-qkv", "lowrank-qkv", "lowrank-all")
 VOCABULARIES = {"paper": 100_352, "mini": 4096, "nano": 512}  # as in experiments/sweeps
 ENDLESS = 10**7  # steps of a measured run, far more than are taken
@@ -33,6 +34,7 @@ class Trial:
     gpus: int = 1
     parallel: str = "none"  # "ddp" or "fsdp" on several GPUs
     micro_batches: int = 1  # of a step, on each GPU
+    recompute: Recompute = "none"  # activations, as in `Execution`
 
     @property
     def batch(self) -> int:
@@ -56,7 +58,7 @@ class Trial:
     def execution(self, device: str) -> Execution:
         kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
         shared: Literal["ddp", "fsdp"] = "fsdp" if self.parallel == "fsdp" else "ddp"
-        return Execution(device=kind, gpus=self.gpus, parallel=shared, micro_batch=self.batch)
+        return Execution(kind, self.gpus, shared, self.batch, recompute=self.recompute)
 
     def flops(self) -> dict[str, int]:
         """Training FLOPs of a step on all GPUs, by part of the model."""
@@ -92,6 +94,7 @@ class Request:
     sequence: int | None = None  # None: the ladder's
     gpus: int = 1
     parallel: str = "ddp"
+    recompute: Recompute = "none"
 
 
 def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | None = None) -> list[Trial]:
@@ -121,7 +124,7 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
         if optimizer is not None:
             train = replace(train, optimizer=optimizer)
         parallel = "none" if gpus == 1 else request.parallel
-        found.append(Trial(replace(run, train=train), gpus, parallel, request.micro_batches))
+        found.append(Trial(replace(run, train=train), gpus, parallel, request.micro_batches, request.recompute))
         found[-1].execution("cpu").check(found[-1].run)
     return found
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,13 @@ def _add_plan(subparsers: Subparsers) -> None:
         "list every run of a sweep with its size, tokens, FLOPs and forecast hours; submits nothing",
         "experiments/sweeps/demo.toml",
         "experiments/sweeps/paper-scaling.toml --profile slurm/profiles/example-gpu.toml",
+        "experiments/sweeps/paper-scaling.toml --throughput results/measured/h200/training.parquet",
         "experiments/sweeps/demo.toml --format json",
     )
     sweep_argument(verb)
     profile_argument(verb)
+    text = "a file of `bench train`: forecast by measured tokens a second, where it has them"
+    verb.add_argument("--throughput", type=Path, metavar="FILE", help=text)
     format_argument(verb)
 
 
@@ -55,16 +59,28 @@ def _plan(args: argparse.Namespace) -> int:
     from experiments.design import plan
 
     runs, _ = _runs(args)
-    rows = _planned(runs, _profile(args))
+    profile, measured = _profile(args), None
+    if args.throughput is not None:
+        from analysis.logs.selection import some
+        from experiments.design.forecast import measured_rates
+
+        gpus = {run.size: profile.job(run.size).gpus for run in runs}
+        measured, lacking = measured_rates(runs, gpus, args.throughput)
+        if lacking:
+            warn(f"{args.throughput} has no throughput of {some(lacking)}")
+    rows = _planned(runs, profile, measured)
     print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
     return 0
 
 
-def _planned(runs: list[RunConfig], profile: "Profile") -> list[dict[str, Any]]:
+def _planned(
+    runs: list[RunConfig], profile: "Profile", measured: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     from experiments.design import plan
 
     jobs = {run.size: profile.job(run.size) for run in runs}
-    return plan.rows(runs, {size: plan.Hardware(job.gpus, job.teraflops_per_second) for size, job in jobs.items()})
+    hardware = {size: plan.Hardware(job.gpus, job.teraflops_per_second) for size, job in jobs.items()}
+    return plan.rows(runs, hardware, measured)
 
 
 def planned(sweep: Path) -> list[dict[str, Any]]:

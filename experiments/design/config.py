@@ -114,19 +114,10 @@ class Execution:
     max_attempts: int = 20  # a run that is started more often than this fails
 
     def check(self, run: RunConfig) -> None:
-        """Raises ValueError if the run cannot be executed like this.
-
-        Micro-batches must not separate sequences of which the model reads one for another, and Muon needs whole
-        matrices.
-        """
+        """Raises ValueError if micro-batches would separate sequences of which the model reads one for another."""
         group = run.model.sequence_group
         if self.micro_batch % group:
             raise ValueError(
                 f"micro_batch must be a multiple of {group} for a model whose sequences read one another in groups of "
                 f"{group} (conv.mismatched); got {self.micro_batch}; change it in the profile"
-            )
-        if run.train.optimizer.kind == "muon" and self.parallel == "fsdp" and self.gpus > 1:
-            raise ValueError(
-                "Muon needs whole matrices, and with parallel = 'fsdp' each process has a part of each; "
-                "set parallel = 'ddp' in the profile"
             )

@@ -18,16 +18,19 @@ class Hardware:
     teraflops_per_second: float | None = None  # sustained rate of one GPU; None: not known, so there is no forecast
 
 
-def rows(runs: Sequence[RunConfig], hardware: Mapping[str, Hardware]) -> list[dict[str, Any]]:
+def rows(
+    runs: Sequence[RunConfig], hardware: Mapping[str, Hardware], measured: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """One dictionary for each run, as `--format json` prints it.
 
-    `hardware` gives the hardware of each size. `hours` is the forecast of the training time: exact FLOPs over the
-    sustained rate of the run's GPUs, or None if the rate is not known.
+    `hardware` gives the hardware of each size, and `measured` rates by run id, which count before those of the
+    hardware. `hours` is the forecast of the training time: exact FLOPs over the sustained rate of the run's GPUs, or
+    None if the rate is not known.
     """
     result = []
     for run in runs:
         machine = hardware[run.size]
-        rate = machine.teraflops_per_second
+        rate = (measured or {}).get(run.run_id, machine.teraflops_per_second)
         result.append(
             {
                 "run_id": run.run_id,
@@ -94,7 +97,7 @@ def _branch(row: Mapping[str, Any]) -> str:
 
 def _forecast(plan: Sequence[dict[str, Any]]) -> str:
     if any(row["hours"] is None for row in plan):
-        return "for a forecast give --profile with teraflops_per_second"
+        return "for a forecast give --profile with teraflops_per_second, or --throughput"
     hours = sum(row["gpus"] * row["hours"] for row in plan)
     rates = [row["teraflops_per_second"] for row in plan]
     low, high = min(rates), max(rates)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.joined import kernels_fit, rotate, rotate_joined
 from experiments.models.norm import RMSNorm
-from experiments.models.short_convolution import Maps
+from experiments.models.short_convolution import Maps, Outputs
 from experiments.parts.attention import Attention
 
 
@@ -29,8 +30,9 @@ class AttentionModule(nn.Module):
         super().__init__()
         self.head_size = part.head_size(model.width)
         self.theta = part.rope_theta
-        heads, kv_heads = part.head_counts()
+        self.head_counts = heads, kv_heads = part.head_counts()
         self.grouped = heads != kv_heads
+        self.qk_norm = part.qk_norm
         self.maps = Maps(part, model)
         self.q_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
@@ -44,9 +46,14 @@ class AttentionModule(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        q, k, v = (self._heads(y) for y in self.maps.apply_to(x, ("q", "k", "v"), x))
         assert self.rotation is not None, "call prepare first"
-        q, k = _rotate(self.q_norm(q), self.rotation), _rotate(self.k_norm(k), self.rotation)
+        outputs = self.maps.outputs(x, ("q", "k", "v"), x)
+        if self._rotates_joined(outputs):
+            assert outputs.joined is not None
+            q, k, v = rotate_joined(outputs.joined, self.rotation, *self.head_counts)
+        else:
+            q, k, v = (self._heads(y) for y in outputs.apart)
+            q, k = rotate(self.q_norm(q), self.rotation), rotate(self.k_norm(k), self.rotation)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # [B, H, T, E]
         (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x)
         return y
@@ -63,7 +70,7 @@ class AttentionModule(nn.Module):
         # A table for the next power of two, so that few are made while a text grows.
         table = _rotation(1 << (total - 1).bit_length(), self.head_size, self.theta, x.device)
         cosine, sine = (values[before:total] for values in table)
-        q, k = _rotate(self.q_norm(q), (cosine, sine)), _rotate(self.k_norm(k), (cosine, sine))
+        q, k = rotate(self.q_norm(q), (cosine, sine)), rotate(self.k_norm(k), (cosine, sine))
         if before:
             k, v = torch.cat([state["keys"], k], 2), torch.cat([state["values"], v], 2)
         state["keys"], state["values"] = k, v
@@ -72,6 +79,10 @@ class AttentionModule(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.grouped)
         (y,) = self.maps.decode(y.transpose(1, 2).flatten(2), ("o",), x, state)
         return y
+
+    def _rotates_joined(self, outputs: Outputs) -> bool:
+        channels = [y.shape[-1] for y in outputs.apart]
+        return list(outputs.widths) == channels and not self.qk_norm and kernels_fit(self.head_size)
 
     def _heads(
         self,
@@ -87,12 +98,3 @@ def _rotation(time: int, head_size: int, theta: float, device: torch.device) -> 
         frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
         angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency).repeat(1, 2)
         return angle.cos(), angle.sin()
-
-
-def _rotate(
-    x: Tensor,  # [B, H, T, E]
-    rotation: tuple[Tensor, Tensor],  # [T, E] each
-) -> Tensor:  # [B, H, T, E]
-    cosine, sine = rotation
-    first, second = x.chunk(2, dim=-1)
-    return (x * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)

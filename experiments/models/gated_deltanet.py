@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
-from experiments.models.recurrence import activated, chunked, draw_decay, recurrence, warn_without_library
+from experiments.models.recurrence import activated, chunked, draw_decay, library_trains, recurrence
 from experiments.models.short_convolution import Maps
 from experiments.parts.gated_deltanet import GatedDeltaNet
 
@@ -31,6 +31,7 @@ class GatedDeltaNetModule(nn.Module):
         self.key, self.value = part.head_sizes()
         self.conv = model.conv
         self.maps = Maps(part, model)
+        self.by_library = False  # set by `prepare`
         self.log_a = nn.Parameter(torch.empty(part.heads))
         self.dt_bias = nn.Parameter(torch.empty(part.heads))
         self.norm = RMSNorm(self.value, eps=model.norm_epsilon)
@@ -39,14 +40,15 @@ class GatedDeltaNetModule(nn.Module):
         draw_decay(self.log_a, self.dt_bias, 0.0, generator)
 
     def prepare(self, time: int, device: torch.device) -> None:  # noqa: ARG002
-        warn_without_library(device)
+        self.by_library = library_trains(device)
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
         gate, *inputs = self._inputs(*self.maps.apply_to(x, IN, x))
-        (y,) = self.maps.apply_to(self.norm(recurrence(*inputs)).flatten(2) * F.silu(gate), ("o",), x)
+        y = self.norm(recurrence(*inputs, by_library=self.by_library)).flatten(2)
+        (y,) = self.maps.apply_to(y * F.silu(gate), ("o",), x)
         return y
 
     def decode(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
-from experiments.models.recurrence import activated, chunked, draw_decay, recurrence, warn_without_library
+from experiments.models.recurrence import activated, chunked, draw_decay, library_trains, recurrence
 from experiments.models.short_convolution import Maps
 from experiments.parts.mamba2 import Mamba2
 
@@ -30,6 +30,7 @@ class Mamba2Module(nn.Module):
         heads, _ = part.sizes()
         self.head_size, self.conv = part.head_size, model.conv
         self.maps = Maps(part, model)
+        self.by_library = False  # set by `prepare`
         self.log_a = nn.Parameter(torch.empty(heads))  # ln(-A) in the paper: A is negative
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.skip = nn.Parameter(torch.ones(heads))  # D in the paper
@@ -39,14 +40,14 @@ class Mamba2Module(nn.Module):
         draw_decay(self.log_a, self.dt_bias, 1.0, generator)
 
     def prepare(self, time: int, device: torch.device) -> None:  # noqa: ARG002
-        warn_without_library(device)
+        self.by_library = library_trains(device)
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
         z, v, *inputs = self._inputs(*self.maps.apply_to(x, IN, x))
-        (y,) = self.maps.apply_to(self._gated(recurrence(*inputs), v, z), ("o",), x)
+        (y,) = self.maps.apply_to(self._gated(recurrence(*inputs, by_library=self.by_library), v, z), ("o",), x)
         return y
 
     def decode(

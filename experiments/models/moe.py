@@ -102,7 +102,7 @@ class MoEModule(nn.Module):
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1)  # [N, D]
         rows = _Permuted.apply(rows, order, inverse)
-        ends = counts.cumsum(0).to(torch.int32)
+        ends = counts.to(torch.int32).cumsum(0, dtype=torch.int32)  # Floats would be rounded above 2**24 rows.
         gate, up = (_grouped_product(rows, weight, ends) for weight in (self.gate, self.up))
         y = _grouped_product(F.silu(gate) * up, self.down, ends)
         y = _Permuted.apply(y, inverse, order)

@@ -12,6 +12,7 @@ Shapes: B batch, T time, H heads, K channels of a key, V channels of a value, N 
 
 import importlib.util
 import math
+import re
 import sys
 from functools import cache
 
@@ -30,9 +31,11 @@ def recurrence(
     v: Tensor,  # [B, T, H, V]
     log_decay: Tensor,  # [B, T, H]: ln a, in float32 or wider
     beta: Tensor | None = None,  # [B, T, H], in (0, 1)
+    *,
+    by_library: bool,  # by the kernels of flash-linear-attention
 ) -> Tensor:  # [B, T, H, V]
-    """The outputs, in the dtype of v. On a GPU by flash-linear-attention, where `library_problem` has no objection."""
-    if v.is_cuda and library_problem() is None:
+    """The outputs, in the dtype of v."""
+    if by_library:
         return _by_library(q, k, v, log_decay, beta)
     with torch.autocast(v.device.type, enabled=False):
         return chunked(q, k, v, log_decay, beta)[0]
@@ -130,21 +133,23 @@ def _by_library(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
 
 
 @cache
+def library_trains(device: torch.device) -> bool:
+    """Whether to use flash-linear-attention. If it cannot train on a GPU, this says why, once, on standard error."""
+    if device.type != "cuda":
+        return False
+    if problem := library_problem():
+        print(f"dynconv: recurrences run by plain matrix products, which is slower; {problem}", file=sys.stderr)
+    return problem is None
+
+
 def library_problem() -> str | None:
     """Why flash-linear-attention cannot train on this GPU, and what to do; None if it can."""
     if importlib.util.find_spec("fla") is None:
         return 'flash-linear-attention is not installed: pip install "dynconv[fla]"'
     import triton
 
-    version = tuple(int(number) for number in triton.__version__.split(".")[:3])
+    version = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
     # flash-linear-attention refuses these: https://github.com/fla-org/flash-linear-attention/issues/640
     if torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= version < (3, 7, 1):
         return f"Triton {triton.__version__} computes its gradients wrongly on a Hopper GPU: upgrade Triton to 3.7.1"
     return None
-
-
-@cache
-def warn_without_library(device: torch.device) -> None:
-    """Say once, on standard error, that a run on a GPU will be slower than it could be, and why."""
-    if device.type == "cuda" and (problem := library_problem()) is not None:
-        print(f"dynconv: recurrences run by plain matrix products, which is slower; {problem}", file=sys.stderr)

@@ -5,7 +5,7 @@ Shapes: B batch, T time.
 
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,15 @@ class ConvLinear(nn.Module):
             return cast(Tensor, self.conv(y, generated=generated))
         assert isinstance(self.conv, LowRankDynamicConv)
         assert generated is not None
-        return _convolve_together([self.conv], y, generated, [y.shape[-1]])[0]
+        return _convolve_together([self.conv], y, generated, [y.shape[-1]])[..., : self.conv.channels]
+
+
+class Outputs(NamedTuple):
+    """The outputs of several maps."""
+
+    apart: list[Tensor]  # [B, T, outputs] each
+    joined: Tensor | None = None  # [B, T, sum of widths]: the same side by side
+    widths: Sequence[int] = ()  # the channels of each in `joined`, including padding
 
 
 class Maps(nn.ModuleDict):
@@ -87,7 +95,16 @@ class Maps(nn.ModuleDict):
         sites: Sequence[str],
         part_input: Tensor,  # [B, T, D]: the normed input of the part, from which generators may have to read
     ) -> list[Tensor]:  # [B, T, outputs] each
-        """The outputs of several maps of one input.
+        """The outputs of several maps of one input."""
+        return self.outputs(x, sites, part_input).apart
+
+    def outputs(
+        self,
+        x: Tensor,  # [B, T, inputs]
+        sites: Sequence[str],
+        part_input: Tensor,  # [B, T, D]
+    ) -> "Outputs":
+        """The outputs of several maps of one input, perhaps side by side in one tensor.
 
         On a GPU, maps of a narrow input share one matrix product, to save launches. If the input is wide, only the
         generators of all convolutions are computed in the product of the first map that has one.
@@ -96,7 +113,7 @@ class Maps(nn.ModuleDict):
         read = part_input if self._reads_part_input else x  # by the generators
         if not _shares_products(x):
             read = partners(read) if self._mismatched else read
-            return [linear(x, read) for linear in maps.values()]
+            return Outputs([linear(x, read) for linear in maps.values()])
         dynamic = {s: m.conv for s, m in maps.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
         joined = dynamic if read is x else {}  # whose generators are part of the product
         sharing = list(maps) if x.shape[-1] <= ONE_PRODUCT_WIDTH else list(joined)[:1]
@@ -106,19 +123,23 @@ class Maps(nn.ModuleDict):
         generated = {site: conv.generator_map(read) for site, conv in dynamic.items() if site not in joined}
         if sharing:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            y, *columns = project_together(weight, list(joined.values()), x)
+            y, *columns = project_together(weight, list(joined.values()), x) if joined else [F.linear(x, weight)]
             products = dict(zip(sharing, y.split(widths, -1), strict=True))
             generated |= dict(zip(joined, columns, strict=True))
         if self._mismatched:
             generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
         convolved = {site: cast(_ShortConv, linear.conv) for site, linear in maps.items() if linear.conv is not None}
+        if sharing == list(maps) and not convolved:
+            return Outputs(list(products.values()), y, widths)
         if sharing == list(convolved) and _fit_one_launch(list(convolved.values()), widths):
             columns = [generated[site] for site in dynamic]
-            return _convolve_together(list(convolved.values()), y, torch.cat(columns, -1) if columns else None, widths)
+            y = _convolve_together(list(convolved.values()), y, torch.cat(columns, -1) if columns else None, widths)
+            parts = zip(convolved.values(), y.split(widths, -1), strict=True)
+            return Outputs([part[..., : conv.channels] for conv, part in parts], y, widths)
         for site, linear in maps.items():
             if site not in products:
                 products[site] = F.linear(x, linear.padded_weight())
-        return [linear.convolve(products[site], generated.get(site)) for site, linear in maps.items()]
+        return Outputs([linear.convolve(products[site], generated.get(site)) for site, linear in maps.items()])
 
     def decode(
         self,
@@ -193,8 +214,8 @@ def _convolve_together(
     y: Tensor,  # [B, T, sum of widths]
     generated: Tensor | None,  # [B, T, columns of all generators]; None for static convolutions
     widths: Sequence[int],  # channels of each in y, including padding
-) -> list[Tensor]:  # [B, T, channels] each
-    """Apply several convolutions in one launch. Padding channels of y get zero filters, and are removed."""
+) -> Tensor:  # as y
+    """Apply several convolutions in one launch. Padding channels of y get zero filters."""
     first = convolutions[0]
     padding = [width - convolution.channels for convolution, width in zip(convolutions, widths, strict=True)]
     filters = [c.static_filter for c in convolutions if c.static_filter is not None]
@@ -205,14 +226,12 @@ def _convolve_together(
         lowrank = cast(Sequence[LowRankDynamicConv], convolutions)
         bases = [c.up.unflatten(1, (c.width, -1)) for c in lowrank]  # [R, W, channels] each
         up = torch.cat([F.pad(base, (0, more)) for base, more in zip(bases, padding, strict=True)], 2).flatten(1)
-        y = lowrank_dynamic_convolution(y, generated, up, static, segments=tuple(widths), **options)
-    elif isinstance(first, HeadwiseDynamicConv):
+        return lowrank_dynamic_convolution(y, generated, up, static, segments=tuple(widths), **options)
+    if isinstance(first, HeadwiseDynamicConv):
         assert generated is not None
-        y = headwise_dynamic_convolution(y, generated.unflatten(2, (-1, first.width)), static, **options)
-    else:
-        assert static is not None
-        y = static_convolution(y, static, **options)
-    return [part[..., : c.channels] for c, part in zip(convolutions, y.split(widths, -1), strict=True)]
+        return headwise_dynamic_convolution(y, generated.unflatten(2, (-1, first.width)), static, **options)
+    assert static is not None
+    return static_convolution(y, static, **options)
 
 
 @singledispatch

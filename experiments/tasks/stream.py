@@ -18,7 +18,9 @@ HELD_OUT_KEY = 2**63  # of the held-out sets' draws; a training stream's key is 
 class GeneratedTask:
     """Sequences that a generator makes. Sequence k of a seed's training stream is a function of (settings, seed, k).
 
-    The held-out sets are the same for every seed, and their draws are independent of those of every training stream.
+    The held-out sets are the same for every seed, and their draws are independent of those of every training stream. A
+    sequence is in both by chance alone: with a chance below 1e-10 for any in the shipped sweeps, whose tasks have 1e17
+    and more about equally likely sequences, and often in tasks with few different ones.
     """
 
     def __init__(self, generator: Generator, name: str, batch_sequences: int, seed: int) -> None:

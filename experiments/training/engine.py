@@ -134,6 +134,8 @@ class Engine:
         self._graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream() if cuda else None  # for captures
         self._uploaded = torch.cuda.Event() if cuda else None
+        # A process that waits for this one sleeps. With many runs on a machine, cores that wait busily are missed.
+        self._finished = torch.cuda.Event(blocking=True) if cuda else None
 
     @property
     def captured(self) -> bool:
@@ -172,9 +174,13 @@ class Engine:
                 self._release_gradients()
             else:
                 self._graph.replay()
+        if self._finished is not None:
+            self._finished.record()
 
     def read(self, steps: int) -> list[tuple[float, float]]:
         """Wait for the launched steps. Returns (mean loss, gradient norm) of each."""
+        if self._finished is not None:
+            self._finished.synchronize()
         losses, norms = self._results[:, :steps].tolist()
         return list(zip(losses, norms, strict=True))
 

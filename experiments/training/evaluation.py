@@ -72,7 +72,7 @@ class Evaluator:
             return None
         total, auxiliary = sums
         mean = self.world.sum(total).item() / self._loss.positions
-        return dict(self.task.metrics(mean)) | {n: self.world.sum(each).item() for n, each in auxiliary.items()}
+        return dict(self.task.metrics(mean)) | _means(auxiliary, self.world)
 
     def _metrics_of_answers(
         self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
@@ -81,17 +81,17 @@ class Evaluator:
         device = self.world.device
         losses = torch.zeros(held_out.inputs.shape, dtype=torch.float64, device=device)
         correct = torch.zeros(held_out.inputs.shape, dtype=torch.int32, device=device)
-        auxiliary = _AuxiliaryLosses(self.world)
+        auxiliary: dict[str, Tensor] = {}
         for low, high in self._parts(held_out):
             if interrupted():
                 return None
             examples = held_out.rows(low, high)
             answers = answers_of(self.model, device, *on_device(examples, self.micro_batch, device))
             losses[low:high], correct[low:high] = answers.losses[: high - low], answers.correct[: high - low]
-            auxiliary.add(answers.auxiliary, examples.inputs.size / held_out.inputs.size)
+            _add(auxiliary, answers.auxiliary, examples.inputs.size / held_out.inputs.size)
         # Each process has filled in its own sequences, and the others are zero.
         all_losses, all_correct = (self.world.sum(each).cpu().numpy() for each in (losses, correct))
-        return task.scores(held_out, all_losses, all_correct > 0, at) | ({} if at else auxiliary.means())
+        return task.scores(held_out, all_losses, all_correct > 0, at) | ({} if at else _means(auxiliary, self.world))
 
     def _grouped(self, held_out: Examples) -> Examples:
         return held_out if self.group == 1 else held_out.in_pairs()
@@ -109,23 +109,18 @@ class Evaluator:
             yield low, high
 
 
-class _AuxiliaryLosses:
-    """Means of the model's auxiliary losses and measures over a held-out set, by name and, of a measure, by index."""
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:
+    """Add auxiliary losses and measures of a micro-batch that has this share of the set's tokens."""
+    for name, value in values.items():
+        part = value.double() * share
+        sums[name] = sums[name] + part if name in sums else part
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._sums: dict[str, Tensor] = {}
 
-    def add(self, losses: Mapping[str, Tensor], share: float) -> None:
-        """Add the losses of a micro-batch that has this share of the set's tokens."""
-        for name, value in losses.items():
-            part = value.double() * share
-            self._sums[name] = self._sums[name] + part if name in self._sums else part
-
-    def means(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, total in self._sums.items():
-            values = self._world.sum(total)
-            names = [f"{name}.{index}" for index in range(len(values))] if values.dim() else [name]
-            found |= dict(zip(names, values.flatten().tolist(), strict=True))
-        return found
+def _means(sums: Mapping[str, Tensor], world: World) -> dict[str, float]:
+    """Means over a held-out set from all processes' sums, by name and, if there are several values, by index."""
+    found: dict[str, float] = {}
+    for name, own in sums.items():
+        values = world.sum(own)
+        names = [f"{name}.{index}" for index in range(len(values))] if values.dim() else [name]
+        found |= dict(zip(names, values.flatten().tolist(), strict=True))
+    return found

@@ -83,6 +83,6 @@ class HeldOutLoss:
         self._total += loss.double()
         for name, value in auxiliary.items():
             if name not in self._auxiliary:
-                self._auxiliary[name] = torch.zeros_like(self._total)
+                self._auxiliary[name] = torch.zeros_like(value, dtype=torch.float64)
             self._auxiliary[name] += value.double() * share
         self._place += 1

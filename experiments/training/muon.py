@@ -4,10 +4,12 @@ Shapes: n matrices of one shape, A rows, B columns, A <= B.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from experiments.training.parallel import is_sharded, local
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: https://kellerjordan.github.io/posts/muon
 _ITERATIONS = 5
@@ -51,12 +53,34 @@ class Muon(torch.optim.Optimizer):
         gradients = torch.where(stopped > 0, torch.zeros_like(stopped), gradients)
         average = torch.stack(averages).lerp_(gradients, (1 - group["momentum"]) * moves)
         torch._foreach_copy_(averages, average.unbind())
-        update = orthogonalised(gradients.lerp_(average, group["momentum"]))
+        update = _orthogonalised_like(parameters[0], gradients.lerp_(average, group["momentum"]))
         # The factor makes the root mean square of an update that of AdamW's (arXiv 2502.16982, section 2.2).
         factor = rate * (0.2 * max(parameters[0].shape) ** 0.5)
         matrices = [_wide(parameter) for parameter in parameters]
         torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
         torch._foreach_sub_(matrices, (update.float() * factor).unbind())
+
+
+def _orthogonalised_like(
+    parameter: nn.Parameter,
+    matrices: Tensor,  # [n, A, B], or this process's part of them, if the parameters are sharded as this one is
+) -> Tensor:  # as `matrices`
+    if not is_sharded(parameter):
+        return orthogonalised(matrices)
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # takes seconds to import
+
+    sharded, turned = cast(DTensor, parameter), parameter.shape[0] > parameter.shape[1]
+    mesh = sharded.device_mesh
+    places = [
+        Shard(2 - each.dim if turned else 1 + each.dim) if isinstance(each, Shard) else each
+        for each in sharded.placements
+    ]
+    shape = torch.Size([len(matrices), min(parameter.shape), max(parameter.shape)])
+    stride = (shape[1] * shape[2], shape[2], 1)
+    # Every process orthogonalises whole matrices, which one gathering brings together, and keeps its part of them.
+    whole = DTensor.from_local(matrices.contiguous(), mesh, places, shape=shape, stride=stride).full_tensor()
+    result = DTensor.from_local(orthogonalised(whole), mesh, [Replicate()] * mesh.ndim)
+    return result.redistribute(placements=places).to_local()
 
 
 def orthogonalised(
@@ -72,16 +96,22 @@ def orthogonalised(
     return x
 
 
-def _wide(matrix: Tensor) -> Tensor:  # [A, B]
+def _wide(matrix: Tensor) -> Tensor:  # [A, B], or this process's part of it
     """The matrix, or its transpose if it has more rows than columns."""
-    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    own = local(matrix)
+    return own.mT if matrix.shape[0] > matrix.shape[1] else own
 
 
 def _stacks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The matrices by shape up to transposition, at most _LARGEST_STACK parameters at a time."""
-    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    """The matrices by shape up to transposition, at most _LARGEST_STACK parameters at a time.
+
+    Sharded matrices and their transposes are sharded along different dimensions, and so are kept apart.
+    """
+    by_shape: dict[tuple[torch.Size, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
-        by_shape.setdefault(_wide(parameter).shape, []).append(parameter)
-    for shape, alike in by_shape.items():
+        turned = is_sharded(parameter) and parameter.shape[0] > parameter.shape[1]
+        key = (torch.Size(sorted(parameter.shape)), turned)
+        by_shape.setdefault(key, []).append(parameter)
+    for (shape, _), alike in by_shape.items():
         many = max(1, _LARGEST_STACK // shape.numel())
         yield from (alike[low : low + many] for low in range(0, len(alike), many))

@@ -40,11 +40,9 @@ def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
-    matrices = groups["matrices"].values()
-    assert not any(is_sharded(matrix) for matrix in matrices), "Execution.check refuses this"
-    of_matrices = MuonMatrices(matrices, train.learning_rate, settings.momentum, train.weight_decay)
+    matrices = MuonMatrices(groups["matrices"].values(), train.learning_rate, settings.momentum, train.weight_decay)
     others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
-    return [of_matrices, _adamw(others, settings, train)]
+    return [matrices, _adamw(others, settings, train)]
 
 
 def _adamw(

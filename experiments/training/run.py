@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this 
     from experiments.training.trainer import Trainer
 
 
+SHOWN = ("loss", "accuracy")  # the metrics that an evaluation prints; the log has all
 SHARING_VARIABLE = "DYNCONV_SHARING"  # The launcher sets it to the number of runs on this device; empty: unknown.
 
 
@@ -243,7 +244,8 @@ class _Attempt:
                 if evaluation is not None and self._log is not None:
                     self._log.evaluation(**asdict(evaluation))
                     done = f"{evaluation.step}/{trainer.config.steps}"
-                    print(f"step {done}  held-out loss {evaluation.metrics['loss']:.4f}", flush=True)
+                    found = [f"{name} {evaluation.metrics[name]:.4f}" for name in SHOWN if name in evaluation.metrics]
+                    print(f"step {done}  held-out {'  '.join(found)}", flush=True)
             else:
                 steps = trainer.advance()
                 self._step = trainer.steps_done + 1
