@@ -208,8 +208,8 @@ def _stable(x: Floats, y: Floats, unstable: Bools) -> tuple[slice, bool]:
 
 def _tune(rows: pd.DataFrame, variance: float | None, failed: Sequence[float]) -> tuple[pd.DataFrame, Tuned, float]:
     """The runs of one cell at the best rate, their losses shifted to the interpolated minimum; how it was tuned; and
-    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed). At the rates `failed` some runs did not
-    learn."""
+    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed). At the rates `failed` some runs did
+    not learn."""
     by_rate = rows.groupby("_rate")["loss"].agg(["mean", "size", "std"])
     by_rate = by_rate.reindex(sorted({*by_rate.index, *failed}))
     arm, size, budget = (str(rows[name].iloc[0]) for name in ("arm", "_size", "_budget"))
