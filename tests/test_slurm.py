@@ -395,3 +395,94 @@ def test_slurm_drops_the_branches_of_a_trunk_that_failed(tiny_run: RunConfig, su
     outcome = submit([trunk, *branches], tmp_path, wait=True)
     assert [state.state for state in outcome.ended] == ["failed", "lost", "lost"]
     assert {state.cause for state in outcome.ended[1:]} == {f"its trunk {trunk.run_id} failed; retry that"}
+
+
+def test_variables_of_the_users_shell_change_nothing(
+    long_run: RunConfig,
+    submit: Submit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """squeue would hide the job, so that it seemed lost, and sbatch would run a part of the array and not requeue it."""
+    hostile = {
+        "SQUEUE_STATES": "COMPLETED", "SQUEUE_FORMAT": "%j", "SQUEUE_USERS": "nobody", "SACCT_FORMAT": "JobName",
+        "SBATCH_ARRAY_INX": "0", "SBATCH_NO_REQUEUE": "1", "SBATCH_PARTITION": "high", "SBATCH_TIMELIMIT": "1",
+    }  # fmt: skip
+    for name, value in hostile.items():
+        monkeypatch.setenv(name, value)
+    both = [long_run, replace(long_run, seed=9)]
+    submit(both, tmp_path / "store")
+    assert "SBATCH_ARRAY_INX, SBATCH_NO_REQUEUE" in capsys.readouterr().err
+    found = states.read(tmp_path / "store", [run.run_id for run in both])
+    assert {state.state for state in found} <= {"queued", "running"}
+    job = json.loads((tmp_path / "store" / long_run.run_id / "job.json").read_text())["job_id"]
+    for name in hostile:
+        monkeypatch.delenv(name)
+    said = ask("scontrol", "show", "job", job)
+    assert "Partition=low" in said
+    assert "Requeue=1" in said
+    assert "TimeLimit=00:30:00" in said
+    assert "WCKey=submitit" not in said
+    launch.cancel(tmp_path / "store", [run.run_id for run in both])
+
+
+def test_a_colleagues_job_that_cannot_be_seen_is_not_lost(
+    tiny_run: RunConfig, submitted: Callable[..., Path], submit: Submit, tmp_path: Path
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    jobs.write_job(run_dir, "slurm", "999999", None, tmp_path / "code")
+    assert state_of(tmp_path, tiny_run).state == "lost"
+    os.chown(run_dir / "job.json", 65534, -1)
+    found = state_of(tmp_path, tiny_run)
+    assert found.state == "unknown"
+    assert "999999" in str(found.cause)
+    assert submit([tiny_run], tmp_path).skipped == {"unknown": [tiny_run.run_id]}
+
+
+def test_what_was_cancelled_while_its_job_goes_on_is_cancelled_again(
+    long_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scancel that cancels and exits 1 must not take the marker back, and one that fails must not keep it."""
+    store = tmp_path / "store"
+    submit([long_run], store)
+    (store / long_run.run_id / "cancelled").touch()  # as an interrupted cancel leaves it
+    assert launch.cancel(store, [long_run.run_id]) == [long_run.run_id]
+    wait_until(lambda: not states.busy(store, [long_run.run_id]))
+    assert state_of(store, long_run).state == "cancelled"
+
+    launch.retry(
+        [long_run], PROFILE, store, cache=Path(read_json(store / long_run.run_id / "config.json")["data_dir"]).parent
+    )
+    real = subprocess.run
+
+    def cancels_and_fails(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        done = real(command, **options)  # type: ignore[call-overload]
+        if command[0] == "scancel":
+            wait_until(lambda: long_run.run_id not in states.busy(store, [long_run.run_id]))
+            done.returncode = 1
+        return done
+
+    monkeypatch.setattr(slurm.subprocess, "run", cancels_and_fails)
+    assert launch.cancel(store, [long_run.run_id]) == [long_run.run_id]
+    assert state_of(store, long_run).state == "cancelled"
+
+
+def test_options_of_sbatch_that_are_the_launchers_own_are_refused(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    profile = replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"array": "0-1"}))
+    with pytest.raises(ValueError, match="must leave to the launcher what it sets itself; got array"):
+        submit([tiny_run], tmp_path / "store", profile)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_cluster_without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "_ask", lambda *command: "MaxArraySize = 0\n" if command[0] == "scontrol" else None)
+    assert slurm.max_array_size() == 1
+
+
+def test_a_notice_of_the_site_among_the_jobs_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "*** maintenance on Friday | see the wiki ***\n7_1|RUNNING\n8|PENDING\n"
+    monkeypatch.setattr(slurm, "_ask", lambda *_: said)
+    assert slurm.queue(["7_1", "8", "9"], [0]) == {"7_1": "RUNNING", "8": "PENDING"}

@@ -186,6 +186,7 @@ class RunLog:
                 f"{self._run_dir} has a torn log: {problems[0]}; nothing was removed; mend it, or remove the folder "
                 "and submit the run anew"
             )
+        self._require_end(steps, evals)
         final = self._final_metrics(evals)
         attempts = [attempt for _, attempt in sorted(read_attempts(self._run_dir)[0].items())]
         seconds = _clocks(attempts, steps, evals)
@@ -205,6 +206,23 @@ class RunLog:
         leftover = [*self._run_dir.glob("*-*-*.parquet"), *self._run_dir.glob(".*.tmp")]
         for path in leftover:
             path.unlink(missing_ok=True)
+
+    def _require_end(self, steps: Rows, evals: Rows) -> None:
+        """Raises ValueError where the log ends before the planned tokens, or its last evaluation before the end."""
+        planned = self._config["tokens"]
+        done = steps.table["tokens"].to_pylist()[-1] if steps.table.num_rows else 0
+        at_end = steps.table["step"].to_pylist()[-1:]
+        task = self._config["task"]
+        evaluated = [row["step"] for row in evals.table.to_pylist() if row["task"] == task][-1:]
+        if done != planned:
+            raise ValueError(
+                f"{self._run_dir} was trained on {done} of its {planned} tokens by its log, so it is not complete; two "
+                "jobs may have had it: remove the folder and submit the run anew"
+            )
+        if evaluated and evaluated != at_end:
+            raise ValueError(
+                f"{self._run_dir} was last evaluated at step {evaluated[0]} of {at_end[0]}; evaluate before finish"
+            )
 
     def _final_metrics(self, evals: Rows) -> dict[str, float]:
         """The metrics of the run's own task at its last evaluation. Raises ValueError where it has no "loss"."""

@@ -1,6 +1,7 @@
 """The job that a run was given: job.json in its folder, which the launchers write and `status` and `cancel` read."""
 
 import contextlib
+import os
 import socket
 import tempfile
 import time
@@ -11,6 +12,7 @@ from typing import Any
 from analysis.logs.files import read_json, write_json
 
 JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+_ALL_RIGHTS = 0o777
 
 
 def write_job(run_dir: Path, executor: str, job_id: str, log: Path | None, code: Path) -> None:
@@ -29,13 +31,14 @@ def write_job(run_dir: Path, executor: str, job_id: str, log: Path | None, code:
 
 
 def job_of(run_dir: Path) -> dict[str, Any] | None:
-    """What the launcher noted when it submitted the run, or None. Raises ValueError where it noted no such thing."""
+    """What the launcher noted when it submitted the run, with `owner`, the user id of who did it; None if it noted
+    nothing. Raises ValueError where the file holds something else."""
     path = run_dir / "job.json"
     if not path.exists():
         return None
     with errors_naming(path):
         job = read_json(path)
-        return {key: job[key] for key in JOB_KEYS}
+        return {"owner": path.stat().st_uid, **{key: job[key] for key in JOB_KEYS}}
 
 
 @contextlib.contextmanager
@@ -61,4 +64,9 @@ def new_folder(store: Path, name: str) -> Path:
     """A new folder for submitit's files and the jobs' output."""
     folder = store / ".jobs"
     folder.mkdir(exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=time.strftime(f"%Y%m%d-%H%M%S-{name}-"), dir=folder))
+    made = Path(tempfile.mkdtemp(prefix=time.strftime(f"%Y%m%d-%H%M%S-{name}-"), dir=folder))
+    # mkdtemp makes folders that their owner alone may enter; colleagues who share the store must read the output.
+    umask = os.umask(0)
+    os.umask(umask)
+    made.chmod(_ALL_RIGHTS & ~umask)
+    return made

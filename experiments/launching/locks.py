@@ -68,17 +68,17 @@ def _is_open_file(path: Path, file: TextIO) -> bool:
 def signals_deferred() -> Iterator[None]:
     """Nothing short of SIGKILL ends this process inside: a job may have begun that no file names yet.
 
-    INT and HUP are ignored, also by the programs started inside, for as long as these run: a terminal sends both to
-    all of them. TERM is acted on at the end.
+    INT, HUP and TERM are acted on at the end. INT and HUP, which a terminal sends to all programs started from it, are
+    blocked for those started inside as well, for as long as these run.
     """
     noted: list[int] = []
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    handler = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # What has come meanwhile is delivered here.
         if noted:
             signal.raise_signal(signal.SIGTERM)
 

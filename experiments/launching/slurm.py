@@ -9,7 +9,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import submitit
@@ -20,6 +21,15 @@ from experiments.launching.profile import Job, Slurm
 from experiments.training.run import SHARING_VARIABLE
 
 ANSWER_SECONDS = 20  # if the controller takes longer, it counts as down
+CANCEL_SECONDS = 120  # for scancel, which may have to reach many nodes
+# Options of sbatch that the launcher sets itself, or that would change how many jobs there are and where they write.
+OWN_OPTIONS = (
+    "array", "chdir", "dependency", "error", "export", "job-name", "kill-on-invalid-dep", "nodes", "ntasks",
+    "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "no-requeue", "signal", "test-only", "wait",
+    "wrap",
+)  # fmt: skip
+# Variables by which the programs of Slurm take options from the user's shell
+_OPTION_VARIABLES = ("SBATCH_", "SALLOC_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SCONTROL_", "SLURM_", "SRUN_")
 
 
 def check(slurm: Slurm) -> None:
@@ -40,15 +50,23 @@ def check(slurm: Slurm) -> None:
         )
     for partition in slurm.partition.split(","):
         strict.choose(partition, sorted(set(partitions.split())), "the cluster has no such partition")
+    own = sorted(name for name in slurm.options if name.replace("_", "-") in OWN_OPTIONS)
+    if own:
+        names = ", ".join(own)
+        raise ValueError(f"[slurm.options] must leave to the launcher what it sets itself; got {names}; remove it")
 
 
-def queue(store: Path, job_ids: Sequence[str]) -> dict[str, str] | None:
-    """Job id -> state, as PENDING or RUNNING, of those still queued; None where the controller does not answer."""
-    owners = {os.getuid(), *(path.stat().st_uid for path in (store, store / ".jobs") if path.exists())}
-    lines = _ask("squeue", "--noheader", "--array", "--format=%i|%T", f"--user={','.join(map(str, sorted(owners)))}")
+def queue(job_ids: Sequence[str], owners: Iterable[int]) -> dict[str, str] | None:
+    """Job id -> state, as PENDING or RUNNING, of those still queued; None where the controller does not answer.
+
+    `owners` are the user ids of those who submitted the jobs.
+    """
+    users = ",".join(map(str, sorted({os.getuid(), *owners})))
+    lines = _ask("squeue", "--noheader", "--all", "--array", "--format=%i|%T", f"--user={users}")
     if lines is None:
         return None
-    states = dict(line.split("|") for line in lines.split())
+    # Sites print notices on standard output, too.
+    states = dict(re.findall(r"^(\d+(?:_\d+)?)\|([A-Z_]+)$", lines, re.MULTILINE))
     return {job_id: states[job_id] for job_id in job_ids if job_id in states}
 
 
@@ -65,16 +83,22 @@ def accounting(job_ids: Sequence[str]) -> dict[str, str]:
     )
     ends = {}
     for line in (lines or "").splitlines():
-        ids, state, code = line.split("|")
+        ids, state, code = line.split("|") if line.count("|") == 2 else ("", "", "")  # else a notice of the site
         ends.update(dict.fromkeys(_expanded(ids), f"{state} (exit {code})"))
     return ends
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Raises ValueError where there is no scancel, or it refuses."""
+    """Raises ValueError where there is no scancel, it does not answer, or it refuses."""
     if shutil.which("scancel") is None:
         raise ValueError("this machine has no scancel; cancel from a login node of the cluster")
-    done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, check=False)
+    command = ["scancel", *job_ids]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=CANCEL_SECONDS, env=_own_environment()
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"scancel has not answered for {CANCEL_SECONDS} s; try again") from None
     if done.returncode != 0:
         raise ValueError(f"scancel refused: {_one_line(done.stderr)}")
 
@@ -111,6 +135,7 @@ def executor(
         **{key: value for key, value in asked.items() if value is not None},
         job_name=name,
         array_parallelism=max_parallel or 10**6,
+        wckey=None,  # submitit's own would be refused where the site checks them; [slurm.options] may name one
         stderr_to_stdout=True,
         # Node failures and preemptions requeue. TERM warns before the time limit, as it does before a preemption.
         additional_parameters={
@@ -150,11 +175,16 @@ def _setup(snapshot: Path, sharing: str) -> list[str]:
 
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Remove the variables of the Slurm job that we may be running in: sbatch would take them for options."""
+    """Remove variables that sbatch would take for options: the user's, and those of the Slurm job that we may be in.
+
+    The user is told of his own, since the profile alone decides.
+    """
     kept = dict(os.environ)
     for key in list(os.environ):
-        if key.startswith(("SLURM_", "SRUN_", "SUBMITIT_")) and key != "SLURM_CONF":
+        if key.startswith((*_OPTION_VARIABLES, "SUBMITIT_")) and key != "SLURM_CONF":
             del os.environ[key]
+    if ignored := sorted(key for key in kept if key.startswith("SBATCH_")):
+        print(f"dynconv: {', '.join(ignored)} of this shell: ignored, since the profile decides", file=sys.stderr)
     try:
         yield
     finally:
@@ -162,15 +192,23 @@ def _clean_environment() -> Iterator[None]:
         os.environ.update(kept)
 
 
+def _own_environment() -> dict[str, str]:
+    """The environment without variables that change what Slurm's programs do or print."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(_OPTION_VARIABLES) or k == "SLURM_CONF"}
+
+
 def max_array_size() -> int:
+    """How many jobs an array may have; 1 where the cluster has no arrays (MaxArraySize 0)."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config") or "", re.MULTILINE)
-    return int(found[1]) if found else 1000
+    return max(1, int(found[1])) if found else 1000
 
 
 def _ask(*command: str) -> str | None:
     """Standard output, or None where the command is missing, fails or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, env=_own_environment()
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -3,6 +3,8 @@
 Reads small files only and imports no torch, so that `status` answers at once.
 """
 
+import os
+import pwd
 import socket
 import time
 from collections import Counter
@@ -61,7 +63,7 @@ def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
         except ValueError as error:
             found[run_id] = RunState(run_id, "unreadable", cause=str(error))
     unfinished = {run_id: job for run_id, job in jobs.items() if reader.status(store / run_id) == "unfinished"}
-    present = _present(store, unfinished)
+    present = _present(unfinished)
     for run_id, job in jobs.items():
         try:
             found[run_id] = _state(store / run_id, job, present.get(run_id))
@@ -79,19 +81,21 @@ def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
 
 def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
     """Run id -> "queued", "running" or "unknown", for runs whose last job has not ended, whatever their markers say."""
-    present = _present(store, {run_id: job_of(store / run_id) for run_id in run_ids})
+    present = _present({run_id: job_of(store / run_id) for run_id in run_ids})
     return {run_id: where for run_id, where in present.items() if where != "gone"}
 
 
-def _present(store: Path, jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
+def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
     """Run id -> "queued", "running", "gone" or "unknown", for the runs that have a job."""
     submitted = {run_id: job for run_id, job in jobs.items() if job is not None}
-    in_slurm = [job["job_id"] for job in submitted.values() if job["executor"] == "slurm"]
-    queue = slurm.queue(store, in_slurm) if in_slurm else {}
+    in_slurm = [job for job in submitted.values() if job["executor"] == "slurm"]
+    queue = slurm.queue([job["job_id"] for job in in_slurm], {job["owner"] for job in in_slurm}) if in_slurm else {}
     present = {}
     for run_id, job in submitted.items():
         if job["executor"] == "slurm":
-            state = "unknown" if queue is None else queue.get(job["job_id"], "gone")
+            # Where jobs are private (PrivateData=jobs) a colleague's are not shown, whether they run or have ended.
+            unseen = "gone" if job["owner"] == os.getuid() else "unknown"
+            state = "unknown" if queue is None else queue.get(job["job_id"], unseen)
             present[run_id] = {"PENDING": "queued", "gone": "gone", "unknown": "unknown"}.get(state, "running")
         elif job["host"] != socket.gethostname():
             present[run_id] = "unknown"
@@ -144,10 +148,22 @@ def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
             failure = read_json(run_dir / "failure.json")
             return f"{failure['cause']} (step {failure['step']})"
     if where == "unknown" and job is not None:
-        return "squeue does not answer" if job["executor"] == "slurm" else f"started on {job['host']}; ask there"
+        if job["executor"] != "slurm":
+            return f"started on {job['host']}; ask there"
+        if job["owner"] != os.getuid():
+            return f"job {job['job_id']} of user {_user(job['owner'])} is not shown here; ask there"
+        return "squeue does not answer"
     if where == "lost" and job is not None:
         return _last_line(Path(job["log"])) if job["log"] else "its process ended"
     return None
+
+
+def _user(number: int) -> str:
+    """The name of a user, or the number where it has none on this machine."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def _last_line(log: Path) -> str:

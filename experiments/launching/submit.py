@@ -74,6 +74,8 @@ def retry(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Pa
 def _launch(
     wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path, wait: bool
 ) -> Outcome:
+    if wanted == states.RETRYABLE and not store.is_dir():
+        raise ValueError(f"{store} is not a store, so nothing in it can be tried again; name another with --store")
     _check(runs, profile)
     _check_schema(store)
     with store_lock(store):  # asked before the data is built, which may take hours: the store may take no files
@@ -108,20 +110,22 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
     """Cancel the named runs that have not ended, and return their ids. They stay cancelled until they are retried.
 
     The marker is written first, because scancel's signal looks like a preemption to a running job. Raises ValueError,
-    and takes the markers back, for the runs whose jobs cannot be reached from here; the others are cancelled.
+    and takes the markers back, for the runs whose jobs cannot be reached from here; the others are cancelled. A run
+    that was cancelled before and whose job has not ended is cancelled again.
     """
     here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
+    marked = [state.run_id for state in here if state.state == "cancelled"]
     ids = [state.run_id for state in here if state.state in ("pending", "lost", *states.ACTIVE)]
-    for run_id in ids:
-        (store / run_id / "cancelled").touch()
+    ids += sorted(states.busy(store, marked))
+    _mark_cancelled(store, ids)
     job_by_run = {run_id: jobs.job_of(store / run_id) for run_id in states.busy(store, ids)}
     in_slurm = {run_id: job["job_id"] for run_id, job in job_by_run.items() if job and job["executor"] == "slurm"}
     out_of_reach: dict[str, str] = {}  # run id -> why its job cannot be stopped from here
     try:
         if in_slurm:
             slurm.cancel(list(in_slurm.values()))
-    except ValueError as error:
-        out_of_reach |= dict.fromkeys(in_slurm, str(error))
+    except ValueError as error:  # scancel may have cancelled some of them, or all
+        out_of_reach |= dict.fromkeys(states.busy(store, list(in_slurm)), str(error))
     for run_id, job in job_by_run.items():
         if job and job["executor"] != "slurm" and (why := _stop_here(job)):
             out_of_reach[run_id] = why
@@ -131,6 +135,23 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
         reasons = [f"{count} go on: {why}" for why, count in Counter(out_of_reach.values()).items()]
         raise ValueError(f"{len(ids) - len(out_of_reach)} of {len(ids)} runs cancelled; {'; '.join(reasons)}")
     return ids
+
+
+def _mark_cancelled(store: Path, run_ids: Sequence[str]) -> None:
+    """Write the marker of each run. Raises ValueError, and takes all of them back, where one cannot be written."""
+    written = []
+    try:
+        for run_id in run_ids:
+            marker = store / run_id / "cancelled"
+            if not marker.exists():
+                marker.touch()
+                written.append(marker)
+    except OSError as error:
+        for marker in written:
+            marker.unlink(missing_ok=True)
+        raise ValueError(
+            f"{store} takes no files ({error.strerror}), so nothing was cancelled; mend it first"
+        ) from None
 
 
 def _stop_here(job: Mapping[str, Any]) -> str | None:
