@@ -22,8 +22,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
     pytest.mark.filterwarnings("default"),  # torch's compiler has advice for every GPU
 ]
-# Of 20 losses. Measured on two H200s with this model and sequences of 64 tokens: 3.3e-4 under "ddp" and 4.6e-4 under "fsdp" against one
-# GPU, 3.3e-4 at most after resumption by another number. As many GPUs resumed bit for bit.
+# Of 20 losses. Measured on two H200s with this model and sequences of 64 tokens: 3.3e-4 under "ddp" and 4.6e-4 under
+# "fsdp" against one GPU, 3.3e-4 at most after resumption by another number. As many GPUs resumed bit for bit.
 CLOSE = 2e-3
 
 
