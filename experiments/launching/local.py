@@ -19,6 +19,7 @@ from typing import NoReturn
 import submitit
 
 from experiments.launching.fork_server import ForkedExecutor, ForkServer, fork_server
+from experiments.launching.mps import multi_process_service
 from experiments.launching.profile import Job, Profile
 from experiments.training.run import SHARING_VARIABLE, Run
 
@@ -60,6 +61,8 @@ class Slots:
             raise ValueError("device = 'cuda' was asked for and this machine shows no GPU; set device = 'auto'")
         if gpus and need > len(gpus):
             raise ValueError(f"gpus = {need} a run were asked for; this machine shows {len(gpus)}; lower it")
+        self._service: Mapping[str, str] = {}  # variables by which runs find the service of `shared_gpus`, if it runs
+        self._served: list[int] = []  # the GPUs that it numbers from 0
         self._compiles = bool(gpus) and any(job.compile for job in jobs)
         self._cores = len(os.sched_getaffinity(0))
         self._threads = max((job.gpus * job.threads for job in jobs), default=1)  # of the largest run
@@ -85,6 +88,17 @@ class Slots:
     def _devices(self, slot: int, job: Job) -> list[int]:
         return [] if job.device == "cpu" else self._gpus[slot][: job.gpus]
 
+    @contextlib.contextmanager
+    def shared_gpus(self) -> Iterator[None]:
+        """Let runs that share a GPU use it at the same time, where the machine can do that."""
+        in_use = self._gpus[: self._in_use]
+        self._served = sorted({gpu for gpus in in_use for gpu in gpus})
+        if sum(map(len, in_use)) == len(self._served):  # none is shared
+            yield
+            return
+        with multi_process_service(self._served) as self._service:
+            yield
+
     def server(self, snapshot: Path) -> AbstractContextManager[ForkServer]:
         """The process from which the runs are forked, with the code of `snapshot`."""
         variables = {
@@ -105,9 +119,10 @@ class Slots:
             timeout_min=60 * job.hours,
             tasks_per_node=job.gpus,
             gpus_per_node=len(gpus),
-            visible_gpus=gpus,
+            visible_gpus=[self._served.index(gpu) for gpu in gpus] if self._service else gpus,
         )
         variables = {
+            **self._service,
             "SUBMITIT_PREEMPT_SIGNAL": "TERM",
             "OMP_NUM_THREADS": str(job.threads),
             SHARING_VARIABLE: str(self.sharing(slot, job)),

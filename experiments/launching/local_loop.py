@@ -32,10 +32,12 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
     """
     folder = jobs.new_folder(store, "local")
     slots = local.Slots(profile, [profile.job(run.size) for run in runs])
-    waiting, running = deque(runs), dict[int, "submitit.Job[None]"]()
+    # The first seeds first: those after them find their program compiled.
+    waiting, running = deque(sorted(runs, key=lambda run: run.seed)), dict[int, "submitit.Job[None]"]()
     with ExitStack() as stack:
         stack.enter_context(termination_as_interrupt())
         with signals_deferred():  # ignored by the server, too, and so by the runs: only the launcher heeds Ctrl-C
+            stack.enter_context(slots.shared_gpus())
             server = stack.enter_context(slots.server(code))
         server.wait_until_ready()
         progress = stack.enter_context(Progress(store, runs))

@@ -81,8 +81,9 @@ class AttentionModule(nn.Module):
         return y
 
     def _rotates_joined(self, outputs: Outputs) -> bool:
-        channels = [y.shape[-1] for y in outputs.apart]
-        return list(outputs.widths) == channels and not self.qk_norm and kernels_fit(self.head_size)
+        channels = sum(y.shape[-1] for y in outputs.apart)
+        whole = outputs.joined is not None and outputs.joined.shape[-1] == channels  # without padding
+        return whole and not self.qk_norm and kernels_fit(self.head_size)
 
     def _heads(
         self,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _HEADS = 64  # of a program of `_rotate`
-_ROWS, _COLUMNS = 16, 128  # of a program of the others
+_UNITS = 256  # of a program of the others: up to eight channels each
 
 
 @triton.jit
@@ -86,36 +86,43 @@ def rotate_backward(
 
 
 @triton.jit
-def _swiglu(
-    joined, result, tokens, hidden, start, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
-):
-    hidden, start, stride = hidden * UNIT, start * UNIT, stride * UNIT
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    ok = (row < tokens) & (column < hidden)
-    gate = tl.load(joined + row * stride + column, mask=ok, other=0.0).to(tl.float32)
-    up = tl.load(joined + row * stride + start + column, mask=ok, other=0.0).to(tl.float32)
+def _places(tokens, hidden, stride, result_stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets of a program's channels in a tensor with rows of `stride`, and in one with rows of `result_stride`.
+
+    Sizes are in units of UNIT channels, which make one access to memory. A program has BLOCK units, in the order in
+    which they lie in memory.
+    """
+    unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    token, place = unit // hidden, unit % hidden
+    channel = tl.arange(0, UNIT)[None, :]
+    joined = ((token * stride + place) * UNIT)[:, None] + channel
+    apart = ((token * result_stride + place) * UNIT)[:, None] + channel
+    return joined, apart, (token < tokens)[:, None]
+
+
+@triton.jit
+def _swiglu(joined, result, tokens, hidden, start, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    at, into, ok = _places(tokens, hidden, stride, hidden, UNIT, BLOCK)
+    gate = tl.load(joined + at, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(joined + start * UNIT + at, mask=ok, other=0.0).to(tl.float32)
     y = gate * tl.sigmoid(gate) * up
-    tl.store(result + row * hidden + column, y.to(result.dtype.element_ty), mask=ok)
+    tl.store(result + into, y.to(result.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _swiglu_backward(
-    dresult, joined, djoined, tokens, hidden, start, stride, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    hidden, start, stride, width = hidden * UNIT, start * UNIT, stride * UNIT, width * UNIT
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    ok = (row < tokens) & (column < hidden)
-    gate = tl.load(joined + row * stride + column, mask=ok, other=0.0).to(tl.float32)
-    up = tl.load(joined + row * stride + start + column, mask=ok, other=0.0).to(tl.float32)
-    dy = tl.load(dresult + row * hidden + column, mask=ok, other=0.0).to(tl.float32)
+    dresult, joined, djoined, tokens, hidden, start, stride, width, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    at, into, ok = _places(tokens, hidden, stride, width, UNIT, BLOCK)
+    _, beside, _ = _places(tokens, hidden, stride, hidden, UNIT, BLOCK)
+    gate = tl.load(joined + at, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(joined + start * UNIT + at, mask=ok, other=0.0).to(tl.float32)
+    dy = tl.load(dresult + beside, mask=ok, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     dtype = djoined.dtype.element_ty
-    tl.store(djoined + row * width + column, dgate.to(dtype), mask=ok)
-    tl.store(djoined + row * width + start + column, (dy * gate * sigmoid).to(dtype), mask=ok)
+    tl.store(djoined + into, dgate.to(dtype), mask=ok)
+    tl.store(djoined + start * UNIT + into, (dy * gate * sigmoid).to(dtype), mask=ok)
 
 
 def swiglu(
@@ -126,9 +133,9 @@ def swiglu(
     joined = _rows(joined)
     tokens = joined.shape[0] * joined.shape[1]
     result = joined.new_empty(*joined.shape[:2], hidden)
-    grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(hidden, _COLUMNS))
     sizes, unit = _in_units(hidden, start, joined.stride(1))
-    _swiglu[grid](joined, result, tokens, *sizes, ROWS=_ROWS, COLUMNS=_COLUMNS, UNIT=unit)
+    grid = (triton.cdiv(tokens * sizes[0], _UNITS),)
+    _swiglu[grid](joined, result, tokens, *sizes, UNIT=unit, BLOCK=_UNITS)
     return result
 
 
@@ -139,13 +146,12 @@ def swiglu_backward(
 ) -> Tensor:  # [B, T, C], with zeros in channels that are neither factor's
     joined, hidden = _rows(joined), dresult.shape[2]
     tokens = joined.shape[0] * joined.shape[1]
-    filled = start == hidden and joined.shape[2] == 2 * hidden
-    djoined = (torch.empty if filled else torch.zeros)(joined.shape, dtype=joined.dtype, device=joined.device)
-    grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(hidden, _COLUMNS))
+    djoined = torch.empty(joined.shape, dtype=joined.dtype, device=joined.device)
+    djoined[..., hidden:start] = 0
+    djoined[..., start + hidden :] = 0
     sizes, unit = _in_units(hidden, start, joined.stride(1), joined.shape[2])
-    _swiglu_backward[grid](
-        dresult.contiguous(), joined, djoined, tokens, *sizes, ROWS=_ROWS, COLUMNS=_COLUMNS, UNIT=unit
-    )
+    grid = (triton.cdiv(tokens * sizes[0], _UNITS),)
+    _swiglu_backward[grid](dresult.contiguous(), joined, djoined, tokens, *sizes, UNIT=unit, BLOCK=_UNITS)
     return djoined
 
 

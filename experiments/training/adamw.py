@@ -60,7 +60,7 @@ class LargeAdamW(torch.optim.AdamW):
             stopped = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
             scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
             rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
-            torch._foreach_add_([state["step"] for state in states], 1 - stopped)
+            torch._foreach_add_([state["step"] for state in states], [1 - stopped] * len(states))
             logarithms = torch.tensor(group["betas"], dtype=torch.float64).log().tolist()
             # 1 - beta^step; all parameters of a group have done the same number of steps.
             step = states[0]["step"].double()

@@ -1,0 +1,79 @@
+"""NVIDIA's Multi-Process Service, here a program of the same name that notes what it is told."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from experiments.launching import mps
+from experiments.launching.local import Slots
+from experiments.launching.profile import Job, Profile
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the control program was told: its arguments or standard input, and the GPUs that it saw."""
+    log, program = tmp_path / "told", tmp_path / "bin" / "nvidia-cuda-mps-control"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ntest "$1" && said=$1 || read said\necho "$said $CUDA_VISIBLE_DEVICES" >> {log}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    return log
+
+
+class Server:
+    """In place of the fork server."""
+
+    def __init__(self) -> None:
+        self.environments: list[Mapping[str, str]] = []
+
+    def start(self, folder: Path, environment: Mapping[str, str]) -> int:  # noqa: ARG002
+        self.environments.append(environment)
+        return os.getpid()
+
+
+def environments(slots: Slots, folder: Path) -> list[Mapping[str, str]]:
+    """Of runs in all slots, and how many variables of the service each has."""
+    server = Server()
+    with slots.shared_gpus():
+        for slot in slots.free:
+            slots.start(slot, folder / "run", Job(), folder / "jobs", server)  # type: ignore[arg-type]
+    return server.environments
+
+
+def test_runs_that_share_gpus_find_the_service_and_its_numbers(
+    told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mps, "_PROBE", "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == '0'")
+    found = environments(Slots(Profile("local", max_parallel=4), [Job()] * 4), tmp_path)
+    assert told.read_text() == "-d 4,6\nquit 4,6\n"
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["1", "0", "1", "0"]
+    (pipes,) = {each["CUDA_MPS_PIPE_DIRECTORY"] for each in found}
+    assert not Path(pipes).exists()  # any more
+
+
+def test_runs_take_turns_where_the_service_does_not_work(
+    told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mps, "_PROBE", "raise SystemExit(2)")
+    found = environments(Slots(Profile("local", max_parallel=4), [Job()] * 4), tmp_path)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["6", "4", "6", "4"]
+    assert not any("CUDA_MPS_PIPE_DIRECTORY" in each for each in found)
+    assert told.read_text() == "-d 4,6\nquit 4,6\n"
+    assert "runs that share a GPU take turns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("parallel", "runs"), [(2, 9), (4, 2)])
+def test_runs_with_gpus_of_their_own_need_no_service(told: Path, tmp_path: Path, parallel: int, runs: int) -> None:
+    environments(Slots(Profile("local", max_parallel=parallel), [Job()] * runs), tmp_path)
+    assert not told.exists()
+
+
+def test_a_service_that_is_there_is_left_alone(told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/somewhere")
+    found = environments(Slots(Profile("local", max_parallel=4), [Job()] * 4), tmp_path)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["6", "4", "6", "4"]
+    assert not told.exists()
