@@ -46,6 +46,6 @@ def loss_and_gradient(
     assert logits.is_contiguous()
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, device=logits.device)
-    block = min(8192, triton.next_power_of_2(vocabulary))
+    block = min(4096, triton.next_power_of_2(vocabulary))
     _kernel[(rows,)](logits, targets, losses, vocabulary, IGNORED=ignored, BLOCK=block, num_warps=max(4, block // 512))
     return losses.sum()
