@@ -384,7 +384,6 @@ def test_a_batch_that_does_not_fit_is_halved_and_told(
         (["25k", "--rounds", "0"], "--rounds must be at least 1; got 0"),
         (["25k", "--peak", "nan"], "--peak must be above zero and finite; got nan"),
         (["25k", "--micro-batches", "0"], "--micro-batches must be at least 1; got 0"),
-        (["25k", "--gpus", "2", "--parallel", "fsdp", "--optimizer", "muon"], "Muon needs whole matrices"),
         (["25k", "--gpus", "0"], "--gpus must be at least 1; got 0"),
         (["25k", "--sweep", "nowhere.toml"], "nowhere.toml"),
         (["25k", "--figure", "f.jpg"], "--figure wants a file .svg, .pdf, .png"),
@@ -442,8 +441,7 @@ def test_two_processes_and_one_in_turn(bench: Callable[..., tuple[int, str, str]
     alone, together = json.loads(out)
     assert (alone["gpus"], alone["parallel"], together["gpus"], together["parallel"]) == (1, "none", 2, parallel)
     assert alone["efficiency"] is None
-    scaled = together["tokens_per_second"] / alone["tokens_per_second"] / 2
-    assert together["efficiency"] == pytest.approx(scaled, rel=0.5)
+    assert 0 < together["efficiency_low"] < together["efficiency"] < together["efficiency_high"]
 
 
 @pytest.mark.gpu

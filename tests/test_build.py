@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 from texts import make_texts, specify, visible, write_txt
 
-from experiments.data import build as build_module
-from experiments.data import documents, encode
+from experiments.data import documents, encode, processes, reading
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
+from experiments.data.forecast import forecast
+from experiments.data.formats import read_documents
 from experiments.design.data import DataConfig
 
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """Some twelve buckets a split."""
+    """Some twelve buckets a split, and five parts."""
+    monkeypatch.setattr(reading, "PART_BYTES", 10_000)
     monkeypatch.setattr(documents, "BUCKET_BYTES", 4_000)
     return specify(write_txt(tmp_path / "txt", make_texts()))
 
@@ -57,21 +59,26 @@ def test_an_interrupted_build_goes_on_where_it_was(
     damaged = sorted(working.glob("tokens-*/train-bucket-*.ids"))[2]
     damaged.write_bytes(damaged.read_bytes()[::-1])
     monkeypatch.setattr(encode, "_encode", encode_one)
-    monkeypatch.setattr(build_module, "read_documents", lambda *_: pytest.fail("the text was read already"))
+    torn = working / "spill" / "part-002"
+    (torn / "counts.json").unlink()
+    read: list[Path] = []
+    monkeypatch.setattr(
+        reading, "read_documents", lambda path, spec: (read.append(path), read_documents(path, spec))[1]
+    )
     assert len(list(working.glob("tokens-*/*.ids"))) == 5
     path = build(spec, tmp_path / "cache")
     assert Dataset.open(path).sha256 == sha256
     assert visible(tmp_path / "cache") == [path]
+    assert 0 < len(read) < len(make_texts()) / 2
 
 
 def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp_path: Path) -> None:
     """_encode leaves a whole bucket alone, and makes a damaged one again."""
     text = tmp_path / "spill"
-    text.mkdir()
-    with documents.Documents(text, 1) as found:
+    with documents.Part(text / "part-000", 1) as part:
         for each in make_texts():
-            found.add(each.encode())
-    found.finish({})
+            part.add(each.encode())
+    documents.finish(text, 1, held_out_by_name=False)
     trained = build(spec, tmp_path / "cache") / "tokenizer.json"
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "tokenizer.json").write_bytes(trained.read_bytes())
@@ -89,7 +96,7 @@ def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp
 def test_processes_make_the_same_bytes(
     spec: DataConfig, sha256: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(processes, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     path = build(spec, tmp_path / "cache")
     assert Dataset.open(path).sha256 == sha256
@@ -99,10 +106,10 @@ def test_processes_make_the_same_bytes(
 CODE = """
 import json, os, sys
 from pathlib import Path
-from experiments.data import documents, encode
+from experiments.data import documents, processes, reading
 from experiments.data.build import build
 from experiments.design.data import DataConfig
-documents.BUCKET_BYTES, encode.PARALLEL_BYTES = 4_000, 0
+documents.BUCKET_BYTES, processes.PARALLEL_BYTES, reading.PART_BYTES = 4_000, 0, 10_000
 os.sched_getaffinity = lambda _: {0, 1}
 if __name__ == "__main__":
     print(build(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])))
@@ -144,3 +151,22 @@ def test_killed_five_times_at_random_the_build_ends_as_if_made_at_once(
     data = Dataset.open(path)
     data.verify()
     assert data.sha256 == sha256
+
+
+def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the paper's 100 billion tokens, from a file that takes no room on disk."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(400 * 10**9)
+    spec = specify(tmp_path, vocabulary=100_352, train_tokens=10**11, validation_tokens=10**7)
+    line = forecast(spec)
+    assert line is not None
+    # On 64 cores (400e9 / 100e6 + 100e9 / 0.86e6) / 64 s, and in one process (400e9 + 800e9) / 0.5e9 s
+    assert "100B tokens of 400 GB of text, about 1.19 h on 64 cores (34.1 h on one)" in line
+    assert "1,200 GB of disk meanwhile and 400 GB then" in line
+    assert "too little" not in line
+    (tmp_path / "a.txt").write_text("a short text")
+    assert str(forecast(spec)).endswith("; that may be too little text")
+    assert forecast(specify(tmp_path)) is None
+    assert forecast(specify(tmp_path / "nowhere", train_tokens=10**11)) is None

@@ -218,6 +218,8 @@ def test_a_missing_tokenizer_and_an_unwritable_cache_are_refused(spec: DataConfi
         ({"vocabulary": 256}, "vocabulary must be at least 257 .*; got 256"),
         ({"train_tokens": 1}, "train_tokens must be at least 2 .*; got 1"),
         ({"validation_tokens": 0}, "validation_tokens must be at least 2 .*; got 0"),
+        ({"separator": ""}, 'separator must not be empty; got ""'),
+        ({"validation_source": "python"}, 'validation_source must be a folder or a file of text; got "python"'),
         ({"site_packages": True}, 'site_packages needs source = "python"; got source = "x"'),
     ],
 )

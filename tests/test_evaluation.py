@@ -27,6 +27,7 @@ from experiments.design.data import DataConfig
 from experiments.design.model import ModelConfig
 from experiments.design.train import TrainConfig
 from experiments.evaluation import scoring
+from experiments.evaluation.domains import evaluate_domain
 from experiments.evaluation.export import export
 from experiments.evaluation.generate import Sampling, generate
 from experiments.evaluation.load import TrainedRun, load_run
@@ -233,6 +234,7 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     texts = {"code": ["import os\n" * 9, "x = 1"], "prose": ["Nobody said café. <|endoftext|> " * 4]}
     for domain, documents in texts.items():
         write_txt(tmp_path / "text" / domain, documents)
+    capsys.readouterr()  # what the training printed
     assert main(["eval", str(run_dir), "--text", str(tmp_path / "text"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     got = {(row["task"], row["metric"]): row["value"] for row in rows}
@@ -249,6 +251,16 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     logged = pq.read_table(run_dir / "evals.parquet").to_pylist()
     assert {(r["task"], r["metric"]): r["value"] for r in logged if r["task"] != "text"} == got
     assert any(row["task"] == "text" for row in logged)
+
+
+def test_a_folder_is_scored_whole_where_training_held_out_text_of_its_own(
+    finished: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = load_run(finished())
+    folder = write_txt(tmp_path / "text", ["import os"])
+    assert run.config.data is not None
+    own = replace(run.config, data=replace(run.config.data, validation_source=str(tmp_path / "gone")))
+    assert evaluate_domain(run._replace(config=own), folder) == evaluate_domain(run, folder)
 
 
 TASKS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from texts import END_OF_TEXT, all_tokens, make_texts, specify, visible, write_txt
+from texts import END_OF_TEXT, all_tokens, expected_documents, make_texts, specify, visible, write_txt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from experiments.data.build import build
@@ -122,6 +122,50 @@ def test_what_is_not_read_is_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{folder}: not read: {said}\n" in capsys.readouterr().err
     assert f"not read     {said}\n" in inspect(built)
     assert Dataset.open(built).manifest["corpus"]["documents"] == len(make_texts())
+
+
+# Held-out text
+
+
+def test_held_out_text_of_your_own(tmp_path: Path) -> None:
+    """All of it is held out and nothing else, and what is held out is not trained on."""
+    texts = make_texts(300)
+    train, held_out = write_txt(tmp_path / "train", texts[:200]), write_txt(tmp_path / "held", texts[190:])
+    spec = specify(train, validation_source=str(held_out))
+    dataset = Dataset.open(build(spec, tmp_path / "cache"))
+    counts = dataset.manifest["splits"]
+    assert [counts[split]["distinct"] for split in SPLITS] == [190, 110]
+    decoder = Tokenizer.from_file(str(dataset.path / "tokenizer.json"))
+    for split, own in (("train", texts[:190]), ("validation", texts[190:])):
+        ids = all_tokens(dataset, split)
+        parts = np.split(ids, dataset.document_starts(split)[1:].astype(np.int64))[:-1]
+        assert {decoder.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts} <= set(own)
+    assert dataset.manifest["corpus"]["held_out"] == 10
+    assert dataset.manifest["corpus"]["duplicates"] == 0
+    assert "10 for training that are held out" in inspect(dataset.path)
+    other = build(specify(train), tmp_path / "cache")
+    assert Dataset.open(other).sha256 != dataset.sha256
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_near_copies_are_not_held_out(drop: bool, tmp_path: Path) -> None:
+    """Forty texts are there five times, each time with another first line, beside two hundred others."""
+    rng = np.random.default_rng(0)
+    bodies = ["\n".join(f"{rng.integers(10**9)} = {rng.integers(10**9)}" for _ in range(40)) for _ in range(40)]
+    alone = ["\n".join(f"{rng.integers(10**9)} # {rng.integers(10**9)}" for _ in range(40)) for _ in range(200)]
+    texts = [*alone, *(f"# copy {k}\n{body}" for body in bodies for k in range(5))]
+    spec = specify(write_txt(tmp_path / "txt", texts), drop_near_copies=drop, validation_tokens=4_000)
+    dataset = Dataset.open(build(spec, tmp_path / "cache"))
+    held_out = [text for text in expected_documents(texts, "validation") if text.startswith("# copy")]
+    assert len(held_out) > 5
+    counts = dataset.manifest["splits"]["validation"]
+    left = len(expected_documents(texts, "validation")) - drop * len(held_out)
+    assert counts["distinct"] == left
+    assert dataset.manifest["corpus"].get("near_copies") == (len(held_out) if drop else None)
+    assert dataset.manifest["corpus"]["duplicates"] == 0
+    ids = all_tokens(dataset, "validation").tolist()
+    text = Tokenizer.from_file(str(dataset.path / "tokenizer.json")).decode(ids)
+    assert ("# copy" in text) != drop
 
 
 # Tokenizers

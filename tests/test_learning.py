@@ -232,7 +232,7 @@ def test_isoflop_laws_and_their_multipliers_say_it(tmp_path: Path, capsys: pytes
 
 
 def test_a_rate_that_is_too_high_counts_against_nobody(tmp_path: Path) -> None:
-    """Each arm is compared at its best rate. A failure there counts, and one at a higher rate does not."""
+    """Each arm is compared at its best rate. A failure at a higher rate does not count, one at the best rate does."""
     sweep = write_sweep(tmp_path, {"dyn": 1.5}, sizes=3, seeds=2, noise=1e-4)
     for path in sorted(sweep.glob("*/config.json")):
         config = read_json(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted import write_budgets
+from planted import write_budgets, write_sweep
 from scipy.optimize import minimize
 
 from analysis.laws.linear import fit_bilinear, fit_optima
@@ -40,6 +40,21 @@ def test_runs_that_are_no_optima_are_refused(tmp_path: Path, capsys: pytest.Capt
     err = capsys.readouterr().err
     assert "5 values of N" in err
     assert "where a table of optima has one; `dynconv isoflop` finds the optima of runs" in err
+
+
+def test_a_ladder_is_no_table_of_optima(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs at 20 tokens for each parameter would give exponents of a half, with narrow intervals and any loss."""
+    store = write_sweep(tmp_path / "live", {"dyn": 1.3}, sizes=4, seeds=1)
+    assert main(["fit", str(store), "--form", "optima"]) == 2
+    err = capsys.readouterr().err
+    assert "these are the runs of a sweep, and --form optima takes a table of optima" in err
+    assert err.count("\n") == 1
+    N = np.geomspace(1e7, 1e9, 5)
+    rows = [f"{120 * n * n},{n},{20 * n}" for n in N]
+    (tmp_path / "p.csv").write_text("C,N,D\n" + "\n".join(rows))
+    found = fit_optima(load(tmp_path / "p.csv").runs)
+    assert all(law.status.startswith("D/N is 20 in every row") for law in found)
+    assert all(law.status == "ok" for law in fit_optima(load(write_optima(tmp_path / "o.csv", 0.0)).runs))
 
 
 @pytest.mark.parametrize("delta", [1e-3, None])

@@ -24,9 +24,9 @@ from experiments.cli.main import main
 
 def write_task_run(store: Path, arm: str, size: int, seed: int, accuracy: float | None, task: str = "mqar") -> None:
     """A run on a recall task, evaluated twice. None: it diverged."""
-    facts = {"task.kind": task, "conv.kind": arm}
+    facts = {"task.kind": task, "task.pairs": 4, "conv.kind": arm}
     flops = dict.fromkeys(("flops_exact", "flops_6nd", "flops_6n_nonemb_d"), 1000000000000.0 * size)
-    counts = {"parameters": 1000 * size, "tokens": 10**6, **flops}
+    counts = {"parameters": (1100 if arm == "dyn" else 1000) * size, "tokens": 10**6, **flops}
     run_id = f"{arm}-{size}-{task}-{seed}"
     names = {"run_id": run_id, "task": task, "data_sha256": task, "baseline": "static", "budget": "500 steps"}
     run_dir = write_config(store, arm, f"w{size}", seed, **names, facts=facts, **counts)
@@ -37,7 +37,9 @@ def write_task_run(store: Path, arm: str, size: int, seed: int, accuracy: float 
         return
     for step, value in ((0, 0.0), (1, accuracy)):
         metrics = {"loss": 3.0 - 2 * value, "accuracy": value, "success": float(value >= 0.9)}
-        metrics |= {"accuracy@key_length=2": value / 2, "loss@key_length=2": 4.0}
+        metrics |= {"accuracy@key_length=2": value / 2, "loss@key_length=2": 4.0, "accuracy@key_length=1": value}
+        if task == "mqar":
+            metrics |= {"accuracy@pairs=2": value, "success@pairs=2": 0.0, "accuracy@pairs=16": value / 4}
         log.evaluation(step, 10 * step, task, metrics, 0.1)
     log.finish({})
 
@@ -102,18 +104,38 @@ def test_a_share_has_clopper_and_pearsons_interval() -> None:
         assert share_interval(k / n, n) == pytest.approx(tuple(stats.binomtest(k, n).proportion_ci(method="exact")))
 
 
-@pytest.mark.parametrize(("p", "seeds"), [(0.5, 2), (0.5, 3), (0.3, 5), (0.5, 5), (0.8, 5), (0.5, 10)])
-@pytest.mark.parametrize("values", [(0.0, 1.0), (0.1, 0.98)])
-def test_equal_arms_are_seldom_called_different(p: float, seeds: int, values: tuple[float, float]) -> None:
-    """Both arms succeed with the same probability. At 5%, the share of wrong calls stays below 6.5%. Of values such as
-    .1 and .98, differences that vary have t's interval."""
+def outcomes_of(random: np.random.Generator, p: float, seeds: int, solved: float) -> np.ndarray:
+    """Values of runs that solve a task with probability p: 1 or 0 (solved = 1), or accuracies about .97 and .08."""
+    won = random.random(seeds) < p
+    if solved == 1:
+        return won.astype(float)
+    return np.where(won, 0.95 + 0.04 * random.random(seeds), 0.15 * random.random(seeds))
+
+
+@pytest.mark.parametrize(("p", "seeds"), [(0.1, 2), (0.5, 2), (0.5, 3), (0.3, 5), (0.5, 5), (0.8, 5), (0.5, 10)])
+@pytest.mark.parametrize("solved", [1, 0.97])
+def test_equal_arms_are_seldom_called_different(p: float, seeds: int, solved: float) -> None:
+    """Both arms solve the task with the same probability. At 5%, the share of wrong calls stays below 5%."""
     random = np.random.default_rng(3)
-    wrong, runs = 0, 1500
+    wrong, runs = 0, 1000
     for _ in range(runs):
-        y1, y0 = (np.where(random.random(seeds) < p, values[1], values[0]) for _ in range(2))
+        y1, y0 = (outcomes_of(random, p, seeds, solved) for _ in range(2))
         ci, _ = difference_interval(y1, y0)
         wrong += ci is not None and not ci[0] <= 0 <= ci[1]
-    assert wrong / runs < 0.065
+    assert wrong / runs < 0.05
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("solved", [1, 0.97])
+def test_intervals_of_bimodal_outcomes_cover(seeds: int, solved: float) -> None:
+    """Of arms that solve the task in 80% and in 20% of runs; by t alone, accuracies were covered in .70 and .88."""
+    random = np.random.default_rng(4)
+    truth = 0.6 if solved == 1 else 0.6 * (0.97 - 0.075)
+    inside, runs = 0, 1000
+    for _ in range(runs):
+        ci, _ = difference_interval(*(outcomes_of(random, p, seeds, solved) for p in (0.8, 0.2)))
+        inside += ci is not None and ci[0] <= truth <= ci[1]
+    assert inside / runs > 0.94
 
 
 def test_values_that_are_no_shares_and_do_not_vary_have_no_interval() -> None:
@@ -135,7 +157,7 @@ def test_over_three_sizes_the_sizes_are_the_replicates(tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverged_keeps_its_arm_from_being_resolved(tmp_path: Path) -> None:
-    found = compared(recall(tmp_path, static=[0.1, 0.2, 0.1, 0.2, 0.1], dyn=[0.9, 0.8, 0.9, 0.8, None]))
+    found = compared(recall(tmp_path, static=[0.1, 0.2, 0.1, 0.2, 0.1], dyn=[0.7, 0.6, 0.7, 0.6, None]))
     mine = row(found, "dyn", "w1")
     assert mine.status == "not resolved: 2 of 10 runs of dyn did not learn (1 of 5 at w1, 1 of 5 at w2)"
     assert [each.runs for each in found.did_not_learn] == [2]
@@ -209,16 +231,24 @@ def test_the_figure_of_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[st
     rows = accuracy_rows(final_metrics(store), store.runs)
     assert rows.groupby("panel").size().to_dict() == {
         "copying": 2,
-        "copying by key length": 2,
+        "copying by key length": 4,
         "mqar": 12,
-        "mqar by key length": 6,  # at the larger size
+        "mqar by key length": 12,  # 2 lengths of 6 runs at the larger size
+        "mqar by pairs": 18,  # 2 further sets and the task's own, of 4 pairs
     }
     lengths = rows[rows["panel"] == "mqar by key length"]
-    assert lengths["x"].unique().tolist() == [2.0]
-    assert sorted(lengths["value"]) == pytest.approx([0.1, 0.15, 0.3, 0.4, 0.4, 0.5])
+    assert sorted(lengths["x"].unique()) == [1.0, 2.0]
+    assert set(lengths["arm"]) == {"static", "dyn"}  # whose N differ at the larger size
+    assert sorted(lengths["value"][lengths["x"] == 2]) == pytest.approx([0.1, 0.15, 0.3, 0.4, 0.4, 0.5])
+    pairs = rows[(rows["panel"] == "mqar by pairs") & (rows["arm"] == "static")]
+    assert {x: sorted(part["value"]) for x, part in pairs.groupby("x")} == {
+        2.0: pytest.approx([0.2, 0.3, 0.8]),
+        4.0: pytest.approx([0.2, 0.3, 0.8]),
+        16.0: pytest.approx([0.05, 0.075, 0.2]),
+    }
     figure = accuracy_panels(rows, "static")
     by_title = {axes.get_title(): axes for axes in figure.axes}
-    assert list(by_title) == ["copying", "copying by key length", "mqar", "mqar by key length"]
+    assert list(by_title) == list(rows["panel"].unique())
     medians = [line.get_ydata().tolist() for line in by_title["mqar"].lines if line.get_linestyle() != "None"]
     assert medians == [pytest.approx([0.7, 0.8]), pytest.approx([0.2, 0.3])]
     command = [str(tmp_path / "live"), "--where", "task == 'mqar'"]

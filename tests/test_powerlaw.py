@@ -523,3 +523,23 @@ def test_a_law_leaves_out_and_lists_what_repeats_a_run(tmp_path: Path, capsys: p
     assert left_out("arm,size,seed,C,loss", [*rows, rows[2], f"a,3,0,{compute[3]},2.4"]) == ["row 7"]
     armless = [row.removeprefix("a,") for row in rows]
     assert left_out("size,seed,C,loss", [*armless, armless[2], f"3,0,{compute[3]},2.2"]) == ["row 7"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "collinear"), [(lambda N: 20 * N, "N^1.00"), (lambda N: N**0.5 * 1e6, "N^0.50"), (None, None)]
+)
+def test_form_nd_says_that_n_and_d_are_collinear(
+    tokens: Callable[[Floats], Floats] | None, collinear: str | None
+) -> None:
+    """At D = 20 N a law of N and one of D fit the same losses."""
+    N = np.geomspace(1e7, 1e9, 8)
+    D = tokens(N) if tokens is not None else 20 * N * np.tile([1.0, 4.0], 4)
+    loss = 1.7 + 400 * N**-0.34 + 410 * D**-0.28
+    law = fit(Points(loss, {"N": N, "D": D}, ("a",) * 8, tuple(map(str, range(8))), "a"), "nd", starts=400, polished=8)
+    if collinear is None:
+        assert "collinear" not in law.status
+    else:
+        assert law.status.startswith(
+            f"N and D are collinear (D grows as {collinear}), so their terms cannot be told apart"
+        )
+        assert "add runs with other D at some of the N, or use --form c" in law.status

@@ -12,6 +12,7 @@ from planted import write_config, write_run
 
 from analysis.advantage.published import Beside, PublishedRow, beside_published, read_published
 from analysis.logs.store import Store, load
+from analysis.pages.published_figures import published_panels
 from experiments.cli.main import main
 from experiments.design.config import RunConfig
 from experiments.design.sweep import load_sweep
@@ -69,6 +70,28 @@ def test_every_row_finds_the_arm_of_the_shipped_sweep(sweep: str, tmp_path: Path
         else:
             assert row.difference == pytest.approx(row.published_difference, abs=1e-12)
     assert {row.differs for row in rows} == {None}
+
+
+OTHER_SYSTEMS = {  # sweep -> ablation, and the setting that each arm is
+    "moe": ("arms at 7B/1B (MoE)", {"moe": "none", "moe-lowrank-qkv": "low-rank QKV"}),
+    "mamba2": ("Mamba-2", {"mamba2-static": "static", "mamba2-lowrank": "low-rank"}),
+    "gated-deltanet": ("Gated DeltaNet", {"gated-deltanet-static": "static", "gated-deltanet-lowrank": "low-rank"}),
+}
+
+
+@pytest.mark.parametrize("sweep", OTHER_SYSTEMS)
+def test_other_systems_find_their_rows(sweep: str, tmp_path: Path) -> None:
+    ablation, settings = OTHER_SYSTEMS[sweep]
+    published = {row.setting: math.log(row.perplexity) for row in ROWS if row.ablation == ablation}
+    for place, run in enumerate(load_sweep(SWEEPS / f"{sweep}.toml")):
+        if run.seed == 0:
+            loss = published[settings[run.arm]] if run.arm in settings else 4.0
+            write_planned(tmp_path, run, loss, f"arm {place}")
+    rows = of(beside_published(load(tmp_path).runs, ROWS), ablation)
+    assert [row.setting for row in rows] == list(settings.values())
+    assert [row.status for row in rows] == ["reference", "not resolved: one seed gives no interval"]
+    assert rows[1].difference == pytest.approx(rows[1].published_difference, abs=1e-12)
+    assert rows[1].differs is None
 
 
 def mini(store: Path, sweep: str, arms: dict[str, float], **facts: object) -> Store:
@@ -162,3 +185,19 @@ def test_an_ablation_has_one_reference(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ablation 'a' has 2 references; give one"):
         read_published(tmp_path)
     assert isinstance(ROWS[0], PublishedRow)
+
+
+def test_the_figure_of_published_and_measured_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {"transformer": 3.0, "width-2": 2.9, "width-6": 2.8}
+    found = beside_published(mini(tmp_path / "live", "width", arms).runs, ROWS)
+    figure = published_panels(found)
+    (axes,) = figure.axes
+    assert axes.get_title() == "width"
+    published, measured = axes.lines[0], axes.lines[1]
+    assert published.get_ydata() == pytest.approx([math.log(row.perplexity / 19.12) for row in of(found, "width")[1:]])
+    assert (list(measured.get_xdata()), list(measured.get_ydata())) == ([1, 5], pytest.approx([-0.1, -0.2]))
+    with pytest.raises(ValueError, match="no run has the facts of a published row"):
+        published_panels([row for row in found if row.difference is None])
+    out = str(tmp_path / "figures")
+    assert main(["plot", str(tmp_path / "live"), "-o", out, "--published", str(PUBLISHED)]) == 0
+    assert str(tmp_path / "figures" / "published.svg") in capsys.readouterr().out

@@ -208,3 +208,19 @@ def test_two_columns_of_one_name_are_refused_in_json_alone(store: Store, capsys:
     assert "two columns are named 'a'" in capsys.readouterr().err
     assert main(["query", str(store.path), "select 1 as a, 2 as a", "--format", "csv"]) == 0
     assert capsys.readouterr().out == "a,a\n1,2\n"
+
+
+def test_laws_take_the_condition_that_tables_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of fit, predict and isoflop, --where leaves the same rows as a table without the others."""
+    rows = [f"a,{10.0**i},{2 * 10.0 ** (-0.1 * i) + 1.7}" for i in range(4, 9)]
+    (tmp_path / "one.csv").write_text("arm,C,loss\n" + "\n".join(rows))
+    (tmp_path / "two.csv").write_text("arm,C,loss\n" + "\n".join([*rows, "b,1e5,4.0", "b,1e6,3.9"]))
+    for verb in (["fit", "--bootstrap", "0"], ["predict", "--C", "1e9", "--bootstrap", "100"]):
+        found = []
+        for arguments in ([str(tmp_path / "one.csv")], [str(tmp_path / "two.csv"), "--where", "arm == 'a'"]):
+            assert main([verb[0], *arguments, *verb[1:], "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+        assert found[0] == found[1]
+    for verb in (["fit"], ["predict", "--C", "1e9"], ["isoflop"], ["plot", "-o", str(tmp_path / "figures")]):
+        assert main([verb[0], str(tmp_path / "two.csv"), *verb[1:], "--where", "arm == 'c'"]) == 2
+        assert "leaves no row of 7" in capsys.readouterr().err

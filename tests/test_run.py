@@ -149,20 +149,25 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loca
     return submit
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "steps"), [(1, 600), (2, 200)])
 def test_a_preempted_run_saves_requeues_and_resumes(
-    processes: int, tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, start: Callable[..., LocalJob]
+    processes: int,
+    steps: int,
+    tiny_run: RunConfig,
+    submitted: Submitted,
+    tmp_path: Path,
+    start: Callable[..., LocalJob],
 ) -> None:
     """The signal arrives in the middle of training, in every process."""
-    long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 600, evaluate_every=16 * 8 * 300))
-    run_dir = submitted(long, tmp_path / "store", checkpoint_minutes=0.02, parallel="fsdp")
+    long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * steps, evaluate_every=16 * 8 * 100))
+    run_dir = submitted(long, tmp_path / "store", checkpoint_minutes=0.005, parallel="fsdp")
     job = start(run_dir, processes)
     wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
     job._process.send_signal(signal.SIGTERM)
     job.results()
     run = result(run_dir)
     assert (run["attempts"], run["gpus"]) == (2, processes)
-    assert pq.read_table(run_dir / "steps.parquet")["step"].to_pylist() == list(range(1, 601))
+    assert pq.read_table(run_dir / "steps.parquet")["step"].to_pylist() == list(range(1, steps + 1))
     assert run["seconds"]["lost"] == 0  # saved at the step where the signal arrived
 
 

@@ -503,6 +503,19 @@ def test_what_is_legal_and_perhaps_not_meant_is_noted(tmp_path: Path) -> None:
     assert notes(read_sweep(write(tmp_path, TEXT))) == []
 
 
+def test_text_beside_the_sweep_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "elsewhere" / "more").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = write(tmp_path, TEXT.replace("[data]", '[data]\nsource = "text"\ntokenizer = "more"'))
+    data = read_sweep(Path("..") / path.name).data
+    assert data is not None
+    assert data.source == str(tmp_path / "text")
+    assert data.tokenizer == "more"  # which lies in the working directory, and not beside the file
+    plain = load_sweep(write(tmp_path, TEXT))
+    assert [run.run_id for run in load_sweep(path)] == [run.run_id for run in plain]
+
+
 def test_the_plan_shows_where_a_run_stands_and_pays_for_a_trunk_once(tmp_path: Path) -> None:
     text = TEXT.replace("tokens_per_parameter = 20\n", "").replace('"lowrank-qkv", "mine"', '"mine"')
     text += "[train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n"

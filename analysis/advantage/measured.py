@@ -15,6 +15,7 @@ from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
 from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.planning import World
 from analysis.laws.solver import Floats
+from analysis.logs.learning import failed_runs
 from analysis.logs.schema import CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import choose_baseline, choose_convention
 
@@ -52,7 +53,8 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
         baseline = choose_baseline(runs, baseline)
         for arm in arms:
             with contextlib.suppress(ValueError):  # an arm that cannot be compared contributes nothing to the estimates
-                both, _, _ = comparable(rows[rows["arm"].isin([baseline, arm])], baseline, CONVENTIONS[convention])
+                two = rows[rows["arm"].isin([baseline, arm])]
+                both, _, _ = comparable(two, baseline, CONVENTIONS[convention], failed_runs(runs))
                 paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
         paired = [each for each in paired if len(each.sizes) > 1]
     seeds = _seed_noise(paired, rows, CONVENTIONS[convention])

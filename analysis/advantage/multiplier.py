@@ -41,7 +41,7 @@ from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
 from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.laws.solver import Floats
-from analysis.logs.learning import has_failures, unlearned
+from analysis.logs.learning import failed_runs, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
@@ -84,9 +84,8 @@ def multipliers(
         failures = unlearned(runs[runs["arm"].isin([baseline, arm])])
         try:
             _require_learned(rows, (arm, baseline))
-            failed = runs[runs["did_not_learn"].notna()] if has_failures(runs) else None
             mine = rows[rows["arm"].isin([baseline, arm])]
-            both, tuned, lines = comparable(mine, baseline, CONVENTIONS[convention], failed)
+            both, tuned, lines = comparable(mine, baseline, CONVENTIONS[convention], failed_runs(runs))
             if tuned:
                 failures = unlearned(runs[runs["arm"].isin([baseline, arm])], both, rate_column(both))
             pairs = pair(both, arm, baseline, convention, excluded, throughput)

@@ -19,7 +19,7 @@ from analysis.advantage.pairs import usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
 from analysis.advantage.unresolved import UNRESOLVED
 from analysis.laws.rates import rate_column
-from analysis.logs.learning import Unlearned, unlearned
+from analysis.logs.learning import Unlearned, failed_runs, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, choose_baseline, choose_convention, excluded_rows
 
@@ -168,7 +168,8 @@ def _of_task(
     for arm in [name for name in dict.fromkeys(done["arm"]) if name != baseline]:
         two = runs[runs["arm"].isin([baseline, arm])]
         try:
-            both, tuned, lines = comparable(done[done["arm"].isin([baseline, arm])], baseline, column)
+            pair = done[done["arm"].isin([baseline, arm])]
+            both, tuned, lines = comparable(pair, baseline, column, failed_runs(runs))
         except ValueError as error:
             notes.append(f"no answer for {arm}: {error}")
             continue

@@ -1,10 +1,12 @@
 """Intervals of differences of means, for few seeds and for outcomes that may be 0 or 1.
 
-Outcomes of recall tasks are often bimodal: a run solves the task or does not. For outcomes that are 0 or 1, and for
-shares (values between 0 and 1) whose differences do not vary, t has no interval. Theirs is made of the Clopper-Pearson
-intervals of both means, combined as in Newcombe (1998, Statistics in Medicine 17, method 10). It does not use that
-seeds are paired. For shares it is conservative, because among outcomes between 0 and 1 with a given mean those that are
-0 or 1 vary most.
+Outcomes of recall tasks are often bimodal: a run solves the task or does not. t's interval over seeds is wrong for
+them: where 80% of one arm's runs solve a task and 20% of the other's, it covers the difference of mean accuracies in
+.70 with 3 seeds and in .88 with 5 (4,000 simulations). So outcomes that are 0 or 1, and shares (values between 0 and 1)
+of which some are near 1 and others are not, or whose differences do not vary, have another one. It is made of the
+Clopper-Pearson intervals of both means, combined as in Newcombe (1998, Statistics in Medicine 17, method 10), and does
+not use that seeds are paired. For shares it is conservative, because among outcomes between 0 and 1 with a given mean
+those that are 0 or 1 vary most.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from analysis.laws.solver import Floats
 
 Interval = tuple[float, float]
 LEVEL = 0.05
+SOLVED, UNSOLVED = 0.9, 0.5  # shares of which some are above and others below count as bimodal
 NO_SPREAD = 1e-12  # differences whose standard error is below this share of the values are rounding errors
 
 
@@ -37,10 +40,12 @@ def difference_interval(y1: Floats, y0: Floats, level: float = LEVEL) -> tuple[I
     d = y1 - y0
     error = float(d.std(ddof=1)) / math.sqrt(len(d))
     constant = error <= NO_SPREAD * max(1.0, float(np.abs(both).max()))
-    if not np.isin(both, (0.0, 1.0)).all() and not constant:
+    shares = bool(((both >= 0) & (both <= 1)).all())
+    bimodal = shares and (both.max() >= SOLVED and both.min() <= UNSOLVED)
+    if not (bimodal or constant):
         half = float(stdtrit(len(d) - 1, 1 - level / 2)) * error
         return (float(d.mean()) - half, float(d.mean()) + half), "t over seeds"
-    if ((both < 0) | (both > 1)).any():
+    if not shares:
         return None, None
     return _of_shares(float(y1.mean()), float(y0.mean()), len(d), level), "Clopper-Pearson of both means"
 

@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from analysis.laws.isocurves import Curves, Minima
 from analysis.laws.rates import for_a_law, rate_column
 from analysis.laws.solver import Bools, Floats
-from analysis.logs.learning import Unlearned, unlearned
+from analysis.logs.learning import Unlearned, failed_runs, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, alike, choose_convention, finished, require_positive
 
@@ -100,7 +100,7 @@ def usable_runs(runs: pd.DataFrame, convention: str | None = None) -> tuple[pd.D
     """The finished runs, each once, at the best learning rate of their size and budget; the runs left out; and lines
     for the reader on how learning rates were chosen."""
     done, excluded = finished(runs.assign(arm=runs["arm"].fillna("all")))
-    used, others, lines = for_a_law(done, CONVENTIONS[choose_convention(done, convention)])
+    used, others, lines = for_a_law(done, CONVENTIONS[choose_convention(done, convention)], failed_runs(runs))
     return used, excluded + others, lines
 
 

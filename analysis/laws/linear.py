@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SQUARES = 1e6  # a delta of Huber's function so large that it amounts to least squares
+SAME_RATIO = 0.02  # D/N of all rows counts as the same up to this share
 MOST_APART = 1.5  # largest ratio between estimates of one arm's optimum at one compute
 
 
@@ -40,7 +41,7 @@ class LinearFit:
     points: int
     convention: str | None  # of C
     status: str
-    notes: tuple[str, ...] = ()  # how the rows were taken
+    notes: tuple[str, ...] = ()  # how rows were selected
 
 
 def fit_optima(
@@ -54,6 +55,11 @@ def fit_optima(
     """N* = G C^a and D* = G C^a of every arm in a table of optima, whose rows need no loss. Raises ValueError where a
     column lacks or has one value."""
     runs = runs[runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
+    if runs["sweep"].notna().any():
+        raise ValueError(
+            "these are the runs of a sweep, and --form optima takes a table of optima: the best N and D at each of "
+            "several budgets, each found from several sizes of equal compute; `dynconv isoflop` finds them"
+        )
     convention = choose_convention(runs, convention)
     targets = {name: column for name, column in (("N", "parameters"), ("D", "tokens")) if runs[column].notna().any()}
     if not targets:
@@ -66,8 +72,21 @@ def fit_optima(
             x, y = (np.log(rows[of].to_numpy(float)) for of in (CONVENTIONS[convention], column))
             columns = {"ln_coefficient": np.ones_like(x), "exponent": x}
             law = _fit(str(arm), name, columns, y, delta, resamples, seed, convention)
-            found.append(law)
+            found.append(replace(law, status=_of_the_design(rows, law.status)))
     return found
+
+
+def _of_the_design(rows: pd.DataFrame, status: str) -> str:
+    """The status of a law, with a warning where D/N is the same in every row, as in runs that got the same tokens for
+    each parameter: N and D then grow by the design, whatever is best."""
+    ratio = (rows["tokens"] / rows["parameters"]).to_numpy(float, na_value=np.nan)
+    if len(ratio) < 2 or not np.isfinite(ratio).all() or ratio.max() > (1 + SAME_RATIO) * ratio.min():
+        return status
+    warning = (
+        f"D/N is {ratio.mean():.3g} in every row, so these exponents may be those of a design and not of optima, which "
+        "need several sizes at each budget (dynconv isoflop)"
+    )
+    return warning if status == "ok" else f"{status}; {warning}"
 
 
 def _require_optima(rows: pd.DataFrame, compute: str, column: str, name: str) -> None:

@@ -27,6 +27,7 @@ POLISHED = 64  # starts that are descended from: half are the best, half an even
 EXPONENTS = (0.01, 3.0)  # bounds of the exponents
 GRID = (0.02, 2.0)  # range of the exponents in the starts
 LOG_LEVELS = (-16.0, 6.0)  # bounds of log E and log(A C^-alpha) at the mean log C, with losses of geometric mean 1
+COLLINEAR = 0.05  # D within this share of a power of N does not tell the term of D from that of N
 SAME = 1e-6  # two solutions are the same optimum if their objectives differ by less than this share
 
 
@@ -149,7 +150,13 @@ def _refuse_undetermined(points: Points, form: str, hold: Mapping[str, float]) -
 
 
 def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str:
-    faults = [*points.missing, *(f"{name} is at a bound" for name in certificate["bounds_hit"])]
+    faults = [*points.missing]
+    if model.form == "nd" and (growth := _collinear(points)) is not None:
+        faults.append(
+            f"N and D are collinear (D grows as N^{growth:.2f}), so their terms cannot be told apart: add runs with "
+            "other D at some of the N, or use --form c"
+        )
+    faults += [f"{name} is at a bound" for name in certificate["bounds_hit"]]
     if not certificate["converged"]:
         faults.append("not converged")
     if certificate["starts_agree"] < 3:
@@ -159,6 +166,15 @@ def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str
     if len(points.loss) <= model.free:
         faults.append("as many parameters as points")
     return "; ".join(faults) or "ok"
+
+
+def _collinear(points: Points) -> float | None:
+    """The exponent with which D grows with N, where all points lie within COLLINEAR of one line of ln D on ln N."""
+    N, D = (np.log(points.x[name]) for name in ("N", "D"))
+    line = np.polynomial.Polynomial.fit(N, D, 1)
+    if float(np.abs(D - line(N)).max()) > COLLINEAR:
+        return None
+    return float(line.convert().coef[1])
 
 
 class Model:

@@ -116,7 +116,9 @@ def at_best_rates(
     return pd.concat(kept).sort_index(), _with_rules(found, bends, computes)
 
 
-def for_a_law(runs: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[Excluded], list[str]]:
+def for_a_law(
+    runs: pd.DataFrame, column: str, failed: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, list[Excluded], list[str]]:
     """Select the finished runs to which a law of loss is fitted: of each arm, size (N, else its name) and compute (in
     `column`, within 10%) those at the best learning rate, as returned by `at_best_rates`. Also returns the other runs,
     and lines for the reader: how rates were chosen, and in what else the runs of one arm, size and compute differ."""
@@ -132,7 +134,7 @@ def for_a_law(runs: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[Exclu
     for name in differing:
         if name.startswith(AXIS_PREFIX):
             cells["_budget"] += " " + cells[name].astype("string").fillna("-")
-    rows, tuned = at_best_rates(cells, rate_column(runs), column)
+    rows, tuned = at_best_rates(cells, rate_column(runs), column, failed)
     lines = notes(tuned)
     edges = sum(item.rates > 1 and item.at_edge for item in tuned)
     if edges:

@@ -105,6 +105,13 @@ def has_failures(runs: pd.DataFrame) -> bool:
     return "did_not_learn" in runs and bool(runs["did_not_learn"].notna().any())
 
 
+def failed_runs(runs: pd.DataFrame) -> pd.DataFrame | None:
+    """The runs that did not learn; None where there are none. A missing arm is called "all"."""
+    if not has_failures(runs):
+        return None
+    return runs[runs["did_not_learn"].notna()].assign(arm=lambda rows: _names(rows["arm"], "all"))
+
+
 def unlearned(runs: pd.DataFrame, used: pd.DataFrame | None = None, rate: str | None = None) -> dict[str, Unlearned]:
     """The arms with runs that did not learn, by name; a missing arm is called "all".
 

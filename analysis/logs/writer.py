@@ -1,4 +1,4 @@
-"""The run log: one definition of its schema for the writer, which a training run calls, and for the reader.
+"""Writes the run log while a run trains. reader.py reads it, by the same schema (schema.py).
 
 A run is one directory. While it trains it holds `attempt-0001.json` (one an attempt) and immutable parts
 `steps-0001-00001.parquet`, `evals-0001-00001.parquet` (<attempt>-<part>); every file appears whole or not at all

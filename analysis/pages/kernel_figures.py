@@ -43,9 +43,8 @@ def kernel_bars(rows: pd.DataFrame) -> Figure:
             at = middles + [(names.index(provider) - (len(names) - 1) / 2) * height for names in beside]
             look: Any = {"color": COLOURS[place % len(COLOURS)], "hatch": HATCHES[place % len(HATCHES)], "ec": "white"}
             axes.barh(at, times, height, label=provider, **look)
-            for us, end, y in zip(
-                times, np.fmax(times, floor[times.index]), at, strict=True
-            ):  # clear of the floor's line
+            ends = np.fmax(times, floor[times.index])  # so that a label does not cover the line of the floor
+            for us, end, y in zip(times, ends, at, strict=True):
                 offset: Any = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
                 axes.annotate(f"{us:.0f}", (end, y), **offset)
         if floor.notna().any():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ACCURACY = "accuracy"
+SUCCESS = "success"  # of a whole held-out set; a part of the answers has an accuracy alone
 ACROSS = 3  # panels in a row
 SIZE = "parameters N"
 
@@ -24,8 +25,8 @@ def accuracy_rows(metrics: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     """The points of the figure, one for each run, panel and x: columns arm, panel, axis, x and value.
 
     Each task has a panel of accuracy against N. A metric such as "accuracy@key_length=2" is accuracy on a part of the
-    answers or on a further held-out set. Those with the same name before the = share a panel, which shows the runs at
-    the largest size. `metrics` are final values (logs.metrics.final_metrics).
+    answers or on a further held-out set. Those with the same name before the = share a panel, where they differ in
+    what follows it; it shows the runs at the largest size. `metrics` are final values (logs.metrics.final_metrics).
     """
     import pandas as pd
 
@@ -33,9 +34,17 @@ def accuracy_rows(metrics: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     numbers = pd.to_numeric(parts["x"], errors="coerce")
     found = metrics[["run_id", "task", "value"]].assign(axis=parts["axis"], x=numbers)
     found = found[(parts["metric"] == ACCURACY) & (metrics["metric"].eq(ACCURACY) | numbers.notna())]
-    found = found.merge(done[["run_id", "arm", "parameters"]], on="run_id")
-    largest = found["parameters"] == found.groupby("task")["parameters"].transform("max")
+    found = found.merge(done[["run_id", "arm", "size", "parameters"]], on="run_id")
+    further = metrics[["task"]].assign(axis=parts["axis"])[parts["metric"].eq(SUCCESS) & numbers.notna()]
+    own = [_of_own_set(found, done, task, axis) for task, axis in further.drop_duplicates().itertuples(index=False)]
+    found = pd.concat([found, *own])
+    of_size = found.groupby(["task", "size"], dropna=False)["parameters"].transform(
+        "mean"
+    )  # arms of a size differ in N
+    largest = of_size == of_size.groupby(found["task"]).transform("max")
     found = found[found["axis"].isna() | largest]
+    several = found.groupby(["task", "axis"], dropna=False)["x"].transform("nunique") > 1
+    found = found[found["axis"].isna() | several]
     whole = found["axis"].isna()
     axis = found["axis"].str.replace("_", " ")
     found = found.assign(
@@ -47,6 +56,17 @@ def accuracy_rows(metrics: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(["task", "_part", "axis", "arm", "x"], kind="stable")[
         ["arm", "panel", "axis", "x", "value"]
     ]
+
+
+def _of_own_set(found: pd.DataFrame, done: pd.DataFrame, task: str, axis: str) -> pd.DataFrame:
+    """The accuracy on a task's own held-out set as one more point along `axis`, which its further sets vary: at the
+    value that the run's facts have for it."""
+    fact = f"task.{axis}"
+    if fact not in done:
+        return found.iloc[:0]
+    own = found[found["axis"].isna() & (found["task"] == task)]
+    own = own.merge(done[["run_id", fact]].dropna(), on="run_id")
+    return own.assign(axis=axis, x=own[fact].astype(float)).drop(columns=fact)
 
 
 def accuracy_panels(rows: pd.DataFrame, baseline: str) -> Figure:

@@ -63,7 +63,7 @@ def loss_curves(evals: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> Figur
 
 
 def _curves_by_arm(curves: pd.DataFrame, sizes: Sequence[str], arms: Sequence[str]) -> Figure:
-    """A panel for each arm; sizes dark to light, named in the first."""
+    """A panel for each arm. Sizes are shaded from dark to light, and the legend names them."""
     with mpl.rc_context(STYLE):
         figure, panels = grid_of_panels(arms, "training tokens", LOSS)
         shades = mpl.colors.LinearSegmentedColormap.from_list("sizes", BUDGETS)(np.linspace(0, 1, len(sizes)))
@@ -182,5 +182,5 @@ def _legend(figure: Figure, mark_of: dict[str, Mark]) -> None:
 
 
 def _legend_height(mark_of: dict[str, Mark]) -> float:
-    """Inches."""
+    """The height of the legend in inches."""
     return 0.17 * math.ceil(len(mark_of) / ACROSS)

@@ -102,7 +102,8 @@ def printable(name: object, longest: int = 28) -> str:
 
 
 def marks(arms: Sequence[str], baseline: str) -> dict[str, Mark]:
-    """The mark of each arm, baseline first, the others by name; no two alike below 57 arms."""
+    """The mark of each arm: the baseline's first, then the others in the order of their names. Up to 56 arms have
+    marks that all differ."""
     others = enumerate(sorted(set(arms) - {baseline}))
     cycle = {arm: Mark(_of(COLOURS, i), _of(MARKERS, i), _of(DASHES, i)) for i, arm in others}
     return {baseline: Mark(BLACK, "o", "-"), **cycle}

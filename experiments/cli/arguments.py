@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from analysis.logs.store import Store
 
 STORES = Path("results/runs")
+PUBLISHED = Path("results/published")
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (
     "STORE is a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "
@@ -55,6 +56,11 @@ def columns_argument(verb: argparse.ArgumentParser) -> None:
 def where_argument(verb: argparse.ArgumentParser) -> None:
     text = "use only runs that fulfil this condition on columns of the run table, as in 'size != \"25k\"'"
     verb.add_argument("--where", metavar="CONDITION", help=text)
+
+
+def published_argument(verb: argparse.ArgumentParser, text: str) -> None:
+    text = f"{text} (from DIR/ablations.csv, default {PUBLISHED})"
+    verb.add_argument("--published", type=Path, nargs="?", const=PUBLISHED, metavar="DIR", help=text)
 
 
 def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:

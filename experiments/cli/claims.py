@@ -12,14 +12,13 @@ from experiments.cli.arguments import (
     add_reading_verb,
     columns_argument,
     load_store,
+    published_argument,
     reading_store,
     table_format_argument,
     warn,
     where_argument,
 )
 from experiments.cli.runs import planned
-
-PUBLISHED = Path("results/published")
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,14 +74,10 @@ def _add_table(subparsers: Subparsers) -> None:
         help="compare arms on this metric of the evaluations instead, as accuracy or lambada/perplexity: differences "
         "of means, paired by size and seed",
     )
-    parser.add_argument(
-        "--published",
-        type=Path,
-        nargs="?",
-        const=PUBLISHED,
-        metavar="DIR",
-        help="put the paper's ablations beside the runs that have the same facts instead: what each change makes of "
-        f"the log perplexity there, and of the loss here (from DIR/ablations.csv, default {PUBLISHED})",
+    published_argument(
+        parser,
+        "put the paper's ablations beside the runs that have the same facts instead: what each change makes of the log "
+        "perplexity there, and of the loss here",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of bootstrapped tests (default 0)")
     table_format_argument(parser)

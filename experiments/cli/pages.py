@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from experiments.cli.arguments import (
     Subparsers,
     add_reading_verb,
+    published_argument,
     reading_store,
     table_format_argument,
     warn,
@@ -44,6 +45,7 @@ def _add_plot(subparsers: Subparsers) -> None:
     parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
     where_argument(parser)
     parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg")
+    published_argument(parser, "also draw the paper's ablations beside the runs that have the same facts")
 
 
 def _add_freeze(subparsers: Subparsers) -> None:
@@ -92,8 +94,10 @@ def _add_report(subparsers: Subparsers) -> None:
 
 
 def _plot(args: argparse.Namespace) -> int:
+    from analysis.advantage.published import beside_published, read_published
     from analysis.logs.points import read_kernels
     from analysis.pages.kernel_figures import kernel_bars
+    from analysis.pages.published_figures import published_panels
     from analysis.pages.style import save
     from analysis.pages.throughput_figures import read_training, throughput_panels
 
@@ -107,6 +111,8 @@ def _plot(args: argparse.Namespace) -> int:
     else:
         with reading_store(args) as store:
             drawn = _drawn(store, args.baseline, args.convention)
+            if args.published is not None:
+                drawn["published"] = published_panels(beside_published(store.runs, read_published(args.published)))
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = args.out / f"{name}.{args.type}"

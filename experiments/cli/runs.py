@@ -56,9 +56,13 @@ def _add_plan(subparsers: Subparsers) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from experiments.data.forecast import forecast
     from experiments.design import plan
 
     runs, _ = _runs(args)
+    for spec in dict.fromkeys(run.data for run in runs if run.data is not None):
+        if cost := forecast(spec):
+            warn(f"{args.sweep}: {cost}")
     profile, measured = _profile(args), None
     if args.throughput is not None:
         from analysis.logs.selection import some

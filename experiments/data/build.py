@@ -12,7 +12,6 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +20,18 @@ from typing import Any, BinaryIO
 from analysis.logs.files import write_atomically
 from experiments.data import encode, shards
 from experiments.data import tokenizer as bpe
+from experiments.data.copies import find_near_copies
 from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
 from experiments.data.dataset import MANIFEST, SCHEMA, TOKEN_BYTES, TOKENIZER, Dataset, file_sha256, sync_and_hash
 from experiments.data.documents import Documents
-from experiments.data.formats import EXPANSION, read_documents, suffix_of, unreadable
+from experiments.data.formats import suffix_of, unreadable
+from experiments.data.reading import read_corpus
 from experiments.design.data import SPLITS, DataConfig
 from experiments.terminal import bar
+
+# Held-out text is looked through for near copies up to this many bytes for each token that is wanted: far more than is
+# read, even if much of it is left out.
+CHECKED_BYTES = 64
 
 
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
@@ -38,7 +43,11 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     """
     found = find_files(spec)
     tokenizer_json = None if spec.tokenizer is None else _read_tokenizer(spec)
-    settings = dataclasses.asdict(spec) | {"source": spec.source == "python", "tokenizer": None}
+    settings = dataclasses.asdict(spec) | {
+        "source": spec.source == "python",
+        "validation_source": None,
+        "tokenizer": None,
+    }
     key = [SCHEMA, settings, tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest()]
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -72,7 +81,7 @@ def _content_of(files: list[CorpusFile], cache: Path, progress: bool) -> str:
         with bar("hashing the corpus", sum(file.bytes for file in files), "B", progress) as done:
             for file in files:
                 try:
-                    digests.append(f"{suffix_of(file.name)} {file_sha256(file.path)}")
+                    digests.append(f"{file.split} {suffix_of(file.name)} {file_sha256(file.path)}")
                 except OSError as error:
                     raise unreadable(file.path, error) from error
                 done.update(file.bytes)
@@ -175,7 +184,9 @@ def _write_dataset(
     progress: bool,
 ) -> dict[str, Any]:
     """Write every file but the manifest; returns the manifest's content."""
-    documents, corpus = _read_corpus(working / "spill", spec, found.files, progress)
+    documents, corpus = read_corpus(working / "spill", spec, found.files, progress)
+    if spec.drop_near_copies:
+        corpus["near_copies"] = _leave_out_near_copies(documents, spec, progress)
     if tokenizer_json is None:
         with bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
             tokenizer_json = bpe.train(texts, spec.vocabulary, spec.end_of_text)
@@ -187,53 +198,38 @@ def _write_dataset(
     tokens.mkdir(exist_ok=True)
     write_atomically(tokens / TOKENIZER, lambda path: path.write_bytes(tokenizer_json))
     splits = {split: _write_split(folder, tokens, split, spec, documents, coder, progress) for split in SPLITS}
+    if spec.validation_source is not None:
+        corpus["held_out"] = documents.count_held_out()
+    left_out = corpus.get("near_copies", 0) + corpus.get("held_out", 0)
     distinct = sum(counts["distinct"] for counts in splits.values())
     return {
         "schema": SCHEMA,
         "spec": dataclasses.asdict(spec),
         "python": platform.python_version() if spec.source == "python" else None,
         "shard_tokens": shards.SHARD_TOKENS,
-        "corpus": corpus | {"duplicates": corpus["documents"] - distinct},
+        "corpus": corpus | {"duplicates": corpus["documents"] - distinct - left_out},
         "not_read": found.not_read,
         "splits": splits,
         "files": {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},
     }
 
 
-def _read_corpus(
-    spill: Path, spec: DataConfig, files: list[CorpusFile], progress: bool
-) -> tuple[Documents, dict[str, int]]:
-    """The documents in the order of their hashes, and counts; from an earlier process if it read everything."""
-    if finished := Documents.finished(spill):
-        return finished
-    shutil.rmtree(spill, ignore_errors=True)
-    spill.mkdir()
-    total = sum(file.bytes for file in files)
-    documents = Documents(spill, sum(file.bytes * EXPANSION.get(file.path.suffix, 1) for file in files))
-    counts = Counter(files=len(files), documents=0, bytes=0, empty=0, undecodable=0)
-    with documents, bar("reading the corpus", total, "B", progress) as done:
-        for file in files:
-            for text in read_documents(file.path, spec):
-                if not text:
-                    counts["undecodable" if text is None else "empty"] += 1
-                    continue
-                documents.add(text)
-                counts.update(documents=1, bytes=len(text))
-            done.update(file.bytes)
-    if not counts["documents"]:
-        raise ValueError(
-            f"the corpus must hold text; got {counts['empty']} empty and {counts['undecodable']} undecodable "
-            f'documents in {len(files)} files of "{spec.source}"; give UTF-8 text'
-        )
-    for split in SPLITS:
-        if not documents.added[split]:
-            raise ValueError(
-                f"the corpus must hold documents for both splits; got {counts['documents']} documents in "
-                f'{len(files)} files of "{spec.source}", none of them for {split}; split the text into more '
-                "documents: one a .txt file, or one a row of .jsonl"
-            )
-    documents.finish(dict(counts))
-    return documents, dict(counts)
+def _leave_out_near_copies(documents: Documents, spec: DataConfig, progress: bool) -> int:
+    """Leave out what of the held-out text stands, for the most part, in training documents; returns how many."""
+
+    def candidates() -> Iterator[bytes]:
+        size = 0
+        for text in documents.distinct("validation"):
+            yield text
+            size += len(text)
+            if size > CHECKED_BYTES * spec.validation_tokens:
+                return
+
+    documents.leave_out([])  # an earlier process may have found some
+    with bar("looking for near copies", None, "document", progress, documents.distinct("train")) as texts:
+        digests = find_near_copies(candidates(), texts)
+    documents.leave_out(digests)
+    return len(digests)
 
 
 def _write_split(
@@ -257,7 +253,7 @@ def _write_split(
             writer.add(bucket.ids, bucket.starts)
             if writer.full:
                 break
-    distinct = sum(documents.count(split, bucket) for bucket in range(documents.buckets))
+    distinct = documents.count(split)
     if not writer.full:
         raise ValueError(
             f"{split}_tokens must be at most what the corpus holds; got {wanted}, "

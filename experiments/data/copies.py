@@ -5,6 +5,7 @@ to count, and what is copied in source text and documentation is copied by lines
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,19 @@ class NearCopies:
             return True
         self._seen.update(runs)
         return False
+
+
+def find_near_copies(held_out: Iterable[bytes], train: Iterable[bytes]) -> list[bytes]:
+    """The hashes of held-out documents that stand for the most part in training documents; only the held-out text's
+    runs are kept in memory."""
+    runs_of = {hashlib.sha256(text).digest(): _runs(text) for text in held_out}
+    held = {run for runs in runs_of.values() for run in runs}
+    seen: set[int] = set()
+    for text in train:
+        seen.update(held.intersection(_runs(text)))
+    return [
+        digest for digest, runs in runs_of.items() if runs and sum(run in seen for run in runs) > CONTAINED * len(runs)
+    ]
 
 
 def _runs(text: bytes) -> list[int]:

@@ -7,6 +7,7 @@ import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +32,11 @@ class CorpusFile(NamedTuple):
     name: str  # relative to the folder it was found under, so that a corpus may move
     bytes: int
     modified_ns: int
+    split: str | None = None  # which split has all of its documents; None: their hashes decide
 
 
 class Found(NamedTuple):
-    files: list[CorpusFile]  # sorted by name
+    files: list[CorpusFile]  # sorted by name; held-out text of its own comes first
     not_read: dict[str, int]  # what else lies in the folder: how many files of which kind
 
 
@@ -43,6 +45,15 @@ def find_files(spec: DataConfig) -> Found:
 
     Raises ValueError if there is none.
     """
+    if spec.validation_source is None:
+        return _find(spec)
+    train, held_out = _find(spec), _find(replace(spec, source=spec.validation_source, site_packages=False))
+    files = [file._replace(split="validation") for file in held_out.files]
+    files += [file._replace(split="train") for file in train.files]
+    return Found(files, dict(sorted((Counter(train.not_read) + Counter(held_out.not_read)).items())))
+
+
+def _find(spec: DataConfig) -> Found:
     not_read: Counter[str] = Counter()
     if spec.source == "python":
         wanted = [".py"]
@@ -77,7 +88,7 @@ def _single_file(path: Path, spec: DataConfig) -> Iterator[CorpusFile]:
             f"{'another file' if path.exists() else 'not there'}; "
             'give the folder of the text, or source = "python" for the embedded corpus'
         )
-    if suffix.startswith(".txt") and spec.separator is None:
+    if suffix.startswith(".txt") and spec.separator is None and spec.validation_source is None:
         raise ValueError(
             f'a corpus of one file of text must have a separator; got "{spec.source}", which would be one document; '
             'set what stands between its documents, such as separator = "<|endoftext|>"'
@@ -138,7 +149,7 @@ def _corpus_file(path: Path, root: Path) -> CorpusFile:
 
 def fingerprint(files: list[CorpusFile]) -> str:
     """Changes when a file is added, removed, renamed or written to; reads no file, so it is quick."""
-    rows = [[file.name, file.bytes, file.modified_ns] for file in files]
+    rows = [[file.name, file.bytes, file.modified_ns, file.split] for file in files]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

@@ -5,31 +5,19 @@ So a build that was killed goes on with the buckets that are missing.
 
 import functools
 import json
-import os
-import signal
-import threading
 from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.errors import WorkFailed
 from analysis.logs.files import write_atomically, write_json
+from experiments.data import processes
 from experiments.data import tokenizer as bpe
 from experiments.data.dataset import TOKENIZER, file_sha256, token_type
 from experiments.data.documents import Documents
-
-if TYPE_CHECKING:
-    from multiprocessing.synchronize import Event
-
-# Processes take a third of a second each to start; below this much text, the tokenizer's threads alone are as fast.
-PARALLEL_BYTES = 256 * 2**20
 
 
 class Job(NamedTuple):
@@ -61,9 +49,11 @@ def encode(jobs: list[Job], text_bytes: int, report: Callable[[int], object]) ->
     `report` is told how many tokens were made. Raises ValueError if the tokenizer loses something, and WorkFailed if
     a process was killed.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    if workers > 1 and text_bytes >= PARALLEL_BYTES:
-        yield from _encode_in_processes(jobs, workers, report)
+    if (workers := processes.count(len(jobs), text_bytes)) > 1:
+        for job, _ in zip(jobs, processes.in_order(_encode, jobs, workers), strict=True):
+            bucket = _read(job)
+            report(len(bucket.ids))
+            yield bucket
         return
     still_wanted = jobs[0].wanted
     for job in jobs:
@@ -73,50 +63,12 @@ def encode(jobs: list[Job], text_bytes: int, report: Callable[[int], object]) ->
         yield bucket
 
 
-def _encode_in_processes(jobs: list[Job], workers: int, report: Callable[[int], object]) -> Iterator[Bucket]:
-    context = get_context("spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), stop)) as pool:
-        # Few jobs wait, so that little is encoded in vain when the split has its tokens.
-        futures = [pool.submit(_encode, job) for job in jobs[:workers]]
-        try:
-            for number, job in enumerate(jobs):
-                futures[number].result()
-                futures += [pool.submit(_encode, later) for later in jobs[len(futures) : number + 1 + workers]]
-                bucket = _read(job)
-                report(len(bucket.ids))
-                yield bucket
-        except BrokenProcessPool as error:
-            raise WorkFailed(
-                "a process that tokenizes was killed, perhaps for want of memory; what is done is kept: build again, "
-                "on fewer cores (taskset) if need be"
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(parent: int, stop: "Event") -> None:
-    """One core a worker; and leave at once when told to, or when the parent has been killed and nobody would tell."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells the workers
-
-    def watch() -> None:
-        while os.getppid() == parent and not stop.wait(0.2):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _encode(job: Job, report: Callable[[int], object] = lambda _: None) -> None:
     """Write the tokens of a bucket, unless an earlier process has."""
     if _is_whole(job):
         return
     coder = _coder(job.folder / TOKENIZER, job.vocabulary, job.end_of_text)
-    found = Documents.finished(job.spill)
-    assert found is not None
-    documents, _ = found
+    documents = Documents(job.spill)
     starts, tokens, starts_document = array("Q"), 0, True
 
     def write(path: Path) -> None:

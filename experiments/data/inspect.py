@@ -11,6 +11,10 @@ from experiments.data.dataset import TOKENIZER, Dataset, manifest_errors
 from experiments.design.data import SPLITS
 
 SAMPLE_TOKENS = 48
+LEFT_OUT = {
+    "held_out": "for training that are held out",
+    "near_copies": "near copies of training text",
+}
 
 
 def to_dict(path: Path | str) -> dict[str, Any]:
@@ -45,7 +49,8 @@ def _render(facts: dict[str, Any]) -> str:
         f"source       {spec['source']}{python}{' with site-packages' if spec['site_packages'] else ''}",
         f"corpus       {corpus['files']:,} files, {corpus['documents']:,} documents, {corpus['bytes']:,} bytes",
         f"dropped      {corpus['duplicates']:,} duplicates, {corpus['undecodable']:,} not UTF-8, "
-        f"{corpus['empty']:,} empty",
+        f"{corpus['empty']:,} empty"
+        + "".join(f", {corpus[key]:,} {text}" for key, text in LEFT_OUT.items() if key in corpus),
         *([f"not read     {describe(facts['not_read'])}"] if facts["not_read"] else []),
     ]
     for split in SPLITS:

@@ -13,6 +13,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from experiments.data.fast import FastEncoder, fast_encoder
+
 SAMPLE_BYTES = 16 * 2**20  # merges are learnt from this much; more text changes them little and costs minutes
 # The library needs some 100 bytes of memory a token while it encodes, so it gets BATCH_BYTES at a time, and long
 # documents in pieces. The pieces of a batch are encoded in parallel.
@@ -42,6 +44,7 @@ class Coder(NamedTuple):
         np.uint16
     ]  # [vocabulary]: UTF-8 bytes of each token; none for special tokens, which are no text
     exact: bool  # whether tokens with the right number of bytes are sure to be the right text
+    fast: FastEncoder | None  # the same ids sooner, or None
 
 
 def train(texts: Iterable[bytes], vocabulary: int, end_of_text: str) -> bytes:
@@ -103,7 +106,8 @@ def load(raw: bytes, vocabulary: int, end_of_text: str) -> Coder:
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not an end
     decoder = (parts.get("decoder") or {}).get("type")
     exact = decoder == "ByteLevel" and not parts.get("normalizer")
-    return Coder(tokenizer, numbers[end_of_text], _token_bytes(tokenizer, vocabulary, decoder), exact)
+    fast = fast_encoder(tokenizer) if exact else None
+    return Coder(tokenizer, numbers[end_of_text], _token_bytes(tokenizer, vocabulary, decoder), exact, fast)
 
 
 def _token_bytes(tokenizer: Tokenizer, vocabulary: int, decoder: str | None) -> NDArray[np.uint16]:  # [vocabulary]
@@ -151,19 +155,34 @@ def encode(coder: Coder, texts: Iterable[bytes]) -> Iterator[Encoded]:
 
 def _encode_batch(coder: Coder, batch: list[Piece]) -> Iterator[Encoded]:
     texts = [piece.text.decode() for piece in batch]
-    encodings = coder.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    for piece, text, encoding in zip(batch, texts, encodings, strict=True):
-        ids = np.array(encoding.ids, dtype=np.int64)
+    for piece, text, ids in zip(batch, texts, _ids(coder, texts), strict=True):
         kept = int(coder.token_bytes[ids].sum(dtype=np.int64))
         if kept != len(piece.text):
             raise ValueError(
                 f"the tokenizer must keep every byte; got {kept} bytes of {len(piece.text)} "
                 f"from {piece.text[:40]!r}; give one that adds and removes nothing"
             )
-        if not coder.exact and (back := coder.tokenizer.decode(encoding.ids, skip_special_tokens=False)) != text:
+        if not coder.exact and (back := coder.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) != text:
             first = next((i for i, pair in enumerate(zip(text, back, strict=False)) if pair[0] != pair[1]), len(back))
             raise ValueError(
                 f"the tokenizer must give back every character; got {back[first : first + 20]!r} for "
                 f"{text[first : first + 20]!r}; give one whose normalizer changes nothing in this text"
             )
         yield Encoded(ids, piece.ends_document)
+
+
+def _ids(coder: Coder, texts: list[str]) -> Iterator[NDArray[np.int64]]:
+    if coder.fast is None:
+        for encoding in coder.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.int64)
+        return
+    for number, text in enumerate(texts):
+        ids = coder.fast(text)
+        if number == 0:  # of each batch, that is of each MiB
+            slow = coder.tokenizer.encode(text, add_special_tokens=False).ids
+            if ids.tolist() != slow:
+                raise ValueError(
+                    f"tiktoken and tokenizers must give the same ids; got others from {text[:40]!r}; report it, and "
+                    "uninstall tiktoken until it is mended"
+                )
+        yield ids

@@ -1,8 +1,9 @@
 """The specification of a dataset. Only the standard library is imported here, so that `plan` starts at once."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from experiments.design.identity import OUTSIDE_ID
 
@@ -26,6 +27,10 @@ class DataConfig:
     site_packages: bool = False  # add every .py file of site-packages; with source "python" only
     # the column or key that holds a document's text, or a list of messages with role and content; "a.b" is b within a
     text_field: str = "text"
+    # held-out text of your own, as a source; None: one in twenty documents of the source
+    validation_source: str | None = field(default=None, metadata=OUTSIDE_ID)
+    # leave out of the held-out text what stands, for the most part, in training documents: vendored and edited copies
+    drop_near_copies: bool = False
     separator: str | None = None  # what stands between the documents of a .txt file; None: each file is a document
     vocabulary: int
     # path of a tokenizer.json to use instead of training one; it may have fewer tokens than `vocabulary`
@@ -48,10 +53,22 @@ class DataConfig:
         for name in ("separator", "end_of_text"):
             if getattr(self, name) == "":
                 raise ValueError(f'{name} must not be empty; got ""; give what marks the end of a document')
+        if self.validation_source == "python":
+            raise ValueError('validation_source must be a folder or a file of text; got "python"; give your own text')
         if self.site_packages and self.source != "python":
             raise ValueError(
                 f'site_packages needs source = "python"; got source = "{self.source}"; remove site_packages'
             )
+
+
+def relative_to(data: DataConfig, folder: Path) -> DataConfig:
+    """The same data, with relative places that are in `folder` found there; others stay relative to the process's."""
+    places: dict[str, Any] = {
+        name: str(folder / place)
+        for name in ("source", "validation_source", "tokenizer")
+        if (place := getattr(data, name)) not in (None, "python") and (folder / place).exists()
+    }
+    return replace(data, **places)
 
 
 def default_cache() -> Path:

@@ -11,7 +11,7 @@ from typing import Literal
 from experiments.design import strict
 from experiments.design.arms import ARMS, Arm
 from experiments.design.config import TEXT, RunConfig
-from experiments.design.data import DataConfig
+from experiments.design.data import DataConfig, relative_to
 from experiments.design.ladder import LADDERS, Rung
 from experiments.design.model import ModelConfig
 from experiments.design.recipe import BUDGET_AXIS, Recipe, check_axes
@@ -157,8 +157,12 @@ def load_sweep(path: Path) -> list[RunConfig]:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The content of a sweep file. Raises ValueError for anything illegal in it."""
-    return strict.load(path, Sweep)
+    """The content of a sweep file; what of its data lies beside it is found there.
+
+    Raises ValueError for anything illegal in it.
+    """
+    sweep = strict.load(path, Sweep)
+    return sweep if sweep.data is None else replace(sweep, data=relative_to(sweep.data, path.resolve().parent))
 
 
 def notes(sweep: Sweep) -> list[str]:
@@ -167,7 +171,8 @@ def notes(sweep: Sweep) -> list[str]:
     found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
     if sweep.data is None:
         return found
-    for key, place in (("source", sweep.data.source), ("tokenizer", sweep.data.tokenizer)):
+    for key in ("source", "validation_source", "tokenizer"):
+        place = getattr(sweep.data, key)
         if place is not None and place != "python" and not Path(place).exists():
             found.append(f"data.{key} = {place!r} is not there; `submit` will refuse to build the data")
     return found

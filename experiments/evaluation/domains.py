@@ -53,7 +53,7 @@ def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
     end = run.end_of_text
     length = run.config.train.sequence_length
     assert run.data is not None, "load_run refuses runs that were not trained on text"
-    spec = replace(run.data, source=str(folder), site_packages=False)
+    spec = replace(run.data, source=str(folder), site_packages=False, validation_source=None)
     texts = (text for file in find_files(spec).files for text in read_documents(file.path, spec) if text)
     before, held = end, list[int]()
     for piece in encode(run.coder, texts):

@@ -55,6 +55,9 @@ def joined(run_dir: Path, execution: Execution, place: Place, attempt: int) -> I
         return
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")  # A requeued job keeps its id.
     meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}-{attempt}"
+    if world.rank == 0:
+        for stale in run_dir.glob(".rendezvous-*"):  # of attempts that were killed before all had met
+            stale.unlink(missing_ok=True)
     with process_group(device, meeting, world.rank, world.size, place.hosts):
         names = world.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
         other = next((rank for rank, name in enumerate(names) if name != names[0]), None)

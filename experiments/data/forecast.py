@@ -1,0 +1,45 @@
+"""What building a dataset will cost, before anything is read. Without numpy, so that `plan` starts at once."""
+
+import importlib.util
+import os
+
+from experiments.data.corpus import find_files
+from experiments.data.formats import EXPANSION
+from experiments.design.data import DataConfig
+from experiments.terminal import short, span
+
+# Measured on results/measured/corpora, in a core-second: bytes of text read and written again, and tokens of vocabulary
+# 4096 made, by any number of processes; and bytes that one process alone hashes or copies.
+READ_BYTES = 100e6
+TOKENS = {True: 3.0e6, False: 0.86e6}  # with tiktoken, and without
+ALONE_BYTES = 0.5e9
+BYTES_A_TOKEN = 3.2  # of those corpora; 4.5 is usual for English at vocabularies of 100,000
+WORTH_A_WORD = 60.0  # seconds
+
+
+def forecast(spec: DataConfig) -> str | None:
+    """A line on the time and disk that a build would take; None for one of a minute, or for text that is not there."""
+    try:
+        files = find_files(spec).files
+    except ValueError:  # `plan` notes what is missing, and `submit` refuses it
+        return None
+    text = sum(file.bytes * EXPANSION.get(file.path.suffix, 1) for file in files)
+    wanted = spec.train_tokens + spec.validation_tokens
+    width = 2 if spec.vocabulary <= 2**16 else 4
+    cores = len(os.sched_getaffinity(0))
+    fast = importlib.util.find_spec("tiktoken") is not None
+    shared = text / READ_BYTES + wanted / TOKENS[fast]
+    alone = (sum(file.bytes for file in files) + 2 * width * wanted) / ALONE_BYTES
+    seconds = shared / cores + alone
+    if seconds < WORTH_A_WORD:
+        return None
+    enough = "" if text > 0.8 * wanted * BYTES_A_TOKEN else "; that may be too little text"
+    return (
+        f"building the data, unless it is done: {short(wanted)} tokens of {_gigabytes(text)} of text, about "
+        f"{span(seconds / 3600)} on {cores} cores ({span((shared + alone) / 3600)} on one), "
+        f"{_gigabytes(text + 2 * width * wanted)} of disk meanwhile and {_gigabytes(width * wanted)} then{enough}"
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.0f} GB" if size >= 10e9 else f"{size / 1e9:.2g} GB"
