@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
+from analysis.logs.throughput import read_throughput
 from analysis.pages.throughput_figures import throughput_panels
 from experiments.bench import stepping
 from experiments.bench.stepping import Kernel, Outcome, Settings, measure, most_expensive
@@ -278,11 +279,11 @@ def test_an_arm_lends_its_memory_between_its_turns(optimizer: str) -> None:
     (trial,) = chosen(arms=("lowrank-qkv",), optimizers=(optimizer,))
     runner = stepping._Runner(trial, ALONE, 0.0, alone=False)
     parameters = [parameter.detach() for parameter in runner._trainer.model.parameters()]
-    fresh = make_trainer(trial.run, runner._trainer.task, trial.execution("cpu"), ALONE)
+    fresh = Decoder(trial.run.model, trial.run.seed)
     for _ in range(2):
         assert {parameter.untyped_storage().nbytes() for parameter in parameters} == {0}
         runner._lendable.take_back()
-        for mine, theirs in zip(parameters, fresh.model.parameters(), strict=True):
+        for mine, theirs in zip(parameters, fresh.parameters(), strict=True):
             assert float(mine.std()) == pytest.approx(float(theirs.detach().std()), rel=0.3)
             assert theirs.min() <= mine.min()
             assert mine.max() <= theirs.max()
@@ -544,3 +545,12 @@ def test_plot_draws_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     _drawn().to_parquet(tmp_path / "t.parquet")
     assert main(["plot", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "figures")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'figures' / 'training.svg'}\n"
+
+
+def test_the_measured_file_is_one_that_bench_train_merges_with_and_plot_draws() -> None:
+    path = SWEEPS.parents[1] / "results" / "measured" / "h200" / "training.parquet"
+    rows = pd.read_parquet(path)
+    assert list(rows.columns) == list(COLUMNS)
+    assert rows["commit"].notna().all()
+    throughput_panels(rows)
+    assert len(read_throughput(path)) == len(rows)

@@ -1,9 +1,11 @@
 """Large builds: killed and gone on with, in several processes, in bounded memory; always the same bytes."""
 
+import fcntl
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +72,19 @@ def test_an_interrupted_build_goes_on_where_it_was(
     assert Dataset.open(path).sha256 == sha256
     assert visible(tmp_path / "cache") == [path]
     assert 0 < len(read) < len(make_texts()) / 2
+
+
+def test_what_killed_builds_left_goes_in_time(tmp_path: Path, spec: DataConfig) -> None:
+    cache, host = tmp_path / "cache", socket.gethostname()
+    recent, old, in_use = (cache / f".text-300-{name}.{host}.abc" for name in ("recent", "old", "used"))
+    for folder in (recent, old, in_use):
+        (folder / "spill").mkdir(parents=True)
+    for folder in (old, in_use):
+        os.utime(folder, (0, 0))
+    with (cache / ".text-300-used.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(spec, cache)
+    assert set(left_over(cache)) == {recent, in_use}
 
 
 def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp_path: Path) -> None:

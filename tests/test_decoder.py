@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from convolutions import kernels
 from torch import Tensor
 
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv
@@ -172,6 +173,25 @@ def test_maps_that_share_a_product_make_the_same(
     for apart, together in zip(*outcomes, strict=True):
         torch.testing.assert_close(together, apart)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("kind", ["static qkv", "headwise", "mismatched, part input"])
+def test_one_launch_of_the_kernels_makes_what_the_reference_makes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On views of a shared product, by Triton's interpreter where there is no GPU."""
+    model = randomised(replace(SMALL, layers=1, conv=SHARED[kind])).float()
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    parameters = list(model.parameters())
+
+    def outcome() -> list[Tensor]:
+        logits = model(tokens).logits
+        return [logits, *torch.autograd.grad(logits.square().sum(), parameters)]
+
+    expected = outcome()
+    monkeypatch.setattr(short_convolution, "_shares_products", lambda _: True)
+    with kernels():
+        got = outcome()
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).norm() <= 2e-5 * other.norm()  # measured: 9e-7
 
 
 @pytest.mark.parametrize("kind", CONVS)

@@ -17,7 +17,13 @@ from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.train import AdamW, Muon, Optimizer
-from experiments.parts.short_convolution import Convolution, HeadwiseConvolution, LowRankConvolution, NoConvolution
+from experiments.parts.short_convolution import (
+    Convolution,
+    HeadwiseConvolution,
+    LowRankConvolution,
+    NoConvolution,
+    StaticConvolution,
+)
 from experiments.training import checkpoints
 from experiments.training.assembly import assemble
 from experiments.training.loss import linear_cross_entropy
@@ -224,13 +230,14 @@ def gpu_trainer(run: RunConfig, dataset: Dataset, **execution: object) -> Traine
     ("conv", "execution"),
     [
         (NoConvolution(), {}),
+        (StaticConvolution(ALL_LINEAR), {}),
         (HeadwiseConvolution(ALL_LINEAR, head_size=8), {}),
         (LowRankConvolution(ALL_LINEAR, rank=2), {}),
         (LowRankConvolution(ALL_LINEAR, rank=2), {"micro_batch": 3}),
         (LowRankConvolution(ALL_LINEAR, rank=2), {"compile": False}),
         (LowRankConvolution(ALL_LINEAR, rank=2, mismatched=True), {}),
     ],
-    ids=["none", "headwise", "lowrank", "lowrank in micro-batches", "lowrank uncompiled", "mismatched"],
+    ids=["none", "static", "headwise", "lowrank", "lowrank in micro-batches", "lowrank uncompiled", "mismatched"],
 )
 def test_bfloat16_on_a_gpu_follows_float32(
     conv: Convolution, execution: dict[str, object], tiny_run: RunConfig, dataset: Dataset

@@ -250,9 +250,12 @@ def test_a_rate_that_is_too_high_counts_against_nobody(tmp_path: Path) -> None:
     found = answer(load(tmp_path))
     assert found.did_not_learn == ()
     assert "did not learn" not in found.status
+    note = "2 runs of dyn at learning rates above its best did not learn, and do not count"
+    assert note in found.notes
     assert sum("did not learn" in item.reason for item in found.excluded) == 2
-    points, _, _ = fit_points(load(tmp_path), "c", None, None)
+    points, _, lines = fit_points(load(tmp_path), "c", None, None)
     assert points.missing == ()
+    assert note in lines
     fail(tmp_path / "dyn-s1-1-1", "diverged")
     found = answer(load(tmp_path))
     assert [(each.arm, each.runs) for each in found.did_not_learn] == [("dyn", 1)]

@@ -24,12 +24,20 @@ ROWS = read_published(PUBLISHED)
 OF_SWEEP = {"width": "width", "rank": "rank", "head-size": "head size", "site": "site", "qk-norm": "QK-norm"}
 
 
-def write_planned(store: Path, run: RunConfig, loss: float, name: str | None = None, **facts: object) -> None:
+def write_planned(
+    store: Path,
+    run: RunConfig,
+    loss: float,
+    name: str | None = None,
+    vary: dict[str, float] | None = None,
+    **facts: object,
+) -> None:
     """A finished run with the record that `submit` would write of a planned one."""
     counts = {key: float(value) if "flops" in key else value for key, value in vars(run.counts).items()}
     arm = name or run.arm
-    run_id = f"{arm}-{run.size}-{run.seed}"
-    run_dir = write_config(store, arm, run.size, run.seed, run_id=run_id, facts=run.facts() | facts, **counts)
+    run_id = f"{arm}-{run.size}-{run.seed}-{'-'.join(map(str, (vary or {}).values()))}"
+    own = {"run_id": run_id, "facts": run.facts() | facts, "vary": vary or {}}
+    run_dir = write_config(store, arm, run.size, run.seed, **own, **counts)
     write_run(run_dir, loss, tokens=run.counts.tokens)
 
 
@@ -124,6 +132,16 @@ def test_other_settings_than_the_papers_do_not_match(tmp_path: Path) -> None:
             write_planned(tmp_path, run, 1.0, "a rank arm", **{"conv.rank": 16})
     rows = of(beside_published(load(tmp_path).runs, ROWS), "width")
     assert [row.arm for row in rows if row.arm] == ["transformer", "width-2", "lowrank-qkv"]
+
+
+def test_runs_that_differ_in_an_axis_are_not_mixed(tmp_path: Path) -> None:
+    for run in load_sweep(SWEEPS / "mini-ablation-width.toml"):
+        for decay in (0.1, 0.2):
+            if run.arm in ("transformer", "width-2") and run.seed == 0:
+                write_planned(tmp_path, run, 3.0, vary={"weight_decay": decay})
+    (row,) = [row for row in of(beside_published(load(tmp_path).runs, ROWS), "width") if row.arm == "width-2"]
+    assert row.difference is None
+    assert row.status == "it has several budgets (weight_decay 0.1, weight_decay 0.2); choose one with --where"
 
 
 def test_a_seed_that_did_not_learn_is_said(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor, LocalJob
 
 from analysis.logs.reader import read_rows, status
+from analysis.logs.record import read_run
 from analysis.logs.writer import record_failure
 from experiments.design.config import RunConfig
 from experiments.training.checkpoints import State, save
@@ -315,6 +316,10 @@ def test_a_run_logs_windows_step_by_step(
     with pytest.raises(RunFailed, match=r"step 2: NonFiniteLoss: loss .* first in embedding\.weight"):
         Run(diverging)()
     assert json.loads((diverging / "failure.json").read_text())["step"] == 2
+    assert read_run(diverging)["did_not_learn"] == "it diverged at step 2"
+    learned = read_run(run_dir)
+    assert (learned["vocabulary"], learned["did_not_learn"]) == (300, None)
+    assert learned["gradient_norm"] == steps["gradient_norm"].to_pylist()[-1] > 0
     assert read_rows(diverging, "steps").table["step"].to_pylist() == [1]
 
 

@@ -220,6 +220,24 @@ def test_a_preempted_run_is_requeued_and_loses_no_step(
     assert losses(run_dir) == losses(reference)
 
 
+def test_a_preempted_run_of_two_tasks_goes_on_where_all_of_them_stopped(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """Every task gets the signal and writes its part of the checkpoint."""
+    run = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 400, evaluate_every=16 * 8 * 100))
+    sharded = replace(PROFILE, default=Job(device="cpu", hours=0.5, gpus=2, parallel="fsdp"))
+    submit([run], tmp_path, sharded)
+    wait_until(lambda: "step 100/" in log_of(tmp_path, run))
+    ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    wait_until(lambda: state_of(tmp_path, run).state == "requeued")
+    (checkpoint,) = (tmp_path / run.run_id / "checkpoint").iterdir()
+    assert read_json(checkpoint / "manifest.json")["processes"] == 2
+    ask("scontrol", "update", f"jobid={state_of(tmp_path, run).job_id}", "starttime=now")
+    wait_until(lambda: state_of(tmp_path, run).state == "complete")
+    result = read_json(tmp_path / run.run_id / "run.json")
+    assert (result["gpus"], result["attempts"], result["steps"], result["seconds"]["lost"]) == (2, 2, 400, 0.0)
+
+
 def test_cancelled_runs_leave_the_queue_for_good(
     long_run: RunConfig, submit: Submit, dataset: Dataset, tmp_path: Path
 ) -> None:

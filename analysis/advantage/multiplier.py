@@ -41,7 +41,7 @@ from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
 from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks
 from analysis.laws.solver import Floats
-from analysis.logs.learning import failed_runs, unlearned
+from analysis.logs.learning import failed_runs, uncounted, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
@@ -81,13 +81,15 @@ def multipliers(
     if not arms:
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
-        failures = unlearned(runs[runs["arm"].isin([baseline, arm])])
+        two = runs[runs["arm"].isin([baseline, arm])]
+        failures = unlearned(two)
         try:
             _require_learned(rows, (arm, baseline))
             mine = rows[rows["arm"].isin([baseline, arm])]
             both, tuned, lines = comparable(mine, baseline, CONVENTIONS[convention], failed_runs(runs))
             if tuned:
-                failures = unlearned(runs[runs["arm"].isin([baseline, arm])], both, rate_column(both))
+                failures = unlearned(two, both, rate_column(both))
+                lines += uncounted(two, failures)
             pairs = pair(both, arm, baseline, convention, excluded, throughput)
             others = {name: pair(both, arm, baseline, name) for name in conventions_in(both) if name != convention}
             if irreducible_losses and len(pairs.sizes) == 1:

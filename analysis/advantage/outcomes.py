@@ -19,7 +19,7 @@ from analysis.advantage.pairs import usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
 from analysis.advantage.unresolved import UNRESOLVED
 from analysis.laws.rates import rate_column
-from analysis.logs.learning import Unlearned, failed_runs, unlearned
+from analysis.logs.learning import Unlearned, failed_runs, uncounted, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, choose_baseline, choose_convention, excluded_rows
 
@@ -175,6 +175,7 @@ def _of_task(
             continue
         notes += lines
         failed = unlearned(two, both, rate_column(both)) if tuned else unlearned(two)
+        notes += uncounted(two, failed)
         failures |= failed
         sides = [_side(both, measured, name) for name in (baseline, arm)]
         names = {"task": task, "metric": metric, "baseline": baseline}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.advantage.outcomes import Outcome, compare_metric
+from analysis.advantage.outcomes import compare_metric
 from analysis.advantage.shares import Interval
 from analysis.logs.columns import NATS, loss_unit
 from analysis.logs.schema import fact_columns
@@ -186,20 +186,23 @@ def _measured(
     losses = runs[["run_id", "task", "loss"]].rename(columns={"loss": "value"}).assign(metric="loss")
     losses = losses[losses["value"].notna()].assign(task=losses["task"].fillna(""))
     try:
-        outcomes: dict[str, Outcome] = {row.arm: row for row in compare_metric(runs, losses, baseline=base).rows}
+        outcomes = compare_metric(runs, losses, baseline=base).rows
         why = ""
     except ValueError as error:
-        outcomes, why = {}, str(error)
+        outcomes, why = (), str(error)
     for row in rows:
         published = _unmeasured(row, rows, size)
         if row.setting not in arms:
             yield published
             continue
         arm, facts = arms[row.setting]
-        outcome = outcomes.get(arm)
-        if outcome is None:
-            yield replace(published, arm=arm, status=why or f"no run of {arm} has finished and learned")
+        of_arm = [outcome for outcome in outcomes if outcome.arm == arm]
+        if len(of_arm) != 1:
+            several = ", ".join(outcome.budget for outcome in of_arm)
+            reason = f"it has several budgets ({several}); choose one with --where" if several else ""
+            yield replace(published, arm=arm, status=why or reason or f"no run of {arm} has finished and learned")
             continue
+        (outcome,) = of_arm
         stated = {name: row.facts[name] for name in row.free if name in row.facts}
         others = {name: facts[name] for name, value in stated.items() if facts.get(name, value) != value}
         yield replace(

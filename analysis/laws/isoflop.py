@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from analysis.laws.isocurves import Curves, Minima
 from analysis.laws.rates import for_a_law, rate_column
 from analysis.laws.solver import Bools, Floats
-from analysis.logs.learning import Unlearned, failed_runs, unlearned
+from analysis.logs.learning import Unlearned, failed_runs, uncounted, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, alike, choose_convention, finished, require_positive
 
@@ -101,6 +101,7 @@ def usable_runs(runs: pd.DataFrame, convention: str | None = None) -> tuple[pd.D
     for the reader on how learning rates were chosen."""
     done, excluded = finished(runs.assign(arm=runs["arm"].fillna("all")))
     used, others, lines = for_a_law(done, CONVENTIONS[choose_convention(done, convention)], failed_runs(runs))
+    lines += uncounted(runs, unlearned(runs, used, rate_column(used)))
     return used, excluded + others, lines
 
 

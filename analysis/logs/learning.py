@@ -137,6 +137,16 @@ def unlearned(runs: pd.DataFrame, used: pd.DataFrame | None = None, rate: str | 
     return found
 
 
+def uncounted(runs: pd.DataFrame, counted: Mapping[str, Unlearned]) -> list[str]:
+    """A line for each arm with runs that did not learn and that are not in `counted`, as their rate was too high."""
+    found = []
+    for arm, failed in unlearned(runs).items():
+        if others := failed.runs - (counted[arm].runs if arm in counted else 0):
+            what = "run" if others == 1 else "runs"
+            found.append(f"{others} {what} of {arm} at learning rates above its best did not learn, and do not count")
+    return found
+
+
 def _names(column: pd.Series, missing: str) -> pd.Series:
     return column.astype("string").fillna(missing)
 

@@ -17,7 +17,7 @@ from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
 from analysis.laws.powerlaw import Fit, Points, fit
 from analysis.laws.rates import for_a_law, rate_column
-from analysis.logs.learning import failed_runs, unlearned
+from analysis.logs.learning import failed_runs, uncounted, unlearned
 from analysis.logs.metrics import final_metrics
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import (
@@ -71,6 +71,7 @@ def fit_points(
     compute = next(iter(columns.values())) if form == "c" else "tokens"
     done, others, lines = for_a_law(done, compute, failed_runs(store.runs))
     missing = unlearned(store.runs, done, rate_column(done))
+    lines += uncounted(store.runs, missing)
     # Resamples are drawn in the order of the points; sort, so that results do not depend on the order of the rows.
     done = done.sort_values(["arm", *columns.values(), "loss", "run_id"])
     cells = ["size"] if several and done["size"].notna().all() else ["size", *columns.values()]

@@ -23,6 +23,7 @@ from analysis.logs.files import read_json, write_json
 from experiments.bench.trials import Trial
 from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.design.config import Execution
+from experiments.models.decoder import Decoder
 from experiments.tasks.base import Examples
 from experiments.training.assembly import make_trainer
 from experiments.training.job import Place, joined
@@ -221,7 +222,8 @@ class _Runner:
         train = trial.run.train
         task = RandomTokens(trial.run.model.vocabulary, train.batch_sequences, train.sequence_length)
         with RepeatedDraws(), world.device:
-            self._trainer = make_trainer(trial.run, task, trial.execution(world.device.type), world)
+            model = Decoder(trial.run.model, trial.run.seed)
+        self._trainer = make_trainer(trial.run, model, task, trial.execution(world.device.type), world)
         if self._cuda:
             self._trainer.warm_up()
         self.outcome.captured = self._trainer.captured

@@ -3,6 +3,7 @@
 They are kept in a cache, in folders named by a hash of what they are built from.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -12,8 +13,8 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,8 @@ from experiments.terminal import bar
 # Held-out text is looked through for near copies up to this many bytes for each token that is wanted: far more than is
 # read, even if much of it is left out.
 CHECKED_BYTES = 64
+
+ABANDONED_SECONDS = 7 * 24 * 3600
 
 
 def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
@@ -53,6 +56,7 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         target = cache / _name(spec, [*key, _content_of(found.files, cache, progress)])
         if not target.exists():
+            _remove_abandoned(cache)
             with _build_lock(target, progress) as left_over:
                 if not target.exists():
                     _build_and_publish(target, spec, found, tokenizer_json, progress, left_over)
@@ -105,7 +109,7 @@ def _read_tokenizer(spec: DataConfig) -> bytes:
     return raw
 
 
-@contextmanager
+@contextlib.contextmanager
 def _build_lock(target: Path, progress: bool) -> Iterator[Path | None]:
     """Wait for another process that builds `target`; gives the folder of a builder killed on this machine, if any.
 
@@ -122,6 +126,18 @@ def _build_lock(target: Path, progress: bool) -> Iterator[Path | None]:
         for older in left_over[1:]:
             shutil.rmtree(older, ignore_errors=True)
         yield next(iter(left_over), None)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Delete what killed builders on this machine left long ago and nobody went on with."""
+    for folder in cache.glob(f".*.{socket.gethostname()}.*/"):
+        with contextlib.suppress(OSError):  # in use, or no locks here: it stays
+            if time.time() - folder.stat().st_mtime < ABANDONED_SECONDS:
+                continue
+            name = folder.name.removeprefix(".").split(f".{socket.gethostname()}.")[0]
+            with (cache / f".{name}.lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for(lock: BinaryIO, target: Path, progress: bool) -> None:
@@ -151,7 +167,9 @@ def _build_and_publish(
     """
     if found.not_read:
         print(f"{spec.source}: not read: {describe(found.not_read)}", file=sys.stderr)
-    working = left_over or Path(tempfile.mkdtemp(prefix=_working_prefix(target), dir=target.parent))
+    working = Path(tempfile.mkdtemp(prefix=_working_prefix(target), dir=target.parent))
+    if left_over is not None:
+        left_over.replace(working)  # another name, under which processes of the killed builder can write no more
     try:
         dataset = working / "dataset"
         shutil.rmtree(dataset, ignore_errors=True)

@@ -94,7 +94,10 @@ def _read_jsonl(path: Path, spec: DataConfig) -> Documents:
 
 
 def _read_json(path: Path, spec: DataConfig) -> Documents:
-    """An array of objects, or one object. It is read whole: give large corpora in another format."""
+    """Objects a line, as large corpora have it under this name, too; or an array of objects, or one, read whole."""
+    if _starts_with_an_object(path):
+        yield from _read_jsonl(path, spec)
+        return
     with _open(path) as file:
         raw = file.read()
     try:
@@ -103,6 +106,14 @@ def _read_json(path: Path, spec: DataConfig) -> Documents:
         raise ValueError(f"{path} must hold JSON; got {error}; mend or remove it") from error
     for number, row in enumerate(content if isinstance(content, list) else [content], start=1):
         yield _text_of(row, spec.text_field, f"{path} entry {number}", row)
+
+
+def _starts_with_an_object(path: Path) -> bool:
+    with _open(path) as file:
+        try:
+            return isinstance(json.loads(file.readline()), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
 def _text_of(row: Any, text_field: str, where: str, shown: Any) -> bytes | None:

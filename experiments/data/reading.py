@@ -16,7 +16,7 @@ from experiments.data.formats import EXPANSION, read_documents
 from experiments.design.data import SPLITS, DataConfig
 from experiments.terminal import bar
 
-PART_BYTES = 256 * 2**20  # of text: some seconds' work
+PART_BYTES = 64 * 2**20  # of text: a second's work
 MOST_PARTS = 128  # each has as many files as there are buckets
 
 

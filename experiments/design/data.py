@@ -29,7 +29,8 @@ class DataConfig:
     text_field: str = "text"
     # held-out text of your own, as a source; None: one in twenty documents of the source
     validation_source: str | None = field(default=None, metadata=OUTSIDE_ID)
-    # leave out of the held-out text what stands, for the most part, in training documents: vendored and edited copies
+    # leave out of the held-out text what stands, for the most part and by runs of five lines, in training documents:
+    # vendored and edited copies
     drop_near_copies: bool = False
     separator: str | None = None  # what stands between the documents of a .txt file; None: each file is a document
     vocabulary: int

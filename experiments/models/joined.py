@@ -1,16 +1,15 @@
-"""RoPE and SwiGLU on the outputs of several linear maps that one matrix product has put side by side in one tensor.
+"""RoPE, also on queries, keys and values that one matrix product has put side by side in one tensor.
 
 torch.compile would write the gradients of q, k and v side by side in a kernel that takes seven times as long as its
 memory traffic: a sixth of a 16M model's step. On a GPU both directions are kernels of ours.
 
-Shapes: B batch, T time, H heads of queries, K heads of keys and values, E head size, F hidden width.
+Shapes: B batch, T time, H heads of queries, K heads of keys and values, E head size.
 """
 
 import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of RoPE, [T, E] each
@@ -37,16 +36,6 @@ def rotate(
     half = x.shape[-1] // 2
     c, s = cosine[..., :half], sine[..., :half]
     return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
-
-
-def swiglu_joined(
-    joined: Tensor,  # [B, T, C]: the gate from channel 0 on, the other factor from channel `start` on
-    hidden: int,  # F
-    start: int,
-) -> Tensor:  # [B, T, F]
-    """silu(gate) * up, computed in float32."""
-    y: Tensor = _swiglu(joined, hidden, start)
-    return y
 
 
 def kernels_fit(head_size: int) -> bool:
@@ -112,51 +101,3 @@ def _rotate_back(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor |
 
 
 _rotate.register_autograd(_rotate_back, setup_context=_save_table)
-
-
-@torch.library.custom_op("experiments::swiglu", mutates_args=())
-def _swiglu(joined: Tensor, hidden: int, start: int) -> Tensor:
-    if _by_kernels(joined):
-        from experiments.models import joined_kernels
-
-        return joined_kernels.swiglu(joined, hidden, start)
-    wide = joined.to(torch.promote_types(joined.dtype, torch.float32))
-    return (F.silu(wide[..., :hidden]) * wide[..., start : start + hidden]).to(joined.dtype)
-
-
-@_swiglu.register_fake
-def _(joined: Tensor, hidden: int, start: int) -> Tensor:  # noqa: ARG001
-    return joined.new_empty(*joined.shape[:2], hidden)
-
-
-@torch.library.custom_op("experiments::swiglu_backward", mutates_args=())
-def _swiglu_backward(dresult: Tensor, joined: Tensor, start: int) -> Tensor:
-    if _by_kernels(joined):
-        from experiments.models import joined_kernels
-
-        return joined_kernels.swiglu_backward(dresult, joined, start)
-    hidden = dresult.shape[2]
-    wide = joined.to(torch.promote_types(joined.dtype, torch.float32))
-    gate, up, dy = wide[..., :hidden], wide[..., start : start + hidden], dresult.to(wide.dtype)
-    djoined = torch.zeros_like(wide)
-    djoined[..., :hidden] = torch.ops.aten.silu_backward(dy * up, gate)
-    djoined[..., start : start + hidden] = dy * F.silu(gate)
-    return djoined.to(joined.dtype)
-
-
-@_swiglu_backward.register_fake
-def _(dresult: Tensor, joined: Tensor, start: int) -> Tensor:  # noqa: ARG001
-    return joined.new_empty(joined.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - the protocol's signature
-    joined, _, ctx.start = inputs
-    ctx.save_for_backward(joined)
-
-
-def _differentiate(ctx: Any, dresult: Tensor) -> tuple[Tensor | None, ...]:
-    (joined,) = ctx.saved_tensors
-    return _swiglu_backward(dresult, joined, ctx.start), None, None
-
-
-_swiglu.register_autograd(_differentiate, setup_context=_save)

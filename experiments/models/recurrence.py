@@ -37,8 +37,7 @@ def recurrence(
     """The outputs, in the dtype of v."""
     if by_library:
         return _by_library(q, k, v, log_decay, beta)
-    with torch.autocast(v.device.type, enabled=False):
-        return chunked(q, k, v, log_decay, beta)[0]
+    return chunked(q, k, v, log_decay, beta)[0]
 
 
 def chunked(
@@ -57,31 +56,32 @@ def chunked(
     """
     time, dtype = v.shape[1], v.dtype
     length = min(CHUNK, time)
-    q, k, v = (_chunks(x.to(log_decay.dtype), length) for x in (q, k, v))  # [B, N, H or 1, C, K or V]
-    total = _chunks(log_decay[..., None], length).squeeze(-1).cumsum(-1)  # [B, N, H, C]: ln of gamma
-    past = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
-    # Future tokens are masked before exp, which could overflow there.
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~past, -torch.inf).exp()  # Gamma
-    weights = (q @ k.mT) * decay  # [B, N, H, C, C]
-    replaced = None
-    if beta is not None:
-        b = _chunks(beta[..., None].to(v.dtype), length)
-        # (I + strictly lower part of diag(b) (Gamma * K K^T)) [U, W] = diag(b) [V, diag(gamma) K]: the WY form.
-        system = (b * (k @ k.mT) * decay).tril(-1) + torch.eye(length, dtype=v.dtype, device=v.device)
-        right = torch.cat([b * v, b * total.exp()[..., None] * k], -1)
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        v, replaced = solved.split([v.shape[-1], k.shape[-1]], -1)
-    end = total[..., -1:]
-    q = q * total.exp()[..., None]
-    k = (k * (end - total).exp()[..., None]).mT
-    if state is None:
-        state = torch.zeros_like(k[:, 0] @ v[:, 0])
-    outputs = []
-    for n in range(v.shape[1]):
-        u = v[:, n] if replaced is None else v[:, n] - replaced[:, n] @ state
-        outputs.append(q[:, n] @ state + weights[:, n] @ u)
-        state = end[:, n, ..., None].exp() * state + k[:, n] @ u
-    return torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :time].to(dtype), state
+    with torch.autocast(v.device.type, enabled=False):  # It would round the state to 16 bits at every chunk.
+        q, k, v = (_chunks(x.to(log_decay.dtype), length) for x in (q, k, v))  # [B, N, H or 1, C, K or V]
+        total = _chunks(log_decay[..., None], length).squeeze(-1).cumsum(-1)  # [B, N, H, C]: ln of gamma
+        past = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
+        # Future tokens are masked before exp, which could overflow there.
+        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~past, -torch.inf).exp()  # Gamma
+        weights = (q @ k.mT) * decay  # [B, N, H, C, C]
+        replaced = None
+        if beta is not None:
+            b = _chunks(beta[..., None].to(v.dtype), length)
+            # (I + strictly lower part of diag(b) (Gamma * K K^T)) [U, W] = diag(b) [V, diag(gamma) K]: the WY form.
+            system = (b * (k @ k.mT) * decay).tril(-1) + torch.eye(length, dtype=v.dtype, device=v.device)
+            right = torch.cat([b * v, b * total.exp()[..., None] * k], -1)
+            solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+            v, replaced = solved.split([v.shape[-1], k.shape[-1]], -1)
+        end = total[..., -1:]
+        q = q * total.exp()[..., None]
+        k = (k * (end - total).exp()[..., None]).mT
+        if state is None:
+            state = torch.zeros_like(k[:, 0] @ v[:, 0])
+        outputs = []
+        for n in range(v.shape[1]):
+            u = v[:, n] if replaced is None else v[:, n] - replaced[:, n] @ state
+            outputs.append(q[:, n] @ state + weights[:, n] @ u)
+            state = end[:, n, ..., None].exp() * state + k[:, n] @ u
+        return torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :time].to(dtype), state
 
 
 def _chunks(

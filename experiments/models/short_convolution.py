@@ -28,7 +28,6 @@ ONE_PRODUCT_WIDTH = 512  # maps of wider inputs share no product: it costs a 2B 
 # of the second for one launch that takes several maps.
 _CHANNEL_MULTIPLE = 16
 _SEGMENT_MULTIPLE = 128
-_ROW_MULTIPLE = 64  # 16-bit values in a cache line
 
 
 _ShortConv = StaticShortConv | HeadwiseDynamicConv | LowRankDynamicConv
@@ -74,8 +73,7 @@ class Outputs(NamedTuple):
     """The outputs of several maps."""
 
     apart: list[Tensor]  # [B, T, outputs] each
-    joined: Tensor | None = None  # [B, T, sum of widths or more]: the same side by side
-    widths: Sequence[int] = ()  # the channels of each in `joined`, including padding
+    joined: Tensor | None = None  # [B, T, their sum or more]: the same side by side, each perhaps with padding
 
 
 class Maps(nn.ModuleDict):
@@ -124,21 +122,20 @@ class Maps(nn.ModuleDict):
         generated = {site: conv.generator_map(read) for site, conv in dynamic.items() if site not in joined}
         if sharing:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            y, *columns = project_together(weight, list(joined.values()), x) if joined else [_product(weight, x)]
-            narrow = y[..., : sum(widths)]
-            products = dict(zip(sharing, narrow.split(widths, -1), strict=True))
+            y, *columns = project_together(weight, list(joined.values()), x) if joined else [F.linear(x, weight)]
+            products = dict(zip(sharing, y.split(widths, -1), strict=True))
             generated |= dict(zip(joined, columns, strict=True))
         if self._mismatched:
             generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
         convolved = {site: cast(_ShortConv, linear.conv) for site, linear in maps.items() if linear.conv is not None}
         if sharing == list(maps) and not convolved:
-            return Outputs(list(products.values()), y, widths)
+            return Outputs(list(products.values()), y)
         if sharing == list(convolved) and _fit_one_launch(list(convolved.values()), widths):
             columns = [generated[site] for site in dynamic]
             generators = torch.cat(columns, -1) if columns else None
-            y = _convolve_together(list(convolved.values()), narrow, generators, widths)
+            y = _convolve_together(list(convolved.values()), y, generators, widths)
             parts = zip(convolved.values(), y.split(widths, -1), strict=True)
-            return Outputs([part[..., : conv.channels] for conv, part in parts], y, widths)
+            return Outputs([part[..., : conv.channels] for conv, part in parts], y)
         for site, linear in maps.items():
             if site not in products:
                 products[site] = F.linear(x, linear.padded_weight())
@@ -192,18 +189,6 @@ def partners(
 ) -> Tensor:  # [B, ...]
     """In place of each sequence the other one of its pair: sequences 2i and 2i + 1 change places."""
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
-
-def _product(
-    weight: Tensor,  # [D, G]
-    x: Tensor,  # [B, T, G]
-) -> Tensor:  # [B, T, D or more]
-    """The product with rows of zeros added to the weight, so that rows of the result begin at a cache line.
-
-    torch.compile would copy a result whose rows do not, before other operators read it.
-    """
-    more = -len(weight) % _ROW_MULTIPLE
-    return F.linear(x, F.pad(weight, (0, 0, 0, more)) if more else weight)
 
 
 def _fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -> bool:

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
-from experiments.models.joined import swiglu_joined
 from experiments.models.short_convolution import Maps
 from experiments.parts.swiglu import SwiGLU
 
@@ -29,13 +28,8 @@ class SwiGLUModule(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        outputs = self.maps.outputs(x, ("gate", "up"), x)
-        gate, up = outputs.apart
-        if outputs.joined is None:
-            y = F.silu(gate) * up
-        else:
-            y = swiglu_joined(outputs.joined, gate.shape[-1], outputs.widths[0])
-        (y,) = self.maps.apply_to(y, ("down",), x)
+        gate, up = self.maps.apply_to(x, ("gate", "up"), x)
+        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
         return y
 
     def decode(

@@ -15,7 +15,7 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _kernel(
+def _adamw(
     parameter, gradient, average, square,  # each [size]
     rate, scale, stopped, corrections,  # [], [], [], [2]
     size, decay, beta1, beta2, epsilon,
@@ -71,7 +71,7 @@ class LargeAdamW(torch.optim.AdamW):
                 if not own[0].numel():
                     continue
                 assert all(tensor.is_contiguous() for tensor in own)
-                _kernel[(triton.cdiv(own[0].numel(), _BLOCK),)](
+                _adamw[(triton.cdiv(own[0].numel(), _BLOCK),)](
                     *own, rate, scale, stopped, corrections,
                     own[0].numel(), group["weight_decay"], *group["betas"], group["eps"],
                     BLOCK=_BLOCK, num_warps=8,

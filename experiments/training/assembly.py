@@ -29,12 +29,11 @@ def assemble(run: RunConfig, dataset: Dataset | None, execution: Execution, worl
             f"the data have {task.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "
             "make them equal"
         )
-    return make_trainer(run, task, execution, world)
+    return make_trainer(run, Decoder(run.model, run.seed), task, execution, world)
 
 
-def make_trainer(run: RunConfig, task: Task, execution: Execution, world: World) -> Trainer:
-    """The trainer of a run at its first step, on any task: `dynconv bench train` gives it random tokens."""
-    model = Decoder(run.model, run.seed)
+def make_trainer(run: RunConfig, model: Decoder, task: Task, execution: Execution, world: World) -> Trainer:
+    """The trainer of a run's model on any task: `dynconv bench train` gives it random tokens and weights."""
     world.place(model, parts=model.blocks)  # before the optimizers are made: sharding replaces parameters
     return Trainer(
         model,

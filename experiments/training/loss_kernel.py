@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _kernel(logits, targets, losses, vocabulary, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+def _softmax(logits, targets, losses, vocabulary, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     columns = tl.arange(0, BLOCK)
@@ -46,6 +46,6 @@ def loss_and_gradient(
     assert logits.is_contiguous()
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, device=logits.device)
-    block = min(8192, triton.next_power_of_2(vocabulary))
-    _kernel[(rows,)](logits, targets, losses, vocabulary, IGNORED=ignored, BLOCK=block, num_warps=max(4, block // 512))
+    block = min(4096, triton.next_power_of_2(vocabulary))
+    _softmax[(rows,)](logits, targets, losses, vocabulary, IGNORED=ignored, BLOCK=block, num_warps=max(4, block // 512))
     return losses.sum()

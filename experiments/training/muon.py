@@ -105,13 +105,14 @@ def _wide(matrix: Tensor) -> Tensor:  # [A, B], or this process's part of it
 def _stacks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """The matrices by shape up to transposition, at most _LARGEST_STACK parameters at a time.
 
-    Sharded matrices and their transposes are sharded along different dimensions, and so are kept apart.
+    Sharded matrices are kept apart from whole ones, and from their transposes, which are sharded along another
+    dimension.
     """
-    by_shape: dict[tuple[torch.Size, bool], list[nn.Parameter]] = {}
+    by_shape: dict[tuple[torch.Size, bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
-        turned = is_sharded(parameter) and parameter.shape[0] > parameter.shape[1]
-        key = (torch.Size(sorted(parameter.shape)), turned)
+        sharded = is_sharded(parameter)
+        key = (torch.Size(sorted(parameter.shape)), sharded, sharded and parameter.shape[0] > parameter.shape[1])
         by_shape.setdefault(key, []).append(parameter)
-    for (shape, _), alike in by_shape.items():
+    for (shape, _, _), alike in by_shape.items():
         many = max(1, _LARGEST_STACK // shape.numel())
         yield from (alike[low : low + many] for low in range(0, len(alike), many))

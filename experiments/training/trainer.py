@@ -28,9 +28,9 @@ from experiments.training.parallel import World, local, whole
 from experiments.training.precision import mixed_precision
 
 MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
-# Steps of models up to this size are captured as CUDA graphs. The host would be the limit below 10**8 parameters, and
-# leave gaps of 5% in a 300M model's step on a busy machine. Kernels of larger models take longer than their launch.
-CAPTURED_PARAMETERS = 10**9
+# Steps of models up to this size are captured as CUDA graphs, since a GPU runs their kernels faster than the host can
+# launch them.
+CAPTURED_PARAMETERS = 10**8
 WINDOW_SECONDS = 1.0  # time of the steps that are launched together, after which the host reads losses and signals
 
 
