@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -356,3 +357,26 @@ def test_bad_input_is_named(tiny_run: RunConfig, submitted: Submitted, tmp_path:
 def test_a_run_started_too_often_has_failed(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
     run_dir = submitted(tiny_run, tmp_path, max_attempts=0)
     fails_with(run_dir, "started 0 times already; max_attempts = 0 is allowed")
+
+
+def test_a_run_whose_folder_was_removed_leaves_its_successor_alone(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rm -rf` and `submit` while it trains: the second run is whole, and the first writes nothing into its folder."""
+    run_dir = submitted(tiny_run, tmp_path / "store")
+    evaluate = Trainer.evaluate
+    second: list[Path] = []
+
+    def removed_meanwhile(self: Trainer, interrupted: Callable[[], bool]) -> object:
+        if not second:
+            shutil.rmtree(run_dir)
+            second.append(submitted(tiny_run, tmp_path / "store"))
+        return evaluate(self, interrupted)
+
+    monkeypatch.setattr(Trainer, "evaluate", removed_meanwhile)
+    with pytest.raises(RunFailed, match="was removed while this run trained"):
+        Run(run_dir)()
+    assert {path.name for path in run_dir.iterdir()} == {"config.json", "tokenizer.json"}
+    monkeypatch.undo()
+    Run(run_dir)()
+    expect_whole(run_dir, reference)

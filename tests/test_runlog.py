@@ -66,7 +66,7 @@ def test_killed_at_random_moments_it_neither_loses_nor_doubles_a_step(tmp_path: 
     for run in range(20):  # four, unless the machine is so fast or slow that few kills fall within a run
         if run >= 4 and kills > 15:
             break
-        run_dir = write_config(tmp_path, seed=run)
+        run_dir = write_config(tmp_path, seed=run, tokens=100 * LAST_STEP)
         while not (run_dir / "run.json").exists():
             attempt = next_attempt(run_dir)
             child = context.Process(target=train, args=(run_dir,))
@@ -91,13 +91,13 @@ def test_a_step_that_a_resumed_attempt_repeats_is_kept_once(tmp_path: Path) -> N
     first = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
     first.evaluation(0, 0, "text", {"loss": 9.0}, 0.5)
     for step in range(1, 9):
-        first.step(step, step, 5.0, 1.0, 1e-3, 0.1)
+        first.step(step, 2_000_000 * step, 5.0, 1.0, 1e-3, 0.1)
     first.add_seconds("queue", 2.0)
     first.flush()
     second = RunLog(run_dir, attempt=2, first_step=6, about=ABOUT)
     for step in range(6, 11):
-        second.step(step, step, 4.0, 1.0, 1e-3, 0.1)
-    second.evaluation(10, 10, "text", {"loss": 3.5, "bits_per_byte": 1.2}, 0.5)
+        second.step(step, 2_000_000 * step, 4.0, 1.0, 1e-3, 0.1)
+    second.evaluation(10, 20_000_000, "text", {"loss": 3.5, "bits_per_byte": 1.2}, 0.5)
     second.add_seconds("queue", 3.0)
     second.finish({"note": "kept"})
     run = read_json(run_dir / "run.json")
@@ -158,7 +158,7 @@ def test_only_a_clock_of_one_kind_that_nobody_shared_is_alone(attempts: list[dic
 
 
 def test_the_loss_is_that_of_the_runs_own_task(tmp_path: Path) -> None:
-    run_dir = write_config(tmp_path, task="recall")
+    run_dir = write_config(tmp_path, task="recall", tokens=10)
     log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
     log.step(1, 10, 5.0, 1.0, 1e-3, 0.1)
     with pytest.raises(ValueError, match="no metrics"):
@@ -254,6 +254,19 @@ def test_a_directory_that_is_no_run_or_a_finished_one_is_refused(tmp_path: Path)
     write_run(run_dir, 3.0)
     with pytest.raises(ValueError, match="complete run"):
         RunLog(run_dir, attempt=3, first_step=1, about=ABOUT)
+
+
+@pytest.mark.parametrize(("steps", "evaluated", "said"), [(3, 3, "15000000 of its 20000000"), (4, 2, "at step 2 of 4")])
+def test_a_log_that_ends_early_is_not_complete(tmp_path: Path, steps: int, evaluated: int, said: str) -> None:
+    """Two jobs that had one folder left the steps of one of them, and an evaluation on the way, as the result."""
+    run_dir = write_config(tmp_path)
+    log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
+    for step in range(1, steps + 1):
+        log.step(step, 5_000_000 * step, 5.0, 1.0, 1e-3, 0.1)
+    log.evaluation(evaluated, 5_000_000 * evaluated, "text", {"loss": 3.0}, 0.5)
+    with pytest.raises(ValueError, match=said):
+        log.finish({})
+    assert not (run_dir / "run.json").exists()
 
 
 def test_logging_costs_under_a_hundredth_of_a_ten_millisecond_step(tmp_path: Path) -> None:

@@ -422,7 +422,7 @@ def test_variables_of_the_users_shell_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """squeue would hide the job, so that it seemed lost, and sbatch would run a part of the array and not requeue it."""
+    """squeue would hide the job, so that it seemed lost; sbatch would run a part of the array and never requeue it."""
     hostile = {
         "SQUEUE_STATES": "COMPLETED", "SQUEUE_FORMAT": "%j", "SQUEUE_USERS": "nobody", "SACCT_FORMAT": "JobName",
         "SBATCH_ARRAY_INX": "0", "SBATCH_NO_REQUEUE": "1", "SBATCH_PARTITION": "high", "SBATCH_TIMELIMIT": "1",

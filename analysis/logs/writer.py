@@ -186,8 +186,8 @@ class RunLog:
                 f"{self._run_dir} has a torn log: {problems[0]}; nothing was removed; mend it, or remove the folder "
                 "and submit the run anew"
             )
-        self._require_end(steps, evals)
         final = self._final_metrics(evals)
+        self._require_end(steps, evals)
         attempts = [attempt for _, attempt in sorted(read_attempts(self._run_dir)[0].items())]
         seconds = _clocks(attempts, steps, evals)
         run = {key: self._config.get(key) for key in ("schema", *RECORDED, "facts", "vary")}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from submitit.helpers import DelayedSubmission
 
@@ -41,6 +41,10 @@ class RunFailed(RuntimeError):
     """The run failed; failure.json in its directory says at which step and why."""
 
 
+class FolderTaken(RuntimeError):
+    """The run's directory was removed or replaced, so that another job may have it: nothing more is written there."""
+
+
 class Run:
     """A callable that starts or resumes the run in `run_dir` and returns when the run has ended or must stop."""
 
@@ -56,6 +60,8 @@ class Run:
         with attempt.lock():
             try:
                 finished = attempt.execute()
+            except FolderTaken as error:
+                raise RunFailed(str(error)) from None
             except Exception as error:  # Any error ends the run: it is only tried again when a person says so.
                 raise RunFailed(f"{self.run_dir.name}: {attempt.fail(error)}") from error
         if not finished:
@@ -101,6 +107,7 @@ class _Attempt:
         self._log: RunLog | None = None
         self._step = self._micro_batch = 0
         self._saved_at = time.monotonic()
+        self._lock: TextIO | None = None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -115,7 +122,22 @@ class _Attempt:
                 raise RunFailed(f"{self._run_dir.name}: another process has this run; wait for it to end") from None
             except OSError:  # The file system does not support locks.
                 pass
+            self._lock = lock
             yield
+
+    def _require_own_folder(self) -> None:
+        """Raises FolderTaken if the lock's file is not the one that this process opened."""
+        if self._lock is None:
+            return
+        held = os.fstat(self._lock.fileno())
+        with contextlib.suppress(OSError):
+            found = (self._run_dir / ".lock").stat()
+            if (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino):
+                return
+        raise FolderTaken(
+            f"{self._run_dir} was removed while this run trained, and another job may have it now; this one stops and "
+            "leaves it alone"
+        )
 
     def execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
@@ -236,6 +258,7 @@ class _Attempt:
             return world.any(self.stop.raised)
 
         while trainer.evaluation_due or not trainer.finished:
+            self._require_own_folder()
             if stopping():
                 self._save(trainer)
                 return False
@@ -262,6 +285,7 @@ class _Attempt:
         """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
         from experiments.training import checkpoints
 
+        self._require_own_folder()
         start = time.monotonic()
         if self._log is not None:
             self._log.flush()
@@ -277,6 +301,7 @@ class _Attempt:
 
         from experiments.training import checkpoints
 
+        self._require_own_folder()
         weights = trainer.weights()
         if self._log is not None:
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
