@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +174,9 @@ def test_the_table_shows_m_at_the_largest_compute_where_constancy_is_not_shown(
     assert main(["table", str(tmp_path / "p.csv"), "--baseline", "base"]) == 0
     shown = capsys.readouterr().out
     assert "m at Cmax" in shown.splitlines()[0]
+    assert main(["report", str(tmp_path / "p.csv"), "--baseline", "base", "-o", str(tmp_path / "p.html")]) == 0
+    assert re.search("m at Cmax.{,400}m_at_cmax, m_at_cmax_ci", (tmp_path / "p.html").read_text())
+    capsys.readouterr()
     assert main(["table", str(tmp_path / "p.csv"), "--baseline", "base", "--json"]) == 0
     (item,) = json.loads(capsys.readouterr().out)
     low, high = item["m_at_cmax_ci"]

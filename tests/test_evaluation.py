@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, tiny_da
     return train
 
 
+@pytest.mark.parametrize("damage", ["a bit of a weight", "cut", "gone"])
+def test_damaged_weights_are_refused(finished: Callable[..., Path], tmp_path: Path, damage: str) -> None:
+    run_dir = Path(shutil.copytree(finished(), tmp_path / finished().name))
+    weights = run_dir / "model.pt"
+    content = bytearray(weights.read_bytes())
+    if damage == "gone":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(content[:-100])
+    else:
+        tensor = load_run(run_dir).model.state_dict()["embedding.weight"].numpy().tobytes()
+        content[content.index(tensor) + 5] ^= 1  # torch.load takes this as it is
+        weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.pt is .*damaged .*; copy it again"):
+        load_run(run_dir)
+
+
 EXPORTED: dict[str, dict[str, Any]] = {
     **{name: {"conv": conv} for name, conv in CONVS.items() if "part input" not in name},
     "qk-norm": {"mixer": Attention(4, 2, qk_norm=True)},
@@ -151,6 +169,7 @@ def test_the_exported_model_gives_the_same_logits_and_survives_its_own_saving(
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who may read one file may read all"
     assert (
         AutoTokenizer.from_pretrained(folder, trust_remote_code=True).encode("def f(x):\n")
         == run.tokenizer.encode("def f(x):\n").ids
@@ -234,9 +253,12 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     texts = {"code": ["import os\n" * 9, "x = 1"], "prose": ["Nobody said café. <|endoftext|> " * 4]}
     for domain, documents in texts.items():
         write_txt(tmp_path / "text" / domain, documents)
+    (tmp_path / "text" / "loose.txt").write_text("in no domain")
     capsys.readouterr()  # what the training printed
     assert main(["eval", str(run_dir), "--text", str(tmp_path / "text"), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "loose.txt in " in shown.err
+    rows = json.loads(shown.out)
     got = {(row["task"], row["metric"]): row["value"] for row in rows}
     for domain, documents in texts.items():
         stream = [end]
@@ -261,6 +283,15 @@ def test_a_folder_is_scored_whole_where_training_held_out_text_of_its_own(
     assert run.config.data is not None
     own = replace(run.config, data=replace(run.config.data, validation_source=str(tmp_path / "gone")))
     assert evaluate_domain(run._replace(config=own), folder) == evaluate_domain(run, folder)
+
+
+def test_a_folder_called_python_is_not_the_source_of_that_name(
+    finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(finished())
+    folder = write_txt(tmp_path / "python", ["import os"])
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_domain(run, Path("python")) == evaluate_domain(run, folder)
 
 
 TASKS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import time
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     (tmp_path / "frozen" / "runs.parquet").write_bytes(b"torn")
     with pytest.raises(ValueError, match="unreadable"):
         load(tmp_path / "frozen")
+
+
+def test_a_changed_bit_is_named_and_gives_no_number(tmp_path: Path) -> None:
+    live = load(mixed_store(tmp_path / "live"))
+    freeze(live, tmp_path / "frozen")
+    for path in (tmp_path / "live" / "transformer-1M-0" / "evals.parquet", tmp_path / "frozen" / "evals.parquet"):
+        content = bytearray(path.read_bytes())
+        content[content.index(struct.pack("<2d", 3.0, 1.0)) + 6] ^= 1  # the loss, which would read as 2.5 or so
+        path.write_bytes(content)
+    assert live.evals().empty
+    assert any("evals.parquet is unreadable" in problem for problem in live.problems)
+    with pytest.raises(ValueError, match=r"evals\.parquet is unreadable .*; freeze the store again"):
+        load(tmp_path / "frozen").evals()
 
 
 def test_facts_and_axes_are_columns_that_the_record_brings(tmp_path: Path) -> None:

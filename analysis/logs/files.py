@@ -41,9 +41,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table atomically, with a checksum of each page, so that `read_parquet` finds damage of the disk."""
     from pyarrow import parquet
 
-    write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
+    write_atomically(path, lambda temporary: parquet.write_table(table, temporary, write_page_checksum=True))
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A table, its checksums compared where it has any. Raises OSError or pyarrow.ArrowException if it is damaged."""
+    from pyarrow import parquet
+
+    return parquet.read_table(path, columns=columns, page_checksum_verification=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
 from analysis.logs import schema1
-from analysis.logs.files import read_json
+from analysis.logs.files import read_json, read_parquet
 from analysis.logs.schema import arrow_schema
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ class Rows:
 def read_rows(run_dir: Path, kind: str) -> Rows:
     """The rows of `kind` ("steps" or "evals"), from the merged file if the run is complete, else from the parts."""
     import pyarrow as pa
-    from pyarrow import parquet
 
     schema = arrow_schema(kind)
     complete = (run_dir / "run.json").exists()
@@ -100,7 +99,7 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
             problems.append(f"{path} belongs to no readable attempt; left out")
             continue
         try:
-            table = parquet.read_table(path)
+            table = read_parquet(path)
         except (OSError, pa.ArrowException) as error:
             if not complete and (run_dir / "run.json").exists():  # the run finished meanwhile, and removed the parts
                 return read_rows(run_dir, kind)
@@ -122,10 +121,9 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
 def last_gradient_norm(run_dir: Path) -> float | None:
     """The gradient norm of the last step of a complete run; None where its steps are unreadable or there are none."""
     import pyarrow as pa
-    from pyarrow import parquet
 
     try:
-        steps = parquet.read_table(run_dir / "steps.parquet", columns=["step", "gradient_norm"])
+        steps = read_parquet(run_dir / "steps.parquet", columns=["step", "gradient_norm"])
     except (OSError, ValueError, pa.ArrowException):
         return None  # `read_rows` names the file
     return last_of(steps)

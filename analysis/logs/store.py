@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
 from analysis.logs import schema1
 from analysis.logs.columns import format_columns
-from analysis.logs.files import write_atomically
+from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
@@ -75,12 +74,11 @@ class Store:
     def rows(self, kind: str) -> pa.Table:
         """The steps or the evals, as Arrow: a thousand runs have ten million steps, which pandas would copy."""
         import pyarrow as pa
-        from pyarrow import parquet
         from tqdm import tqdm
 
         frozen = self.path / f"{kind}.parquet"
         if frozen.exists():
-            table = _whole(frozen, parquet.read_table)
+            table = _whole(frozen, read_parquet)
             return schema1.upgrade_evals(table) if kind == "evals" else table
         types = [(name, pa.type_for_alias(dtype)) for name, dtype in COLUMNS[kind].items()]
         tables = [pa.schema([("run_id", pa.string()), *types]).empty_table()]
@@ -114,7 +112,6 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
 def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths."""
     import pyarrow as pa
-    from pyarrow import parquet
 
     if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
         raise ValueError(f"{out} is the live store itself, whose later runs the frozen one would hide; give another -o")
@@ -122,7 +119,7 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     tables = {kind: store.rows(kind) for kind in (("evals", "steps") if steps else ("evals",))}
     tables["runs"] = pa.Table.from_pandas(store.runs, preserve_index=False)
     for name, table in tables.items():
-        write_atomically(out / f"{name}.parquet", partial(parquet.write_table, table))
+        write_parquet(out / f"{name}.parquet", table)
     return [out / f"{name}.parquet" for name in sorted(tables)]
 
 
@@ -150,9 +147,7 @@ def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str
 
 def _read_frozen(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """A frozen run table, and a line for the reader where an older version froze it without what it now would hold."""
-    import pandas as pd
-
-    runs = _whole(path, pd.read_parquet)
+    runs = _whole(path, lambda frozen: read_parquet(frozen).to_pandas())
     if schema1.is_frozen(runs):
         runs = schema1.upgrade_frozen(runs)
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]

@@ -73,6 +73,7 @@ PROVENANCE = ("device", "gpus", "dtype", "torch", "code_commit", "data_sha256", 
 HOW = {  # column -> how its number is computed, and its key in the JSON of `dynconv table`
     "m": ("the compute of the baseline that reaches the arm's loss, over the arm's", "m"),
     "95% interval": ("of m", "ci"),
+    "m at Cmax": ("m at the largest compute, by the law of a changing m alone", "m_at_cmax, m_at_cmax_ci"),
     "sizes x seeds": ("paired sizes, and paired seeds at the size with fewest", "n_sizes, n_seeds"),
     "joint fit": ("the constant m of one law for both arms, a cross-check", "joint"),
     "at Cmax": ("m at the largest compute, on the line of local ln m", "m_at_cmax"),

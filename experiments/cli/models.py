@@ -73,15 +73,17 @@ def _add_eval(subparsers: Subparsers) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from analysis.logs.writer import add_evaluations
-    from experiments.evaluation.domains import find_domains
+    from experiments.evaluation.domains import beside_domains
     from experiments.evaluation.load import load_run
 
     if args.text is None and args.tasks is None:
         raise ValueError("eval needs something to evaluate on; got neither --text nor --tasks; name one")
     if args.include is not None and args.tasks is None:
         raise ValueError("--include adds task files, and no --tasks are named; name those to evaluate")
-    if args.text is not None:
-        find_domains(args.text)  # wrong folders are refused before a model is loaded
+    beside = [] if args.text is None else beside_domains(args.text)  # refuses wrong folders before a model is loaded
+    if beside:
+        told = f"{beside[0]}{f' and {len(beside) - 1} more' * (len(beside) > 1)} in {args.text}"
+        print(f"dynconv: {told} left out: with folders inside, only these are evaluated", file=sys.stderr)
     rows = []
     for run_dir in _finished_runs(args.runs):
         run = load_run(run_dir, _device(args))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.data.corpus import find_files
-from experiments.data.formats import read_documents
+from experiments.data.formats import read_documents, suffix_of
 from experiments.data.tokenizer import encode
 from experiments.evaluation.load import TrainedRun
 from experiments.evaluation.scoring import Request, score
@@ -21,6 +21,13 @@ def find_domains(folder: Path) -> dict[str, Path]:
         raise ValueError(f"--text must be a folder of text; got {folder}, which is none; name another")
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return {path.name: path for path in inside} or {folder.resolve().name: folder}
+
+
+def beside_domains(folder: Path) -> list[str]:
+    """The names of the files of text in `folder` that no domain holds: none where the folder itself is the domain."""
+    if folder.resolve() in (path.resolve() for path in find_domains(folder).values()):
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and suffix_of(path.name) is not None)
 
 
 def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
@@ -53,7 +60,8 @@ def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
     end = run.end_of_text
     length = run.config.train.sequence_length
     assert run.data is not None, "load_run refuses runs that were not trained on text"
-    spec = replace(run.data, source=str(folder), site_packages=False, validation_source=None)
+    # The whole path: a folder that is called python is not the source "python".
+    spec = replace(run.data, source=str(folder.resolve()), site_packages=False, validation_source=None)
     texts = (text for file in find_files(spec).files for text in read_documents(file.path, spec) if text)
     before, held = end, list[int]()
     for piece in encode(run.coder, texts):

@@ -45,6 +45,7 @@ def export(run: TrainedRun, folder: Path) -> None:
     try:
         save_file(_weights(run), temporary / "model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(CODE, temporary / CODE.name)
+        shutil.copymode(temporary / CODE.name, temporary / "model.safetensors")  # safetensors hides it from all others
         run.tokenizer.save(str(temporary / "tokenizer.json"))
         end = run.end_of_text
         files = {

@@ -1,12 +1,15 @@
 """Load a trained run as a torch module, with its tokenizer."""
 
 import contextlib
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
+from analysis.errors import first_line
 from experiments.data import tokenizer as bpe
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
@@ -58,10 +61,26 @@ def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
     if config.task is not None:
         raise ValueError(f"{run_dir} has no tokenizer, as it was trained on {config.task_name}; give a run on text")
     model = Decoder(config.model, config.seed)
-    model.load_state_dict(torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True))
+    model.load_state_dict(_weights(run_dir / "model.pt"))
     tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))
     tokenizer.encode_special_tokens = True  # as in training: the end of text, where it is spelt out, is text
     return TrainedRun(config, model.to(device).eval(), tokenizer)
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that the trainer wrote. Raises ValueError if it is missing or damaged.
+
+    The file is a zip archive with a checksum of each tensor, which torch.load does not compare.
+    """
+    remedy = "copy it again, or train the run again in another store"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{path} is damaged (the checksum of {damaged} differs); {remedy}")
+        weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); {remedy}") from None
+    return weights
 
 
 def precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
