@@ -113,9 +113,13 @@ class _Profile:
             self.limits = (math.exp(LOG_LEVELS[0] + model.middle_loss), math.exp(LOG_LEVELS[1] + model.middle_loss))
         else:
             self.limits = EXPONENTS
-        held = model.holding(name, fit.values[name]).solve(drawn.solution.theta, drawn.log_y, drawn.weight)
-        least = np.minimum(drawn.solution.objective, held.objective)
-        self.allowed = math.sqrt(float(np.quantile(held.objective - least, LEVEL)))
+        # From the law of the resample, and from the fit: where the two have E and the exponent far apart, a descent
+        # from the first with an amplitude held may end in a worse minimum.
+        problem = model.holding(name, fit.values[name])
+        starts = (drawn.solution.theta, np.broadcast_to(fit.theta, drawn.solution.theta.shape))
+        held = np.min([problem.solve(start, drawn.log_y, drawn.weight).objective for start in starts], axis=0)
+        least = np.minimum(drawn.solution.objective, held)
+        self.allowed = math.sqrt(float(np.quantile(held - least, LEVEL)))
         self.drawn = drawn.solution.theta
         self.drawn_at = np.array([self._coordinate(model.raw(row)[name]) for row in self.drawn])
         moves = np.abs(self.drawn_at - self.middle)
