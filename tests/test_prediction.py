@@ -97,3 +97,6 @@ def test_the_verb_predicts_marks_and_refuses(tmp_path: Path, capsys: pytest.Capt
     ):
         assert main(["predict", str(path), *wrong, *few]) == 2
         assert message in capsys.readouterr().err
+    path.write_text("size,C,loss\n" + "\n".join(f"{k},1e{18 + k},{2 + 0.6**k}" for k in range(4)))
+    assert main(["predict", str(path), "--C", "1e23", *few]) == 0
+    assert "no back-test: too few sizes" in capsys.readouterr().err

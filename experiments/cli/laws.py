@@ -182,7 +182,7 @@ def _predict(args: argparse.Namespace) -> int:
     from analysis.laws.adequacy import with_lack_of_fit
     from analysis.laws.intervals import bootstrap
     from analysis.laws.powerlaw import fit
-    from analysis.laws.prediction import back_test, best_sizes, predict
+    from analysis.laws.prediction import FEWEST_KEPT, back_test, best_sizes, predict
     from analysis.pages.drawing import fit_points
     from analysis.pages.tables import prediction_tables
 
@@ -208,6 +208,8 @@ def _predict(args: argparse.Namespace) -> int:
         else predict(law, {name: np.array(values) for name, values in at.items()}, args.seed)
     )
     tested = back_test(points, form, args.bootstrap, args.seed, options)
+    if not tested:
+        warn(f"no back-test: too few sizes to fit without the largest; at least {FEWEST_KEPT + 1} are wanted")
     print(prediction_tables(law, found, tested, args.format, excluded, told))
     return 0
 
