@@ -86,8 +86,6 @@ def signals_deferred() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for came in dict.fromkeys(noted):  # the first whose handler raises ends this
             signal.raise_signal(came)
-        if noted:
-            signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
