@@ -34,7 +34,7 @@ def test_a_size_differs_from_the_default_only_where_it_says_so(tmp_path: Path) -
         ('executor = "slrum"', r"executor: got 'slrum'; did you mean 'slurm'\? legal: local, debug, slurm"),
         ('executor = "local"\nmax_paralel = 2', r"unknown key 'max_paralel'; did you mean 'max_parallel'\?"),
         ('executor = "local"\n[default]\nmemry_gb = 2', r"default: unknown key 'memry_gb'; did you mean 'memory_gb'"),
-        ('executor = "local"\n[size.300m]\ngpus = 2', r"got '300m'; did you mean '300M'\? legal: .*150M"),
+        ('executor = "local"\n[size.300m]\ngpus = 2', r"got '300m'; did you mean '300M'\?"),
         ('executor = "local"\n[size.300M]\ngpu = 2', r"size.300M: unknown key 'gpu'; did you mean 'gpus'"),
         ('executor = "local"\nsize = 3', r"size: got 3; wanted a table"),
         ('executor = "slurm"', r"executor 'slurm' needs a table \[slurm\]"),
@@ -95,7 +95,6 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "#SBATCH --reservation=scaling\n"
         "#SBATCH --signal=TERM@300\n"
         "#SBATCH --time=2880\n"
-        "#SBATCH --wckey=submitit\n"
         "\n"
         "# setup\n"
         "module load cuda\n"
