@@ -380,3 +380,37 @@ def test_a_run_whose_folder_was_removed_leaves_its_successor_alone(
     monkeypatch.undo()
     Run(run_dir)()
     expect_whole(run_dir, reference)
+
+
+def one_of_two(rank: int, run_dir: Path, submit_again: Callable[[], object]) -> None:
+    """A process of a run whose folder is removed and made anew at its first evaluation."""
+    evaluate = Trainer.evaluate
+
+    def removed_meanwhile(self: Trainer, interrupted: Callable[[], bool]) -> object:
+        if rank == 0:
+            shutil.rmtree(run_dir)
+            submit_again()
+        return evaluate(self, interrupted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", removed_meanwhile)
+        patch.setattr("experiments.training.run.this_place", lambda: Place(rank, 2, rank, "1", ("here",)))
+        with pytest.raises(RunFailed, match="was removed while this run trained"):
+            Run(run_dir)()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork beside threads
+def test_no_process_of_a_run_whose_folder_was_removed_writes_a_failure_into_its_successors(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    context = multiprocessing.get_context("fork")
+    arguments = (run_dir, lambda: submitted(tiny_run, tmp_path))
+    processes = [context.Process(target=one_of_two, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert {path.name for path in run_dir.iterdir()} == {"config.json", "tokenizer.json"}
+    assert [process.exitcode for process in processes] == [0, 0]

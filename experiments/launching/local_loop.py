@@ -94,4 +94,4 @@ def run_in_this_process(runs: Sequence[RunConfig], _profile: Profile, store: Pat
         except RunFailed:
             traceback.print_exc()
         finally:
-            (store / run.run_id / "job.json").unlink()
+            (store / run.run_id / "job.json").unlink(missing_ok=True)  # The folder may have been removed.
