@@ -21,6 +21,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.train import Muon
+from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import LowRankConvolution
 from experiments.training import checkpoints
 from experiments.training.assembly import assemble
@@ -271,6 +272,23 @@ def test_muon_of_sharded_matrices_trains_as_muon(job: Job, two: list[Record]) ->
     expect_equal(two[0]["muon"], two[1]["muon"])
     want = course(job.with_muon().trainer(ALONE), STEPS)
     assert two[0]["muon"]["losses"] == pytest.approx(want["losses"], rel=1e-4)  # measured: 1.3e-5
+
+
+def two_of_experts(rank: int, size: int, job: Job) -> None:
+    with process_group(CPU, job.folder / "meeting-experts", rank, size, ["here"]):
+        torch.save(course(job.trainer(World(rank, size, CPU, "fsdp")), 4), job.folder / f"experts-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_muon_keeps_whole_matrices_apart_from_sharded_ones_of_their_shape(job: Job) -> None:
+    """The router of 16 experts has the shape of the maps q, k, v and o, and stays whole."""
+    ffn = MoE(16, 2, shared=1, hidden=8)
+    job = replace(job, run=replace(job.run, model=replace(job.run.model, ffn=ffn))).with_muon()
+    in_processes(2, two_of_experts, job)
+    got = [torch.load(job.folder / f"experts-{rank}.pt") for rank in range(2)]
+    assert got[0] == got[1]
+    want = course(job.trainer(ALONE), 4)
+    assert got[0]["losses"] == pytest.approx(want["losses"], rel=1e-4)  # measured: equal
 
 
 @pytest.mark.slow
