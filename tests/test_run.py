@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor, LocalJob
 
@@ -187,30 +186,6 @@ def test_of_several_processes_the_cause_of_a_failure_is_recorded(
     with pytest.raises(FailedJobError, match="max_attempts"):
         start(spent, 2).result()
     assert "raise it in the profile, then retry" in json.loads((spent / "failure.json").read_text())["cause"]
-
-
-def agreement(rank: int, numbers: tuple[int, ...], meeting: Path, answers: "multiprocessing.Queue[bool]") -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=len(numbers))
-    answers.put(World(rank, len(numbers), torch.device("cpu")).agree(numbers[rank]))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(("numbers", "agreed"), [((1, 3, 2), False), ((2**53, 2**53 + 1), False), ((7, 7, 7), True)])
-def test_processes_agree_on_one_number_or_all_know_that_they_do_not(
-    numbers: tuple[int, ...], agreed: bool, tmp_path: Path
-) -> None:
-    """A sum would tell the third of (1, 3, 2) that all have its number, and float32 cannot hold the second pair."""
-    context = multiprocessing.get_context("fork")
-    answers: multiprocessing.Queue[bool] = context.Queue()
-    processes = [
-        context.Process(target=agreement, args=(rank, numbers, tmp_path / "meeting", answers))
-        for rank in range(len(numbers))
-    ]
-    for process in processes:
-        process.start()
-    assert [answers.get(timeout=60) for _ in numbers] == [agreed] * len(numbers)
-    for process in processes:
-        process.join()
 
 
 def test_a_failure_of_a_faster_process_is_kept(
