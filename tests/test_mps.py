@@ -25,6 +25,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4")
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    monkeypatch.setattr(mps, "_DEFAULT_PIPES", tmp_path / "none")  # whatever runs on this machine
     return log
 
 
@@ -112,7 +113,9 @@ def test_a_control_program_that_cannot_run_is_no_service(told: Path, capsys: pyt
 
 def test_the_service_ends_with_a_launcher_that_was_killed(told: Path) -> None:
     code = (
-        "import os, signal; from experiments.launching import mps; mps._PROBE = ''\n"
+        "import os, signal; from pathlib import Path\n"
+        "from experiments.launching import mps\n"
+        "mps._PROBE, mps._DEFAULT_PIPES = '', Path('/nowhere')\n"
         "with mps.multi_process_service([4, 6]) as variables:\n"
         "    print(variables['CUDA_MPS_PIPE_DIRECTORY'], flush=True)\n"
         "    os.killpg(0, signal.SIGKILL)\n"
