@@ -1,12 +1,25 @@
 """The house rules that a machine can hold."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from experiments.cli.main import parser
+from experiments.design.arms import Arm
+from experiments.design.data import DataConfig
+from experiments.design.recipe import Recipe
+from experiments.design.schedules import SCHEDULES
+from experiments.design.sweep import Sweep
+from experiments.design.train import OPTIMIZERS
+from experiments.launching.profile import Job, Profile, Slurm
+from experiments.parts.registry import CONVOLUTIONS, FEED_FORWARDS, MIXERS
+from experiments.tasks.registry import generators
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dynconv", "analysis", "experiments")
@@ -62,7 +75,10 @@ def test_files_are_whole_and_shallow() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "AGENTS.md", "analysis/README.md", "slurm/README.md", "results/README.md"]
+    "page",
+    ["README.md", "AGENTS.md"]
+    + [f"{room}/README.md" for room in ("analysis", "dynconv", "experiments", "slurm", "results")]
+    + [f"results/measured/{machine}/README.md" for machine in ("corpora", "cpu", "h100", "h200")],
 )
 def test_links_and_images_lead_somewhere(page: str) -> None:
     """In the repository, not only on this machine."""
@@ -81,6 +97,41 @@ def test_the_readme_names_each_module_and_no_other(package: str) -> None:
     (block,) = re.findall(rf"^{package}/ .*\n(?: .*\n)*", tree, re.MULTILINE)
     modules = {path.name for path in (ROOT / package).rglob("*.py")} - {"__init__.py"}
     assert set(re.findall(r"\w+\.py\b", block)) == modules
+
+
+def test_the_readme_names_each_verb() -> None:
+    loop = (ROOT / "README.md").read_text().partition("## The loop")[2].partition("\n## ")[0]
+    (verbs,) = (action.choices for action in parser()._actions if action.dest == "verb")
+    assert verbs is not None
+    assert [verb for verb in verbs if not re.search(rf"\b{verb}\b", loop)] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "tables"),
+    [
+        (
+            "experiments/README.md",
+            (
+                Sweep,
+                DataConfig,
+                Recipe,
+                Arm,
+                *SCHEDULES,
+                *OPTIMIZERS,
+                *MIXERS,
+                *FEED_FORWARDS,
+                *CONVOLUTIONS,
+                *generators(),
+            ),
+        ),
+        ("slurm/README.md", (Profile, Slurm, Job)),
+    ],
+)
+def test_the_pages_name_each_key_that_a_file_may_have(page: str, tables: tuple[type[Any], ...]) -> None:
+    named = set(re.findall(r"[\w-]+", " ".join(re.findall(r"`[^`\n]+`", (ROOT / page).read_text()))))
+    keys = {field.name: table.__name__ for table in tables for field in dataclasses.fields(table)}
+    keys |= {table.kind: table.__name__ for table in tables if hasattr(table, "kind")}
+    assert {key: table for key, table in keys.items() if key not in named} == {}
 
 
 def test_no_test_cites_a_file_outside_the_repository() -> None:

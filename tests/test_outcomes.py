@@ -31,7 +31,7 @@ def write_task_run(store: Path, arm: str, size: int, seed: int, accuracy: float 
     names = {"run_id": run_id, "task": task, "data_sha256": task, "baseline": "static", "budget": "500 steps"}
     run_dir = write_config(store, arm, f"w{size}", seed, **names, facts=facts, **counts)
     log = RunLog(run_dir, attempt=1, first_step=1, about=ABOUT)
-    log.step(1, 10, 3.0, 1.0, 1e-3, 0.1)
+    log.step(1, 10**6, 3.0, 1.0, 1e-3, 0.1)
     if accuracy is None:
         log.fail(2, f"{DIVERGED}: loss nan")
         return
@@ -40,7 +40,7 @@ def write_task_run(store: Path, arm: str, size: int, seed: int, accuracy: float 
         metrics |= {"accuracy@key_length=2": value / 2, "loss@key_length=2": 4.0, "accuracy@key_length=1": value}
         if task == "mqar":
             metrics |= {"accuracy@pairs=2": value, "success@pairs=2": 0.0, "accuracy@pairs=16": value / 4}
-        log.evaluation(step, 10 * step, task, metrics, 0.1)
+        log.evaluation(step, 10**6 * step, task, metrics, 0.1)
     log.finish({})
 
 

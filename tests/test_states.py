@@ -1,9 +1,11 @@
 """Where each run of a store is said to stand, and what the log calls the code that it ran."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from experiments import source
+from experiments.cli.main import main
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.launching import slurm, snapshot, states
+from experiments.launching import jobs, slurm, snapshot, states
 from experiments.launching import submit as launch
 from experiments.launching.profile import Profile
 
@@ -89,3 +92,34 @@ def test_a_repository_that_we_merely_lie_in_is_not_ours(
 )
 def test_array_elements_that_never_started_are_told_apart(ids: str, single: list[str]) -> None:
     assert slurm._expanded(ids) == single
+
+
+def test_a_running_run_that_logs_nothing_any_more_is_said_to_be_silent(
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    jobs.write_job(run_dir, "local", str(os.getpid()), None, tmp_path / "code")
+    now = time.time()
+    for silent, said in ((60.0, None), (840.0, "nothing logged for 14m00s")):
+        attempt = {"step": 5, "tokens": 640, "loss": 3.5, "first_step": 1, "started_at": now - 900}
+        (run_dir / "attempt-0001.json").write_text(json.dumps(attempt | {"updated_at": now - silent}))
+        (state,) = states.read(tmp_path, [tiny_run.run_id])
+        assert state.state == "running"
+        assert (state.cause is None) if said is None else said in str(state.cause)
+
+
+def test_logs_prints_what_the_job_wrote(
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    assert main(["logs", str(run_dir)]) == 0
+    assert "is pending and has written nothing yet, as no job was given it" in capsys.readouterr().err
+    log = tmp_path / "output.txt"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    jobs.write_job(run_dir, "local", str(ended.pid), log, tmp_path / "code")
+    log.write_text("step 8\nstep 16  naïve\n")
+    assert main(["logs", str(run_dir), "--follow"]) == 0  # its process is gone, so there is nothing to wait for
+    assert capsys.readouterr().out == "step 8\nstep 16  naïve\n"
+    assert main(["logs", str(tmp_path)]) == 2
+    assert "must be the folder of a run" in capsys.readouterr().err

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from experiments.launching.profile import Profile
 
 WATCH_SECONDS = 5.0
+FOLLOW_SECONDS = 1.0
 
 
 def register(subparsers: Subparsers) -> None:
@@ -33,6 +34,7 @@ def register(subparsers: Subparsers) -> None:
     _add_plan(subparsers)
     _add_submit(subparsers)
     _add_status(subparsers)
+    _add_logs(subparsers)
     _add_cancel(subparsers)
     _add_retry(subparsers)
 
@@ -192,6 +194,45 @@ def _status(args: argparse.Namespace) -> int:
         if not args.watch or not any(state.state in states.ACTIVE for state in rows):
             return 0
         time.sleep(WATCH_SECONDS)
+
+
+def _add_logs(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "logs",
+        _logs,
+        "print what a run's job has written",
+        "results/runs/demo/transformer-25k-s0-dc2578b9ae",
+        "results/runs/demo/transformer-25k-s0-dc2578b9ae -f   # and what it writes from now on, until it ends",
+    )
+    verb.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run, STORE/RUN_ID")
+    verb.add_argument("-f", "--follow", action="store_true", help="go on until the run is not queued or running")
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from experiments.launching import states
+
+    run_dir = args.run_dir.absolute()
+    if not (run_dir / "config.json").exists():
+        raise ValueError(
+            f"{args.run_dir} must be the folder of a run, STORE/RUN_ID; it has no config.json; name another"
+        )
+    place = 0
+    while True:
+        state = states.read(run_dir.parent, [run_dir.name])[0]
+        log = Path(state.log) if state.log else None
+        if log is not None and log.exists():
+            with log.open(encoding="utf-8", errors="replace") as file:
+                file.seek(place)
+                print(file.read(), end="", flush=True)
+                place = file.tell()
+        if not args.follow or state.state not in states.ACTIVE:
+            break
+        time.sleep(FOLLOW_SECONDS)
+    if place == 0:
+        where = f"; its output goes to {log}" if log else ", as no job was given it"
+        print(f"dynconv: {run_dir.name} is {state.state} and has written nothing yet{where}", file=sys.stderr)
+    return 0
 
 
 def _stores(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:

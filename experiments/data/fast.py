@@ -1,4 +1,4 @@
-"""Byte-level BPE by tiktoken, if installed: the same ids as by the tokenizers library, four times as fast."""
+"""Byte-level BPE by tiktoken, if installed: the same ids as by the tokenizers library, over three times as fast."""
 
 import contextlib
 import json

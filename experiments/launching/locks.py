@@ -72,15 +72,20 @@ def signals_deferred() -> Iterator[None]:
     blocked for those started inside as well, for as long as these run.
     """
     noted: list[int] = []
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
-    handler = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    deferred = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in deferred}
+    # Programs inherit the mask and not the handlers; the handlers note what reaches another thread of this process.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # What has come meanwhile is delivered here.
-        if noted:
-            signal.raise_signal(signal.SIGTERM)
+        while held_back := signal.sigtimedwait((signal.SIGINT, signal.SIGHUP), 0):
+            noted.append(held_back.si_signo)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for came in dict.fromkeys(noted):  # the first whose handler raises ends this
+            signal.raise_signal(came)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,10 @@ ACTIVE = ("queued", "running", "requeued", "unknown")  # such a run may still ha
 STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
 SUBMITTABLE = ("pending", "lost")
 RETRYABLE = ("failed", "cancelled", "lost")
+# A run that has logged nothing for so long, also as a share of its attempt's duration, may be stuck: logs are written
+# every ten seconds, and later in a long attempt once in a hundredth of its duration.
+SILENT_SECONDS = 300.0
+SILENT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,9 @@ def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> Ru
         share = (latest.tokens or 0) / tokens
     if where == "running":
         known |= _times(latest, tokens)
+        silent = time.time() - latest.updated_at
+        if silent > max(SILENT_SECONDS, SILENT_SHARE * (time.time() - latest.started_at)):
+            known["cause"] = f"nothing logged for {duration(silent)}; `dynconv logs` may say why"
     return RunState(run_dir.name, where, share, latest.loss, latest.attempt, **known)
 
 

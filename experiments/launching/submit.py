@@ -138,7 +138,7 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
 
 
 def _mark_cancelled(store: Path, run_ids: Sequence[str]) -> None:
-    """Write the marker of each run. Raises ValueError, and takes all of them back, where one cannot be written."""
+    """Write the marker of each run. Raises OSError, and takes all of them back, where one cannot be written."""
     written = []
     try:
         for run_id in run_ids:
@@ -146,12 +146,10 @@ def _mark_cancelled(store: Path, run_ids: Sequence[str]) -> None:
             if not marker.exists():
                 marker.touch()
                 written.append(marker)
-    except OSError as error:
+    except OSError:
         for marker in written:
             marker.unlink(missing_ok=True)
-        raise ValueError(
-            f"{store} takes no files ({error.strerror}), so nothing was cancelled; mend it first"
-        ) from None
+        raise
 
 
 def _stop_here(job: Mapping[str, Any]) -> str | None:
