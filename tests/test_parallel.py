@@ -1,5 +1,6 @@
 """Several processes train as one does, resume bit for bit, and read each other's checkpoints; gloo on a CPU."""
 
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -289,6 +290,32 @@ def test_muon_keeps_whole_matrices_apart_from_sharded_ones_of_their_shape(job: J
     assert got[0] == got[1]
     want = course(job.trainer(ALONE), 4)
     assert got[0]["losses"] == pytest.approx(want["losses"], rel=1e-4)  # measured: equal
+
+
+def two_with_large_adamw(rank: int, size: int, job: Job) -> None:
+    with process_group(CPU, job.folder / "meeting-large", rank, size, ["here"]), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # not by `kernels`, which would interpret the convolutions, too
+        from experiments.training.adamw import LargeAdamW
+
+        records = []
+        for replaced in (False, True):
+            trainer = job.trainer(World(rank, size, CPU, "fsdp"))
+            if replaced:
+                (optimizer,) = trainer._optimizers
+                trainer._optimizers = [LargeAdamW(optimizer.param_groups, fused=True)]
+            record = course(trainer, 4)
+            records.append(record | {"weights": torch.cat([each.flatten() for each in trainer.weights().values()])})
+    torch.save(records, job.folder / f"large-{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="its kernel is Triton's")
+def test_adamw_of_large_models_takes_sharded_matrices(job: Job) -> None:
+    in_processes(2, two_with_large_adamw, job)
+    for rank in range(2):
+        want, got = torch.load(job.folder / f"large-{rank}.pt")
+        assert got["losses"] == pytest.approx(want["losses"], rel=LOSS)
+        torch.testing.assert_close(got["weights"], want["weights"], rtol=0, atol=WEIGHT)
 
 
 @pytest.mark.slow
