@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -338,6 +339,7 @@ def test_tasks_of_the_harness_join_the_log_of_a_run(
         }  # fmt: skip
         (tasks / f"{name}.yaml").write_text(json.dumps({"task": name} | data | task))
     arguments = ["eval", str(run_dir), "--tasks", ",".join(TASKS), "--include", str(tasks), "--json"]
+    capsys.readouterr()  # what the training printed
     assert main(arguments) == 0
     got = {(row["task"], row["metric"]): row["value"] for row in json.loads(capsys.readouterr().out)}
 
@@ -356,6 +358,21 @@ def test_tasks_of_the_harness_join_the_log_of_a_run(
     total = sum(float(log_probabilities(run, [end, *run.tokenizer.encode(q).ids]).sum()) for q in questions)
     assert got["perplexity", "byte_perplexity"] == pytest.approx(math.exp(-total / sum(map(len, questions))), rel=1e-4)
     assert {row["task"] for row in pq.read_table(run_dir / "evals.parquet").to_pylist()} >= set(TASKS)
+
+
+@pytest.mark.slow  # importing the harness takes seconds
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_whose_answers_leave_no_room_for_the_question_is_refused(finished: Callable[..., Path]) -> None:
+    """Not answered after the last token of the question alone."""
+    from experiments.evaluation.harness import RunLM
+
+    model = RunLM(load_run(finished()))
+    question = SimpleNamespace(args=("import os\nimport sys\nimport re\nimport json\n", {"max_gen_toks": 13}))
+    assert len(model.generate_until([question])) == 1
+    assert model.truncated == 1  # The run was trained on sequences of 16 tokens.
+    question.args[1]["max_gen_toks"] = 16
+    with pytest.raises(ValueError, match=r"answers of up to 16 tokens, and the run was trained on sequences of 16"):
+        model.generate_until([question])
 
 
 @pytest.mark.parametrize(

@@ -38,3 +38,18 @@ def test_a_server_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         fork_server.fork_server({}, compiler=True) as server,
     ):
         server.wait_until_ready()
+
+
+def start_after_its_end(server: fork_server.ForkServer, folder: Path) -> None:
+    server._process.wait()
+    server.start(folder, {})
+
+
+def test_a_server_that_has_ended_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not a broken pipe, which the request that nobody reads would be."""
+    monkeypatch.setattr(fork_server, "_COMPILER", ("no_such_module",))
+    with (
+        pytest.raises(WorkFailed, match=r"the process that starts runs ended with code 1; see above for why"),
+        fork_server.fork_server({}, compiler=True) as server,
+    ):
+        start_after_its_end(server, tmp_path)

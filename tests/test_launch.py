@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -469,3 +470,19 @@ def test_a_missing_cluster_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=r"SLURM_CONF=.*/slurm.conf does not exist"):
         submit([tiny_run], tmp_path / "store", profile)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_run_of_this_process_whose_folder_is_removed_does_not_stop_the_next(
+    runs: list[RunConfig], submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments.training.trainer import Trainer
+
+    evaluate = Trainer.evaluate
+
+    def removed_meanwhile(self: Trainer, interrupted: Callable[[], bool]) -> object:
+        shutil.rmtree(tmp_path / runs[0].run_id, ignore_errors=True)
+        return evaluate(self, interrupted)
+
+    monkeypatch.setattr(Trainer, "evaluate", removed_meanwhile)
+    outcome = submit(runs[:2], tmp_path, Profile("debug", default=Job(device="cpu")))
+    assert [state.state for state in outcome.ended] == ["pending", "complete"]

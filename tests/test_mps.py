@@ -1,6 +1,10 @@
 """NVIDIA's Multi-Process Service, here a program of the same name that notes what it is told."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +25,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4")
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    monkeypatch.setattr(mps, "_DEFAULT_PIPES", tmp_path / "none")  # whatever runs on this machine
     return log
 
 
@@ -77,3 +82,48 @@ def test_a_service_that_is_there_is_left_alone(told: Path, tmp_path: Path, monke
     found = environments(Slots(Profile("local", max_parallel=4), [Job()] * 4), tmp_path)
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["6", "4", "6", "4"]
     assert not told.exists()
+
+
+def test_a_service_where_processes_look_by_themselves_is_left_alone(
+    told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "control").touch()
+    monkeypatch.setattr(mps, "_DEFAULT_PIPES", tmp_path)
+    found = environments(Slots(Profile("local", max_parallel=4), [Job()] * 4), tmp_path)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["6", "4", "6", "4"]
+    assert told.read_text() == "get_server_list 6,4\n"
+
+
+def test_the_service_may_keep_its_output_open(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on in the background, where a program of its name that sleeps goes on, too."""
+    program = told.parent / "bin" / "nvidia-cuda-mps-control"
+    program.write_text(f"{program.read_text()}sleep 3 &\n")
+    monkeypatch.setattr(mps, "_PROBE", "")
+    monkeypatch.setattr(mps, "_PATIENCE", 1.5)
+    with mps.multi_process_service([4, 6]) as variables:
+        assert variables
+
+
+def test_a_control_program_that_cannot_run_is_no_service(told: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (told.parent / "bin" / "nvidia-cuda-mps-control").write_bytes(b"\x7fELF of another machine")
+    with mps.multi_process_service([4, 6]) as variables:
+        assert variables == {}
+    assert "runs that share a GPU take turns" in capsys.readouterr().err
+
+
+def test_the_service_ends_with_a_launcher_that_was_killed(told: Path) -> None:
+    code = (
+        "import os, signal; from pathlib import Path\n"
+        "from experiments.launching import mps\n"
+        "mps._PROBE, mps._DEFAULT_PIPES = '', Path('/nowhere')\n"
+        "with mps.multi_process_service([4, 6]) as variables:\n"
+        "    print(variables['CUDA_MPS_PIPE_DIRECTORY'], flush=True)\n"
+        "    os.killpg(0, signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert done.returncode == -signal.SIGKILL
+    end = time.monotonic() + 20
+    while Path(done.stdout.strip()).parent.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert told.read_text() == "-d 4,6\nquit 4,6\n"
+    assert not Path(done.stdout.strip()).parent.exists()

@@ -1,5 +1,6 @@
 """Several processes train as one does, resume bit for bit, and read each other's checkpoints; gloo on a CPU."""
 
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -21,6 +22,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.train import Muon
+from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import LowRankConvolution
 from experiments.training import checkpoints
 from experiments.training.assembly import assemble
@@ -273,6 +275,49 @@ def test_muon_of_sharded_matrices_trains_as_muon(job: Job, two: list[Record]) ->
     expect_equal(two[0]["muon"], two[1]["muon"])
     want = course(job.with_muon().trainer(ALONE), STEPS)
     assert two[0]["muon"]["losses"] == pytest.approx(want["losses"], rel=1e-4)  # measured: 1.3e-5
+
+
+def two_of_experts(rank: int, size: int, job: Job) -> None:
+    with process_group(CPU, job.folder / "meeting-experts", rank, size, ["here"]):
+        torch.save(course(job.trainer(World(rank, size, CPU, "fsdp")), 4), job.folder / f"experts-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_muon_keeps_whole_matrices_apart_from_sharded_ones_of_their_shape(job: Job) -> None:
+    """The router of 16 experts has the shape of the maps q, k, v and o, and stays whole."""
+    ffn = MoE(16, 2, shared=1, hidden=8)
+    job = replace(job, run=replace(job.run, model=replace(job.run.model, ffn=ffn))).with_muon()
+    in_processes(2, two_of_experts, job)
+    got = [torch.load(job.folder / f"experts-{rank}.pt") for rank in range(2)]
+    assert got[0] == got[1]
+    want = course(job.trainer(ALONE), 4)
+    assert got[0]["losses"] == pytest.approx(want["losses"], rel=1e-4)  # measured: equal
+
+
+def two_with_large_adamw(rank: int, size: int, job: Job) -> None:
+    with process_group(CPU, job.folder / "meeting-large", rank, size, ["here"]), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # not by `kernels`, which would interpret the convolutions, too
+        from experiments.training.adamw import LargeAdamW
+
+        records = []
+        for replaced in (False, True):
+            trainer = job.trainer(World(rank, size, CPU, "fsdp"))
+            if replaced:
+                (optimizer,) = trainer._optimizers
+                trainer._optimizers = [LargeAdamW(optimizer.param_groups, fused=True)]
+            record = course(trainer, 4)
+            records.append(record | {"weights": torch.cat([each.flatten() for each in trainer.weights().values()])})
+    torch.save(records, job.folder / f"large-{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="its kernel is Triton's")
+def test_adamw_of_large_models_takes_sharded_matrices(job: Job) -> None:
+    in_processes(2, two_with_large_adamw, job)
+    for rank in range(2):
+        want, got = torch.load(job.folder / f"large-{rank}.pt")
+        assert got["losses"] == pytest.approx(want["losses"], rel=LOSS)
+        torch.testing.assert_close(got["weights"], want["weights"], rtol=0, atol=WEIGHT)
 
 
 @pytest.mark.slow

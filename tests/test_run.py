@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor, LocalJob
 
@@ -189,30 +188,6 @@ def test_of_several_processes_the_cause_of_a_failure_is_recorded(
     assert "raise it in the profile, then retry" in json.loads((spent / "failure.json").read_text())["cause"]
 
 
-def agreement(rank: int, numbers: tuple[int, ...], meeting: Path, answers: "multiprocessing.Queue[bool]") -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=len(numbers))
-    answers.put(World(rank, len(numbers), torch.device("cpu")).agree(numbers[rank]))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(("numbers", "agreed"), [((1, 3, 2), False), ((2**53, 2**53 + 1), False), ((7, 7, 7), True)])
-def test_processes_agree_on_one_number_or_all_know_that_they_do_not(
-    numbers: tuple[int, ...], agreed: bool, tmp_path: Path
-) -> None:
-    """A sum would tell the third of (1, 3, 2) that all have its number, and float32 cannot hold the second pair."""
-    context = multiprocessing.get_context("fork")
-    answers: multiprocessing.Queue[bool] = context.Queue()
-    processes = [
-        context.Process(target=agreement, args=(rank, numbers, tmp_path / "meeting", answers))
-        for rank in range(len(numbers))
-    ]
-    for process in processes:
-        process.start()
-    assert [answers.get(timeout=60) for _ in numbers] == [agreed] * len(numbers)
-    for process in processes:
-        process.join()
-
-
 def test_a_failure_of_a_faster_process_is_kept(
     tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,3 +355,37 @@ def test_a_run_whose_folder_was_removed_leaves_its_successor_alone(
     monkeypatch.undo()
     Run(run_dir)()
     expect_whole(run_dir, reference)
+
+
+def one_of_two(rank: int, run_dir: Path, submit_again: Callable[[], object]) -> None:
+    """A process of a run whose folder is removed and made anew at its first evaluation."""
+    evaluate = Trainer.evaluate
+
+    def removed_meanwhile(self: Trainer, interrupted: Callable[[], bool]) -> object:
+        if rank == 0:
+            shutil.rmtree(run_dir)
+            submit_again()
+        return evaluate(self, interrupted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", removed_meanwhile)
+        patch.setattr("experiments.training.run.this_place", lambda: Place(rank, 2, rank, "1", ("here",)))
+        with pytest.raises(RunFailed, match="was removed while this run trained"):
+            Run(run_dir)()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork beside threads
+def test_no_process_of_a_run_whose_folder_was_removed_writes_a_failure_into_its_successors(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    context = multiprocessing.get_context("fork")
+    arguments = (run_dir, lambda: submitted(tiny_run, tmp_path))
+    processes = [context.Process(target=one_of_two, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert {path.name for path in run_dir.iterdir()} == {"config.json", "tokenizer.json"}
+    assert [process.exitcode for process in processes] == [0, 0]

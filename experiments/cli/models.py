@@ -122,7 +122,10 @@ def _results(run: "TrainedRun", args: argparse.Namespace) -> Mapping[str, Mappin
         results |= metrics
         if truncated:
             length = run.config.train.sequence_length
-            print(f"dynconv: {truncated} contexts longer than {length} tokens were cut on the left", file=sys.stderr)
+            print(
+                f"dynconv: {truncated} contexts were cut on the left, to at most {length} tokens with their answers",
+                file=sys.stderr,
+            )
     if args.text is not None:
         results |= {f"text/{name}": evaluate_domain(run, path) for name, path in find_domains(args.text).items()}
     return results

@@ -21,7 +21,8 @@ MOST_NEW_TOKENS = 256  # of a task that names no limit
 class RunLM(TemplateLM):
     """The harness's interface over a run: texts in, log-probabilities and continuations out.
 
-    Contexts longer than the sequences of the training are cut on the left; `truncated` counts them.
+    Contexts that with their continuations are longer than the sequences of the training are cut on the left;
+    `truncated` counts them.
     """
 
     def __init__(self, run: TrainedRun) -> None:
@@ -68,7 +69,13 @@ class RunLM(TemplateLM):
         top_k = settings.get("top_k") or None
         sampling = Sampling(float(settings.get("temperature", 1.0)) if warm else 0.0, top_k, settings.get("top_p"))
         ids = self.tok_encode(context) or [self.eot_token_id]
-        room = max(1, self.max_length - most)
+        room = self.max_length - most
+        if room < 1:
+            raise ValueError(
+                f"a task wants answers of up to {most} tokens, and the run was trained on sequences of "
+                f"{self.max_length}, which leaves no room for the question; lower max_gen_toks in a copy of the task "
+                "(--include), or leave the task out"
+            )
         self.truncated += len(ids) > room
         prompt = torch.tensor([ids[-room:]], device=self._run.device)
         made: list[int] = []

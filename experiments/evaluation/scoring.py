@@ -18,7 +18,7 @@ MOST_LOGITS = 2**28  # of one forward pass; they take 1 GiB in float32
 
 
 class Score(NamedTuple):
-    """How a model takes one continuation."""
+    """How likely one continuation is to a model."""
 
     log_probability: float  # of the whole continuation, in nats
     greedy: bool  # whether each of its tokens is the most likely one

@@ -69,6 +69,9 @@ def fork_server(environment: Mapping[str, str], compiler: bool) -> Iterator[Fork
             yield ForkServer(process)
         except BaseException:
             process.kill()  # It may still be importing, or wait for runs that do not end.
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # A request that it has not read must not hide the error.
+                process.stdin.close()
             raise
 
 

@@ -46,7 +46,9 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
                 for slot in [slot for slot, job in running.items() if job.done()]:
                     del running[slot]
                     slots.free.append(slot)
-                if not running:  # then nobody here brings a trunk to its end that is not waiting itself
+                if not running:
+                    # Only a trunk that waits itself can still be trained here. Drop the branches of any other, which
+                    # would wait for ever.
                     here = {run.run_id for run in waiting}
                     waiting = deque(run for run in waiting if ready(run, store) or run.trunk in here)
                 while slots.free and (run := _next(waiting, store)):
@@ -94,4 +96,4 @@ def run_in_this_process(runs: Sequence[RunConfig], _profile: Profile, store: Pat
         except RunFailed:
             traceback.print_exc()
         finally:
-            (store / run.run_id / "job.json").unlink()
+            (store / run.run_id / "job.json").unlink(missing_ok=True)  # The folder may have been removed.

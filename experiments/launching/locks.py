@@ -41,7 +41,7 @@ def store_lock(store: Path) -> Iterator[None]:
 
 
 def _acquire(file: TextIO, store: Path, told: bool) -> bool:
-    """Lock the file; whether the user has been told that it takes time."""
+    """Lock the file. Returns whether the user has been told that it takes time."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
+_DEFAULT_PIPES = Path("/tmp/nvidia-mps")  # where processes look for a service if no variable names one
 # Exits with 0 if a process can use the first GPU of the service. The service may start and yet serve nobody, as in a
 # container that does not share memory with it.
 _PROBE = """
@@ -26,40 +27,69 @@ sys.exit(
     or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 )
 """
+# Stops the service when standard input ends, which it does with this process, whatever ends that. Runs that have
+# outlived the launcher keep the service until they end: it stops after its last client.
+_KEEPER = f'cat > /dev/null; echo quit | {_CONTROL}; rm -rf -- "$0"'
 _PATIENCE = 20.0  # seconds
 
 
 @contextlib.contextmanager
 def multi_process_service(gpus: Sequence[int]) -> Iterator[Mapping[str, str]]:
-    """Run the service on these GPUs until the context ends. Yields the variables by which a process finds it.
+    """Run the service on these GPUs. Yields the variables by which a process finds it.
 
-    To such a process the GPUs have the numbers 0, 1, ... in the order of `gpus`. Yields no variables if this machine
-    does not have the service, if it does not work, or if somebody has set up one already (CUDA_MPS_PIPE_DIRECTORY).
+    It ends with the context, or with this process if that is killed. To a process that uses it the GPUs have the
+    numbers 0, 1, ... in the order of `gpus`. Yields no variables if this machine does not have the service, if it does
+    not work, or if somebody runs one already, which processes find by themselves.
     """
-    if shutil.which(_CONTROL) is None or _PIPES in os.environ:
+    if shutil.which(_CONTROL) is None or _PIPES in os.environ or _runs_already():
         yield {}
         return
-    with tempfile.TemporaryDirectory(prefix="dynconv-mps-", ignore_cleanup_errors=True) as folder:
-        variables = {name: str(Path(folder) / name) for name in (_PIPES, "CUDA_MPS_LOG_DIRECTORY")}
-        for path in variables.values():
-            Path(path).mkdir()
-        served = {**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
-        process = {**served, "CUDA_VISIBLE_DEVICES": "0"}
-        try:
-            works = _succeeds([_CONTROL, "-d"], served) and _succeeds([sys.executable, "-c", _PROBE], process)
-            if not works:
-                print("runs that share a GPU take turns, because NVIDIA's MPS does not work here", file=sys.stderr)
-            yield variables if works else {}
-        finally:
-            _succeeds([_CONTROL], served, said="quit\n")
+    folder = Path(tempfile.mkdtemp(prefix="dynconv-mps-"))
+    variables = {name: str(folder / name) for name in (_PIPES, "CUDA_MPS_LOG_DIRECTORY")}
+    for path in variables.values():
+        Path(path).mkdir()
+    served = {**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    process = {**served, "CUDA_VISIBLE_DEVICES": "0"}
+    with _kept(folder, served):
+        works = _succeeds([_CONTROL, "-d"], served) and _succeeds([sys.executable, "-c", _PROBE], process)
+        if not works:
+            print("runs that share a GPU take turns, because NVIDIA's MPS does not work here", file=sys.stderr)
+        yield variables if works else {}
+
+
+@contextlib.contextmanager
+def _kept(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """When the context or this process ends, the service that has its pipes in `folder` ends, and the folder goes."""
+    keeper = subprocess.Popen(
+        ["sh", "-c", _KEEPER, str(folder)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that a signal to the launcher's process group does not end it
+    )
+    try:
+        yield
+    finally:
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # It waits for runs that have not stopped.
+            keeper.wait(_PATIENCE)
+
+
+def _runs_already() -> bool:
+    """Whether a service answers where processes look for one by themselves."""
+    return (_DEFAULT_PIPES / "control").exists() and _succeeds([_CONTROL], os.environ, said="get_server_list\n")
 
 
 def _succeeds(command: Sequence[str], environment: Mapping[str, str], said: str = "") -> bool:
     """Whether a command ends in time and without an error."""
     try:
+        # No pipe for its output: the service goes on in the background and would keep the pipe open.
+        quiet = subprocess.DEVNULL
         ended = subprocess.run(
-            command, env=environment, input=said, text=True, capture_output=True, timeout=_PATIENCE, check=False
+            command, env=environment, input=said, text=True, stdout=quiet, stderr=quiet, timeout=_PATIENCE, check=False
         )
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, OSError):
         return False
     return ended.returncode == 0

@@ -102,7 +102,7 @@ class Maps(nn.ModuleDict):
         x: Tensor,  # [B, T, inputs]
         sites: Sequence[str],
         part_input: Tensor,  # [B, T, D]
-    ) -> "Outputs":
+    ) -> Outputs:
         """The outputs of several maps of one input, perhaps side by side in one tensor.
 
         On a GPU, maps of a narrow input share one matrix product, to save launches. If the input is wide, only the

@@ -92,9 +92,8 @@ class _Window:
         self.inputs = zeros(*shape, dtype=torch.int64)
         self.targets = zeros(*shape, dtype=torch.int64)
         self.positions = zeros(shape.steps, dtype=torch.int64)  # number of targets that count, over all processes
-        self.shares = zeros(
-            *shape[:2], dtype=torch.float32
-        )  # share of each micro-batch in the tokens of the global batch
+        # share of each micro-batch in the tokens of the global batch
+        self.shares = zeros(*shape[:2], dtype=torch.float32)
         self.rates = zeros(shape.steps, dtype=torch.float32)  # learning rates
 
     def copy(self, source: "_Window", steps: int) -> None:

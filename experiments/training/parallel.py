@@ -51,15 +51,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, number: int) -> bool:
-        """Whether all processes pass the same number. Every process gets the same answer."""
-        if self.size == 1:
-            return True
-        # One reduction gives the minimum and, negated, the maximum. They are equal only if all numbers are.
-        extremes = torch.tensor([number, -number], dtype=torch.int64, device=self.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
-        return int(extremes[0]) == -int(extremes[1])
-
     def wait_for_all(self) -> None:
         """Return once every process has called this."""
         self.any(False)

@@ -125,19 +125,25 @@ class _Attempt:
             self._lock = lock
             yield
 
-    def _require_own_folder(self) -> None:
-        """Raises FolderTaken if the lock's file is not the one that this process opened."""
+    def _require_own_folder(self, world: "World") -> None:
+        """Raises FolderTaken in all processes if the lock's file is not the one that rank 0 opened.
+
+        One that went on would fail for want of the others, and write failure.json into what is another job's folder.
+        """
+        if world.any(self._folder_taken()):
+            raise FolderTaken(
+                f"{self._run_dir} was removed while this run trained, and another job may have it now; this one stops "
+                "and leaves it alone"
+            )
+
+    def _folder_taken(self) -> bool:
         if self._lock is None:
-            return
+            return False
         held = os.fstat(self._lock.fileno())
         with contextlib.suppress(OSError):
             found = (self._run_dir / ".lock").stat()
-            if (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino):
-                return
-        raise FolderTaken(
-            f"{self._run_dir} was removed while this run trained, and another job may have it now; this one stops and "
-            "leaves it alone"
-        )
+            return (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino)
+        return True
 
     def execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
@@ -258,7 +264,7 @@ class _Attempt:
             return world.any(self.stop.raised)
 
         while trainer.evaluation_due or not trainer.finished:
-            self._require_own_folder()
+            self._require_own_folder(world)
             if stopping():
                 self._save(trainer)
                 return False
@@ -285,7 +291,7 @@ class _Attempt:
         """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
         from experiments.training import checkpoints
 
-        self._require_own_folder()
+        self._require_own_folder(trainer.world)
         start = time.monotonic()
         if self._log is not None:
             self._log.flush()
@@ -301,7 +307,7 @@ class _Attempt:
 
         from experiments.training import checkpoints
 
-        self._require_own_folder()
+        self._require_own_folder(trainer.world)
         weights = trainer.weights()
         if self._log is not None:
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
