@@ -14,7 +14,7 @@ import pytest
 from planted import write_config, write_run, write_sweep
 
 from analysis.logs.store import Store, load
-from analysis.pages.query import chosen, grouped, sql
+from analysis.pages.query import chosen, grouped, sql, unlike_sizes
 from analysis.pages.tables import value_table
 from experiments.cli.main import main
 
@@ -105,6 +105,17 @@ def test_filters_and_groups(store: Store) -> None:
     for wrong in ("sites", "loss", ""):
         with pytest.raises(ValueError, match=f"no column '{wrong}' to group by; there are run_id"):
             grouped(store.runs, [wrong])
+
+
+def test_groups_of_unlike_sizes_are_said(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """A group with more of the small models has a higher mean loss, whatever tells the groups apart."""
+    assert unlike_sizes(store.runs, ["arm"]) is None  # every arm has the same runs
+    lacking = store.runs.drop(store.runs.query("arm == 'dyn' and size == 's0'").index)
+    assert "unlike shares of sizes" in str(unlike_sizes(lacking, ["arm"]))
+    assert unlike_sizes(lacking, ["arm", "size"]) is None
+    assert unlike_sizes(lacking.query("size == 's1'"), ["arm"]) is None
+    assert main(["table", str(store.path), "--by", "seed", "--where", "arm == 'dyn' or size == 's1' or seed == 0"]) == 0
+    assert "unlike shares of sizes" in capsys.readouterr().err
 
 
 def test_groups_by_site_keep_the_runs_that_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

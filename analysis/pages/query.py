@@ -141,3 +141,15 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
         .reset_index()
     )
     return [str(name) for name in table.columns], [tuple(row) for row in table.itertuples(index=False)]
+
+
+def unlike_sizes(runs: pd.DataFrame, by: Sequence[str]) -> str | None:
+    """A line for the reader where groups stand on runs of unlike sizes, so that their mean losses do not compare the
+    groups; else None. `by` are columns that `grouped` accepts."""
+    learned = runs[(runs["status"] == "complete") & runs["did_not_learn"].isna()]
+    if "size" in by or learned["size"].nunique() < 2:
+        return None
+    counts = learned.groupby(list(by), sort=False, dropna=False)["size"].value_counts(normalize=True).unstack()
+    if len(counts) < 2 or (counts.fillna(0).max() - counts.fillna(0).min()).max() < 1e-9:
+        return None
+    return "the groups hold unlike shares of sizes, whose losses differ: add size to --by, or choose one with --where"

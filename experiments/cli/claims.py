@@ -127,7 +127,7 @@ def _add_power(subparsers: Subparsers) -> None:
 def _table(args: argparse.Namespace) -> int:
     from analysis.advantage.multiplier import multipliers
     from analysis.logs.throughput import read_throughput
-    from analysis.pages.query import grouped
+    from analysis.pages.query import grouped, unlike_sizes
     from analysis.pages.tables import multiplier_table, value_table
 
     with reading_store(args) as store:
@@ -138,7 +138,9 @@ def _table(args: argparse.Namespace) -> int:
         if args.published is not None:
             return _beside_published(args, store)
     if args.by is not None:
-        print(value_table(*grouped(runs, args.by.split(",")), args.format))
+        by = args.by.split(",")
+        print(value_table(*grouped(runs, by), args.format))
+        warn(*filter(None, [unlike_sizes(runs, by)]))
         return 0
     found, refused = multipliers(
         runs,
