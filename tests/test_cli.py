@@ -86,6 +86,12 @@ def test_plan_writes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == [home]
 
 
+def test_a_forecast_that_lacks_some_speeds_says_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = ROOT / "results" / "measured" / "h200" / "training.parquet"  # of 1M alone
+    assert main(["plan", str(DEMO.parent / "mini-scaling.toml"), "--throughput", str(measured)]) == 0
+    assert "no forecast: the speed of 107 of 132 runs is not known" in capsys.readouterr().out
+
+
 def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typo = tmp_path / "typo.toml"
     typo.write_text(DEMO.read_text().replace("tokens_per_parameter", "tokens_per_param"))
@@ -95,6 +101,8 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     profile.write_text('executor = "locall"\n')
     assert "did you mean 'local'" in refused(capsys, "submit", DEMO, "--profile", profile)
     assert "is not a folder" in refused(capsys, "status", "--store", tmp_path / "nowhere")
+    assert main(["status", str(DEMO), "--store", str(tmp_path / "nowhere")]) == 0
+    assert "nowhere is not there yet" in capsys.readouterr().err
     run_id = load_sweep(DEMO)[0].run_id
     line = refused(capsys, "cancel", DEMO, f"{run_id[:-1]}x", "--store", tmp_path)
     assert f"the sweep has no such run: got '{run_id[:-1]}x'; did you mean '{run_id}'?" in line

@@ -241,6 +241,8 @@ def _stores(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
 
     if args.sweep is not None:
         runs, store = _runs(args)
+        if not store.is_dir():
+            warn(f"{store} is not there yet: `dynconv submit` makes it")
         return [(store, [run.run_id for run in runs])]
     if args.store is not None:
         return [(args.store, states.find(args.store))]

@@ -96,8 +96,12 @@ def _branch(row: Mapping[str, Any]) -> str:
 
 
 def _forecast(plan: Sequence[dict[str, Any]]) -> str:
-    if any(row["hours"] is None for row in plan):
+    lacking = sum(row["hours"] is None for row in plan)
+    if lacking == len(plan):
         return "for a forecast give --profile with teraflops_per_second, or --throughput"
+    if lacking:
+        measure = "measure it by `dynconv bench train`"
+        return f"no forecast: the speed of {lacking} of {len(plan)} runs is not known; {measure}"
     hours = sum(row["gpus"] * row["hours"] for row in plan)
     rates = [row["teraflops_per_second"] for row in plan]
     low, high = min(rates), max(rates)
