@@ -38,13 +38,13 @@ CONVS = {
 }
 
 
-def randomised(config: ModelConfig) -> Decoder:
+def randomised(config: ModelConfig, spread: float = 0.3) -> Decoder:
     """In float64, with every parameter away from its special initial value."""
     model = Decoder(config, seed=0).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_decoder import randomised
 
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR, ARMS, QKV
@@ -35,15 +36,10 @@ BOTH = pytest.mark.parametrize("conv", [LOWRANK, HEADWISE], ids=["lowrank", "hea
 TOKENS = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(2))
 
 
-def randomised(conv: Convolution) -> Decoder:
+def made(conv: Convolution) -> Decoder:
     """In float64, with filters that depend on the generator's input."""
     config = ModelConfig(2, width=16, vocabulary=50, mixer=Attention(2, 2), ffn=SwiGLU(24), conv=conv)
-    model = Decoder(config, seed=0).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return model
+    return randomised(config)
 
 
 def mismatched(run: RunConfig) -> RunConfig:
@@ -58,7 +54,7 @@ def test_filters_come_from_the_other_sequence_of_the_pair(
 ) -> None:
     """Against one convolution after the other, each given the partner's inputs; on a GPU products are shared."""
     monkeypatch.setattr(short_convolution, "_shares_products", lambda _: shared)
-    maps = randomised(conv).blocks[0].mixer.maps
+    maps = made(conv).blocks[0].mixer.maps
     assert isinstance(maps, Maps)
     x = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for site, y in zip(QKV, maps.apply_to(x, QKV, x), strict=True):
@@ -71,7 +67,7 @@ def test_filters_come_from_the_other_sequence_of_the_pair(
 
 @BOTH
 def test_a_sequence_paired_with_itself_gets_its_own_filters(conv: Convolution) -> None:
-    control = randomised(conv)
+    control = made(conv)
     plain = Decoder(replace(control.config, conv=replace(conv, mismatched=False)), seed=0).double()  # type: ignore[call-arg]
     plain.load_state_dict(control.state_dict())
     twice = TOKENS[:2].repeat_interleave(2, 0)
@@ -84,7 +80,7 @@ def test_a_sequence_paired_with_itself_gets_its_own_filters(conv: Convolution) -
 @BOTH
 @pytest.mark.parametrize("changed_sequence", [0, 1])
 def test_no_logit_depends_on_a_later_token_of_either_sequence(conv: Convolution, changed_sequence: int) -> None:
-    model, changed = randomised(conv), TOKENS.clone()
+    model, changed = made(conv), TOKENS.clone()
     changed[changed_sequence, 7] = (TOKENS[changed_sequence, 7] + 1) % 50
     before, after = model(TOKENS).logits, model(changed).logits
     assert torch.equal(before[:, :7], after[:, :7])
@@ -94,7 +90,7 @@ def test_no_logit_depends_on_a_later_token_of_either_sequence(conv: Convolution,
 
 
 def test_gradients_reach_the_partner() -> None:
-    model, embedded = randomised(LOWRANK), []
+    model, embedded = made(LOWRANK), []
     model.embedding.register_forward_hook(lambda _module, _inputs, x: embedded.append(x.retain_grad() or x) or x)
     model(TOKENS).logits[0, 5].square().sum().backward()
     gradient = embedded[0].grad.abs().amax(2)
@@ -105,13 +101,13 @@ def test_gradients_reach_the_partner() -> None:
 
 def test_a_single_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiples of 2 sequences, and neither decodes nor takes packed.*; got 1; "):
-        randomised(LOWRANK)(TOKENS[:1])
+        made(LOWRANK)(TOKENS[:1])
 
 
 def test_the_arm_differs_from_low_rank_in_its_input_alone() -> None:
     control, lowrank = ARMS["lowrank-qkv-mismatched"].conv, ARMS["lowrank-qkv"].conv
     assert replace(control, mismatched=False) == lowrank  # type: ignore[call-arg]
-    model = randomised(LOWRANK).config
+    model = made(LOWRANK).config
     assert model.facts()["conv.mismatched"] is True
     assert replace(model, conv=replace(LOWRANK, mismatched=False)).facts()["conv.mismatched"] is False
 

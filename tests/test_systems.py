@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_decoder import randomised
 from test_engine import gpu_trainer, on_a_gpu, to_the_end
 from test_parallel import KINDS, STEPS, Job, course, in_processes
 from torch import Tensor
@@ -55,20 +56,10 @@ TOKENS = torch.randint(300, (2, 75), generator=torch.Generator().manual_seed(2))
 every_system = pytest.mark.parametrize("model", SYSTEMS.values(), ids=SYSTEMS)
 
 
-def randomised(config: ModelConfig) -> Decoder:
-    """In float64, with every parameter away from its special initial value."""
-    model = Decoder(config, seed=0).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return model
-
-
 @every_system
 @pytest.mark.parametrize("place", [7, 63, 64, 70])
 def test_no_logit_depends_on_a_later_token(model: ModelConfig, place: int) -> None:
-    decoder, changed = randomised(model), TOKENS.clone()
+    decoder, changed = randomised(model, 0.2), TOKENS.clone()
     changed[0, place] = (TOKENS[0, place] + 1) % 300
     before, after = decoder(TOKENS).logits, decoder(changed).logits
     # Not bit for bit: among an expert's rows, a token's may stand at another place, which changes the order of sums.
@@ -79,7 +70,7 @@ def test_no_logit_depends_on_a_later_token(model: ModelConfig, place: int) -> No
 
 @every_system
 def test_decoding_with_caches_gives_the_logits_of_the_full_forward(model: ModelConfig) -> None:
-    decoder = randomised(model)
+    decoder = randomised(model, 0.2)
     whole = decoder(TOKENS).logits
     for cuts in ([75], [66, *[1] * 9], [4, 1, 2, 68]):
         cache, parts = None, []
