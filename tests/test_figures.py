@@ -136,6 +136,14 @@ def test_wall_clock_is_drawn_against_compute_in_the_largest_unit_that_fits(drawn
     assert "device seconds" in drawn[2]["wall-clock"].axes[0].get_ylabel()
 
 
+def test_clocks_that_were_shared_are_said_in_the_figure_of_wall_clock(drawn: Drawn) -> None:
+    runs = drawn[0].runs.assign(clock="alone")
+    assert run_figures.wall_clock(runs, "flops_exact", "exact", "transformer").axes[1].get_title(loc="left") == ""
+    runs.loc[runs.index[:2], "clock"] = ["shared", "mixed"]
+    said = run_figures.wall_clock(runs, "flops_exact", "exact", "transformer").axes[1].get_title(loc="left")
+    assert said == f"2 of {len(runs)} clocks shared or mixed"
+
+
 def test_points_of_one_arm_get_their_law(tmp_path: Path) -> None:
     rows = "\n".join(f"{c:g},{1.7 + (c / 1e16) ** -0.1}" for c in np.geomspace(1e15, 1e17, 6))
     (tmp_path / "points.csv").write_text(f"C,loss\n{rows}\n")

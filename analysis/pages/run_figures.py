@@ -104,14 +104,20 @@ def time_of(runs: pd.DataFrame) -> tuple[pd.Series, str]:
 
 
 def wall_clock(runs: pd.DataFrame, column: str, convention: str, baseline: str) -> Figure:
-    """What compute in `column` costs in measured training time, and what that time buys."""
+    """What compute in `column` costs in measured training time, and what that time buys.
+
+    Runs whose clocks cannot be compared are drawn, and the figure says how many they are.
+    """
     (time, label), loss = time_of(runs), loss_label(runs)
     compute = f"training FLOPs ({convention})"
     table = runs.assign(**{compute: runs[column], label: time, loss: runs["loss"]})
     mark_of = marks(list(runs["arm"]), baseline)
     with mpl.rc_context(STYLE):
         if len(mark_of) > MANY:
-            return settled(_spent_by_arm(table, label, label, baseline))
+            figure = _spent_by_arm(table, label, label, baseline)
+            if shared := _shared_clocks(runs):
+                figure.suptitle(shared)
+            return settled(figure)
         figure = Figure(figsize=(6.4, 3.0 + _legend_height(mark_of)), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, (x, y) in zip(panels, [(compute, label), (label, loss)], strict=True):
@@ -119,8 +125,15 @@ def wall_clock(runs: pd.DataFrame, column: str, convention: str, baseline: str) 
         panels[0].set_yscale("log")
         devices = ", ".join(sorted(runs["device"].dropna().unique()))
         panels[0].set_title(f"on {printable(devices, 60)}" if devices else "", loc="left")
+        panels[1].set_title(_shared_clocks(runs), loc="left")
         _legend(figure, mark_of)
     return settled(figure)
+
+
+def _shared_clocks(runs: pd.DataFrame) -> str:
+    """How many clocks were shared, or are of several kinds, as a title; empty if every run was alone on its device."""
+    shared = int(runs["clock"].dropna().ne("alone").sum()) if "clock" in runs else 0
+    return f"{shared} of {len(runs)} clocks shared or mixed" if shared else ""
 
 
 def _spent(axes: Axes, table: pd.DataFrame, x: str, y: str, mark_of: dict[str, Mark]) -> None:
