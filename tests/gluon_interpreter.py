@@ -19,7 +19,8 @@ import triton.experimental
 
 import dynconv.ops
 
-_MODULES = ("gluon_pieces", "mma", "fused_pieces", "lowrank_mma_kernels", "lowrank_mma", "fused_rotary")
+_LAUNCHING = ("lowrank_mma", "fused_rotary_mma")
+_MODULES = ("gluon_pieces", "mma", "fused_pieces", "lowrank_mma_kernels", *_LAUNCHING)
 
 
 class _DType:
@@ -110,6 +111,9 @@ class _Pointer:
 
     __radd__ = __add__
 
+    def __sub__(self, other: Any) -> "_Pointer":
+        return _Pointer(self.storage, self.offsets - _raw(other))
+
     def read(self, mask: Any, other: float) -> torch.Tensor:
         offsets, inside = self._inside(mask)
         return torch.where(inside, self.storage[torch.where(inside, offsets, 0)], torch.tensor(other).to(self.storage))
@@ -154,8 +158,6 @@ def _inline_assembly(asm: str, _: str, args: list[_Value], dtype: _DType, **__: 
         ("ex2.approx", torch.sigmoid),
         ("sin.approx", torch.sin),
         ("cos.approx", torch.cos),
-        ("cvt.rni", torch.round),
-        ("fma.rn.f32", lambda a, b, c: (a.double() * b.double() + c.double()).float()),
         ("x2", operator.mul),
     ):
         if part in asm:
@@ -181,6 +183,8 @@ def _language() -> types.ModuleType:
     gl.zeros_like = lambda value: _Value(torch.zeros_like(value.data))
     gl.where = lambda condition, a, b: _Value(torch.where(_raw(condition), _raw(a), _raw(b)))
     gl.minimum = lambda a, b: _Value(torch.minimum(torch.as_tensor(_raw(a)), torch.as_tensor(_raw(b))))
+    gl.floor = lambda value: _Value(value.data.floor())
+    gl.fma = lambda a, b, c: _Value((_raw(a).double() * b + _raw(c).double()).to(a.data.dtype))
     gl.sum = lambda value, dim: _Value(value.data.sum(dim))
     gl.join = lambda a, b: _Value(torch.stack([a.data, b.data], -1))
     gl.split = lambda value: value.split()
@@ -212,7 +216,7 @@ def _jit(function: Any = None, **_: Any) -> Any:
 
 @contextmanager
 def interpreted() -> Iterator[Any]:
-    """The module dynconv.ops.lowrank_mma, whose kernels run in this process, and the modules that use it."""
+    """The modules dynconv.ops.lowrank_mma and fused_rotary_mma, whose kernels run in this process."""
     gluon: Any = types.ModuleType("triton.experimental.gluon")
     gl: Any = _language()
     gluon.language, gluon.jit, gluon.constexpr_function = gl, _jit, lambda function: function
@@ -250,10 +254,11 @@ def interpreted() -> Iterator[Any]:
         for name in _MODULES:  # both are put back in the end
             patch.delitem(sys.modules, f"dynconv.ops.{name}", raising=False)
             patch.delattr(dynconv.ops, name, raising=False)
-        module = importlib.import_module("dynconv.ops.lowrank_mma")
-        module.launch = launch
+        modules = {name: importlib.import_module(f"dynconv.ops.{name}") for name in _LAUNCHING}
+        for module in modules.values():
+            patch.setattr(module, "launch", launch)
         try:
-            yield module
+            yield types.SimpleNamespace(**modules)
         finally:
             for name in _MODULES:
                 sys.modules.pop(f"dynconv.ops.{name}", None)

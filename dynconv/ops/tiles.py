@@ -78,37 +78,41 @@ def end_of_documents(positions, time):
 
 @triton.jit
 def _sum_block(
-    block, partial, total, parts, size, columns, width, first,
+    block, partial, total, parts, size, columns, width, first, padding,
     PLACED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
+    if PLACED:
+        row, column = at // (columns + padding), at % (columns + padding)
+        at = row * columns + column
+        inside = (at < size) & (column < columns)
     sums = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, parts, UNROLL):
         part = begin + tl.arange(0, UNROLL)
         ok = (part < parts)[:, None] & inside[None, :]
         sums += tl.sum(tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0), 0)
     if PLACED:
-        inside &= first + at % columns < width
-        at = at // columns * width + first + at % columns
+        inside = (row * columns < size) & (first + column < width)
+        at = row * width + first + column
     tl.store(total + at, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*range(6, 15)])
+@triton.jit(do_not_specialize=[*range(6, 16)])
 def _sum_kernel(
     partial_a, total_a, partial_b, total_b, partial_c, total_c,
-    parts_a, size_a, parts_b, size_b, parts_c, size_c, columns, width, first,
+    parts_a, size_a, parts_b, size_b, parts_c, size_c, columns, width, first, padding,
     PLACED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    blocks_a = tl.cdiv(size_a, BLOCK)
+    blocks_a = tl.cdiv(size_a // columns * (columns + padding), BLOCK)
     blocks_b = tl.cdiv(size_b, BLOCK)
     if program < blocks_a:
-        _sum_block(program, partial_a, total_a, parts_a, size_a, columns, width, first, PLACED, BLOCK, UNROLL)
+        _sum_block(program, partial_a, total_a, parts_a, size_a, columns, width, first, padding, PLACED, BLOCK, UNROLL)
     elif program < blocks_a + blocks_b:
-        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 1, 0, False, BLOCK, UNROLL)
+        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 1, 0, 0, False, BLOCK, UNROLL)
     else:
-        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 1, 0, False, BLOCK, UNROLL)
+        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 1, 0, 0, False, BLOCK, UNROLL)
 
 
 def new_like(tensor: Tensor) -> Tensor:
@@ -129,12 +133,12 @@ def new_sums(
 
 def sum_parts(
     *sums: tuple[Tensor | None, Tensor | None],  # up to three results of `new_sums`
-    place: tuple[int, int, int] | None = None,  # (columns, width, first); see below
+    place: tuple[int, int, int, int] | None = None,  # (columns, width, first, padding); see below
 ) -> None:
     """Sum each partial tensor over its first dimension into its total, all in one launch.
 
     The order of addition is fixed, so the results are bitwise reproducible. With `place`, the first pair's rows of
-    `columns` sums are written into the total's rows of `width`, from column `first` on.
+    `columns` sums are written into the total's rows of `width`, from column `first` on, and `padding` zeros after them.
     """
     jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
     if not jobs:
@@ -150,8 +154,10 @@ def sum_parts(
     for _ in range(3 - len(jobs)):
         tensors += jobs[0]
         sizes += (0, 0)
-    programs = sum(triton.cdiv(size, block) for size in sizes[1::2])
-    sizes += place if place is not None else (1, 1, 0)
+    columns, width, first, padding = place if placed and place is not None else (1, 1, 0, 0)
+    written = (sizes[1] // columns * (columns + padding), *sizes[3::2])
+    programs = sum(triton.cdiv(size, block) for size in written)
+    sizes += (columns, width, first, padding)
     launch(_sum_kernel, programs, tensors, sizes, {"PLACED": placed, "BLOCK": block, "UNROLL": unroll})
 
 
