@@ -1,7 +1,7 @@
 """Run the tensor-core kernels of the low-rank convolution on a CPU: Triton's interpreter does not take Gluon.
 
-`interpreted` imports the kernels' modules anew with a stand-in for the Gluon language, in which a tensor is a torch tensor
-and a layout is nothing. It shows whether the kernels compute the right values from the right addresses. It cannot
+`interpreted` imports the kernels' modules anew with a stand-in for the Gluon language, in which a tensor is a torch
+tensor and a layout is nothing. It shows whether kernels compute the right values from the right addresses. It cannot
 show whether layouts fit (the compiler does), or whether an asynchronous copy is waited for: copies are immediate.
 """
 
@@ -173,7 +173,13 @@ def _language() -> types.ModuleType:
     gl.constexpr = object
     gl.static_range = gl.range = range
     gl.assume = lambda _: None
-    for name in ("NVMMADistributedLayout", "DistributedLinearLayout", "BlockedLayout", "DotOperandLayout", "SliceLayout"):
+    for name in (
+        "NVMMADistributedLayout",
+        "DistributedLinearLayout",
+        "BlockedLayout",
+        "DotOperandLayout",
+        "SliceLayout",
+    ):
         setattr(gl, name, lambda *_, **__: None)
     gl.SwizzledSharedLayout = gl.PaddedSharedLayout = gl.SliceLayout
     gl.arange = lambda start, end, layout=None: _Value(torch.arange(start, end, dtype=torch.int64))  # noqa: ARG005

@@ -10,7 +10,7 @@ from torch import Tensor
 from dynconv.ops import lowrank_mma as mma
 from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
-from dynconv.ops.tiles import aligned, new_sums, sum_parts
+from dynconv.ops.tiles import Place, aligned, new_sums, sum_parts
 
 _MAX_RANK = 16  # larger ranks take several launches
 
@@ -99,6 +99,6 @@ def backward(
         },
         num_warps=mma.BACKWARD_WARPS,
     )  # fmt: skip
-    place = (3 * rank, columns, 3 * channels, columns - 3 * channels - 3 * rank)
+    place = Place(3 * rank, columns, 3 * channels, columns - 3 * channels - 3 * rank)
     sum_parts((dz_partial, djoined), (up_partial, dup), (static_partial, dstatic), place=place)
     return djoined, dup, dstatic

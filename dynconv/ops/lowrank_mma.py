@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
-from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
+from dynconv.ops.tiles import Place, aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
 MAX_WIDTH = 4
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
@@ -138,20 +138,20 @@ def forward(
     x = aligned(x)
     y = new(x, x.shape, dtype)
     blocks = triton.cdiv(channels, 16 * FORWARD_WARPS)
-    z = padded(z, rank, x.dtype)
+    generators = padded(z, rank, x.dtype)
     for first in range(0, rank, _FORWARD_RANKS):
         ranks = min(rank - first, _FORWARD_RANKS)
         # Registers limit the programs per multiprocessor. Every program first loads its ranks of U, so more ranks
         # need longer runs.
         at_once, longest = (3, 32) if ranks <= 16 else (2, 128)
-        cut = _cut((x, z), positions, blocks, at_once, longest)
+        cut = _cut((x, generators), positions, blocks, at_once, longest)
         launch(
             kernels.forward_kernel,
             blocks * cut.batch * cut.chunks,
-            (x, z, up, None if first else static_w, y, None, None, None, *cut.positions),
-            (*cut.length, cut.time, channels, x.stride(0), z.stride(0), cut.chunks, blocks, cut.run, first),
+            (x, generators, up, None if first else static_w, y, None, None, None, *cut.positions),
+            (*cut.length, cut.time, channels, x.stride(0), generators.stride(0), cut.chunks, blocks, cut.run, first),
             {
-                "x_time": x.stride(1), "z_time": z.stride(1), "y_time": channels, "SEGMENTS": segments,
+                "x_time": x.stride(1), "z_time": generators.stride(1), "y_time": channels, "SEGMENTS": segments,
                 "PAIRS": 0,
                 "ALL_RANKS": rank, "R": ranks, "W": up.shape[1] // channels,
                 "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
@@ -179,8 +179,8 @@ def backward(
     rank, width = up.shape[0], up.shape[1] // channels
     dy, x = aligned(dy), aligned(x)
     blocks = triton.cdiv(channels, BLOCK)
-    z = padded(z, rank, x.dtype)
-    cut = _cut((dy, x, z), positions, blocks, at_once=1, longest=160)
+    generators = padded(z, rank, x.dtype)
+    cut = _cut((dy, x, generators), positions, blocks, at_once=1, longest=160)
     dx = new_like(x) if needs[0] else None
     dz_partial, dz, columns = None, None, min(rank, 16)  # all launches share one dz_partial
     if needs[1]:
@@ -196,15 +196,15 @@ def backward(
             kernels.backward_kernel,
             blocks * cut.batch * cut.chunks,
             (
-                dy, None, None, x, z, up, None if first else static_w, None,
+                dy, None, None, x, generators, up, None if first else static_w, None,
                 dx, dz_partial, up_partial, None if first else static_partial, *cut.positions,
             ),
             (
-                *cut.length, cut.time, channels, batch * time, dy.stride(0), x.stride(0), z.stride(0),
+                *cut.length, cut.time, channels, batch * time, dy.stride(0), x.stride(0), generators.stride(0),
                 cut.chunks, blocks, cut.run, first,
             ),
             {
-                "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": z.stride(1), "dx_time": channels,
+                "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": generators.stride(1), "dx_time": channels,
                 "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "R": ranks, "W": width,
                 "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
                 "SLOTS": 1 if silu else 2, "STAGES": 8 if silu else 4,  # 2 slots with silu need more registers
@@ -213,5 +213,5 @@ def backward(
             num_warps=BACKWARD_WARPS,
         )  # fmt: skip
         others = [(up_partial, dup), (static_partial, dstatic)] if first + ranks == rank else []
-        sum_parts((dz_partial, dz), *others, place=(columns, rank, first, 0) if rank > 16 else None)
+        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if rank > 16 else None)
     return dx, dz, dup, dstatic
