@@ -20,11 +20,13 @@ from dynconv.ops.sharded import any_sharded
 
 
 def interleaved(
-    rows: Tensor,  # [H*E, ...]: of a linear map's weight, where channels i and i + E/2 of a head are a pair
+    tensor: Tensor,  # [..., H*E, ...], where channels i and i + E/2 of a head are a pair
     heads: int,
-) -> Tensor:  # [H*E, ...]
-    """The same rows in an order in which pairs are adjacent: within each head 0, E/2, 1, E/2 + 1, ..."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    dim: int = 0,  # that of the channels; 0 for a linear map's weight, -1 for filters
+) -> Tensor:
+    """The same channels in an order in which pairs are adjacent: within each head 0, E/2, 1, E/2 + 1, ..."""
+    first = dim % tensor.dim()
+    return tensor.unflatten(first, (heads, 2, -1)).transpose(first + 1, first + 2).flatten(first, first + 2)
 
 
 def lowrank_rotary_convolution(

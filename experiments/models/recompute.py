@@ -18,13 +18,14 @@ from torch.utils.checkpoint import (
 )
 
 Policy = Literal["block", "attention-kept"]
-# Attention on a CPU, and in the order in which a GPU prefers its implementations; dynconv's operator.
+# Attention on a CPU, and in the order in which a GPU prefers its implementations; dynconv's operators.
 _KEPT = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "dynconv::convolve",
+    "dynconv::lowrank_rotary",
 }
 
 
