@@ -79,8 +79,9 @@ class _ShortConv(nn.Module):
         generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused modules need none
         cu_seqlens: Tensor | None = None,  # [N + 1]: packed documents' starts and the last one's end; B must be 1
         generated: Tensor | None = None,  # [B, T, columns]: an output of `project_together`, replaces generator_input
+        seq_idx: Tensor | None = None,  # [B, T]: the number of each token's document, negative for padding; any B
     ) -> Tensor:  # [B, T, D]
-        y: Tensor = self._convolve(x, generator_input, generated, cu_seqlens=cu_seqlens)
+        y: Tensor = self._convolve(x, generator_input, generated, cu_seqlens=cu_seqlens, seq_idx=seq_idx)
         return y
 
     def prefill(
