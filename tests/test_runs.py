@@ -156,12 +156,12 @@ ONE = torch.zeros(2, 5, dtype=torch.int32, device=DEVICE)
     ("options", "message"),
     [
         ({"seq_idx": [[0] * 5] * 2}, "seq_idx must be a tensor; got a list; pass torch.tensor"),
-        ({"seq_idx": ONE[:1]}, r"seq_idx must be \[B, T\] = \[2, 5\], int32 or int64; got \[1, 5\] torch.int32; number"),
+        ({"seq_idx": ONE[:1]}, r"seq_idx must be \[B, T\] = \[2, 5\], int32 or int64; got \[1, 5\] torch.int32;"),
         ({"seq_idx": ONE.float()}, r"int32 or int64; got \[2, 5\] torch.float32"),
         ({"seq_idx": ONE.to("meta")}, "seq_idx must be on .*; got meta; move it"),
         ({"seq_idx": ONE, "cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must be None where seq_idx is given"),
         ({"seq_idx": ONE, "initial_state": X[:, :3]}, "initial_state must be None where seq_idx is given; got both"),
-        ({"seq_idx": ONE, "return_final_state": True}, "seq_idx has no final states; got return_final_state; describe"),
+        ({"seq_idx": ONE, "return_final_state": True}, "seq_idx has no final states; got return_final_state; pass"),
     ],
 )
 def test_errors_say_what_was_got(options: dict[str, Any], message: str) -> None:

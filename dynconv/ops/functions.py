@@ -245,9 +245,9 @@ def _run(
         check_runs(x, seq_idx)
         for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
             if given is not None:
-                raise ValueError(f"{name} must be None where seq_idx is given; got both; describe documents by cu_seqlens")
+                raise ValueError(f"{name} must be None where seq_idx is given; got both; pass documents by cu_seqlens")
         if return_final_state:
-            raise ValueError("seq_idx has no final states; got return_final_state; describe documents by cu_seqlens")
+            raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
     if cu_seqlens is not None:
         document, positions = find_documents(x, cu_seqlens)  # [T], [T + 1]
         sequences = cu_seqlens.shape[0] - 1
