@@ -242,10 +242,10 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     residual stream. Its `forward(x)` maps [B, T, D] to [B, T, D], or to that and two dictionaries: the auxiliary losses
     [B] of each sequence, and measures [B, n] of each sequence that an evaluation logs. A part that `takes_documents`
     has a `forward(x, documents=None)`; it must carry nothing from one of the `Documents` to the next. If it has a
-    method `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all layers
-    share. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that are not of
-    `maps`; the second standard deviation is that of weights into the residual stream. A part that can generate text has
-    `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at the start, is
+    method `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all
+    layers share. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that are not
+    of `maps`; the second standard deviation is that of weights into the residual stream. A part that can generate text
+    has `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at the start, is
     updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]
