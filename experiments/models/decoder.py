@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.fused import fuse
 from experiments.models.norm import RMSNorm
 from experiments.models.packing import Documents, documents_of
 from experiments.models.readout import LastTokenReadout
@@ -68,6 +69,10 @@ class Decoder(nn.Module):
         """Compute activations of the blocks again in the backward pass. Call it before `compile`."""
         for block in self.blocks:
             cast(Block, block).program = recomputing(Block.compute, policy)
+
+    def fuse(self) -> None:
+        """Compute convolutions and their neighbours in one kernel, where there is one. Call it before `compile`."""
+        fuse(self.blocks)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
