@@ -4,7 +4,8 @@ Shapes: B batch, T time, D width, H heads of queries, K heads of keys and values
 Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes before QK-norm and RoPE.
 """
 
-from functools import lru_cache
+import inspect
+from functools import cache, lru_cache
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from experiments.design.model import ModelConfig
 from experiments.models.fused import rotated, rotates_convolutions
 from experiments.models.joined import kernels_fit, rotate, rotate_joined
 from experiments.models.norm import RMSNorm
+from experiments.models.packing import Documents, same_document
 from experiments.models.short_convolution import ConvLinear, Maps, Outputs
 from experiments.parts.attention import Attention
 
@@ -32,8 +34,7 @@ class AttentionModule(nn.Module):
         super().__init__()
         self.head_size = part.head_size(model.width)
         self.theta = part.rope_theta
-        self.head_counts = heads, kv_heads = part.head_counts()
-        self.grouped = heads != kv_heads
+        self.head_counts = part.head_counts()
         self.qk_norm = part.qk_norm
         self.maps = Maps(part, model)
         self.q_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
@@ -50,7 +51,8 @@ class AttentionModule(nn.Module):
 
     def fuse(self) -> None:
         """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product."""
-        plain = not self.grouped and not self.qk_norm
+        heads, kv_heads = self.head_counts
+        plain = heads == kv_heads and not self.qk_norm
         self.fused = plain and rotates_convolutions(self.maps)
         convolved = [site for site in ("q", "k", "v") if cast(ConvLinear, self.maps[site]).conv is not None]
         self.maps.in_one_product = plain and not convolved
@@ -58,22 +60,34 @@ class AttentionModule(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
-        assert self.rotation is not None, "call prepare first"
-        q, k, v = self._inputs(x, self.rotation)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # [B, H, T, E]
-        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x)
+        q, k, v = self._inputs(x, documents)
+        y = attend(q, k, v, documents)
+        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x, documents)
         return y
 
-    def _inputs(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention reads: queries [B, H, T, E], keys and values [B, K, T, E]."""
-        if self.fused:
+    def _inputs(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, E], and keys and values [B, K, T, E]. Each document has its own positions."""
+        if self.fused and documents is None:
             assert self.frequencies is not None
             return rotated(self.maps, x, self.head_counts[0], self.frequencies)
-        outputs = self.maps.outputs(x, ("q", "k", "v"), x)
+        assert self.rotation is not None, "call prepare first"
+        rotation = self.rotation
+        outputs = self.maps.outputs(x, ("q", "k", "v"), x, documents)
+        if documents is not None:
+            rotation = rotation[0][documents.places], rotation[1][documents.places]  # [B, T, E] each
         if self._rotates_joined(outputs):
             assert outputs.joined is not None
-            return rotate_joined(outputs.joined, rotation, *self.head_counts)
+            joined = outputs.joined
+            if documents is None:
+                return rotate_joined(joined, rotation, *self.head_counts)
+            flat = [x.flatten(0, 1) for x in (joined, *rotation)]
+            parts = rotate_joined(flat[0][None], (flat[1], flat[2]), *self.head_counts)  # [1, H or K, B*T, E]
+            q, k, v = (part[0].unflatten(1, joined.shape[:2]).transpose(0, 1) for part in parts)
+            return q, k, v
+        if documents is not None:
+            rotation = rotation[0][:, None], rotation[1][:, None]
         q, k, v = (self._heads(y) for y in outputs.apart)
         return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
 
@@ -95,7 +109,7 @@ class AttentionModule(nn.Module):
         state["keys"], state["values"] = k, v
         place = torch.arange(total, device=x.device)
         seen = place <= place[before:, None]  # [T, total]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         (y,) = self.maps.decode(y.transpose(1, 2).flatten(2), ("o",), x, state)
         return y
 
@@ -109,6 +123,41 @@ class AttentionModule(nn.Module):
         x: Tensor,  # [B, T, H*E]
     ) -> Tensor:  # [B, H, T, E]
         return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
+
+
+def attend(
+    q: Tensor,  # [B, H, T, E]
+    k: Tensor,  # [B, K, T, E]
+    v: Tensor,  # [B, K, T, E]
+    documents: Documents | None,  # None: each sequence is one
+) -> Tensor:  # [B, H, T, E]
+    """Causal attention within each document."""
+    grouped = q.shape[1] != k.shape[1]
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if not _varlen_fits(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=same_document(documents), enable_gqa=grouped)
+    from torch.nn.attention.varlen import varlen_attn
+
+    edges, batch, time = documents.cu_seqlens, len(q), q.shape[2]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B*T, H or K, E]
+    y = varlen_attn(q, k, v, edges, edges, time, time, window_size=(-1, 0), enable_gqa=grouped)
+    return cast(Tensor, y).unflatten(0, (batch, time)).transpose(1, 2)
+
+
+def _varlen_fits(q: Tensor) -> bool:
+    """Whether FlashAttention's kernels for sequences of different lengths take these queries, and torch has them.
+
+    They skip what a mask would only hide, and take no mask of T x T. torch 2.10 has them without `window_size`.
+    """
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and _has_varlen()
+
+
+@cache
+def _has_varlen() -> bool:
+    from torch.nn.attention import varlen
+
+    return "window_size" in inspect.signature(varlen.varlen_attn).parameters
 
 
 @lru_cache(maxsize=8)  # All layers share one table.
