@@ -19,7 +19,7 @@ import triton.experimental
 
 import dynconv.ops
 
-_LAUNCHING = ("lowrank_mma", "fused_rotary_mma")
+_LAUNCHING = ("lowrank_mma", "fused_mma")
 _MODULES = ("gluon_pieces", "mma", "fused_pieces", "lowrank_mma_kernels", *_LAUNCHING)
 
 
@@ -222,7 +222,7 @@ def _jit(function: Any = None, **_: Any) -> Any:
 
 @contextmanager
 def interpreted() -> Iterator[Any]:
-    """The modules dynconv.ops.lowrank_mma and fused_rotary_mma, whose kernels run in this process."""
+    """The modules dynconv.ops.lowrank_mma and fused_mma, whose kernels run in this process."""
     gluon: Any = types.ModuleType("triton.experimental.gluon")
     gl: Any = _language()
     gluon.language, gluon.jit, gluon.constexpr_function = gl, _jit, lambda function: function

@@ -63,12 +63,12 @@ def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     from gluon_interpreter import interpreted
 
-    from dynconv.ops import fused_rotary_operator
+    from dynconv.ops import fused_operator
 
     with interpreted() as modules:
         monkeypatch.setattr(functions, "_INTERPRET", True)
-        monkeypatch.setattr(fused_rotary_operator, "fused_rotary_mma", modules.fused_rotary_mma)
-        monkeypatch.setattr(fused_rotary_operator, "runs_gluon", lambda _: True)
+        monkeypatch.setattr(fused_operator, "fused_mma", modules.fused_mma)
+        monkeypatch.setattr(fused_operator, "runs_gluon", lambda _: True)
         yield
 
 

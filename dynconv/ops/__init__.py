@@ -8,7 +8,7 @@ from dynconv.ops.functions import (
     static_convolution,
     static_convolution_step,
 )
-from dynconv.ops.fused_rotary import interleaved, lowrank_rotary_convolution
+from dynconv.ops.fused import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
 
 __all__ = [
     "headwise_dynamic_convolution",
@@ -16,6 +16,7 @@ __all__ = [
     "interleaved",
     "lowrank_dynamic_convolution",
     "lowrank_dynamic_convolution_step",
+    "lowrank_joined_convolution",
     "lowrank_rotary_convolution",
     "static_convolution",
     "static_convolution_step",

@@ -148,13 +148,13 @@ def forward(
         launch(
             kernels.forward_kernel,
             blocks * cut.batch * cut.chunks,
-            (x, generators, up, None if first else static_w, y, None, None, None, *cut.positions),
+            (x, generators, up, None if first else static_w, y, None, None, None, y if first else None, *cut.positions),
             (*cut.length, cut.time, channels, x.stride(0), generators.stride(0), cut.chunks, blocks, cut.run, first),
             {
                 "x_time": x.stride(1), "z_time": generators.stride(1), "y_time": channels, "SEGMENTS": segments,
                 "PAIRS": 0,
                 "ALL_RANKS": rank, "R": ranks, "W": up.shape[1] // channels,
-                "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
+                "RESIDUAL": residual and first == 0, "SILU": silu,
                 "SLOTS": SLOTS, "STAGES": 3, "WARPS": FORWARD_WARPS,
             },
             num_warps=FORWARD_WARPS,
