@@ -14,7 +14,18 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
-from experiments.launching import arrays, branches, jobs, local, local_loop, slurm, snapshot, states, submissions
+from experiments.launching import (
+    arrays,
+    branches,
+    jobs,
+    local,
+    local_loop,
+    sbatch,
+    slurm,
+    snapshot,
+    states,
+    submissions,
+)
 from experiments.launching.locks import store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
@@ -34,6 +45,7 @@ REMEDIES = {
 MARKERS = ("failure.json", "cancelled", "job.json")  # what earlier attempts and launchers left
 WRITERS = 16  # runs that are frozen side by side, as each file waits for the disk
 POLL_SECONDS = 10.0  # between two looks at the queue
+ROOM_SECONDS = 60.0  # between two attempts to submit what passes a limit on jobs
 
 
 @dataclass(frozen=True)
@@ -93,9 +105,20 @@ def _launch(
     outcome = replace(outcome, ended=states.read(store, [run.run_id for run in watched]))
     if not outcome.waiting:
         return outcome
-    more = _launch(wanted, [run for run in runs if run.run_id in outcome.waiting], profile, store, cache, wait)
+    more = _launch_when_possible(wanted, [r for r in runs if r.run_id in outcome.waiting], profile, store, cache)
     submitted, ended = outcome.submitted + more.submitted, outcome.ended + more.ended
     return replace(more, submitted=submitted, skipped=outcome.skipped | more.skipped, ended=ended)
+
+
+def _launch_when_possible(
+    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
+) -> Outcome:
+    """Submit the runs as soon as there is room for one more job, and wait for them."""
+    while True:
+        try:
+            return _launch(wanted, runs, profile, store, cache, wait=True)
+        except sbatch.TooMany:  # jobs that have ended count for a while, and others' may count, too
+            time.sleep(ROOM_SECONDS)
 
 
 def _submit_now(
