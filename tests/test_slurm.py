@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -500,6 +501,59 @@ def test_what_the_limit_on_jobs_allows_is_submitted(
     finally:
         ask("sacctmgr", "--immediate", "modify", *user, "set", "maxsubmitjobs=-1")
         launch.cancel(tmp_path, [run.run_id for run in runs])
+
+
+def preempt(job_id: str) -> None:
+    """Have a job of the higher partition, which ends soon, and let the preempted one start again at once."""
+    ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_until(lambda: "Restarts=1" in ask("scontrol", "show", "job", job_id))
+    ask("scontrol", "update", f"jobid={job_id}", "starttime=now")
+
+
+def test_a_run_is_queued_again_where_nodes_have_no_scontrol(
+    long_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """Its state is saved, and the job lives on until Slurm, whose grace time is over, queues it again."""
+    missing = "scontrol() { echo 'scontrol: command not found' >&2; return 127; }"
+    ask("scontrol", "update", "partition=low", "gracetime=8")
+    try:
+        submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, setup=(missing,))))
+        wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+        preempt(str(state_of(tmp_path, long_run).job_id))
+        assert "scontrol: command not found" in log_of(tmp_path, long_run)
+        wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
+    finally:
+        ask("scontrol", "update", "partition=low", "gracetime=30")
+    run = read_json(tmp_path / long_run.run_id / "run.json")
+    assert (run["attempts"], run["seconds"]["lost"]) == (2, 0.0)
+
+
+def test_a_job_that_is_preempted_before_python_runs_is_queued_again(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """TERM ends what would start Python; Slurm by itself would call that a failure. It costs no attempt."""
+    slow = tmp_path / "slow-python"
+    begun = tmp_path / "begun"
+    slow.write_text(f'#!/bin/bash\nif [ ! -e {begun} ]; then touch {begun}; sleep 60; fi\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    store = tmp_path / "store"
+    submit([tiny_run], store, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, python=str(slow))))
+    wait_until(begun.exists)
+    preempt(str(state_of(store, tiny_run).job_id))
+    wait_until(lambda: state_of(store, tiny_run).state == "complete")
+    assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
+
+
+def test_a_running_job_that_is_cancelled_by_scancel_stays_so(
+    long_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """scancel's signal looks like a preemption; the batch script asks Slurm which it is."""
+    submit([long_run], tmp_path)
+    wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+    ask("scancel", str(state_of(tmp_path, long_run).job_id))
+    wait_until(lambda: state_of(tmp_path, long_run).state == "cancelled")
+    assert str(state_of(tmp_path, long_run).cause).startswith("Slurm says CANCELLED by")
+    assert arrays_of(tmp_path) == []
 
 
 def test_the_limit_on_jobs_that_run_at_once_can_be_changed(

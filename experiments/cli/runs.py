@@ -19,6 +19,7 @@ from experiments.cli.arguments import (
     sweep_argument,
     warn,
 )
+from experiments.cli.stores import default_store, stores_of
 from experiments.design import strict
 from experiments.design.config import RunConfig
 
@@ -246,9 +247,10 @@ def _stores(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
         return [(store, [run.run_id for run in runs])]
     if args.store is not None:
         return [(args.store, states.find(args.store))]
-    stores = sorted(path for path in STORES.glob("*") if path.is_dir())
+    folder = stores_of(Path())
+    stores = sorted(path for path in folder.glob("*") if path.is_dir())
     if not stores:
-        raise ValueError(f"no store in {STORES}; name a sweep file or --store, or submit a sweep first")
+        raise ValueError(f"no store in {folder}; name a sweep file or --store, or submit a sweep first")
     return [(store, states.find(store)) for store in stores]
 
 
@@ -289,7 +291,7 @@ def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
     if args.verb in ("plan", "submit"):
         for note in notes(read_sweep(args.sweep)):
             warn(f"{args.sweep}: {note}")
-    store: Path = getattr(args, "store", None) or STORES / runs[0].sweep
+    store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
     return runs, store
 
 
