@@ -210,7 +210,7 @@ class Dataset:
 
     def document_starts(self, split: str) -> NDArray[np.uint64]:  # [documents]
         """The position in the split of each document's first token."""
-        return np.fromfile(self.path / documents_name(split), dtype="<u8")
+        return np.memmap(self.path / documents_name(split), dtype="<u8", mode="r")
 
     def windows(
         self,

@@ -92,6 +92,8 @@ def begin(spec: DataConfig, cache: Path) -> Path | Shared:
 
 def under_way(spec: DataConfig, cache: Path) -> Shared | None:
     """The build of this dataset that was begun and has not ended."""
+    if not any(cache.glob(".*.shared")):
+        return None
     shared = _of(_with_whole_places(spec), cache)
     return shared if (shared.folder / RECORD).exists() else None
 

@@ -1,5 +1,6 @@
 """The specification of a dataset. Only the standard library is imported here, so that `plan` starts at once."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,6 +82,12 @@ class DataConfig:
                 f'pretokenized = "{self.pretokenized}" takes tokens as they are; got separator or drop_near_copies; '
                 "remove it"
             )
+
+
+def text_sha256(dataset_sha256: str, packed: bool) -> str:
+    """The identity of text as a run reads it. Packed documents are told from others: their losses are of other targets
+    and other contexts, which no table may compare."""
+    return hashlib.sha256(f"{dataset_sha256} packed".encode()).hexdigest() if packed else dataset_sha256
 
 
 def relative_to(data: DataConfig, folder: Path) -> DataConfig:

@@ -51,7 +51,8 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
     """The mean loss in nats a token, bits per UTF-8 byte, and the number of tokens, over all documents of a folder.
 
     As in the held-out text of the training, the documents follow one another, each ended by the end-of-text token, and
-    are cut into windows of the training's sequence length; unlike there, the text begins after an end of text.
+    are cut into windows of the training's sequence length; unlike there, the text begins after an end of text. For a
+    run on packed documents each is scored by itself, from its second token on.
     Raises ValueError if the folder holds no text.
     """
     loss, tokens, text_bytes = 0.0, 0, 0
@@ -74,6 +75,7 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
 
 def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
     """The text as one token to begin with and up to T that follow it, T being the sequence length of the training."""
+    packed = run.config.packed
     end = run.end_of_text
     length = run.config.train.sequence_length
     assert run.data is not None, "load_run refuses runs that were not trained on text"
@@ -82,14 +84,19 @@ def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
         run.data, source=str(folder.resolve()), site_packages=False, validation_source=None, pretokenized=None
     )
     texts = (text for file in find_files(spec).files for text in read_documents(file.path, spec) if text)
-    before, held = end, list[int]()
+    before, held = (None if packed else end), list[int]()
     for piece in encode(run.coder, texts):
         held += piece.ids.tolist()
         if piece.ends_document:
             held.append(end)
-        while len(held) >= length:
+        if before is None:
+            before, *held = held
+        while len(held) >= length or (packed and piece.ends_document and held):
             window, held = held[:length], held[length:]
             yield Request((before,), tuple(window))
             before = window[-1]
+        if packed and piece.ends_document:
+            before = None
     if held:
+        assert before is not None
         yield Request((before,), tuple(held))

@@ -14,7 +14,7 @@ from analysis.logs.files import read_json, write_json
 from experiments.data import steps
 from experiments.data.build import build as build_here
 from experiments.design.data import DataConfig
-from experiments.launching import jobs, slurm, snapshot
+from experiments.launching import jobs, sbatch, slurm, snapshot
 from experiments.launching.locks import store_lock
 from experiments.launching.profile import DataJobs, Profile, Slurm
 
@@ -87,6 +87,7 @@ def _may_be_queued(shared: steps.Shared) -> bool:
 
 def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> None:
     """Submit all steps, each to begin when the one before has ended well."""
+    sbatch.name_ignored_variables()
     code, folder = snapshot.take(shared.cache), jobs.new_folder(shared.cache, "data")
     steps.failure_of(shared.folder).unlink(missing_ok=True)
     most = min(data.cores, slurm.max_array_size())
@@ -136,7 +137,7 @@ def _script(
             *asked.setup,
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
             "export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1",
-            f"exec {shlex.quote(sys.executable)} -u {command}",
+            f"exec {asked.python or shlex.quote(sys.executable)} -u {command}",
             "",
         ]
     )
@@ -150,11 +151,11 @@ def _sbatch(script: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env=slurm._own_environment(),
+        env=slurm.environment(),
     )
     accepted = re.search(r"^(\d+)(?:;.*)?$", done.stdout, re.MULTILINE)  # sites print notices, too
     if done.returncode != 0 or accepted is None:
-        raise ValueError(f"sbatch refused: {slurm._one_line(done.stderr)}")
+        raise ValueError(f"sbatch refused: {slurm.one_line(done.stderr)}")
     return accepted[1]
 
 
