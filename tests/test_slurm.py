@@ -17,16 +17,19 @@ from pathlib import Path
 import pytest
 from texts import CHEAP_SWEEP
 
+from analysis.errors import WorkFailed
 from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows
 from experiments.cli.main import main
+from experiments.data.build import build
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
+from experiments.design.data import DataConfig
 from experiments.design.schedules import WarmupStableDecay
 from experiments.design.trunks import with_trunks
-from experiments.launching import jobs, sbatch, slurm, states
+from experiments.launching import data_jobs, jobs, sbatch, slurm, states
 from experiments.launching import submit as launch
-from experiments.launching.profile import Job, Profile, Slurm
+from experiments.launching.profile import DataJobs, Job, Profile, Slurm
 from experiments.training.run import Run
 
 pytestmark = [
@@ -108,6 +111,49 @@ def long_run(tiny_run: RunConfig) -> RunConfig:
 
 def state_of(store: Path, run: RunConfig) -> states.RunState:
     return states.read(store, [run.run_id])[0]
+
+
+def test_data_is_built_by_arrays_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while it reads, which ends all jobs, and again while it tokenizes; then the bytes of a build at once."""
+    monkeypatch.setattr(data_jobs, "POLL_SECONDS", 0.5)
+    (tmp_path / "text").mkdir()
+    base = "".join(f"line {number * number} of the text\n" for number in range(5000))
+    for part in range(2):  # of more than 64 MiB each: a part, that is a piece of work
+        with (tmp_path / "text" / f"{part}.jsonl").open("w") as file:
+            for number in range(3500):
+                start = (part * 3500 + number) * 11 % 100_000
+                file.write(json.dumps({"text": f"{part} {number}\n{base[start : start + 20_000]}"}) + "\n")
+    spec = DataConfig(source=str(tmp_path / "text"), vocabulary=300, train_tokens=4_000_000, validation_tokens=10_000)
+    profile = replace(PROFILE, data=DataJobs(cores=2, hours=0.5))
+    cache = tmp_path / "cache"
+
+    def kill(step: str, after: float) -> None:
+        """One of the array's two jobs, some seconds after it began."""
+        assert data_jobs.build(spec, profile, cache) is None
+        (submitted,) = [
+            job for job in json.loads(next(cache.glob(".*/jobs.json")).read_text())["jobs"] if job["step"] == step
+        ]
+        element = f"{submitted['id']}_1"
+        wait_until(lambda: "RUNNING" in ask("squeue", "--noheader", f"--jobs={element}", "--format=%T"))
+        time.sleep(after)
+        ask("scancel", "--signal=KILL", "--full", element)
+        with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
+            data_jobs.require_nothing_under_way([spec], cache)
+        with pytest.raises(WorkFailed, match="building the data failed: its jobs ended without a word"):
+            data_jobs.build(spec, profile, cache, wait=True)
+
+    kill("read", after=0.2)  # it takes a second
+    read = {path: path.stat().st_ino for path in cache.glob(".*/spill/part-*")}
+    kill("tokenize", after=1)
+    path = data_jobs.build(spec, profile, cache, wait=True)
+    assert path is not None
+    assert {path: path.stat().st_ino for path in read if path.exists()} in (read, {})
+    assert data_jobs.build(spec, profile, cache) == path
+    assert "2 of 2 parts read" in capsys.readouterr().err
+    data_jobs.require_nothing_under_way([spec], cache)
+    assert Dataset.open(path).sha256 == Dataset.open(build(spec, tmp_path / "at once")).sha256
 
 
 def log_of(store: Path, run: RunConfig) -> str:
