@@ -263,7 +263,7 @@ def test_a_run_that_slurm_cancelled_while_pending_is_not_submitted_again(
 ) -> None:
     """Somebody's plain scancel, seen through the accounting."""
     submit(runs, tmp_path, replace(PROFILE, slurm=Slurm("low", options={"hold": ""})))
-    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    assert {state_of(tmp_path, run).state for run in runs} == {"held"}
     ask("scancel", str(state_of(tmp_path, runs[0]).job_id).split("_")[0])
     wait_until(lambda: {state_of(tmp_path, run).state for run in runs} == {"cancelled"})
     assert str(state_of(tmp_path, runs[0]).cause).startswith("Slurm says CANCELLED by")
@@ -288,7 +288,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
             submit(runs, tmp_path, held, wait=True)
     told = capsys.readouterr().err
     assert told.index("3 runs submitted") < told.index("the jobs go on; `dynconv status --store")
-    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    assert {state_of(tmp_path, run).state for run in runs} == {"held"}
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
@@ -301,11 +301,52 @@ def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     ask("scancel", "--signal=ABRT", str(state_of(tmp_path, long_run).job_id))
     wait_until(lambda: {state_of(tmp_path, run).state for run in (diverging, long_run)} == {"failed", "lost"})
     assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: ")
-    wait_until(lambda: "Slurm says FAILED" in str(state_of(tmp_path, long_run).cause))
+    wait_until(lambda: "Slurm says FAILED: process 0 on node1: Aborted" in str(state_of(tmp_path, long_run).cause))
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
     again = submit([diverging, long_run], tmp_path, wait=True)
     assert (again.submitted, again.skipped) == ([long_run.run_id], {"failed": [diverging.run_id]})
     assert [(state.state, state.attempts) for state in again.ended] == [("complete", 2)]
+
+
+def test_status_says_what_a_job_waits_for_and_what_stopped_it(
+    long_run: RunConfig, submit: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held, released to wait for room, suspended, taken up again, preempted: on its way, status tells each of them."""
+    long_run = replace(long_run, train=replace(long_run.train, tokens=5 * long_run.train.tokens))
+    alone = ("sbatch", "--exclusive", "--partition=high", "--output=/dev/null")
+    blocker = ask(*alone, "--parsable", "--time=7", "--wrap=sleep 300")
+    submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""})))
+    held = state_of(tmp_path, long_run)
+    assert (held.state, held.reason) == ("held", "JobHeldUser")
+    assert "scontrol release" in str(held.cause)
+    job = str(held.job_id)
+    ask("scontrol", "release", job)
+    wait_until(lambda: state_of(tmp_path, long_run).reason in ("Resources", "Priority"))
+    wait_until(lambda: state_of(tmp_path, long_run).expected_start is not None)  # the backfill scheduler has looked
+    queued = state_of(tmp_path, long_run)
+    assert queued.state == "queued"
+    assert 0 < float(str(queued.expected_start)) - time.time() < 8 * 60
+    ask("scancel", blocker.strip())
+    wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+    assert state_of(tmp_path, long_run).nodes == "node1"
+    ask("scontrol", "suspend", job)
+    wait_until(lambda: state_of(tmp_path, long_run).state == "suspended")
+    ask("scontrol", "resume", job)
+    wait_until(lambda: state_of(tmp_path, long_run).state == "running")
+    ask(*alone, "--wrap=sleep 2")
+    wait_until(lambda: state_of(tmp_path, long_run).state == "requeued")
+    ask("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_until(lambda: state_of(tmp_path, long_run).attempts == 2)
+    ask("scancel", "--signal=ABRT", job)
+    wait_until(lambda: "process 0 on node1: Aborted" in str(state_of(tmp_path, long_run).cause))
+    first, second = states.history(tmp_path, state_of(tmp_path, long_run))
+    assert (first.job_id, first.nodes, first.redone_steps) == (job, "node1", 0)
+    assert first.how_ended in ("PREEMPTED", "REQUEUED")
+    assert (second.first_step, second.how_ended) == (int(str(first.last_step)) + 1, "FAILED, it exited with code 6")
+    assert main(["status", str(tmp_path / long_run.run_id)]) == 0
+    text = capsys.readouterr().out
+    assert "Loading pickle" not in text
+    assert "exit 1:0" not in text
 
 
 def test_refusals_leave_nothing_behind(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
@@ -332,7 +373,7 @@ def test_a_controller_that_does_not_answer(
         assert (unknown.state, unknown.cause) == ("unknown", "squeue does not answer")
         with pytest.raises(ValueError, match="controller does not answer"):
             submit([tiny_run], tmp_path)
-    assert state_of(tmp_path, tiny_run).state == "queued"
+    assert state_of(tmp_path, tiny_run).state == "held"
     launch.cancel(tmp_path, [tiny_run.run_id])
 
 
@@ -353,7 +394,7 @@ def test_what_was_accepted_before_a_refusal_is_kept(
         patch.setattr(slurm, "submit", submit_arrays_only)
         with pytest.raises(ValueError, match="refused: enough; 2 of 3 runs are queued: submit again for the rest"):
             submit(runs, tmp_path, held)
-    assert [state_of(tmp_path, run).state for run in runs] == ["queued", "queued", "pending"]
+    assert [state_of(tmp_path, run).state for run in runs] == ["held", "held", "pending"]
     assert submit(runs, tmp_path, held).submitted == [runs[2].run_id]
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
@@ -501,6 +542,8 @@ def test_a_cluster_without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_notice_of_the_site_among_the_jobs_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "*** maintenance on Friday | see the wiki ***\n7_1|RUNNING\n8|PENDING\n"
+    said = "*** maintenance | see the wiki ***\n7_1|RUNNING|None|2026-01-02T03:04:05|n[1-2]\n8|PENDING|Priority|N/A|\n"
     monkeypatch.setattr(slurm, "_ask", lambda *_: said)
-    assert slurm.queue(["7_1", "8", "9"], [0]) == {"7_1": "RUNNING", "8": "PENDING"}
+    started = time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
+    found = {"7_1": slurm.Queued("RUNNING", None, started, "n[1-2]"), "8": slurm.Queued("PENDING", "Priority")}
+    assert slurm.queue(["7_1", "8", "9"], [0]) == found

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from analysis.logs.files import read_json, write_atomically
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 from experiments.design.config import RunConfig
-from experiments.training.job import joined, this_place
+from experiments.training.job import Place, joined, this_place
 from experiments.training.record import data_sha256, read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
@@ -244,9 +245,10 @@ class _Attempt:
             checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
-            about = _provenance(world, self._place.job, config["code_commit"])
+            about = _provenance(world, self._place, config["code_commit"])
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=about)
+            print(f"attempt {self._number}, from step {self._step}", flush=True)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -319,7 +321,7 @@ class _Attempt:
             self._log.add_seconds(clock, time.monotonic() - since)
 
 
-def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
+def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[str, Any]:
     """The provenance of this attempt, for its log."""
     import torch
 
@@ -333,7 +335,8 @@ def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[st
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "job_id": job_id or None,
+        "job_id": place.job or None,
+        "hosts": list(place.hosts) or [socket.gethostname()],
         "code_commit": code_commit,
         "sharing": int(sharing) if sharing.isdigit() else None,
     }
