@@ -10,12 +10,13 @@ from experiments.launching.slurm import Ended
 TAIL_BYTES = 1 << 16
 # Lines that tell of the course of a job, not of its end: submitit's and srun's own, our steps, the frames of tracebacks
 _COURSE = re.compile(
-    r"submitit (INFO|WARNING|ERROR) |attempt \d+, from step |step \d+/\d+  |stopping \d+ runs|"
+    r"submitit (INFO|WARNING|ERROR) |job \d+(_\d+)?: |attempt \d+, from step |step \d+/\d+  |stopping \d+ runs|"
+    r"ends as it was told to|"
     r"\s|[~^]+$|(The above|During handling of the above) exception|"
     r"srun: (?!error)|srun: error: .*(Exited with exit code|Terminating|Timed out waiting for job step)|"
     r"slurmstepd: .*(exited? (with|before)|Exited with)"
 )
-_STARTED = re.compile(r"submitit INFO .* Starting with |attempt \d+, from step ")
+_STARTED = re.compile(r"submitit INFO .* Starting with |job \d+(_\d+)?: |attempt \d+, from step ")
 _CANCELLED = re.compile(
     r"slurmstepd.*: error: \*\*\* (?:JOB|STEP) \S+ ON (\S+) CANCELLED AT \S+(?: DUE TO (.*?))? \*\*\*"
 )

@@ -131,7 +131,7 @@ def history(store: Path, state: RunState) -> list[attempts.Attempt]:
 def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, _Presence]:
     """Where the last job of each run is, for the runs that have one."""
     submitted = {run_id: job for run_id, job in jobs.items() if job is not None}
-    in_slurm = [job for job in submitted.values() if job["executor"] == "slurm"]
+    in_slurm = [job for job in submitted.values() if job["executor"] == "slurm" and job["job_id"] is not None]
     queue = slurm.queue([job["job_id"] for job in in_slurm], {job["owner"] for job in in_slurm}) if in_slurm else {}
     present = {}
     for run_id, job in submitted.items():
@@ -146,7 +146,7 @@ def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, _Presence]:
 
 
 def _in_slurm(job: Mapping[str, Any], queue: Mapping[str, slurm.Queued] | None) -> _Presence:
-    if queue is None:
+    if queue is None or job["job_id"] is None:  # None: whether Slurm has it is not known yet
         return _Presence("unknown")
     found = queue.get(job["job_id"])
     if found is None:
@@ -235,6 +235,8 @@ def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
     if where == "unknown" and job is not None:
         if job["executor"] != "slurm":
             return f"started on {job['host']}; ask there"
+        if job["job_id"] is None:
+            return "sbatch has not answered; `dynconv submit` finds out whether Slurm has the job"
         if job["owner"] != os.getuid():
             return f"job {job['job_id']} of user {causes.user(job['owner'])} is not shown here; ask there"
         return "squeue does not answer"
