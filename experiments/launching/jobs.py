@@ -12,7 +12,7 @@ from typing import Any
 from analysis.logs.files import read_json, write_json
 
 FOLDER = ".jobs"  # of a store: what launchers and jobs write beside the runs
-JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+JOB_KEYS = {"executor", "job_id", "host", "started", "submitted_at", "log"}
 _ALL_RIGHTS = 0o777
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from analysis.logs.ownership import FolderHeld, Hold, held
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 from experiments.design.config import RunConfig
-from experiments.training.job import joined, other_job, this_place
+from experiments.training.job import Place, joined, other_job, this_place
 from experiments.training.record import data_sha256, read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
@@ -274,7 +275,7 @@ class _Attempt:
             checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
-            about = _provenance(world, self._place.job, config["code_commit"])
+            about = _provenance(world, self._place, config["code_commit"])
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(
                 self._run_dir,
@@ -283,6 +284,7 @@ class _Attempt:
                 about=about,
                 require_owner=self._require_owner,
             )
+            print(f"attempt {self._number}, from step {self._step}", flush=True)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -355,7 +357,7 @@ class _Attempt:
             self._log.add_seconds(clock, time.monotonic() - since)
 
 
-def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
+def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[str, Any]:
     """The provenance of this attempt, for its log."""
     import torch
 
@@ -369,7 +371,8 @@ def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[st
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "job_id": job_id or None,
+        "job_id": place.job or None,
+        "hosts": list(place.hosts) or [socket.gethostname()],
         "code_commit": code_commit,
         "sharing": int(sharing) if sharing.isdigit() else None,
     }
