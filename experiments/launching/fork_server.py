@@ -24,7 +24,7 @@ from submitit.core.utils import JobPaths
 from submitit.local.local import Controller, LocalJob
 
 from analysis.errors import WorkFailed
-from experiments.launching.jobs import process_started
+from experiments.training.presence import process_started
 
 # torch's optimizers import Dynamo when the first of them is made.
 _MODULES = ("numpy", "pandas", "pyarrow.parquet", "torch", "torch._dynamo", "torch.utils.checkpoint")

@@ -18,8 +18,9 @@ from analysis.logs.files import read_json
 from analysis.logs.learning import why_not
 from experiments.launching import slurm
 from experiments.launching.branches import trunk_failure
-from experiments.launching.jobs import errors_naming, job_of, process_started
+from experiments.launching.jobs import errors_naming, job_of
 from experiments.terminal import align, duration
+from experiments.training.presence import process_started
 
 ACTIVE = ("queued", "running", "requeued", "unknown")  # such a run may still have a job, so it gets no second one
 STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")

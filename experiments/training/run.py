@@ -26,7 +26,8 @@ from analysis.logs.ownership import FolderHeld, Hold, held
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 from experiments.design.config import RunConfig
-from experiments.training.job import joined, other_job, this_place
+from experiments.training.job import Place, joined, other_job, this_place
+from experiments.training.presence import sharing
 from experiments.training.record import data_sha256, read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
@@ -39,7 +40,8 @@ SHOWN = ("loss", "accuracy")  # the metrics that an evaluation prints; the log h
 # longer names it, at its next step or, if it evaluates, at the next batch.
 PATIENCE_SECONDS = 300.0
 CHECK_SECONDS = 1.0  # between two looks at whether the directory is still this job's
-SHARING_VARIABLE = "DYNCONV_SHARING"  # The launcher sets it to the number of runs on this device; empty: unknown.
+# Slurm's jobs have it: the number of runs on their device; empty: unknown. On this machine runs are counted.
+SHARING_VARIABLE = "DYNCONV_SHARING"
 
 
 class RunFailed(RuntimeError):
@@ -167,10 +169,16 @@ class _Attempt:
         if self._place.rank > 0 or time.monotonic() - self._checked_at < CHECK_SECONDS:
             return False
         self._checked_at = time.monotonic()
+        self._count_runs()
         with contextlib.suppress(FolderTaken):
             self._require_owner()
             return False
         return True
+
+    def _count_runs(self) -> None:
+        """Note how many runs share the device now."""
+        if self._log is not None:
+            self._log.sharing(_sharing(self._place))
 
     def execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
@@ -274,7 +282,7 @@ class _Attempt:
             checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
-            about = _provenance(world, self._place.job, config["code_commit"])
+            about = _provenance(world, self._place, config["code_commit"])
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(
                 self._run_dir,
@@ -345,6 +353,7 @@ class _Attempt:
 
         self._require_owner_by_all(trainer.world)
         weights = trainer.weights()
+        self._count_runs()
         if self._log is not None:
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
             self._log.finish({})
@@ -355,12 +364,18 @@ class _Attempt:
             self._log.add_seconds(clock, time.monotonic() - since)
 
 
-def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
+def _sharing(place: Place) -> int | None:
+    """How many runs use this run's device now; None where it is not known."""
+    if (said := os.environ.get(SHARING_VARIABLE)) is not None:
+        return int(said) if said.isdigit() else None
+    return sharing(int(place.job) if place.job.isdigit() else os.getpid())
+
+
+def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[str, Any]:
     """The provenance of this attempt, for its log."""
     import torch
 
     cuda = world.device.type == "cuda"
-    sharing = os.environ.get(SHARING_VARIABLE, "")
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "gpus": world.size,
@@ -369,9 +384,9 @@ def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[st
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "job_id": job_id or None,
+        "job_id": place.job or None,
         "code_commit": code_commit,
-        "sharing": int(sharing) if sharing.isdigit() else None,
+        "sharing": _sharing(place),
     }
 
 
