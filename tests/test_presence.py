@@ -164,7 +164,7 @@ def test_a_run_that_was_alone_part_of_the_time_is_marked(
     start: Start, tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another submit's run comes and goes while it trains."""
-    monkeypatch.setattr("experiments.training.run.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("experiments.training.folder.CHECK_SECONDS", 0.0)
     evaluate, come = Trainer.evaluate, list[subprocess.Popen[bytes]]()
 
     def joined_meanwhile(self: Trainer, interrupted: Callable[[], bool]) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch")
@@ -20,6 +20,17 @@ def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     trained = [attempt for attempt in attempts if attempt.get("step") is not None] or attempts
     found: dict[str, Any] = {key: _only([attempt.get(key) for attempt in trained]) for key in PROVENANCE}
     return found | {"clock": _clock(trained)}
+
+
+def count_attempts(attempts: Iterable[Mapping[str, Any]]) -> int:
+    """How many attempts count against the most that are allowed: not those that were interrupted before a step."""
+    return sum(not (attempt.get("preempted") and attempt.get("step") is None) for attempt in attempts)
+
+
+def last_interruption(attempts: Mapping[int, Mapping[str, Any]]) -> str | None:
+    """Why the last attempt ended before the run did; None where it did not say."""
+    cause = attempts[max(attempts)].get("interrupted") if attempts else None
+    return None if cause is None else str(cause)
 
 
 def _clock(attempts: Sequence[Mapping[str, Any]]) -> str:

@@ -175,6 +175,11 @@ class RunLog:
         self._flushed_at = self._attempt["updated_at"] = self._clock()
         self._write_attempt()
 
+    def interrupt(self, cause: str, *, preempted: bool) -> None:
+        """Record why this attempt ends before the run does, which has not failed by that."""
+        self._attempt.update(interrupted=cause, preempted=preempted)
+        self.flush()
+
     def fail(self, step: int, cause: str) -> None:
         """Record why this attempt gave up. What it logged stays."""
         with contextlib.suppress(OSError):  # recording the cause matters more than the last rows

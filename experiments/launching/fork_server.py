@@ -145,6 +145,14 @@ class _ForkingController(Controller):
             task.start()
             self.tasks.append(task)
 
+    def wait(self, freq: int = 24) -> Sequence[int | None]:
+        """As in submitit's class. What ended processes that could not say so themselves stands in rank 0's output."""
+        codes: Sequence[int | None] = super().wait(freq)
+        for rank, code in enumerate(codes):
+            if code is not None and code < 0:
+                print(f"process {rank} was ended by {signal.Signals(-code).name}", file=self.stdouts[0], flush=True)
+        return codes
+
 
 def _task(folder: Path, environment: Mapping[str, str], output: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the controller's handler

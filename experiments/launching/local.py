@@ -31,7 +31,7 @@ class LocalRun(Run):
     """A run that stays stopped when it is told to stop, where submitit would start it again at once."""
 
     def checkpoint(self) -> NoReturn:
-        print("stopped with its state saved; submit again to go on", file=sys.stderr)
+        print(f"{self.why_stopped}; submit again to go on", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -18,7 +18,8 @@ from experiments.launching.fork_server import ForkServer
 from experiments.launching.locks import signals_deferred, store_lock, termination_as_interrupt
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
-from experiments.training.job import other_job, this_place
+from experiments.training.folder import other_job
+from experiments.training.job import this_place
 from experiments.training.presence import Present, add, remove, starting
 from experiments.training.run import Run, RunFailed
 
