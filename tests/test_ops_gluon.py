@@ -1,36 +1,38 @@
-"""The Gluon kernels' own source against the float64 oracle, on a CPU: see gluon_on_cpu.py for what that covers."""
+"""The functions on the Gluon kernels, on a CPU, against the float64 oracle; gluon_interpreter.py says what that shows.
+
+tests/test_ops_gpu.py runs the kernels themselves where there is a GPU.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from convolutions import GPU, Case, assert_close, kernels
-from gluon_on_cpu import gluon_kernels
+from gluon_interpreter import gluon_kernels
 
 pytestmark = pytest.mark.skipif(GPU, reason="test_ops_gpu.py runs the kernels themselves")
 
 
 @pytest.fixture(scope="module")
-def gluon() -> Iterator[dict[str, ModuleType]]:
+def gluon() -> Iterator[Any]:
     with kernels(), gluon_kernels() as loaded:
         yield loaded
 
 
 @pytest.fixture
-def launched(gluon: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(gluon: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the Gluon kernels that were launched."""
     names: list[str] = []
     for name in ("ring", "lowrank_mma"):
-        original = gluon[name].launch
+        original = getattr(gluon, name).launch
 
         def launch(kernel: Any, *rest: Any, original: Any = original, **named: Any) -> None:
-            names.append(kernel.__name__)
+            names.append(getattr(kernel, "function", kernel).__name__)
             original(kernel, *rest, **named)
 
-        monkeypatch.setattr(gluon[name], "launch", launch)
+        monkeypatch.setattr(getattr(gluon, name), "launch", launch)
     return names
 
 
@@ -91,25 +93,23 @@ def test_segments(width: int, launched: list[str]) -> None:
 
 @EACH_ACTIVATION
 @pytest.mark.parametrize("case", [Case("static"), Case("headwise"), Case()], ids=lambda case: case.kind)
-def test_longer_runs(
-    case: Case, activation: str | None, gluon: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_longer_runs(case: Case, activation: str | None, gluon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of as many time steps as on a device of one multiprocessor."""
     for name in ("ring", "lowrank_mma"):
-        monkeypatch.setattr(gluon[name], "multiprocessors", lambda _: 1)
+        monkeypatch.setattr(getattr(gluon, name), "multiprocessors", lambda _: 1)
     for width in (4, 6 if case.kind != "headwise" else 8):
         more = {"batch": 1, "time": 140, "heads": 8, "head_size": 16, "activation": activation, "dtype": BFLOAT16}
         assert_close(replace(case, width=width, rank=16, **more))  # type: ignore[arg-type]  # a mix of types
 
 
 @pytest.mark.parametrize("kind", ["static", "headwise", "lowrank"])
-def test_a_wrong_tap_shows(kind: str, gluon: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_tap_shows(kind: str, gluon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands in for Gluon does not make everything agree."""
 
-    def weakened(values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def weakened(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(value * 0.9 for value in values[1:])
 
-    for name in ("ring_kernels", "lowrank_mma_kernels"):
-        monkeypatch.setattr(gluon[name], "drop_first", weakened)
+    for module in (gluon.ring, gluon.lowrank_mma):
+        monkeypatch.setattr(module.kernels, "drop_first", weakened)
     with pytest.raises(AssertionError):
         assert_close(Case(kind, heads=8, head_size=16, dtype=BFLOAT16, activation="silu"))

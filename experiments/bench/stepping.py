@@ -83,7 +83,7 @@ def measure(settings: Settings) -> list[Outcome]:
     """
     size = max(trial.gpus for trial in settings.trials)
     if size == 1:
-        with joined(Path(), settings.execution, Place(), 1) as world:
+        with joined(Path(), settings.execution, Place()) as world:
             return _outcomes(settings, world)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "outcomes.json"
@@ -101,7 +101,7 @@ def measure(settings: Settings) -> list[Outcome]:
 def _work(rank: int, size: int, folder: Path, settings: Settings) -> None:
     """One of the processes. Rank 0 writes the outcomes, and a process that runs out of memory writes that."""
     place = Place(rank, size, local_rank=rank, job="bench")
-    with joined(folder, settings.execution, place, 1) as world:
+    with joined(folder, settings.execution, place) as world:
         try:
             outcomes = _outcomes(settings, world)
         except DoesNotFit as problem:
