@@ -14,6 +14,7 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
+from experiments.design.plan import gpu_hours
 from experiments.launching import (
     arrays,
     branches,
@@ -90,7 +91,7 @@ def _launch(
     _check(runs, profile)
     _check_schema(store)
     outcome, code = _submit_now(wanted, runs, profile, store, cache)
-    chosen = [run for run in runs if run.run_id in outcome.submitted]
+    chosen = _named(outcome.submitted, runs)
     if profile.executor != "slurm":
         begin = {"local": local_loop.run_in_slots, "debug": local_loop.run_in_this_process}[profile.executor]
         if chosen:
@@ -98,14 +99,14 @@ def _launch(
         return replace(outcome, ended=states.read(store, outcome.submitted))
     if not wait:
         return outcome
-    under_way = {run_id for name in states.ACTIVE if name != "unknown" for run_id in outcome.skipped.get(name, ())}
-    watched = [run for run in runs if run in chosen or run.run_id in under_way]
+    under_way = [run_id for name in states.ACTIVE if name != "unknown" for run_id in outcome.skipped.get(name, ())]
+    watched = _named([*outcome.submitted, *under_way], runs)
     if watched:
         _watch(watched, store)
     outcome = replace(outcome, ended=states.read(store, [run.run_id for run in watched]))
     if not outcome.waiting:
         return outcome
-    more = _launch_when_possible(wanted, [r for r in runs if r.run_id in outcome.waiting], profile, store, cache)
+    more = _launch_when_possible(wanted, _named(outcome.waiting, runs), profile, store, cache)
     submitted, ended = outcome.submitted + more.submitted, outcome.ended + more.ended
     return replace(more, submitted=submitted, skipped=outcome.skipped | more.skipped, ended=ended)
 
@@ -145,12 +146,20 @@ def _submit_now(
                 raise
             if waiting:
                 _restore_markers(kept)
-    if profile.executor == "slurm" and "queued" in skipped:
+    begins_later = [run_id for state in ("queued", "held", "requeued") for run_id in skipped.get(state, ())]
+    if profile.executor == "slurm" and begins_later:
         with store_lock(store):
-            submissions.limit_running(store, skipped["queued"], profile.max_parallel)
-    submitted = [run.run_id for run in todo if run not in waiting]
+            submissions.limit_running(store, begins_later, profile.max_parallel)
+    left = {run.run_id: run for run in waiting}
+    submitted = [run.run_id for run in todo if run.run_id not in left]
     _say(store, submitted, skipped, len(waiting), reason)
-    return Outcome(submitted, skipped, waiting=[run.run_id for run in waiting]), code
+    return Outcome(submitted, skipped, waiting=list(left)), code
+
+
+def _named(run_ids: Iterable[str], runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Those of the runs that have one of these ids."""
+    wanted = set(run_ids)
+    return [run for run in runs if run.run_id in wanted]
 
 
 def _say(
@@ -289,8 +298,10 @@ def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"
     """Build what data is missing. Generated tasks have none."""
     from experiments.data.build import build
     from experiments.data.dataset import Dataset
+    from experiments.launching import data_jobs
 
     specs = dict.fromkeys(run.data for run in runs if run.data is not None)
+    data_jobs.require_nothing_under_way(specs, cache)
     return {spec: Dataset.open(build(spec, cache)) for spec in specs}
 
 
@@ -300,9 +311,16 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
     commit = snapshot.commit(code)
 
     def freeze(run: RunConfig) -> None:
-        execution = profile.job(run.size).execution
-        dataset = None if run.data is None else datasets[run.data]
-        write_record(run, store, dataset, execution, code_commit=commit, submitted_at=time.time())
+        job = profile.job(run.size)
+        write_record(
+            run,
+            store,
+            None if run.data is None else datasets[run.data],
+            job.execution,
+            code_commit=commit,
+            submitted_at=time.time(),
+            forecast_gpu_hours=gpu_hours(run, job.teraflops_per_second),
+        )
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(freeze, runs))
