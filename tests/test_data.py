@@ -88,11 +88,11 @@ def test_bytes_per_token_is_exact_against_the_decoded_text(tmp_path: Path) -> No
 
     held = held_out(data, sequence_length=7, sequences=30)
     targets = all_tokens(data, "validation")[1 : 30 * 7 + 1]
-    assert held.targets.ravel().tolist() == targets.tolist()
-    assert held.inputs.ravel().tolist() == all_tokens(data, "validation")[: 30 * 7].tolist()
+    assert held.examples.targets.ravel().tolist() == targets.tolist()
+    assert held.examples.inputs.ravel().tolist() == all_tokens(data, "validation")[: 30 * 7].tolist()
     assert held.bytes_predicted == len(decoder.decode(targets.tolist()))
     # A model that knows nothing pays eight bits a byte, whatever the tokens are.
-    nats = data.token_bytes()[held.targets].astype(float) * 8 * math.log(2)
+    nats = data.token_bytes()[held.examples.targets].astype(float) * 8 * math.log(2)
     assert held.bits_per_byte(nats.mean()) == pytest.approx(8, rel=1e-12)
 
 

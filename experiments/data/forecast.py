@@ -19,6 +19,8 @@ WORTH_A_WORD = 60.0  # seconds
 
 def forecast(spec: DataConfig) -> str | None:
     """A line on the time and disk that a build would take; None for one of a minute, or for text that is not there."""
+    if spec.pretokenized is not None:  # nothing is built, and what is read once is read at once
+        return None
     try:
         files = find_files(spec).files
     except ValueError:  # `plan` notes what is missing, and `submit` refuses it

@@ -76,7 +76,7 @@ def legal(value: str, options: Iterable[str]) -> str:
     options = list(options)
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}legal: {', '.join(options)}" if len(options) <= 20 else f"{hint}{len(options)} values are legal"
+    return f"{hint}legal: {', '.join(options)}" if len(options) <= 30 else f"{hint}{len(options)} values are legal"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -46,6 +46,7 @@ class Sweep:
     steps: int | None = None
     # task -> its steps, where they are not `steps`, such as those of a smaller training set
     steps_by_task: Mapping[str, int] = field(default_factory=dict)
+    packed: bool = False  # keep the documents of a sequence of text apart: data/packing.py
     evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
     max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
@@ -251,6 +252,7 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
         vary=point,
         task=sweep.task.get(task),
         task_name=task,
+        packed=sweep.packed,
     )
     if run.data is not None and run.epochs is not None and run.epochs > sweep.max_epochs:
         raise ValueError(

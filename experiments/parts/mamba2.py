@@ -18,6 +18,7 @@ class Mamba2(Part):
     """
 
     kind = "mamba2"
+    takes_documents = True
 
     heads: int | None = None  # None: one for 16 channels of the model
     head_size: int = 19
@@ -45,7 +46,7 @@ class Mamba2(Part):
             "b": LinearMap(width, state),
             "c": LinearMap(width, state),
             "dt": LinearMap(width, heads),
-            "o": LinearMap(inner, width),
+            "o": LinearMap(inner, width, of_part_input=False),
         }
 
     def other_parameters(self, width: int) -> int:  # noqa: ARG002

@@ -20,6 +20,7 @@ class MoE(Part):
     """
 
     kind = "moe"
+    takes_documents = True
 
     experts: int  # routed ones
     top_k: int  # experts chosen for each token
@@ -59,7 +60,7 @@ class MoE(Part):
         return {
             "gate": LinearMap(width, hidden),
             "up": LinearMap(width, hidden),
-            "down": LinearMap(hidden, width),
+            "down": LinearMap(hidden, width, of_part_input=False),
         }
 
     @property

@@ -11,6 +11,7 @@ class SwiGLU(Part):
     """Three linear maps: gate and up map the normed input, and down maps their product into the residual stream."""
 
     kind = "swiglu"
+    takes_documents = True
 
     hidden: int | None = None  # width between up and down; None: the `ffn` of the size
 
@@ -25,5 +26,5 @@ class SwiGLU(Part):
         return {
             "gate": LinearMap(width, self.hidden),
             "up": LinearMap(width, self.hidden),
-            "down": LinearMap(self.hidden, width),
+            "down": LinearMap(self.hidden, width, of_part_input=False),
         }

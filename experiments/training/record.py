@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.logs.files import read_json, write_atomically, write_json
+from analysis.logs.record import CHECKSUM, check_unedited, record_sha256
 from analysis.logs.schema import SCHEMA
 from experiments.design import strict
 from experiments.design.config import TEXT, TRUNK, Execution, RunConfig
+from experiments.design.data import text_sha256
 from experiments.design.identity import differences, to_dict
 
 if TYPE_CHECKING:
@@ -47,13 +49,22 @@ def write_record(
         "code_commit": code_commit,
         "submitted_at": submitted_at,
     }
+    if run.packed:
+        assert dataset is not None, "only text has documents"
+        record["within_documents"] = _within_documents(dataset, run.train.sequence_length)
     run_dir = store / run.run_id
     run_dir.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
         tokenizer = dataset.path / TOKENIZER
         write_atomically(run_dir / TOKENIZER, lambda temporary: shutil.copyfile(tokenizer, temporary))
-    write_json(run_dir / "config.json", record)
+    write_json(run_dir / "config.json", record | {CHECKSUM: record_sha256(record)})
     return run_dir
+
+
+def _within_documents(dataset: "Dataset", sequence_length: int) -> dict[str, float]:
+    from experiments.data.packing import share_within_documents
+
+    return share_within_documents(dataset, sequence_length)._asdict()
 
 
 def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
@@ -66,13 +77,14 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
             f"{path} describes run {run.run_id}; wanted {run_dir.name}, as its folder is named; "
             "it was edited after it was submitted: submit the sweep again"
         )
+    check_unedited(path, record)
     return record, run, strict.parse(record["execution"], Execution, f"{path}: execution")
 
 
 def data_sha256(run: RunConfig, dataset: "Dataset | None") -> str:
     """The identity of the data of a run: of the dataset, or of the generator and its settings."""
     if dataset is not None:
-        return dataset.sha256
+        return text_sha256(dataset.sha256, run.packed)
     assert run.task is not None, "a run has a dataset or a generated task"
     return run.task.sha256
 
