@@ -13,7 +13,7 @@ from analysis.logs.files import read_json, write_json
 from experiments.training.presence import process_started
 
 FOLDER = ".jobs"  # of a store: what launchers and jobs write beside the runs
-JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+JOB_KEYS = {"executor", "job_id", "host", "started", "submitted_at", "log"}
 _ALL_RIGHTS = 0o777
 
 

@@ -30,6 +30,7 @@ def write_record(
     *,
     code_commit: str | None,
     submitted_at: float,  # unix seconds
+    forecast_gpu_hours: float | None = None,  # None: the speed of the devices is not known
 ) -> Path:
     """Write config.json with everything that a run needs, and the tokenizer of text. Returns the run's directory."""
     record = {
@@ -48,6 +49,7 @@ def write_record(
         "tokenizer_sha256": None if dataset is None else dataset.tokenizer_sha256,
         "code_commit": code_commit,
         "submitted_at": submitted_at,
+        "forecast_gpu_hours": forecast_gpu_hours,
     }
     if run.packed:
         assert dataset is not None, "only text has documents"

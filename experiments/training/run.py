@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -300,6 +301,7 @@ class _Attempt:
                 about=about,
                 require_owner=self._folder.require,
             )
+            print(f"attempt {self._number}, from step {self._step}", flush=True)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -402,6 +404,7 @@ def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[s
         "triton": _version("triton"),
         "python": platform.python_version(),
         "job_id": place.job or None,
+        "hosts": list(place.hosts) or [socket.gethostname()],
         "code_commit": code_commit,
         "sharing": _sharing(place),
     }
