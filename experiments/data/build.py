@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from analysis.logs.files import write_atomically
-from experiments.data import enough, pretokenized, writing
+from experiments.data import enough, hub, pretokenized, writing
 from experiments.data import tokenizer as bpe
 from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
 from experiments.data.dataset import MANIFEST, SCHEMA, Dataset, file_sha256, sync_and_hash
@@ -40,6 +40,7 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        spec = hub.localise(spec, cache)
         target = (_build_text if spec.pretokenized is None else pretokenized.index)(spec, cache, progress)
     except OSError as error:
         raise ValueError(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.logs.files import read_json, write_json
-from experiments.data import build, encode, reading, writing
+from experiments.data import build, encode, hub, reading, writing
 from experiments.data import tokenizer as bpe
 from experiments.data.corpus import CorpusFile, Found, fingerprint
 from experiments.design.data import SPLITS, DataConfig
@@ -100,7 +100,8 @@ def under_way(spec: DataConfig, cache: Path) -> Shared | None:
 
 
 def _with_whole_places(spec: DataConfig, cache: Path) -> build.Source:
-    """Jobs may start in another folder."""
+    """Jobs may start in another folder, and without a network."""
+    spec = hub.localise(spec, cache)
     places: dict[str, Any] = {
         name: str(Path(place).expanduser().absolute())
         for name in ("source", "validation_source", "tokenizer")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.logs.files import write_atomically, write_json
-from experiments.data import encode, shards
+from experiments.data import encode, hub, shards
 from experiments.data import tokenizer as bpe
 from experiments.data.copies import find_near_copies
 from experiments.data.corpus import Found
@@ -83,6 +83,7 @@ def write(folder: Path, prepared: Prepared, spec: DataConfig, found: Found, prog
         "python": platform.python_version() if spec.source == "python" else None,
         "shard_tokens": shards.SHARD_TOKENS,
         "corpus": corpus | {"duplicates": corpus["documents"] - distinct - left_out},
+        "origins": hub.origins(spec),
         "not_read": found.not_read,
         "splits": splits,
         "files": {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},
