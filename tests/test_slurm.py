@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -261,6 +262,10 @@ def test_a_preempted_run_is_requeued_and_loses_no_step(
     assert set(rows["attempt"].to_pylist()) == {1, 2}
     run = read_json(run_dir / "run.json")
     assert (run["attempts"], run["seconds"]["lost"]) == (2, 0.0)
+    first, second = states.history(store, state_of(store, long_run))
+    assert (first.job_id, first.nodes, first.redone_steps) == (requeued.job_id, "node1", 0)
+    assert (first.how_ended in ("PREEMPTED", "REQUEUED"), second.how_ended) == (True, "complete")
+    assert second.first_step == int(str(first.last_step)) + 1
     reference = submitted(long_run, tmp_path / "reference")
     Run(reference)()
     assert losses(run_dir) == losses(reference)
@@ -309,7 +314,7 @@ def test_a_run_that_slurm_cancelled_while_pending_is_not_submitted_again(
 ) -> None:
     """Somebody's plain scancel, seen through the accounting."""
     submit(runs, tmp_path, replace(PROFILE, slurm=Slurm("low", options={"hold": ""})))
-    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    assert {state_of(tmp_path, run).state for run in runs} == {"held"}
     ask("scancel", str(state_of(tmp_path, runs[0]).job_id).split("_")[0])
     wait_until(lambda: {state_of(tmp_path, run).state for run in runs} == {"cancelled"})
     assert str(state_of(tmp_path, runs[0]).cause).startswith("Slurm says CANCELLED by")
@@ -334,7 +339,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
             submit(runs, tmp_path, held, wait=True)
     told = capsys.readouterr().err
     assert told.index("3 runs submitted") < told.index("the jobs go on; `dynconv status --store")
-    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    assert {state_of(tmp_path, run).state for run in runs} == {"held"}
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
@@ -347,11 +352,33 @@ def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     ask("scancel", "--signal=ABRT", str(state_of(tmp_path, long_run).job_id))
     wait_until(lambda: {state_of(tmp_path, run).state for run in (diverging, long_run)} == {"failed", "lost"})
     assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: ")
-    wait_until(lambda: "Slurm says FAILED" in str(state_of(tmp_path, long_run).cause))
+    wait_until(lambda: "Slurm says FAILED: process 0 on node1: Aborted" in str(state_of(tmp_path, long_run).cause))
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
     again = submit([diverging, long_run], tmp_path, wait=True)
     assert (again.submitted, again.skipped) == ([long_run.run_id], {"failed": [diverging.run_id]})
     assert [(state.state, state.attempts) for state in again.ended] == [("complete", 2)]
+
+
+def test_status_says_what_a_job_waits_for(long_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    """Held, released to wait for room, running, suspended."""
+    blocker = ask("sbatch", "--parsable", "--exclusive", "--time=7", "--output=/dev/null", "--wrap=sleep 300")
+    submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""})))
+    held = state_of(tmp_path, long_run)
+    assert (held.state, held.reason) == ("held", "JobHeldUser")
+    assert "scontrol release" in str(held.cause)
+    job = str(held.job_id)
+    ask("scontrol", "release", job)
+    wait_until(lambda: state_of(tmp_path, long_run).reason in ("Resources", "Priority"))
+    wait_until(lambda: state_of(tmp_path, long_run).expected_start is not None)  # the backfill scheduler has looked
+    queued = state_of(tmp_path, long_run)
+    assert queued.state == "queued"
+    assert 0 < float(str(queued.expected_start)) - time.time() < 8 * 60
+    ask("scancel", blocker.strip())
+    wait_until(lambda: state_of(tmp_path, long_run).state == "running")
+    assert state_of(tmp_path, long_run).nodes == "node1"
+    ask("scontrol", "suspend", job)
+    wait_until(lambda: state_of(tmp_path, long_run).state == "suspended")
+    launch.cancel(tmp_path, [long_run.run_id])
 
 
 def test_refusals_leave_nothing_behind(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
@@ -378,7 +405,7 @@ def test_a_controller_that_does_not_answer(
         assert (unknown.state, unknown.cause) == ("unknown", "squeue does not answer")
         with pytest.raises(ValueError, match="controller does not answer"):
             submit([tiny_run], tmp_path)
-    assert state_of(tmp_path, tiny_run).state == "queued"
+    assert state_of(tmp_path, tiny_run).state == "held"
     launch.cancel(tmp_path, [tiny_run.run_id])
 
 
@@ -399,7 +426,7 @@ def test_what_was_accepted_before_a_refusal_is_kept(
         patch.setattr(sbatch, "submit", submit_arrays_only)
         with pytest.raises(ValueError, match="refused: enough; 2 of 3 runs are queued: submit again for the rest"):
             submit(runs, tmp_path, held)
-    assert [state_of(tmp_path, run).state for run in runs] == ["queued", "queued", "pending"]
+    assert [state_of(tmp_path, run).state for run in runs] == ["held", "held", "pending"]
     assert submit(runs, tmp_path, held).submitted == [runs[2].run_id]
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
@@ -548,6 +575,59 @@ def test_what_the_limit_on_jobs_allows_is_submitted(
         launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
+def preempt(job_id: str) -> None:
+    """Have a job of the higher partition, which ends soon, and let the preempted one start again at once."""
+    ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_until(lambda: "Restarts=1" in ask("scontrol", "show", "job", job_id))
+    ask("scontrol", "update", f"jobid={job_id}", "starttime=now")
+
+
+def test_a_run_is_queued_again_where_nodes_have_no_scontrol(
+    long_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """Its state is saved, and the job lives on until Slurm, whose grace time is over, queues it again."""
+    missing = "scontrol() { echo 'scontrol: command not found' >&2; return 127; }"
+    ask("scontrol", "update", "partition=low", "gracetime=8")
+    try:
+        submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, setup=(missing,))))
+        wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+        preempt(str(state_of(tmp_path, long_run).job_id))
+        assert "scontrol: command not found" in log_of(tmp_path, long_run)
+        wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
+    finally:
+        ask("scontrol", "update", "partition=low", "gracetime=30")
+    run = read_json(tmp_path / long_run.run_id / "run.json")
+    assert (run["attempts"], run["seconds"]["lost"]) == (2, 0.0)
+
+
+def test_a_job_that_is_preempted_before_python_runs_is_queued_again(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """TERM ends what would start Python; Slurm by itself would call that a failure. It costs no attempt."""
+    slow = tmp_path / "slow-python"
+    begun = tmp_path / "begun"
+    slow.write_text(f'#!/bin/bash\nif [ ! -e {begun} ]; then touch {begun}; sleep 60; fi\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    store = tmp_path / "store"
+    submit([tiny_run], store, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, python=str(slow))))
+    wait_until(begun.exists)
+    preempt(str(state_of(store, tiny_run).job_id))
+    wait_until(lambda: state_of(store, tiny_run).state == "complete")
+    assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
+
+
+def test_a_running_job_that_is_cancelled_by_scancel_stays_so(
+    long_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """scancel's signal looks like a preemption; the batch script asks Slurm which it is."""
+    submit([long_run], tmp_path)
+    wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+    ask("scancel", str(state_of(tmp_path, long_run).job_id))
+    wait_until(lambda: state_of(tmp_path, long_run).state == "cancelled")
+    assert str(state_of(tmp_path, long_run).cause).startswith("Slurm says CANCELLED by")
+    assert arrays_of(tmp_path) == []
+
+
 def test_the_limit_on_jobs_that_run_at_once_can_be_changed(
     runs: list[RunConfig], submit: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -689,6 +769,8 @@ def test_a_cluster_without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_notice_of_the_site_among_the_jobs_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "*** maintenance on Friday | see the wiki ***\n7_1|RUNNING\n8|PENDING\n"
+    said = "*** maintenance | see the wiki ***\n7_1|RUNNING|None|2026-01-02T03:04:05|n[1-2]\n8|PENDING|Priority|N/A|\n"
     monkeypatch.setattr(slurm, "_ask", lambda *_: said)
-    assert slurm.queue(["7_1", "8", "9"], [0]) == {"7_1": "RUNNING", "8": "PENDING"}
+    started = time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
+    found = {"7_1": slurm.Queued("RUNNING", None, started, "n[1-2]"), "8": slurm.Queued("PENDING", "Priority")}
+    assert slurm.queue(["7_1", "8", "9"], [0]) == found

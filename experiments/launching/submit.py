@@ -14,6 +14,7 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
+from experiments.design.plan import gpu_hours
 from experiments.launching import arrays, branches, jobs, local, local_loop, slurm, snapshot, states, submissions
 from experiments.launching.locks import store_lock
 from experiments.launching.profile import Profile
@@ -279,9 +280,16 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
     commit = snapshot.commit(code)
 
     def freeze(run: RunConfig) -> None:
-        execution = profile.job(run.size).execution
-        dataset = None if run.data is None else datasets[run.data]
-        write_record(run, store, dataset, execution, code_commit=commit, submitted_at=time.time())
+        job = profile.job(run.size)
+        write_record(
+            run,
+            store,
+            None if run.data is None else datasets[run.data],
+            job.execution,
+            code_commit=commit,
+            submitted_at=time.time(),
+            forecast_gpu_hours=gpu_hours(run, job.teraflops_per_second),
+        )
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(freeze, runs))
