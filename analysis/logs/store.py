@@ -19,7 +19,7 @@ from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
-from analysis.logs.schema import COLUMNS, LATER_COLUMNS, RUN_COLUMNS
+from analysis.logs.schema import COLUMNS, LATER_COLUMNS, OF_LEARNING, RUN_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +154,7 @@ def _read_frozen(path: Path) -> tuple[pd.DataFrame, list[str]]:
     if needed := [name for name in missing if name not in LATER_COLUMNS]:
         raise ValueError(f"{path} lacks the columns {', '.join(needed)}; freeze the store again")
     problems = []
-    if missing:
+    if any(name in OF_LEARNING for name in missing):
         problems = [f"{path} was frozen by an older version and does not say which runs did not learn; freeze it again"]
     return run_types(runs), problems
 

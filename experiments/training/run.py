@@ -25,6 +25,7 @@ from analysis.logs.files import read_json, write_atomically
 from analysis.logs.ownership import FolderHeld, Hold, held
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
+from experiments import source
 from experiments.design.config import RunConfig
 from experiments.training.job import joined, other_job, this_place
 from experiments.training.record import data_sha256, read_record
@@ -370,7 +371,8 @@ def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[st
         "triton": _version("triton"),
         "python": platform.python_version(),
         "job_id": job_id or None,
-        "code_commit": code_commit,
+        "code_commit": source.recorded_commit() or code_commit,  # of the copy that this process runs
+        "code_sha256": source.code_sha256(),
         "sharing": int(sharing) if sharing.isdigit() else None,
     }
 
