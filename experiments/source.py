@@ -29,7 +29,10 @@ DECIDING = (
     "experiments/training",
 )
 # Of these folders, what only begins, records and ends a run.
-NOT_DECIDING = tuple(f"experiments/training/{name}.py" for name in ("job", "memory", "record", "rendezvous", "run"))
+NOT_DECIDING = tuple(
+    f"experiments/training/{name}.py"
+    for name in ("folder", "job", "memory", "presence", "record", "rendezvous", "run", "stopping")
+)
 
 
 def root() -> Path:

@@ -18,6 +18,11 @@ class Hardware:
     teraflops_per_second: float | None = None  # sustained rate of one GPU; None: not known, so there is no forecast
 
 
+def gpu_hours(run: RunConfig, teraflops_per_second: float | None) -> float | None:
+    """The training time of a run on one device of this sustained rate; None where the rate is not known."""
+    return None if teraflops_per_second is None else run.own_flops / (teraflops_per_second * 1e12) / 3600
+
+
 def rows(
     runs: Sequence[RunConfig], hardware: Mapping[str, Hardware], measured: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
@@ -50,7 +55,7 @@ def rows(
                 "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
                 "gpus": machine.gpus,
                 "teraflops_per_second": rate,
-                "hours": None if rate is None else run.own_flops / (machine.gpus * rate * 1e12) / 3600,
+                "hours": None if (hours := gpu_hours(run, rate)) is None else hours / machine.gpus,
             }
         )
     return result

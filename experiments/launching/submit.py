@@ -14,6 +14,7 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
+from experiments.design.plan import gpu_hours
 from experiments.launching import arrays, branches, jobs, local, local_loop, slurm, snapshot, states, submissions
 from experiments.launching.locks import store_lock
 from experiments.launching.profile import Profile
@@ -296,8 +297,10 @@ def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"
     """Build what data is missing. Generated tasks have none."""
     from experiments.data.build import build
     from experiments.data.dataset import Dataset
+    from experiments.launching import data_jobs
 
     specs = dict.fromkeys(run.data for run in runs if run.data is not None)
+    data_jobs.require_nothing_under_way(specs, cache)
     return {spec: Dataset.open(build(spec, cache)) for spec in specs}
 
 
@@ -307,9 +310,16 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
     commit = snapshot.commit(code)
 
     def freeze(run: RunConfig) -> None:
-        execution = profile.job(run.size).execution
-        dataset = None if run.data is None else datasets[run.data]
-        write_record(run, store, dataset, execution, code_commit=commit, submitted_at=time.time())
+        job = profile.job(run.size)
+        write_record(
+            run,
+            store,
+            None if run.data is None else datasets[run.data],
+            job.execution,
+            code_commit=commit,
+            submitted_at=time.time(),
+            forecast_gpu_hours=gpu_hours(run, job.teraflops_per_second),
+        )
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(freeze, runs))

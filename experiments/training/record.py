@@ -31,6 +31,7 @@ def write_record(
     *,
     code_commit: str | None,
     submitted_at: float,  # unix seconds
+    forecast_gpu_hours: float | None = None,  # None: the speed of the devices is not known
 ) -> Path:
     """Write config.json with everything that a run needs, and the tokenizer of text. Returns the run's directory."""
     record = {
@@ -50,6 +51,7 @@ def write_record(
         "code_commit": code_commit,
         "code_sha256": source.code_sha256(),
         "submitted_at": submitted_at,
+        "forecast_gpu_hours": forecast_gpu_hours,
     }
     if run.packed:
         assert dataset is not None, "only text has documents"
