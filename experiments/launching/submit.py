@@ -30,6 +30,7 @@ from experiments.launching import (
 from experiments.launching.locks import store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
+from experiments.launching.versions import check_code
 from experiments.training.record import check_store, data_sha256, write_record
 
 if TYPE_CHECKING:
@@ -63,34 +64,56 @@ class Outcome:
         return [state for state in self.ended if state.state != "complete"]
 
 
-def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Path, wait: bool = False) -> Outcome:
+def submit(
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    *,
+    cache: Path,
+    wait: bool = False,
+    accept: Sequence[str] = (),
+) -> Outcome:
     """Submit the runs that are pending, or were lost by a scheduler or a crash; leave all others alone.
 
     Builds missing data into `cache`. Runs of the executors "local" and "debug" end with this process, so they are
     always waited for. What was submitted is said on standard error before the wait. Raises ValueError, before
     anything is written, where the cluster does not answer, the store takes no files, or it holds runs of another
-    schema.
+    schema, on other data or, unless `accept` has "code", by other code.
     """
-    return _launch(states.SUBMITTABLE, runs, profile, store.absolute(), cache, wait)
+    return _launch(states.SUBMITTABLE, runs, profile, store.absolute(), cache, wait, accept)
 
 
-def retry(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Path, wait: bool = False) -> Outcome:
+def retry(
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    *,
+    cache: Path,
+    wait: bool = False,
+    accept: Sequence[str] = (),
+) -> Outcome:
     """Submit failed, cancelled and lost runs again; they continue from their last checkpoint.
 
     Raises ValueError as `submit` does, and where a job of one of them has not ended yet. A run that cannot be
     submitted stays as it was.
     """
-    return _launch(states.RETRYABLE, runs, profile, store.absolute(), cache, wait)
+    return _launch(states.RETRYABLE, runs, profile, store.absolute(), cache, wait, accept)
 
 
 def _launch(
-    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path, wait: bool
+    wanted: Sequence[str],
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    cache: Path,
+    wait: bool,
+    accept: Sequence[str],
 ) -> Outcome:
     if wanted == states.RETRYABLE:
         _require_store(store)
     _check(runs, profile)
     _check_schema(store)
-    outcome, code = _submit_now(wanted, runs, profile, store, cache)
+    outcome, code = _submit_now(wanted, runs, profile, store, cache, accept)
     chosen = _named(outcome.submitted, runs)
     if profile.executor != "slurm":
         begin = {"local": local_loop.run_in_slots, "debug": local_loop.run_in_this_process}[profile.executor]
@@ -106,30 +129,41 @@ def _launch(
     outcome = replace(outcome, ended=states.read(store, [run.run_id for run in watched]))
     if not outcome.waiting:
         return outcome
-    more = _launch_when_possible(wanted, _named(outcome.waiting, runs), profile, store, cache)
+    more = _launch_when_possible(wanted, _named(outcome.waiting, runs), profile, store, cache, accept)
     submitted, ended = outcome.submitted + more.submitted, outcome.ended + more.ended
     return replace(more, submitted=submitted, skipped=outcome.skipped | more.skipped, ended=ended)
 
 
 def _launch_when_possible(
-    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
+    wanted: Sequence[str],
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    cache: Path,
+    accept: Sequence[str],
 ) -> Outcome:
     """Submit the runs as soon as there is room for one more job, and wait for them."""
     while True:
         try:
-            return _launch(wanted, runs, profile, store, cache, wait=True)
+            return _launch(wanted, runs, profile, store, cache, wait=True, accept=accept)
         except sbatch.TooMany:  # jobs that have ended count for a while, and others' may count, too
             time.sleep(ROOM_SECONDS)
 
 
 def _submit_now(
-    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
+    wanted: Sequence[str],
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    cache: Path,
+    accept: Sequence[str],
 ) -> tuple[Outcome, Path]:
     """Submit what can be submitted now. Returns the folder of the code, too."""
     with store_lock(store):  # asked before the data is built, which may take hours: the store may take no files
         if profile.executor == "slurm":
             submissions.settle(store, [run.run_id for run in runs])
         todo, skipped = _choose(wanted, runs, store)
+        check_code(todo, store, accept)
     waiting, reason, code = list[RunConfig](), "", Path()
     if todo:
         datasets = _build(runs, cache)  # not under the lock, which others would wait for
@@ -286,12 +320,13 @@ def _choose(
 
 def _check_store(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"], store: Path) -> None:
     """Raises ValueError if the store holds runs that cannot be compared with these."""
-    alike: dict[tuple[str, str], list[RunConfig]] = {}
+    alike: dict[tuple[str, str, str | None], list[RunConfig]] = {}
     for run in runs:
         dataset = None if run.data is None else datasets[run.data]
-        alike.setdefault((run.task_name, data_sha256(run, dataset)), []).append(run)
-    for (_, sha256), group in alike.items():
-        check_store(group, store, sha256)
+        tokenizer = None if dataset is None else dataset.tokenizer_sha256
+        alike.setdefault((run.task_name, data_sha256(run, dataset), tokenizer), []).append(run)
+    for (_, sha256, tokenizer), group in alike.items():
+        check_store(group, store, sha256, tokenizer)
 
 
 def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"]:
