@@ -345,7 +345,7 @@ def fit_object(fit: Fit) -> dict[str, Any]:
 
     per_arm = {}
     for arm in arms if len(arms) > 1 else []:
-        own: dict[str, float | None] = {name: fit.parameter(name, arm) for name in names}
+        own: dict[str, Any] = {name: fit.parameter(name, arm) for name in names}
         ratios = [key for key in ("m", "rho_N", "rho_D") if f"{key}[{arm}]" in fit.values]
         known = [key for key in ratios if fit.determines(f"{key}[{arm}]")]
         own |= dict.fromkeys(ratios) | {key: fit.values[f"{key}[{arm}]"] for key in known}
