@@ -12,7 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 from dynconv.ops import flops
 from dynconv.ops.fused_rotary import parts
 from dynconv.ops.launch import repeated
-from dynconv.ops.optional import fused_rotary_mma, runs_gluon
+from dynconv.ops.optional import fused_rotary_mma
+from dynconv.ops.tiles import runs_gluon
 
 _INPUTS = "Tensor joined, Tensor weight, Tensor? static_w, Tensor frequencies, int heads, bool residual"
 

@@ -69,7 +69,8 @@ def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> N
 
 
 def store_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--store", type=Path, metavar="DIR", help=f"where the runs are (default {STORES}/<sweep name>)")
+    text = f"where the runs are (default {STORES}/<sweep name> of the sweep's project, or $DYNCONV_STORES/<sweep name>)"
+    verb.add_argument("--store", type=Path, metavar="DIR", help=text)
 
 
 def profile_argument(verb: argparse.ArgumentParser) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.cli.arguments import (
-    STORES,
     Subparsers,
     add_verb,
     format_argument,
@@ -17,6 +16,7 @@ from experiments.cli.arguments import (
     sweep_argument,
     warn,
 )
+from experiments.cli.stores import default_store
 from experiments.design import strict
 from experiments.design.config import RunConfig
 
@@ -194,7 +194,7 @@ def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
     if args.verb in ("plan", "submit"):
         for note in notes(read_sweep(args.sweep)):
             warn(f"{args.sweep}: {note}")
-    store: Path = getattr(args, "store", None) or STORES / runs[0].sweep
+    store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
     return runs, store
 
 

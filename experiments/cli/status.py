@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import STORES, Subparsers, add_verb, format_argument, store_argument, warn
+from experiments.cli.stores import default_store, stores_of
 from experiments.design import strict
 
 if TYPE_CHECKING:
@@ -107,9 +108,10 @@ def _rows(args: argparse.Namespace) -> "list[RunState]":
         return _of_sweep(args.what, store)
     if store is not None:
         return states.read(store, states.find(store))
-    stores = sorted(path for path in STORES.glob("*") if path.is_dir())
+    folder = stores_of(Path())
+    stores = sorted(path for path in folder.glob("*") if path.is_dir())
     if not stores:
-        raise ValueError(f"no store in {STORES}; name a sweep file or a store, or submit a sweep first")
+        raise ValueError(f"no store in {folder}; name a sweep file or a store, or submit a sweep first")
     return [state for store in stores for state in states.read(store, states.find(store))]
 
 
@@ -119,7 +121,7 @@ def _of_sweep(sweep: Path, store: Path | None) -> "list[RunState]":
     from experiments.launching import states
 
     runs = load_sweep(sweep)
-    store = store or STORES / runs[0].sweep
+    store = store or default_store(sweep, runs, "status")
     if not store.is_dir():
         warn(f"{store} is not there yet: `dynconv submit` makes it")
     found = states.read(store, [run.run_id for run in runs])

@@ -16,8 +16,9 @@ from analysis.logs.files import read_json
 from analysis.logs.learning import why_not
 from experiments.launching import attempts, causes, slurm
 from experiments.launching.branches import trunk_failure
-from experiments.launching.jobs import errors_naming, job_of, process_started
+from experiments.launching.jobs import errors_naming, job_of
 from experiments.terminal import duration
+from experiments.training.presence import process_started
 
 # A run in one of these may still have a job, so it gets no second one.
 ACTIVE = ("queued", "held", "running", "suspended", "requeued", "unknown")

@@ -267,8 +267,10 @@ def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"
     """Build what data is missing. Generated tasks have none."""
     from experiments.data.build import build
     from experiments.data.dataset import Dataset
+    from experiments.launching import data_jobs
 
     specs = dict.fromkeys(run.data for run in runs if run.data is not None)
+    data_jobs.require_nothing_under_way(specs, cache)
     return {spec: Dataset.open(build(spec, cache)) for spec in specs}
 
 

@@ -51,7 +51,8 @@ class AttentionModule(nn.Module):
 
     def fuse(self) -> None:
         """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product."""
-        plain = self.head_counts[0] == self.head_counts[1] and not self.qk_norm
+        heads, kv_heads = self.head_counts
+        plain = heads == kv_heads and not self.qk_norm
         self.fused = plain and rotates_convolutions(self.maps)
         convolved = [site for site in ("q", "k", "v") if cast(ConvLinear, self.maps[site]).conv is not None]
         self.maps.in_one_product = plain and not convolved
@@ -67,7 +68,7 @@ class AttentionModule(nn.Module):
         return y
 
     def _inputs(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention reads: queries [B, H, T, E], keys, values [B, K, T, E]. Documents begin at place 0."""
+        """Queries [B, H, T, E], and keys and values [B, K, T, E]. Each document has its own positions."""
         if self.fused and documents is None:
             assert self.frequencies is not None
             return rotated(self.maps, x, self.head_counts[0], self.frequencies)

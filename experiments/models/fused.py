@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynconv.layers import LowRankDynamicConv
 from dynconv.ops import interleaved, lowrank_rotary_convolution
@@ -64,10 +64,3 @@ def rotated(
     residual = convolutions[0].residual
     q, k, v = lowrank_rotary_convolution(products, up, static, frequencies, heads, residual)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def fuse(blocks: nn.ModuleList) -> None:
-    """Have the parts of all blocks that know how compute convolutions and their neighbours together."""
-    for module in blocks.modules():
-        if hasattr(module, "fuse"):
-            module.fuse()
