@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, laws, models, pages, runs, status
+from experiments.cli import bench, claims, data, laws, models, pages, runs, status, trackers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     runs.register(subparsers)
     status.register(subparsers)
+    trackers.register(subparsers)
     laws.register(subparsers)
     claims.register(subparsers)
     pages.register(subparsers)
