@@ -1,15 +1,28 @@
 """The source code that runs: where it lies, and which git commit it is."""
 
+import functools
+import hashlib
 import os
 import subprocess
 from pathlib import Path
 
 PACKAGES = ("analysis", "dynconv", "experiments")
+# whose code a training step runs
+_TRAINING = ("dynconv", *(f"experiments/{room}" for room in ("models", "parts", "tasks", "training")))
 
 
 def root() -> Path:
     """The folder that holds the three packages."""
     return Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def training_code() -> str:
+    """A hash of the code that a training step runs, committed or not: other code may have another speed."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in _TRAINING for path in (root() / room).rglob("*.py")):
+        digest.update(f"{path.relative_to(root()).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def commit(changed: str) -> str | None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from analysis.logs.store import Store
+    from experiments.design.config import RunConfig
+    from experiments.launching.profile import Profile
 
 STORES = Path("results/runs")
 PUBLISHED = Path("results/published")
@@ -85,6 +87,25 @@ def format_argument(verb: argparse.ArgumentParser) -> None:
 def table_format_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md")
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+
+
+def profile_of(args: argparse.Namespace) -> Profile:
+    """The profile of the command line, or that of this machine."""
+    from experiments.launching.profile import Profile, load_profile
+
+    return Profile("local") if args.profile is None else load_profile(args.profile)
+
+
+def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
+    """The runs of the sweep, and their store. `plan` and `submit` also print notes on settings that may be mistakes."""
+    from experiments.design.sweep import load_sweep, notes, read_sweep
+
+    runs = load_sweep(args.sweep)
+    if args.verb in ("plan", "submit"):
+        for note in notes(read_sweep(args.sweep)):
+            warn(f"{args.sweep}: {note}")
+    store: Path = getattr(args, "store", None) or STORES / runs[0].sweep
+    return runs, store
 
 
 def load_store(args: argparse.Namespace) -> Store:

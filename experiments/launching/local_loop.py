@@ -32,8 +32,7 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
     """
     folder = jobs.new_folder(store, "local")
     slots = local.Slots(profile, [profile.job(run.size) for run in runs])
-    # The first seeds first: those after them find their program compiled.
-    waiting, running = deque(sorted(runs, key=lambda run: run.seed)), dict[int, "submitit.Job[None]"]()
+    waiting, running = deque(in_order(runs)), dict[int, "submitit.Job[None]"]()
     with ExitStack() as stack:
         stack.enter_context(termination_as_interrupt())
         with signals_deferred():  # ignored by the server, too, and so by the runs: only the launcher heeds Ctrl-C
@@ -64,6 +63,15 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
         except BaseException:  # whatever ends the launcher, Ctrl-C or a full disk: no run may outlive it
             _stop([job for job in running.values() if not job.done()])
             raise
+
+
+def in_order(runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The order in which runs are started here.
+
+    The first seeds come first, since those after them find their program compiled. Of a seed the longest come first:
+    then no slot is left with a long run at the end, and the first speeds that are seen are those of most of the work.
+    """
+    return sorted(runs, key=lambda run: (run.seed, -run.own_flops))
 
 
 def _next(waiting: deque[RunConfig], store: Path) -> RunConfig | None:

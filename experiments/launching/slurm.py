@@ -124,7 +124,7 @@ def executor(
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
-        "time": max(1, round(60 * job.hours)),
+        "time": max(1, round(60 * job.time_limit)),
         "nodes": job.nodes,
         "ntasks_per_node": processes_per_node,
         "cpus_per_task": job.cpus_per_gpu,

@@ -14,7 +14,7 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
-from experiments.launching import branches, jobs, local, local_loop, slurm, snapshot, states
+from experiments.launching import account, branches, jobs, local, local_loop, slurm, snapshot, states
 from experiments.launching.locks import signals_deferred, store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
@@ -78,19 +78,25 @@ def _launch(
         raise ValueError(f"{store} is not a store, so nothing in it can be tried again; name another with --store")
     _check(runs, profile)
     _check_schema(store)
+    limits: list[str] = []
     with store_lock(store):  # asked before the data is built, which may take hours: the store may take no files
         todo, skipped = _choose(wanted, runs, store)
     if todo:
+        account.require_within_cap(todo, runs, profile, store, cache)
         datasets = _build(runs, cache)  # not under the lock, which others would wait for
         with store_lock(store):
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
+            account.require_within_cap(todo, runs, profile, store, cache)
             _check_store(todo, datasets, store)
+            profile, limits = account.with_time_limits(profile, todo, runs, store, cache)
             code = _freeze(todo, datasets, profile, store)
             with _markers_removed([store / run.run_id for run in todo]):
                 if profile.executor == "slurm":
                     _submit_arrays(todo, profile, store, code)
     run_ids = [run.run_id for run in todo]
     _say(store, run_ids, skipped)
+    for line in limits:
+        print(f"{store}: {line}", file=sys.stderr)
     if not todo or (profile.executor == "slurm" and not wait):
         return Outcome(run_ids, skipped)
     wait_for = {"slurm": _watch, "local": local_loop.run_in_slots, "debug": local_loop.run_in_this_process}
