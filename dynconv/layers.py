@@ -49,6 +49,7 @@ class _ShortConv(nn.Module):
     """Base of all modules: training, prefill and decoding all call one function of `dynconv.ops`."""
 
     static_filter: nn.Parameter | None  # [W, D]
+    bias: nn.Parameter | None  # [D], added before the activation
 
     def __init__(
         self, function: Callable[..., Any], channels: int, width: int, residual: bool, activation: str | None
@@ -58,6 +59,7 @@ class _ShortConv(nn.Module):
         if activation not in (None, "silu"):
             raise ValueError(f'activation must be None or "silu"; got {activation!r}; apply another one to the result')
         super().__init__()
+        self.bias = None
         self._function = function
         self.channels, self.width, self.residual, self.activation = channels, width, residual, activation
 
@@ -72,6 +74,8 @@ class _ShortConv(nn.Module):
         if self.static_filter is not None:
             bound = self.width**-0.5
             nn.init.uniform_(self.static_filter, -bound, bound)
+            if self.bias is not None:  # as in nn.Conv1d, whose filters see W inputs
+                nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
         self,
@@ -79,8 +83,9 @@ class _ShortConv(nn.Module):
         generator_input: Tensor | None = None,  # [B, T, G]; the static and the fused modules need none
         cu_seqlens: Tensor | None = None,  # [N + 1]: packed documents' starts and the last one's end; B must be 1
         generated: Tensor | None = None,  # [B, T, columns]: an output of `project_together`, replaces generator_input
+        seq_idx: Tensor | None = None,  # [B, T]: the number of each token's document, negative for padding; any B
     ) -> Tensor:  # [B, T, D]
-        y: Tensor = self._convolve(x, generator_input, generated, cu_seqlens=cu_seqlens)
+        y: Tensor = self._convolve(x, generator_input, generated, cu_seqlens=cu_seqlens, seq_idx=seq_idx)
         return y
 
     def prefill(
@@ -126,7 +131,8 @@ class _ShortConv(nn.Module):
                 generated = self._generate(x, generator_input, generator)
             _check_made("generated", generated, x, generator.out_features)
         inputs = self._inputs(x, generated)
-        return self._function(*inputs, self.static_filter, self.residual, activation=self.activation, **options)
+        options |= {"activation": self.activation, "bias": self.bias}
+        return self._function(*inputs, self.static_filter, self.residual, **options)
 
     def _generate(self, x: Tensor, generator_input: Tensor | None, generator: nn.Linear) -> Tensor:
         if generator_input is None:
@@ -145,6 +151,7 @@ class _ShortConv(nn.Module):
     def extra_repr(self) -> str:
         static = self.static_filter is not None
         shown = f"channels={self.channels}, width={self.width}, residual={self.residual}, static_filter={static}"
+        shown = shown if self.bias is None else f"{shown}, bias=True"
         return shown if self.activation is None else f"{shown}, activation={self.activation}"
 
 
@@ -157,12 +164,15 @@ class StaticShortConv(_ShortConv):
         width: int = 4,
         residual: bool = True,
         *,
+        bias: bool = False,
         activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(static_convolution, channels, width, residual, activation)
         self.static_filter = nn.Parameter(torch.empty(width, channels, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self._reset_filters()
 
 

@@ -58,7 +58,7 @@ def test_what_is_permuted_ahead_is_what_each_batch_asks_for(dataset: Dataset, mo
     monkeypatch.setattr("experiments.data.batches.AHEAD", 170)
     for step in [*range(120), 3, 90, 5, *range(30, 60)]:
         for first, count in ((0, 20), (0, 7), (7, 13), (20, 0)):
-            for got, want in zip(batches.batch(step, first, count), expected[step], strict=True):
+            for got, want in zip(batches.batch(step, first, count)[:2], expected[step][:2], strict=True):
                 assert (got == want[first : first + count]).all()
 
 
@@ -69,7 +69,7 @@ def test_an_epoch_visits_each_window_once(dataset: Dataset, length: int, size: i
     n = batches.sequences_per_epoch
     tokens = all_tokens(dataset, "train")
     assert n == (len(tokens) - 1) // length
-    steps = [batches.batch(step) for step in range(-(-2 * n // size))]
+    steps = [batches.batch(step)[:2] for step in range(-(-2 * n // size))]
     inputs, targets = (np.concatenate(parts)[: 2 * n] for parts in zip(*steps, strict=True))
     assert (inputs[:, 1:] == targets[:, :-1]).all()
     windows = sorted(tokens[i * length : i * length + length + 1].tobytes() for i in range(n))
@@ -83,11 +83,11 @@ def test_a_batch_is_the_same_however_the_work_is_split_and_wherever_it_resumes(d
         return Batches(dataset, sequence_length=50, batch_sequences=24, seed=seed)
 
     uninterrupted = fresh()
-    stream = [uninterrupted.batch(step) for step in range(80)]  # over two epochs
+    stream = [uninterrupted.batch(step)[:2] for step in range(80)]  # over two epochs
     assert 2 * uninterrupted.sequences_per_epoch < 80 * 24
     for step in (79, 31, 0):
         for part in (1, 5, 8, 24):
-            pieces = [fresh().batch(step, first, min(part, 24 - first)) for first in range(0, 24, part)]
+            pieces = [fresh().batch(step, first, min(part, 24 - first))[:2] for first in range(0, 24, part)]
             for whole, halves in zip(stream[step], zip(*pieces, strict=True), strict=True):
                 assert (np.concatenate(halves) == whole).all()
     assert stream[0][0].dtype == np.int64

@@ -271,7 +271,6 @@ def flip_a_bit(path: Path) -> None:
             "describe a dataset; got KeyError.'spec'",
         ),
         (MANIFEST, without("splits"), "must describe a dataset; got KeyError.'splits'.*; remove"),
-        (MANIFEST, without("shard_tokens"), "must describe a dataset; got KeyError.'shard_tokens'.*; remove"),
         (MANIFEST, without("files"), "must describe a dataset; got KeyError.'files'.*; remove"),
     ],
 )

@@ -255,10 +255,14 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     for domain, documents in texts.items():
         write_txt(tmp_path / "text" / domain, documents)
     (tmp_path / "text" / "loose.txt").write_text("in no domain")
+    for name in ("paper.pdf", "notes.md", "more.md", ".hidden.txt"):
+        (tmp_path / "text" / "prose" / name).write_text("of a format that is not read")
     capsys.readouterr()  # what the training printed
     assert main(["eval", str(run_dir), "--text", str(tmp_path / "text"), "--json"]) == 0
     shown = capsys.readouterr()
     assert "loose.txt in " in shown.err
+    assert "text/prose: not read: 2 .md, 1 .pdf, 1 hidden or an editor's\n" in shown.err
+    assert "text/code: not read" not in shown.err
     rows = json.loads(shown.out)
     got = {(row["task"], row["metric"]): row["value"] for row in rows}
     for domain, documents in texts.items():

@@ -2,10 +2,7 @@
 
 import json
 import random
-import sysconfig
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +13,7 @@ from texts import END_OF_TEXT, make_texts
 from tokenizers import Tokenizer
 
 from experiments.data import tokenizer as bpe
-from experiments.data.batches import Batches
-from experiments.data.build import build
-from experiments.data.dataset import Dataset
 from experiments.data.fast import byte_alphabet, fast_encoder
-from experiments.design.data import DataConfig
 
 pytest.importorskip("tiktoken")
 
@@ -116,29 +109,3 @@ def test_a_difference_is_refused(trained: bpe.Coder) -> None:
 def test_byte_alphabet() -> None:
     assert sorted(byte_alphabet().values()) == list(range(256))
     assert byte_alphabet()["Ġ"] == ord(" ")
-
-
-def core_seconds(work: Callable[[], object]) -> float:
-    """The least of three, as the machine may be shared."""
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-@pytest.mark.slow
-def test_speed_of_encoding_and_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ratios in one run: 3.4 was measured for encoding, and 190M tokens a core-second for reading batches."""
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    data = Dataset.open(build(DataConfig(vocabulary=4096, train_tokens=1_500_000, validation_tokens=50_000), tmp_path))
-    coder = bpe.load((data.path / "tokenizer.json").read_bytes(), 4096, END_OF_TEXT)
-    texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))]
-    fast = core_seconds(lambda: list(bpe.encode(coder, texts)))
-    slow = core_seconds(lambda: list(bpe.encode(coder._replace(fast=None), texts)))
-    assert slow > 2.5 * fast
-
-    batches = Batches(data, sequence_length=512, batch_sequences=64, seed=0)
-    read = core_seconds(lambda: [batches.batch(step) for step in range(40)])
-    assert 40 * 64 * 512 / read > 20e6

@@ -21,7 +21,7 @@ from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.launching import jobs, local, slurm, snapshot, states
+from experiments.launching import jobs, local, sbatch, slurm, snapshot, states
 from experiments.launching import submit as launch
 from experiments.launching.locks import signals_deferred, store_lock, termination_as_interrupt
 from experiments.launching.profile import Job, Profile, Slurm
@@ -389,7 +389,7 @@ def test_a_retry_that_is_refused_leaves_the_cause(
         profile = Profile("slurm", slurm=Slurm("low", signal_seconds=30))
         monkeypatch.setattr(slurm, "check", lambda _: None)
         monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda _: 2)
-        monkeypatch.setattr(slurm, "submit", refuse)
+        monkeypatch.setattr(sbatch, "submit", refuse)
         monkeypatch.setattr(slurm, "max_array_size", lambda: 10)
     else:
         monkeypatch.setattr("experiments.data.build.build", refuse)

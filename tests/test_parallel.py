@@ -389,7 +389,7 @@ def test_devices_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("experiments.training.rendezvous.process_group", lambda *_: pytest.MonkeyPatch.context())
     with (
         pytest.raises(ValueError, match="devices differ: rank 0 has NVIDIA H200, and rank 2 has NVIDIA A100; ask for"),
-        joined(tmp_path, Execution(device="cpu"), Place(rank=0, size=3), attempt=1),
+        joined(tmp_path, Execution(device="cpu"), Place(rank=0, size=3)),
     ):
         pass
 

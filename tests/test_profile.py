@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.launching import slurm
+from experiments.launching import sbatch
 from experiments.launching.profile import Job, Slurm, load_profile
 
 PROFILES = Path(__file__).parent.parent / "slurm" / "profiles"
@@ -65,16 +65,20 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda _: 2)  # no Slurm is needed to write it
     profile = load_profile(PROFILES / "example-gpu.toml")
     assert profile.slurm is not None
-    executor = slurm.executor(
+    script = sbatch.script(
         profile.job("1B"),
-        replace(profile.slurm, setup=("module load cuda",), options={"reservation": "scaling", "exclusive": ""}),
+        replace(
+            profile.slurm,
+            setup=("module load cuda",),
+            options={"reservation": "scaling", "exclusive": ""},
+            srun_options=("--mpi=none",),
+        ),
+        count=5,
         max_parallel=3,
         name="paper-scaling-1B",
         folder=Path("/store/.jobs/1"),
         snapshot=Path("/store/.code/a b"),
     )
-    executor.parameters["map_count"] = 5
-    script = executor._make_submission_file_text(executor._submitit_command_str, "0")
     assert script.replace(sys.executable, "python") == (
         "#!/bin/bash\n"
         "\n"
@@ -106,15 +110,29 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "  # on the node: compilers' caches break on shared file systems\n"
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
         "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
+        "requeue=/store/.jobs/1/requeue-$SLURM_JOB_ID  # a file by which the run asks to be queued again\n"
+        'rm -f "$requeue"\n'
         "\n"
         "# command\n"
         "export SUBMITIT_EXECUTOR=slurm\n"
         "srun --unbuffered --output /store/.jobs/1/%A_%a_%t_log.out --kill-on-bad-exit=1 --export=ALL --cpu-bind=none "
-        "--cpus-per-task=12 python -u -m submitit.core._submit /store/.jobs/1\n"
+        "--cpus-per-task=12 --mpi=none python -u -m experiments.launching.worker /store/.jobs/1\n"
+        "\n"
+        "\n"
+        "# teardown\n"
+        "code=$?\n"
+        'if [ -e "$requeue" ] || [ $code -eq 143 ]; then\n'
+        "    for _ in {1..60}; do\n"
+        '        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && [ "$state" != RUNNING ] && break\n'
+        '        scontrol requeue "$SLURM_JOB_ID" && break\n'
+        "        sleep 10\n"
+        "    done\n"
+        "fi\n"
+        "exit $code"
     )
 
 
 def test_only_gpus_that_slurm_gives_to_one_job_are_known_to_be_unshared() -> None:
-    assert slurm._sharing(Job(), Slurm("gpu")) == "1"
-    assert slurm._sharing(Job(device="cpu"), Slurm("gpu")) == ""
-    assert slurm._sharing(Job(), Slurm("gpu", options={"gres": "shard:1"})) == ""
+    assert sbatch._sharing(Job(), Slurm("gpu")) == "1"
+    assert sbatch._sharing(Job(device="cpu"), Slurm("gpu")) == ""
+    assert sbatch._sharing(Job(), Slurm("gpu", options={"gres": "shard:1"})) == ""

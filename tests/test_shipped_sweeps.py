@@ -132,6 +132,21 @@ def test_an_arm_has_its_own_values_of_an_axis_and_a_size_its_own_seeds() -> None
     assert len(points) == len(runs)
 
 
+def test_an_arm_may_have_its_own_values_at_one_size() -> None:
+    table = strict.read_toml(FOLDER / "mini-rates.toml")
+    table |= {"sizes": ["1M", "3M"], "arms": ["transformer", "lowrank-qkv"], "seeds_by_size": {}}
+    table["vary"] = {"learning_rate_factor": [2]}
+    table["vary_by_arm"] = {"lowrank-qkv": {"learning_rate_factor": {"3M": [3, 4]}}}
+    runs = expand(strict.parse(table, Sweep, "test"))
+    assert [(run.arm, run.size, run.vary["learning_rate_factor"]) for run in runs] == [
+        ("transformer", "1M", 2),
+        ("lowrank-qkv", "1M", 2),
+        ("transformer", "3M", 2),
+        ("lowrank-qkv", "3M", 3),
+        ("lowrank-qkv", "3M", 4),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -150,6 +165,18 @@ def test_an_arm_has_its_own_values_of_an_axis_and_a_size_its_own_seeds() -> None
         (
             {"vary_by_arm": {"static-qkv": {"learning_rate_factor": [-1]}}},
             "by_arm.static-qkv.learning_rate_factor must",
+        ),
+        (
+            {"vary_by_arm": {"static-qkv": {"learning_rate_factor": {"3M": [1, 1]}}}},
+            "by_arm.static-qkv.learning_rate_factor must list different numbers",
+        ),
+        (
+            {"vary_by_arm": {"static-qkv": {"learning_rate_factor": {"2M": [1]}}}},
+            "static-qkv.learning_rate_factor: one of this sweep's sizes is wanted: got '2M'; legal: 1M, 3M, 11M",
+        ),
+        (
+            {"vary_by_arm": {"static-qkv": {"learning_rate_factor": 1}}},
+            "static-qkv.learning_rate_factor: got 1; wanted an array",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.design.schedules import WarmupStableDecay
 from experiments.design.trunks import with_trunks
-from experiments.launching import jobs, slurm, states
+from experiments.launching import jobs, sbatch, slurm, states
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm
 from experiments.training.run import Run
@@ -342,15 +342,15 @@ def test_what_was_accepted_before_a_refusal_is_kept(
     """As where a limit on jobs is met between two arrays: the first stays queued, and is not submitted twice."""
     monkeypatch.setattr(slurm, "max_array_size", lambda: 2)
     held = replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""}))
-    accept = slurm.submit
+    accept = sbatch.submit
 
-    def submit_arrays_only(calls: list[Run], executor: object) -> list:
-        if len(calls) == 1:
+    def submit_arrays_only(script: str, folder: Path, name: str) -> str:
+        if "--array" not in script:
             raise ValueError("sbatch refused: enough")
-        return accept(calls, executor)
+        return accept(script, folder, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(slurm, "submit", submit_arrays_only)
+        patch.setattr(sbatch, "submit", submit_arrays_only)
         with pytest.raises(ValueError, match="refused: enough; 2 of 3 runs are queued: submit again for the rest"):
             submit(runs, tmp_path, held)
     assert [state_of(tmp_path, run).state for run in runs] == ["queued", "queued", "pending"]
@@ -358,10 +358,10 @@ def test_what_was_accepted_before_a_refusal_is_kept(
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
-def test_a_job_that_cannot_be_noted_leaves_the_queue(
+def test_jobs_that_cannot_be_noted_are_not_submitted(
     runs: list[RunConfig], submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full just when sbatch has accepted the jobs."""
+    """The disk is full: then nothing is submitted."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -369,8 +369,150 @@ def test_a_job_that_cannot_be_noted_leaves_the_queue(
     monkeypatch.setattr(jobs, "write_job", full)
     with pytest.raises(OSError, match="No space left"):
         submit(runs, tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""})))
-    wait_until(lambda: ask("squeue", "--noheader", "--array", f"--name={runs[0].sweep}-{runs[0].size}") == "")
+    assert ask("squeue", "--noheader", "--states=PENDING", "--format=%j") == ""
     assert {state_of(tmp_path, run).state for run in runs} == {"pending"}
+
+
+REAL = shutil.which("sbatch")
+HELD = replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""}))
+
+
+@pytest.fixture
+def sbatch_becomes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put a script before sbatch; `REAL` in it is the real one, `$PPID` whoever submits."""
+
+    def put(script: str) -> None:
+        folder = tmp_path_factory.mktemp("bin")
+        (folder / "sbatch").write_text(f"#!/bin/bash\nREAL={REAL}\n{script}\n")
+        (folder / "sbatch").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    return put
+
+
+def arrays_of(store: Path) -> list[str]:
+    """The arrays in the queue that belong to a store."""
+    queue = [line.split("|") for line in ask("squeue", "--noheader", "--format=%F|%j").splitlines()]
+    names = {read_json(path)["name"] for path in store.glob(".jobs/*/submission.json")}
+    return sorted({array for array, name in queue if name in names})
+
+
+def test_jobs_that_sbatch_denies_are_found(
+    runs: list[RunConfig],
+    submit: Submit,
+    sbatch_becomes: Callable[[str], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The controller accepts, and its answer comes too late."""
+    error = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    sbatch_becomes(f'$REAL "$@" >/dev/null; echo "{error}" >&2; exit 1')
+    assert len(submit(runs, tmp_path, HELD).submitted) == 3
+    (array,) = arrays_of(tmp_path)
+    assert f"{error}; Slurm has the jobs all the same, as {array}\n" in capsys.readouterr().err
+    assert [state_of(tmp_path, run).job_id for run in runs] == [f"{array}_{index}" for index in range(3)]
+    assert submit(runs, tmp_path, HELD).submitted == []
+    assert arrays_of(tmp_path) == [array]
+    launch.cancel(tmp_path, [run.run_id for run in runs])
+
+
+def test_a_submission_that_is_interrupted_is_taken_up(
+    runs: list[RunConfig],
+    submit: Submit,
+    sbatch_becomes: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C while sbatch waits for an answer: before the controller has the jobs, and after."""
+    with monkeypatch.context() as patch:
+        for number, script in enumerate(("kill -INT $PPID; sleep 60", '$REAL "$@"; kill -INT $PPID; sleep 60')):
+            patch.setattr(sbatch, "LOOK_SECONDS", 0.0)
+            sbatch_becomes(script)
+            with pytest.raises(KeyboardInterrupt):
+                submit(runs, tmp_path, HELD)
+            assert {state_of(tmp_path, run).state for run in runs} == {"unknown"}
+            assert "sbatch has not answered" in str(state_of(tmp_path, runs[0]).cause)
+            assert len(arrays_of(tmp_path)) == number
+    (array,) = arrays_of(tmp_path)
+    capsys.readouterr()
+    assert submit(runs, tmp_path, HELD).skipped == {"queued": [run.run_id for run in runs]}
+    told = "sbatch had left the submission of 3 runs unanswered; Slurm has it, as job"
+    assert f"{tmp_path}: {told} {array}\n" in capsys.readouterr().err
+    assert arrays_of(tmp_path) == [array]
+    launch.cancel(tmp_path, [run.run_id for run in runs])
+
+
+def test_cancel_finds_the_jobs_of_an_unanswered_submission(
+    runs: list[RunConfig], submit: Submit, sbatch_becomes: Callable[[str], None], tmp_path: Path
+) -> None:
+    sbatch_becomes('$REAL "$@"; kill -INT $PPID; sleep 60')
+    with pytest.raises(KeyboardInterrupt):
+        submit(runs, tmp_path, HELD)
+    assert len(arrays_of(tmp_path)) == 1
+    launch.cancel(tmp_path, [run.run_id for run in runs])
+    assert arrays_of(tmp_path) == []
+
+
+def test_a_job_does_not_wait_for_sbatch(
+    tiny_run: RunConfig, submit: Submit, sbatch_becomes: Callable[[str], None], tmp_path: Path
+) -> None:
+    """sbatch answers only when the run has ended. submitit's jobs would wait for a minute, and fail."""
+    done = tmp_path / tiny_run.run_id / "run.json"
+    sbatch_becomes(f'answer=$($REAL "$@"); until [ -e {done} ]; do sleep 0.2; done; echo "$answer"')
+    submit([tiny_run], tmp_path)
+    assert state_of(tmp_path, tiny_run).state == "complete"
+    assert read_json(done)["attempts"] == 1
+
+
+def test_a_submission_that_was_accepted_twice_trains_once(
+    long_run: RunConfig, submit: Submit, sbatch_becomes: Callable[[str], None], tmp_path: Path
+) -> None:
+    """A wrapper that tries again after a timeout, as sites have them: two jobs begin, side by side."""
+    sbatch_becomes('$REAL "$@"; $REAL "$@"')
+    submit([long_run], tmp_path)
+    first, second = arrays_of(tmp_path)
+    wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
+    assert state_of(tmp_path, long_run).job_id == first
+    wait_until(lambda: arrays_of(tmp_path) == [])
+    (other,) = tmp_path.glob(f".jobs/*/{second}_0_log.out")
+    assert "is not this job's any more" in other.read_text()
+    assert read_json(tmp_path / long_run.run_id / "run.json")["attempts"] == 1
+
+
+def test_what_the_limit_on_jobs_allows_is_submitted(
+    runs: list[RunConfig], submit: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user = ("user", f"name={ask('id', '--user', '--name').strip()}")
+    ask("sacctmgr", "--immediate", "modify", *user, "set", "maxsubmitjobs=2")
+    try:
+        first = submit(runs, tmp_path, HELD)
+        assert (len(first.submitted), first.waiting) == (2, [runs[2].run_id])
+        told = f"{tmp_path}: 2 runs submitted; 1 wait, as Slurm takes no more now (sbatch refused: "
+        assert f"{told}sbatch: error: AssocMaxSubmitJobLimit)" in capsys.readouterr().err
+        assert state_of(tmp_path, runs[2]).state == "pending"
+        with pytest.raises(ValueError, match=r"AssocMaxSubmitJobLimit; none of 1 runs is queued; submit again when"):
+            submit(runs, tmp_path, HELD)
+        assert state_of(tmp_path, runs[2]).state == "pending"
+        launch.cancel(tmp_path, first.submitted)
+        wait_until(lambda: arrays_of(tmp_path) == [])
+        assert submit(runs, tmp_path, HELD).submitted == [runs[2].run_id]
+    finally:
+        ask("sacctmgr", "--immediate", "modify", *user, "set", "maxsubmitjobs=-1")
+        launch.cancel(tmp_path, [run.run_id for run in runs])
+
+
+def test_the_limit_on_jobs_that_run_at_once_can_be_changed(
+    runs: list[RunConfig], submit: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit(runs, tmp_path, replace(HELD, max_parallel=1))
+    (array,) = arrays_of(tmp_path)
+    assert "ArrayTaskThrottle=1" in ask("scontrol", "show", "job", array)
+    capsys.readouterr()
+    submit(runs, tmp_path, replace(HELD, max_parallel=2))
+    assert "ArrayTaskThrottle=2" in ask("scontrol", "show", "job", array)
+    assert f"2 of the runs of array {array} may run at once; before, 1\n" in capsys.readouterr().err
+    launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
 def test_the_shipped_profile_through_the_command_line(
@@ -394,6 +536,30 @@ def _shared(run: RunConfig) -> list[RunConfig]:
     train = replace(run.train, schedule=WarmupStableDecay(0.25))
     budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
     return with_trunks([replace(run, budget=budget, train=train) for budget, train in budgets])
+
+
+def test_a_calibration_is_a_job_whose_speed_sets_the_time_limit(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two processes, as the profile wants; the run that is submitted then has a limit of its own."""
+    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
+    sweep, profile, store = tmp_path / "cheap.toml", tmp_path / "p.toml", tmp_path / "store"
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
+    text = 'executor = "slurm"\nmax_gpu_hours = 5\n[slurm]\npartition = "low"\nsignal_seconds = 30\n'
+    profile.write_text(text + '[default]\ndevice = "cpu"\ngpus = 2\nhours = "auto"\n')
+    words = [str(sweep), "--profile", str(profile), "--store", str(store)]
+    assert main(["plan", *words, "--json", "--calibrate"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (kept,) = (tmp_path / "cache" / "calibrations").glob("*.json")
+    assert read_json(kept)["place"] == "slurm cpu partition=low"
+    assert (row["gpus"], row["tokens_per_second"]) == (2, read_json(kept)["tokens_per_second"])
+    assert not store.exists()
+    assert main(["submit", *words]) == 0
+    assert "the time limit of 25k is 0.5" in capsys.readouterr().err
+    job_id = read_json(store / row["run_id"] / "job.json")["job_id"]
+    minutes = round(60 * (1.5 * row["hours"] + 0.5))
+    assert ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%l").strip() == f"{minutes}:00"
+    assert main(["cancel", str(sweep), "--store", str(store)]) == 0
 
 
 def test_branches_begin_when_their_trunk_has_ended(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:

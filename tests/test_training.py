@@ -81,7 +81,7 @@ def test_a_run_learns_real_text(tiny_run: RunConfig, dataset: Dataset) -> None:
     assert [step.tokens for step in log[-2:]] == [16 * 8 * 24, 16 * (8 * 24 + 5)]  # the last batch is short
     targets = trainer.task._held_out
     assert evaluation.metrics["bits_per_byte"] == pytest.approx(
-        evaluation.metrics["loss"] * targets.targets.size / targets.bytes_predicted / math.log(2)
+        evaluation.metrics["loss"] * targets.examples.positions / targets.bytes_predicted / math.log(2)
     )
 
 

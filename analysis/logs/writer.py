@@ -80,6 +80,7 @@ class RunLog:
     s. `about` is the attempt's provenance: device, gpus (processes, one a device), parallel (how several processes
     share the model), dtype, torch, triton, python, job_id, code_commit, damaged_checkpoints (a line for each that was
     skipped), and `sharing`: how many runs share the device at most (1: this one alone; None: not known).
+    `require_owner` is called before anything is written, and raises where the directory is no longer this attempt's.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class RunLog:
         about: Mapping[str, Any],
         clock: Callable[[], float] = time.time,
         flush_seconds: float = 10.0,
+        require_owner: Callable[[], None] = lambda: None,
     ) -> None:
         if (run_dir / "run.json").exists():
             raise ValueError(f"{run_dir} holds a complete run (run.json is there); give the new run another directory")
@@ -100,6 +102,7 @@ class RunLog:
         self._run_dir = run_dir
         self._clock = clock
         self._flush_seconds = flush_seconds
+        self._require_owner = require_owner
         self._rows: dict[str, list[tuple[Any, ...]]] = {"steps": [], "evals": []}
         self._part = 0
         self._flushed_at = clock()
@@ -114,6 +117,7 @@ class RunLog:
             "loss": None,
             "seconds": dict.fromkeys((*ADDED_CLOCKS, *OWN_CLOCKS), 0.0),
         }
+        require_owner()
         self._write_attempt()
 
     def step(
@@ -153,6 +157,7 @@ class RunLog:
 
     def flush(self) -> None:
         """Put everything logged so far on disk. The trainer calls this just before it writes a checkpoint."""
+        self._require_owner()
         if any(self._rows.values()):
             self._part += 1
         for kind, rows in self._rows.items():
@@ -200,6 +205,7 @@ class RunLog:
         if before:
             provenance["clock"] = "mixed"  # the seconds of a branch do not include its trunk
         run |= {**provenance, "attempts_made": attempts, "finished_at": self._clock(), **summary}
+        self._require_owner()
         write_parquet(self._run_dir / "steps.parquet", steps.table)
         write_parquet(self._run_dir / "evals.parquet", evals.table)
         write_json(self._run_dir / "run.json", run)

@@ -47,6 +47,36 @@ def find_documents(
     return document[:-1], (steps - cu_seqlens[document]).int()
 
 
+def check_runs(
+    x: Tensor,  # [B, T, D]
+    seq_idx: Tensor,  # [B, T]
+) -> None:
+    """Raise ValueError unless seq_idx can number the documents of x."""
+    if not isinstance(seq_idx, Tensor):
+        raise ValueError(f"seq_idx must be a tensor; got {kind_of(seq_idx)}; pass torch.tensor(seq_idx)")
+    if seq_idx.shape != x.shape[:2] or seq_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"seq_idx must be [B, T] = {list(x.shape[:2])}, int32 or int64; got {list(seq_idx.shape)} {seq_idx.dtype}; "
+            "number the document of each token"
+        )
+    if seq_idx.device != x.device:
+        raise ValueError(f"seq_idx must be on {x.device}; got {seq_idx.device}; move it")
+
+
+def find_runs(
+    seq_idx: Tensor,  # [B, T]
+) -> tuple[Tensor, Tensor]:  # [B, T] bool, [B*T + 1] int32
+    """Whether each token belongs to a document, and its index within its run, for all rows one after the other.
+
+    The second result is what `find_documents` calls positions; its last element, the length of the padding at the end,
+    is 0, because padding within the rows is a run like any other. No value is read on the host.
+    """
+    steps = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    continues = torch.nn.functional.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (min(1, seq_idx.shape[1]), 0))
+    starts = torch.where(continues, 0, steps).cummax(1).values
+    return seq_idx >= 0, torch.nn.functional.pad((steps - starts).flatten(), (0, 1)).int()
+
+
 def final_state(
     x: Tensor,  # [B, T, D]
     width: int,

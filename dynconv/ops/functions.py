@@ -13,6 +13,9 @@ cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds packed documents; the
 last one's end. No filter reaches into another document. Tokens after that end are padding: they are not read, and
 their outputs and gradients are zero. The values must not decrease, start at 0 and not exceed T. This is checked on the
 CPU only; on a GPU it is the caller's responsibility, because reading the values would force a synchronisation.
+seq_idx [B, T], int32 or int64: another way to pack documents, for any B: each run of one value in a row is a document,
+and tokens with a negative value are padding, anywhere in a row. They are not read, and their outputs and gradients are
+zero. This reads and writes x, y and what defines the filters once more, which cu_seqlens does not.
 initial_state [N, W-1, D]: the inputs before x, oldest first; zeros by default.
 return_final_state: if true, return (y, state), where state [N, W-1, D] is the initial_state of what follows.
 activation: None or "silu"; y = silu(conv) (+ x).
@@ -34,7 +37,7 @@ from torch.autograd import forward_ad
 
 from dynconv.ops import reference, sharded
 from dynconv.ops.checks import as_segments, check, check_floating, check_input, kind_of
-from dynconv.ops.documents import final_state, find_documents
+from dynconv.ops.documents import check_runs, final_state, find_documents, find_runs
 
 # Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the same variable.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,6 +69,7 @@ def static_convolution(
     residual: bool | Tensor = False,
     *,
     cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     activation: str | None = None,
@@ -75,7 +79,7 @@ def static_convolution(
     check_input(x)
     check(weight, (None, x.shape[2]), "weight", "[W, D]", x)
     filters = _Filters(None, None, weight, (), weight.shape[0])
-    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias)
+    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias, seq_idx)
 
 
 def headwise_dynamic_convolution(
@@ -85,6 +89,7 @@ def headwise_dynamic_convolution(
     residual: bool | Tensor = False,
     *,
     cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     activation: str | None = None,
@@ -103,7 +108,7 @@ def headwise_dynamic_convolution(
     if static_w is not None:
         check(static_w, (width, channels), "static_w", "[W, D]", x)
     filters = _Filters(None, weight, static_w, (), width)
-    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias)
+    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias, seq_idx)
 
 
 def lowrank_dynamic_convolution(
@@ -114,6 +119,7 @@ def lowrank_dynamic_convolution(
     residual: bool | Tensor = False,
     *,
     cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     activation: str | None = None,
@@ -139,7 +145,7 @@ def lowrank_dynamic_convolution(
     if static_w is not None:
         check(static_w, (width, channels), "static_w", "[W, D]", x)
     filters = _Filters(z, U, static_w, widths, width)
-    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias)
+    return _run(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias, seq_idx)
 
 
 def static_convolution_step(
@@ -218,6 +224,7 @@ def _run(
     return_final_state: bool,
     activation: str | None,
     bias: Tensor | None = None,  # [D]
+    seq_idx: Tensor | None = None,  # [B, T]
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
     """Check the arguments that all functions share, and run the implementation that they need."""
     if isinstance(residual, Tensor):
@@ -234,6 +241,13 @@ def _run(
         raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")
     document = positions = None
     sequences = x.shape[0]
+    if seq_idx is not None:
+        check_runs(x, seq_idx)
+        for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
+            if given is not None:
+                raise ValueError(f"{name} must be None where seq_idx is given; got both; pass documents by cu_seqlens")
+        if return_final_state:
+            raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
     if cu_seqlens is not None:
         document, positions = find_documents(x, cu_seqlens)  # [T], [T + 1]
         sequences = cu_seqlens.shape[0] - 1
@@ -243,18 +257,20 @@ def _run(
     if bias is not None or isinstance(residual, Tensor):
         if bias is not None:
             check(bias, (x.shape[2],), "bias", "[D]", x)
-        return _unfused(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias)
+        return _unfused(x, filters, residual, cu_seqlens, initial_state, return_final_state, activation, bias, seq_idx)
     if sharded.any_sharded((x, *filters[:3], initial_state)):
         one_segment = len(filters.segments) == 1
 
         def run_local(x: Tensor, z: Any, weight: Any, static_w: Any, state: Any) -> Any:
             segments = (x.shape[2],) if one_segment else filters.segments
             local_filters = _Filters(z, weight, static_w, segments, filters.width)
-            return _run(x, local_filters, residual, cu_seqlens, state, return_final_state, activation)
+            return _run(x, local_filters, residual, cu_seqlens, state, return_final_state, activation, None, seq_idx)
 
-        packed = cu_seqlens is not None
+        packed = cu_seqlens is not None or seq_idx is not None
         return sharded.run(run_local, x, *filters[:3], initial_state, filters.segments, packed)
     silu = activation == "silu"
+    if seq_idx is not None:
+        return _convolve_runs(x, filters, seq_idx, residual, silu)
     if initial_state is None:
         y = _convolve(x, filters, positions, residual, silu)
     else:
@@ -273,6 +289,7 @@ def _unfused(
     return_final_state: bool,
     activation: str | None,
     bias: Tensor | None,  # [D]
+    seq_idx: Tensor | None,  # [B, T]
 ) -> Any:  # as `_run`
     """Add a bias or a residual tensor in PyTorch, because the kernels support neither.
 
@@ -282,14 +299,17 @@ def _unfused(
     sharded.check_all_sharded({"x": x, "bias": bias, "residual": added})
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     state = None if initial_state is None else initial_state.to(x.dtype)
-    y, state = _run(wide, filters, False, cu_seqlens, state, True, None)
+    y = _run(wide, filters, False, cu_seqlens, state, return_final_state, None, None, seq_idx)
+    y, state = y if return_final_state else (y, None)
     y = y if bias is None else y + bias
     y = F.silu(y) if activation == "silu" else y
     y = y if added is None else y + added
     if cu_seqlens is not None:
         y = torch.where((torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1])[:, None], y, 0.0)
+    if seq_idx is not None:
+        y = torch.where(seq_idx[..., None] >= 0, y, 0.0)
     y = y.to(x.dtype)
-    return (y, state.to(x.dtype)) if return_final_state else y
+    return y if state is None else (y, state.to(x.dtype))
 
 
 def _convolve(
@@ -307,6 +327,27 @@ def _convolve(
 
         return convolve(x, *filters[:3], positions, filters.segments, residual, silu)
     return reference.convolve(x, *filters[:3], positions, filters.segments, residual, silu)
+
+
+def _convolve_runs(
+    x: Tensor,  # [B, T, D]
+    filters: _Filters,
+    seq_idx: Tensor,  # [B, T]
+    residual: bool,
+    silu: bool,
+) -> Tensor:  # [B, T, D]
+    """The convolution of rows that each hold several documents and padding: all rows are packed into one.
+
+    Padding is set to zero beforehand, because the kernels read it as a document of its own, and afterwards, so that
+    its outputs' gradients affect nothing.
+    """
+    inside, positions = find_runs(seq_idx)  # [B, T], [B*T + 1]
+
+    def packed(tensor: Tensor) -> Tensor:  # [B, T, ...] -> [1, B*T, ...]
+        return torch.where(inside.view(*inside.shape, *[1] * (tensor.dim() - 2)), tensor, 0.0).flatten(0, 1)[None]
+
+    y = _convolve(packed(x), filters.select_tokens(packed), positions, residual, silu)
+    return torch.where(inside[..., None], y.view(x.shape), 0.0)
 
 
 def _convolve_from_state(

@@ -1,13 +1,15 @@
 """The calibration of a sweep: a few steps of each kind of run, executed as the profile would execute it.
 
-`dynconv plan --calibrate` measures on this machine by `calibrate`, or has Slurm run a `Calibration` for each size. The
-measured speeds are kept by experiments/design/calibrations.py.
+`dynconv plan --calibrate` measures on this machine by `calibrate`, or has a job of Slurm for each size execute this
+module. The measured speeds are kept by experiments/design/calibrations.py.
 """
 
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.errors import WorkFailed
@@ -57,22 +59,17 @@ def calibrate(request: Request) -> None:
     _measure(request, None, Path(), progress=True)
 
 
-class Calibration:
-    """A job's process that measures: a callable that finds its request in the job's folder and holds nothing else."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self) -> None:
-        request = strict.parse(read_json(self.folder / REQUEST), Request, str(self.folder / REQUEST))
-        _measure(request, this_place(), self.folder, progress=False)
+def freeze(request: Request, folder: Path) -> None:
+    """Write what the job of a request reads: its processes execute this module with the folder as argument."""
+    write_json(folder / REQUEST, to_dict(request))
 
 
-def freeze(request: Request, folder: Path) -> Calibration:
-    """Write what the job of a request reads, and return what the job calls."""
-    table = to_dict(request) | {"execution": asdict(request.execution)}
-    write_json(folder / REQUEST, table)
-    return Calibration(folder)
+def main() -> None:
+    """Measure as one of a job's processes. TERM, which comes before the time limit, is no wish to be queued again."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    folder = Path(sys.argv[1])
+    request = strict.parse(read_json(folder / REQUEST), Request, str(folder / REQUEST))
+    _measure(request, this_place(), folder, progress=False)
 
 
 def measured_since(request: Request, moment: float) -> bool:
@@ -123,3 +120,7 @@ def _measure(request: Request, place: Place | None, folder: Path, progress: bool
             measured_at=time.time(),
         )
         calibrations.write(calibration, Work.of(run, request.execution), Path(request.cache))
+
+
+if __name__ == "__main__":
+    main()

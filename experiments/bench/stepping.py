@@ -103,14 +103,14 @@ def measure_here(settings: Settings, folder: Path, place: Place) -> list[Outcome
 
     Raises as `measure` does.
     """
-    with joined(folder, settings.execution, place, 1) as world:
+    with joined(folder, settings.execution, place) as world:
         return _outcomes(settings, world)
 
 
 def _work(rank: int, size: int, folder: Path, settings: Settings) -> None:
     """One of the processes. Rank 0 writes the outcomes, and a process that runs out of memory writes that."""
     place = Place(rank, size, local_rank=rank, job="bench")
-    with joined(folder, settings.execution, place, 1) as world:
+    with joined(folder, settings.execution, place) as world:
         try:
             outcomes = _outcomes(settings, world)
         except DoesNotFit as problem:

@@ -73,7 +73,7 @@ def _add_eval(subparsers: Subparsers) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from analysis.logs.writer import add_evaluations
-    from experiments.evaluation.domains import beside_domains
+    from experiments.evaluation.domains import beside_domains, passed_over
     from experiments.evaluation.load import load_run
 
     if args.text is None and args.tasks is None:
@@ -84,8 +84,11 @@ def _eval(args: argparse.Namespace) -> int:
     if beside:
         told = f"{beside[0]}{f' and {len(beside) - 1} more' * (len(beside) > 1)} in {args.text}"
         print(f"dynconv: {told} left out: with folders inside, only these are evaluated", file=sys.stderr)
+    run_dirs = _finished_runs(args.runs)
+    for line in [] if args.text is None else passed_over(args.text):
+        print(f"dynconv: {line}", file=sys.stderr)
     rows = []
-    for run_dir in _finished_runs(args.runs):
+    for run_dir in run_dirs:
         run = load_run(run_dir, _device(args))
         started = time.monotonic()
         results = _results(run, args)

@@ -178,7 +178,7 @@ def _in_slurm(wanted: Sequence[Request], profile: Profile, cache: Path) -> list[
 
     from experiments.bench import calibration
     from experiments.design.calibrations import FOLDER
-    from experiments.launching import jobs, slurm, snapshot
+    from experiments.launching import jobs, sbatch, slurm, snapshot
 
     assert profile.slurm is not None
     slurm.check(profile.slurm)
@@ -188,16 +188,20 @@ def _in_slurm(wanted: Sequence[Request], profile: Profile, cache: Path) -> list[
     waiting: dict[str, tuple[Request, Path]] = {}  # by job id, with the output
     for request in wanted:
         folder = jobs.new_folder(root, request.size)
-        executor = slurm.executor(
+        calibration.freeze(request, folder)
+        name = f"calibrate-{request.size}-{folder.name.rpartition('-')[2]}"
+        script = sbatch.script(
             replace(profile.job(request.size), hours=CALIBRATION_HOURS),
             replace(profile.slurm, signal_seconds=_SIGNAL_SECONDS),
+            count=1,
             max_parallel=0,
-            name=f"calibrate-{request.size}",
+            name=name,
             folder=folder,
             snapshot=code,
+            module=calibration.__name__,
         )
-        (job,) = slurm.submit([calibration.freeze(request, folder)], executor)
-        waiting[job.job_id] = (request, job.paths.stdout)
+        job_id = sbatch.submit(script, folder, name)
+        waiting[job_id] = (request, folder / f"{job_id}_0_log.out")
     warn(f"{len(waiting)} jobs measure the speed, each up to {60 * CALIBRATION_HOURS:.0f} minutes: {' '.join(waiting)}")
     failures = []
     try:

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.data.dataset import Dataset
+from experiments.data.packing import Packing
+from experiments.design.data import SPLITS
 from experiments.draws import permute
+from experiments.tasks.base import Examples
 
 AHEAD = 4096  # sequences whose places are permuted at once: that takes numpy little longer than those of one batch
 
@@ -24,12 +27,22 @@ class Batches:
     any way.
     """
 
-    def __init__(self, dataset: Dataset, *, sequence_length: int, batch_sequences: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sequence_length: int,
+        batch_sequences: int,
+        seed: int,
+        most_documents: int | None = None,  # of a sequence, which are kept apart; None: documents are not told apart
+    ) -> None:
         if batch_sequences < 1:
             raise ValueError(f"batch_sequences must be at least 1; got {batch_sequences}; raise it")
         self.sequences_per_epoch = _windows(dataset, "train", sequence_length)
         self.batch_sequences = batch_sequences
         self._dataset, self._length, self._seed = dataset, sequence_length, seed
+        self._packing = None if most_documents is None else Packing(dataset, "train", sequence_length)
+        self._most_documents = most_documents or 1
         self._ahead: NDArray[np.int64] = np.zeros(0, np.int64)  # windows of the sequences from `_first` on
         self._first = 0
 
@@ -38,13 +51,13 @@ class Batches:
         step: int,  # from 0
         first: int = 0,
         count: int | None = None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # [n, T], [n, T]
-        """Inputs and targets of sequences `first` to `first + count` of a step's batch (all of it: None)."""
+    ) -> Examples:
+        """Sequences `first` to `first + count` of a step's batch (all of it: None)."""
         count = self.batch_sequences - first if count is None else count
         assert step >= 0
         assert 0 <= first <= first + count <= self.batch_sequences, (first, count, self.batch_sequences)
         window = self._windows(step * self.batch_sequences + first, count)
-        return _inputs_and_targets(self._dataset, "train", window, self._length)
+        return _examples(self._dataset, "train", window, self._length, self._packing, self._most_documents)
 
     def _windows(self, first: int, count: int) -> NDArray[np.int64]:  # [n]
         """Where sequences of the stream lie in the split."""
@@ -58,9 +71,8 @@ class Batches:
 class HeldOut(NamedTuple):
     """The first sequences of the validation split."""
 
-    inputs: NDArray[np.int64]  # [n, T]
-    targets: NDArray[np.int64]  # [n, T]
-    bytes_predicted: int  # UTF-8 bytes that the targets stand for
+    examples: Examples
+    bytes_predicted: int  # UTF-8 bytes that the targets that count stand for
 
     def bits_per_byte(self, loss: float) -> float:
         """Mean loss in nats a target token -> bits a byte of text.
@@ -68,10 +80,16 @@ class HeldOut(NamedTuple):
         Exact, because a byte-level token stands for a known number of bytes. The end-of-text token stands for no
         bytes; its loss counts all the same, spread over the bytes of the documents.
         """
-        return loss * self.targets.size / (math.log(2) * self.bytes_predicted)
+        return loss * self.examples.positions / (math.log(2) * self.bytes_predicted)
 
 
-def held_out(dataset: Dataset, *, sequence_length: int, sequences: int) -> HeldOut:
+def held_out(
+    dataset: Dataset,
+    *,
+    sequence_length: int,
+    sequences: int,
+    most_documents: int | None = None,  # as of `Batches`
+) -> HeldOut:
     """The first `sequences` of the validation split: the same for every seed, arm and step.
 
     Raises ValueError if the split has fewer.
@@ -83,8 +101,16 @@ def held_out(dataset: Dataset, *, sequence_length: int, sequences: int) -> HeldO
             f"tokens hold at sequence length {sequence_length}; got {sequences}; "
             "lower it or raise validation_tokens"
         )
-    inputs, targets = _inputs_and_targets(dataset, "validation", np.arange(sequences), sequence_length)
-    return HeldOut(inputs, targets, int(dataset.token_bytes()[targets].sum(dtype=np.int64)))
+    packing = None if most_documents is None else Packing(dataset, "validation", sequence_length)
+    window = np.arange(sequences)
+    examples = _examples(dataset, "validation", window, sequence_length, packing, most_documents or 1)
+    counted = examples.targets if examples.mask is None else examples.targets[examples.mask]
+    return HeldOut(examples, int(dataset.token_bytes()[counted].sum(dtype=np.int64)))
+
+
+def most_documents(dataset: Dataset, sequence_length: int) -> int:
+    """The most documents that a window of either split holds, counting what its borders cut off as documents."""
+    return max(Packing(dataset, split, sequence_length).most for split in SPLITS)
 
 
 def _windows(dataset: Dataset, split: str, sequence_length: int) -> int:
@@ -97,8 +123,11 @@ def _windows(dataset: Dataset, split: str, sequence_length: int) -> int:
     return (tokens - 1) // sequence_length
 
 
-def _inputs_and_targets(
-    dataset: Dataset, split: str, window: NDArray[np.int64], length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _examples(
+    dataset: Dataset, split: str, window: NDArray[np.int64], length: int, packing: Packing | None, most: int
+) -> Examples:
     tokens = dataset.windows(split, window * length, length + 1)
-    return tokens[:, :-1], tokens[:, 1:]
+    if packing is None:
+        return Examples(tokens[:, :-1], tokens[:, 1:])
+    mask, starts = packing.targets_that_count(window), packing.starts(window, most)
+    return Examples(tokens[:, :-1], tokens[:, 1:], mask, starts=starts)

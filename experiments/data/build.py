@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from analysis.logs.files import write_atomically
-from experiments.data import encode, shards
+from experiments.data import encode, pretokenized, shards
 from experiments.data import tokenizer as bpe
 from experiments.data.copies import find_near_copies
 from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
@@ -44,22 +44,9 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     names: so copied, renamed or touched text is not built again. It appears whole or not at all, even if several
     processes build it at once or one is killed. Raises ValueError for a bad corpus, tokenizer or cache.
     """
-    found = find_files(spec)
-    tokenizer_json = None if spec.tokenizer is None else _read_tokenizer(spec)
-    settings = dataclasses.asdict(spec) | {
-        "source": spec.source == "python",
-        "validation_source": None,
-        "tokenizer": None,
-    }
-    key = [SCHEMA, settings, tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest()]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        target = cache / _name(spec, [*key, _content_of(found.files, cache, progress)])
-        if not target.exists():
-            _remove_abandoned(cache)
-            with _build_lock(target, progress) as left_over:
-                if not target.exists():
-                    _build_and_publish(target, spec, found, tokenizer_json, progress, left_over)
+        target = (_build_text if spec.pretokenized is None else pretokenized.index)(spec, cache, progress)
     except OSError as error:
         raise ValueError(
             f"the data cache must be a folder that takes files; "
@@ -67,6 +54,25 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
             "choose another with DYNCONV_CACHE or make room"
         ) from error
     Dataset.open(target)
+    return target
+
+
+def _build_text(spec: DataConfig, cache: Path, progress: bool) -> Path:
+    found = find_files(spec)
+    tokenizer_json = None if spec.tokenizer is None else bpe.read(spec)
+    settings = dataclasses.asdict(spec) | {
+        "source": spec.source == "python",
+        "validation_source": None,
+        "tokenizer": None,
+    }
+    del settings["pretokenized"]  # newer than the names of datasets that stand in caches
+    key = [SCHEMA, settings, tokenizer_json and hashlib.sha256(tokenizer_json).hexdigest()]
+    target = cache / _name(spec, [*key, _content_of(found.files, cache, progress)])
+    if not target.exists():
+        _remove_abandoned(cache)
+        with _build_lock(target, progress) as left_over:
+            if not target.exists():
+                _build_and_publish(target, spec, found, tokenizer_json, progress, left_over)
     return target
 
 
@@ -92,21 +98,6 @@ def _content_of(files: list[CorpusFile], cache: Path, progress: bool) -> str:
         content = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
         write_atomically(known, lambda path: path.write_text(content))
     return known.read_text()
-
-
-def _read_tokenizer(spec: DataConfig) -> bytes:
-    path = Path(str(spec.tokenizer)).expanduser()
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"tokenizer must be a readable file; got {path}: {error.strerror}; mend the path or leave it out"
-        ) from error
-    try:
-        bpe.load(raw, spec.vocabulary, spec.end_of_text)
-    except ValueError as error:
-        raise ValueError(f"tokenizer {path} {error}") from error
-    return raw
 
 
 @contextlib.contextmanager

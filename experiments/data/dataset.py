@@ -7,18 +7,22 @@
     train-documents.bin         uint64: the position of each document's first token
     validation-00000.bin ...    likewise
 
-All numbers are little-endian.
+All numbers are little-endian. Shards of tokens that another project made (pretokenized.py) are not in the folder: the
+manifest says in which file each lies, from which byte on and in which type.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +47,18 @@ def _content_sha256(files: Mapping[str, tuple[int, str]]) -> str:
 
 def token_type(vocabulary: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
+
+
+class Shard(NamedTuple):
+    """Tokens as they lie in a file."""
+
+    path: Path
+    offset: int  # bytes before the first token
+    tokens: int
+    type: np.dtype[Any]
+
+    def read(self) -> NDArray[Any]:  # [tokens], memory-mapped
+        return np.memmap(self.path, self.type, "r", self.offset, (self.tokens,))
 
 
 def shard_name(split: str, number: int) -> str:
@@ -81,13 +97,12 @@ class Dataset:
         self.sha256 = sha256
         self.vocabulary: int = manifest["spec"]["vocabulary"]
         self.tokenizer_sha256: str = manifest["files"][TOKENIZER]["sha256"]
-        self._shard_tokens: int = manifest["shard_tokens"]
+        self._names = {split: _shard_names(manifest["files"], split) for split in SPLITS}
         self._shards: dict[str, list[NDArray[Any]]] = {
-            split: [
-                np.memmap(path / shard_name(split, number), dtype=token_type(self.vocabulary), mode="r")
-                for number in range(-(-self.tokens(split) // self._shard_tokens))
-            ]
-            for split in SPLITS
+            split: [self._shard(name).read() for name in names] for split, names in self._names.items()
+        }
+        self._first = {  # the place in its split of each shard's first token
+            split: [0, *itertools.accumulate(map(len, parts))][:-1] for split, parts in self._shards.items()
         }
 
     @classmethod
@@ -107,17 +122,22 @@ class Dataset:
             manifest = json.loads(raw)
             schema = manifest["schema"]
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            wanted = {  # the whole file of another project, of which a shard may be a part
+                Path(path, entry.get("path", name)): entry.get("file_bytes", entry["bytes"])
+                for name, entry in manifest["files"].items()
+            }
         if schema != SCHEMA:
             raise ValueError(f"{path / MANIFEST} must have schema {SCHEMA}; got {schema}; {REMEDY}")
-        for name, (length, _) in expected.items():
-            _check_length(path / name, length)
+        for file, length in wanted.items():
+            _check_length(file, length)
         with manifest_errors(path):
             dataset = cls(path, manifest, _content_sha256(expected))
+            counted = {split: dataset.tokens(split) for split in SPLITS}
         for split, parts in dataset._shards.items():
-            if (got := sum(map(len, parts))) != dataset.tokens(split):
+            if (got := sum(map(len, parts))) != counted[split]:
                 raise ValueError(
-                    f"{path / MANIFEST} must count the tokens of its shards; got {dataset.tokens(split)} for "
-                    f"{split}, whose shards hold {got}; {REMEDY}"
+                    f"{path / MANIFEST} must count the tokens of its shards; got {counted[split]} for {split}, whose "
+                    f"shards hold {got}; {REMEDY}"
                 )
         return dataset
 
@@ -126,9 +146,10 @@ class Dataset:
         files = self.manifest["files"]
         with bar("verifying", sum(entry["bytes"] for entry in files.values()), "B", progress) as done:
             for name, entry in files.items():
-                _check_length(self.path / name, entry["bytes"])
-                if (got := _checksum(self.path / name)) != entry["sha256"]:
-                    raise ValueError(f"{self.path / name} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}")
+                path, offset = self._place(name)
+                _check_length(path, entry.get("file_bytes", entry["bytes"]))
+                if (got := _checksum(path, offset, entry["bytes"])) != entry["sha256"]:
+                    raise ValueError(f"{path} must have SHA-256 {entry['sha256']}; got {got}; {REMEDY}")
                 done.update(entry["bytes"])
 
     def spot_check(self, seed: str) -> None:
@@ -142,26 +163,35 @@ class Dataset:
             for number in range(-(-entry["bytes"] // BLOCK_BYTES))
         ]
         for name, number in random.Random(seed).sample(blocks, min(BLOCKS_CHECKED, len(blocks))):
-            with (self.path / name).open("rb") as file:
-                file.seek(number * BLOCK_BYTES)
-                block = file.read(BLOCK_BYTES)
-            checks = self.manifest["files"][name].get("crc32")  # datasets of older versions have none
+            (path, offset), entry = self._place(name), self.manifest["files"][name]
+            first = offset + number * BLOCK_BYTES
+            with path.open("rb") as file:
+                file.seek(first)
+                block = file.read(min(BLOCK_BYTES, offset + entry["bytes"] - first))
+            checks = entry.get("crc32")  # datasets of older versions have none
             if checks and zlib.crc32(block) != checks[number]:
-                first = number * BLOCK_BYTES
                 raise ValueError(
-                    f"{self.path / name} must be as it was built; got other content in bytes {first} to "
+                    f"{path} must be as it was built; got other content in bytes {first} to "
                     f"{first + len(block) - 1}; {REMEDY}"
                 )
-            if name in self._shard_names():
-                self._check_tokens(np.frombuffer(block, token_type(self.vocabulary)), name)
+            if any(name in names for names in self._names.values()):
+                self._check_tokens(np.frombuffer(block, self._shard(name).type), name)
 
-    def _shard_names(self) -> list[str]:
-        return [shard_name(split, number) for split, parts in self._shards.items() for number in range(len(parts))]
+    def _place(self, name: str) -> tuple[Path, int]:
+        """The path of a file of the manifest, and where in it that begins: of tokens elsewhere, not always at 0."""
+        entry = self.manifest["files"][name]
+        return Path(self.path, entry.get("path", name)), entry.get("offset", 0)
+
+    def _shard(self, name: str) -> Shard:
+        entry = self.manifest["files"][name]
+        kind = np.dtype(entry.get("type", token_type(self.vocabulary)))
+        return Shard(*self._place(name), entry["bytes"] // kind.itemsize, kind)
 
     def _check_tokens(self, tokens: NDArray[Any], name: str) -> None:
         if len(tokens) and (largest := int(tokens.max())) >= self.vocabulary:
             raise ValueError(
-                f"{self.path / name} must hold tokens below the vocabulary, {self.vocabulary}; got {largest}; {REMEDY}"
+                f"{self._place(name)[0]} must hold tokens below the vocabulary, {self.vocabulary}; got {largest}; "
+                f"{REMEDY}"
             )
 
     def tokens(self, split: str) -> int:
@@ -180,7 +210,7 @@ class Dataset:
 
     def document_starts(self, split: str) -> NDArray[np.uint64]:  # [documents]
         """The position in the split of each document's first token."""
-        return np.fromfile(self.path / documents_name(split), dtype="<u8")
+        return np.memmap(self.path / documents_name(split), dtype="<u8", mode="r")
 
     def windows(
         self,
@@ -194,16 +224,18 @@ class Dataset:
         """
         assert len(starts) == 0 or 0 <= starts.min() <= starts.max() <= self.tokens(split) - length
         windows = np.empty((len(starts), length), dtype=np.int64)
+        shards, first = self._shards[split], self._first[split]
         for window, start in zip(windows, starts.tolist(), strict=True):
-            done = 0
+            shard, done = bisect_right(first, start) - 1, 0
             while done < length:
-                shard, offset = divmod(start + done, self._shard_tokens)
-                part = self._shards[split][shard][offset : offset + length - done]
+                offset = start + done - first[shard]
+                part = shards[shard][offset : offset + length - done]
                 window[done : done + len(part)] = part
                 done += len(part)
+                shard += 1
         if windows.size and windows.max() >= self.vocabulary:
-            for number, shard_tokens in enumerate(self._shards[split]):
-                self._check_tokens(shard_tokens, shard_name(split, number))
+            for name, shard_tokens in zip(self._names[split], shards, strict=True):
+                self._check_tokens(shard_tokens, name)
         return windows
 
 
@@ -219,11 +251,22 @@ def manifest_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _checksum(path: Path) -> str:
+def _shard_names(files: Mapping[str, Any], split: str) -> list[str]:
+    return sorted(name for name in files if re.fullmatch(rf"{split}-[0-9]{{5}}\.bin", name))
+
+
+def _checksum(path: Path, offset: int, length: int) -> str:
+    """The SHA-256 of a stretch of a file, or why it cannot be read."""
+    digest = hashlib.sha256()
     try:
-        return file_sha256(path)
+        with path.open("rb") as file:
+            file.seek(offset)
+            while length and (block := file.read(min(BLOCK_BYTES, length))):
+                digest.update(block)
+                length -= len(block)
     except OSError as error:
         return str(error.strerror)
+    return digest.hexdigest()
 
 
 def _check_length(path: Path, wanted: int) -> None:

@@ -24,6 +24,8 @@ def forecast(spec: DataConfig, cache: Path) -> str | None:
 
     None for a build of a minute that fits, and for text that is not there.
     """
+    if spec.pretokenized is not None:  # nothing is built, and what is read once is read at once
+        return None
     try:
         files = find_files(spec).files
     except ValueError:  # `plan` notes what is missing, and `submit` refuses it

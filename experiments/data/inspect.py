@@ -42,10 +42,24 @@ def inspect(path: Path | str) -> str:
 
 
 def _render(facts: dict[str, Any]) -> str:
+    spec = facts["spec"]
+    lines = _source_of_tokens(facts) if spec.get("pretokenized") else _source_of_text(facts)
+    return "\n".join(
+        [
+            facts["path"],
+            *lines,
+            f"vocabulary   {spec['vocabulary']:,}, {facts['bytes_per_token']:.3f} bytes a token",
+            f"starts with  {facts['sample']!r}",
+            f"manifest     {facts['sha256']}",
+            f"tokenizer    {facts['tokenizer_sha256']}",
+        ]
+    )
+
+
+def _source_of_text(facts: dict[str, Any]) -> list[str]:
     corpus, spec = facts["corpus"], facts["spec"]
     python = f" of Python {facts['python']}" if facts["python"] else ""
     lines = [
-        facts["path"],
         f"source       {spec['source']}{python}{' with site-packages' if spec['site_packages'] else ''}",
         f"corpus       {corpus['files']:,} files, {corpus['documents']:,} documents, {corpus['bytes']:,} bytes",
         f"dropped      {corpus['duplicates']:,} duplicates, {corpus['undecodable']:,} not UTF-8, "
@@ -59,12 +73,22 @@ def _render(facts: dict[str, Any]) -> str:
             f"{split:12} {counts['tokens']:,} tokens, {counts['bytes']:,} bytes, "
             f"{counts['documents']:,} of {counts['distinct']:,} documents"
         )
-    return "\n".join(
-        [
-            *lines,
-            f"vocabulary   {spec['vocabulary']:,}, {facts['bytes_per_token']:.3f} bytes a token",
-            f"starts with  {facts['sample']!r}",
-            f"manifest     {facts['sha256']}",
-            f"tokenizer    {facts['tokenizer_sha256']}",
-        ]
-    )
+    return lines
+
+
+def _source_of_tokens(facts: dict[str, Any]) -> list[str]:
+    """Tokens of another project: where they lie, what is held out, and how many documents end as ours do."""
+    spec, corpus = facts["spec"], facts["corpus"]
+    held_out = spec["validation_source"] or f"the last {spec['validation_tokens']:,} tokens of the source"
+    lines = [
+        f"source       {spec['source']}, {spec['pretokenized']}, read where it lies: {corpus['files']:,} files, "
+        f"{corpus['bytes']:,} bytes used",
+        f"held out     {held_out}",
+    ]
+    for split in SPLITS:
+        counts = facts["splits"][split]
+        lines.append(
+            f"{split:12} {counts['tokens']:,} tokens, {counts['bytes']:,} bytes, {counts['documents']:,} documents, "
+            f"{counts['ends_of_text']:,} ends of text"
+        )
+    return lines

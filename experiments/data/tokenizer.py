@@ -6,6 +6,7 @@ Every text comes back from its tokens exactly, and each token stands for a known
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from experiments.data.fast import FastEncoder, fast_encoder
+from experiments.design.data import DataConfig
 
 SAMPLE_BYTES = 16 * 2**20  # merges are learnt from this much; more text changes them little and costs minutes
 # The library needs some 100 bytes of memory a token while it encodes, so it gets BATCH_BYTES at a time, and long
@@ -77,6 +79,22 @@ def _sample(texts: Iterable[bytes]) -> Iterator[str]:
         left -= len(piece.text)
         if left <= 0:
             return
+
+
+def read(spec: DataConfig) -> bytes:
+    """The tokenizer.json that a specification names. Raises ValueError if it is not fit for it."""
+    path = Path(str(spec.tokenizer)).expanduser()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"tokenizer must be a readable file; got {path}: {error.strerror}; mend the path or leave it out"
+        ) from error
+    try:
+        load(raw, spec.vocabulary, spec.end_of_text)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path} {error}") from error
+    return raw
 
 
 def load(raw: bytes, vocabulary: int, end_of_text: str) -> Coder:

@@ -40,8 +40,11 @@ class RunConfig:
     branch_step: int = field(default=0, metadata=OUTSIDE_ID)
     task: AnyTask | None = None  # None: language modelling on text
     task_name: str = field(default=TEXT, metadata=OUTSIDE_ID)
+    packed: bool = False  # the documents of a sequence of text are kept apart, as data/packing.py defines it
 
     def __post_init__(self) -> None:
+        if self.packed:
+            self._check_packed()
         group = self.model.sequence_group
         if group == 1:
             return
@@ -54,6 +57,22 @@ class RunConfig:
                 f"{where}, so the held-out set needs {group} sequences; got {self.train.held_out_sequences}; "
                 "raise validation_tokens, or held_out_sequences of a generated task"
             )
+
+    def _check_packed(self) -> None:
+        where = f"{self.arm} {self.size}: packed"
+        if self.data is None:
+            raise ValueError(f"{where} is for documents of text, [data]; got {self.task_name}; remove it")
+        if self.model.sequence_group > 1:
+            raise ValueError(
+                f"{where} keeps documents apart, and the filters of this control (conv.mismatched) are generated from "
+                "another sequence; remove one of the two"
+            )
+        for part in (self.model.mixer, self.model.ffn):
+            if not part.takes_documents:
+                raise ValueError(
+                    f"{where} keeps documents apart, and the part {part.kind!r} does not (takes_documents); remove it, "
+                    "or choose another part"
+                )
 
     @property
     def run_id(self) -> str:
@@ -87,7 +106,9 @@ class RunConfig:
     def facts(self) -> dict[str, Fact]:
         """The settings that a table may group runs by, in addition to their names."""
         train = self.train
-        task = {} if self.task is None else self.task.facts()
+        task: dict[str, Fact] = {} if self.task is None else self.task.facts()
+        if self.packed:
+            task["packed"] = True
         return {
             **self.model.facts(),
             **{f"task.{name}": value for name, value in task.items()},

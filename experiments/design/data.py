@@ -1,9 +1,10 @@
 """The specification of a dataset. Only the standard library is imported here, so that `plan` starts at once."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.design.identity import OUTSIDE_ID
 
@@ -32,6 +33,9 @@ class DataConfig:
     # leave out of the held-out text what stands, for the most part and by runs of five lines, in training documents:
     # vendored and edited copies
     drop_near_copies: bool = False
+    # tokens that another project made, in .bin files: "uint16" and "uint32" are tokens and nothing else, as nanoGPT's;
+    # "llm.c" has a header, as modded-nanogpt; "megatron" is Megatron-LM's with an .idx file; None: the source is text
+    pretokenized: Literal["uint16", "uint32", "llm.c", "megatron"] | None = field(default=None, metadata=OUTSIDE_ID)
     separator: str | None = None  # what stands between the documents of a .txt file; None: each file is a document
     vocabulary: int
     # path of a tokenizer.json to use instead of training one; it may have fewer tokens than `vocabulary`
@@ -60,6 +64,30 @@ class DataConfig:
             raise ValueError(
                 f'site_packages needs source = "python"; got source = "{self.source}"; remove site_packages'
             )
+        if self.pretokenized is not None:
+            self._check_pretokenized()
+
+    def _check_pretokenized(self) -> None:
+        if self.source == "python":
+            raise ValueError(
+                f'pretokenized = "{self.pretokenized}" needs a source of .bin files; got "python"; name them'
+            )
+        if self.tokenizer is None:
+            raise ValueError(
+                f'pretokenized = "{self.pretokenized}" needs the tokenizer that made the tokens, for bits per byte and '
+                "for text that is generated; got none; set tokenizer to its tokenizer.json"
+            )
+        if self.separator is not None or self.drop_near_copies:
+            raise ValueError(
+                f'pretokenized = "{self.pretokenized}" takes tokens as they are; got separator or drop_near_copies; '
+                "remove it"
+            )
+
+
+def text_sha256(dataset_sha256: str, packed: bool) -> str:
+    """The identity of text as a run reads it. Packed documents are told from others: their losses are of other targets
+    and other contexts, which no table may compare."""
+    return hashlib.sha256(f"{dataset_sha256} packed".encode()).hexdigest() if packed else dataset_sha256
 
 
 def relative_to(data: DataConfig, folder: Path) -> DataConfig:
@@ -67,9 +95,14 @@ def relative_to(data: DataConfig, folder: Path) -> DataConfig:
     places: dict[str, Any] = {
         name: str(folder / place)
         for name in ("source", "validation_source", "tokenizer")
-        if (place := getattr(data, name)) not in (None, "python") and (folder / place).exists()
+        if (place := getattr(data, name)) not in (None, "python") and _is_there(folder / place, data)
     }
     return replace(data, **places)
+
+
+def _is_there(path: Path, data: DataConfig) -> bool:
+    """Whether a file or folder of this name exists, or one that it is a pattern or, as Megatron's, a prefix for."""
+    return path.exists() or (data.pretokenized is not None and any(path.parent.glob(f"{path.name}*")))
 
 
 def default_cache() -> Path:

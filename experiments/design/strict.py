@@ -76,7 +76,7 @@ def legal(value: str, options: Iterable[str]) -> str:
     options = list(options)
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}legal: {', '.join(options)}" if len(options) <= 20 else f"{hint}{len(options)} values are legal"
+    return f"{hint}legal: {', '.join(options)}" if len(options) <= 30 else f"{hint}{len(options)} values are legal"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -91,8 +91,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _parse_kind(_expect(value, dict, where), {cls.kind: cls for cls in classes}, where)
     if origin is typing.Literal:
         return choose(_expect(value, str, where), arguments, where)
-    if origin in (types.UnionType, typing.Union):  # X | None. Only JSON can hold None: TOML has no null.
-        (inner,) = [argument for argument in arguments if argument is not type(None)]
+    if origin in (types.UnionType, typing.Union):  # X | None, or an array | a table. TOML has no null, but JSON has.
+        choices = [argument for argument in arguments if argument is not type(None)]
+        tables = [choice for choice in choices if typing.get_origin(choice) in (dict, Mapping)]
+        (inner,) = choices if len(choices) == 1 else tables if isinstance(value, dict) else set(choices) - set(tables)
         return None if value is None else _convert(value, inner, where)
     if origin is tuple:
         items = _expect(value, (list, tuple), where)

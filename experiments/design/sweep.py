@@ -22,6 +22,7 @@ from experiments.tasks.registry import AnyTask
 
 FLOPS_TOLERANCE = 1e-3  # relative to the baseline's FLOPs, with match = "flops"
 LARGEST_SETTING = 1e9  # refuses numbers that would overflow later; no real sweep comes near it
+Values = tuple[float, ...]  # of an axis
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms: folders are named after them
 
 
@@ -45,15 +46,16 @@ class Sweep:
     steps: int | None = None
     # task -> its steps, where they are not `steps`, such as those of a smaller training set
     steps_by_task: Mapping[str, int] = field(default_factory=dict)
+    packed: bool = False  # keep the documents of a sequence of text apart: data/packing.py
     evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
     max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
     # size -> its seeds, where they are not `seeds`: more where noise is larger, or fewer where a run is dear
     seeds_by_size: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     # axis -> its values; every combination is a run
-    vary: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    # arm -> axis of `vary` -> the arm's own values, such as other learning rates
-    vary_by_arm: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    vary: Mapping[str, Values] = field(default_factory=dict)
+    # arm -> axis of `vary` -> the arm's own values, such as other learning rates, or size -> its values at that size
+    vary_by_arm: Mapping[str, Mapping[str, Values | Mapping[str, Values]]] = field(default_factory=dict)
     arm: Mapping[str, Arm] = field(default_factory=dict)  # arms that the file defines: [arm.NAME]
 
     def __post_init__(self) -> None:
@@ -103,8 +105,12 @@ class Sweep:
     def _check_axes(self) -> None:
         check_axes(self.vary, "vary")
         for arm, own in self.vary_by_arm.items():
-            check_axes(own, f"vary_by_arm.{arm}")
-            for axis in own:
+            for axis, values in own.items():
+                by_size = values if isinstance(values, Mapping) else dict.fromkeys(self.sizes, values)
+                for size, at_size in by_size.items():
+                    where = f"vary_by_arm.{arm}"
+                    strict.choose(size, self.sizes, f"{where}.{axis}: one of this sweep's sizes is wanted")
+                    check_axes({axis: at_size}, where)
                 if axis not in self.vary:
                     raise ValueError(
                         f"vary_by_arm.{arm}.{axis} gives one arm's values of an axis, which [vary] must have for the "
@@ -136,9 +142,11 @@ class Sweep:
                 if getattr(recipe, axis, None) is not None:
                     raise ValueError(f"{axis} is in [vary] and in [{where}]; remove one of the two")
 
-    def points(self, arm: str) -> Iterator[dict[str, float]]:
+    def points(self, arm: str, size: str) -> Iterator[dict[str, float]]:
         """Every combination of an arm's values of the axes, as axis -> value; one empty point if there are no axes."""
-        axes = {**self.vary, **self.vary_by_arm.get(arm, {})}
+        axes = dict(self.vary)
+        for axis, values in self.vary_by_arm.get(arm, {}).items():
+            axes[axis] = values.get(size, self.vary[axis]) if isinstance(values, Mapping) else values
         for values in itertools.product(*axes.values()):
             yield dict(zip(axes, values, strict=True))
 
@@ -187,7 +195,7 @@ def expand(sweep: Sweep) -> list[RunConfig]:
                 _model(sweep, task, size, arm)  # Check arms that `arms` does not list, too.
         for size, arm in itertools.product(sweep.sizes, sweep.arms):
             for seed in sweep.seeds_by_size.get(size, sweep.seeds):
-                runs += with_trunks([_run(sweep, task, size, arm, seed, point) for point in sweep.points(arm)])
+                runs += with_trunks([_run(sweep, task, size, arm, seed, point) for point in sweep.points(arm, size)])
     _refuse_equal_runs(runs)
     return runs
 
@@ -244,6 +252,7 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
         vary=point,
         task=sweep.task.get(task),
         task_name=task,
+        packed=sweep.packed,
     )
     if run.data is not None and run.epochs is not None and run.epochs > sweep.max_epochs:
         raise ValueError(

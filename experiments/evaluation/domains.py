@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.data.corpus import find_files
+from experiments.data.corpus import describe, find_files
 from experiments.data.formats import read_documents, suffix_of
 from experiments.data.tokenizer import encode
+from experiments.design.data import SMALLEST_VOCABULARY, DataConfig
 from experiments.evaluation.load import TrainedRun
 from experiments.evaluation.scoring import Request, score
 from experiments.terminal import bar
@@ -30,11 +31,28 @@ def beside_domains(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file() and suffix_of(path.name) is not None)
 
 
+def passed_over(folder: Path) -> list[str]:
+    """A line for each domain in `folder` that holds files which are not read, with their numbers by reason.
+
+    Raises ValueError if a domain holds no text.
+    """
+    lines = []
+    for domain in find_domains(folder).values():
+        # The whole path: a folder that is called python is not the source "python". What is found depends on no more.
+        spec = DataConfig(
+            source=str(domain.resolve()), vocabulary=SMALLEST_VOCABULARY, train_tokens=2, validation_tokens=2
+        )
+        if not_read := find_files(spec).not_read:
+            lines.append(f"{domain}: not read: {describe(not_read)}")
+    return lines
+
+
 def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
     """The mean loss in nats a token, bits per UTF-8 byte, and the number of tokens, over all documents of a folder.
 
     As in the held-out text of the training, the documents follow one another, each ended by the end-of-text token, and
-    are cut into windows of the training's sequence length; unlike there, the text begins after an end of text.
+    are cut into windows of the training's sequence length; unlike there, the text begins after an end of text. For a
+    run on packed documents each is scored by itself, from its second token on.
     Raises ValueError if the folder holds no text.
     """
     loss, tokens, text_bytes = 0.0, 0, 0
@@ -57,20 +75,28 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
 
 def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
     """The text as one token to begin with and up to T that follow it, T being the sequence length of the training."""
+    packed = run.config.packed
     end = run.end_of_text
     length = run.config.train.sequence_length
     assert run.data is not None, "load_run refuses runs that were not trained on text"
     # The whole path: a folder that is called python is not the source "python".
-    spec = replace(run.data, source=str(folder.resolve()), site_packages=False, validation_source=None)
+    spec = replace(
+        run.data, source=str(folder.resolve()), site_packages=False, validation_source=None, pretokenized=None
+    )
     texts = (text for file in find_files(spec).files for text in read_documents(file.path, spec) if text)
-    before, held = end, list[int]()
+    before, held = (None if packed else end), list[int]()
     for piece in encode(run.coder, texts):
         held += piece.ids.tolist()
         if piece.ends_document:
             held.append(end)
-        while len(held) >= length:
+        if before is None:
+            before, *held = held
+        while len(held) >= length or (packed and piece.ends_document and held):
             window, held = held[:length], held[length:]
             yield Request((before,), tuple(window))
             before = window[-1]
+        if packed and piece.ends_document:
+            before = None
     if held:
+        assert before is not None
         yield Request((before,), tuple(held))

@@ -1,5 +1,6 @@
 """What runs will take under a profile, what a store has used already, and whether that is within the profile's cap."""
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -179,18 +180,17 @@ def require_within_cap(
 
 def with_time_limits(
     profile: Profile, todo: Sequence[RunConfig], runs: Sequence[RunConfig], store: Path, cache: Path
-) -> tuple[Profile, list[str]]:
+) -> Profile:
     """The profile with a time limit of each size that has none, where the speed of all its runs to do was measured.
 
-    `runs` are those of the sweep; the finished ones among them say how fast the others are.
-
-    Also a line for each such size that says how its limit came about.
+    `runs` are those of the sweep; the finished ones among them say how fast the others are. How a limit came about is
+    said on standard error.
     """
     open_sizes = sorted({run.size for run in todo if profile.job(run.size).hours is None})
     if profile.slurm is None or not open_sizes:
-        return profile, []
+        return profile
     rates = speeds(runs, profile, store, cache).rates
-    sizes, lines = dict(profile.size), []
+    sizes = dict(profile.size)
     for size in open_sizes:
         own = [run for run in todo if run.size == size]
         known = [rates[run.run_id] for run in own if run.run_id in rates and rates[run.run_id].measured]
@@ -200,8 +200,9 @@ def with_time_limits(
         limit = min(LONGEST_ATTEMPT, max(MARGIN * longest + START_HOURS, profile.slurm.signal_seconds / 1800))
         sizes[size] = replace(profile.job(size), hours=limit)
         words = f"{MARGIN:g} times the longest run's forecast of {longest:.3g} h, and {START_HOURS:g} h for the start"
-        lines.append(f"time limit of {size}: {limit:.3g} h ({words if limit < LONGEST_ATTEMPT else 'the most'})")
-    return replace(profile, size=sizes), lines
+        how = words if limit < LONGEST_ATTEMPT else "the most"
+        print(f"dynconv: the time limit of {size} is {limit:.3g} h: {how}", file=sys.stderr)
+    return replace(profile, size=sizes)
 
 
 def runs_at_once(profile: Profile, runs: Sequence[RunConfig]) -> int | None:

@@ -11,18 +11,22 @@ from typing import Any
 
 from analysis.logs.files import read_json, write_json
 
+FOLDER = ".jobs"  # of a store: what launchers and jobs write beside the runs
 JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
 _ALL_RIGHTS = 0o777
 
 
-def write_job(run_dir: Path, executor: str, job_id: str, log: Path | None, code: Path) -> None:
+def write_job(
+    run_dir: Path, executor: str, job_id: str | None, log: Path | None, code: Path, submission: str | None = None
+) -> None:
     """Note which executor has the run, under which id. On this machine the id is a process's, which with its start
-    time names that process only."""
+    time names that process only; on Slurm it is None until it is known which job the submission became."""
     job = {
         "executor": executor,
         "job_id": job_id,
+        "submission": submission,
         "host": socket.gethostname(),
-        "started": None if executor == "slurm" else process_started(job_id),
+        "started": None if executor == "slurm" or job_id is None else process_started(job_id),
         "submitted_at": time.time(),
         "log": None if log is None else str(log),
         "code": code.name,
@@ -38,7 +42,32 @@ def job_of(run_dir: Path) -> dict[str, Any] | None:
         return None
     with errors_naming(path):
         job = read_json(path)
-        return {"owner": path.stat().st_uid, **{key: job[key] for key in JOB_KEYS}}
+        return {
+            "owner": path.stat().st_uid,
+            "submission": job.get("submission"),
+            **{key: job[key] for key in JOB_KEYS},
+        }
+
+
+def submission_of(run_dir: Path) -> str | None:
+    """The name of the submission to Slurm that the run was last part of; None if there is none."""
+    job = job_of(run_dir)
+    return None if job is None else job["submission"]
+
+
+def adopt(run_dir: Path, submission: str, job_id: str, *, note: bool = True) -> bool:
+    """Whether the run is this job's; if nothing says so yet, that is noted, unless `note` is False.
+
+    It is another's where it was submitted again since, or where sbatch accepted a submission twice.
+    """
+    job = job_of(run_dir)
+    if job is None or job["submission"] != submission or job["job_id"] not in (None, job_id):
+        return False
+    if job["job_id"] is None and note:
+        log = run_dir.parent / FOLDER / submission / f"{job_id}_0_log.out"
+        path = run_dir / "job.json"
+        write_json(path, read_json(path) | {"job_id": job_id, "log": str(log)})
+    return True
 
 
 @contextlib.contextmanager
@@ -61,8 +90,8 @@ def process_started(pid: str) -> int | None:
 
 
 def new_folder(store: Path, name: str) -> Path:
-    """A new folder for submitit's files and the jobs' output."""
-    folder = store / ".jobs"
+    """A new folder for what a submission's jobs need, and for their output."""
+    folder = store / FOLDER
     folder.mkdir(exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=time.strftime(f"%Y%m%d-%H%M%S-{name}-"), dir=folder))
     # mkdtemp makes folders that their owner alone may enter; colleagues who share the store must read the output.

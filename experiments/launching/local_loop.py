@@ -16,6 +16,7 @@ from experiments.launching.branches import ready
 from experiments.launching.locks import signals_deferred, store_lock, termination_as_interrupt
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
+from experiments.training.job import other_job, this_place
 from experiments.training.run import SHARING_VARIABLE, Run, RunFailed
 
 if TYPE_CHECKING:
@@ -97,11 +98,15 @@ def run_in_this_process(runs: Sequence[RunConfig], _profile: Profile, store: Pat
     for run in runs:
         if not ready(run, store):
             continue
-        jobs.write_job(store / run.run_id, "debug", str(os.getpid()), None, code)
+        with store_lock(store):  # another `submit` or a `cancel` may have been here first
+            if states.read(store, [run.run_id])[0].state not in states.SUBMITTABLE:
+                continue
+            jobs.write_job(store / run.run_id, "debug", str(os.getpid()), None, code)
         try:
             with local.environment({SHARING_VARIABLE: "1"}):
                 Run(store / run.run_id)()
         except RunFailed:
             traceback.print_exc()
         finally:
-            (store / run.run_id / "job.json").unlink(missing_ok=True)  # The folder may have been removed.
+            if other_job(store / run.run_id, this_place()) is None:
+                (store / run.run_id / "job.json").unlink(missing_ok=True)  # The folder may have been removed.

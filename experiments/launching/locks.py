@@ -1,13 +1,13 @@
 """One submission to a store at a time, and which signals may end a launcher when."""
 
 import contextlib
-import fcntl
-import os
+import math
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+
+from analysis.logs.ownership import held
 
 
 @contextlib.contextmanager
@@ -18,50 +18,30 @@ def store_lock(store: Path) -> Iterator[None]:
     submission leaves nothing. Raises ValueError where the store takes no files.
     """
     made = not store.exists()
-    path = store / ".lock"
-    with contextlib.ExitStack() as stack:
-        told = False
-        while True:
-            try:
-                store.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(path.open("w"))
-            except OSError as error:
-                raise ValueError(f"{store} takes no files ({error.strerror}); choose another with --store") from None
-            told = _acquire(file, store, told)
-            if _is_open_file(path, file):
-                break
-            file.close()  # whoever held it before deleted it: another process may hold a new file by now
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
+            _hold(store, stack)
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            if made:
-                with contextlib.suppress(OSError):  # not empty
-                    store.rmdir()
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                store.rmdir()
 
 
-def _acquire(file: TextIO, store: Path, told: bool) -> bool:
-    """Lock the file. Returns whether the user has been told that it takes time."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not told:
-            print(f"waiting for another submit to {store}", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return True
-    except OSError:  # some cluster file systems have no locks; the window is small, so go on without
-        pass
-    return told
+def _hold(store: Path, stack: contextlib.ExitStack) -> None:
+    while True:
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(store, patience=math.inf, waiting=lambda: _tell(store)))
+            return
+        except FileNotFoundError:  # whoever had made the store removed it again, empty as it was
+            continue
+        except OSError as error:
+            raise ValueError(f"{store} takes no files ({error.strerror}); choose another with --store") from None
 
 
-def _is_open_file(path: Path, file: TextIO) -> bool:
-    """Whether `path` still names the file that is open."""
-    held = os.fstat(file.fileno())
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+def _tell(store: Path) -> None:
+    print(f"waiting for another submit to {store}", file=sys.stderr)
 
 
 @contextlib.contextmanager

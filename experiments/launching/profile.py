@@ -68,6 +68,8 @@ class Slurm:
     setup: tuple[str, ...] = ()  # shell lines before the run, e.g. "module load cuda"
     signal_seconds: int = 120  # warning before the time limit: room for a step, an evaluation and a checkpoint
     options: Mapping[str, str] = field(default_factory=dict)  # other long options of sbatch: name -> value
+    srun_options: tuple[str, ...] = ()  # of the srun that starts the run's processes, as "--container-image=..."
+    python: str | None = None  # shell words that start Python on the nodes; None: the interpreter that submits
 
 
 @dataclass(frozen=True)

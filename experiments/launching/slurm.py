@@ -1,27 +1,19 @@
-"""Slurm: what our jobs say to sbatch (through submitit), and what squeue and sacct say about them.
+"""What the programs of Slurm say about a cluster and its jobs. What our jobs say to sbatch is in sbatch.py."""
 
-The reasons for the settings are in slurm/README.md, under "What our jobs tell Slurm".
-"""
-
-import contextlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
 from experiments.design import strict
-from experiments.launching.profile import Job, Slurm
-from experiments.training.run import SHARING_VARIABLE
+from experiments.launching.profile import Slurm
 
 ANSWER_SECONDS = 20  # if the controller takes longer, it counts as down
 CANCEL_SECONDS = 120  # for scancel, which may have to reach many nodes
+_CLOCKS_APART = 86400.0  # seconds by which a controller's clock may differ from ours
 # Options of sbatch that the launcher sets itself, or that would change how many jobs there are and where they write.
 OWN_OPTIONS = (
     "array", "chdir", "dependency", "error", "export", "job-name", "kill-on-invalid-dep", "nodes", "ntasks",
@@ -29,7 +21,18 @@ OWN_OPTIONS = (
     "wrap",
 )  # fmt: skip
 # Variables by which the programs of Slurm take options from the user's shell
-_OPTION_VARIABLES = ("SBATCH_", "SALLOC_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SCONTROL_", "SLURM_", "SRUN_")
+_OPTION_VARIABLES = (
+    "SBATCH_",
+    "SALLOC_",
+    "SQUEUE_",
+    "SACCT_",
+    "SINFO_",
+    "SCANCEL_",
+    "SCONTROL_",
+    "SLURM_",
+    "SRUN_",
+    "SUBMITIT_",
+)
 
 
 def check(slurm: Slurm) -> None:
@@ -95,105 +98,47 @@ def cancel(job_ids: Sequence[str]) -> None:
     command = ["scancel", *job_ids]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=CANCEL_SECONDS, env=_own_environment()
+            command, capture_output=True, text=True, check=False, timeout=CANCEL_SECONDS, env=environment()
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"scancel has not answered for {CANCEL_SECONDS} s; try again") from None
     if done.returncode != 0:
-        raise ValueError(f"scancel refused: {_one_line(done.stderr)}")
+        raise ValueError(f"scancel refused: {one_line(done.stderr)}")
 
 
-def submit(calls: Sequence[Callable[[], None]], executor: submitit.SlurmExecutor) -> list[submitit.Job[None]]:
-    """One array of jobs, of `max_array_size` at most. Raises ValueError if refused."""
-    with _clean_environment():
-        try:
-            return executor.submit_array(calls)
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise ValueError(f"sbatch refused: {_one_line(str(error))}") from None
+def find(name: str, since: float) -> str | None:
+    """The id of the job or array of this name, submitted at `since` (unix seconds) or later; None if Slurm has none.
 
-
-def executor(
-    job: Job, slurm: Slurm, *, max_parallel: int, name: str, folder: Path, snapshot: Path, after: str | None = None
-) -> submitit.SlurmExecutor:
-    """A submitit executor whose script asks for what the profile says; one task for each process of a run."""
-    processes_per_node = min(job.gpus, job.gpus_per_node)
-    result = submitit.SlurmExecutor(folder=folder, max_num_timeout=job.max_attempts)
-    options = {name: value or True for name, value in slurm.options.items()}  # "" stands for a bare flag
-    asked = {
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "time": max(1, round(60 * job.time_limit)),
-        "nodes": job.nodes,
-        "ntasks_per_node": processes_per_node,
-        "cpus_per_task": job.cpus_per_gpu,
-        "gpus_per_node": None if job.device == "cpu" else processes_per_node,
-        "mem": None if job.memory_gb is None else f"{round(1024 * job.memory_gb)}M",
-    }
-    result.update_parameters(
-        **{key: value for key, value in asked.items() if value is not None},
-        job_name=name,
-        array_parallelism=max_parallel or 10**6,
-        wckey=None,  # submitit's own would be refused where the site checks them; [slurm.options] may name one
-        stderr_to_stdout=True,
-        # Node failures and preemptions requeue. TERM warns before the time limit, as it does before a preemption.
-        additional_parameters={
-            "requeue": True,
-            "signal": f"TERM@{slurm.signal_seconds}",
-            **({"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}),
-            **options,
-        },
-        setup=[*slurm.setup, *_setup(snapshot, _sharing(job, slurm))],
-        # From 22.05 on, srun no longer takes --cpus-per-task over from sbatch.
-        srun_args=["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none", f"--cpus-per-task={job.cpus_per_gpu}"],
-    )
-    return result
-
-
-def _sharing(job: Job, slurm: Slurm) -> str:
-    """How many runs share the devices, as text; empty where it is not known.
-
-    Slurm gives a GPU to one job, unless the profile asks for shared ones; cores and their memory may be shared.
+    Raises ValueError where the controller does not answer. Without accounting, jobs that have left the queue are not
+    found.
     """
-    may_share = any(name in slurm.options for name in ("oversubscribe", "overcommit", "gres"))
-    return "" if job.device == "cpu" or may_share else "1"
+    queued = _ask("squeue", "--noheader", "--all", f"--name={name}", "--format=%F")
+    if queued is None:
+        raise ValueError("Slurm's controller does not answer (squeue failed); try again when it does")
+    begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - _CLOCKS_APART))
+    columns = ("--noheader", "--parsable2", "--allocations", "--format=JobID")
+    ended = _ask("sacct", *columns, f"--name={name}", f"--starttime={begin}")
+    # Sites print notices on standard output, too.
+    found = re.findall(r"^(\d+)(?:_\S+)?$", f"{queued}\n{ended or ''}", re.MULTILINE)
+    return min(found, key=int) if found else None
 
 
-def _setup(snapshot: Path, sharing: str) -> list[str]:
-    scratch = '"${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
-    return [
-        "export SUBMITIT_PREEMPT_SIGNAL=TERM",
-        f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot",
-        f"export {SHARING_VARIABLE}={sharing}",
-        f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches break on shared file systems",
-        "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
-        """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",
-    ]
-
-
-@contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Remove variables that sbatch would take for options: the user's, and those of the Slurm job that we may be in.
-
-    The user is told of his own, since the profile alone decides.
-    """
-    kept = dict(os.environ)
-    for key in list(os.environ):
-        if key.startswith((*_OPTION_VARIABLES, "SUBMITIT_")) and key != "SLURM_CONF":
-            del os.environ[key]
-    if ignored := sorted(key for key in kept if key.startswith("SBATCH_")):
-        print(f"dynconv: {', '.join(ignored)} of this shell: ignored, since the profile decides", file=sys.stderr)
+def limit_running(array: str, count: int) -> None:
+    """Let `count` jobs of an array run at once, or any number if it is 0. Raises ValueError where that is refused."""
+    command = ["scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={count}"]
     try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS, env=environment()
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        raise ValueError(f"scontrol does not answer, so max_parallel of array {array} stays as it was") from None
+    if done.returncode != 0:
+        raise ValueError(f"scontrol refused to change max_parallel of array {array}: {one_line(done.stderr)}")
 
 
-def _own_environment() -> dict[str, str]:
-    """The environment without variables that change what Slurm's programs do or print."""
+def environment() -> dict[str, str]:
+    """The environment without variables that change what Slurm's programs do or print: the user's, and those of the
+    Slurm job that we may be in."""
     return {k: v for k, v in os.environ.items() if not k.startswith(_OPTION_VARIABLES) or k == "SLURM_CONF"}
 
 
@@ -207,7 +152,7 @@ def _ask(*command: str) -> str | None:
     """Standard output, or None where the command is missing, fails or takes too long."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, env=_own_environment()
+            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, env=environment()
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
@@ -225,6 +170,6 @@ def _expanded(ids: str) -> list[str]:
     ]
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no reason given")

@@ -99,6 +99,7 @@ def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
         if job["executor"] == "slurm":
             # Where jobs are private (PrivateData=jobs) a colleague's are not shown, whether they run or have ended.
             unseen = "gone" if job["owner"] == os.getuid() else "unknown"
+            unseen = "unknown" if job["job_id"] is None else unseen  # whether Slurm has it is not known yet
             state = "unknown" if queue is None else queue.get(job["job_id"], unseen)
             present[run_id] = {"PENDING": "queued", "gone": "gone", "unknown": "unknown"}.get(state, "running")
         elif job["host"] != socket.gethostname():
@@ -157,6 +158,8 @@ def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
     if where == "unknown" and job is not None:
         if job["executor"] != "slurm":
             return f"started on {job['host']}; ask there"
+        if job["job_id"] is None:
+            return "sbatch has not answered; `dynconv submit` finds out whether Slurm has the job"
         if job["owner"] != os.getuid():
             return f"job {job['job_id']} of user {_user(job['owner'])} is not shown here; ask there"
         return "squeue does not answer"

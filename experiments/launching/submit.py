@@ -1,12 +1,12 @@
 """Submit, retry and cancel runs: pending ones only, their config and their code frozen first."""
 
-import contextlib
 import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,24 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
-from experiments.launching import account, branches, jobs, local, local_loop, slurm, snapshot, states
-from experiments.launching.locks import signals_deferred, store_lock
+from experiments.launching import (
+    account,
+    arrays,
+    branches,
+    jobs,
+    local,
+    local_loop,
+    slurm,
+    snapshot,
+    states,
+    submissions,
+)
+from experiments.launching.locks import store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
 from experiments.training.record import check_store, data_sha256, write_record
-from experiments.training.run import Run
 
 if TYPE_CHECKING:
-    import submitit
-
     from experiments.data.dataset import Dataset
 
 REMEDIES = {
@@ -35,6 +43,7 @@ REMEDIES = {
     "unreadable": "status",
 }
 MARKERS = ("failure.json", "cancelled", "job.json")  # what earlier attempts and launchers left
+WRITERS = 16  # runs that are frozen side by side, as each file waits for the disk
 POLL_SECONDS = 10.0  # between two looks at the queue
 
 
@@ -44,7 +53,8 @@ class Outcome:
 
     submitted: list[str]  # run ids
     skipped: dict[str, list[str]] = field(default_factory=dict)  # state -> ids of the runs left alone
-    ended: list[states.RunState] = field(default_factory=list)  # of those submitted, where they were waited for
+    ended: list[states.RunState] = field(default_factory=list)  # of those that were waited for
+    waiting: list[str] = field(default_factory=list)  # ids of runs that the cluster takes no jobs of at present
 
     @property
     def unsuccessful(self) -> list[states.RunState]:
@@ -74,13 +84,40 @@ def retry(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Pa
 def _launch(
     wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path, wait: bool
 ) -> Outcome:
-    if wanted == states.RETRYABLE and not store.is_dir():
-        raise ValueError(f"{store} is not a store, so nothing in it can be tried again; name another with --store")
+    if wanted == states.RETRYABLE:
+        _require_store(store)
     _check(runs, profile)
     _check_schema(store)
-    limits: list[str] = []
+    outcome, code = _submit_now(wanted, runs, profile, store, cache)
+    chosen = [run for run in runs if run.run_id in outcome.submitted]
+    if profile.executor != "slurm":
+        begin = {"local": local_loop.run_in_slots, "debug": local_loop.run_in_this_process}[profile.executor]
+        if chosen:
+            begin(chosen, profile, store, code)
+        return replace(outcome, ended=states.read(store, outcome.submitted))
+    if not wait:
+        return outcome
+    under_way = {run_id for name in states.ACTIVE if name != "unknown" for run_id in outcome.skipped.get(name, ())}
+    watched = [run for run in runs if run in chosen or run.run_id in under_way]
+    if watched:
+        _watch(watched, store)
+    outcome = replace(outcome, ended=states.read(store, [run.run_id for run in watched]))
+    if not outcome.waiting:
+        return outcome
+    more = _launch(wanted, [run for run in runs if run.run_id in outcome.waiting], profile, store, cache, wait)
+    submitted, ended = outcome.submitted + more.submitted, outcome.ended + more.ended
+    return replace(more, submitted=submitted, skipped=outcome.skipped | more.skipped, ended=ended)
+
+
+def _submit_now(
+    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
+) -> tuple[Outcome, Path]:
+    """Submit what can be submitted now. Returns the folder of the code, too."""
     with store_lock(store):  # asked before the data is built, which may take hours: the store may take no files
+        if profile.executor == "slurm":
+            submissions.settle(store, [run.run_id for run in runs])
         todo, skipped = _choose(wanted, runs, store)
+    waiting, reason, code = list[RunConfig](), "", Path()
     if todo:
         account.require_within_cap(todo, runs, profile, store, cache)
         datasets = _build(runs, cache)  # not under the lock, which others would wait for
@@ -88,24 +125,31 @@ def _launch(
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
             account.require_within_cap(todo, runs, profile, store, cache)
             _check_store(todo, datasets, store)
-            profile, limits = account.with_time_limits(profile, todo, runs, store, cache)
+            profile = account.with_time_limits(profile, todo, runs, store, cache)
             code = _freeze(todo, datasets, profile, store)
-            with _markers_removed([store / run.run_id for run in todo]):
-                if profile.executor == "slurm":
-                    _submit_arrays(todo, profile, store, code)
-    run_ids = [run.run_id for run in todo]
-    _say(store, run_ids, skipped)
-    for line in limits:
-        print(f"{store}: {line}", file=sys.stderr)
-    if not todo or (profile.executor == "slurm" and not wait):
-        return Outcome(run_ids, skipped)
-    wait_for = {"slurm": _watch, "local": local_loop.run_in_slots, "debug": local_loop.run_in_this_process}
-    wait_for[profile.executor](todo, profile, store, code)
-    return Outcome(run_ids, skipped, states.read(store, run_ids))
+            kept = _remove_markers([store / run.run_id for run in todo])
+            try:
+                if profile.executor == "slurm" and todo:
+                    waiting, reason = arrays.submit(todo, profile, store, code)
+            except BaseException:
+                _restore_markers(kept)
+                raise
+            if waiting:
+                _restore_markers(kept)
+    if profile.executor == "slurm" and "queued" in skipped:
+        with store_lock(store):
+            submissions.limit_running(store, skipped["queued"], profile.max_parallel)
+    submitted = [run.run_id for run in todo if run not in waiting]
+    _say(store, submitted, skipped, len(waiting), reason)
+    return Outcome(submitted, skipped, waiting=[run.run_id for run in waiting]), code
 
 
-def _say(store: Path, submitted: Sequence[str], skipped: Mapping[str, Sequence[str]]) -> None:
+def _say(
+    store: Path, submitted: Sequence[str], skipped: Mapping[str, Sequence[str]], waiting: int, reason: str
+) -> None:
     parts = [f"{len(submitted)} runs submitted"]
+    if waiting:
+        parts.append(f"{waiting} wait, as Slurm takes no more now ({reason}): submit again when some have ended")
     for state, run_ids in skipped.items():
         remedy = f" (see to them with `dynconv {REMEDIES[state]}`)" if state in REMEDIES else ""
         parts.append(f"{len(run_ids)} {state} already{remedy}")
@@ -119,14 +163,21 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
     and takes the markers back, for the runs whose jobs cannot be reached from here; the others are cancelled. A run
     that was cancelled before and whose job has not ended is cancelled again.
     """
+    _require_store(store)
+    run_ids = list(run_ids)
+    if submissions.unanswered(store, run_ids):
+        with store_lock(store):  # a submit may be waiting for sbatch
+            submissions.settle(store, run_ids)
     here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
     marked = [state.run_id for state in here if state.state == "cancelled"]
     ids = [state.run_id for state in here if state.state in ("pending", "lost", *states.ACTIVE)]
     ids += sorted(states.busy(store, marked))
     _mark_cancelled(store, ids)
     job_by_run = {run_id: jobs.job_of(store / run_id) for run_id in states.busy(store, ids)}
-    in_slurm = {run_id: job["job_id"] for run_id, job in job_by_run.items() if job and job["executor"] == "slurm"}
-    out_of_reach: dict[str, str] = {}  # run id -> why its job cannot be stopped from here
+    on_slurm = {run_id: job["job_id"] for run_id, job in job_by_run.items() if job and job["executor"] == "slurm"}
+    in_slurm = {run_id: job_id for run_id, job_id in on_slurm.items() if job_id is not None}
+    # run id -> why its job cannot be stopped from here
+    out_of_reach = dict.fromkeys(on_slurm.keys() - in_slurm, "a colleague's submission that sbatch left unanswered")
     try:
         if in_slurm:
             slurm.cancel(list(in_slurm.values()))
@@ -169,6 +220,11 @@ def _stop_here(job: Mapping[str, Any]) -> str | None:
     except PermissionError:
         return f"process {job['job_id']} is another user's, who can cancel it"
     return None
+
+
+def _require_store(store: Path) -> None:
+    if not store.is_dir():
+        raise ValueError(f"{store} is not a store, so it has no runs; name another with --store")
 
 
 def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
@@ -233,75 +289,34 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
     """Copy the code and write each run's config.json; returns the folder of the code."""
     code = snapshot.take(store)
     commit = snapshot.commit(code)
-    for run in runs:
+
+    def freeze(run: RunConfig) -> None:
         execution = profile.job(run.size).execution
         dataset = None if run.data is None else datasets[run.data]
         write_record(run, store, dataset, execution, code_commit=commit, submitted_at=time.time())
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(freeze, runs))
     return code
 
 
-@contextlib.contextmanager
-def _markers_removed(run_dirs: Iterable[Path]) -> Iterator[None]:
-    """Delete what earlier attempts and launchers left; if submission fails, restore it for runs without a new job."""
+def _remove_markers(run_dirs: Iterable[Path]) -> dict[Path, bytes]:
+    """Delete what earlier attempts and launchers left; returns it."""
     paths = [run_dir / name for run_dir in run_dirs for name in MARKERS]
     kept = {path: path.read_bytes() for path in paths if path.exists()}
     for path in kept:
         path.unlink()
-    try:
-        yield
-    except BaseException:
-        for path, content in kept.items():  # a run's job.json comes last
-            if not path.with_name("job.json").exists():
-                path.write_bytes(content)
-        raise
+    return kept
 
 
-def _submit_arrays(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> None:
-    """Submit the runs in arrays, trunks before their branches."""
-    assert profile.slurm is not None
-    queued = 0
-    for array in _arrays(runs, slurm.max_array_size()):
-        size, after = array[0].size, branches.dependency(array[0], store)
-        executor = slurm.executor(
-            profile.job(size),
-            profile.slurm,
-            max_parallel=profile.max_parallel,
-            name=f"{array[0].sweep}-{size}",
-            folder=jobs.new_folder(store, size),
-            snapshot=code,
-            after=after,
-        )
-        try:
-            _submit_array([store / run.run_id for run in array], executor, code)
-        except ValueError as error:
-            rest = f"; {queued} of {len(runs)} runs are queued: submit again for the rest" if queued else ""
-            raise ValueError(f"{error}{rest}") from None
-        queued += len(array)
+def _restore_markers(kept: Mapping[Path, bytes]) -> None:
+    """Write back what `_remove_markers` deleted, for runs that were given no job."""
+    for path, content in kept.items():  # a run's job.json comes last
+        if not path.with_name("job.json").exists():
+            path.write_bytes(content)
 
 
-def _arrays(runs: Sequence[RunConfig], limit: int) -> list[list[RunConfig]]:
-    """One array a size, since an array has one set of resources, and a trunk, since it has one dependency; several
-    where it passes the cluster's limit."""
-    grouped: dict[tuple[str, str | None], list[RunConfig]] = {}
-    for run in sorted(runs, key=lambda run: run.trunk is not None):
-        grouped.setdefault((run.size, run.trunk), []).append(run)
-    return [same[low : low + limit] for same in grouped.values() for low in range(0, len(same), limit)]
-
-
-def _submit_array(run_dirs: Sequence[Path], executor: "submitit.SlurmExecutor", code: Path) -> None:
-    with signals_deferred():  # until job.json is written, no file names the jobs that sbatch has accepted
-        accepted = slurm.submit([Run(run_dir) for run_dir in run_dirs], executor)
-        try:
-            for run_dir, job in zip(run_dirs, accepted, strict=True):
-                jobs.write_job(run_dir, "slurm", job.job_id, job.paths.stdout, code)
-        except OSError:
-            slurm.cancel([job.job_id for job in accepted])
-            for run_dir in run_dirs:
-                (run_dir / "job.json").unlink(missing_ok=True)
-            raise
-
-
-def _watch(runs: Sequence[RunConfig], _profile: Profile, store: Path, _code: Path) -> None:
+def _watch(runs: Sequence[RunConfig], store: Path) -> None:
     """Wait until no run is queued or running any more."""
     quiet = 0
     try:

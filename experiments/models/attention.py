@@ -4,7 +4,9 @@ Shapes: B batch, T time, D width, H heads of queries, K heads of keys and values
 Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes before QK-norm and RoPE.
 """
 
-from functools import lru_cache
+import inspect
+from functools import cache, lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from experiments.design.model import ModelConfig
 from experiments.models.joined import kernels_fit, rotate, rotate_joined
 from experiments.models.norm import RMSNorm
+from experiments.models.packing import Documents, same_document
 from experiments.models.short_convolution import Maps, Outputs
 from experiments.parts.attention import Attention
 
@@ -30,8 +33,7 @@ class AttentionModule(nn.Module):
         super().__init__()
         self.head_size = part.head_size(model.width)
         self.theta = part.rope_theta
-        self.head_counts = heads, kv_heads = part.head_counts()
-        self.grouped = heads != kv_heads
+        self.head_counts = part.head_counts()
         self.qk_norm = part.qk_norm
         self.maps = Maps(part, model)
         self.q_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
@@ -45,18 +47,35 @@ class AttentionModule(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
+        outputs = self.maps.outputs(x, ("q", "k", "v"), x, documents)
+        q, k, v = self._rotated(outputs, documents)
+        y = attend(q, k, v, documents)
+        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x, documents)
+        return y
+
+    def _rotated(
+        self, outputs: Outputs, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, H, T, E], [B, K, T, E], [B, K, T, E]
+        """Queries and keys after QK-norm and RoPE, whose positions begin with each document, and the values."""
         assert self.rotation is not None, "call prepare first"
-        outputs = self.maps.outputs(x, ("q", "k", "v"), x)
+        rotation = self.rotation
+        if documents is not None:
+            rotation = rotation[0][documents.places], rotation[1][documents.places]  # [B, T, E] each
         if self._rotates_joined(outputs):
             assert outputs.joined is not None
-            q, k, v = rotate_joined(outputs.joined, self.rotation, *self.head_counts)
-        else:
-            q, k, v = (self._heads(y) for y in outputs.apart)
-            q, k = rotate(self.q_norm(q), self.rotation), rotate(self.k_norm(k), self.rotation)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # [B, H, T, E]
-        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x)
-        return y
+            joined = outputs.joined
+            if documents is None:
+                return rotate_joined(joined, rotation, *self.head_counts)
+            flat = [x.flatten(0, 1) for x in (joined, *rotation)]
+            parts = rotate_joined(flat[0][None], (flat[1], flat[2]), *self.head_counts)  # [1, H or K, B*T, E]
+            q, k, v = (part[0].unflatten(1, joined.shape[:2]).transpose(0, 1) for part in parts)
+            return q, k, v
+        if documents is not None:
+            rotation = rotation[0][:, None], rotation[1][:, None]
+        q, k, v = (self._heads(y) for y in outputs.apart)
+        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
 
     def decode(
         self,
@@ -76,7 +95,7 @@ class AttentionModule(nn.Module):
         state["keys"], state["values"] = k, v
         place = torch.arange(total, device=x.device)
         seen = place <= place[before:, None]  # [T, total]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         (y,) = self.maps.decode(y.transpose(1, 2).flatten(2), ("o",), x, state)
         return y
 
@@ -90,6 +109,41 @@ class AttentionModule(nn.Module):
         x: Tensor,  # [B, T, H*E]
     ) -> Tensor:  # [B, H, T, E]
         return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
+
+
+def attend(
+    q: Tensor,  # [B, H, T, E]
+    k: Tensor,  # [B, K, T, E]
+    v: Tensor,  # [B, K, T, E]
+    documents: Documents | None,  # None: each sequence is one
+) -> Tensor:  # [B, H, T, E]
+    """Causal attention within each document."""
+    grouped = q.shape[1] != k.shape[1]
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if not _varlen_fits(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=same_document(documents), enable_gqa=grouped)
+    from torch.nn.attention.varlen import varlen_attn
+
+    edges, batch, time = documents.cu_seqlens, len(q), q.shape[2]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B*T, H or K, E]
+    y = varlen_attn(q, k, v, edges, edges, time, time, window_size=(-1, 0), enable_gqa=grouped)
+    return cast(Tensor, y).unflatten(0, (batch, time)).transpose(1, 2)
+
+
+def _varlen_fits(q: Tensor) -> bool:
+    """Whether FlashAttention's kernels for sequences of different lengths take these queries, and torch has them.
+
+    They skip what a mask would only hide, and take no mask of T x T. torch 2.10 has them without `window_size`.
+    """
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and _has_varlen()
+
+
+@cache
+def _has_varlen() -> bool:
+    from torch.nn.attention import varlen
+
+    return "window_size" in inspect.signature(varlen.varlen_attn).parameters
 
 
 @lru_cache(maxsize=8)  # All layers share one table.

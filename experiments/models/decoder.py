@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
+from experiments.models.packing import Documents, documents_of
 from experiments.models.readout import LastTokenReadout
 from experiments.models.recompute import Policy, recomputing
 from experiments.models.short_convolution import InputConvolution
@@ -87,8 +88,9 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,  # [B, T]
         criterion: Criterion | None = None,  # computes LM head and loss together, without storing all logits
+        starts: Tensor | None = None,  # [B, K]: of packed documents, as `documents_of` takes them; None: one a sequence
     ) -> Output | Scored:
-        """`Output`, or `Scored` if there is a criterion.
+        """`Output`, or `Scored` if there is a criterion. No packed document sees another, nor any trace of one.
 
         Under autocast the residual stream is in autocast's dtype, and norms are computed in float32. Raises ValueError
         for a number of sequences that does not fill groups of which one sequence reads another.
@@ -100,13 +102,14 @@ class Decoder(nn.Module):
                 f"multiples of {group} sequences, and neither decodes nor takes packed documents; got {len(tokens)}; "
                 "use the arm without mismatched"
             )
+        documents = None if starts is None else documents_of(starts, tokens.shape[1])
         x = self._embed(tokens)
         losses: dict[str, Tensor] = {}
         measures: dict[str, Tensor] = {}
         for layer, module in enumerate(self.blocks):
             block = cast(Block, module)
             block.prepare(tokens.shape[1], tokens.device)
-            x, own, measured = block(x)
+            x, own, measured = block(x, documents)
             for name, loss in own:
                 losses[name] = losses[name] + loss if name in losses else loss
             measures |= {f"{name}.{layer}": value for name, value in measured}
@@ -177,7 +180,7 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         # Only `compute` is compiled, and not the call of the module, whose hooks gather the weights under FSDP.
-        self.program: Callable[[Block, Tensor], Any] = Block.compute
+        self.program: Callable[[Block, Tensor, Documents | None], Any] = Block.compute
         sites = config.conv.sites
         self.mixer_input = InputConvolution(config) if MIXER_INPUT in sites else nn.Identity()
         self.ffn_input = InputConvolution(config) if FFN_INPUT in sites else nn.Identity()
@@ -191,16 +194,21 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Named, Named]:  # [B, T, D]; names and values of auxiliary losses and of measures
-        y: tuple[Tensor, Named, Named] = self.program(self, x)
+        y: tuple[Tensor, Named, Named] = self.program(self, x, documents)
         return y
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Named, Named]:
+    def compute(self, x: Tensor, documents: Documents | None = None) -> tuple[Tensor, Named, Named]:
         """`forward`, uncompiled."""
         losses: Named = []
         measures: Named = []
+        packing = () if documents is None else (documents,)
         for part, norm, convolution in self._parts():
-            y = part(convolution(norm(x)))
+            y = norm(x)
+            if isinstance(convolution, InputConvolution):
+                y = convolution(y, documents)
+            y = part(y, *packing)
             if isinstance(y, tuple):
                 y, own, measured = y
                 losses += own.items()
@@ -231,12 +239,13 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     """The module of a part, from the function `build` of models/X.py for a part of parts/X.py.
 
     The module has its linear maps as `maps` (a `Maps`), and as `into_residual` the sites of those that write into the
-    residual stream. Its `forward` maps [B, T, D] to [B, T, D], or to that and two dictionaries: the auxiliary losses
-    [B] of each sequence, and measures [B, n] of each sequence that an evaluation logs. If it has a method
-    `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all layers
-    share. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that are not of
-    `maps`; the second standard deviation is that of weights into the residual stream. A part that can generate text has
-    `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at the start, is
+    residual stream. Its `forward(x)` maps [B, T, D] to [B, T, D], or to that and two dictionaries: the auxiliary losses
+    [B] of each sequence, and measures [B, n] of each sequence that an evaluation logs. A part that `takes_documents`
+    has a `forward(x, documents=None)`; it must carry nothing from one of the `Documents` to the next. If it has a
+    method `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all
+    layers share. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that are not
+    of `maps`; the second standard deviation is that of weights into the residual stream. A part that can generate text
+    has `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at the start, is
     updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]

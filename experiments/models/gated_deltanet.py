@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
+from experiments.models.packing import Documents
 from experiments.models.recurrence import activated, chunked, draw_decay, library_trains, recurrence
 from experiments.models.short_convolution import Maps
 from experiments.parts.gated_deltanet import GatedDeltaNet
@@ -45,10 +46,11 @@ class GatedDeltaNetModule(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
-        gate, *inputs = self._inputs(*self.maps.apply_to(x, IN, x))
-        y = self.norm(recurrence(*inputs, by_library=self.by_library)).flatten(2)
-        (y,) = self.maps.apply_to(y * F.silu(gate), ("o",), x)
+        gate, *inputs = self._inputs(*self.maps.apply_to(x, IN, x, documents))
+        y = self.norm(recurrence(*inputs, documents=documents, by_library=self.by_library)).flatten(2)
+        (y,) = self.maps.apply_to(y * F.silu(gate), ("o",), x, documents)
         return y
 
     def decode(

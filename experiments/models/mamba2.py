@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
+from experiments.models.packing import Documents
 from experiments.models.recurrence import activated, chunked, draw_decay, library_trains, recurrence
 from experiments.models.short_convolution import Maps
 from experiments.parts.mamba2 import Mamba2
@@ -45,9 +46,11 @@ class Mamba2Module(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
-        z, v, *inputs = self._inputs(*self.maps.apply_to(x, IN, x))
-        (y,) = self.maps.apply_to(self._gated(recurrence(*inputs, by_library=self.by_library), v, z), ("o",), x)
+        z, v, *inputs = self._inputs(*self.maps.apply_to(x, IN, x, documents))
+        y = recurrence(*inputs, documents=documents, by_library=self.by_library)
+        (y,) = self.maps.apply_to(self._gated(y, v, z), ("o",), x, documents)
         return y
 
     def decode(

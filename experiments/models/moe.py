@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from experiments.design.model import ModelConfig
+from experiments.models.packing import Documents
 from experiments.models.short_convolution import Maps
 from experiments.parts.moe import MoE
 
@@ -51,9 +52,10 @@ class MoEModule(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,  # experts are balanced over a sequence, also where it holds several
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # [B, T, D]; losses [B] by name; measures [B, E] by name
-        gate, up = self.maps.apply_to(x, ("gate", "up"), x)
-        (shared,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
+        gate, up = self.maps.apply_to(x, ("gate", "up"), x, documents)
+        (shared,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x, documents)
         routed, losses, load = self._route(x)
         return shared + routed, losses, {"expert_load": load}
 

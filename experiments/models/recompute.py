@@ -17,6 +17,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from experiments.models.packing import Documents
+
 Policy = Literal["block", "attention-kept"]
 # Attention on a CPU, and in the order in which a GPU prefers its implementations; dynconv's operator.
 _KEPT = {
@@ -24,19 +26,22 @@ _KEPT = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
+    "torch_attn::_varlen_attn",
     "dynconv::convolve",
 }
 
 
 def recomputing(run: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
-    """`run(module, x)`, whose activations are computed again in the backward pass, apart from those that are kept."""
+    """`run(module, x, documents)`, whose activations are computed again in the backward pass, but for those kept."""
     # No random numbers are drawn in a block, and a CUDA graph could not save the generator's state.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if policy == "attention-kept":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
-    def again(module: nn.Module, x: Tensor) -> Any:
-        return checkpoint(run, module, x, **options) if torch.is_grad_enabled() else run(module, x)
+    def again(module: nn.Module, x: Tensor, documents: Documents | None) -> Any:
+        if not torch.is_grad_enabled():
+            return run(module, x, documents)
+        return checkpoint(run, module, x, documents, **options)
 
     return again
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.models.packing import Documents
 from experiments.parts.short_convolution import Convolution
 
 CHUNK = 64  # tokens; 16 to 64 took the same time on a CPU, 10 times less than one token after another
@@ -32,12 +33,15 @@ def recurrence(
     log_decay: Tensor,  # [B, T, H]: ln a, in float32 or wider
     beta: Tensor | None = None,  # [B, T, H], in (0, 1)
     *,
+    documents: Documents | None = None,  # packed ones, each of which begins with a state of zeros
     by_library: bool,  # by the kernels of flash-linear-attention
 ) -> Tensor:  # [B, T, H, V]
     """The outputs, in the dtype of v."""
-    if by_library:
+    # The library makes a table whose size is the number of chunks of all documents: the host has to wait for that
+    # number, and no CUDA graph can hold it.
+    if by_library and documents is None:
         return _by_library(q, k, v, log_decay, beta)
-    return chunked(q, k, v, log_decay, beta)[0]
+    return chunked(q, k, v, log_decay, beta, numbers=None if documents is None else documents.numbers)[0]
 
 
 def chunked(
@@ -48,6 +52,7 @@ def chunked(
     beta: Tensor | None = None,
     *,
     state: Tensor | None = None,  # [B, H, K, V]: S before the first token; None: zeros
+    numbers: Tensor | None = None,  # [B, T]: each token's document, rising; S is zero before each. None: one document
 ) -> tuple[Tensor, Tensor]:  # [B, T, H, V]; [B, H, K, V], S after the last token
     """The recurrence with matrix products within chunks, and one step from chunk to chunk, in log_decay's dtype.
 
@@ -59,29 +64,46 @@ def chunked(
     with torch.autocast(v.device.type, enabled=False):  # It would round the state to 16 bits at every chunk.
         q, k, v = (_chunks(x.to(log_decay.dtype), length) for x in (q, k, v))  # [B, N, H or 1, C, K or V]
         total = _chunks(log_decay[..., None], length).squeeze(-1).cumsum(-1)  # [B, N, H, C]: ln of gamma
-        past = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
+        seen = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
+        from_before, to_after = total.exp(), (total[..., -1:] - total).exp()  # decay from before the chunk, to its end
+        through = from_before[..., -1:]  # of the state, from chunk to chunk
+        if numbers is not None:
+            seen, first, last = (each[:, :, None] for each in _same_document(numbers, length))
+            from_before, to_after, through = from_before * first, to_after * last, through * first[..., -1:]
         # Future tokens are masked before exp, which could overflow there.
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~past, -torch.inf).exp()  # Gamma
+        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~seen, -torch.inf).exp()  # Gamma
         weights = (q @ k.mT) * decay  # [B, N, H, C, C]
         replaced = None
         if beta is not None:
             b = _chunks(beta[..., None].to(v.dtype), length)
             # (I + strictly lower part of diag(b) (Gamma * K K^T)) [U, W] = diag(b) [V, diag(gamma) K]: the WY form.
             system = (b * (k @ k.mT) * decay).tril(-1) + torch.eye(length, dtype=v.dtype, device=v.device)
-            right = torch.cat([b * v, b * total.exp()[..., None] * k], -1)
+            right = torch.cat([b * v, b * from_before[..., None] * k], -1)
             solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
             v, replaced = solved.split([v.shape[-1], k.shape[-1]], -1)
-        end = total[..., -1:]
-        q = q * total.exp()[..., None]
-        k = (k * (end - total).exp()[..., None]).mT
+        q = q * from_before[..., None]
+        k = (k * to_after[..., None]).mT
         if state is None:
             state = torch.zeros_like(k[:, 0] @ v[:, 0])
         outputs = []
         for n in range(v.shape[1]):
             u = v[:, n] if replaced is None else v[:, n] - replaced[:, n] @ state
             outputs.append(q[:, n] @ state + weights[:, n] @ u)
-            state = end[:, n, ..., None].exp() * state + k[:, n] @ u
+            state = through[:, n, ..., None] * state + k[:, n] @ u
         return torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :time].to(dtype), state
+
+
+def _same_document(
+    numbers: Tensor,  # [B, T]
+    length: int,  # C
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, N, C, C]; [B, N, C]; [B, N, C]
+    """Where a token of a chunk sees another one: one of its own document and not after it; where it sees what was
+    before the chunk; and where it is of the document of the chunk's last token, which the next chunk may see."""
+    padding = numbers[:, -1:].expand(-1, -numbers.shape[1] % length)  # goes on with the last document
+    own = torch.cat([numbers, padding], 1).unflatten(1, (-1, length))  # [B, N, C]
+    before = F.pad(own[:, :-1, -1:], (0, 0, 1, 0))  # [B, N, 1]; the first chunk has a state of zeros before it
+    seen = (own[..., :, None] == own[..., None, :]).tril()
+    return seen, own == before, own == own[..., -1:]
 
 
 def _chunks(

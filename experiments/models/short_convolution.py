@@ -4,7 +4,7 @@ Shapes: B batch, T time.
 """
 
 from collections.abc import Sequence
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dynconv import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, project_together
 from experiments.design.model import ModelConfig
+from experiments.models.packing import Documents, apart
 from experiments.parts.base import LinearMap, Part
 from experiments.parts.short_convolution import (
     Convolution,
@@ -45,9 +46,10 @@ class ConvLinear(nn.Module):
         self,
         x: Tensor,  # [B, T, inputs]
         generator_input: Tensor,  # [B, T, G]
+        documents: Documents | None,
     ) -> Tensor:  # [B, T, outputs]
         y: Tensor = self.linear(x)
-        return y if self.conv is None else cast(Tensor, self.conv(y, generator_input))
+        return y if self.conv is None else apart(self.conv, documents, y, generator_input)
 
     def padded_weight(self) -> Tensor:  # [outputs or more, inputs]
         """The weight, with rows of zeros up to a number of channels for which the convolution's kernels are fast."""
@@ -59,14 +61,14 @@ class ConvLinear(nn.Module):
         self,
         y: Tensor,  # [B, T, outputs or more], the product of x and `padded_weight`
         generated: Tensor | None,  # [B, T, columns]: the generator's output; None if there is no generator
+        documents: Documents | None,
     ) -> Tensor:  # [B, T, outputs]
         if self.conv is None:
             return y
+        conv = cast(_ShortConv, self.conv)
         if y.shape[-1] == self.linear.out_features:
-            return cast(Tensor, self.conv(y, generated=generated))
-        assert isinstance(self.conv, LowRankDynamicConv)
-        assert generated is not None
-        return _convolve_together([self.conv], y, generated, [y.shape[-1]])[..., : self.conv.channels]
+            return apart(partial(_from_generated, conv), documents, y, generated)
+        return apart(partial(_convolve_together, [conv], [y.shape[-1]]), documents, y, generated)[..., : conv.channels]
 
 
 class Outputs(NamedTuple):
@@ -93,15 +95,17 @@ class Maps(nn.ModuleDict):
         x: Tensor,  # [B, T, inputs]
         sites: Sequence[str],
         part_input: Tensor,  # [B, T, D]: the normed input of the part, from which generators may have to read
+        documents: Documents | None = None,
     ) -> list[Tensor]:  # [B, T, outputs] each
         """The outputs of several maps of one input."""
-        return self.outputs(x, sites, part_input).apart
+        return self.outputs(x, sites, part_input, documents).apart
 
     def outputs(
         self,
         x: Tensor,  # [B, T, inputs]
         sites: Sequence[str],
         part_input: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> Outputs:
         """The outputs of several maps of one input, perhaps side by side in one tensor.
 
@@ -112,7 +116,7 @@ class Maps(nn.ModuleDict):
         read = part_input if self._reads_part_input else x  # by the generators
         if not _shares_products(x):
             read = partners(read) if self._mismatched else read
-            return Outputs([linear(x, read) for linear in maps.values()])
+            return Outputs([linear(x, read, documents) for linear in maps.values()])
         dynamic = {s: m.conv for s, m in maps.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
         joined = dynamic if read is x else {}  # whose generators are part of the product
         sharing = list(maps) if x.shape[-1] <= ONE_PRODUCT_WIDTH else list(joined)[:1]
@@ -133,13 +137,15 @@ class Maps(nn.ModuleDict):
         if sharing == list(convolved) and _fit_one_launch(list(convolved.values()), widths):
             columns = [generated[site] for site in dynamic]
             generators = torch.cat(columns, -1) if columns else None
-            y = _convolve_together(list(convolved.values()), y, generators, widths)
+            together = partial(_convolve_together, list(convolved.values()), widths)
+            y = apart(together, documents, y, generators)
             parts = zip(convolved.values(), y.split(widths, -1), strict=True)
             return Outputs([part[..., : conv.channels] for conv, part in parts], y)
         for site, linear in maps.items():
             if site not in products:
                 products[site] = F.linear(x, linear.padded_weight())
-        return Outputs([linear.convolve(products[site], generated.get(site)) for site, linear in maps.items()])
+        each = [linear.convolve(products[site], generated.get(site), documents) for site, linear in maps.items()]
+        return Outputs(each)
 
     def decode(
         self,
@@ -171,9 +177,10 @@ class InputConvolution(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
         assert self.conv is not None
-        return cast(Tensor, self.conv(x, partners(x) if self._mismatched else x))
+        return apart(self.conv, documents, x, partners(x) if self._mismatched else x)
 
     def decode(
         self,
@@ -211,16 +218,21 @@ def _fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -
 
 def _convolve_together(
     convolutions: Sequence[_ShortConv],  # equal in all settings but their channels
+    widths: Sequence[int],  # channels of each in y, including padding
     y: Tensor,  # [B, T, sum of widths]
     generated: Tensor | None,  # [B, T, columns of all generators]; None for static convolutions
-    widths: Sequence[int],  # channels of each in y, including padding
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # as y
     """Apply several convolutions in one launch. Padding channels of y get zero filters."""
     first = convolutions[0]
     padding = [width - convolution.channels for convolution, width in zip(convolutions, widths, strict=True)]
     filters = [c.static_filter for c in convolutions if c.static_filter is not None]
     static = torch.cat([F.pad(f, (0, more)) for f, more in zip(filters, padding, strict=True)], 1) if filters else None
-    options: dict[str, Any] = {"residual": first.residual, "activation": first.activation}
+    options: dict[str, Any] = {
+        "residual": first.residual,
+        "activation": first.activation,
+        "cu_seqlens": cu_seqlens,
+    }
     if isinstance(first, LowRankDynamicConv):
         assert generated is not None
         lowrank = cast(Sequence[LowRankDynamicConv], convolutions)
@@ -232,6 +244,10 @@ def _convolve_together(
         return headwise_dynamic_convolution(y, generated.unflatten(2, (-1, first.width)), static, **options)
     assert static is not None
     return static_convolution(y, static, **options)
+
+
+def _from_generated(conv: _ShortConv, y: Tensor, generated: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    return cast(Tensor, conv(y, generated=generated, cu_seqlens=cu_seqlens))
 
 
 @singledispatch

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.packing import Documents
 from experiments.models.short_convolution import Maps
 from experiments.parts.swiglu import SwiGLU
 
@@ -27,9 +28,10 @@ class SwiGLUModule(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
-        gate, up = self.maps.apply_to(x, ("gate", "up"), x)
-        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x)
+        gate, up = self.maps.apply_to(x, ("gate", "up"), x, documents)
+        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x, documents)
         return y
 
     def decode(

@@ -13,6 +13,7 @@ class Attention(Part):
     """Causal self-attention: q, k and v map the normed input, and o maps the result back into the residual stream."""
 
     kind = "attention"
+    takes_documents = True
 
     heads: int | None = None  # heads of queries; None: as many as the size has
     kv_heads: int | None = None  # heads of keys and values, a divisor of `heads`; None: as many as `heads`

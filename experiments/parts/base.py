@@ -46,6 +46,8 @@ class Part(ABC):
     """
 
     kind: ClassVar[str]  # the name of the part in sweep files
+    # Whether the module keeps packed documents apart: models/decoder.py says at `build` how it is told of them.
+    takes_documents: ClassVar[bool] = False
 
     def fitted(self, shape: Shape) -> Self:  # noqa: ARG002  # subclasses use it
         """The same part, with settings that are None taken from the shape. Raises ValueError if one does not fit."""

@@ -15,6 +15,7 @@ class GatedDeltaNet(Part):
     """
 
     kind = "gated_deltanet"
+    takes_documents = True
 
     # Defaults scale arXiv 2606.03825's model of width 1024: 2 heads with keys of 256 and values of 512 channels.
     heads: int = 2

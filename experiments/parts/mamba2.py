@@ -18,6 +18,7 @@ class Mamba2(Part):
     """
 
     kind = "mamba2"
+    takes_documents = True
 
     heads: int | None = None  # None: one for 16 channels of the model
     head_size: int = 19

@@ -20,6 +20,7 @@ class MoE(Part):
     """
 
     kind = "moe"
+    takes_documents = True
 
     experts: int  # routed ones
     top_k: int  # experts chosen for each token

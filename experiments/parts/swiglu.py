@@ -11,6 +11,7 @@ class SwiGLU(Part):
     """Three linear maps: gate and up map the normed input, and down maps their product into the residual stream."""
 
     kind = "swiglu"
+    takes_documents = True
 
     hidden: int | None = None  # width between up and down; None: the `ffn` of the size
 

@@ -31,6 +31,9 @@ class Examples(NamedTuple):
     targets: NDArray[np.int64]  # [n, T]
     mask: NDArray[np.bool_] | None = None  # [n, T]: True where a target counts; None: all count
     group: NDArray[np.int64] | None = None  # [n, T]: the group of a target that counts, where metrics are also by group
+    # [n, K]: where packed documents begin in each sequence, in order, the first at 0; T where a sequence has fewer than
+    # K. No document sees another. None: each sequence is one document.
+    starts: NDArray[np.int64] | None = None
 
     def rows(self, low: int, high: int) -> Examples:
         """Sequences `low` to `high` - 1."""
@@ -51,6 +54,7 @@ class Examples(NamedTuple):
         mask = np.ones(self.targets.shape, dtype=bool) if self.mask is None else self.mask
         mask = np.where((order < count)[:, None], mask[order % count], False)
         group = None if self.group is None else self.group[order % count]
+        assert self.starts is None, "no model whose sequences read one another takes packed documents"
         return Examples(self.inputs[order % count], self.targets[order % count], mask, group)
 
     @property

@@ -23,7 +23,7 @@ def assemble(run: RunConfig, dataset: Dataset | None, execution: Execution, worl
         task = GeneratedTask(run.task, run.task_name, run.train.batch_sequences, run.seed)
     else:
         assert dataset is not None, "a run without a generated task trains on a dataset"
-        task = Text(dataset, run.train, run.seed)
+        task = Text(dataset, run.train, run.seed, run.packed)
     if task.vocabulary > run.model.vocabulary:
         raise ValueError(
             f"the data have {task.vocabulary} tokens, and the model's vocabulary is {run.model.vocabulary}; "

@@ -22,9 +22,14 @@ _WARM_UPS = 3  # steps before the capture, during which nothing may be compiled,
 
 
 class Losses(Protocol):
-    """A function that gives the summed loss of a micro-batch in nats, and its auxiliary losses by name."""
+    """A function that gives the summed loss of a micro-batch in nats, and its auxiliary losses by name.
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
+    Its arguments are the tensors of a micro-batch, as `on_device` gives them.
+    """
+
+    def __call__(
+        self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 class Shape(NamedTuple):
@@ -34,44 +39,49 @@ class Shape(NamedTuple):
     micro_batches: int  # M
     sequences: int  # B
     time: int  # T
+    documents: int | None = None  # K, the most packed documents of a sequence; None: each sequence is one
 
 
-def window_shape(micro_batches: int, sequences: int, time: int) -> Shape:
+def window_shape(micro_batches: int, sequences: int, time: int, documents: int | None = None) -> Shape:
     """The shape of the longest window whose tokens fit in WINDOW_TOKENS."""
     steps = WINDOW_TOKENS // (micro_batches * sequences * time)
-    return Shape(max(1, min(LONGEST_WINDOW, steps)), micro_batches, sequences, time)
+    return Shape(max(1, min(LONGEST_WINDOW, steps)), micro_batches, sequences, time, documents)
 
 
-def padded(examples: Examples, sequences: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # [B, T] each
-    """Inputs and targets, with IGNORED as target where none counts.
+def padded(examples: Examples, sequences: int) -> tuple[NDArray[np.int64], ...]:  # [B, T], [B, T], perhaps [B, K]
+    """Inputs, targets, with IGNORED where none counts, and the starts of packed documents, if there are any.
 
     They are padded to whole micro-batches, so that the compiled model is always called with the same shape.
     """
     padding = ((0, sequences - len(examples.inputs)), (0, 0))
     targets = examples.targets if examples.mask is None else np.where(examples.mask, examples.targets, IGNORED)
-    return np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
+    found = np.pad(examples.inputs, padding), np.pad(targets, padding, constant_values=IGNORED)
+    if examples.starts is None:
+        return found
+    starts = np.pad(examples.starts, padding, constant_values=examples.inputs.shape[1])
+    starts[:, 0] = 0
+    return *found, starts
 
 
-def on_device(examples: Examples, sequences: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] on the device, as `padded` gives them."""
-    inputs, targets = padded(examples, sequences)
-    return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+def on_device(examples: Examples, sequences: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What `padded` gives, on the device."""
+    return tuple(torch.from_numpy(array).to(device) for array in padded(examples, sequences))
 
 
 def add_gradients(
     model: nn.Module,  # replicated or sharded, if there are several processes
     losses: Losses,
-    # inputs, targets, and the share of the global batch's tokens
-    micro_batches: Sequence[tuple[Tensor, Tensor, Tensor | float]],
+    # the tensors that `losses` takes, and the share of the global batch's tokens
+    micro_batches: Sequence[tuple[Sequence[Tensor], Tensor | float]],
     positions: Tensor,  # []: number of targets of the global batch that count
     world: World,
 ) -> Tensor:  # []
     """Accumulate gradients of the mean loss over a global batch. Returns that loss without auxiliary losses."""
     total = torch.zeros((), device=world.device)
-    for number, (inputs, targets, share) in enumerate(micro_batches, start=1):
+    for number, (tensors, share) in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
         with contextlib.nullcontext() if last else world.without_averaging(model):
-            loss, auxiliary = losses(inputs, targets)
+            loss, auxiliary = losses(*tensors)
             loss = loss / positions.clamp(min=1)  # without a target that counts the loss is 0, not NaN
             total += loss.detach()
             for auxiliary_loss in auxiliary.values():  # Each is a mean over the sequences of this micro-batch.
@@ -89,16 +99,23 @@ class _Window:
         def zeros(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
 
-        self.inputs = zeros(*shape, dtype=torch.int64)
-        self.targets = zeros(*shape, dtype=torch.int64)
+        size = (shape.steps, shape.micro_batches, shape.sequences)
+        inputs, targets = (zeros(*size, shape.time, dtype=torch.int64) for _ in range(2))
+        # what `padded` gives for each micro-batch
+        self.batches = [inputs, targets]
+        if shape.documents is not None:
+            self.batches.append(zeros(*size, shape.documents, dtype=torch.int64))
         self.positions = zeros(shape.steps, dtype=torch.int64)  # number of targets that count, over all processes
         # share of each micro-batch in the tokens of the global batch
         self.shares = zeros(*shape[:2], dtype=torch.float32)
         self.rates = zeros(shape.steps, dtype=torch.float32)  # learning rates
 
     def copy(self, source: "_Window", steps: int) -> None:
-        for name, tensor in vars(self).items():
-            tensor[:steps].copy_(vars(source)[name][:steps], non_blocking=True)
+        for into, tensor in zip(self._tensors(), source._tensors(), strict=True):
+            into[:steps].copy_(tensor[:steps], non_blocking=True)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.batches, self.positions, self.shares, self.rates]
 
 
 class Engine:
@@ -148,15 +165,15 @@ class Engine:
         if self._uploaded is not None:
             self._uploaded.synchronize()
         host = self._host
-        host.inputs[place].zero_()
-        host.targets[place].fill_(IGNORED)
+        inputs, targets, *_ = host.batches
+        inputs[place].zero_()
+        targets[place].fill_(IGNORED)
         host.shares[place].zero_()
         host.positions[place] = 0
         host.rates[place] = rate
         for number, examples in enumerate(micro_batches):
-            inputs, targets = padded(examples, self.shape.sequences)
-            host.inputs[place, number] = torch.from_numpy(inputs)
-            host.targets[place, number] = torch.from_numpy(targets)
+            for into, array in zip(host.batches, padded(examples, self.shape.sequences), strict=True):
+                into[place, number] = torch.from_numpy(array)
             host.shares[place, number] = examples.inputs.size / tokens
             host.positions[place] += examples.positions
 
@@ -214,10 +231,10 @@ class Engine:
         """One step on the batch at index `_place` of the window. The gradients are not released."""
         window, at = self._window, self._place
         self._rate.copy_(window.rates.index_select(0, at)[0])
-        inputs, targets, shares, positions = (
-            tensor.index_select(0, at)[0] for tensor in (window.inputs, window.targets, window.shares, window.positions)
+        *batches, shares, positions = (
+            tensor.index_select(0, at)[0] for tensor in (*window.batches, window.shares, window.positions)
         )
-        micro_batches = list(zip(inputs, targets, shares, strict=True))
+        micro_batches = list(zip(zip(*batches, strict=True), shares, strict=True))
         loss = add_gradients(self._model, self._losses, micro_batches, positions, self._world)
         norm = self._world.total_norm([p.grad for p in self._parameters if p.grad is not None])
         self._stopped.logical_or_(~(loss + norm).isfinite())

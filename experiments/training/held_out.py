@@ -28,10 +28,10 @@ class HeldOutLoss:
         self._losses, self._device, self._passes = losses, device, len(bounds)
         self.positions = examples.positions  # that count, in the whole set
         parts = [examples.rows(low, high) for low, high in bounds]
-        inputs, targets = zip(*(padded(part, sequences) for part in parts), strict=True)
-        self._inputs, self._targets = (  # [P, B, T]
-            torch.stack([torch.from_numpy(array) for array in arrays]).to(device) for arrays in (inputs, targets)
-        )
+        self._batches = [  # [P, B, ...] each: what `padded` gives for each micro-batch
+            torch.stack([torch.from_numpy(array) for array in arrays]).to(device)
+            for arrays in zip(*(padded(part, sequences) for part in parts), strict=True)
+        ]
         shares = [part.inputs.size / examples.inputs.size for part in parts]
         self._shares = torch.tensor(shares, dtype=torch.float64, device=device)  # [P]
         self._place = torch.zeros(1, dtype=torch.int64, device=device)  # index of the next micro-batch
@@ -76,10 +76,8 @@ class HeldOutLoss:
 
     def _pass(self) -> None:
         """Add the losses of the micro-batch at index `_place` to the sums."""
-        inputs, targets, share = (
-            tensor.index_select(0, self._place)[0] for tensor in (self._inputs, self._targets, self._shares)
-        )
-        loss, auxiliary = self._losses(inputs, targets)
+        *tensors, share = (tensor.index_select(0, self._place)[0] for tensor in (*self._batches, self._shares))
+        loss, auxiliary = self._losses(*tensors)
         self._total += loss.double()
         for name, value in auxiliary.items():
             if name not in self._auxiliary:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import submitit
 
+from analysis.logs.files import read_json
 from experiments.design.config import Execution
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
@@ -37,8 +38,20 @@ def this_place() -> Place:
     return Place(job.global_rank, job.num_tasks, job.local_rank, job.job_id, tuple(job.hostnames))
 
 
+def other_job(run_dir: Path, place: Place) -> str | None:
+    """The id of the job that the run was given to, where job.json names another than this one.
+
+    None as well where job.json is missing or unreadable: a job may begin before its launcher has noted it.
+    """
+    try:
+        named = str(read_json(run_dir / "job.json").get("job_id"))
+    except ValueError:
+        return None
+    return None if named in (place.job, str(os.getpid())) else named
+
+
 @contextmanager
-def joined(run_dir: Path, execution: Execution, place: Place, attempt: int) -> Iterator["World"]:
+def joined(run_dir: Path, execution: Execution, place: Place) -> Iterator["World"]:
     """The processes of this job. If there are several, they are joined to a process group until the context ends.
 
     Raises ValueError if the device that was asked for is not there, or if the processes' GPUs differ.
@@ -54,7 +67,7 @@ def joined(run_dir: Path, execution: Execution, place: Place, attempt: int) -> I
         yield world
         return
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")  # A requeued job keeps its id.
-    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}-{attempt}"
+    meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
     if world.rank == 0:
         for stale in run_dir.glob(".rendezvous-*"):  # of attempts that were killed before all had met
             stale.unlink(missing_ok=True)

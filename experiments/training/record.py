@@ -10,6 +10,7 @@ from analysis.logs.files import read_json, write_atomically, write_json
 from analysis.logs.schema import SCHEMA
 from experiments.design import strict
 from experiments.design.config import TEXT, TRUNK, Execution, RunConfig
+from experiments.design.data import text_sha256
 from experiments.design.identity import differences, to_dict
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def write_record(
         "code_commit": code_commit,
         "submitted_at": submitted_at,
     }
+    if run.packed:
+        assert dataset is not None, "only text has documents"
+        record["within_documents"] = _within_documents(dataset, run.train.sequence_length)
     run_dir = store / run.run_id
     run_dir.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
@@ -54,6 +58,12 @@ def write_record(
         write_atomically(run_dir / TOKENIZER, lambda temporary: shutil.copyfile(tokenizer, temporary))
     write_json(run_dir / "config.json", record)
     return run_dir
+
+
+def _within_documents(dataset: "Dataset", sequence_length: int) -> dict[str, float]:
+    from experiments.data.packing import share_within_documents
+
+    return share_within_documents(dataset, sequence_length)._asdict()
 
 
 def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
@@ -72,7 +82,7 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
 def data_sha256(run: RunConfig, dataset: "Dataset | None") -> str:
     """The identity of the data of a run: of the dataset, or of the generator and its settings."""
     if dataset is not None:
-        return dataset.sha256
+        return text_sha256(dataset.sha256, run.packed)
     assert run.task is not None, "a run has a dataset or a generated task"
     return run.task.sha256
 

@@ -5,11 +5,11 @@ a node, finds the newest complete checkpoint in the directory; if the run is com
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,15 +17,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from submitit.helpers import DelayedSubmission
 
 from analysis.logs.files import read_json, write_atomically
+from analysis.logs.ownership import FolderHeld, Hold, held
 from analysis.logs.reader import progress
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 from experiments.design.config import RunConfig
-from experiments.training.job import joined, this_place
+from experiments.training.job import joined, other_job, this_place
 from experiments.training.record import data_sha256, read_record
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
@@ -34,6 +35,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this 
 
 
 SHOWN = ("loss", "accuracy")  # the metrics that an evaluation prints; the log has all
+# How long a job waits for another that still has the run's directory: that one stops when it sees that job.json no
+# longer names it, at its next step or, if it evaluates, at the next batch.
+PATIENCE_SECONDS = 300.0
+CHECK_SECONDS = 1.0  # between two looks at whether the directory is still this job's
 SHARING_VARIABLE = "DYNCONV_SHARING"  # The launcher sets it to the number of runs on this device; empty: unknown.
 
 
@@ -42,7 +47,7 @@ class RunFailed(RuntimeError):
 
 
 class FolderTaken(RuntimeError):
-    """The run's directory was removed or replaced, so that another job may have it: nothing more is written there."""
+    """The run's directory was removed, or given to another job: nothing more is written there."""
 
 
 class Run:
@@ -57,11 +62,11 @@ class Run:
         if (self.run_dir / "run.json").exists() or (self.run_dir / "cancelled").exists():
             return
         attempt = _Attempt(self.run_dir, called_at)
-        with attempt.lock():
+        with attempt.own():
             try:
                 finished = attempt.execute()
-            except FolderTaken as error:
-                raise RunFailed(str(error)) from None
+            except FolderTaken:
+                raise
             except Exception as error:  # Any error ends the run: it is only tried again when a person says so.
                 raise RunFailed(f"{self.run_dir.name}: {attempt.fail(error)}") from error
         if not finished:
@@ -107,42 +112,64 @@ class _Attempt:
         self._log: RunLog | None = None
         self._step = self._micro_batch = 0
         self._saved_at = time.monotonic()
-        self._lock: TextIO | None = None
+        self._hold: Hold | None = None
+        self._checked_at = 0.0
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the lock on the run's directory: the logs of two jobs that train the same run would be interleaved."""
-        if self._place.rank > 0:
-            yield
-            return
-        with (self._run_dir / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunFailed(f"{self._run_dir.name}: another process has this run; wait for it to end") from None
-            except OSError:  # The file system does not support locks.
-                pass
-            self._lock = lock
-            yield
+    def own(self) -> Iterator[None]:
+        """Own the run's directory: the logs of two jobs that train the same run would be interleaved.
 
-    def _require_own_folder(self, world: "World") -> None:
-        """Raises FolderTaken in all processes if the lock's file is not the one that rank 0 opened.
-
-        One that went on would fail for want of the others, and write failure.json into what is another job's folder.
+        Raises RunFailed, and leaves the directory alone, if another process has it, or if job.json names another job.
         """
-        if world.any(self._folder_taken()):
+        try:
+            self._require_owner()
+            with contextlib.ExitStack() as stack:
+                if self._place.rank == 0:
+                    noted = (self._run_dir / "job.json").exists()  # then the other job knows that it has to stop
+                    self._hold = stack.enter_context(
+                        held(self._run_dir, patience=PATIENCE_SECONDS if noted else 0.0, waiting=self._tell)
+                    )
+                    self._require_owner()  # it may have taken long
+                    self._number = next_attempt(self._run_dir)
+                yield
+        except FolderHeld:
+            raise RunFailed(f"{self._run_dir.name}: another process has this run; wait for it to end") from None
+        except FolderTaken as error:
+            raise RunFailed(str(error)) from None
+
+    def _tell(self) -> None:
+        print(f"{self._run_dir.name}: waiting for another job, which still has it", file=sys.stderr, flush=True)
+
+    def _require_owner(self) -> None:
+        """Raises FolderTaken if the directory is no longer this job's."""
+        if self._hold is not None and self._hold.lost():
             raise FolderTaken(
                 f"{self._run_dir} was removed while this run trained, and another job may have it now; this one stops "
                 "and leaves it alone"
             )
+        if (other := other_job(self._run_dir, self._place)) is not None:
+            raise FolderTaken(f"{self._run_dir} was given to job {other}; this one stops and leaves it to that")
 
-    def _folder_taken(self) -> bool:
-        if self._lock is None:
+    def _require_owner_by_all(self, world: "World") -> None:
+        """As `_require_owner`, in all processes: one that went on would fail for want of the others."""
+        taken: FolderTaken | None = None
+        if world.rank == 0:
+            self._checked_at = time.monotonic()
+            try:
+                self._require_owner()
+            except FolderTaken as error:
+                taken = error
+        if world.any(taken is not None):
+            raise taken or FolderTaken(f"{self._run_dir} was removed while this run trained, or given to another job")
+
+    def _may_be_taken(self) -> bool:
+        """Whether it is time to look again, and the directory is not this job's any more."""
+        if self._place.rank > 0 or time.monotonic() - self._checked_at < CHECK_SECONDS:
             return False
-        held = os.fstat(self._lock.fileno())
-        with contextlib.suppress(OSError):
-            found = (self._run_dir / ".lock").stat()
-            return (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino)
+        self._checked_at = time.monotonic()
+        with contextlib.suppress(FolderTaken):
+            self._require_owner()
+            return False
         return True
 
     def execute(self) -> bool:
@@ -152,12 +179,15 @@ class _Attempt:
         if self._place.size == 1:
             self._remove_failure()
         config, run, self._execution = read_record(self._run_dir)
-        if self._number > self._execution.max_attempts:  # The same in all processes, so that none is left waiting.
-            raise RuntimeError(
-                f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
-                "allowed; raise it in the profile, then retry"
-            )
-        with joined(self._run_dir, self._execution, self._place, self._number) as world:
+        with joined(self._run_dir, self._execution, self._place) as world:
+            self._number = world.gather(self._number)[0]
+            if world.any((self._run_dir / "run.json").exists()):  # by a job that was waited for
+                return True
+            if self._number > self._execution.max_attempts:
+                raise RuntimeError(
+                    f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
+                    "allowed; raise it in the profile, then retry"
+                )
             if world.rank == 0 and world.size > 1:
                 self._remove_failure()
             world.wait_for_all()  # A process that fails from here on writes failure.json, which must not be deleted.
@@ -246,7 +276,13 @@ class _Attempt:
         if world.rank == 0:
             about = _provenance(world, self._place.job, config["code_commit"])
             about["damaged_checkpoints"] = skipped or []
-            self._log = RunLog(self._run_dir, attempt=self._number, first_step=self._step, about=about)
+            self._log = RunLog(
+                self._run_dir,
+                attempt=self._number,
+                first_step=self._step,
+                about=about,
+                require_owner=self._require_owner,
+            )
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -261,13 +297,13 @@ class _Attempt:
         from experiments.training import checkpoints
 
         def stopping() -> bool:
-            return world.any(self.stop.raised)
+            return world.any(self.stop.raised or self._may_be_taken())
 
         while trainer.evaluation_due or not trainer.finished:
-            self._require_own_folder(world)
             if stopping():
                 self._save(trainer)
-                return False
+                if world.any(self.stop.raised):
+                    return False
             if trainer.evaluation_due:
                 evaluation = trainer.evaluate(stopping)
                 if evaluation is not None and self._log is not None:
@@ -291,7 +327,7 @@ class _Attempt:
         """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
         from experiments.training import checkpoints
 
-        self._require_own_folder(trainer.world)
+        self._require_owner_by_all(trainer.world)
         start = time.monotonic()
         if self._log is not None:
             self._log.flush()
@@ -307,7 +343,7 @@ class _Attempt:
 
         from experiments.training import checkpoints
 
-        self._require_own_folder(trainer.world)
+        self._require_owner_by_all(trainer.world)
         weights = trainer.weights()
         if self._log is not None:
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))

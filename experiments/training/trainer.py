@@ -99,7 +99,9 @@ class Trainer:
         self._engine: Engine | None = None
         if runs_ahead(world, optimizers):
             micro_batches = math.ceil(share / self._micro_batch)
-            shape = window_shape(micro_batches, self._micro_batch, config.sequence_length)
+            starts = task.held_out.starts
+            documents = None if starts is None else starts.shape[1]
+            shape = window_shape(micro_batches, self._micro_batch, config.sequence_length, documents)
             self._engine = Engine(self._replicas, self._losses, optimizers, world, shape, config.clip_norm)
         self._window = 1  # number of steps to launch together; grows once their time is measured
         self._filled = range(0)  # steps whose batches are in the engine's next window
@@ -237,7 +239,7 @@ class Trainer:
         micro_batches = list(self._micro_batches(index))
         counted = torch.tensor(sum(each.positions for each in micro_batches), device=self.world.device)
         tokens = self._tokens_of(index)
-        on_device = [(*self._to_device(each), each.inputs.size / tokens) for each in micro_batches]
+        on_device = [(self._to_device(each), each.inputs.size / tokens) for each in micro_batches]
         return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
@@ -342,8 +344,8 @@ class Trainer:
             start = min(low, share)
             yield self.task.batch(index, first + start, min(self._micro_batch, share - start))
 
-    def _to_device(self, examples: Examples) -> tuple[Tensor, Tensor]:
-        """Inputs and targets on the device, padded to a whole micro-batch."""
+    def _to_device(self, examples: Examples) -> tuple[Tensor, ...]:
+        """The tensors of the loss on the device, padded to a whole micro-batch."""
         return on_device(examples, self._micro_batch, self.world.device)
 
     def _zero_grad(self) -> None:
@@ -364,19 +366,21 @@ def losses_of(
     device: torch.device,
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
+    starts: Tensor | None = None,  # [B, K]: of packed documents
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
 
     Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
     Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
     """
+    packing = {} if starts is None else {"starts": starts}
     if device.type == "cuda":
         with mixed_precision(device):
             loss, auxiliary, measures = model(
-                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten()), **packing
             )
     else:
-        logits, auxiliary, measures = model(inputs)
+        logits, auxiliary, measures = model(inputs, **packing)
         logits = logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
     if not torch.is_grad_enabled():

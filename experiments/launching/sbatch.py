@@ -1,0 +1,198 @@
+"""What our jobs say to sbatch, and what becomes of its answer. submitit writes the script.
+
+The reasons for the settings are in slurm/README.md, under "What our jobs tell Slurm".
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import submitit
+
+from experiments.launching import slurm, worker
+from experiments.launching.profile import Job, Slurm
+from experiments.training.run import SHARING_VARIABLE
+
+LOOK_SECONDS = 30.0  # how long a submission is looked for if sbatch could not say what became of it
+_PAUSE = 2.0  # seconds between two looks
+REQUEUE_TRIES = 60  # of a batch script, ten seconds apart
+# What sbatch says if the controller's answer is missing, so that the jobs may have been accepted.
+_NO_ANSWER = re.compile(r"timed out|unable to contact|connect|communication|zero bytes|unexpected message|socket", re.I)
+# What it says where more jobs are wanted than the user, the account, the partition or the array may have.
+_TOO_MANY = re.compile(r"\w*Submit\w*Limit|job submit limit|Invalid job array|unable to accept job", re.I)
+
+
+class TooMany(ValueError):
+    """More jobs are wanted than may be queued; fewer may be accepted."""
+
+
+class Unanswered(ValueError):
+    """It is not known whether Slurm has the jobs."""
+
+
+def submit(script: str, folder: Path, name: str) -> str:
+    """Hand the script, which is kept in `folder`, to sbatch. Returns the id of the array, or of the one job.
+
+    If sbatch fails, or answers something else, the jobs are looked for by their name: it can fail although they were
+    accepted. Raises ValueError where they were refused, TooMany where fewer may be accepted, and Unanswered where
+    neither is known. Ctrl-C ends sbatch, and leaves its answer unknown.
+    """
+    path, since = folder / "submission.sh", time.time()
+    path.write_text(script)
+    # In a session of its own: what a terminal sends to all programs started from it does not end sbatch half-way.
+    with subprocess.Popen(
+        ["sbatch", str(path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=slurm.environment(),
+        start_new_session=True,
+    ) as sbatch:
+        try:
+            answer, errors = sbatch.communicate()
+        except BaseException:
+            os.killpg(sbatch.pid, signal.SIGKILL)
+            sbatch.wait()
+            raise
+    # Sites print notices, too, which may name other jobs.
+    if sbatch.returncode == 0 and (accepted := re.search(r"^Submitted batch job (\d+)", answer, re.MULTILINE)):
+        return accepted[1]
+    said = slurm.one_line(errors or answer)
+    reasons = "\n".join(line for line in errors.splitlines() if "error" in line.lower())  # without the site's notices
+    known = sbatch.returncode > 0 and reasons != "" and not _NO_ANSWER.search(reasons)
+    if found := _look(name, since, 0.0 if known else LOOK_SECONDS):
+        print(f"dynconv: sbatch said: {said}; Slurm has the jobs all the same, as {found}", file=sys.stderr)
+        return found
+    if not known:
+        raise Unanswered(f"sbatch said: {said}; whether Slurm has the jobs is not known yet: submit again to find out")
+    raise (TooMany if _TOO_MANY.search(reasons) else ValueError)(f"sbatch refused: {said}")
+
+
+def _look(name: str, since: float, seconds: float) -> str | None:
+    """The jobs' id, as soon as Slurm knows it; None if it does not within that time, or does not answer."""
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(ValueError):
+            if found := slurm.find(name, since):
+                return found
+        if time.monotonic() > end:
+            return None
+        time.sleep(_PAUSE)
+
+
+def script(
+    job: Job,
+    profile: Slurm,
+    *,
+    count: int,
+    max_parallel: int,
+    name: str,
+    folder: Path,
+    snapshot: Path,
+    after: str | None = None,
+    module: str = worker.__name__,
+) -> str:
+    """The batch script of an array of `count` jobs, or of one job, which asks for what the profile says.
+
+    A job has one task for each process of its run; `module` is what they execute, with the folder as argument.
+    """
+    processes_per_node = min(job.gpus, job.gpus_per_node)
+    python = shlex.quote(sys.executable) if profile.python is None else profile.python
+    executor = submitit.SlurmExecutor(folder=folder)
+    options = {name: value or True for name, value in profile.options.items()}  # "" stands for a bare flag
+    asked = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "time": max(1, round(60 * job.time_limit)),
+        "nodes": job.nodes,
+        "ntasks_per_node": processes_per_node,
+        "cpus_per_task": job.cpus_per_gpu,
+        "gpus_per_node": None if job.device == "cpu" else processes_per_node,
+        "mem": None if job.memory_gb is None else f"{round(1024 * job.memory_gb)}M",
+    }
+    executor.update_parameters(
+        **{key: value for key, value in asked.items() if value is not None},
+        job_name=name,
+        array_parallelism=max_parallel or 10**6,
+        wckey=None,  # submitit's own would be refused where the site checks them; [slurm.options] may name one
+        stderr_to_stdout=True,
+        # Node failures and preemptions requeue. TERM warns before the time limit, as it does before a preemption.
+        additional_parameters={
+            "requeue": True,
+            "signal": f"TERM@{profile.signal_seconds}",
+            **({"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}),
+            **options,
+        },
+        setup=[*profile.setup, *_setup(snapshot, _sharing(job, profile), folder)],
+        teardown=_teardown(),
+        # From 22.05 on, srun no longer takes --cpus-per-task over from sbatch.
+        srun_args=[
+            "--kill-on-bad-exit=1",
+            "--export=ALL",
+            "--cpu-bind=none",
+            f"--cpus-per-task={job.cpus_per_gpu}",
+            *profile.srun_options,
+        ],
+    )
+    if count > 1:
+        executor.parameters["map_count"] = count
+    return executor._make_submission_file_text(f"{python} -u -m {module} {shlex.quote(str(folder))}", "")
+
+
+def name_ignored_variables() -> None:
+    """Tell the user which variables of the shell sbatch would take options from, if it were given them."""
+    if ignored := sorted(key for key in os.environ if key.startswith("SBATCH_")):
+        print(f"dynconv: {', '.join(ignored)} of this shell: ignored, since the profile decides", file=sys.stderr)
+
+
+def _sharing(job: Job, profile: Slurm) -> str:
+    """How many runs share the devices, as text; empty where it is not known.
+
+    Slurm gives a GPU to one job, unless the profile asks for shared ones; cores and their memory may be shared.
+    """
+    may_share = any(name in profile.options for name in ("oversubscribe", "overcommit", "gres"))
+    return "" if job.device == "cpu" or may_share else "1"
+
+
+def _setup(snapshot: Path, sharing: str, folder: Path) -> list[str]:
+    scratch = '"${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
+    requeue = worker.requeue_file(folder, "").as_posix()
+    return [
+        "export SUBMITIT_PREEMPT_SIGNAL=TERM",
+        f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot",
+        f"export {SHARING_VARIABLE}={sharing}",
+        f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches break on shared file systems",
+        "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
+        """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",
+        f"requeue={shlex.quote(requeue)}$SLURM_JOB_ID  # a file by which the run asks to be queued again",
+        'rm -f "$requeue"',
+    ]
+
+
+def _teardown() -> list[str]:
+    """Ask Slurm to queue the job again if the run wants it, or if TERM ended it before it could say so (128 + 15).
+
+    A job that is not RUNNING any more is being preempted or cancelled: Slurm knows what to do with it. Without scontrol
+    the script waits: Slurm queues a preempted job again by itself when its grace time is over.
+    """
+    return [
+        "code=$?",
+        'if [ -e "$requeue" ] || [ $code -eq 143 ]; then',
+        f"    for _ in {{1..{REQUEUE_TRIES}}}; do",
+        '        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && [ "$state" != RUNNING ] && break',
+        '        scontrol requeue "$SLURM_JOB_ID" && break',
+        "        sleep 10",
+        "    done",
+        "fi",
+        "exit $code",
+    ]

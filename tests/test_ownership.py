@@ -1,0 +1,312 @@
+"""One job at a time has a run's folder and one submit a store, with file locks and without; real processes."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_run import expect_whole, losses, result, wait_for
+
+from analysis.logs import ownership
+from analysis.logs.files import read_json, write_json
+from analysis.logs.ownership import FolderHeld, held
+from experiments.data.dataset import Dataset
+from experiments.design.config import RunConfig
+from experiments.launching import jobs, slurm, states
+from experiments.launching import submit as launch
+from experiments.launching.profile import Job, Profile, Slurm
+from experiments.training.run import Run, RunFailed
+from experiments.training.trainer import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork beside threads
+Submitted = Callable[..., Path]
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system with file locks and one without, whose leases end soon."""
+    if request.param == "no locks":
+        without_locks(monkeypatch)
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(monkeypatch)
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(ownership, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.3)
+
+
+def started(work: Callable[..., object], *arguments: object) -> BaseProcess:
+    process = FORK.Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def run_as(job: str, run_dir: Path) -> None:
+    """A job of Slurm, which has its id from the environment."""
+    os.environ.update(SUBMITIT_EXECUTOR="slurm", SLURM_JOB_ID=job, SLURM_NTASKS="1", SLURM_PROCID="0")
+    os.environ.update(SLURM_LOCALID="0", SLURM_JOB_NUM_NODES="1", SLURM_NODEID="0", SLURM_JOB_NODELIST="here")
+    try:
+        Run(run_dir)()
+    except RunFailed as error:
+        print(error, flush=True)
+        os._exit(3)
+
+
+def note(run_dir: Path, job: str) -> None:
+    jobs.write_job(run_dir, "slurm", job, None, Path("code"))
+
+
+def attempts(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in run_dir.glob("attempt-*.json"))
+
+
+@pytest.fixture
+def long_run(tiny_run: RunConfig) -> RunConfig:
+    """A second or two."""
+    return replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 300, evaluate_every=16 * 8 * 100))
+
+
+@pytest.fixture
+def reference(long_run: RunConfig, submitted: Submitted, tmp_path: Path) -> Path:
+    run_dir = submitted(long_run, tmp_path / "reference")
+    Run(run_dir)()
+    return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("locks")
+def test_a_job_stops_when_the_run_is_given_to_another_which_waits_for_that(
+    long_run: RunConfig, submitted: Submitted, reference: Path, tmp_path: Path
+) -> None:
+    """The first job began before it was noted; its submitter was killed, and the next one submitted the run again."""
+    run_dir = submitted(long_run, tmp_path / "store", checkpoint_minutes=0.002)
+    first = started(run_as, "7", run_dir)
+    wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
+    os.kill(first.pid or 0, signal.SIGSTOP)  # so that it is here still when the second begins
+    note(run_dir, "8")
+    second = started(run_as, "8", run_dir)
+    time.sleep(0.5)
+    assert attempts(run_dir) == ["attempt-0001.json"]
+    os.kill(first.pid or 0, signal.SIGCONT)
+    first.join(60)
+    second.join(60)
+    assert (first.exitcode, second.exitcode) == (3, 0)
+    expect_whole(run_dir, reference)
+    assert [attempt["job_id"] for attempt in result(run_dir)["attempts_made"]] == ["7", "8"]
+    assert not (run_dir / "failure.json").exists()
+
+
+def test_a_job_that_comes_late_leaves_the_run_to_the_job_that_has_it(
+    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = submitted(tiny_run, tmp_path)
+    note(run_dir, "8")
+    before = sorted(path.name for path in run_dir.iterdir())
+    with pytest.raises(RunFailed, match="was given to job 8; this one stops and leaves it to that"):
+        Run(run_dir)()
+    assert sorted(path.name for path in run_dir.iterdir()) == before
+    (run_dir / "job.json").unlink()
+
+    evaluate, flushed = Trainer.evaluate, list[Path]()
+
+    def given_away(self: Trainer, interrupted: Callable[[], bool]) -> object:
+        note(run_dir, "9")
+        flushed.extend(run_dir.glob("steps-*"))
+        return evaluate(self, interrupted)
+
+    monkeypatch.setattr(Trainer, "evaluate", given_away)
+    with pytest.raises(RunFailed, match="was given to job 9"):
+        Run(run_dir)()
+    assert list(run_dir.glob("steps-*")) == flushed == []
+    assert not (run_dir / "failure.json").exists()
+    assert not (run_dir / "run.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_locks")
+def test_two_jobs_of_one_run_without_locks_train_it_once(
+    long_run: RunConfig, submitted: Submitted, reference: Path, tmp_path: Path
+) -> None:
+    """Neither is noted, as where a person starts a run twice: the second gives up as the lease is kept alive, and the
+    third takes it over when the first was killed."""
+    run_dir = submitted(long_run, tmp_path / "store", checkpoint_minutes=0.002)
+    first = started(run_as, "7", run_dir)
+    wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
+    second = started(run_as, "8", run_dir)
+    second.join(60)
+    assert second.exitcode == 3
+    assert attempts(run_dir) == ["attempt-0001.json"]
+    first.kill()
+    first.join()
+    third = started(run_as, "9", run_dir)
+    third.join(60)
+    assert third.exitcode == 0
+    expect_whole(run_dir, reference)
+    assert result(run_dir)["attempts"] == 2
+    assert not (run_dir / ownership.LEASE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_locks")
+def test_a_job_that_slept_through_its_lease_writes_nothing_more(
+    long_run: RunConfig, submitted: Submitted, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = submitted(long_run, tmp_path / "store", checkpoint_minutes=0.002)
+    first = started(run_as, "7", run_dir)
+    wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
+    os.kill(first.pid or 0, signal.SIGSTOP)
+    second = started(run_as, "8", run_dir)
+    wait_for(lambda: len(attempts(run_dir)) == 2)
+    os.kill(first.pid or 0, signal.SIGCONT)
+    first.join(60)
+    second.join(60)
+    assert (first.exitcode, second.exitcode) == (3, 0)
+    expect_whole(run_dir, reference)
+    assert not (run_dir / "failure.json").exists()
+
+
+def test_a_lease_that_changes_hands_while_it_is_taken_away_stays(tmp_path: Path) -> None:
+    lease = tmp_path / ownership.LEASE
+    lease.touch()
+    old = ownership._mark(lease)
+    assert old is not None
+    os.utime(lease, ns=(1, 1))  # its owner lives after all
+    ownership._take_away(lease, old)
+    assert [path.name for path in tmp_path.iterdir()] == [ownership.LEASE]
+    now = ownership._mark(lease)
+    assert now is not None
+    ownership._take_away(lease, now)
+    assert list(tmp_path.iterdir()) == []
+
+
+def inside(folder: Path, journal: Path, times: int) -> None:
+    for _ in range(times):
+        with held(folder, patience=60.0), journal.open("a") as file:
+            for word in ("in", "out"):
+                file.write(f"{word} {os.getpid()}\n")
+                file.flush()
+                time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("locks")
+def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
+    folder, journal = tmp_path / "folder", tmp_path / "journal"
+    folder.mkdir()
+    processes = [started(inside, folder, journal, 3) for _ in range(4)]
+    for process in processes:
+        process.join(60)
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 2 * 3 * 4
+    for entered, left in zip(lines[::2], lines[1::2], strict=True):
+        assert (entered.split()[0], left) == ("in", entered.replace("in", "out"))
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("locks")
+def test_a_folder_that_is_anothers_is_said_to_be(tmp_path: Path) -> None:
+    told: list[bool] = []
+    with held(tmp_path, patience=0.0) as hold:
+        with pytest.raises(FolderHeld), held(tmp_path, patience=0.3, waiting=lambda: told.append(True)):
+            pass
+        assert not hold.lost()
+    assert told == [True]
+
+
+# Submitting
+
+
+@pytest.fixture
+def profile(monkeypatch: pytest.MonkeyPatch) -> Profile:
+    """Slurm's, whose sbatch accepts everything and starts nothing, and whose queue knows the jobs that were noted."""
+    accepted: list[str] = []
+
+    def accept(calls: list[Run], _: object) -> list[SimpleNamespace]:
+        number = f"{os.getpid()}{len(accepted)}"
+        accepted.append(number)
+        ids = [f"{number}_{index}" for index in range(len(calls))]
+        return [SimpleNamespace(job_id=job, paths=SimpleNamespace(stdout=Path(job))) for job in ids]
+
+    monkeypatch.setattr(slurm, "check", lambda _: None)
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda _: 2)
+    monkeypatch.setattr(slurm, "submit", accept)
+    monkeypatch.setattr(slurm, "max_array_size", lambda: 10)
+    monkeypatch.setattr(slurm, "queue", lambda ids, _: dict.fromkeys(ids, "PENDING"))
+    return Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu"))
+
+
+def submit_and_count(runs: list[RunConfig], profile: Profile, store: Path, cache: Path, answer: Path) -> None:
+    outcome = launch.submit(runs, profile, store, cache=cache)
+    write_json(answer, {"submitted": outcome.submitted})
+
+
+@pytest.mark.usefixtures("locks")
+def test_two_submits_at_once_submit_each_run_once(
+    profile: Profile, tiny_run: RunConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    runs = [replace(tiny_run, seed=seed) for seed in range(6)]
+    answers = [tmp_path / f"{number}.json" for number in range(2)]
+    processes = [
+        started(submit_and_count, runs, profile, tmp_path / "store", dataset.path.parent, answer) for answer in answers
+    ]
+    for process in processes:
+        process.join(60)
+    submitted_runs = [run_id for answer in answers for run_id in read_json(answer)["submitted"]]
+    assert sorted(submitted_runs) == sorted(run.run_id for run in runs)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("locks")
+def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
+    profile: Profile,
+    long_run: RunConfig,
+    dataset: Dataset,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slurm has two jobs of the second run then. Both start at once, and one of them trains it."""
+    store = tmp_path / "store"
+    runs = [replace(long_run, seed=9), long_run]
+    write_job = jobs.write_job
+
+    def killed(run_dir: Path, *arguments: object) -> None:
+        if run_dir.name == runs[1].run_id:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_job(run_dir, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "write_job", killed)
+        submitter = started(submit_and_count, runs, profile, store, dataset.path.parent, tmp_path / "never")
+        submitter.join(60)
+    assert submitter.exitcode == -signal.SIGKILL
+    assert [state.state for state in states.read(store, [run.run_id for run in runs])] == ["queued", "pending"]
+    again = launch.submit(runs, profile, store, cache=dataset.path.parent)
+    assert again.submitted == [runs[1].run_id]
+    run_dir = store / runs[1].run_id
+    noted = read_json(run_dir / "job.json")["job_id"]
+    first, second = started(run_as, "999", run_dir), started(run_as, noted.partition("_")[0], run_dir)
+    note(run_dir, noted.partition("_")[0])
+    first.join(60)
+    second.join(60)
+    assert (first.exitcode, second.exitcode) == (3, 0)
+    expect_whole(run_dir, reference)
+    assert len(losses(run_dir)) == long_run.train.steps
+    assert json.loads((run_dir / "run.json").read_text())["attempts"] == 1
