@@ -234,8 +234,7 @@ def test_submit_refuses_what_passes_the_cap_and_counts_what_was_used(
     planted = Profile("local", max_parallel=2, default=HERE.default, max_gpu_hours=used + 1e-9)
     with pytest.raises(ValueError, match=rf"has used {used:.4g} GPU-hours, and the 2 runs .* finished runs of"):
         launch.submit(runs, planted, store, cache=cache)
-    enough = replace(planted, max_gpu_hours=used + 1)
-    assert launch.submit(runs, enough, store, cache=cache).unsuccessful == []
+    account.require_within_cap(runs[1:], runs, replace(planted, max_gpu_hours=used + 1), store, cache)
 
 
 # Time limits
@@ -244,16 +243,20 @@ def test_submit_refuses_what_passes_the_cap_and_counts_what_was_used(
 def test_a_time_limit_follows_from_what_was_measured_and_from_nothing_else(
     tiny_run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+
+    def limits(profile: Profile, runs: list[RunConfig]) -> Profile:
+        return account.with_time_limits(profile, runs, account.speeds(runs, profile, tmp_path, tmp_path).rates)
+
     short, long = (replace(tiny_run, size=size) for size in ("45k", "25k"))
     long = replace(long, train=replace(tiny_run.train, tokens=16 * 8 * 5000))
     profile = replace(CLUSTER, size={"110k": Job(device="cpu", hours=3.0)})
     given = replace(tiny_run, size="110k")
     runs = [short, long, given]
-    assert account.with_time_limits(profile, runs, runs, tmp_path, tmp_path) == profile
+    assert limits(profile, runs) == profile
     stated = replace(profile, default=replace(profile.default, teraflops_per_second=1.0))
-    assert account.with_time_limits(stated, runs, runs, tmp_path, tmp_path) == stated
+    assert limits(stated, runs) == stated
     plant(short, 20.0, tmp_path, profile)  # of all three: only their length differs
-    limited = account.with_time_limits(profile, runs, runs, tmp_path, tmp_path)
+    limited = limits(profile, runs)
     hours = {run.size: Rate(20.0, "").hours(run) for run in (short, long)}
     assert hours["25k"] > 5
     for size, forecast in hours.items():
@@ -262,7 +265,7 @@ def test_a_time_limit_follows_from_what_was_measured_and_from_nothing_else(
     words = f"the time limit of 25k is {1.5 * hours['25k'] + 0.5:.3g} h: 1.5 times the longest run's forecast of"
     assert words in capsys.readouterr().err
     endless = [replace(long, train=replace(long.train, tokens=10**9))]
-    assert account.with_time_limits(profile, endless, endless, tmp_path, tmp_path).job("25k").time_limit == 24.0
+    assert limits(profile, endless).job("25k").time_limit == 24.0
 
 
 def test_a_profile_says_auto_or_nothing(tmp_path: Path) -> None:

@@ -61,8 +61,9 @@ def test_a_step_takes_the_micro_batch_of_a_run() -> None:
         (2, "adamw", "lowrank-qkv", "ddp"),
     ]
     assert several[4].tokens == 2 * several[0].tokens
-    (accumulated,) = chosen("1M", ("transformer",), micro_batches=4, recompute="block")
+    (accumulated,) = chosen("1M", ("transformer",), micro_batches=4, recompute="block", fused=True)
     assert accumulated.execution("cuda").recompute == "block"
+    assert accumulated.execution("cuda").fused
     assert (accumulated.batch, accumulated.tokens) == (32, 4 * 32 * 512)
     assert accumulated.execution("cpu").micro_batch == 32
 
@@ -494,7 +495,8 @@ def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: p
     assert answer(rows)["no_clock"] == "at 25k the throughput is of several commits (abc, def)"
     split = [row for row in rows if (row["commit"] == "abc") == (row["arm"] == "transformer")]
     words = (
-        "is at no equal batch, sequence, gpus, parallel, micro_batches, recompute, vocabulary, device, versions, commit"
+        "is at no equal batch, sequence, gpus, parallel, micro_batches, recompute, fused, vocabulary, "
+        "device, versions, commit"
     )
     assert words in answer(split)["no_clock"]
     by_size = [row for row in rows if (row["commit"] == "abc") == (row["size"] == "25k")]

@@ -47,22 +47,22 @@ def test_an_interrupted_build_goes_on_where_it_was(
     spec: DataConfig, sha256: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[encode.Job] = []
-    encode_one = encode._encode
+    encode_one = encode.encode_one
 
     def interrupted(job: encode.Job, *arguments: Any) -> None:
         if len(made) == 5:
             raise KeyboardInterrupt
-        if not encode._is_whole(job):
+        if not encode.is_whole(job):
             made.append(job)
         encode_one(job, *arguments)
 
-    monkeypatch.setattr(encode, "_encode", interrupted)
+    monkeypatch.setattr(encode, "encode_one", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(spec, tmp_path / "cache")
     (working,) = left_over(tmp_path / "cache")
     damaged = sorted(working.glob("tokens-*/train-bucket-*.ids"))[2]
     damaged.write_bytes(damaged.read_bytes()[::-1])
-    monkeypatch.setattr(encode, "_encode", encode_one)
+    monkeypatch.setattr(encode, "encode_one", encode_one)
     torn = working / "spill" / "part-002"
     (torn / "counts.json").unlink()
     read: list[Path] = []
@@ -90,7 +90,7 @@ def test_what_killed_builds_left_goes_in_time(tmp_path: Path, spec: DataConfig) 
 
 
 def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp_path: Path) -> None:
-    """_encode leaves a whole bucket alone, and makes a damaged one again."""
+    """encode_one leaves a whole bucket alone, and makes a damaged one again."""
     text = tmp_path / "spill"
     with documents.Part(text / "part-000", 1) as part:
         for each in make_texts():
@@ -100,13 +100,13 @@ def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "tokenizer.json").write_bytes(trained.read_bytes())
     job = encode.Job(tmp_path / "tokens", text, "train", 0, 10**6, 300, spec.end_of_text)
-    encode._encode(job)
+    encode.encode_one(job)
     ids = job.path.with_suffix(".ids")
     whole, written = ids.read_bytes(), ids.stat().st_mtime_ns
-    encode._encode(job)
+    encode.encode_one(job)
     assert ids.stat().st_mtime_ns == written
     ids.write_bytes(whole[:-2])
-    encode._encode(job)
+    encode.encode_one(job)
     assert ids.read_bytes() == whole
 
 

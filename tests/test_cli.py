@@ -180,7 +180,7 @@ def test_watch_looks_again_until_nothing_is_under_way(
 ) -> None:
     store = Path(cheap[-1])
     seen = iter(["running", "queued", "failed"])
-    monkeypatch.setattr("experiments.cli.runs.WATCH_SECONDS", 0.0)
+    monkeypatch.setattr("experiments.cli.status.WATCH_SECONDS", 0.0)
     monkeypatch.setattr(states, "read", lambda *_: [RunState("a-run", next(seen))])
     assert main(["status", *cheap, "--watch"]) == 0
     assert re.findall("1 runs: 1 (.*)", capsys.readouterr().out) == ["running", "queued", "failed"]

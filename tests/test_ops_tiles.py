@@ -22,14 +22,23 @@ def test_sums_go_to_their_place(parts: int, first: int, rank: int) -> None:
     columns = torch.randn(parts, 37, 16, device=DEVICE)
     total, others = torch.full((37, rank), 7.0, device=DEVICE), torch.randn(5, 300, device=DEVICE)
     other = torch.empty(300, device=DEVICE)
-    tiles.sum_parts((columns, total), (others, other), place=(16, rank, first))
+    tiles.sum_parts((columns, total), (others, other), place=tiles.Place(16, rank, first))
     last = min(first + 16, rank)
     assert relative_error(total[:, first:last], columns.double().sum(0)[:, : last - first]) < BOUND[torch.float32]
     assert (total[:, :first] == 7).all()
     assert (total[:, last:] == 7).all()
     assert relative_error(other, others.double().sum(0)) < BOUND[torch.float32]
-    tiles.sum_parts((None, None), (others, other.zero_()), place=(16, rank, first))
+    tiles.sum_parts((None, None), (others, other.zero_()), place=tiles.Place(16, rank, first))
     assert relative_error(other, others.double().sum(0)) < BOUND[torch.float32]
+
+
+def test_zeros_are_written_after_the_sums() -> None:
+    columns, total = torch.randn(4, 37, 6, device=DEVICE), torch.full((37, 16), 7.0, device=DEVICE)
+    tiles.sum_parts((columns, total), place=tiles.Place(6, 16, 2, padding=5))
+    assert relative_error(total[:, 2:8], columns.double().sum(0)) < BOUND[torch.float32]
+    assert not total[:, 8:13].any()
+    assert (total[:, :2] == 7).all()
+    assert (total[:, 13:] == 7).all()
 
 
 @given(

@@ -97,10 +97,12 @@ def test_tokens_are_read_where_they_lie(text: Dataset, tmp_path: Path, name: str
         assert data.manifest["splits"][split]["bytes"] == text.manifest["splits"][split]["bytes"]
     assert data.bytes_per_token == text.bytes_per_token
     assert not list(path.glob("train-0*"))
-    ours, theirs = (Batches(each, sequence_length=33, batch_sequences=8, seed=1) for each in (text, data))
+    ours, theirs = (
+        Batches(each, sequence_length=33, batch_sequences=8, seed=1, most_documents=9) for each in (text, data)
+    )
     for step in (0, 11, 10**6):
-        for mine, other in zip(ours.batch(step), theirs.batch(step), strict=True):
-            assert (mine == other).all()
+        mine, other = ours.batch(step), theirs.batch(step)
+        assert all(np.array_equal(a, b) for a, b in zip(mine, other, strict=True) if a is not None)
     for part in (kind, "read where it lies: 4 files", "held out     ", "val.bin", "ends of text"):
         assert part in inspect(path)
 

@@ -110,6 +110,7 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "  # on the node: compilers' caches break on shared file systems\n"
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
         "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
+        "trap : TERM  # the run heeds it; this script goes on when that has ended\n"
         "requeue=/store/.jobs/1/requeue-$SLURM_JOB_ID  # a file by which the run asks to be queued again\n"
         'rm -f "$requeue"\n'
         "\n"

@@ -340,6 +340,11 @@ BAD = {
         "[train]\nwarmup_fraction = 0.5\nschedule = { kind = 'wsd', decay_fraction = 0.9 }\n[data]",
         r"begins to decay after step 49, and the warm-up takes 245; lower warmup_fraction or decay_fraction",
     ),
+    "the default spelt otherwise": (
+        '"static", sites = ["v"], width = 2',
+        '"lowrank", sites = ["v", "gate", "mixer_input"], generator_input = "part"',
+        r"arm.mine at 25k: generator_input = \"part\" changes nothing at the sites v, gate, mixer_input, whose",
+    ),
     "small vocabulary": ("vocabulary = 512", "vocabulary = 100", r"vocabulary must be at least 257"),
 }
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 NEEDED = ("size", "arm", "tokens_per_second")
 # Throughput is compared only where all of these are equal; missing values count as equal.
 SETTING = (
-    *("batch", "sequence", "gpus", "parallel", "micro_batches", "recompute", "vocabulary"),
+    *("batch", "sequence", "gpus", "parallel", "micro_batches", "recompute", "fused", "vocabulary"),
     *("device", "versions", "commit"),
 )
 # Columns of SETTING, with their plurals: measurements of several kinds are not averaged.

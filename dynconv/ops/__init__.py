@@ -8,12 +8,15 @@ from dynconv.ops.functions import (
     static_convolution,
     static_convolution_step,
 )
+from dynconv.ops.fused_rotary import interleaved, lowrank_rotary_convolution
 
 __all__ = [
     "headwise_dynamic_convolution",
     "headwise_dynamic_convolution_step",
+    "interleaved",
     "lowrank_dynamic_convolution",
     "lowrank_dynamic_convolution_step",
+    "lowrank_rotary_convolution",
     "static_convolution",
     "static_convolution_step",
 ]

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
-from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
+from dynconv.ops.tiles import Place, aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
-MAX_WIDTH = 4
-_FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
-BLOCK = 16 * _BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
+MAX_WIDTH, _MAX_SILU_WIDTH = 8, 6
+_TAPS_AT_ONCE = 4  # for which a backward launch has the registers to compute all gradients
+FORWARD_WARPS, BACKWARD_WARPS = 4, 8
+BLOCK = 16 * BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
 _FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # the most ranks of U in one launch; larger ranks take several launches
 _ROWS = 16  # of a warp, as in the matrix unit's instruction
 # Sequences are joined only if this makes the estimated time this many times shorter: where joining did not fill the
 # device better, it took 1.13 to 1.20 times as long.
 _DOCUMENTS = 1.25
-_SLOTS = 4  # of the forward ring; run lengths are multiples of it, hence also of the backward ring's 2 or 1 slots
+SLOTS = 4  # of the forward ring; run lengths are multiples of it, hence also of the other rings' 2 or 1 slots
 
 
 def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -> bool:
@@ -31,7 +32,8 @@ def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -
         x.dtype in (torch.bfloat16, torch.float16)
         and up.shape[1] <= MAX_WIDTH * x.shape[2]
         and x.shape[2] % 16 == 0
-        and not (silu and up.shape[0] > _BACKWARD_RANKS)  # silu needs the sum over all ranks in one launch
+        # Silu needs the sum over all ranks in one launch, and registers for no more taps.
+        and not (silu and (up.shape[0] > _BACKWARD_RANKS or up.shape[1] > _MAX_SILU_WIDTH * x.shape[2]))
         and (len(segments) == 1 or all(width % BLOCK == 0 for width in segments))
     )
 
@@ -48,7 +50,7 @@ def _pad_kernel(
     tl.store(out + at, value, mask=at < size)
 
 
-def _padded(
+def padded(
     z: Tensor,  # [B, T, G*R]
     rank: int,
     dtype: torch.dtype,
@@ -58,19 +60,19 @@ def _padded(
         return aligned(z if z.dtype == dtype else copied(z, dtype))
     batch, time, ranks = z.shape
     segments, whole = ranks // rank, triton.cdiv(rank, 16) * 16
-    padded = new(z, (batch, time, segments * whole), dtype)
-    size = padded.numel()
+    result = new(z, (batch, time, segments * whole), dtype)
+    size = result.numel()
     launch(
         _pad_kernel,
         triton.cdiv(size, 1024),
-        (z, padded),
+        (z, result),
         (size, time, z.stride(0), z.stride(1)),
         {"R": rank, "SEGMENTS": segments, "RP": whole, "BLOCK": 1024},
     )
-    return padded
+    return result
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How the kernels treat [B, T, ...]: as B sequences, or as one sequence of B documents of length T."""
 
     batch: int
@@ -82,28 +84,44 @@ class _Cut(NamedTuple):
     chunks: int  # into which the time is divided, one for each program
 
 
+def _of_device(tensor: Tensor, at_once: int, longest: int) -> tuple[int, int, int, bool]:
+    """The last arguments of `cheapest_run`."""
+    return at_once * multiprocessors(tensor), SLOTS, longest, at_once == 1
+
+
+def cut_apart(
+    x: Tensor,  # [B, T, ...]
+    blocks: int,  # of channels
+    at_once: int,  # programs that a multiprocessor runs
+    longest: int,
+) -> tuple[float, Cut]:
+    """The estimated time, in slots, of treating the input as B sequences without documents, and how to cut them."""
+    batch, time = x.shape[:2]
+    cost, run = cheapest_run(time, _ROWS, blocks * batch, *_of_device(x, at_once, longest))
+    return cost, Cut(batch, time, (None,), (), run, triton.cdiv(time, _ROWS * run))
+
+
 def _cut(
     inputs: tuple[Tensor, ...],  # each [B, T, ...]
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
     blocks: int,  # of channels
     at_once: int,  # programs that a multiprocessor runs
     longest: int,
-) -> _Cut:
+) -> Cut:
     """Choose the faster of the two treatments.
 
     Joining helps sequences that are too short to fill a program, and leaves fewer partial sums. It requires that the
     sequences lie one after the other in memory.
     """
     batch, time = inputs[0].shape[:2]
-    by_device = (at_once * multiprocessors(inputs[0]), _SLOTS, longest, at_once == 1)
-    cost, run = cheapest_run(time, _ROWS, blocks * batch, *by_device)
-    apart = _Cut(batch, time, (positions,), (), run, triton.cdiv(time, _ROWS * run))
+    cost, apart = cut_apart(inputs[0], blocks, at_once, longest)
+    apart = apart._replace(positions=(positions,))
     if positions is not None or any(t.stride(0) != time * t.stride(1) for t in inputs) or batch * time >= 2**31:
         return apart
-    cost_joined, run = cheapest_run(batch * time, _ROWS, blocks, *by_device)
+    cost_joined, run = cheapest_run(batch * time, _ROWS, blocks, *_of_device(inputs[0], at_once, longest))
     if cost <= _DOCUMENTS * cost_joined:
         return apart
-    return _Cut(1, batch * time, (), (time,), run, triton.cdiv(batch * time, _ROWS * run))
+    return Cut(1, batch * time, (), (time,), run, triton.cdiv(batch * time, _ROWS * run))
 
 
 def forward(
@@ -121,26 +139,29 @@ def forward(
     channels, rank = x.shape[2], up.shape[0]
     x = aligned(x)
     y = new(x, x.shape, dtype)
-    blocks = triton.cdiv(channels, 16 * _FORWARD_WARPS)
-    padded = _padded(z, rank, x.dtype)
-    for first in range(0, rank, _FORWARD_RANKS):
-        ranks = min(rank - first, _FORWARD_RANKS)
+    blocks = triton.cdiv(channels, 16 * FORWARD_WARPS)
+    generators = padded(z, rank, x.dtype)
+    width = up.shape[1] // channels
+    slots, stages, most = (SLOTS, 3, _FORWARD_RANKS) if width <= _TAPS_AT_ONCE else (1, 9, 32)  # registers are short
+    for first in range(0, rank, most):
+        ranks = min(rank - first, most)
         # Registers limit the programs per multiprocessor. Every program first loads its ranks of U, so more ranks
         # need longer runs.
-        at_once, longest = (3, 32) if ranks <= 16 else (2, 128)
-        cut = _cut((x, padded), positions, blocks, at_once, longest)
+        at_once, longest = (3, 32) if ranks <= 16 and width <= _TAPS_AT_ONCE else (2, 128)
+        cut = _cut((x, generators), positions, blocks, at_once, longest)
         launch(
             kernels.forward_kernel,
             blocks * cut.batch * cut.chunks,
-            (x, padded, up, None if first else static_w, y, *cut.positions),
-            (*cut.length, cut.time, channels, x.stride(0), padded.stride(0), cut.chunks, blocks, cut.run, first),
+            (x, generators, up, None if first else static_w, y, None, None, None, *cut.positions),
+            (*cut.length, cut.time, channels, x.stride(0), generators.stride(0), cut.chunks, blocks, cut.run, first),
             {
-                "x_time": x.stride(1), "z_time": padded.stride(1), "y_time": channels, "SEGMENTS": segments,
-                "ALL_RANKS": rank, "R": ranks, "W": up.shape[1] // channels,
+                "x_time": x.stride(1), "z_time": generators.stride(1), "y_time": channels, "SEGMENTS": segments,
+                "PAIRS": 0,
+                "ALL_RANKS": rank, "R": ranks, "W": width,
                 "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
-                "SLOTS": _SLOTS, "STAGES": 3, "WARPS": _FORWARD_WARPS,
+                "SLOTS": slots, "STAGES": stages, "WARPS": FORWARD_WARPS,
             },
-            num_warps=_FORWARD_WARPS,
+            num_warps=FORWARD_WARPS,
         )  # fmt: skip
     return y
 
@@ -162,8 +183,8 @@ def backward(
     rank, width = up.shape[0], up.shape[1] // channels
     dy, x = aligned(dy), aligned(x)
     blocks = triton.cdiv(channels, BLOCK)
-    padded = _padded(z, rank, x.dtype)
-    cut = _cut((dy, x, padded), positions, blocks, at_once=1, longest=160)
+    generators = padded(z, rank, x.dtype)
+    cut = _cut((dy, x, generators), positions, blocks, at_once=1, longest=160)
     dx = new_like(x) if needs[0] else None
     dz_partial, dz, columns = None, None, min(rank, 16)  # all launches share one dz_partial
     if needs[1]:
@@ -173,28 +194,34 @@ def backward(
         dz = new_like(z)
     up_partial, dup = new_sums(up if needs[2] else None, cut.batch * cut.chunks)
     static_partial, dstatic = new_sums(static_w if needs[3] else None, cut.batch * cut.chunks)
+    # With more than 4 taps, dx gets a launch of its own: what it takes does not fit in the registers beside the rest.
+    outputs = [(dx, dz_partial, up_partial, static_partial)]
+    if width > _TAPS_AT_ONCE:
+        outputs = [(dx, None, None, None), (None, dz_partial, up_partial, static_partial)]
+    outputs = [group for group in outputs if any(output is not None for output in group)]
+    deep = silu or width > _TAPS_AT_ONCE  # 2 slots then need more registers; the ring must reach W - 1 slots ahead
     for first in range(0, rank, _BACKWARD_RANKS):
         ranks = min(rank - first, _BACKWARD_RANKS)
-        launch(
-            kernels.backward_kernel,
-            blocks * cut.batch * cut.chunks,
-            (
-                dy, x, padded, up, None if first else static_w,
-                dx, dz_partial, up_partial, None if first else static_partial, *cut.positions,
-            ),
-            (
-                *cut.length, cut.time, channels, batch * time, dy.stride(0), x.stride(0), padded.stride(0),
-                cut.chunks, blocks, cut.run, first,
-            ),
-            {
-                "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": padded.stride(1), "dx_time": channels,
-                "SEGMENTS": segments, "ALL_RANKS": rank, "R": ranks, "W": width,
-                "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
-                "SLOTS": 1 if silu else 2, "STAGES": 8 if silu else 4,  # 2 slots with silu need more registers
-                "WARPS": _BACKWARD_WARPS,
-            },
-            num_warps=_BACKWARD_WARPS,
-        )  # fmt: skip
+        for to_x, to_z, to_up, to_static in outputs:
+            launch(
+                kernels.backward_kernel,
+                blocks * cut.batch * cut.chunks,
+                (
+                    dy, None, None, x, generators, up, None if first else static_w, None,
+                    to_x, to_z, to_up, None if first else to_static, *cut.positions,
+                ),
+                (
+                    *cut.length, cut.time, channels, batch * time, dy.stride(0), x.stride(0), generators.stride(0),
+                    cut.chunks, blocks, cut.run, first,
+                ),
+                {
+                    "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": generators.stride(1),
+                    "dx_time": channels, "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "R": ranks, "W": width,
+                    "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
+                    "SLOTS": 1 if deep else 2, "STAGES": 8 if deep else 4, "WARPS": BACKWARD_WARPS,
+                },
+                num_warps=BACKWARD_WARPS,
+            )  # fmt: skip
         others = [(up_partial, dup), (static_partial, dstatic)] if first + ranks == rank else []
-        sum_parts((dz_partial, dz), *others, place=(columns, rank, first) if rank > 16 else None)
+        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if rank > 16 else None)
     return dx, dz, dup, dstatic

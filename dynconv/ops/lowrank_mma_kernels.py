@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from dynconv.ops.fused_pieces import next_rotation, pair_layout, rotate, start_rotation
 from dynconv.ops.gluon_pieces import (
     allocate_ring,
     async_load,
@@ -67,11 +68,21 @@ def _gradient_of_sum(gradient, xs, generator, basis, starts, W: gl.constexpr, WA
     return through_silu(gradient, inner)
 
 
+@gluon.jit
+def _of_segment(first, second, third, segment):
+    """The pointer that belongs to the segment."""
+    if segment == 1:
+        first = second
+    if segment == 2:
+        first = third
+    return first
+
+
 @gluon.jit(do_not_specialize=["positions", "time", "chunks", "blocks", "RUN"])
 def forward_kernel(
-    x, z, up, static_w, y, positions,
+    x, z, up, static_w, y, keys, values, frequencies, positions,
     time, channels, x_batch, z_batch, chunks, blocks, RUN, first_rank,
-    x_time: gl.constexpr, z_time: gl.constexpr, y_time: gl.constexpr, SEGMENTS: gl.constexpr,
+    x_time: gl.constexpr, z_time: gl.constexpr, y_time: gl.constexpr, SEGMENTS: gl.constexpr, PAIRS: gl.constexpr,
     ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
     RESIDUAL: gl.constexpr, SILU: gl.constexpr, ADD: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
@@ -88,13 +99,19 @@ def forward_kernel(
     LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
     Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, per_phase=64 // RANKS, max_phase=RANKS // 8, order=[1, 0])
     PLACES: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    PAIR: gl.constexpr = pair_layout(WARPS)
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * (16 * WARPS)
-    segment, _ = find_segment(first, SEGMENTS)
+    segment, begin = find_segment(first, SEGMENTS)
     program = gl.program_id(0) // blocks
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
+    if frequencies is not None:  # the segments' results are tensors of their own
+        y = _of_segment(y, keys, values, segment) - begin
+        cosine, sine, step_cosine, step_sine = start_rotation(
+            frequencies, first - begin, segment, start, RUN, PAIRS, WARPS, PAIR
+        )
     y += (batch * time + start) * y_time
     z += batch * z_batch + start.to(gl.int64) * z_time + segment * ((ALL_RANKS + 15) // 16 * 16) + first_rank
     up += first_rank * (W * channels)
@@ -175,6 +192,9 @@ def forward_kernel(
                     result += xs[W - 1].to(gl.float32)
             if ADD:
                 result += before[slot].to(gl.float32)
+            if frequencies is not None:
+                result = rotate(result, cosine, sine, WARPS, PAIR, OWN)
+                cosine, sine = next_rotation(cosine, sine, step_cosine, step_sine)
             gl.store(out + slot * y_time, result.to(y.dtype.element_ty), mask=(group + slot < limit) & d_ok)
             xs = drop_first(xs)
         out += SLOTS * y_time
@@ -182,10 +202,10 @@ def forward_kernel(
 
 @gluon.jit(do_not_specialize=["positions", "time", "tokens", "chunks", "blocks", "RUN"])
 def backward_kernel(
-    dy, x, z, up, static_w, dx, dz, dup, dstatic, positions,
+    dy, dkeys, dvalues, x, z, up, static_w, frequencies, dx, dz, dup, dstatic, positions,
     time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     dy_time: gl.constexpr, x_time: gl.constexpr, z_time: gl.constexpr, dx_time: gl.constexpr, SEGMENTS: gl.constexpr,
-    ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
+    PAIRS: gl.constexpr, ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
     RESIDUAL: gl.constexpr, SILU: gl.constexpr, ADD: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -201,6 +221,7 @@ def backward_kernel(
     LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=16, per_phase=1, max_phase=4, order=[1, 0])
     Z_ROWS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=4, max_phase=2, order=[1, 0])
     PLACES: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    PAIR: gl.constexpr = pair_layout(WARPS)
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * (16 * WARPS)
     segment, begin = find_segment(first, SEGMENTS)
@@ -208,6 +229,11 @@ def backward_kernel(
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
+    if frequencies is not None:
+        dy = _of_segment(dy, dkeys, dvalues, segment) - begin
+        cosine, sine, step_cosine, step_sine = start_rotation(
+            frequencies, first - begin, segment, start, RUN, PAIRS, WARPS, PAIR
+        )
     dy += batch * dy_batch + start.to(gl.int64) * dy_time
     z += batch * z_batch + start.to(gl.int64) * z_time + segment * ((ALL_RANKS + 15) // 16 * 16) + first_rank
     if dx is not None:
@@ -306,6 +332,10 @@ def backward_kernel(
             xs = xs + (read_slot(x_ring[slot].index(place), WARPS, READ, OWN),)
             dy_slot = read_slot(dy_ring[slot].index(place), WARPS, READ, OWN)
             gradient = dy_slot.to(gl.float32)
+            if frequencies is not None:
+                gradient = rotate(gradient, cosine, -sine, WARPS, PAIR, OWN)
+                cosine, sine = next_rotation(cosine, sine, step_cosine, step_sine)
+                dy_slot = gradient.to(dtype)
             generator = load_generator(z_ring[slot].index(place), WARPS, LEFT)
             generator_right = load_generator(z_ring[slot].index(place), WARPS, RIGHT)
             outer = gradient
@@ -362,6 +392,9 @@ def backward_kernel(
     for slot in gl.static_range(W - 1):
         place = (RUN + slot) // SLOTS % STAGES
         gradient = read_slot(dy_ring[slot % SLOTS].index(place), WARPS, READ, OWN).to(gl.float32)
+        if frequencies is not None:
+            gradient = rotate(gradient, cosine, -sine, WARPS, PAIR, OWN)
+            cosine, sine = next_rotation(cosine, sine, step_cosine, step_sine)
         generator = load_generator(z_ring[slot % SLOTS].index(place), WARPS, LEFT)
         later = ()
         if positions is not None:

@@ -18,6 +18,7 @@ def _module(name: str) -> Any:
         return None
 
 
+fused_rotary_mma = _module("fused_rotary_mma")
 lowrank_mma = _module("lowrank_mma")
 ring = _module("ring")
 

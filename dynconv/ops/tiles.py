@@ -6,6 +6,7 @@ causal filter needs neither shared memory nor a second load of the same input.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -78,37 +79,44 @@ def end_of_documents(positions, time):
 
 @triton.jit
 def _sum_block(
-    block, partial, total, parts, size, columns, width, first,
-    PLACED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    block, partial, total, parts, size, width, first,
+    COLUMNS: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    target = at
     inside = at < size
+    written = inside
+    if COLUMNS > 0:  # rows of so many sums, which are written into rows of `width`
+        row, column = at // (COLUMNS + PADDING), at % (COLUMNS + PADDING)
+        at = row * COLUMNS + column
+        target = row * width + first + column
+        inside = (at < size) & (column < COLUMNS)
+        written = (row * COLUMNS < size) & (first + column < width)
     sums = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, parts, UNROLL):
         part = begin + tl.arange(0, UNROLL)
         ok = (part < parts)[:, None] & inside[None, :]
         sums += tl.sum(tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0), 0)
-    if PLACED:
-        inside &= first + at % columns < width
-        at = at // columns * width + first + at % columns
-    tl.store(total + at, sums, mask=inside)
+    tl.store(total + target, sums, mask=written)
 
 
-@triton.jit(do_not_specialize=[*range(6, 15)])
+@triton.jit(do_not_specialize=[*range(6, 14)])
 def _sum_kernel(
     partial_a, total_a, partial_b, total_b, partial_c, total_c,
-    parts_a, size_a, parts_b, size_b, parts_c, size_c, columns, width, first,
-    PLACED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    parts_a, size_a, parts_b, size_b, parts_c, size_c, width, first,
+    COLUMNS: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     blocks_a = tl.cdiv(size_a, BLOCK)
+    if COLUMNS > 0:
+        blocks_a = tl.cdiv(size_a // COLUMNS * (COLUMNS + PADDING), BLOCK)
     blocks_b = tl.cdiv(size_b, BLOCK)
     if program < blocks_a:
-        _sum_block(program, partial_a, total_a, parts_a, size_a, columns, width, first, PLACED, BLOCK, UNROLL)
+        _sum_block(program, partial_a, total_a, parts_a, size_a, width, first, COLUMNS, PADDING, BLOCK, UNROLL)
     elif program < blocks_a + blocks_b:
-        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 1, 0, False, BLOCK, UNROLL)
+        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 0, 0, 0, BLOCK, UNROLL)
     else:
-        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 1, 0, False, BLOCK, UNROLL)
+        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 0, 0, 0, BLOCK, UNROLL)
 
 
 def new_like(tensor: Tensor) -> Tensor:
@@ -127,14 +135,22 @@ def new_sums(
     return new(like, (parts, *like.shape), torch.float32, zero), new_like(like)
 
 
+class Place(NamedTuple):
+    """Where a total's rows are written: into rows of another width."""
+
+    columns: int  # of a row of sums
+    width: int  # of the rows into which they are written; columns beyond it are left out
+    first: int  # the column that the first one goes to
+    padding: int = 0  # zeros to write after them
+
+
 def sum_parts(
     *sums: tuple[Tensor | None, Tensor | None],  # up to three results of `new_sums`
-    place: tuple[int, int, int] | None = None,  # (columns, width, first); see below
+    place: Place | None = None,  # of the first pair's total
 ) -> None:
     """Sum each partial tensor over its first dimension into its total, all in one launch.
 
-    The order of addition is fixed, so the results are bitwise reproducible. With `place`, the first pair's rows of
-    `columns` sums are written into the total's rows of `width`, from column `first` on.
+    The order of addition is fixed, so the results are bitwise reproducible.
     """
     jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
     if not jobs:
@@ -150,9 +166,12 @@ def sum_parts(
     for _ in range(3 - len(jobs)):
         tensors += jobs[0]
         sizes += (0, 0)
-    programs = sum(triton.cdiv(size, block) for size in sizes[1::2])
-    sizes += place if place is not None else (1, 1, 0)
-    launch(_sum_kernel, programs, tensors, sizes, {"PLACED": placed, "BLOCK": block, "UNROLL": unroll})
+    columns, width, first, padding = place if placed and place is not None else Place(0, 1, 0)
+    written_a = sizes[1] // columns * (columns + padding) if columns else sizes[1]
+    programs = sum(triton.cdiv(size, block) for size in (written_a, *sizes[3::2]))
+    sizes += (width, first)
+    constants = {"COLUMNS": columns, "PADDING": padding, "BLOCK": block, "UNROLL": unroll}
+    launch(_sum_kernel, programs, tensors, sizes, constants)
 
 
 def aligned(tensor: Tensor) -> Tensor:

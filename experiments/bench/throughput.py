@@ -29,7 +29,7 @@ PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 SMALLEST_INTERVAL = 3  # rounds
 SETTING = (
     *("size", "arm", "optimizer", "batch", "micro_batches", "sequence", "vocabulary"),
-    *("gpus", "parallel", "recompute", "device"),
+    *("gpus", "parallel", "recompute", "fused", "device"),
 )
 COLUMNS = (
     *SETTING,
@@ -99,6 +99,7 @@ def rows_of(
             "gpus": trial.gpus,
             "parallel": trial.parallel,
             "recompute": trial.recompute,
+            "fused": trial.fused,
             "tokens_per_second": trial.tokens / step,
             "mfu": sum(flops.values()) / step / (peak * trial.gpus) if peak else None,
             "memory_gib": None if outcome.memory is None else outcome.memory / 2**30,
@@ -166,6 +167,8 @@ def merge(rows: Sequence[dict[str, Any]], path: Path) -> pd.DataFrame:
             old = pd.read_parquet(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is unreadable ({error}); move it away") from None
+        if "fused" not in old:  # written before there was this setting
+            old["fused"] = False
         if missing := [name for name in SETTING if name not in old]:
             raise ValueError(f"{path} has no column {', '.join(missing)}; give -o another file")
         settings = [pd.MultiIndex.from_frame(frame[list(SETTING)]) for frame in (old, new)]
@@ -184,4 +187,4 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     text = ("size", "arm", "optimizer", "parallel", "recompute", "device", "against", "versions", "commit")
     whole = ("batch", "micro_batches", "sequence", "vocabulary", "gpus", "parameters", "rounds")
     types = dict.fromkeys(COLUMNS, "float64") | dict.fromkeys(text, "string") | dict.fromkeys(whole, "int64")
-    return frame.astype(types | {"captured": "bool"})
+    return frame.astype(types | {"captured": "bool", "fused": "bool"})

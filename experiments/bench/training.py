@@ -78,6 +78,7 @@ def _request(args: argparse.Namespace) -> Request:
         gpus=args.gpus,
         parallel=args.parallel,
         recompute=args.recompute,
+        fused=args.fused,
     )
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {args.rounds}")
@@ -180,6 +181,8 @@ def render(rows: Sequence[Row]) -> str:
     shape += f", vocabulary {first['vocabulary']}"
     if first["recompute"] != "none":
         shape += f", activations computed again ({first['recompute']})"
+    if first["fused"]:
+        shape += ", convolutions fused with their neighbours"
     shape += "; the last columns are shares of the model FLOPs"
     text = f"\n{first['size']}: {first['rounds']} rounds, {shape}\n{align(headings, lines)}\n"
     for row in rows:

@@ -35,6 +35,7 @@ class Trial:
     parallel: str = "none"  # "ddp" or "fsdp" on several GPUs
     micro_batches: int = 1  # of a step, on each GPU
     recompute: Recompute = "none"  # activations, as in `Execution`
+    fused: bool = False  # as in `Execution`
     own: Execution | None = None  # as a profile has it, for a calibration; None: by the settings above
 
     @property
@@ -63,7 +64,7 @@ class Trial:
         if self.own is not None:
             return replace(self.own, device=kind)
         shared: Literal["ddp", "fsdp"] = "fsdp" if self.parallel == "fsdp" else "ddp"
-        return Execution(kind, self.gpus, shared, self.batch, recompute=self.recompute)
+        return Execution(kind, self.gpus, shared, self.batch, recompute=self.recompute, fused=self.fused)
 
     def flops(self) -> dict[str, int]:
         """Training FLOPs of a step on all GPUs, by part of the model."""
@@ -100,6 +101,7 @@ class Request:
     gpus: int = 1
     parallel: str = "ddp"
     recompute: Recompute = "none"
+    fused: bool = False
 
 
 def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | None = None) -> list[Trial]:
@@ -129,7 +131,8 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
         if optimizer is not None:
             train = replace(train, optimizer=optimizer)
         parallel = "none" if gpus == 1 else request.parallel
-        found.append(Trial(replace(run, train=train), gpus, parallel, request.micro_batches, request.recompute))
+        how = (request.micro_batches, request.recompute, request.fused)
+        found.append(Trial(replace(run, train=train), gpus, parallel, *how))
         found[-1].execution("cpu").check(found[-1].run)
     return found
 

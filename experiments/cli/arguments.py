@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from analysis.logs.store import Store
-    from experiments.design.config import RunConfig
     from experiments.launching.profile import Profile
 
 STORES = Path("results/runs")
@@ -71,7 +70,8 @@ def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> N
 
 
 def store_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--store", type=Path, metavar="DIR", help=f"where the runs are (default {STORES}/<sweep name>)")
+    text = f"where the runs are (default {STORES}/<sweep name> of the sweep's project, or $DYNCONV_STORES/<sweep name>)"
+    verb.add_argument("--store", type=Path, metavar="DIR", help=text)
 
 
 def profile_argument(verb: argparse.ArgumentParser) -> None:
@@ -94,18 +94,6 @@ def profile_of(args: argparse.Namespace) -> Profile:
     from experiments.launching.profile import Profile, load_profile
 
     return Profile("local") if args.profile is None else load_profile(args.profile)
-
-
-def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
-    """The runs of the sweep, and their store. `plan` and `submit` also print notes on settings that may be mistakes."""
-    from experiments.design.sweep import load_sweep, notes, read_sweep
-
-    runs = load_sweep(args.sweep)
-    if args.verb in ("plan", "submit"):
-        for note in notes(read_sweep(args.sweep)):
-            warn(f"{args.sweep}: {note}")
-    store: Path = getattr(args, "store", None) or STORES / runs[0].sweep
-    return runs, store
 
 
 def load_store(args: argparse.Namespace) -> Store:

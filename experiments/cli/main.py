@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, laws, models, pages, plan, runs
+from experiments.cli import bench, claims, data, laws, models, pages, plan, runs, status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        status: int = args.run(args)
+        exit_code: int = args.run(args)
         sys.stdout.flush()
-        return status
+        return exit_code
     except (ValueError, WorkFailed) as error:
         if args.debug:
             raise
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     plan.register(subparsers)
     runs.register(subparsers)
+    status.register(subparsers)
     laws.register(subparsers)
     claims.register(subparsers)
     pages.register(subparsers)

@@ -16,11 +16,11 @@ from experiments.cli.arguments import (
     format_argument,
     profile_argument,
     profile_of,
-    runs_of,
     store_argument,
     sweep_argument,
     warn,
 )
+from experiments.cli.stores import runs_of
 
 if TYPE_CHECKING:
     from experiments.bench.calibration import Request

@@ -37,6 +37,7 @@ class Work:
     compile: bool
     recompute: str
     threads: int
+    fused: bool
 
     @classmethod
     def of(cls, run: RunConfig, execution: Execution) -> "Work":
@@ -52,6 +53,7 @@ class Work:
             execution.compile,
             execution.recompute,
             execution.threads,
+            execution.fused,
         )
 
 
@@ -74,10 +76,12 @@ class Calibration:
         if not 0 < self.tokens_per_second < float("inf"):
             raise ValueError(f"tokens_per_second must be positive and finite; got {self.tokens_per_second}")
 
-    @property
-    def stale(self) -> str | None:
-        """Why this measurement says nothing about the code that is here, or None."""
-        if self.versions != versions():
+    def stale(self, elsewhere: bool) -> str | None:
+        """Why this measurement says nothing about the code that is here, or None.
+
+        With `elsewhere`, runs have another Python than this one, and its versions are not compared.
+        """
+        if not elsewhere and self.versions != versions():
             return f"of {self.versions}; here is {versions()}"
         return None if self.code == source.training_code() else "of other code"
 

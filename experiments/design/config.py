@@ -6,6 +6,7 @@ are left out of the id. `Execution` says how a run is executed (device, micro-ba
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from analysis.logs.schema import TRUNK as TRUNK
@@ -74,7 +75,7 @@ class RunConfig:
                     "or choose another part"
                 )
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """A readable prefix and a hash of everything that decides the outcome."""
         task = "" if self.task is None else f"-{self.task_name}"
@@ -130,6 +131,7 @@ class Execution:
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
     compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
     recompute: Literal["none", "block", "attention-kept"] = "none"  # activations, to save memory: models/recompute.py
+    fused: bool = False  # convolutions and their neighbours in one kernel, as RoPE after q, k and v: models/fused.py
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails

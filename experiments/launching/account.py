@@ -15,7 +15,7 @@ from experiments.design import calibrations, strict
 from experiments.design.calibrations import Calibration, Work
 from experiments.design.config import Execution, RunConfig
 from experiments.design.forecast import Rate, stated_rate
-from experiments.launching import local, states
+from experiments.launching import attempts, local, states
 from experiments.launching.profile import LONGEST_ATTEMPT, Job, Profile
 from experiments.training.record import read_record
 
@@ -40,6 +40,7 @@ def speeds(runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
     found = Speeds()
     places = {size: place(profile, profile.job(size)) for size in {run.size for run in runs}}
     finished = _finished(runs, profile, places, store, found.notes)
+    in_container = profile.slurm is not None and profile.slurm.python is not None
     stale, uneven = dict[str, list[str]](), list[str]()
     calibrated: dict[Work, Rate | None] = {}
     for run in runs:
@@ -50,9 +51,10 @@ def speeds(runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
             continue
         if work not in calibrated:
             kept = calibrations.read(work, places[run.size], cache)
-            calibrated[work] = _rate(kept) if kept and not kept.stale else None
-            if kept and kept.stale:
-                stale.setdefault(kept.stale, []).append(f"{run.arm} at {run.size}")
+            why = kept and kept.stale(in_container)
+            calibrated[work] = _rate(kept) if kept and not why else None
+            if why:
+                stale.setdefault(why, []).append(f"{run.arm} at {run.size}")
             elif kept and kept.spread > UNEVEN:
                 uneven.append(f"{run.arm} at {run.size} varied by {kept.spread:.0%}")
         if rate := calibrated[work]:
@@ -74,7 +76,8 @@ def place(profile: Profile, job: Job) -> str:
     """Where a profile's runs of a size are: the device of this machine, or what Slurm is asked for."""
     if profile.slurm is None:
         return local.device_name(job)
-    options = {"partition": profile.slurm.partition, "constraint": profile.slurm.constraint, **profile.slurm.options}
+    slurm = profile.slurm
+    options = {"partition": slurm.partition, "constraint": slurm.constraint, "python": slurm.python, **slurm.options}
     kind = "cpu" if job.device == "cpu" else "gpu"
     return f"slurm {kind} " + " ".join(f"{name}={value}" for name, value in sorted(options.items()) if value)
 
@@ -138,13 +141,10 @@ def share_left(run: RunConfig, store: Path) -> float:
 
 
 def used_hours(store: Path) -> float:
-    """Device-hours of all attempts at all runs of a store, by their logs: from start-up to the last row."""
-    total = 0.0
-    for run_dir in sorted(path.parent for path in store.glob("*/config.json")):
-        for attempt in reader.read_attempts(run_dir)[0].values():
-            seconds = attempt["updated_at"] - attempt["started_at"] + attempt["seconds"].get("startup", 0.0)
-            total += (attempt.get("gpus") or 1) * seconds / 3600
-    return total
+    """GPU-hours of all attempts at all runs of a store, by their logs."""
+    run_dirs = sorted(path.parent for path in store.glob("*/config.json"))
+    costs = [attempts.cost(attempts.read_made(run_dir, None), running=False) for run_dir in run_dirs]
+    return sum(cost.gpu_hours or 0.0 for cost in costs)
 
 
 def require_within_cap(
@@ -178,20 +178,15 @@ def require_within_cap(
         )
 
 
-def with_time_limits(
-    profile: Profile, todo: Sequence[RunConfig], runs: Sequence[RunConfig], store: Path, cache: Path
-) -> Profile:
+def with_time_limits(profile: Profile, todo: Sequence[RunConfig], rates: Mapping[str, Rate]) -> Profile:
     """The profile with a time limit of each size that has none, where the speed of all its runs to do was measured.
 
-    `runs` are those of the sweep; the finished ones among them say how fast the others are. How a limit came about is
-    said on standard error.
+    How a limit came about is said on standard error.
     """
-    open_sizes = sorted({run.size for run in todo if profile.job(run.size).hours is None})
-    if profile.slurm is None or not open_sizes:
+    if profile.slurm is None:
         return profile
-    rates = speeds(runs, profile, store, cache).rates
     sizes = dict(profile.size)
-    for size in open_sizes:
+    for size in sorted({run.size for run in todo if profile.job(run.size).hours is None}):
         own = [run for run in todo if run.size == size]
         known = [rates[run.run_id] for run in own if run.run_id in rates and rates[run.run_id].measured]
         if len(known) < len(own):

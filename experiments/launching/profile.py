@@ -73,6 +73,22 @@ class Slurm:
 
 
 @dataclass(frozen=True)
+class DataJobs:
+    """What the jobs of Slurm that build data get: `dynconv data build --profile`."""
+
+    cores: int = 64  # jobs side by side, each of one core
+    hours: float = 12.0  # the time limit of each
+    memory_gb: float | None = None  # of each; the cluster's default where it is left out
+    partition: str | None = None  # the one of [slurm] where it is left out
+
+    def __post_init__(self) -> None:
+        for name in ("cores", "hours", "memory_gb"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be finite and above zero; got {value}")
+
+
+@dataclass(frozen=True)
 class Profile:
     """One file of slurm/profiles. `default` holds for every size that has no table of its own."""
 
@@ -80,6 +96,7 @@ class Profile:
     max_parallel: int = 0  # runs at once; 0: as many as there are GPUs or cores (local), no limit (slurm)
     max_gpu_hours: float | None = None  # of a store: `submit` refuses what would pass it
     slurm: Slurm | None = None
+    data: DataJobs = field(default_factory=DataJobs)
     default: Job = field(default_factory=Job)
     size: Mapping[str, Job] = field(default_factory=dict)
 

@@ -174,6 +174,7 @@ def _setup(snapshot: Path, sharing: str, folder: Path) -> list[str]:
         f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches break on shared file systems",
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
         """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",
+        "trap : TERM  # the run heeds it; this script goes on when that has ended",
         f"requeue={shlex.quote(requeue)}$SLURM_JOB_ID  # a file by which the run asks to be queued again",
         'rm -f "$requeue"',
     ]

@@ -14,6 +14,7 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
+from experiments.design.forecast import Rate
 from experiments.launching import (
     account,
     arrays,
@@ -125,8 +126,9 @@ def _submit_now(
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
             account.require_within_cap(todo, runs, profile, store, cache)
             _check_store(todo, datasets, store)
-            profile = account.with_time_limits(profile, todo, runs, store, cache)
-            code = _freeze(todo, datasets, profile, store)
+            rates = account.speeds(runs, profile, store, cache).rates
+            profile = account.with_time_limits(profile, todo, rates)
+            code = _freeze(todo, datasets, profile, store, rates)
             kept = _remove_markers([store / run.run_id for run in todo])
             try:
                 if profile.executor == "slurm" and todo:
@@ -280,20 +282,35 @@ def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"
     """Build what data is missing. Generated tasks have none."""
     from experiments.data.build import build
     from experiments.data.dataset import Dataset
+    from experiments.launching import data_jobs
 
     specs = dict.fromkeys(run.data for run in runs if run.data is not None)
+    data_jobs.require_nothing_under_way(specs, cache)
     return {spec: Dataset.open(build(spec, cache)) for spec in specs}
 
 
-def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"], profile: Profile, store: Path) -> Path:
+def _freeze(
+    runs: Sequence[RunConfig],
+    datasets: Mapping[DataConfig, "Dataset"],
+    profile: Profile,
+    store: Path,
+    rates: Mapping[str, Rate],  # by run id, where they are known
+) -> Path:
     """Copy the code and write each run's config.json; returns the folder of the code."""
     code = snapshot.take(store)
     commit = snapshot.commit(code)
 
     def freeze(run: RunConfig) -> None:
-        execution = profile.job(run.size).execution
-        dataset = None if run.data is None else datasets[run.data]
-        write_record(run, store, dataset, execution, code_commit=commit, submitted_at=time.time())
+        job, rate = profile.job(run.size), rates.get(run.run_id)
+        write_record(
+            run,
+            store,
+            None if run.data is None else datasets[run.data],
+            job.execution,
+            code_commit=commit,
+            submitted_at=time.time(),
+            forecast_gpu_hours=None if rate is None else job.gpus * rate.hours(run),
+        )
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(freeze, runs))

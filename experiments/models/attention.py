@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.fused import rotated, rotates_convolutions
 from experiments.models.joined import kernels_fit, rotate, rotate_joined
 from experiments.models.norm import RMSNorm
 from experiments.models.packing import Documents, same_document
-from experiments.models.short_convolution import Maps, Outputs
+from experiments.models.short_convolution import ConvLinear, Maps, Outputs
 from experiments.parts.attention import Attention
 
 
@@ -39,28 +40,41 @@ class AttentionModule(nn.Module):
         self.q_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
         self.rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of RoPE, set by `prepare`
+        self.fused = False  # whether RoPE and the convolutions before it are one kernel
+        self.frequencies: Tensor | None = None  # of RoPE, [E/2], set by `prepare` if it is fused
 
     def prepare(self, time: int, device: torch.device) -> None:
         """Set the table of RoPE. Compiled code would compute its sines again for every head in every layer."""
         self.rotation = _rotation(time, self.head_size, self.theta, device)
+        if self.fused:
+            self.frequencies = _frequencies(self.head_size, self.theta, device)
+
+    def fuse(self) -> None:
+        """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product."""
+        heads, kv_heads = self.head_counts
+        plain = heads == kv_heads and not self.qk_norm
+        self.fused = plain and rotates_convolutions(self.maps)
+        convolved = [site for site in ("q", "k", "v") if cast(ConvLinear, self.maps[site]).conv is not None]
+        self.maps.in_one_product = plain and not convolved
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
         documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
-        outputs = self.maps.outputs(x, ("q", "k", "v"), x, documents)
-        q, k, v = self._rotated(outputs, documents)
+        q, k, v = self._inputs(x, documents)
         y = attend(q, k, v, documents)
         (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x, documents)
         return y
 
-    def _rotated(
-        self, outputs: Outputs, documents: Documents | None
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, H, T, E], [B, K, T, E], [B, K, T, E]
-        """Queries and keys after QK-norm and RoPE, whose positions begin with each document, and the values."""
+    def _inputs(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, E], and keys and values [B, K, T, E]. Each document has its own positions."""
+        if self.fused and documents is None:
+            assert self.frequencies is not None
+            return rotated(self.maps, x, self.head_counts[0], self.frequencies)
         assert self.rotation is not None, "call prepare first"
         rotation = self.rotation
+        outputs = self.maps.outputs(x, ("q", "k", "v"), x, documents)
         if documents is not None:
             rotation = rotation[0][documents.places], rotation[1][documents.places]  # [B, T, E] each
         if self._rotates_joined(outputs):
@@ -150,6 +164,13 @@ def _has_varlen() -> bool:
 def _rotation(time: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, [T, E] each, in float32."""
     with torch.inference_mode(False):  # A tensor made in inference mode cannot be used in training.
-        frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-        angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency).repeat(1, 2)
+        steps = torch.arange(time, device=device, dtype=torch.float32)
+        angle = torch.outer(steps, _frequencies(head_size, theta, device)).repeat(1, 2)
         return angle.cos(), angle.sin()
+
+
+@lru_cache(maxsize=8)
+def _frequencies(head_size: int, theta: float, device: torch.device) -> Tensor:
+    """Radians a token of each pair of channels, [E/2], in float32."""
+    with torch.inference_mode(False):
+        return theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)

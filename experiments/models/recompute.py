@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 from experiments.models.packing import Documents
 
 Policy = Literal["block", "attention-kept"]
-# Attention on a CPU, and in the order in which a GPU prefers its implementations; dynconv's operator.
+# Attention on a CPU, and in the order in which a GPU prefers its implementations; dynconv's operators.
 _KEPT = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_cudnn_attention",
@@ -28,6 +28,7 @@ _KEPT = {
     "aten::_scaled_dot_product_efficient_attention",
     "torch_attn::_varlen_attn",
     "dynconv::convolve",
+    "dynconv::lowrank_rotary",
 }
 
 

@@ -87,7 +87,8 @@ class Maps(nn.ModuleDict):
         super().__init__(
             {s: ConvLinear(shape, conv if s in conv.sites else none, model.width) for s, shape in shapes.items()}
         )
-        self._mismatched = conv.sequence_group > 1
+        self.mismatched = conv.sequence_group > 1
+        self.in_one_product = False  # all of them, even if their input is wide
         self._reads_part_input = conv.reads_part_input
 
     def apply_to(
@@ -115,11 +116,12 @@ class Maps(nn.ModuleDict):
         maps = {site: cast(ConvLinear, self[site]) for site in sites}
         read = part_input if self._reads_part_input else x  # by the generators
         if not _shares_products(x):
-            read = partners(read) if self._mismatched else read
+            read = partners(read) if self.mismatched else read
             return Outputs([linear(x, read, documents) for linear in maps.values()])
         dynamic = {s: m.conv for s, m in maps.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
         joined = dynamic if read is x else {}  # whose generators are part of the product
-        sharing = list(maps) if x.shape[-1] <= ONE_PRODUCT_WIDTH else list(joined)[:1]
+        narrow = x.shape[-1] <= ONE_PRODUCT_WIDTH or self.in_one_product
+        sharing = list(maps) if narrow else list(joined)[:1]
         weights = [maps[site].padded_weight() for site in sharing]
         widths = [len(weight) for weight in weights]
         products: dict[str, Tensor] = {}
@@ -129,12 +131,12 @@ class Maps(nn.ModuleDict):
             y, *columns = project_together(weight, list(joined.values()), x) if joined else [F.linear(x, weight)]
             products = dict(zip(sharing, y.split(widths, -1), strict=True))
             generated |= dict(zip(joined, columns, strict=True))
-        if self._mismatched:
+        if self.mismatched:
             generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
         convolved = {site: cast(_ShortConv, linear.conv) for site, linear in maps.items() if linear.conv is not None}
         if sharing == list(maps) and not convolved:
             return Outputs(list(products.values()), y)
-        if sharing == list(convolved) and _fit_one_launch(list(convolved.values()), widths):
+        if sharing == list(convolved) and fit_one_launch(list(convolved.values()), widths):
             columns = [generated[site] for site in dynamic]
             generators = torch.cat(columns, -1) if columns else None
             together = partial(_convolve_together, list(convolved.values()), widths)
@@ -172,7 +174,7 @@ class InputConvolution(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.conv = build(model.conv, LinearMap(model.width, model.width))
-        self._mismatched = model.conv.sequence_group > 1
+        self.mismatched = model.conv.sequence_group > 1
 
     def forward(
         self,
@@ -180,7 +182,7 @@ class InputConvolution(nn.Module):
         documents: Documents | None = None,
     ) -> Tensor:  # [B, T, D]
         assert self.conv is not None
-        return apart(self.conv, documents, x, partners(x) if self._mismatched else x)
+        return apart(self.conv, documents, x, partners(x) if self.mismatched else x)
 
     def decode(
         self,
@@ -198,7 +200,7 @@ def partners(
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def _fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -> bool:
+def fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -> bool:
     """Whether one launch can compute these convolutions, `widths` channels each: they must be alike but for those."""
 
     def settings(convolution: _ShortConv) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.logs.files import read_json, write_atomically, write_json
+from analysis.logs.record import CHECKSUM, check_unedited, record_sha256
 from analysis.logs.schema import SCHEMA
 from experiments.design import strict
 from experiments.design.config import TEXT, TRUNK, Execution, RunConfig
@@ -29,6 +30,7 @@ def write_record(
     *,
     code_commit: str | None,
     submitted_at: float,  # unix seconds
+    forecast_gpu_hours: float | None = None,  # None: the speed of the devices is not known
 ) -> Path:
     """Write config.json with everything that a run needs, and the tokenizer of text. Returns the run's directory."""
     record = {
@@ -47,6 +49,7 @@ def write_record(
         "tokenizer_sha256": None if dataset is None else dataset.tokenizer_sha256,
         "code_commit": code_commit,
         "submitted_at": submitted_at,
+        "forecast_gpu_hours": forecast_gpu_hours,
     }
     if run.packed:
         assert dataset is not None, "only text has documents"
@@ -56,7 +59,7 @@ def write_record(
     if dataset is not None:
         tokenizer = dataset.path / TOKENIZER
         write_atomically(run_dir / TOKENIZER, lambda temporary: shutil.copyfile(tokenizer, temporary))
-    write_json(run_dir / "config.json", record)
+    write_json(run_dir / "config.json", record | {CHECKSUM: record_sha256(record)})
     return run_dir
 
 
@@ -76,6 +79,7 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
             f"{path} describes run {run.run_id}; wanted {run_dir.name}, as its folder is named; "
             "it was edited after it was submitted: submit the sweep again"
         )
+    check_unedited(path, record)
     return record, run, strict.parse(record["execution"], Execution, f"{path}: execution")
 
 

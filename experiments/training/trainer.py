@@ -90,6 +90,8 @@ class Trainer:
         self._group = group
         if execution.recompute != "none":
             cast(Decoder, model).recompute(execution.recompute)
+        if execution.fused:
+            cast(Decoder, model).fuse()
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)

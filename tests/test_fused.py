@@ -1,0 +1,101 @@
+"""Models whose convolutions run in one kernel with RoPE: the same losses and gradients, but for rounding."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from convolutions import GPU, relative_error
+from torch import Tensor
+
+from dynconv.ops import functions
+from experiments.design.model import ModelConfig
+from experiments.models.attention import AttentionModule
+from experiments.models.decoder import Decoder
+from experiments.parts.attention import Attention
+from experiments.parts.short_convolution import Convolution, LowRankConvolution, NoConvolution, StaticConvolution
+from experiments.parts.swiglu import SwiGLU
+
+QKV = ("q", "k", "v")
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def model_of(conv: Convolution, attention: Attention | None = None) -> Decoder:
+    attention = attention or Attention(heads=2, kv_heads=2)
+    model = Decoder(ModelConfig(2, 128, 97, mixer=attention, ffn=SwiGLU(hidden=48), conv=conv), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv.up"):  # zero at first, so that the generators would have no effect
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    return model.to(DEVICE)
+
+
+def outcome(model: Decoder, dtype: torch.dtype | None, sequences: int = 2) -> dict[str, Tensor]:
+    """The logits, and the gradient of every parameter."""
+    tokens = torch.randint(97, (sequences, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        logits = model(tokens).logits  # type: ignore[union-attr]
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def gaps(conv: Convolution, dtype: torch.dtype | None = None, sequences: int = 2) -> dict[str, float]:
+    plain = outcome(model_of(conv), dtype, sequences)
+    fused = model_of(conv)
+    fused.fuse()
+    assert all(block.mixer.fused for block in fused.blocks)  # type: ignore[union-attr]
+    found = outcome(fused, dtype, sequences)
+    return {name: relative_error(found[name], plain[name].double()) for name in plain}
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_fused_model_is_the_same_function(static: bool) -> None:
+    found = gaps(LowRankConvolution(QKV, rank=3, static_filter=static))
+    assert all(gap < 1e-5 for gap in found.values()), found
+
+
+@pytest.fixture
+def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    pytest.importorskip("triton")
+    if GPU:
+        yield
+        return
+    from gluon_interpreter import interpreted
+
+    from dynconv.ops import fused_rotary_operator
+
+    with interpreted() as modules:
+        monkeypatch.setattr(functions, "_INTERPRET", True)
+        monkeypatch.setattr(fused_rotary_operator, "fused_rotary_mma", modules.fused_rotary_mma)
+        monkeypatch.setattr(fused_rotary_operator, "runs_gluon", lambda _: True)
+        yield
+
+
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_a_model_fused_by_the_kernels_differs_by_rounding() -> None:
+    found = gaps(LowRankConvolution(QKV, rank=3), torch.bfloat16, sequences=1)
+    assert found["logits"] < 0.01
+    assert all(gap < 0.05 for gap in found.values()), found  # of gradients of few tokens in 16 bits
+
+
+def test_only_what_fits_is_fused() -> None:
+    lowrank = LowRankConvolution(QKV, rank=3)
+    for conv, attention, fused in (
+        (lowrank, Attention(heads=2, kv_heads=2), True),
+        (LowRankConvolution(("q", "k"), rank=3), Attention(heads=2, kv_heads=2), False),
+        (LowRankConvolution(QKV, rank=20), Attention(heads=2, kv_heads=2), False),
+        (LowRankConvolution(QKV, rank=3, width=6), Attention(heads=2, kv_heads=2), False),
+        (LowRankConvolution(QKV, rank=3, activation="silu"), Attention(heads=2, kv_heads=2), False),
+        (LowRankConvolution(QKV, rank=3, mismatched=True), Attention(heads=2, kv_heads=2), False),
+        (StaticConvolution(QKV), Attention(heads=2, kv_heads=2), False),
+        (NoConvolution(), Attention(heads=2, kv_heads=2), False),
+        (lowrank, Attention(heads=2, kv_heads=1), False),
+        (lowrank, Attention(heads=2, kv_heads=2, qk_norm=True), False),
+    ):
+        model = model_of(conv, attention)
+        model.fuse()
+        mixers = [module for module in model.modules() if isinstance(module, AttentionModule)]
+        assert [mixer.fused for mixer in mixers] == [fused] * 2, conv
+        assert all(mixer.maps.in_one_product == isinstance(conv, NoConvolution) for mixer in mixers)
+        assert outcome(model, None)["logits"].isfinite().all()

@@ -1,0 +1,212 @@
+"""The convolution of queries, keys and values with RoPE in one launch, against float64, by its kernels and composed.
+
+Without a GPU the kernels run in the stand-in of gluon_interpreter.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from convolutions import BOUND, DEVICE, GPU, Case, relative_error
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynconv.ops import functions, interleaved, lowrank_rotary_convolution
+from dynconv.ops.flops import forward as convolution_flops
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if GPU:
+        yield
+        return
+    from gluon_interpreter import interpreted
+
+    from dynconv.ops import fused_rotary_operator
+
+    with interpreted() as modules:
+        monkeypatch.setattr(functions, "_INTERPRET", True)
+        monkeypatch.setattr(fused_rotary_operator, "fused_rotary_mma", modules.fused_rotary_mma)
+        monkeypatch.setattr(fused_rotary_operator, "runs_gluon", lambda _: True)
+        # Memory that nothing wrote holds NaN.
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def inputs_of(case: Case, heads: int, padding: int) -> dict[str, Tensor]:
+    """`joined`, U and the static filter, if there is one."""
+    made = {name: value.detach() for name, value in case.inputs().items()}
+    columns = torch.randn(case.batch, case.time, padding).to(made["x"])
+    tensors = {"joined": torch.cat([made["x"], made["z"], columns], 2), "U": made["U"]}
+    if case.static:
+        tensors["static_w"] = made["static_w"]
+    assert case.channels % (3 * heads) == 0
+    return {name: value.requires_grad_() for name, value in tensors.items()}
+
+
+def frequencies_of(size: int, base: float = 10_000.0) -> Tensor:
+    return base ** (-torch.arange(0, size, 2, device=DEVICE, dtype=torch.float32) / size)
+
+
+def oracle(case: Case, tensors: dict[str, Tensor], frequencies: Tensor, heads: int) -> list[Tensor]:
+    """The oracle of the convolution; then pairs of channels as complex numbers times exp(i t frequency)."""
+    z = tensors["joined"][..., case.channels : case.channels + 3 * case.rank]
+    y = case.oracle(tensors | {"x": tensors["joined"][..., : case.channels], "z": z})
+    q, k, v = y.view(case.batch, case.time, 3, heads, -1).unbind(2)
+    angle = torch.arange(case.time, device=DEVICE, dtype=torch.float64)[:, None] * frequencies.double()
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def turned(value: Tensor) -> Tensor:
+        points = torch.view_as_complex(value.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(points * turn).flatten(-2)
+
+    return [turned(q), turned(k), v]
+
+
+def errors(case: Case, heads: int, padding: int = 0, faster: float = 1.0, spoil: float = 1.0) -> dict[str, float]:
+    """Relative errors of the outputs and of all gradients.
+
+    `faster` scales the frequencies, and `spoil` those that the oracle is given.
+    """
+    tensors = inputs_of(case, heads, padding)
+    frequencies = faster * frequencies_of(case.channels // (3 * heads))
+    static = tensors.get("static_w")
+    outputs = lowrank_rotary_convolution(tensors["joined"], tensors["U"], static, frequencies, heads, case.residual)
+    dys = [torch.randn_like(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(tensors.values()), dys)
+    exact = {name: value.detach().double().requires_grad_() for name, value in tensors.items()}
+    want = oracle(case, exact, frequencies * spoil, heads)
+    expected = torch.autograd.grad(want, list(exact.values()), [dy.double() for dy in dys])
+    found = {name: relative_error(y, w) for name, y, w in zip("qkv", outputs, want, strict=True)}
+    for name, gradient, wanted in zip(tensors, gradients, expected, strict=True):
+        assert gradient.dtype == tensors[name].dtype
+        found[name] = relative_error(gradient, wanted)
+    widths = [case.channels, 3 * case.rank, padding]
+    of_x, of_z, of_padding = gradients[0].split(widths, 2)
+    wanted_x, wanted_z, _ = expected[0].split(widths, 2)
+    assert not of_padding.any()
+    return found | {"x": relative_error(of_x, wanted_x), "z": relative_error(of_z, wanted_z)}
+
+
+KERNEL_CASES = [
+    (Case(batch=2, time=150, segments=(128,) * 3, rank=16), 4, 16),  # heads of 32 channels; rows start at a cache line
+    (Case(batch=1, time=70, segments=(128,) * 3, rank=5), 1, 1),
+    (Case(batch=1, time=33, segments=(256,) * 3, rank=16, residual=False, dtype=torch.float16), 4, 0),
+    (Case(batch=1, time=17, segments=(384,) * 3, rank=16, static=False, width=3), 4, 16),  # heads cross blocks
+    (Case(batch=3, time=2, segments=(128,) * 3, rank=1, width=2), 2, 0),
+]
+
+
+@pytest.mark.parametrize(("case", "heads", "padding"), KERNEL_CASES, ids=str)
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_the_kernels_agree_with_the_oracle(case: Case, heads: int, padding: int) -> None:
+    case = case if case.dtype == torch.float16 else Case(**(vars(case) | {"dtype": torch.bfloat16}))
+    found = errors(case, heads, padding)
+    assert all(value < BOUND[case.dtype] for value in found.values()), found
+
+
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_angles_stay_exact_over_a_long_sequence() -> None:
+    """The recurrence that gives the next angle starts after up to 300 turns, as at the end of 2,000 tokens."""
+    case = Case(batch=1, time=400, segments=(128,) * 3, rank=1, width=1, dtype=torch.float16)
+    found = errors(case, 2, faster=5.0)
+    assert all(value < BOUND[case.dtype] for value in found.values()), found
+
+
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_the_bound_notices_a_slightly_wrong_angle() -> None:
+    found = errors(Case(batch=1, time=150, segments=(128,) * 3, rank=4, dtype=torch.bfloat16), 2, spoil=1.001)
+    assert min(found[name] for name in ("q", "k", "joined")) > BOUND[torch.bfloat16], found
+
+
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_views_gradients_of_other_strides_and_those_not_wanted() -> None:
+    case, heads = Case(batch=2, time=20, segments=(128,) * 3, rank=16, dtype=torch.bfloat16), 2
+    tensors = inputs_of(case, heads, 16)
+    frequencies = frequencies_of(64)
+    arguments = (tensors["static_w"], frequencies, heads, True)
+    wide = torch.cat([tensors["joined"].detach()] * 2, 2)
+    for joined in (wide[..., : wide.shape[2] // 2], wide.transpose(1, 2).contiguous().transpose(1, 2)[..., :448]):
+        q, k, v = lowrank_rotary_convolution(joined, tensors["U"], *arguments)
+        straight = lowrank_rotary_convolution(joined.contiguous(), tensors["U"], *arguments)
+        assert all(torch.equal(a, b) for a, b in zip((q, k, v), straight, strict=True))
+        # As attention lays them out: heads before time for one, and one expanded.
+        dq = torch.randn(2, heads, 20, 64, device=DEVICE, dtype=q.dtype).transpose(1, 2)
+        dk, dv = torch.randn_like(dq), torch.ones(1, 1, 1, 1, device=DEVICE, dtype=q.dtype).expand_as(dq)
+        (got,) = torch.autograd.grad((q, k, v), tensors["U"], (dq, dk, dv))
+        dense = [gradient.contiguous() for gradient in (dq, dk, dv)]
+        (want,) = torch.autograd.grad(straight, tensors["U"], dense)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_the_operator_is_what_torch_wants() -> None:
+    case, heads = Case(batch=1, time=9, segments=(128,) * 3, rank=3, dtype=torch.bfloat16), 2
+    tensors = inputs_of(case, heads, 7)
+    arguments = (*tensors.values(), frequencies_of(64), heads, True)
+    torch.library.opcheck(torch.ops.dynconv.lowrank_rotary.default, arguments)
+    q, k, v = lowrank_rotary_convolution(*arguments)
+    (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), tensors["U"], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(gradient.sum(), tensors["joined"])
+    with FlopCounterMode(display=False) as counter:
+        sum(y.sum() for y in lowrank_rotary_convolution(*arguments)).backward()
+    once = convolution_flops((1, 9, 384), (1, 9, 9), (3, 4 * 384), (4, 384))
+    assert counter.get_total_flops() == once + 2 * 2 * 9 * 384 * 4 + 3 * 2 * 3 * 9 * 384 * 4
+
+
+@pytest.mark.parametrize("rank", [1, 20])
+def test_composed_it_is_the_same_function(rank: int) -> None:
+    found = errors(Case(batch=2, time=13, segments=(24,) * 3, rank=rank, dtype=torch.float32), 3, 5)
+    assert all(value < 2e-6 for value in found.values()), found
+    case = Case(batch=1, time=5, segments=(4,) * 3, rank=2, dtype=torch.float64)
+    tensors = inputs_of(case, 1, 1)
+    frequencies = frequencies_of(4).double()
+
+    def function(joined: Tensor, up: Tensor, static: Tensor) -> Any:
+        return lowrank_rotary_convolution(joined, up, static, frequencies, 1, residual=True)
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
+
+
+def test_interleaved_rows_turn_one_convention_into_the_other() -> None:
+    """Scores of attention are those of RoPE on channels i and i + E/2."""
+    heads, size, time = 3, 8, 7
+    torch.manual_seed(0)
+    weights = torch.randn(2, heads * size, 16, dtype=torch.float64)
+    x = torch.randn(1, time, 16, dtype=torch.float64)
+    frequencies = frequencies_of(size).double().cpu()
+    angle = torch.outer(torch.arange(time, dtype=torch.float64), frequencies)
+
+    def halves(weight: Tensor) -> Tensor:
+        first, second = (x @ weight.T).unflatten(2, (heads, -1)).chunk(2, 3)
+        points = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat([points.real, points.imag], 3)
+
+    q, k = (halves(weight) for weight in weights)
+    want = torch.einsum("bthe,bshe->bhts", q, k)
+    rows = [interleaved(weights[0], heads), interleaved(weights[1], heads), weights[0], weights.new_zeros(3, 16)]
+    joined = x @ torch.cat(rows).T
+    up = joined.new_zeros(1, 3 * heads * size)
+    q, k, _ = lowrank_rotary_convolution(joined, up, None, frequencies, heads, residual=True)
+    assert relative_error(torch.einsum("bthe,bshe->bhts", q, k), want) < 1e-12
+
+
+def test_bad_arguments_get_one_clear_line() -> None:
+    joined, up, frequencies = torch.zeros(1, 4, 30), torch.zeros(2, 24), torch.zeros(2)
+    for arguments, message in (
+        ((joined[0], up, None, frequencies, 2), r"joined must be \[B, T, C\]; got \[4, 30\]"),
+        ((joined, up[:, :20], None, frequencies, 2), r"U must be \[R, W\*3\*D\] with D = 8 .* got \[2, 20\]"),
+        ((joined[..., :29], up, None, frequencies, 2), r"at least 3 \* \(D \+ R\) = 30 columns; got 29"),
+        ((joined, up, torch.zeros(2, 24), frequencies, 2), r"static_w must be \[W, 3\*D\] = \[1, 24\]; got \[2, 24\]"),
+        ((joined, up, None, frequencies[None], 2), r"frequencies must be \[E/2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lowrank_rotary_convolution(*arguments)
