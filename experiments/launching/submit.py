@@ -14,8 +14,9 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
-from experiments.design.plan import gpu_hours
+from experiments.design.forecast import Rate
 from experiments.launching import (
+    account,
     arrays,
     branches,
     jobs,
@@ -166,11 +167,15 @@ def _submit_now(
         check_code(todo, store, accept)
     waiting, reason, code = list[RunConfig](), "", Path()
     if todo:
+        account.require_within_cap(todo, runs, profile, store, cache)
         datasets = _build(runs, cache)  # not under the lock, which others would wait for
         with store_lock(store):
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
+            account.require_within_cap(todo, runs, profile, store, cache)
             _check_store(todo, datasets, store)
-            code = _freeze(todo, datasets, profile, store)
+            rates = account.speeds(runs, profile, store, cache).rates
+            profile = account.with_time_limits(profile, todo, rates)
+            code = _freeze(todo, datasets, profile, store, rates)
             kept = _remove_markers([store / run.run_id for run in todo])
             try:
                 if profile.executor == "slurm" and todo:
@@ -340,13 +345,19 @@ def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"
     return {spec: Dataset.open(build(spec, cache)) for spec in specs}
 
 
-def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"], profile: Profile, store: Path) -> Path:
+def _freeze(
+    runs: Sequence[RunConfig],
+    datasets: Mapping[DataConfig, "Dataset"],
+    profile: Profile,
+    store: Path,
+    rates: Mapping[str, Rate],  # by run id, where they are known
+) -> Path:
     """Copy the code and write each run's config.json; returns the folder of the code."""
     code = snapshot.take(store)
     commit = snapshot.commit(code)
 
     def freeze(run: RunConfig) -> None:
-        job = profile.job(run.size)
+        job, rate = profile.job(run.size), rates.get(run.run_id)
         write_record(
             run,
             store,
@@ -354,7 +365,7 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
             job.execution,
             code_commit=commit,
             submitted_at=time.time(),
-            forecast_gpu_hours=gpu_hours(run, job.teraflops_per_second),
+            forecast_gpu_hours=None if rate is None else job.gpus * rate.hours(run),
         )
 
     with ThreadPoolExecutor(WRITERS) as pool:
