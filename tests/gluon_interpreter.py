@@ -1,8 +1,9 @@
-"""Run the tensor-core kernels of the low-rank convolution on a CPU: Triton's interpreter does not take Gluon.
+"""Run the Gluon kernels on a CPU: Triton's interpreter does not take Gluon.
 
 `interpreted` imports the kernels' modules anew with a stand-in for the Gluon language, in which a tensor is a torch
-tensor and a layout is nothing. It shows whether kernels compute the right values from the right addresses. It cannot
-show whether layouts fit (the compiler does), or whether an asynchronous copy is waited for: copies are immediate.
+tensor and a layout is nothing. It shows whether kernels compute the right values from the right addresses, and whether
+they wait for asynchronous copies: until it is waited for, what is copied is NaN. It cannot show whether layouts fit
+(the compiler does), or whether warps race. `gluon_kernels` sends the functions of `dynconv.ops` to these kernels.
 """
 
 import importlib
@@ -19,8 +20,8 @@ import triton.experimental
 
 import dynconv.ops
 
-_LAUNCHING = ("lowrank_mma", "fused_mma")
-_MODULES = ("gluon_pieces", "mma", "fused_pieces", "lowrank_mma_kernels", *_LAUNCHING)
+_LAUNCHING = ("lowrank_mma", "fused_mma", "ring")
+_MODULES = ("gluon_pieces", "mma", "fused_pieces", "lowrank_mma_kernels", "ring_layouts", "ring_kernels", *_LAUNCHING)
 
 
 class _DType:
@@ -146,6 +147,29 @@ class _Shared:
     def store(self, value: _Value) -> None:
         self.data.copy_(value.data)
 
+    def spoil(self) -> "_Shared":
+        """Fill it with what no kernel may read."""
+        self.data.fill_(torch.nan if self.data.is_floating_point() else -(10**6))
+        return self
+
+
+class _Copies:
+    """A program's asynchronous copies into shared memory, in groups, the oldest first."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[tuple[_Shared, _Value]]] = [[]]
+
+    def async_load(self, shared: _Shared, pointer: _Pointer, mask: Any = True) -> None:
+        self.groups[-1].append((shared.spoil(), _Value(pointer.read(mask, 0.0))))
+
+    def commit_group(self) -> None:
+        self.groups.append([])
+
+    def wait_group(self, pending: int) -> None:
+        while len(self.groups) - 1 > pending:
+            for shared, value in self.groups.pop(0):
+                shared.store(value)
+
 
 def _inline_assembly(asm: str, _: str, args: list[_Value], dtype: _DType, **__: Any) -> _Value:
     values = [argument.data for argument in args]
@@ -173,6 +197,7 @@ def _language() -> types.ModuleType:
     gl.constexpr = object
     gl.static_range = gl.range = range
     gl.assume = lambda _: None
+    gl.static_assert = lambda *_: None
     for name in (
         "NVMMADistributedLayout",
         "DistributedLinearLayout",
@@ -199,10 +224,7 @@ def _language() -> types.ModuleType:
     gl.store = lambda pointer, value, mask=True: pointer.write(value, mask)
     gl.inline_asm_elementwise = _inline_assembly
     # Shared memory is not cleared on a GPU, so a value that was never copied must show.
-    gl.allocate_shared_memory = lambda dtype, shape, layout: _Shared(  # noqa: ARG005
-        torch.full(shape, float("nan"), dtype=dtype.torch) if dtype.torch.is_floating_point
-        else torch.full(shape, -(10**6), dtype=dtype.torch)
-    )  # fmt: skip
+    gl.allocate_shared_memory = lambda dtype, shape, layout: _Shared(torch.empty(shape, dtype=dtype.torch)).spoil()  # noqa: ARG005
     return gl
 
 
@@ -222,21 +244,19 @@ def _jit(function: Any = None, **_: Any) -> Any:
 
 @contextmanager
 def interpreted() -> Iterator[Any]:
-    """The modules dynconv.ops.lowrank_mma and fused_mma, whose kernels run in this process."""
+    """The modules dynconv.ops.lowrank_mma, fused_mma and ring, whose kernels run in this process."""
     gluon: Any = types.ModuleType("triton.experimental.gluon")
     gl: Any = _language()
     gluon.language, gluon.jit, gluon.constexpr_function = gl, _jit, lambda function: function
     ampere: Any = types.ModuleType("triton.experimental.gluon.language.nvidia.ampere")
 
-    def async_load(shared: _Shared, pointer: _Pointer, mask: Any = True) -> None:
-        shared.data.copy_(pointer.read(mask, 0.0))
-
     def product(a: _Value, b: _Value, start: _Value) -> _Value:
         return _Value(start.data + a.data.float() @ b.data.float())
 
+    copies = _Copies()
     ampere.async_copy = types.SimpleNamespace(
-        async_load=async_load, commit_group=lambda: None, wait_group=lambda pending: None  # noqa: ARG005
-    )  # fmt: skip
+        async_load=copies.async_load, commit_group=copies.commit_group, wait_group=copies.wait_group
+    )
     ampere.mma_v2 = product
     stand_ins = {module.__name__: module for module in (gluon, gl, ampere)}
 
@@ -250,6 +270,7 @@ def interpreted() -> Iterator[Any]:
         numbers = [_Value(torch.tensor(n)) for n in integers]
         for program in range(programs):
             gl.program_id = lambda _, program=program: _Value(torch.tensor(program))
+            copies.groups = [[]]
             kernel(*pointers, *numbers, **constants)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -268,3 +289,17 @@ def interpreted() -> Iterator[Any]:
         finally:
             for name in _MODULES:
                 sys.modules.pop(f"dynconv.ops.{name}", None)
+
+
+@contextmanager
+def gluon_kernels() -> Iterator[Any]:
+    """Within `convolutions.kernels`: the functions of `dynconv.ops` run these kernels for all inputs that fit them."""
+    with interpreted() as modules, pytest.MonkeyPatch.context() as patch:
+        for user in ("static", "headwise", "operator"):
+            patch.setattr(f"dynconv.ops.{user}.ring_fits", modules.ring.fits)
+        for user in ("static", "headwise"):
+            patch.setattr(f"dynconv.ops.{user}.ring", modules.ring)
+        for user in ("lowrank", "operator"):
+            patch.setattr(f"dynconv.ops.{user}.mma_fits", modules.lowrank_mma.fits)
+        patch.setattr("dynconv.ops.lowrank.mma", modules.lowrank_mma)
+        yield modules

@@ -118,6 +118,10 @@ def assert_close_in_all_runs(case: Case, module: Any) -> None:
         Case(batch=1, time=199, rank=100, segments=(256, 128), documents=(70, 0, 129), residual=False),
         Case(batch=1, time=190, rank=128, heads=12, head_size=16),
         Case(batch=9, time=37, rank=48, heads=9, head_size=16),
+        Case(batch=2, time=150, rank=16, heads=9, head_size=16, width=5),
+        Case(batch=1, time=300, rank=15, segments=(256, 128), width=6, documents=(1, 40, 2, 3, 190, 64)),
+        Case(batch=2, time=131, rank=16, heads=9, head_size=16, width=8),
+        Case(batch=1, time=199, rank=40, segments=(256, 128), width=7, documents=(70, 0, 129), residual=False),
     ],
     ids=str,
 )
@@ -183,6 +187,10 @@ def test_sequences_that_share_programs_are_apart(activation: str | None, cuts: l
         Case("headwise", batch=3, time=1, heads=8, head_size=2, width=2),
         Case("headwise", batch=1, time=300, heads=12, head_size=16, documents=(1, 40, 2, 3, 190, 64)),
         Case("static", batch=2, time=555, heads=9, head_size=16),
+        Case("headwise", batch=2, time=300, heads=36, head_size=4, width=8),
+        Case("headwise", batch=1, time=300, heads=12, head_size=32, width=8, documents=(1, 40, 2, 3, 190, 64)),
+        *[Case("static", batch=2, time=300, heads=9, head_size=16, width=width) for width in (1, 3, 5, 6, 7, 8)],
+        Case("static", batch=1, time=300, heads=12, head_size=16, width=8, documents=(1, 40, 2, 3, 190, 64)),
         Case("static", batch=1, time=300, heads=12, head_size=16, documents=(1, 40, 2, 3, 190, 64), residual=False),
     ],
     ids=str,
@@ -206,12 +214,16 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
     "case",
     [
         Case("static"),
-        Case("static", width=3),  # silu in float32, after plain kernels
+        Case("static", width=3),
+        Case("static", width=8),
+        Case("headwise", width=3),  # silu in float32, after plain kernels
         Case("headwise"),
         Case("lowrank", rank=16),
         Case("lowrank", rank=15, static=False),
         Case("lowrank", rank=40),
         Case("lowrank", rank=96, width=3),
+        Case("lowrank", rank=16, width=6),
+        Case("lowrank", rank=16, width=8),
     ],
     ids=str,
 )

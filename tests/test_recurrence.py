@@ -27,12 +27,15 @@ def token_by_token(
     beta: Tensor | None = None,  # [B, T, H]
     *,
     state: Tensor | None = None,  # [B, H, K, V]
+    numbers: Tensor | None = None,  # [B, T], of packed documents, each of which begins with a state of zeros
 ) -> tuple[Tensor, Tensor]:
     """The definition: arXiv 2405.21060, eq. 1 with A a scalar of each head; with beta arXiv 2412.06464, eq. 10."""
     if state is None:  # With a gradient, so that torch's counter meets every product of the first token, too.
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], requires_grad=True)
     outputs = []
     for t in range(v.shape[1]):
+        if numbers is not None and t > 0:
+            state = torch.where((numbers[:, t] == numbers[:, t - 1])[:, None, None, None], state, 0)
         state = log_decay[:, t, :, None, None].exp() * state
         update = v[:, t, :, None]  # [B, H, 1, V]
         if beta is not None:

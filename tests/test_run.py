@@ -22,7 +22,7 @@ from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor, LocalJob
 
 from analysis.logs.reader import read_rows, status
-from analysis.logs.record import read_run
+from analysis.logs.record import read_run, record_sha256
 from analysis.logs.writer import record_failure
 from experiments.design.config import RunConfig
 from experiments.training.checkpoints import State, save
@@ -314,9 +314,15 @@ def test_bad_input_is_named(tiny_run: RunConfig, submitted: Submitted, tmp_path:
     (edited / "config.json").write_text(json.dumps(config))
     fails_with(edited, "edited after it was submitted")
 
+    beside = submitted(tiny_run, tmp_path / "beside")  # what the id does not cover
+    config = json.loads((beside / "config.json").read_text())
+    (beside / "config.json").write_text(json.dumps(config | {"parameters": 1}))
+    fails_with(beside, "config.json was edited or damaged after its run was submitted, as its record_sha256 tells")
+
     other_data = submitted(tiny_run, tmp_path / "other_data")
     config = json.loads((other_data / "config.json").read_text())
-    (other_data / "config.json").write_text(json.dumps(config | {"data_sha256": "f" * 64}))
+    config |= {"data_sha256": "f" * 64}
+    (other_data / "config.json").write_text(json.dumps(config | {"record_sha256": record_sha256(config)}))
     fails_with(other_data, "the run was submitted with ffffffffffff")
 
     other_run = submitted(tiny_run, tmp_path / "other_run")

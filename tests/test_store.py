@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from planted import ABOUT, write_config, write_run
 
+from analysis.logs.record import record_sha256
 from analysis.logs.schema import RUN_COLUMNS, fact_columns
 from analysis.logs.store import freeze, load
 from analysis.logs.writer import RunLog
@@ -216,6 +217,34 @@ def test_a_foreign_record_is_named_and_left_out(tmp_path: Path, change: dict[str
     assert list(store.runs["run_id"]) == ["transformer-1M-0"]
     (problem,) = store.problems
     assert re.search(message, problem)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_record_that_was_edited_is_named_and_left_out(tmp_path: Path, complete: bool) -> None:
+    """By its own checksum; where an older version wrote none, a complete run's by what run.json repeats of it."""
+    for seed in range(3):
+        run_dir = write_config(tmp_path, seed=seed)
+        path = run_dir / "config.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"record_sha256": record_sha256(record)}))
+        if complete:
+            write_run(run_dir, 3.0)
+    assert load(tmp_path).problems == []
+    for seed, edit in ((1, {"facts": {"conv.kind": "static"}}), (2, {"config": {"train": {"learning_rate": 1.0}}})):
+        path = tmp_path / f"transformer-1M-{seed}" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    store = load(tmp_path)
+    assert list(store.runs["run_id"]) == ["transformer-1M-0"]
+    for seed, problem in zip((1, 2), store.problems, strict=True):
+        assert f"transformer-1M-{seed}/config.json was edited or damaged after its run was submitted" in problem
+        assert problem.endswith(f"transformer-1M-{seed} is left out")
+    for path in tmp_path.glob("*/config.json"):
+        path.write_text(
+            json.dumps({key: value for key, value in json.loads(path.read_text()).items() if "sha" not in key})
+        )
+    store = load(tmp_path)
+    named = ["config.json has facts = {'conv.kind': 'static'}, and run.json " in each for each in store.problems]
+    assert named == ([True] if complete else [])  # run 2 says of itself what it said before
 
 
 @pytest.mark.parametrize(

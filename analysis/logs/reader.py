@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,18 +34,25 @@ class Progress:
 
 
 def progress(run_dir: Path) -> Progress | None:
-    """The run's state from one or two small files, for `status`; None before the first attempt."""
-    numbers = attempt_numbers(run_dir)
-    if not numbers:
+    """The run's state from its small files; None before the first attempt."""
+    return progress_of(attempt_records(run_dir))
+
+
+def attempt_records(run_dir: Path) -> list[dict[str, Any]]:
+    """What the attempts at an unfinished run wrote of themselves, in order. Raises ValueError if one is unreadable."""
+    return [
+        read_json(run_dir / f"attempt-{number:04d}.json") | {"attempt": number} for number in attempt_numbers(run_dir)
+    ]
+
+
+def progress_of(attempts: Sequence[Mapping[str, Any]]) -> Progress | None:
+    """The run's state from the files of its attempts, in their order; None where there is none."""
+    if not attempts:
         return None
-    latest = read_json(run_dir / f"attempt-{numbers[-1]:04d}.json")
-    logged = latest
-    for number in reversed(numbers[:-1]):
-        if logged["step"] is not None:
-            break
-        logged = read_json(run_dir / f"attempt-{number:04d}.json")
+    latest = attempts[-1]
+    logged = next((attempt for attempt in reversed(attempts) if attempt["step"] is not None), attempts[0])
     return Progress(
-        numbers[-1],
+        latest["attempt"],
         latest["first_step"],
         **{key: logged[key] for key in ("step", "tokens", "loss")},
         started_at=latest["started_at"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +27,28 @@ from analysis.logs.schema import (
 if TYPE_CHECKING:
     import pandas as pd
 
+CHECKSUM = "record_sha256"
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "Int64": (int,),
     "float64": (int, float),
     "boolean": (bool,),
 }
+
+
+def record_sha256(record: Mapping[str, Any]) -> str:
+    """The hash of everything in a config.json but the hash itself."""
+    content = {key: value for key, value in record.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def check_unedited(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises ValueError where a config.json is not what `submit` wrote. Those of older versions have no hash."""
+    if CHECKSUM in record and record[CHECKSUM] != record_sha256(record):
+        raise ValueError(
+            f"{path} was edited or damaged after its run was submitted, as its {CHECKSUM} tells; what was trained is "
+            "not what it says: restore it, or remove the folder and submit the sweep again"
+        )
 
 
 def schema_of(run_dir: Path) -> int | None:
@@ -46,7 +64,9 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """One row of the run table, from config.json and run.json alone. Raises ValueError where they do not have the
     schema of a run."""
     path = run_dir / "config.json"
-    config = _read_config(path)
+    record = read_json(path)
+    config = _current(path, record)
+    check_unedited(path, record)
     if config["run_id"] != run_dir.name:
         raise ValueError(f"{path} belongs to run {config['run_id']}")
     row = {key: config.get(key) for key in RECORDED}
@@ -54,7 +74,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if row["status"] == "failed":
         row["did_not_learn"] = why_failed(read_json(run_dir / "failure.json"))
     if row["status"] == "complete":
-        row |= _results(run_dir, config["schema"]) | {"vocabulary": row["vocabulary"]}
+        row |= _results(run_dir, record) | {"vocabulary": row["vocabulary"]}
     for key, value in row.items():
         _check(run_dir, key, value, _TYPES[RUN_COLUMNS[key]], RUN_COLUMNS[key])
     if row["status"] == "complete":
@@ -74,22 +94,21 @@ def vocabulary(config: Mapping[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """config.json with the keys of the current schema. Raises ValueError where keys are missing."""
-    config = read_json(path)
-    if config.get("schema") == schema1.SCHEMA:
-        config = schema1.upgrade_record(config)
+def _current(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record with the keys of the current schema. Raises ValueError where keys are missing."""
+    config = schema1.upgrade_record(record) if record.get("schema") == schema1.SCHEMA else record
     missing = [key for key in (*IDENTITY, "facts", "vary") if key not in config]
     if missing or config.get("schema") not in (schema1.SCHEMA, SCHEMA):
         raise ValueError(f"{path} is not of schema {SCHEMA} (lacks {', '.join(missing) or 'schema'})")
     return config
 
 
-def _results(run_dir: Path, schema: int) -> dict[str, Any]:
-    """The columns that run.json adds."""
+def _results(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that run.json adds. Raises ValueError where it does not repeat the record in config.json."""
     path = run_dir / "run.json"
     run = read_json(path)
-    if schema == schema1.SCHEMA:
+    _check_repeated(run_dir, record, run)
+    if record["schema"] == schema1.SCHEMA:
         several = run.get("attempts") != 1
         run |= schema1.provenance(run, list(read_attempts(run_dir)[0].values()) if several else [])
     clocks = run.get("seconds", {})
@@ -99,6 +118,16 @@ def _results(run_dir: Path, schema: int) -> dict[str, Any]:
     if "gradient_norm" not in run:  # run.json did not always repeat it from the steps
         run["gradient_norm"] = last_gradient_norm(run_dir)
     return row | {key: value for key, value in run.items() if key in RUN_COLUMNS}
+
+
+def _check_repeated(run_dir: Path, config: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raises ValueError where run.json repeats the record otherwise than config.json has it: one was edited."""
+    for key in (*IDENTITY, "facts", "vary", "data_sha256", "tokenizer_sha256"):
+        if key in config and key in run and config[key] != run[key]:
+            raise ValueError(
+                f"{run_dir}: config.json has {key} = {config[key]!r}, and run.json {run[key]!r}; one of the two was "
+                "edited after the run was submitted: restore it"
+            )
 
 
 def _described(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:

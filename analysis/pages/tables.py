@@ -318,8 +318,11 @@ def fit_cells(fit: Fit) -> Table:
     rows = [
         [
             name,
-            f"{value:.6g}" + (" (held)" if name in fit.hold else ""),
-            *(interval_text((ci or {}).get(name), "{:.4g}") for ci in intervals.values()),
+            f"{value:.6g}" + (" (held)" if name in fit.hold else "") if fit.determines(name) else "not determined",
+            *(
+                interval_text((ci or {}).get(name) if fit.determines(name) else None, "{:.4g}")
+                for ci in intervals.values()
+            ),
         ]
         for name, value in fit.values.items()
     ]
@@ -342,9 +345,11 @@ def fit_object(fit: Fit) -> dict[str, Any]:
 
     per_arm = {}
     for arm in arms if len(arms) > 1 else []:
-        own = {name: fit.parameter(name, arm) for name in names}
-        own |= {key: fit.values[f"{key}[{arm}]"] for key in ("m", "rho_N", "rho_D") if f"{key}[{arm}]" in fit.values}
-        per_arm[arm] = own | of(arm, own)
+        own: dict[str, Any] = {name: fit.parameter(name, arm) for name in names}
+        ratios = [key for key in ("m", "rho_N", "rho_D") if f"{key}[{arm}]" in fit.values]
+        known = [key for key in ratios if fit.determines(f"{key}[{arm}]")]
+        own |= dict.fromkeys(ratios) | {key: fit.values[f"{key}[{arm}]"] for key in known}
+        per_arm[arm] = own | of(arm, [key for key in own if key in known or key not in ratios])
     return base | {
         "objective": fit.objective,
         **of(fit.points.baseline, names),

@@ -12,13 +12,14 @@ from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
 from dynconv.ops.tiles import Place, aligned, new_sums, sum_parts
 
-_MAX_RANK = 16  # larger ranks take several launches
+_MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
 _MAX_PARTS = 3
 
 
 def fits(joined: Tensor, up: Tensor, channels: int, parts: int) -> bool:
     """Whether these kernels support inputs [B, T, P*D or more] with filters of this basis."""
-    supported = up.shape[0] <= _MAX_RANK and channels % 16 == 0 and parts <= _MAX_PARTS
+    taps = up.shape[1] // (parts * channels)
+    supported = up.shape[0] <= _MAX_RANK and taps <= _MAX_WIDTH and channels % 16 == 0 and parts <= _MAX_PARTS
     whole = (parts * channels,)  # unlike elsewhere, segments need not be multiples of a program's block
     return supported and mma.fits(joined[..., : parts * channels], up, whole)
 

@@ -14,7 +14,8 @@ from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
 from dynconv.ops.tiles import Place, aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
-MAX_WIDTH = 4
+MAX_WIDTH, _MAX_SILU_WIDTH = 8, 6
+_TAPS_AT_ONCE = 4  # for which a backward launch has the registers to compute all gradients
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
 BLOCK = 16 * BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
 _FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # the most ranks of U in one launch; larger ranks take several launches
@@ -22,7 +23,7 @@ _ROWS = 16  # of a warp, as in the matrix unit's instruction
 # Sequences are joined only if this makes the estimated time this many times shorter: where joining did not fill the
 # device better, it took 1.13 to 1.20 times as long.
 _DOCUMENTS = 1.25
-SLOTS = 4  # of the forward ring; run lengths are multiples of it, hence also of the backward ring's 2 or 1 slots
+SLOTS = 4  # of the forward ring; run lengths are multiples of it, hence also of the other rings' 2 or 1 slots
 
 
 def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -> bool:
@@ -31,7 +32,8 @@ def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -
         x.dtype in (torch.bfloat16, torch.float16)
         and up.shape[1] <= MAX_WIDTH * x.shape[2]
         and x.shape[2] % 16 == 0
-        and not (silu and up.shape[0] > _BACKWARD_RANKS)  # silu needs the sum over all ranks in one launch
+        # Silu needs the sum over all ranks in one launch, and registers for no more taps.
+        and not (silu and (up.shape[0] > _BACKWARD_RANKS or up.shape[1] > _MAX_SILU_WIDTH * x.shape[2]))
         and (len(segments) == 1 or all(width % BLOCK == 0 for width in segments))
     )
 
@@ -139,11 +141,13 @@ def forward(
     y = new(x, x.shape, dtype)
     blocks = triton.cdiv(channels, 16 * FORWARD_WARPS)
     generators = padded(z, rank, x.dtype)
-    for first in range(0, rank, _FORWARD_RANKS):
-        ranks = min(rank - first, _FORWARD_RANKS)
+    width = up.shape[1] // channels
+    slots, stages, most = (SLOTS, 3, _FORWARD_RANKS) if width <= _TAPS_AT_ONCE else (1, 9, 32)  # registers are short
+    for first in range(0, rank, most):
+        ranks = min(rank - first, most)
         # Registers limit the programs per multiprocessor. Every program first loads its ranks of U, so more ranks
         # need longer runs.
-        at_once, longest = (3, 32) if ranks <= 16 else (2, 128)
+        at_once, longest = (3, 32) if ranks <= 16 and width <= _TAPS_AT_ONCE else (2, 128)
         cut = _cut((x, generators), positions, blocks, at_once, longest)
         launch(
             kernels.forward_kernel,
@@ -153,9 +157,9 @@ def forward(
             {
                 "x_time": x.stride(1), "z_time": generators.stride(1), "y_time": channels, "SEGMENTS": segments,
                 "PAIRS": 0,
-                "ALL_RANKS": rank, "R": ranks, "W": up.shape[1] // channels,
+                "ALL_RANKS": rank, "R": ranks, "W": width,
                 "RESIDUAL": residual and first == 0, "SILU": silu,
-                "SLOTS": SLOTS, "STAGES": 3, "WARPS": FORWARD_WARPS,
+                "SLOTS": slots, "STAGES": stages, "WARPS": FORWARD_WARPS,
             },
             num_warps=FORWARD_WARPS,
         )  # fmt: skip
@@ -190,28 +194,34 @@ def backward(
         dz = new_like(z)
     up_partial, dup = new_sums(up if needs[2] else None, cut.batch * cut.chunks)
     static_partial, dstatic = new_sums(static_w if needs[3] else None, cut.batch * cut.chunks)
+    # With more than 4 taps, dx gets a launch of its own: what it takes does not fit in the registers beside the rest.
+    outputs = [(dx, dz_partial, up_partial, static_partial)]
+    if width > _TAPS_AT_ONCE:
+        outputs = [(dx, None, None, None), (None, dz_partial, up_partial, static_partial)]
+    outputs = [group for group in outputs if any(output is not None for output in group)]
+    deep = silu or width > _TAPS_AT_ONCE  # 2 slots then need more registers; the ring must reach W - 1 slots ahead
     for first in range(0, rank, _BACKWARD_RANKS):
         ranks = min(rank - first, _BACKWARD_RANKS)
-        launch(
-            kernels.backward_kernel,
-            blocks * cut.batch * cut.chunks,
-            (
-                dy, None, None, x, generators, up, None if first else static_w, None,
-                dx, dz_partial, up_partial, None if first else static_partial, *cut.positions,
-            ),
-            (
-                *cut.length, cut.time, channels, batch * time, dy.stride(0), x.stride(0), generators.stride(0),
-                cut.chunks, blocks, cut.run, first,
-            ),
-            {
-                "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": generators.stride(1), "dx_time": channels,
-                "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "R": ranks, "W": width,
-                "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
-                "SLOTS": 1 if silu else 2, "STAGES": 8 if silu else 4,  # 2 slots with silu need more registers
-                "WARPS": BACKWARD_WARPS,
-            },
-            num_warps=BACKWARD_WARPS,
-        )  # fmt: skip
+        for to_x, to_z, to_up, to_static in outputs:
+            launch(
+                kernels.backward_kernel,
+                blocks * cut.batch * cut.chunks,
+                (
+                    dy, None, None, x, generators, up, None if first else static_w, None,
+                    to_x, to_z, to_up, None if first else to_static, *cut.positions,
+                ),
+                (
+                    *cut.length, cut.time, channels, batch * time, dy.stride(0), x.stride(0), generators.stride(0),
+                    cut.chunks, blocks, cut.run, first,
+                ),
+                {
+                    "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": generators.stride(1),
+                    "dx_time": channels, "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "R": ranks, "W": width,
+                    "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
+                    "SLOTS": 1 if deep else 2, "STAGES": 8 if deep else 4, "WARPS": BACKWARD_WARPS,
+                },
+                num_warps=BACKWARD_WARPS,
+            )  # fmt: skip
         others = [(up_partial, dup), (static_partial, dstatic)] if first + ranks == rank else []
         sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if rank > 16 else None)
     return dx, dz, dup, dstatic

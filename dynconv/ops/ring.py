@@ -14,15 +14,15 @@ from dynconv.ops.launch import launch
 from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
 _WARP_CHANNELS = 128  # four for each of a warp's 32 lanes
+_MAX_WIDTH = 8
 
 
 def fits(x: Tensor, weight: Tensor | None, width: int) -> bool:
     """Whether these kernels support the inputs. The kernels of `static` and `headwise` support all, but not silu."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
-        and width in (2, 4)
         and x.shape[2] % 16 == 0
-        and (weight is None or _weight_fits(x, weight, width))
+        and (width <= _MAX_WIDTH if weight is None else _weight_fits(x, weight, width))
     )
 
 
@@ -30,7 +30,9 @@ def _weight_fits(x: Tensor, weight: Tensor, width: int) -> bool:
     heads = weight.shape[2]
     head_size = x.shape[2] // heads
     return (
-        weight.dtype == x.dtype
+        width
+        in ((2, 4) if head_size < 4 else (2, 4, 8))  # smaller heads of 8 taps take more shared memory than there is
+        and weight.dtype == x.dtype
         and weight.stride(2) == width
         and heads * width % 16 == 0  # cp.async requires aligned rows
         and head_size & (head_size - 1) == 0
@@ -52,13 +54,15 @@ def _plan(
     batch, time, channels = x.shape
     warps = 4 if channels % (4 * _WARP_CHANNELS) == 0 else 2 if channels % (2 * _WARP_CHANNELS) == 0 else 1
     blocks = triton.cdiv(channels, warps * _WARP_CHANNELS)
-    _, run = cheapest_run(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, slots * stages, 128)
+    step = slots * stages
+    longest = 128 // step * step
+    _, run = cheapest_run(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, step, longest)
     constants = {
         "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
         "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual, "SILU": silu,
         "SLOTS": slots, "STAGES": stages, "WARPS": warps,
     }  # fmt: skip
-    assert run % (slots * stages) == 0, "the kernels expect a run's last inputs at the ring's start"
+    assert run % step == 0, "the kernels expect a run's last inputs at the ring's start"
     return triton.cdiv(time, run), blocks, run, constants
 
 
@@ -75,7 +79,8 @@ def forward(
     batch, time, channels = x.shape
     x, weight = aligned(x), None if weight is None else aligned(weight)
     y = new_like(x)
-    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, slots=2, stages=4, at_once=8)
+    at_once = 8 if width <= 5 else 4  # as registers allow
+    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, 2, 4, at_once)
     launch(
         kernels.forward_kernel,
         blocks * batch * chunks,
@@ -101,13 +106,17 @@ def backward(
     """The gradients of x, weight and static_w, in their dtypes."""
     batch, time, channels = x.shape
     dy, x, weight = aligned(dy), aligned(x), None if weight is None else aligned(weight)
+    stages = 2
     if weight is not None and channels < 4 * weight.shape[2]:  # heads of under 4 channels: a lane holds several filters
         slots, registers, at_once = 8, None, 2  # shared memory allows two programs
+    elif width > 5:  # the ring must reach W - 1 slots ahead
+        slots, stages = 2, 5
+        registers, at_once = (168, 3) if weight is None and not silu else (255, 2)
     elif weight is not None and silu:
         slots, registers, at_once = 4, 168, 3
     else:
         slots, registers, at_once = 4, 128, 4
-    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, slots, stages=2, at_once=at_once)
+    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, slots, stages, at_once)
     dx = new_like(x) if needs[0] else None
     dweight = None if weight is None or not needs[1] else new_like(weight)
     partial, dstatic = new_sums(static_w if needs[2] else None, batch * chunks)

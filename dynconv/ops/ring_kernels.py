@@ -1,6 +1,6 @@
 """The static and head-wise convolutions in Gluon: 16-bit inputs stream through a ring buffer in shared memory.
 
-Legend: B batch, T time, D channels, H heads, W taps. Head sizes and W are powers of two.
+Legend: B batch, T time, D channels, H heads, W taps. Head sizes, and W where there are heads, are powers of two.
 
 A program computes 128 * WARPS channels of RUN time steps (slots), one step after the other. A lane holds four
 neighbouring channels, and the W coefficients of the head or heads they belong to, so only the sums over a head's
@@ -91,8 +91,6 @@ def forward_kernel(
     HEADS: gl.constexpr = BLOCK // HP
     COLUMNS: gl.constexpr = HEADS * W
     OWN: gl.constexpr = channel_layout(WARPS)
-    FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
-    COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
     dtype: gl.constexpr = x.dtype.element_ty
@@ -108,6 +106,8 @@ def forward_kernel(
     y_at = y + (batch * time + start) * y_time + d
     x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     if weight is not None:
+        FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
+        COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
         column = first // HP * W + gl.arange(0, COLUMNS, COPY)
         column_ok = column < channels // HP * W
         weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
@@ -175,8 +175,6 @@ def backward_kernel(
     HEADS: gl.constexpr = BLOCK // HP
     COLUMNS: gl.constexpr = HEADS * W
     OWN: gl.constexpr = channel_layout(WARPS)
-    FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
-    COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
     dweight_time: gl.constexpr = dx_time // HP * W
@@ -196,6 +194,8 @@ def backward_kernel(
     x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     dy_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     if weight is not None:
+        FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
+        COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
         column = first // HP * W + gl.arange(0, COLUMNS, COPY)
         column_ok = column < channels // HP * W
         weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column

@@ -62,11 +62,21 @@ def split_taps(flat, HEADS: gl.constexpr, W: gl.constexpr):
     """[HEADS * W] -> the W taps, each [HEADS]."""
     if W == 2:
         taps = gl.split(flat.reshape([HEADS, 2]))
-    else:
+    elif W == 4:
         even, odd = gl.split(flat.reshape([HEADS, 2, 2]))
         a, c = gl.split(even)
         b, d = gl.split(odd)
         taps = (a, b, c, d)
+    else:
+        gl.static_assert(W == 8, "2, 4 or 8 taps")
+        even, odd = gl.split(flat.reshape([HEADS, 2, 2, 2]))
+        even_low, even_high = gl.split(even)
+        odd_low, odd_high = gl.split(odd)
+        a, e = gl.split(even_low)
+        c, g = gl.split(even_high)
+        b, f = gl.split(odd_low)
+        d, h = gl.split(odd_high)
+        taps = (a, b, c, d, e, f, g, h)
     return taps
 
 
@@ -75,8 +85,13 @@ def join_taps(taps, HEADS: gl.constexpr, W: gl.constexpr):
     """The inverse of `split_taps`: the W taps, each [HEADS] -> [HEADS * W]."""
     if W == 2:
         flat = gl.join(taps[0], taps[1])
-    else:
+    elif W == 4:
         flat = gl.join(gl.join(taps[0], taps[2]), gl.join(taps[1], taps[3]))
+    else:
+        gl.static_assert(W == 8, "2, 4 or 8 taps")
+        even = gl.join(gl.join(taps[0], taps[4]), gl.join(taps[2], taps[6]))
+        odd = gl.join(gl.join(taps[1], taps[5]), gl.join(taps[3], taps[7]))
+        flat = gl.join(even, odd)
     return flat.reshape([HEADS * W])
 
 

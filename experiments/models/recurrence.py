@@ -41,7 +41,8 @@ def recurrence(
     # number, and no CUDA graph can hold it.
     if by_library and documents is None:
         return _by_library(q, k, v, log_decay, beta)
-    return chunked(q, k, v, log_decay, beta, numbers=None if documents is None else documents.numbers)[0]
+    packing = {} if documents is None else {"numbers": documents.numbers}
+    return chunked(q, k, v, log_decay, beta, **packing)[0]
 
 
 def chunked(

@@ -50,7 +50,7 @@ class Attention(Part):
             "q": LinearMap(width, width),
             "k": LinearMap(width, kv_width),
             "v": LinearMap(width, kv_width),
-            "o": LinearMap(width, width),
+            "o": LinearMap(width, width, of_part_input=False),
         }
 
     def other_parameters(self, width: int) -> int:

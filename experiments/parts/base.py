@@ -20,6 +20,7 @@ class LinearMap(NamedTuple):
 
     inputs: int
     outputs: int
+    of_part_input: bool = True  # whether it maps the normed input of the part, and nothing computed from that
 
     @property
     def parameters(self) -> int:

@@ -44,7 +44,7 @@ class GatedDeltaNet(Part):
             "a": LinearMap(width, self.heads),
             "b": LinearMap(width, self.heads),
             "g": LinearMap(width, values),
-            "o": LinearMap(values, width),
+            "o": LinearMap(values, width, of_part_input=False),
         }
 
     def other_parameters(self, width: int) -> int:  # noqa: ARG002

@@ -46,7 +46,7 @@ class Mamba2(Part):
             "b": LinearMap(width, state),
             "c": LinearMap(width, state),
             "dt": LinearMap(width, heads),
-            "o": LinearMap(inner, width),
+            "o": LinearMap(inner, width, of_part_input=False),
         }
 
     def other_parameters(self, width: int) -> int:  # noqa: ARG002

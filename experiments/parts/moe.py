@@ -60,7 +60,7 @@ class MoE(Part):
         return {
             "gate": LinearMap(width, hidden),
             "up": LinearMap(width, hidden),
-            "down": LinearMap(hidden, width),
+            "down": LinearMap(hidden, width, of_part_input=False),
         }
 
     @property

@@ -142,6 +142,11 @@ class _DynamicConvolution(_PlacedConvolution):
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:
         if not self.static_filter and self.static_init != "uniform":
             raise ValueError("static_init needs static_filter = true; got false; remove static_init")
+        if self.reads_part_input and all(maps[site].of_part_input for site in self.sites):
+            raise ValueError(
+                f'generator_input = "part" changes nothing at the sites {", ".join(self.sites)}, whose maps read the '
+                "part's input already: it would train the same model under another run id; remove it"
+            )
         return super().fitted(shape, maps)
 
     def widths(self, site: LinearMap, width: int) -> LinearMap:

@@ -26,5 +26,5 @@ class SwiGLU(Part):
         return {
             "gate": LinearMap(width, self.hidden),
             "up": LinearMap(width, self.hidden),
-            "down": LinearMap(self.hidden, width),
+            "down": LinearMap(self.hidden, width, of_part_input=False),
         }
