@@ -3,6 +3,8 @@
 Shapes: B batch, T time, P parts of the channels (such as q, k and v), D channels of a part, W taps, R rank.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,17 @@ from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
 from dynconv.ops.tiles import Place, aligned, new_sums, sum_parts
 
+
+class Tile(NamedTuple):
+    """How a program works: on SLOTS time steps of each row at once, with so many groups of them in its ring buffer."""
+
+    slots: int
+    stages: int
+    longest: int  # slots of a run, at most
+
+
+FORWARD_TILE = Tile(mma.SLOTS, 3, 32)
+BACKWARD_TILE = Tile(2, 4, 160)
 _MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
 _MAX_PARTS = 3
 
@@ -39,7 +52,7 @@ def forward(
     x, z = aligned(x), mma.padded(z, rank, x.dtype)
     results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(parts))
     blocks = parts * triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
-    _, cut = mma.cut_apart(x, blocks, at_once=3, longest=32)
+    _, cut = mma.cut_apart(x, blocks, at_once=3, longest=FORWARD_TILE.longest)
     launch(
         kernels.forward_kernel,
         blocks * cut.batch * cut.chunks,
@@ -49,7 +62,7 @@ def forward(
             "x_time": x.stride(1), "z_time": z.stride(1), "y_time": channels, "SEGMENTS": (channels,) * parts,
             "PAIRS": _pairs(frequencies), "ALL_RANKS": rank, "R": rank, "W": up.shape[1] // x.shape[2],
             "RESIDUAL": residual, "SILU": False,
-            "SLOTS": mma.SLOTS, "STAGES": 3, "WARPS": mma.FORWARD_WARPS,
+            "SLOTS": FORWARD_TILE.slots, "STAGES": FORWARD_TILE.stages, "WARPS": mma.FORWARD_WARPS,
         },
         num_warps=mma.FORWARD_WARPS,
     )  # fmt: skip
@@ -75,7 +88,7 @@ def backward(
         dys = tuple(copied(dy) for dy in dys)
     x, z = aligned(x), mma.padded(z, rank, x.dtype)
     in_part = triton.cdiv(channels, mma.BLOCK)
-    _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=160)
+    _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=BACKWARD_TILE.longest)
     djoined = new(x, (batch, time, columns), x.dtype) if needs[0] else None
     dz_partial = new(x, (in_part, batch, time, parts * rank), torch.float32) if needs[0] else None
     up_partial, dup = new_sums(up if needs[1] else None, cut.batch * cut.chunks)
@@ -95,7 +108,7 @@ def backward(
             "dy_time": dys[0].stride(1), "x_time": x.stride(1), "z_time": z.stride(1), "dx_time": columns,
             "SEGMENTS": (channels,) * parts, "PAIRS": _pairs(frequencies), "ALL_RANKS": rank, "R": rank,
             "W": up.shape[1] // x.shape[2], "RESIDUAL": residual, "SILU": False, "ADD": False,
-            "SLOTS": 2, "STAGES": 4, "WARPS": mma.BACKWARD_WARPS,
+            "SLOTS": BACKWARD_TILE.slots, "STAGES": BACKWARD_TILE.stages, "WARPS": mma.BACKWARD_WARPS,
         },
         num_warps=mma.BACKWARD_WARPS,
     )  # fmt: skip
