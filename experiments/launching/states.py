@@ -221,9 +221,10 @@ def _course(latest: reader.Progress | None, tokens: int, began: float) -> dict[s
         seconds_per_step = (latest.updated_at - latest.started_at) / (latest.step - latest.first_step + 1)
         steps = latest.step * tokens / latest.tokens
         course["eta"] = seconds_per_step * (steps - latest.step)
-    if now - logged > max(SILENT_SECONDS, SILENT_SHARE * (now - started)):
-        what = "no step" if latest else "nothing logged since its job started"
-        course["cause"] = f"{what} for {duration(now - logged)}: it may be stuck; `dynconv logs` may say why"
+    if (silent := now - logged) > max(SILENT_SECONDS, SILENT_SHARE * (now - started)):
+        stepped = latest and latest.step is not None and latest.step >= latest.first_step and latest.started_at >= began
+        said = "no step" if stepped else "no step yet, and nothing else logged,"
+        course["cause"] = f"{said} for {duration(silent)}: it may be stuck; `dynconv logs` may say why"
     return course
 
 
