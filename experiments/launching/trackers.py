@@ -108,7 +108,10 @@ class WeightsAndBiases(Writer):
         self._run.log({"step": entry.step, "time": entry.time, **entry.values})
 
 
-WRITERS: dict[Tracker, Callable[[Path, int, Mapping[str, Any]], Writer]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+WRITERS: dict[Tracker, Callable[[Path, int, Mapping[str, Any]], Writer]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
 
 
 def export(run_dir: Path, folder: Path, tracker: Tracker) -> int:
