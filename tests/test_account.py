@@ -42,10 +42,10 @@ def plant(run: RunConfig, speed: float, cache: Path, profile: Profile = HERE, **
         device="a planted device",
         dtype="float32",
         versions=calibrations.versions(),
-        code=source.training_code(),
+        code=source.code_sha256(),
         measured_at=time.time(),
     )
-    calibrations.write(replace(kept, **changes), Work.of(run, job.execution), cache)  # type: ignore[arg-type]
+    calibrations.write(replace(kept, **changes), Work.of(run, job.execution, kept.place), cache)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_real_calibration_is_used_until_it_is_stale(
     assert main(plan) == 0
     assert {row["hours"] for row in json.loads(capsys.readouterr().out)} == {None}
     profile.write_text('executor = "local"\n[default]\ndevice = "cpu"\nteraflops_per_second = 1\n')
-    monkeypatch.setattr(source, "training_code", lambda: "0123")
+    monkeypatch.setattr(source, "code_sha256", lambda: "0123")
     assert main(plan) == 0
     out, err = capsys.readouterr()
     assert "the calibration of transformer at 25k is of other code, and is not used; `dynconv plan --calibrate`" in err
@@ -194,6 +194,8 @@ def test_finished_runs_say_how_long_the_others_take(
     rates = account.speeds(runs, HERE, tmp_path, tmp_path).rates
     assert {rate.source for rate in rates.values()} == {f"finished runs of {tmp_path} on cpu"}
     assert rates[runs[3].run_id].hours(runs[3]) == pytest.approx((1.5 * 40 + 1.5 * 8) / 3600)
+    plain = Profile("local", default=Job(device="cpu", compile=False))  # which has no effect on a CPU
+    assert account.speeds(runs, plain, tmp_path, tmp_path).rates == rates
     # Of two kinds of devices they are no forecast, and those of another number of processes are none.
     write_json(tmp_path / runs[1].run_id / "run.json", done | {"torch": "1"})
     found = account.speeds(runs, HERE, tmp_path, tmp_path)

@@ -19,7 +19,7 @@ from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
-from analysis.logs.schema import COLUMNS, LATER_COLUMNS, RUN_COLUMNS
+from analysis.logs.schema import COLUMNS, LATER_COLUMNS, OF_LEARNING, RUN_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +115,8 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
         raise ValueError(f"no store at {path}; give a store's directory or a table of points")
     if (path / "runs.parquet").is_file():
         runs, absent = _read_frozen(path / "runs.parquet")
-        return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if absent else [], absent=absent)
+        older = any(name in OF_LEARNING for name in absent)
+        return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if older else [], absent=absent)
     return _read_live(path)
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, laws, models, pages, plan, runs, status
+from experiments.cli import bench, claims, data, laws, models, pages, plan, runs, status, trackers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     plan.register(subparsers)
     runs.register(subparsers)
     status.register(subparsers)
+    trackers.register(subparsers)
     laws.register(subparsers)
     claims.register(subparsers)
     pages.register(subparsers)

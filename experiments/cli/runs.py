@@ -39,6 +39,12 @@ def _add_submit(subparsers: Subparsers) -> None:
     profile_argument(verb)
     store_argument(verb)
     verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
+    _accept_argument(verb)
+
+
+def _accept_argument(verb: argparse.ArgumentParser) -> None:
+    text = "go on in a store whose runs were made by another version of the modules that decide an outcome"
+    verb.add_argument("--accept", action="append", choices=["code"], default=[], help=text)
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -60,6 +66,7 @@ def _add_retry(subparsers: Subparsers) -> None:
     profile_argument(verb)
     store_argument(verb)
     verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
+    _accept_argument(verb)
 
 
 def _retry(args: argparse.Namespace) -> int:
@@ -78,7 +85,7 @@ def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: 
 
     launcher = {"submit": launch.submit, "retry": launch.retry}[verb]
     profile = profile_of(args)
-    outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait)
+    outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait, accept=args.accept)
     for state in outcome.unsuccessful:
         log = f"; log: {state.log}" if state.log else ""
         print(f"{state.run_id} {state.state}: {state.cause or 'no cause known'}{log}", file=sys.stderr)

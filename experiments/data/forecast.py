@@ -32,11 +32,13 @@ def forecast(spec: DataConfig, cache: Path) -> str | None:
         return None
     text = sum(file.bytes * EXPANSION.get(file.path.suffix, 1) for file in files)
     wanted = spec.train_tokens + spec.validation_tokens
+    if not spec.read_all:
+        text = min(text, int(1.3 * BYTES_A_TOKEN * wanted))  # with the margin and the held-out share of enough.py
     width = 2 if spec.vocabulary <= 2**16 else 4
     cores = len(os.sched_getaffinity(0))
     fast = importlib.util.find_spec("tiktoken") is not None
     shared = text / READ_BYTES + wanted / TOKENS[fast]
-    alone = (sum(file.bytes for file in files) + 2 * width * wanted) / ALONE_BYTES
+    alone = (min(text, sum(file.bytes for file in files)) + 2 * width * wanted) / ALONE_BYTES
     seconds = shared / cores + alone
     disk = text + 2 * width * wanted
     free = _free(cache)

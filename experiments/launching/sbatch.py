@@ -24,8 +24,9 @@ _PAUSE = 2.0  # seconds between two looks
 REQUEUE_TRIES = 60  # of a batch script, ten seconds apart
 # What sbatch says if the controller's answer is missing, so that the jobs may have been accepted.
 _NO_ANSWER = re.compile(r"timed out|unable to contact|connect|communication|zero bytes|unexpected message|socket", re.I)
-# What it says where more jobs are wanted than the user, the account, the partition or the array may have.
-_TOO_MANY = re.compile(r"\w*Submit\w*Limit|job submit limit|Invalid job array|unable to accept job", re.I)
+# The limit that was met, as AssocMaxSubmitJobLimit or QOSMaxWallDurationPerJobLimit; older versions do not name it.
+_LIMIT = re.compile(r"\b[A-Z]\w+Limit\b")
+_TOO_MANY = re.compile(r"job submit limit|Invalid job array|unable to accept job", re.I)
 
 
 class TooMany(ValueError):
@@ -72,7 +73,14 @@ def submit(script: str, folder: Path, name: str) -> str:
         return found
     if not known:
         raise Unanswered(f"sbatch said: {said}; whether Slurm has the jobs is not known yet: submit again to find out")
-    raise (TooMany if _TOO_MANY.search(reasons) else ValueError)(f"sbatch refused: {said}")
+    raise (TooMany if _too_many(reasons) else ValueError)(f"sbatch refused: {said}")
+
+
+def _too_many(reasons: str) -> bool:
+    """Whether sbatch refused because more jobs are wanted than the user, the account or the array may have."""
+    if limits := _LIMIT.findall(reasons):
+        return any("Submit" in limit for limit in limits)
+    return _TOO_MANY.search(reasons) is not None
 
 
 def _look(name: str, since: float, seconds: float) -> str | None:

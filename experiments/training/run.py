@@ -24,6 +24,7 @@ from analysis.logs.files import read_json, write_atomically
 from analysis.logs.provenance import count_attempts, last_interruption
 from analysis.logs.reader import progress, read_attempts
 from analysis.logs.writer import RunLog, next_attempt, record_failure
+from experiments import source
 from experiments.design.config import RunConfig
 from experiments.training.folder import FolderTaken, RunFolder
 from experiments.training.job import Place, joined, this_place
@@ -405,7 +406,8 @@ def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[s
         "python": platform.python_version(),
         "job_id": place.job or None,
         "hosts": list(place.hosts) or [socket.gethostname()],
-        "code_commit": code_commit,
+        "code_commit": source.recorded_commit() or code_commit,  # of the copy that this process runs
+        "code_sha256": source.code_sha256(),
         "sharing": _sharing(place),
     }
 
