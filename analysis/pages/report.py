@@ -146,7 +146,8 @@ def _scaling(answer: Answers) -> str:
     if answer.optima:
         return "No law of the best size: too few budgets have an optimum that counts."
     law = answer.law
-    assert law is not None
+    if law is None:
+        return "These runs allow no comparison of arms and no law yet; they are drawn below."
     text = f"Loss falls towards {law.values['E']:.3f} as C^-{law.values['alpha']:.3f}"
     return f"{text}." if law.status == "ok" else f"{text}; the fit is not to be trusted as it stands: {law.status}."
 

@@ -1,99 +1,27 @@
-"""The verbs that act on the runs of a sweep: plan, submit, cancel, retry."""
+"""The verbs that act on the runs of a sweep: submit, cancel, retry."""
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from experiments.cli.arguments import (
     Subparsers,
     add_verb,
-    format_argument,
     profile_argument,
+    profile_of,
     store_argument,
     sweep_argument,
-    warn,
 )
-from experiments.cli.stores import default_store
+from experiments.cli.stores import runs_of
 from experiments.design import strict
 from experiments.design.config import RunConfig
-
-if TYPE_CHECKING:
-    from experiments.launching.profile import Profile
 
 
 def register(subparsers: Subparsers) -> None:
     """Add the verbs of this file."""
-    _add_plan(subparsers)
     _add_submit(subparsers)
     _add_cancel(subparsers)
     _add_retry(subparsers)
-
-
-def _add_plan(subparsers: Subparsers) -> None:
-    verb = add_verb(
-        subparsers,
-        "plan",
-        _plan,
-        "list every run of a sweep with its size, tokens, FLOPs and forecast hours; submits nothing",
-        "experiments/sweeps/demo.toml",
-        "experiments/sweeps/paper-scaling.toml --profile slurm/profiles/example-gpu.toml",
-        "experiments/sweeps/paper-scaling.toml --throughput results/measured/h200/training.parquet",
-        "experiments/sweeps/demo.toml --format json",
-    )
-    sweep_argument(verb)
-    profile_argument(verb)
-    text = "a file of `bench train`: forecast by measured tokens a second, where it has them"
-    verb.add_argument("--throughput", type=Path, metavar="FILE", help=text)
-    format_argument(verb)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from experiments.data.forecast import forecast
-    from experiments.design import plan
-
-    runs, _ = _runs(args)
-    for spec in dict.fromkeys(run.data for run in runs if run.data is not None):
-        if cost := forecast(spec):
-            warn(f"{args.sweep}: {cost}")
-    profile, measured = _profile(args), None
-    if args.throughput is not None:
-        from analysis.logs.selection import some
-        from experiments.design.forecast import measured_rates
-
-        gpus = {run.size: profile.job(run.size).gpus for run in runs}
-        measured, lacking = measured_rates(runs, gpus, args.throughput)
-        if lacking:
-            warn(f"{args.throughput} has no throughput of {some(lacking)}")
-    rows = _planned(runs, profile, measured)
-    print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
-    return 0
-
-
-def _planned(
-    runs: list[RunConfig], profile: "Profile", measured: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
-    from experiments.design import plan
-
-    jobs = {run.size: profile.job(run.size) for run in runs}
-    hardware = {size: plan.Hardware(job.gpus, job.teraflops_per_second) for size, job in jobs.items()}
-    return plan.rows(runs, hardware, measured)
-
-
-def planned(sweep: Path) -> list[dict[str, Any]]:
-    """The runs of a sweep file as `plan --format json` prints them without a profile, for `power`.
-
-    Raises ValueError for a sweep on generated tasks.
-    """
-    from experiments.design.sweep import load_sweep
-    from experiments.launching.profile import Profile
-
-    runs = load_sweep(sweep)
-    if runs[0].task is not None:
-        raise ValueError(f"power simulates losses on text; {runs[0].sweep} trains on generated tasks; give another")
-    return _planned(runs, Profile("local"))
 
 
 def _add_submit(subparsers: Subparsers) -> None:
@@ -119,7 +47,7 @@ def _accept_argument(verb: argparse.ArgumentParser) -> None:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    runs, store = _runs(args)
+    runs, store = runs_of(args)
     return _launch(args, runs, store, "submit")
 
 
@@ -141,7 +69,7 @@ def _add_retry(subparsers: Subparsers) -> None:
 
 
 def _retry(args: argparse.Namespace) -> int:
-    runs, store = _runs(args)
+    runs, store = runs_of(args)
     return _launch(args, _chosen(args, runs), store, "retry")
 
 
@@ -155,7 +83,7 @@ def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: 
     from experiments.launching import submit as launch
 
     launcher = {"submit": launch.submit, "retry": launch.retry}[verb]
-    profile = _profile(args)
+    profile = profile_of(args)
     outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait, accept=args.accept)
     for state in outcome.unsuccessful:
         log = f"; log: {state.log}" if state.log else ""
@@ -181,28 +109,10 @@ def _add_cancel(subparsers: Subparsers) -> None:
 def _cancel(args: argparse.Namespace) -> int:
     from experiments.launching import submit as launch
 
-    runs, store = _runs(args)
+    runs, store = runs_of(args)
     cancelled = launch.cancel(store, [run.run_id for run in _chosen(args, runs)])
     print(f"{store}: {len(cancelled)} runs cancelled", file=sys.stderr)
     return 0
-
-
-def _profile(args: argparse.Namespace) -> "Profile":
-    from experiments.launching.profile import Profile, load_profile
-
-    return Profile("local") if args.profile is None else load_profile(args.profile)
-
-
-def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
-    """The runs of the sweep, and their store. `plan` and `submit` also print notes on settings that may be mistakes."""
-    from experiments.design.sweep import load_sweep, notes, read_sweep
-
-    runs = load_sweep(args.sweep)
-    if args.verb in ("plan", "submit"):
-        for note in notes(read_sweep(args.sweep)):
-            warn(f"{args.sweep}: {note}")
-    store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
-    return runs, store
 
 
 def _chosen(args: argparse.Namespace, runs: list[RunConfig]) -> list[RunConfig]:

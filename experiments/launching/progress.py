@@ -12,6 +12,9 @@ from experiments.design.config import RunConfig
 from experiments.launching import states
 from experiments.terminal import QUIET_SECONDS
 
+LOG_SECONDS = 10.0  # between two entries of a run's log, which are further apart in a long attempt:
+LOG_SHARE = 0.01  # of its duration
+
 
 class Progress:
     """A context in which `update` draws where the runs stand."""
@@ -49,5 +52,14 @@ class Progress:
         """Percent of the FLOPs that are done or, with their run, given up."""
         here = states.read(self._store, self._weights)
         open_ = {"pending", *states.ACTIVE}
-        done = sum(self._weights[s.run_id] * (s.progress if s.state in open_ else 1.0) for s in here)
+        done = sum(self._weights[s.run_id] * (_share_now(s) if s.state in open_ else 1.0) for s in here)
         return 100.0 * done / sum(self._weights.values()), here
+
+
+def _share_now(state: states.RunState) -> float:
+    """The share of a run that is done by now. Its log says what was done some seconds ago, which short runs feel."""
+    if state.state != "running" or state.attempts != 1 or not state.eta or not state.elapsed:
+        return state.progress
+    whole = state.eta / (1.0 - state.progress)  # seconds, of which `eta` were left when the log was written
+    since = state.elapsed - whole * state.progress
+    return min(1.0, state.progress + min(since, LOG_SECONDS + LOG_SHARE * state.elapsed) / whole)
