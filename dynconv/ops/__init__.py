@@ -1,6 +1,7 @@
 """The convolution functions. Each runs on the best implementation for its tensors' device."""
 
 from dynconv.ops.functions import (
+    final_state,
     headwise_dynamic_convolution,
     headwise_dynamic_convolution_step,
     lowrank_dynamic_convolution,
@@ -11,6 +12,7 @@ from dynconv.ops.functions import (
 from dynconv.ops.fused import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
 
 __all__ = [
+    "final_state",
     "headwise_dynamic_convolution",
     "headwise_dynamic_convolution_step",
     "interleaved",
