@@ -4,6 +4,7 @@ Without a GPU the kernels run in the stand-in of gluon_interpreter.py.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ KERNEL_CASES = [
 @pytest.mark.parametrize(("case", "heads", "padding"), KERNEL_CASES, ids=str)
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_the_kernels_agree_with_the_oracle(case: Case, heads: int, padding: int) -> None:
-    case = case if case.dtype == torch.float16 else Case(**(vars(case) | {"dtype": torch.bfloat16}))
+    case = case if case.dtype == torch.float16 else replace(case, dtype=torch.bfloat16)
     found = errors(case, heads, padding)
     assert all(value < BOUND[case.dtype] for value in found.values()), found
 
@@ -154,7 +155,7 @@ JOINED_CASES = [
 @pytest.mark.parametrize(("case", "padding", "adds"), JOINED_CASES, ids=str)
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_the_kernels_of_joined_parts_agree_with_the_oracle(case: Case, padding: int, adds: bool) -> None:
-    case = case if case.dtype == torch.float16 else Case(**(vars(case) | {"dtype": torch.bfloat16}))
+    case = case if case.dtype == torch.float16 else replace(case, dtype=torch.bfloat16)
     found = joined_errors(case, padding, adds)
     assert all(value < BOUND[case.dtype] for value in found.values()), found
 
@@ -208,6 +209,9 @@ def test_the_operator_is_what_torch_wants() -> None:
     torch.library.opcheck(
         torch.ops.dynconv.lowrank_joined.default, (*tensors.values(), frequencies_of(64), None, 128, 3, True)
     )
+    one = inputs_of(replace(case, segments=(128,)), 7)
+    added = torch.randn(1, 9, 128, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(torch.ops.dynconv.lowrank_joined.default, (*one.values(), None, added, 128, 1, True))
     q, k, v = lowrank_rotary_convolution(*arguments)
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), tensors["U"], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
