@@ -108,9 +108,11 @@ def test_a_launcher_takes_the_gpu_that_others_use_least(start: Start, monkeypatc
     assert taken == [[6], [7]]
 
 
-def submit_in_a_process(runs: list[RunConfig], store: Path, cache: Path, said: Path) -> subprocess.Popen[bytes]:
+def submit_in_a_process(
+    runs: list[RunConfig], store: Path, cache: Path, said: Path, profile: Profile = CPU
+) -> subprocess.Popen[bytes]:
     arguments = said.with_suffix(".pkl")
-    arguments.write_bytes(pickle.dumps((runs, CPU, store, cache)))
+    arguments.write_bytes(pickle.dumps((runs, profile, store, cache)))
     code = (
         "import pickle, sys; from experiments.launching import submit as launch; "
         "runs, profile, store, cache = pickle.load(open(sys.argv[1], 'rb')); "
