@@ -9,6 +9,7 @@ from typing import Any
 
 PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch", "code_sha256")
 SEVERAL = " + "  # between the commits of a run that was trained by several
+STOPPED_PER_ATTEMPT = 10
 # what determines the speed of a step
 HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "torch", "triton", "code_sha256")
 
@@ -47,8 +48,13 @@ def short_commits(text: str) -> str:
 
 
 def count_attempts(attempts: Iterable[Mapping[str, Any]]) -> int:
-    """How many attempts count against the most that are allowed: not those that were interrupted before a step."""
-    return sum(not (attempt.get("preempted") and attempt.get("step") is None) for attempt in attempts)
+    """How many attempts count against the most that are allowed.
+
+    An attempt that was told to stop before its first step counts as a tenth of one: that is seldom the run's fault,
+    but a time limit too short for a step must not go on for ever.
+    """
+    stopped = [bool(attempt.get("preempted")) and attempt.get("step") is None for attempt in attempts]
+    return stopped.count(False) + stopped.count(True) // STOPPED_PER_ATTEMPT
 
 
 def last_interruption(attempts: Mapping[int, Mapping[str, Any]]) -> str | None:
