@@ -19,12 +19,13 @@ from experiments.launching.branches import trunk_failure
 from experiments.launching.jobs import errors_naming, job_of
 from experiments.terminal import duration
 from experiments.training.presence import process_started
+from experiments.training.stopping import STOPPED
 
 # A run in one of these may still have a job, so it gets no second one.
 ACTIVE = ("queued", "held", "running", "suspended", "requeued", "unknown")
-STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
-SUBMITTABLE = ("pending", "lost")
-RETRYABLE = ("failed", "cancelled", "lost")
+STATES = ("pending", *ACTIVE, "stopped", "complete", "failed", "cancelled", "lost", "unreadable")
+SUBMITTABLE = ("pending", "stopped", "lost")
+RETRYABLE = ("failed", "cancelled", "stopped", "lost")
 # A run that has logged nothing for so long, also as a share of its attempt's duration, may be stuck: logs are written
 # every ten seconds, and later in a long attempt once in a hundredth of its duration.
 SILENT_SECONDS = 300.0
@@ -179,6 +180,8 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
     known["cause"] = (trunk_failure(run_dir.parent, trunk) if where in ("pending", "lost") else None) or _cause(
         run_dir, job, where
     )
+    if where == "lost" and str(known["cause"]).startswith(STOPPED):  # by Ctrl-C, say
+        where = "stopped"
     if presence.queued is not None:
         known |= _in_queue(presence.queued, where)
     with errors_naming(run_dir / "attempt-*.json"):
