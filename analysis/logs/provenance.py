@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _commits(attempts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The commits of attempts (in their order) with their shares of the steps, if there are several; else nothing."""
     steps: dict[str, int] = {}
-    for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
+    for attempt, following in itertools.zip_longest(attempts, attempts[1:]):
         commit, first, last = (attempt.get(key) for key in ("code_commit", "first_step", "step"))
         if commit is None or first is None or last is None:
             return {}

@@ -115,8 +115,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
         raise ValueError(f"no store at {path}; give a store's directory or a table of points")
     if (path / "runs.parquet").is_file():
         runs, absent = _read_frozen(path / "runs.parquet")
-        older = any(name in OF_LEARNING for name in absent)
-        return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if older else [], absent=absent)
+        return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if absent else [], absent=absent)
     return _read_live(path)
 
 
@@ -159,14 +158,14 @@ def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str
 
 
 def _read_frozen(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """A frozen run table, and which of the columns that it now would hold an older version froze it without."""
+    """A frozen run table, and which of the columns that say what did not learn an older version froze it without."""
     runs = _whole(path, lambda frozen: read_parquet(frozen).to_pandas())
     if schema1.is_frozen(runs):
         runs = schema1.upgrade_frozen(runs)
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]
     if needed := [name for name in missing if name not in LATER_COLUMNS]:
         raise ValueError(f"{path} lacks the columns {', '.join(needed)}; freeze the store again")
-    return run_types(runs), tuple(missing)
+    return run_types(runs), tuple(name for name in missing if name in OF_LEARNING)
 
 
 def _whole(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -202,7 +202,9 @@ class _Attempt:
         self._interrupted(self.left, preempted=False)
         if self._place.rank == 0 and self._stop.has_scheduler:
             return False
-        time.sleep(LEAVE_SECONDS if self._place.rank > 0 else 0.0)
+        end = time.monotonic() + LEAVE_SECONDS
+        while self._place.rank > 0 and time.monotonic() < end and not self._stop.received:
+            time.sleep(0.1)
         raise RunFailed(f"{self._run_dir.name}: {self.left}")
 
     def _interrupted(self, cause: str, *, preempted: bool) -> None:
