@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier
     from analysis.logs.selection import Excluded
 
+# Said below a law of several arms, whose m is another number than that of `dynconv table`
+M_OF_A_LAW = (
+    "m[arm] is that of this law, in which arms differ in amplitude alone; what an arm saves is answered by "
+    "`dynconv table`, whose m compares runs of the same size and seed in pairs"
+)
+
 
 def register(subparsers: Subparsers) -> None:
     """Add the verbs of this file."""
@@ -154,6 +160,8 @@ def _fit(args: argparse.Namespace) -> int:
         law = bootstrap(law, args.bootstrap, args.seed)
         law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
     print(fit_table(with_lack_of_fit(law), args.format, excluded, told))
+    if args.format == "md" and any(name.startswith("m[") for name in law.values):
+        print(M_OF_A_LAW)
     return 0
 
 
