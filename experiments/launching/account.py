@@ -209,3 +209,11 @@ def runs_at_once(profile: Profile, runs: Sequence[RunConfig]) -> int | None:
     if profile.executor == "local":
         return len(local.Slots(profile, [profile.job(run.size) for run in runs]).free)
     return profile.max_parallel or None if profile.executor == "slurm" else 1
+
+
+def share_devices(profile: Profile, runs: Sequence[RunConfig]) -> bool:
+    """Whether runs on this machine go on side by side on a GPU or core, where each is slower than alone."""
+    if profile.executor != "local" or not profile.max_parallel:
+        return False
+    apart = runs_at_once(replace(profile, max_parallel=0), runs) or 1
+    return min(profile.max_parallel, len(runs)) > apart
