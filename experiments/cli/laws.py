@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier
     from analysis.logs.selection import Excluded
 
-# Said below a law of several arms, whose m is another number than that of `dynconv table`
-M_OF_A_LAW = (
-    "m[arm] is that of this law, in which arms differ in amplitude alone; what an arm saves is answered by "
-    "`dynconv table`, whose m compares runs of the same size and seed in pairs"
-)
-
 
 def register(subparsers: Subparsers) -> None:
     """Add the verbs of this file."""
@@ -146,7 +140,7 @@ def _fit(args: argparse.Namespace) -> int:
     from analysis.laws.intervals import bootstrap, profile
     from analysis.laws.powerlaw import fit
     from analysis.pages.drawing import fit_points
-    from analysis.pages.tables import fit_table
+    from analysis.pages.law_tables import fit_table
 
     if args.starts < 1 or args.bootstrap < 0:
         raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
@@ -160,14 +154,12 @@ def _fit(args: argparse.Namespace) -> int:
         law = bootstrap(law, args.bootstrap, args.seed)
         law = profile(law, seed=args.seed, each=partial(tqdm, desc="profiles", leave=False, delay=1))
     print(fit_table(with_lack_of_fit(law), args.format, excluded, told))
-    if args.format == "md" and any(name.startswith("m[") for name in law.values):
-        print(M_OF_A_LAW)
     return 0
 
 
 def _fit_linear(args: argparse.Namespace) -> int:
     from analysis.laws.linear import fit_bilinear, fit_optima
-    from analysis.pages.tables import linear_table
+    from analysis.pages.law_tables import linear_table
 
     options = _law_options(args)
     if options["hold"]:
@@ -192,7 +184,7 @@ def _predict(args: argparse.Namespace) -> int:
     from analysis.laws.powerlaw import fit
     from analysis.laws.prediction import FEWEST_KEPT, back_test, best_sizes, predict
     from analysis.pages.drawing import fit_points
-    from analysis.pages.tables import prediction_tables
+    from analysis.pages.law_tables import prediction_tables
 
     at = {name: _numbers(name, getattr(args, name)) for name in ("C", "N", "D") if getattr(args, name)}
     form = args.form or ("c" if "C" in at else "nd")
