@@ -372,7 +372,7 @@ def test_status_says_what_a_job_waits_for(long_run: RunConfig, submit: Submit, t
     wait_until(lambda: state_of(tmp_path, long_run).expected_start is not None)  # the backfill scheduler has looked
     queued = state_of(tmp_path, long_run)
     assert queued.state == "queued"
-    assert 0 < float(str(queued.expected_start)) - time.time() < 8 * 60
+    assert float(str(queued.expected_start)) > time.time()
     ask("scancel", blocker.strip())
     wait_until(lambda: state_of(tmp_path, long_run).state == "running")
     assert state_of(tmp_path, long_run).nodes == "node1"
@@ -478,11 +478,10 @@ def test_jobs_that_sbatch_denies_are_found(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The controller accepts, and its answer comes too late."""
-    error = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
-    sbatch_becomes(f'$REAL "$@" >/dev/null; echo "{error}" >&2; exit 1')
+    sbatch_becomes(f'$REAL "$@" >/dev/null; echo "{TIMED_OUT}" >&2; exit 1')
     assert len(submit(runs, tmp_path, HELD).submitted) == 3
     (array,) = arrays_of(tmp_path)
-    assert f"{error}; Slurm has the jobs all the same, as {array}\n" in capsys.readouterr().err
+    assert f"{TIMED_OUT}; Slurm has the jobs all the same, as {array}\n" in capsys.readouterr().err
     assert [state_of(tmp_path, run).job_id for run in runs] == [f"{array}_{index}" for index in range(3)]
     assert submit(runs, tmp_path, HELD).submitted == []
     assert arrays_of(tmp_path) == [array]
@@ -516,6 +515,39 @@ def test_a_submission_that_is_interrupted_is_taken_up(
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
+NOTICE = "echo 'maintenance: job 1 of 2 is done'"  # sites print such things on standard output
+TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+
+
+def test_a_submission_that_is_accepted_after_it_was_given_up_trains_nothing(
+    tiny_run: RunConfig,
+    submit: Submit,
+    sbatch_becomes: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The controller takes it up when the run has been submitted again: the late job ends, the other one trains."""
+    again = tmp_path / "again"
+    late = f'(until [ -e {again} ]; do sleep 0.1; done; $REAL "$@") >/dev/null 2>&1 &'
+    sbatch_becomes(f'{late} echo "{TIMED_OUT}" >&2; exit 1')
+    monkeypatch.setattr(sbatch, "LOOK_SECONDS", 0.0)
+    store = tmp_path / "store"
+    with pytest.raises(ValueError, match=r"Socket timed out .*; whether Slurm has the jobs is not known yet: submit"):
+        submit([tiny_run], store)
+    assert state_of(store, tiny_run).state == "unknown"
+    sbatch_becomes('$REAL --hold "$@"')
+    assert submit([tiny_run], store).submitted == [tiny_run.run_id]
+    assert "left the submission of 1 runs unanswered; Slurm does not have it" in capsys.readouterr().err
+    again.touch()
+    wait_until(lambda: any("not this job's any more" in log.read_text() for log in store.glob(".jobs/*/*.out")))
+    job_id = str(state_of(store, tiny_run).job_id)
+    assert state_of(store, tiny_run).state == "queued"
+    ask("scontrol", "release", job_id)
+    wait_until(lambda: state_of(store, tiny_run).state == "complete")
+    assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
+
+
 def test_cancel_finds_the_jobs_of_an_unanswered_submission(
     runs: list[RunConfig], submit: Submit, sbatch_becomes: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -532,7 +564,7 @@ def test_a_job_does_not_wait_for_sbatch(
 ) -> None:
     """sbatch answers only when the run has ended. submitit's jobs would wait for a minute, and fail."""
     done = tmp_path / tiny_run.run_id / "run.json"
-    sbatch_becomes(f'answer=$($REAL "$@"); until [ -e {done} ]; do sleep 0.2; done; echo "$answer"')
+    sbatch_becomes(f'answer=$($REAL "$@"); until [ -e {done} ]; do sleep 0.2; done; {NOTICE}; echo "$answer"')
     submit([tiny_run], tmp_path)
     assert state_of(tmp_path, tiny_run).state == "complete"
     assert read_json(done)["attempts"] == 1
@@ -553,26 +585,39 @@ def test_a_submission_that_was_accepted_twice_trains_once(
     assert read_json(tmp_path / long_run.run_id / "run.json")["attempts"] == 1
 
 
+@pytest.fixture
+def limited() -> Iterator[Callable[[int], None]]:
+    """Set how many jobs the user may have in the queue, until the test ends."""
+
+    def limit(count: int) -> None:
+        user = ask("id", "--user", "--name").strip()
+        ask("sacctmgr", "--immediate", "modify", "user", f"name={user}", "set", f"maxsubmitjobs={count}")
+
+    wait_until(lambda: ask("squeue", "--noheader") == "")  # jobs of earlier tests count
+    yield limit
+    limit(-1)
+
+
 def test_what_the_limit_on_jobs_allows_is_submitted(
-    runs: list[RunConfig], submit: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: list[RunConfig],
+    submit: Submit,
+    limited: Callable[[int], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    user = ("user", f"name={ask('id', '--user', '--name').strip()}")
-    ask("sacctmgr", "--immediate", "modify", *user, "set", "maxsubmitjobs=2")
-    try:
-        first = submit(runs, tmp_path, HELD)
-        assert (len(first.submitted), first.waiting) == (2, [runs[2].run_id])
-        told = f"{tmp_path}: 2 runs submitted; 1 wait, as Slurm takes no more now (sbatch refused: "
-        assert f"{told}sbatch: error: AssocMaxSubmitJobLimit)" in capsys.readouterr().err
-        assert state_of(tmp_path, runs[2]).state == "pending"
-        with pytest.raises(ValueError, match=r"AssocMaxSubmitJobLimit; none of 1 runs is queued; submit again when"):
-            submit(runs, tmp_path, HELD)
-        assert state_of(tmp_path, runs[2]).state == "pending"
-        launch.cancel(tmp_path, first.submitted)
-        wait_until(lambda: arrays_of(tmp_path) == [])
-        assert submit(runs, tmp_path, HELD).submitted == [runs[2].run_id]
-    finally:
-        ask("sacctmgr", "--immediate", "modify", *user, "set", "maxsubmitjobs=-1")
-        launch.cancel(tmp_path, [run.run_id for run in runs])
+    limited(2)
+    first = submit(runs, tmp_path, HELD)
+    assert (len(first.submitted), first.waiting) == (2, [runs[2].run_id])
+    told = f"{tmp_path}: 2 runs submitted; 1 wait, as Slurm takes no more now (sbatch refused: "
+    assert f"{told}sbatch: error: AssocMaxSubmitJobLimit)" in capsys.readouterr().err
+    assert state_of(tmp_path, runs[2]).state == "pending"
+    with pytest.raises(ValueError, match=r"AssocMaxSubmitJobLimit; none of 1 runs is queued; submit again when"):
+        submit(runs, tmp_path, HELD)
+    assert state_of(tmp_path, runs[2]).state == "pending"
+    launch.cancel(tmp_path, first.submitted)
+    wait_until(lambda: arrays_of(tmp_path) == [])
+    assert submit(runs, tmp_path, HELD).submitted == [runs[2].run_id]
+    launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
 def preempt(job_id: str) -> None:
@@ -628,6 +673,53 @@ def test_a_running_job_that_is_cancelled_by_scancel_stays_so(
     assert arrays_of(tmp_path) == []
 
 
+def test_waiting_submits_the_rest_when_there_is_room(
+    runs: list[RunConfig],
+    submit: Submit,
+    limited: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(launch, "ROOM_SECONDS", 0.5)
+    limited(1)
+    outcome = submit(runs[:2], tmp_path, wait=True)
+    assert (outcome.submitted, outcome.waiting) == ([run.run_id for run in runs[:2]], [])
+    assert [state.state for state in outcome.ended] == ["complete"] * 2
+
+
+def test_waiting_waits_for_what_another_submit_has_queued(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
+    submit([tiny_run], tmp_path)
+    again = submit([tiny_run], tmp_path, wait=True)
+    assert (again.submitted, [state.state for state in again.ended]) == ([], ["complete"])
+
+
+def test_a_launcher_that_is_killed_leaves_no_job_that_nobody_knows(
+    text_folder: Path,
+    sbatch_becomes: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
+    sweep, profile, store = tmp_path / "cheap.toml", tmp_path / "profile.toml", tmp_path / "store"
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
+    text = (SCRIPTS.parent / "profiles" / "one-node.toml").read_text()
+    profile.write_text(text.replace("[default]", 'options = { hold = "" }\n[default]'))
+    arguments = ["submit", str(sweep), "--store", str(store), "--profile", str(profile)]
+    sbatch_becomes('$REAL "$@"; kill -KILL $PPID; sleep 60')
+    killed = subprocess.run([sys.executable, "-m", "experiments.cli.main", *arguments], check=False)
+    assert killed.returncode == -9
+    (array,) = arrays_of(store)
+    assert main(arguments) == 0
+    assert f"{store}: 0 runs submitted; 1 queued already" in capsys.readouterr().err
+    assert arrays_of(store) == [array]
+    assert main(["cancel", str(sweep), "--store", str(store)]) == 0
+
+
 def test_the_limit_on_jobs_that_run_at_once_can_be_changed(
     runs: list[RunConfig], submit: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -662,6 +754,30 @@ def _shared(run: RunConfig) -> list[RunConfig]:
     train = replace(run.train, schedule=WarmupStableDecay(0.25))
     budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
     return with_trunks([replace(run, budget=budget, train=train) for budget, train in budgets])
+
+
+def test_a_calibration_is_a_job_whose_speed_sets_the_time_limit(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two processes, as the profile wants; the run that is submitted then has a limit of its own."""
+    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
+    sweep, profile, store = tmp_path / "cheap.toml", tmp_path / "p.toml", tmp_path / "store"
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
+    text = 'executor = "slurm"\nmax_gpu_hours = 5\n[slurm]\npartition = "low"\nsignal_seconds = 30\n'
+    profile.write_text(text + '[default]\ndevice = "cpu"\ngpus = 2\nhours = "auto"\n')
+    words = [str(sweep), "--profile", str(profile), "--store", str(store)]
+    assert main(["plan", *words, "--json", "--calibrate"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (kept,) = (tmp_path / "cache" / "calibrations").glob("*.json")
+    assert read_json(kept)["place"] == "slurm cpu partition=low"
+    assert (row["gpus"], row["tokens_per_second"]) == (2, read_json(kept)["tokens_per_second"])
+    assert not store.exists()
+    assert main(["submit", *words]) == 0
+    assert "the time limit of 25k is 0.5" in capsys.readouterr().err
+    job_id = read_json(store / row["run_id"] / "job.json")["job_id"]
+    minutes = round(60 * (1.5 * row["hours"] + 0.5))
+    assert ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%l").strip() == f"{minutes}:00"
+    assert main(["cancel", str(sweep), "--store", str(store)]) == 0
 
 
 def test_branches_begin_when_their_trunk_has_ended(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
