@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import killed_build
 import pytest
 from texts import make_texts, specify, visible, write_txt
 
@@ -168,6 +169,14 @@ def test_killed_five_times_at_random_the_build_ends_as_if_made_at_once(
     data = Dataset.open(path)
     data.verify()
     assert data.sha256 == sha256
+
+
+@pytest.mark.slow
+def test_the_command_that_kills_builds_of_any_size(tmp_path: Path) -> None:
+    """tests/killed_build.py, which is run by hand at 2 GB, on a sample; the test above is sure to kill one at work."""
+    shown = killed_build.show(tmp_path, 2_000_000, vocabulary=512, kills=2)
+    assert shown["same"]
+    assert not shown["last"]["killed"]
 
 
 def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
