@@ -102,6 +102,29 @@ def test_a_dataset_that_is_there_already_ends_the_steps(
     assert steps.begin(spec, tmp_path / "cache") == path
 
 
+def killed(*_: object) -> list[bytes]:
+    raise KeyboardInterrupt
+
+
+def test_a_step_that_begins_again_takes_nothing_away(tmp_path: Path) -> None:
+    """As of a lost node, which is killed right after: near copies that were found stay left out."""
+    texts = ["\n".join(f"line {number} of {text}" for number in range(40)) for text in make_texts()]
+    texts += [f"another first line\n{text}" for text in texts]
+    spec = specify(write_txt(tmp_path / "copied", texts), drop_near_copies=True, validation_tokens=100)
+    shared = begin(spec, tmp_path / "cache")
+    steps.run(shared, "read", 0, 1)
+    steps.run(shared, "collect", 0, 1)
+    left_out = shared.folder / "spill" / documents.LEFT_OUT
+    whole = left_out.read_bytes()
+    assert len(whole) > 0
+    (shared.folder / writing.PREPARED).unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "find_near_copies", killed)
+        with pytest.raises(KeyboardInterrupt):
+            steps.run(shared, "collect", 0, 1)
+    assert left_out.read_bytes() == whole
+
+
 CODE = """
 import sys
 from experiments.data import documents, reading, steps
