@@ -194,6 +194,8 @@ def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pyte
     assert "1,200 GB of disk meanwhile and 400 GB then" in line
     assert "free: choose another place with DYNCONV_CACHE" not in line
     assert "too little" not in line
+    by_jobs = str(forecast(spec, tmp_path, 200))  # no more than 128 have work
+    assert "about 55.7 min by 128 jobs (34.1 h on one)" in by_jobs
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_100 * 10**9))
     assert f"; {tmp_path} has 1,100 GB free: choose another place with DYNCONV_CACHE" in str(forecast(spec, tmp_path))
     (tmp_path / "a.txt").write_text("a short text")
