@@ -68,7 +68,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.calibrate:
         _calibrate(runs, profile, cache)
     for spec in dict.fromkeys(run.data for run in runs if run.data is not None):
-        if cost := forecast(spec, cache):
+        if cost := forecast(spec, cache, profile.data.cores if profile.slurm else None):
             warn(f"{args.sweep}: {cost}")
     gpus = {run.size: profile.job(run.size).gpus for run in runs}
     rates = _rates(runs, gpus, profile, store, cache, args.throughput)
