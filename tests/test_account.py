@@ -45,7 +45,7 @@ def plant(run: RunConfig, speed: float, cache: Path, profile: Profile = HERE, **
         code=source.code_sha256(),
         measured_at=time.time(),
     )
-    calibrations.write(replace(kept, **changes), Work.of(run, job.execution), cache)  # type: ignore[arg-type]
+    calibrations.write(replace(kept, **changes), Work.of(run, job.execution, kept.place), cache)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -194,6 +194,8 @@ def test_finished_runs_say_how_long_the_others_take(
     rates = account.speeds(runs, HERE, tmp_path, tmp_path).rates
     assert {rate.source for rate in rates.values()} == {f"finished runs of {tmp_path} on cpu"}
     assert rates[runs[3].run_id].hours(runs[3]) == pytest.approx((1.5 * 40 + 1.5 * 8) / 3600)
+    plain = Profile("local", default=Job(device="cpu", compile=False))  # which has no effect on a CPU
+    assert account.speeds(runs, plain, tmp_path, tmp_path).rates == rates
     # Of two kinds of devices they are no forecast, and those of another number of processes are none.
     write_json(tmp_path / runs[1].run_id / "run.json", done | {"torch": "1"})
     found = account.speeds(runs, HERE, tmp_path, tmp_path)

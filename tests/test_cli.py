@@ -48,6 +48,17 @@ def test_every_verb_explains_itself_with_examples(verb: str, capsys: pytest.Capt
     assert f"dynconv {verb}" in text.partition("examples:")[2]
 
 
+def test_the_runs_in_examples_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        text += capsys.readouterr().out
+    named = set(re.findall(r"[\w-]+-s\d+-[0-9a-f]{10}\b", text))
+    assert len(named) == 2
+    assert named <= {run.run_id for run in load_sweep(DEMO)}
+
+
 def test_plan_for_scripts_and_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEMO), "--profile", str(LOCAL), "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -372,7 +372,7 @@ def test_status_says_what_a_job_waits_for(long_run: RunConfig, submit: Submit, t
     wait_until(lambda: state_of(tmp_path, long_run).expected_start is not None)  # the backfill scheduler has looked
     queued = state_of(tmp_path, long_run)
     assert queued.state == "queued"
-    assert 0 < float(str(queued.expected_start)) - time.time() < 8 * 60
+    assert float(str(queued.expected_start)) > time.time()
     ask("scancel", blocker.strip())
     wait_until(lambda: state_of(tmp_path, long_run).state == "running")
     assert state_of(tmp_path, long_run).nodes == "node1"

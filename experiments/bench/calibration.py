@@ -50,7 +50,7 @@ def requests(
     """A request for each size, with the first run of each kind of work."""
     found: dict[str, dict[Work, RunConfig]] = {}
     for run in runs:
-        found.setdefault(run.size, {}).setdefault(Work.of(run, executions[run.size]), run)
+        found.setdefault(run.size, {}).setdefault(Work.of(run, executions[run.size], places[run.size]), run)
     return [Request(tuple(kinds.values()), executions[size], places[size], str(cache)) for size, kinds in found.items()]
 
 
@@ -75,7 +75,7 @@ def main() -> None:
 def measured_since(request: Request, moment: float) -> bool:
     """Whether all speeds of a request were measured after `moment`, in unix seconds."""
     for run in request.runs:
-        kept = calibrations.read(Work.of(run, request.execution), request.place, Path(request.cache))
+        kept = calibrations.read(Work.of(run, request.execution, request.place), request.place, Path(request.cache))
         if kept is None or kept.measured_at < moment:
             return False
     return True
@@ -119,7 +119,7 @@ def _measure(request: Request, place: Place | None, folder: Path, progress: bool
             code=source.code_sha256(),
             measured_at=time.time(),
         )
-        calibrations.write(calibration, Work.of(run, request.execution), Path(request.cache))
+        calibrations.write(calibration, Work.of(run, request.execution, request.place), Path(request.cache))
 
 
 if __name__ == "__main__":

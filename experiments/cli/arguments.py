@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from experiments.launching.profile import Profile
 
 STORES = Path("results/runs")
+DEMO_RUN = "transformer-25k-s0-a0660ab020"  # one of `make demo`, for examples
 PUBLISHED = Path("results/published")
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (

@@ -131,6 +131,8 @@ def _end(runs: Sequence[RunConfig], rates: dict[str, Rate], profile: Profile, st
         lane = f"{run.size} {run.trunk}" if profile.slurm is not None else ""  # as its array
         pieces += [Piece(run.run_id, hours, lane, run.trunk)] if hours else []
         left += hours * profile.job(run.size).gpus
+    if not pieces:
+        return f"all of them are complete in {store}"
     lines = []
     if len(pieces) < len(runs):
         lines.append(f"{len(runs) - len(pieces)} runs are complete in {store}; {span(left)} of one device are left")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from experiments.cli.arguments import (
+    DEMO_RUN,
     Subparsers,
     add_verb,
     profile_argument,
@@ -58,7 +59,7 @@ def _add_retry(subparsers: Subparsers) -> None:
         _retry,
         "submit failed, cancelled and lost runs again, from their last checkpoint",
         "experiments/sweeps/demo.toml",
-        "experiments/sweeps/demo.toml transformer-25k-s0-dc2578b9ae --profile slurm/profiles/my-cluster.toml",
+        f"experiments/sweeps/demo.toml {DEMO_RUN} --profile slurm/profiles/my-cluster.toml",
     )
     sweep_argument(verb)
     verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
@@ -99,7 +100,7 @@ def _add_cancel(subparsers: Subparsers) -> None:
         _cancel,
         "cancel the runs of a sweep that have not ended; retry takes them up again",
         "experiments/sweeps/demo.toml",
-        "experiments/sweeps/demo.toml transformer-25k-s0-dc2578b9ae",
+        f"experiments/sweeps/demo.toml {DEMO_RUN}",
     )
     sweep_argument(verb)
     verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")

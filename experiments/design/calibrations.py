@@ -40,7 +40,9 @@ class Work:
     fused: bool
 
     @classmethod
-    def of(cls, run: RunConfig, execution: Execution) -> "Work":
+    def of(cls, run: RunConfig, execution: Execution, place: str) -> "Work":
+        """The work of a run at a place, without settings that have no effect there."""
+        cpu = place.startswith(("cpu", "slurm cpu"))
         return cls(
             run.model,
             run.task,
@@ -50,10 +52,10 @@ class Work:
             execution.gpus,
             execution.parallel if execution.gpus > 1 else "none",
             execution.micro_batch,
-            execution.compile,
+            execution.compile and not cpu,
             execution.recompute,
-            execution.threads,
-            execution.fused,
+            execution.threads if cpu else 0,
+            execution.fused and not cpu,
         )
 
 

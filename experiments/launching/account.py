@@ -45,7 +45,7 @@ def speeds(runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
     calibrated: dict[Work, Rate | None] = {}
     for run in runs:
         job = profile.job(run.size)
-        work = Work.of(run, job.execution)
+        work = Work.of(run, job.execution, places[run.size])
         if work in finished:
             found.rates[run.run_id] = finished[work]
             continue
@@ -101,8 +101,9 @@ def _finished(
         if not done.exists():
             continue
         row, execution = read_json(done), strict.parse(read_json(record)["execution"], Execution, str(record))
-        job, work = profile.job(run.size), Work.of(run, execution)
-        if work == Work.of(run, job.execution) and _would_be_on(row.get("device"), places[run.size], job):
+        job, where = profile.job(run.size), places[run.size]
+        work = Work.of(run, execution, where)
+        if work == Work.of(run, job.execution, where) and _would_be_on(row.get("device"), where, job):
             rows[work].append((run, row))
     found, mixed = {}, []
     for work, members in rows.items():

@@ -1,6 +1,7 @@
 """The bar on standard error while runs are waited for. It counts FLOPs, not runs, so that large runs weigh more."""
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +59,7 @@ class Progress:
 
 def _share_now(state: states.RunState) -> float:
     """The share of a run that is done by now. Its log says what was done some seconds ago, which short runs feel."""
-    if state.state != "running" or state.attempts != 1 or not state.eta or not state.elapsed:
+    if state.state != "running" or not state.eta or state.last_logged is None:
         return state.progress
-    whole = state.eta / (1.0 - state.progress)  # seconds, of which `eta` were left when the log was written
-    since = state.elapsed - whole * state.progress
-    return min(1.0, state.progress + min(since, LOG_SECONDS + LOG_SHARE * state.elapsed) / whole)
+    since = min(time.time() - state.last_logged, LOG_SECONDS + LOG_SHARE * (state.elapsed or 0.0))
+    return state.progress + (1.0 - state.progress) * min(1.0, max(0.0, since) / state.eta)

@@ -74,7 +74,7 @@ def submit(
     wait: bool = False,
     accept: Sequence[str] = (),
 ) -> Outcome:
-    """Submit the runs that are pending, or were lost by a scheduler or a crash; leave all others alone.
+    """Submit the runs that are pending, were stopped, or lost by a scheduler or a crash; leave all others alone.
 
     Builds missing data into `cache`. Runs of the executors "local" and "debug" end with this process, so they are
     always waited for. What was submitted is said on standard error before the wait. Raises ValueError, before
@@ -227,7 +227,7 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
             submissions.settle(store, run_ids)
     here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
     marked = [state.run_id for state in here if state.state == "cancelled"]
-    ids = [state.run_id for state in here if state.state in ("pending", "lost", *states.ACTIVE)]
+    ids = [state.run_id for state in here if state.state in ("pending", "stopped", "lost", *states.ACTIVE)]
     ids += sorted(states.busy(store, marked))
     _mark_cancelled(store, ids)
     job_by_run = {run_id: jobs.job_of(store / run_id) for run_id in states.busy(store, ids)}

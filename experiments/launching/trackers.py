@@ -7,7 +7,7 @@ depends on a tracker, every tracker gets the same numbers, and one may be added 
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +108,10 @@ class WeightsAndBiases(Writer):
         self._run.log({"step": entry.step, "time": entry.time, **entry.values})
 
 
-WRITERS: dict[Tracker, type[Writer]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+WRITERS: dict[Tracker, Callable[[Path, int, Mapping[str, Any]], Writer]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
 
 
 def export(run_dir: Path, folder: Path, tracker: Tracker) -> int:

@@ -30,7 +30,7 @@ from experiments.training.folder import FolderTaken, RunFolder
 from experiments.training.job import Place, joined, this_place
 from experiments.training.presence import sharing
 from experiments.training.record import data_sha256, read_record
-from experiments.training.stopping import PREEMPTED, Preempted, StopSignal
+from experiments.training.stopping import PREEMPTED, STOPPED, Preempted, StopSignal
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     from experiments.training.parallel import World
@@ -55,7 +55,7 @@ class AttemptsSpent(RuntimeError):
 class Run:
     """A callable that starts or resumes the run in `run_dir` and returns when the run has ended or must stop."""
 
-    why_stopped = "stopped with its state saved"
+    why_stopped = STOPPED
 
     def __init__(self, run_dir: Path | str) -> None:
         self.run_dir = Path(run_dir)
@@ -202,7 +202,9 @@ class _Attempt:
         self._interrupted(self.left, preempted=False)
         if self._place.rank == 0 and self._stop.has_scheduler:
             return False
-        time.sleep(LEAVE_SECONDS if self._place.rank > 0 else 0.0)
+        end = time.monotonic() + LEAVE_SECONDS
+        while self._place.rank > 0 and time.monotonic() < end and not self._stop.received:
+            time.sleep(0.1)
         raise RunFailed(f"{self._run_dir.name}: {self.left}")
 
     def _interrupted(self, cause: str, *, preempted: bool) -> None:
