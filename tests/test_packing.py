@@ -364,6 +364,19 @@ validation_tokens = 4_000
 """
 
 
+def test_text_that_is_one_document_is_refused(tiny_run: RunConfig, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        words = np.random.default_rng(len(split)).integers(10**6, size=6000)
+        (tmp_path / split / "one.txt").write_text(" ".join(map(str, words)))
+    places = {"source": str(tmp_path / "train"), "validation_source": str(tmp_path / "validation")}
+    data = DataConfig(**places, vocabulary=300, train_tokens=5_000, validation_tokens=2_000)
+    dataset = Dataset.open(build(data, tmp_path / "cache", progress=False))
+    assemble(tiny_run, dataset, CPU, ALONE)
+    with pytest.raises(ValueError, match="packed keeps documents apart, and these data are one document; give sep"):
+        assemble(replace(tiny_run, packed=True), dataset, CPU, ALONE)
+
+
 def test_a_packed_run_trains_resumes_and_is_evaluated_on_text(
     tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
 ) -> None:
