@@ -22,7 +22,7 @@ from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import band, bootstrap, profile
 from analysis.laws.powerlaw import Fit, Model, Points, fit
 from analysis.laws.solver import Floats, Loss
-from analysis.pages.tables import fit_table
+from analysis.pages.law_tables import fit_table
 from experiments.cli.main import main
 
 # The constants of Chinchilla's published fit (arXiv 2203.15556, eq. 10), and of its correction (arXiv 2404.10102).
