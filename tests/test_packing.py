@@ -144,6 +144,15 @@ def test_attention_of_a_gpu_is_given_the_documents(name: str, monkeypatch: pytes
     torch.testing.assert_close(model(TOKENS, None, starts_of(LENGTHS)).logits, masked, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["attention, none", "attention, lowrank", "attention, lowrank everywhere"])
+def test_a_fused_model_keeps_documents_apart(name: str) -> None:
+    """Kernels that compute convolutions with their neighbours know no documents, and are left out."""
+    model = randomised(MODELS[name], 0.2)
+    plain = model(TOKENS, None, starts_of(LENGTHS)).logits
+    model.fuse()
+    torch.testing.assert_close(model(TOKENS, None, starts_of(LENGTHS)).logits, plain, rtol=1e-11, atol=1e-12)
+
+
 @on_a_gpu
 @pytest.mark.parametrize(
     "name",
