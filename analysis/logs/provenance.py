@@ -27,6 +27,21 @@ def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found | {"clock": _clock(trained)} | _commits(trained)
 
 
+def with_trunk(
+    attempts: Sequence[Mapping[str, Any]], trunk: Sequence[Mapping[str, Any]], branch_step: int
+) -> dict[str, Any]:
+    """What of `summarize` says by what the weights of a branch were trained, its trunk's steps up to the branch's
+    included; the clock is "mixed", since the seconds of a branch do not include the trunk's."""
+    shared = [
+        {**attempt, "step": min(attempt["step"], branch_step)}
+        for attempt in trunk
+        if attempt.get("step") is not None and attempt["first_step"] <= branch_step
+    ]
+    found = summarize([*shared, *attempts])
+    names = ("device", "dtype", "torch", "code_sha256", "code_commit")
+    return {name: found[name] for name in names if name in found} | {"clock": "mixed"}
+
+
 def _commits(attempts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The commits of attempts (in their order) with their shares of the steps, if there are several; else nothing."""
     steps: dict[str, int] = {}
