@@ -1,4 +1,4 @@
-"""Run other implementations' own test suites on dynconv: python tests/peers.py FOLDER [--suite NAME] [--largest N] [-k EXPRESSION].
+"""Run other implementations' own test suites on dynconv: python tests/peers.py FOLDER.
 
 FOLDER holds their repositories, as `git clone` names them: causal-conv1d, flash-linear-attention, attention-gym and
 dynamic-conv1d (the paper's). Nothing of theirs is kept here. What they compare with, and what else their tests import,
@@ -122,7 +122,8 @@ class Plugin:
     def _size(item: Any) -> int:
         """Elements of x, as the parameters' names tell; causal-conv1d's tests of decoding have 64 sequences."""
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        sizes = [given.get(name) or 1 for name in ("B", "N", "T", "D", "dim", "seqlen", "tokens", "channels")]
+        sizes = [given.get(name) or 1 for name in ("B", "T", "D", "dim", "seqlen", "tokens", "channels")]
+        sizes.append(sum(given.get("lengths") or [1]))
         batch = 64 if "update" in item.name and "dim" in given else 1
         return batch * math.prod(size for size in sizes if isinstance(size, int))
 
