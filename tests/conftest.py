@@ -42,6 +42,12 @@ hypothesis.settings.load_profile("shared machine")
 LOWRANK = LowRankConvolution(("q", "k", "v"), rank=2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def presence(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs of other tests, and of this machine's user, do not count among those that share the machine."""
+    os.environ["DYNCONV_PRESENCE"] = str(tmp_path_factory.mktemp("presence"))
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pieces of the standard library as .txt files: many, so that both splits get their share on any Python."""

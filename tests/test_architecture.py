@@ -17,7 +17,7 @@ from experiments.design.recipe import Recipe
 from experiments.design.schedules import SCHEDULES
 from experiments.design.sweep import Sweep
 from experiments.design.train import OPTIMIZERS
-from experiments.launching.profile import Job, Profile, Slurm
+from experiments.launching.profile import DataJobs, Job, Profile, Slurm
 from experiments.parts.registry import CONVOLUTIONS, FEED_FORWARDS, MIXERS
 from experiments.tasks.registry import generators
 
@@ -124,7 +124,7 @@ def test_the_readme_names_each_verb() -> None:
                 *generators(),
             ),
         ),
-        ("slurm/README.md", (Profile, Slurm, Job)),
+        ("slurm/README.md", (Profile, Slurm, Job, DataJobs)),
     ],
 )
 def test_the_pages_name_each_key_that_a_file_may_have(page: str, tables: tuple[type[Any], ...]) -> None:

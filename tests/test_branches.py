@@ -14,6 +14,7 @@ from experiments.design.config import RunConfig
 from experiments.design.schedules import WarmupStableDecay
 from experiments.design.trunks import with_trunks
 from experiments.launching import branches, states, submit
+from experiments.launching.overview import render
 from experiments.launching.profile import Job, Profile
 from experiments.training.run import Run, RunFailed
 
@@ -69,7 +70,7 @@ def test_a_failed_trunk_says_so_on_its_branches(sharing: list[RunConfig], datase
     again = submit.submit([trunk, *rest], HERE, tmp_path, cache=dataset.path.parent)
     assert again.submitted == []
     assert again.skipped["behind a trunk that failed"] == [run.run_id for run in rest]
-    assert "its trunk" in states.render(states.read(tmp_path, [run.run_id for run in rest]))
+    assert "its trunk" in render(states.read(tmp_path, [run.run_id for run in rest]), 200)
 
 
 def test_a_branch_without_its_trunks_state_fails_with_the_reason(

@@ -4,12 +4,14 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,22 +47,22 @@ def test_an_interrupted_build_goes_on_where_it_was(
     spec: DataConfig, sha256: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[encode.Job] = []
-    encode_one = encode._encode
+    encode_one = encode.encode_one
 
     def interrupted(job: encode.Job, *arguments: Any) -> None:
         if len(made) == 5:
             raise KeyboardInterrupt
-        if not encode._is_whole(job):
+        if not encode.is_whole(job):
             made.append(job)
         encode_one(job, *arguments)
 
-    monkeypatch.setattr(encode, "_encode", interrupted)
+    monkeypatch.setattr(encode, "encode_one", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(spec, tmp_path / "cache")
     (working,) = left_over(tmp_path / "cache")
     damaged = sorted(working.glob("tokens-*/train-bucket-*.ids"))[2]
     damaged.write_bytes(damaged.read_bytes()[::-1])
-    monkeypatch.setattr(encode, "_encode", encode_one)
+    monkeypatch.setattr(encode, "encode_one", encode_one)
     torn = working / "spill" / "part-002"
     (torn / "counts.json").unlink()
     read: list[Path] = []
@@ -88,7 +90,7 @@ def test_what_killed_builds_left_goes_in_time(tmp_path: Path, spec: DataConfig) 
 
 
 def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp_path: Path) -> None:
-    """_encode leaves a whole bucket alone, and makes a damaged one again."""
+    """encode_one leaves a whole bucket alone, and makes a damaged one again."""
     text = tmp_path / "spill"
     with documents.Part(text / "part-000", 1) as part:
         for each in make_texts():
@@ -98,13 +100,13 @@ def test_what_a_killed_build_left_is_used_bucket_by_bucket(spec: DataConfig, tmp
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "tokenizer.json").write_bytes(trained.read_bytes())
     job = encode.Job(tmp_path / "tokens", text, "train", 0, 10**6, 300, spec.end_of_text)
-    encode._encode(job)
+    encode.encode_one(job)
     ids = job.path.with_suffix(".ids")
     whole, written = ids.read_bytes(), ids.stat().st_mtime_ns
-    encode._encode(job)
+    encode.encode_one(job)
     assert ids.stat().st_mtime_ns == written
     ids.write_bytes(whole[:-2])
-    encode._encode(job)
+    encode.encode_one(job)
     assert ids.read_bytes() == whole
 
 
@@ -172,16 +174,23 @@ def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pyte
     """Of the paper's 100 billion tokens, from a file that takes no room on disk."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_300 * 10**9))
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(400 * 10**9)
     spec = specify(tmp_path, vocabulary=100_352, train_tokens=10**11, validation_tokens=10**7)
-    line = forecast(spec)
+    line = forecast(spec, tmp_path)
     assert line is not None
     # On 64 cores (400e9 / 100e6 + 100e9 / 0.86e6) / 64 s, and in one process (400e9 + 800e9) / 0.5e9 s
     assert "100B tokens of 400 GB of text, about 1.19 h on 64 cores (34.1 h on one)" in line
     assert "1,200 GB of disk meanwhile and 400 GB then" in line
+    assert "free: choose another place with DYNCONV_CACHE" not in line
     assert "too little" not in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_100 * 10**9))
+    assert f"; {tmp_path} has 1,100 GB free: choose another place with DYNCONV_CACHE" in str(forecast(spec, tmp_path))
     (tmp_path / "a.txt").write_text("a short text")
-    assert str(forecast(spec)).endswith("; that may be too little text")
-    assert forecast(specify(tmp_path)) is None
-    assert forecast(specify(tmp_path / "nowhere", train_tokens=10**11)) is None
+    assert str(forecast(spec, tmp_path)).endswith("; that may be too little text")
+    assert forecast(specify(tmp_path), tmp_path) is None
+    missing = specify(tmp_path / "nowhere", vocabulary=100_352, train_tokens=10**11, validation_tokens=10**7)
+    assert "100B tokens of 450 GB of text (not there yet; 4.5 bytes a token are assumed), about 1." in str(
+        forecast(missing, tmp_path)
+    )

@@ -25,7 +25,7 @@ from texts import END_OF_TEXT, all_tokens, expected_documents, make_texts, speci
 from tokenizers import Tokenizer
 
 from experiments.data import build as build_module
-from experiments.data import documents, shards, tokenizer
+from experiments.data import documents, shards, tokenizer, writing
 from experiments.data.batches import held_out
 from experiments.data.build import build
 from experiments.data.corpus import find_files
@@ -182,7 +182,7 @@ def start_builder(spec: DataConfig, cache: Path, **environment: str) -> subproce
 def test_a_complete_dataset_is_found_not_built(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(specify(corpus), tmp_path)
     written = {path: path.stat() for path in first.iterdir()}
-    monkeypatch.setattr(build_module, "_write_dataset", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(writing, "write", lambda *_: pytest.fail("built again"))
     assert build(specify(corpus), tmp_path) == first
     assert visible(tmp_path) == [first]
     for path, before in written.items():
@@ -194,7 +194,7 @@ def test_touched_moved_and_renamed_text_is_not_built_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build(specify(corpus), tmp_path / "cache")
-    monkeypatch.setattr(build_module, "_write_dataset", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(writing, "write", lambda *_: pytest.fail("built again"))
     shutil.copytree(corpus, tmp_path / "copy")
     (tmp_path / "copy" / "0000.txt").rename(tmp_path / "copy" / "renamed.txt")
     assert build(specify(tmp_path / "copy"), tmp_path / "cache") == first
@@ -241,13 +241,13 @@ def test_without_locks_the_faster_builder_wins(corpus: Path, tmp_path: Path, mon
         raise OSError("no locks on this file system")
 
     def overtaken(*arguments: Any) -> Any:
-        monkeypatch.setattr(build_module, "_write_dataset", slow)
+        monkeypatch.setattr(writing, "write", slow)
         build(specify(corpus), tmp_path)
         return slow(*arguments)
 
-    slow = build_module._write_dataset
+    slow = writing.write
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(build_module, "_write_dataset", overtaken)
+    monkeypatch.setattr(writing, "write", overtaken)
     path = build(specify(corpus), tmp_path)
     assert visible(tmp_path) == [path]
     Dataset.open(path).verify()

@@ -16,9 +16,8 @@ from pyarrow import parquet
 from texts import END_OF_TEXT, make_texts, specify, visible, write_txt
 
 from experiments.cli.main import main
-from experiments.data import build as build_module
 from experiments.data import dataset as dataset_module
-from experiments.data import shards
+from experiments.data import shards, writing
 from experiments.data.build import build
 from experiments.data.dataset import MANIFEST, Dataset
 from experiments.data.inspect import inspect
@@ -137,19 +136,19 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 
 def test_a_corpus_that_changes_under_the_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_txt(tmp_path / "txt", make_texts())
-    write_dataset = build_module._write_dataset
+    prepare = writing.prepare
 
     def one_is_added(*arguments: Any) -> Any:
         (folder / "new.txt").write_text("new")
-        return write_dataset(*arguments)
+        return prepare(*arguments)
 
     def one_is_removed(*arguments: Any) -> Any:
         (folder / "0003.txt").unlink()
-        return write_dataset(*arguments)
+        return prepare(*arguments)
 
-    monkeypatch.setattr(build_module, "_write_dataset", one_is_added)
+    monkeypatch.setattr(writing, "prepare", one_is_added)
     refused(specify(folder), tmp_path / "cache", "must stay as it is .*; got changes under .*; build again")
-    monkeypatch.setattr(build_module, "_write_dataset", one_is_removed)
+    monkeypatch.setattr(writing, "prepare", one_is_removed)
     refused(specify(folder), tmp_path / "cache", "must be readable; got .*0003.txt: No such file")
 
 

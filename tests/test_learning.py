@@ -158,11 +158,15 @@ def test_a_frozen_store_of_an_older_version_says_that_it_does_not_know(tmp_path:
     old.to_parquet(runs)
     store = load(tmp_path / "frozen")
     assert store.problems == [
-        f"{runs} was frozen by an older version and does not say which runs did not learn; freeze it again"
+        f"{runs} was frozen by an older version and does not say which runs did not learn; freeze the live store again"
     ]
     assert store.runs["did_not_learn"].isna().all()
+    freeze(store, tmp_path / "again")
+    assert load(tmp_path / "again").problems == [store.problems[0].replace("frozen/", "again/")]
     merged = load_all([tmp_path / "frozen", tmp_path / "live"])  # what one of the two does not know is no contradiction
     assert len(merged.runs) == len(live.runs)
+    with pytest.raises(ValueError, match=r"frozen does not say which of its runs did not learn, and .*live does"):
+        freeze(merged, tmp_path / "mixed")
 
 
 def test_a_baseline_that_fails_resolves_nothing(tmp_path: Path) -> None:

@@ -33,6 +33,21 @@ def test_exponents_of_a_table_of_optima_come_back(tmp_path: Path) -> None:
     assert of_n.convention == "given"
 
 
+def test_optima_that_did_not_learn_are_left_out_and_counted(tmp_path: Path) -> None:
+    """A row far from the law, whose run diverged."""
+    path = write_optima(tmp_path / "p.csv", 0.0)
+    header, *rows = path.read_text().splitlines()
+    lines = [f"{header},status", *(f"{row},done" for row in rows), "1e21,1,1e20,diverged"]
+    path.write_text("\n".join(lines))
+    for law in fit_optima(load(path).runs):
+        assert law.points == 9
+        assert law.status == "1 of 1 runs of all at N = 1 did not learn"
+    header, *rows = lines
+    marked = [f"{header},did_not_learn", *(f"{row}," for row in rows[:-1]), "1e21,1e12,1e20,done,it diverged"]
+    path.write_text("\n".join(marked))
+    assert [law.points for law in fit_optima(load(path).runs)] == [9, 9]
+
+
 def test_runs_that_are_no_optima_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same sizes at every compute have an exponent of 0, which is no growth of the optimum."""
     path = write_budgets(tmp_path / "p.csv", np.linspace(-0.7, 0.7, 5))

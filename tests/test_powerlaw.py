@@ -22,6 +22,7 @@ from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import band, bootstrap, profile
 from analysis.laws.powerlaw import Fit, Model, Points, fit
 from analysis.laws.solver import Floats, Loss
+from analysis.pages.law_tables import fit_table
 from experiments.cli.main import main
 
 # The constants of Chinchilla's published fit (arXiv 2203.15556, eq. 10), and of its correction (arXiv 2404.10102).
@@ -234,6 +235,28 @@ def test_any_planted_ladder_comes_back(
     assert values["m[dyn]"] == pytest.approx(m, rel=1e-5)
     assert values["E"] == pytest.approx(floor, rel=1e-4)
     assert values["alpha"] == pytest.approx(exponent, rel=1e-4)
+
+
+def test_a_multiplier_at_a_bound_is_no_answer() -> None:
+    """Where every size gets 20 tokens for each parameter, exponents go to a bound and m with them to e^300."""
+    N = np.geomspace(1e7, 1e9, 6)
+    loss = np.concatenate([1.7 + 300 * scale * N**-0.3 for scale in (1.0, 0.9)])
+    x = {"N": np.tile(N, 2), "D": np.tile(20 * N, 2)}
+    points = Points(loss, x, ("base",) * 6 + ("dyn",) * 6, tuple("012345") * 2, "base")
+    law = bootstrap(fit(points, "nd"), 100)
+    assert "collinear" in law.status
+    assert not any(law.determines(f"{name}[dyn]") for name in ("m", "rho_N", "rho_D"))
+    assert law.determines("E")
+    found = json.loads(fit_table(law, "json", [], []))["arms"]["dyn"]
+    assert (found["m"], found["rho_N"], found["rho_D"]) == (None, None, None)
+    assert not {"m", "rho_N", "rho_D"} & set(found["ci"])
+    (row,) = [line for line in fit_table(law, "md", [], []).splitlines() if line.startswith("| m[dyn]")]
+    assert "what an arm saves is answered by `dynconv table`" in fit_table(law, "md", [], [])
+    assert "dynconv table" not in fit_table(law, "csv", [], [])
+    assert row.split("|")[2].strip() == "not determined"
+    without_floor = fit(ladder(1.33, floor=0.0), "c")  # E = 0 is a law, too
+    assert without_floor.determines("m[dyn]")
+    assert without_floor.values["m[dyn]"] == pytest.approx(1.33, rel=1e-5)
 
 
 def test_soft_failures_are_a_status() -> None:

@@ -110,6 +110,7 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "  # on the node: compilers' caches break on shared file systems\n"
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
         "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
+        "trap : TERM  # the run heeds it; this script goes on when that has ended\n"
         "requeue=/store/.jobs/1/requeue-$SLURM_JOB_ID  # a file by which the run asks to be queued again\n"
         'rm -f "$requeue"\n'
         "\n"
@@ -130,6 +131,30 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "fi\n"
         "exit $code"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "too_many"),
+    [
+        (
+            "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: ... policy (job submit limit, ...)",
+            True,
+        ),
+        (
+            "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates ...",
+            True,
+        ),
+        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: ... policy (job submit limit, ...)", False),
+        (
+            "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, ...)",
+            True,
+        ),
+        ("sbatch: error: Batch job submission failed: Invalid job array specification", True),
+        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination", False),
+    ],
+)
+def test_which_refusals_are_of_too_many_jobs(said: str, too_many: bool) -> None:
+    assert sbatch._too_many(said) == too_many
 
 
 def test_only_gpus_that_slurm_gives_to_one_job_are_known_to_be_unshared() -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +17,19 @@ from pathlib import Path
 import pytest
 from texts import CHEAP_SWEEP
 
+from analysis.errors import WorkFailed
 from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows
 from experiments.cli.main import main
+from experiments.data.build import build
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
+from experiments.design.data import DataConfig
 from experiments.design.schedules import WarmupStableDecay
 from experiments.design.trunks import with_trunks
-from experiments.launching import jobs, sbatch, slurm, states
+from experiments.launching import data_jobs, jobs, sbatch, slurm, states
 from experiments.launching import submit as launch
-from experiments.launching.profile import Job, Profile, Slurm
+from experiments.launching.profile import DataJobs, Job, Profile, Slurm
 from experiments.training.run import Run
 
 pytestmark = [
@@ -107,6 +111,49 @@ def long_run(tiny_run: RunConfig) -> RunConfig:
 
 def state_of(store: Path, run: RunConfig) -> states.RunState:
     return states.read(store, [run.run_id])[0]
+
+
+def test_data_is_built_by_arrays_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while it reads, which ends all jobs, and again while it tokenizes; then the bytes of a build at once."""
+    monkeypatch.setattr(data_jobs, "POLL_SECONDS", 0.5)
+    (tmp_path / "text").mkdir()
+    base = "".join(f"line {number * number} of the text\n" for number in range(5000))
+    for part in range(2):  # of more than 64 MiB each: a part, that is a piece of work
+        with (tmp_path / "text" / f"{part}.jsonl").open("w") as file:
+            for number in range(3500):
+                start = (part * 3500 + number) * 11 % 100_000
+                file.write(json.dumps({"text": f"{part} {number}\n{base[start : start + 20_000]}"}) + "\n")
+    spec = DataConfig(source=str(tmp_path / "text"), vocabulary=300, train_tokens=4_000_000, validation_tokens=10_000)
+    profile = replace(PROFILE, data=DataJobs(cores=2, hours=0.5))
+    cache = tmp_path / "cache"
+
+    def kill(step: str, after: float) -> None:
+        """One of the array's two jobs, some seconds after it began."""
+        assert data_jobs.build(spec, profile, cache) is None
+        (submitted,) = [
+            job for job in json.loads(next(cache.glob(".*/jobs.json")).read_text())["jobs"] if job["step"] == step
+        ]
+        element = f"{submitted['id']}_1"
+        wait_until(lambda: "RUNNING" in ask("squeue", "--noheader", f"--jobs={element}", "--format=%T"))
+        time.sleep(after)
+        ask("scancel", "--signal=KILL", "--full", element)
+        with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
+            data_jobs.require_nothing_under_way([spec], cache)
+        with pytest.raises(WorkFailed, match="building the data failed: its jobs ended without a word"):
+            data_jobs.build(spec, profile, cache, wait=True)
+
+    kill("read", after=0.2)  # it takes a second
+    read = {path: path.stat().st_ino for path in cache.glob(".*/spill/part-*")}
+    kill("tokenize", after=1)
+    path = data_jobs.build(spec, profile, cache, wait=True)
+    assert path is not None
+    assert {path: path.stat().st_ino for path in read if path.exists()} in (read, {})
+    assert data_jobs.build(spec, profile, cache) == path
+    assert "2 of 2 parts read" in capsys.readouterr().err
+    data_jobs.require_nothing_under_way([spec], cache)
+    assert Dataset.open(path).sha256 == Dataset.open(build(spec, tmp_path / "at once")).sha256
 
 
 def log_of(store: Path, run: RunConfig) -> str:
@@ -215,6 +262,10 @@ def test_a_preempted_run_is_requeued_and_loses_no_step(
     assert set(rows["attempt"].to_pylist()) == {1, 2}
     run = read_json(run_dir / "run.json")
     assert (run["attempts"], run["seconds"]["lost"]) == (2, 0.0)
+    first, second = states.history(store, state_of(store, long_run))
+    assert (first.job_id, first.nodes, first.redone_steps) == (requeued.job_id, "node1", 0)
+    assert (first.how_ended in ("PREEMPTED", "REQUEUED"), second.how_ended) == (True, "complete")
+    assert second.first_step == int(str(first.last_step)) + 1
     reference = submitted(long_run, tmp_path / "reference")
     Run(reference)()
     assert losses(run_dir) == losses(reference)
@@ -263,7 +314,7 @@ def test_a_run_that_slurm_cancelled_while_pending_is_not_submitted_again(
 ) -> None:
     """Somebody's plain scancel, seen through the accounting."""
     submit(runs, tmp_path, replace(PROFILE, slurm=Slurm("low", options={"hold": ""})))
-    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    assert {state_of(tmp_path, run).state for run in runs} == {"held"}
     ask("scancel", str(state_of(tmp_path, runs[0]).job_id).split("_")[0])
     wait_until(lambda: {state_of(tmp_path, run).state for run in runs} == {"cancelled"})
     assert str(state_of(tmp_path, runs[0]).cause).startswith("Slurm says CANCELLED by")
@@ -288,7 +339,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
             submit(runs, tmp_path, held, wait=True)
     told = capsys.readouterr().err
     assert told.index("3 runs submitted") < told.index("the jobs go on; `dynconv status --store")
-    assert {state_of(tmp_path, run).state for run in runs} == {"queued"}
+    assert {state_of(tmp_path, run).state for run in runs} == {"held"}
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
@@ -301,11 +352,33 @@ def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     ask("scancel", "--signal=ABRT", str(state_of(tmp_path, long_run).job_id))
     wait_until(lambda: {state_of(tmp_path, run).state for run in (diverging, long_run)} == {"failed", "lost"})
     assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: ")
-    wait_until(lambda: "Slurm says FAILED" in str(state_of(tmp_path, long_run).cause))
+    wait_until(lambda: "Slurm says FAILED: process 0 on node1: Aborted" in str(state_of(tmp_path, long_run).cause))
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
     again = submit([diverging, long_run], tmp_path, wait=True)
     assert (again.submitted, again.skipped) == ([long_run.run_id], {"failed": [diverging.run_id]})
     assert [(state.state, state.attempts) for state in again.ended] == [("complete", 2)]
+
+
+def test_status_says_what_a_job_waits_for(long_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    """Held, released to wait for room, running, suspended."""
+    blocker = ask("sbatch", "--parsable", "--exclusive", "--time=7", "--output=/dev/null", "--wrap=sleep 300")
+    submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""})))
+    held = state_of(tmp_path, long_run)
+    assert (held.state, held.reason) == ("held", "JobHeldUser")
+    assert "scontrol release" in str(held.cause)
+    job = str(held.job_id)
+    ask("scontrol", "release", job)
+    wait_until(lambda: state_of(tmp_path, long_run).reason in ("Resources", "Priority"))
+    wait_until(lambda: state_of(tmp_path, long_run).expected_start is not None)  # the backfill scheduler has looked
+    queued = state_of(tmp_path, long_run)
+    assert queued.state == "queued"
+    assert float(str(queued.expected_start)) > time.time()
+    ask("scancel", blocker.strip())
+    wait_until(lambda: state_of(tmp_path, long_run).state == "running")
+    assert state_of(tmp_path, long_run).nodes == "node1"
+    ask("scontrol", "suspend", job)
+    wait_until(lambda: state_of(tmp_path, long_run).state == "suspended")
+    launch.cancel(tmp_path, [long_run.run_id])
 
 
 def test_refusals_leave_nothing_behind(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
@@ -332,7 +405,7 @@ def test_a_controller_that_does_not_answer(
         assert (unknown.state, unknown.cause) == ("unknown", "squeue does not answer")
         with pytest.raises(ValueError, match="controller does not answer"):
             submit([tiny_run], tmp_path)
-    assert state_of(tmp_path, tiny_run).state == "queued"
+    assert state_of(tmp_path, tiny_run).state == "held"
     launch.cancel(tmp_path, [tiny_run.run_id])
 
 
@@ -353,7 +426,7 @@ def test_what_was_accepted_before_a_refusal_is_kept(
         patch.setattr(sbatch, "submit", submit_arrays_only)
         with pytest.raises(ValueError, match="refused: enough; 2 of 3 runs are queued: submit again for the rest"):
             submit(runs, tmp_path, held)
-    assert [state_of(tmp_path, run).state for run in runs] == ["queued", "queued", "pending"]
+    assert [state_of(tmp_path, run).state for run in runs] == ["held", "held", "pending"]
     assert submit(runs, tmp_path, held).submitted == [runs[2].run_id]
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
@@ -405,11 +478,10 @@ def test_jobs_that_sbatch_denies_are_found(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The controller accepts, and its answer comes too late."""
-    error = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
-    sbatch_becomes(f'$REAL "$@" >/dev/null; echo "{error}" >&2; exit 1')
+    sbatch_becomes(f'$REAL "$@" >/dev/null; echo "{TIMED_OUT}" >&2; exit 1')
     assert len(submit(runs, tmp_path, HELD).submitted) == 3
     (array,) = arrays_of(tmp_path)
-    assert f"{error}; Slurm has the jobs all the same, as {array}\n" in capsys.readouterr().err
+    assert f"{TIMED_OUT}; Slurm has the jobs all the same, as {array}\n" in capsys.readouterr().err
     assert [state_of(tmp_path, run).job_id for run in runs] == [f"{array}_{index}" for index in range(3)]
     assert submit(runs, tmp_path, HELD).submitted == []
     assert arrays_of(tmp_path) == [array]
@@ -443,6 +515,39 @@ def test_a_submission_that_is_interrupted_is_taken_up(
     launch.cancel(tmp_path, [run.run_id for run in runs])
 
 
+NOTICE = "echo 'maintenance: job 1 of 2 is done'"  # sites print such things on standard output
+TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+
+
+def test_a_submission_that_is_accepted_after_it_was_given_up_trains_nothing(
+    tiny_run: RunConfig,
+    submit: Submit,
+    sbatch_becomes: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The controller takes it up when the run has been submitted again: the late job ends, the other one trains."""
+    again = tmp_path / "again"
+    late = f'(until [ -e {again} ]; do sleep 0.1; done; $REAL "$@") >/dev/null 2>&1 &'
+    sbatch_becomes(f'{late} echo "{TIMED_OUT}" >&2; exit 1')
+    monkeypatch.setattr(sbatch, "LOOK_SECONDS", 0.0)
+    store = tmp_path / "store"
+    with pytest.raises(ValueError, match=r"Socket timed out .*; whether Slurm has the jobs is not known yet: submit"):
+        submit([tiny_run], store)
+    assert state_of(store, tiny_run).state == "unknown"
+    sbatch_becomes('$REAL --hold "$@"')
+    assert submit([tiny_run], store).submitted == [tiny_run.run_id]
+    assert "left the submission of 1 runs unanswered; Slurm does not have it" in capsys.readouterr().err
+    again.touch()
+    wait_until(lambda: any("not this job's any more" in log.read_text() for log in store.glob(".jobs/*/*.out")))
+    job_id = str(state_of(store, tiny_run).job_id)
+    assert state_of(store, tiny_run).state == "queued"
+    ask("scontrol", "release", job_id)
+    wait_until(lambda: state_of(store, tiny_run).state == "complete")
+    assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
+
+
 def test_cancel_finds_the_jobs_of_an_unanswered_submission(
     runs: list[RunConfig], submit: Submit, sbatch_becomes: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -459,7 +564,7 @@ def test_a_job_does_not_wait_for_sbatch(
 ) -> None:
     """sbatch answers only when the run has ended. submitit's jobs would wait for a minute, and fail."""
     done = tmp_path / tiny_run.run_id / "run.json"
-    sbatch_becomes(f'answer=$($REAL "$@"); until [ -e {done} ]; do sleep 0.2; done; echo "$answer"')
+    sbatch_becomes(f'answer=$($REAL "$@"); until [ -e {done} ]; do sleep 0.2; done; {NOTICE}; echo "$answer"')
     submit([tiny_run], tmp_path)
     assert state_of(tmp_path, tiny_run).state == "complete"
     assert read_json(done)["attempts"] == 1
@@ -480,26 +585,139 @@ def test_a_submission_that_was_accepted_twice_trains_once(
     assert read_json(tmp_path / long_run.run_id / "run.json")["attempts"] == 1
 
 
+@pytest.fixture
+def limited() -> Iterator[Callable[[int], None]]:
+    """Set how many jobs the user may have in the queue, until the test ends."""
+
+    def limit(count: int) -> None:
+        user = ask("id", "--user", "--name").strip()
+        ask("sacctmgr", "--immediate", "modify", "user", f"name={user}", "set", f"maxsubmitjobs={count}")
+
+    wait_until(lambda: ask("squeue", "--noheader") == "")  # jobs of earlier tests count
+    yield limit
+    limit(-1)
+
+
 def test_what_the_limit_on_jobs_allows_is_submitted(
-    runs: list[RunConfig], submit: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: list[RunConfig],
+    submit: Submit,
+    limited: Callable[[int], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    user = ("user", f"name={ask('id', '--user', '--name').strip()}")
-    ask("sacctmgr", "--immediate", "modify", *user, "set", "maxsubmitjobs=2")
+    limited(2)
+    first = submit(runs, tmp_path, HELD)
+    assert (len(first.submitted), first.waiting) == (2, [runs[2].run_id])
+    told = f"{tmp_path}: 2 runs submitted; 1 wait, as Slurm takes no more now (sbatch refused: "
+    assert f"{told}sbatch: error: AssocMaxSubmitJobLimit)" in capsys.readouterr().err
+    assert state_of(tmp_path, runs[2]).state == "pending"
+    with pytest.raises(ValueError, match=r"AssocMaxSubmitJobLimit; none of 1 runs is queued; submit again when"):
+        submit(runs, tmp_path, HELD)
+    assert state_of(tmp_path, runs[2]).state == "pending"
+    launch.cancel(tmp_path, first.submitted)
+    wait_until(lambda: arrays_of(tmp_path) == [])
+    assert submit(runs, tmp_path, HELD).submitted == [runs[2].run_id]
+    launch.cancel(tmp_path, [run.run_id for run in runs])
+
+
+def preempt(job_id: str) -> None:
+    """Have a job of the higher partition, which ends soon, and let the preempted one start again at once."""
+    ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_until(lambda: "Restarts=1" in ask("scontrol", "show", "job", job_id))
+    ask("scontrol", "update", f"jobid={job_id}", "starttime=now")
+
+
+def test_a_run_is_queued_again_where_nodes_have_no_scontrol(
+    long_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """Its state is saved, and the job lives on until Slurm, whose grace time is over, queues it again."""
+    missing = "scontrol() { echo 'scontrol: command not found' >&2; return 127; }"
+    ask("scontrol", "update", "partition=low", "gracetime=8")
     try:
-        first = submit(runs, tmp_path, HELD)
-        assert (len(first.submitted), first.waiting) == (2, [runs[2].run_id])
-        told = f"{tmp_path}: 2 runs submitted; 1 wait, as Slurm takes no more now (sbatch refused: "
-        assert f"{told}sbatch: error: AssocMaxSubmitJobLimit)" in capsys.readouterr().err
-        assert state_of(tmp_path, runs[2]).state == "pending"
-        with pytest.raises(ValueError, match=r"AssocMaxSubmitJobLimit; none of 1 runs is queued; submit again when"):
-            submit(runs, tmp_path, HELD)
-        assert state_of(tmp_path, runs[2]).state == "pending"
-        launch.cancel(tmp_path, first.submitted)
-        wait_until(lambda: arrays_of(tmp_path) == [])
-        assert submit(runs, tmp_path, HELD).submitted == [runs[2].run_id]
+        submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, setup=(missing,))))
+        wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+        preempt(str(state_of(tmp_path, long_run).job_id))
+        assert "scontrol: command not found" in log_of(tmp_path, long_run)
+        wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
     finally:
-        ask("sacctmgr", "--immediate", "modify", *user, "set", "maxsubmitjobs=-1")
-        launch.cancel(tmp_path, [run.run_id for run in runs])
+        ask("scontrol", "update", "partition=low", "gracetime=30")
+    run = read_json(tmp_path / long_run.run_id / "run.json")
+    assert (run["attempts"], run["seconds"]["lost"]) == (2, 0.0)
+
+
+def test_a_job_that_is_preempted_before_python_runs_is_queued_again(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """TERM ends what would start Python; Slurm by itself would call that a failure. It costs no attempt."""
+    slow = tmp_path / "slow-python"
+    begun = tmp_path / "begun"
+    slow.write_text(f'#!/bin/bash\nif [ ! -e {begun} ]; then touch {begun}; sleep 60; fi\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    store = tmp_path / "store"
+    submit([tiny_run], store, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, python=str(slow))))
+    wait_until(begun.exists)
+    preempt(str(state_of(store, tiny_run).job_id))
+    wait_until(lambda: state_of(store, tiny_run).state == "complete")
+    assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
+
+
+def test_a_running_job_that_is_cancelled_by_scancel_stays_so(
+    long_run: RunConfig, submit: Submit, tmp_path: Path
+) -> None:
+    """scancel's signal looks like a preemption; the batch script asks Slurm which it is."""
+    submit([long_run], tmp_path)
+    wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
+    ask("scancel", str(state_of(tmp_path, long_run).job_id))
+    wait_until(lambda: state_of(tmp_path, long_run).state == "cancelled")
+    assert str(state_of(tmp_path, long_run).cause).startswith("Slurm says CANCELLED by")
+    assert arrays_of(tmp_path) == []
+
+
+def test_waiting_submits_the_rest_when_there_is_room(
+    runs: list[RunConfig],
+    submit: Submit,
+    limited: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(launch, "ROOM_SECONDS", 0.5)
+    limited(1)
+    outcome = submit(runs[:2], tmp_path, wait=True)
+    assert (outcome.submitted, outcome.waiting) == ([run.run_id for run in runs[:2]], [])
+    assert [state.state for state in outcome.ended] == ["complete"] * 2
+
+
+def test_waiting_waits_for_what_another_submit_has_queued(
+    tiny_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
+    submit([tiny_run], tmp_path)
+    again = submit([tiny_run], tmp_path, wait=True)
+    assert (again.submitted, [state.state for state in again.ended]) == ([], ["complete"])
+
+
+def test_a_launcher_that_is_killed_leaves_no_job_that_nobody_knows(
+    text_folder: Path,
+    sbatch_becomes: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
+    sweep, profile, store = tmp_path / "cheap.toml", tmp_path / "profile.toml", tmp_path / "store"
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
+    text = (SCRIPTS.parent / "profiles" / "one-node.toml").read_text()
+    profile.write_text(text.replace("[default]", 'options = { hold = "" }\n[default]'))
+    arguments = ["submit", str(sweep), "--store", str(store), "--profile", str(profile)]
+    sbatch_becomes('$REAL "$@"; kill -KILL $PPID; sleep 60')
+    killed = subprocess.run([sys.executable, "-m", "experiments.cli.main", *arguments], check=False)
+    assert killed.returncode == -9
+    (array,) = arrays_of(store)
+    assert main(arguments) == 0
+    assert f"{store}: 0 runs submitted; 1 queued already" in capsys.readouterr().err
+    assert arrays_of(store) == [array]
+    assert main(["cancel", str(sweep), "--store", str(store)]) == 0
 
 
 def test_the_limit_on_jobs_that_run_at_once_can_be_changed(
@@ -536,6 +754,30 @@ def _shared(run: RunConfig) -> list[RunConfig]:
     train = replace(run.train, schedule=WarmupStableDecay(0.25))
     budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
     return with_trunks([replace(run, budget=budget, train=train) for budget, train in budgets])
+
+
+def test_a_calibration_is_a_job_whose_speed_sets_the_time_limit(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two processes, as the profile wants; the run that is submitted then has a limit of its own."""
+    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
+    sweep, profile, store = tmp_path / "cheap.toml", tmp_path / "p.toml", tmp_path / "store"
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
+    text = 'executor = "slurm"\nmax_gpu_hours = 5\n[slurm]\npartition = "low"\nsignal_seconds = 30\n'
+    profile.write_text(text + '[default]\ndevice = "cpu"\ngpus = 2\nhours = "auto"\n')
+    words = [str(sweep), "--profile", str(profile), "--store", str(store)]
+    assert main(["plan", *words, "--json", "--calibrate"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (kept,) = (tmp_path / "cache" / "calibrations").glob("*.json")
+    assert read_json(kept)["place"] == "slurm cpu partition=low"
+    assert (row["gpus"], row["tokens_per_second"]) == (2, read_json(kept)["tokens_per_second"])
+    assert not store.exists()
+    assert main(["submit", *words]) == 0
+    assert "the time limit of 25k is 0.5" in capsys.readouterr().err
+    job_id = read_json(store / row["run_id"] / "job.json")["job_id"]
+    minutes = round(60 * (1.5 * row["hours"] + 0.5))
+    assert ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%l").strip() == f"{minutes}:00"
+    assert main(["cancel", str(sweep), "--store", str(store)]) == 0
 
 
 def test_branches_begin_when_their_trunk_has_ended(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
@@ -643,6 +885,8 @@ def test_a_cluster_without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_notice_of_the_site_among_the_jobs_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "*** maintenance on Friday | see the wiki ***\n7_1|RUNNING\n8|PENDING\n"
+    said = "*** maintenance | see the wiki ***\n7_1|RUNNING|None|2026-01-02T03:04:05|n[1-2]\n8|PENDING|Priority|N/A|\n"
     monkeypatch.setattr(slurm, "_ask", lambda *_: said)
-    assert slurm.queue(["7_1", "8", "9"], [0]) == {"7_1": "RUNNING", "8": "PENDING"}
+    started = time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
+    found = {"7_1": slurm.Queued("RUNNING", None, started, "n[1-2]"), "8": slurm.Queued("PENDING", "Priority")}
+    assert slurm.queue(["7_1", "8", "9"], [0]) == found

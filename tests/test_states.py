@@ -18,6 +18,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.launching import jobs, slurm, snapshot, states
 from experiments.launching import submit as launch
+from experiments.launching.overview import render
 from experiments.launching.profile import Profile
 
 
@@ -63,7 +64,7 @@ def test_one_unreadable_run_takes_nothing_from_the_others(
     bad, other = states.read(tmp_path, [strange.name, good.name])
     assert (bad.state, other.state) == ("unreadable", "pending")
     assert str(bad.cause).startswith(f"{strange}/{name.replace('0001', '*')} is ")
-    assert "2 runs: 1 pending, 1 unreadable" in states.render([bad, other])
+    assert "2 runs: 1 pending, 1 unreadable" in render([bad, other], 200)
     outcome = launch.submit([tiny_run], Profile("local"), tmp_path, cache=dataset.path.parent)
     assert outcome.skipped == {"unreadable": [strange.name]}
 
@@ -100,7 +101,9 @@ def test_a_running_run_that_logs_nothing_any_more_is_said_to_be_silent(
     run_dir = submitted(tiny_run, tmp_path)
     jobs.write_job(run_dir, "local", str(os.getpid()), None, tmp_path / "code")
     now = time.time()
-    for silent, said in ((60.0, None), (840.0, "nothing logged for 14m00s")):
+    job = json.loads((run_dir / "job.json").read_text())
+    (run_dir / "job.json").write_text(json.dumps(job | {"submitted_at": now - 1000}))
+    for silent, said in ((60.0, None), (840.0, "no step for 14m00s")):
         attempt = {"step": 5, "tokens": 640, "loss": 3.5, "first_step": 1, "started_at": now - 900}
         (run_dir / "attempt-0001.json").write_text(json.dumps(attempt | {"updated_at": now - silent}))
         (state,) = states.read(tmp_path, [tiny_run.run_id])

@@ -17,7 +17,7 @@ import numpy as np
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval
 from analysis.laws.rates import at_best_rates, notes, rate_column
 from analysis.laws.solver import Floats, Loss, Problem
-from analysis.logs.learning import unlearned
+from analysis.logs.learning import Unlearned, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import alike, choose_convention, finished, require_positive
 
@@ -52,9 +52,11 @@ def fit_optima(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[LinearFit]:
-    """N* = G C^a and D* = G C^a of every arm in a table of optima, whose rows need no loss. Raises ValueError where a
-    column lacks or has one value."""
-    runs = runs[runs["status"] == "complete"].assign(arm=lambda rows: rows["arm"].fillna("all"))
+    """N* = G C^a and D* = G C^a of every arm in a table of optima, whose rows need no loss. Rows that did not learn are
+    left out, and counted in the status. Raises ValueError where a column lacks or has one value."""
+    failures = unlearned(runs)
+    learned = runs["did_not_learn"].isna() & (runs["status"] == "complete")
+    runs = runs[learned].assign(arm=lambda rows: rows["arm"].fillna("all"))
     if runs["sweep"].notna().any():
         raise ValueError(
             "these are the runs of a sweep, and --form optima takes a table of optima: the best N and D at each of "
@@ -72,8 +74,16 @@ def fit_optima(
             x, y = (np.log(rows[of].to_numpy(float)) for of in (CONVENTIONS[convention], column))
             columns = {"ln_coefficient": np.ones_like(x), "exponent": x}
             law = _fit(str(arm), name, columns, y, delta, resamples, seed, convention)
-            found.append(replace(law, status=_of_the_design(rows, law.status)))
+            law = replace(law, status=_of_the_design(rows, law.status))
+            found.append(_counting(law, failures))
     return found
+
+
+def _counting(law: LinearFit, failures: Mapping[str, Unlearned]) -> LinearFit:
+    """The law with the runs of its arm that did not learn in its status."""
+    if (failed := failures.get(law.arm)) is None:
+        return law
+    return replace(law, status=failed.remark if law.status == "ok" else f"{failed.remark}; {law.status}")
 
 
 def _of_the_design(rows: pd.DataFrame, status: str) -> str:
@@ -129,9 +139,7 @@ def fit_bilinear(
         log_n, log_e, y = (np.log(rows[name].to_numpy(float)) for name in ("parameters", factor, "loss"))
         columns = {"a": log_n, "b": log_e, "c": log_n * log_e, "d": np.ones_like(y)}
         law = _fit(str(arm), "loss", columns, y, delta, resamples, seed, None)
-        if failed := failures.get(str(arm)):
-            law = replace(law, status=failed.remark if law.status == "ok" else f"{failed.remark}; {law.status}")
-        found.append(replace(law, notes=lines))
+        found.append(replace(_counting(law, failures), notes=lines))
     return found
 
 

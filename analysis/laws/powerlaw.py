@@ -68,6 +68,22 @@ class Fit:
         """E, A, alpha, B or beta of one arm."""
         return self.values[_key(name, arm, self.per_arm)]
 
+    def determines(self, name: str) -> bool:
+        """Whether a multiplier, "m[arm]" or "rho_N[arm]", follows from the fit.
+
+        It does not where it rests on an exponent or amplitude that the search moved to a bound, or on terms of N and D
+        that the points cannot tell apart: it then says where the bounds are. True for all other parameters.
+        """
+        kind, _, arm = name.removesuffix("]").partition("[")
+        terms = [law for law in FORMS[self.form] if kind in ("m", f"rho_{law[2]}")]
+        if not terms:
+            return True
+        behind = {
+            _key(part, of, self.per_arm) for *law, _ in terms for part in law for of in (arm, self.points.baseline)
+        }
+        at_bound = not behind.isdisjoint(self.certificate["bounds_hit"])
+        return not at_bound and not (self.form == "nd" and _collinear(self.points) is not None)
+
     def predict(self, x: Mapping[str, Floats], arm: str) -> Floats:
         """The law's loss at x ("C", or "N" and "D", each [n] in raw units) for one arm."""
         terms = [self.parameter(a, arm) * x[v] ** -self.parameter(e, arm) for a, e, v in FORMS[self.form]]

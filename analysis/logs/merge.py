@@ -36,6 +36,16 @@ class MergedStore(Store):
         columns = next((part.columns for part in self.parts if part.columns), {})
         return [*(str(part.path) for part in self.parts), *format_columns(columns), *self._condition]
 
+    def never_recorded(self) -> tuple[str, ...]:
+        found = {part.absent: part.path for part in self.parts}
+        if len(found) > 1:
+            older = next(path for absent, path in found.items() if absent)
+            newer = next(path for absent, path in found.items() if not absent)
+            raise ValueError(
+                f"{older} does not say which of its runs did not learn, and {newer} does; freeze them one by one"
+            )
+        return next(iter(found))
+
     def rows(self, kind: str) -> pa.Table:
         import pyarrow as pa
         import pyarrow.compute as pc

@@ -19,11 +19,14 @@ from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
-from analysis.logs.schema import COLUMNS, LATER_COLUMNS, RUN_COLUMNS
+from analysis.logs.schema import COLUMNS, LATER_COLUMNS, OF_LEARNING, RUN_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+
+
+OLDER = "was frozen by an older version and does not say which runs did not learn; freeze the live store again"
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Store:
     run_dirs: list[Path] = field(default_factory=list)  # of a live store
     columns: Mapping[str, str] = field(default_factory=dict)  # of a table of points: what --columns said
     where: str | None = None  # the condition that `runs` were chosen by
+    absent: tuple[str, ...] = ()  # LATER_COLUMNS that a frozen store has not, so that `runs` has them without a value
 
     @property
     def paths(self) -> list[Path]:
@@ -52,6 +56,11 @@ class Store:
         """How a command line names these runs: the store's paths, --columns where a table's columns were named, and
         --where."""
         return [*map(str, self.paths), *format_columns(self.columns), *self._condition]
+
+    def never_recorded(self) -> tuple[str, ...]:
+        """Columns of `runs` that are empty because the stores were frozen before they existed. Raises ValueError where
+        that is so of some of several stores."""
+        return self.absent
 
     @property
     def _condition(self) -> list[str]:
@@ -105,7 +114,8 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
     if not path.is_dir():
         raise ValueError(f"no store at {path}; give a store's directory or a table of points")
     if (path / "runs.parquet").is_file():
-        return Store(path, *_read_frozen(path / "runs.parquet"))
+        runs, absent = _read_frozen(path / "runs.parquet")
+        return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if absent else [], absent=absent)
     return _read_live(path)
 
 
@@ -116,8 +126,10 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
         raise ValueError(f"{out} is the live store itself, whose later runs the frozen one would hide; give another -o")
     out.mkdir(parents=True, exist_ok=True)
+    # A column without a value would say that all runs learned, where it is not known.
+    runs = store.runs.drop(columns=list(store.never_recorded()))
     tables = {kind: store.rows(kind) for kind in (("evals", "steps") if steps else ("evals",))}
-    tables["runs"] = pa.Table.from_pandas(store.runs, preserve_index=False)
+    tables["runs"] = pa.Table.from_pandas(runs, preserve_index=False)
     for name, table in tables.items():
         write_parquet(out / f"{name}.parquet", table)
     return [out / f"{name}.parquet" for name in sorted(tables)]
@@ -145,18 +157,15 @@ def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str
             problems.append(f"{error}; {run_dir.name} is left out")
 
 
-def _read_frozen(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A frozen run table, and a line for the reader where an older version froze it without what it now would hold."""
+def _read_frozen(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """A frozen run table, and which of the columns that say what did not learn an older version froze it without."""
     runs = _whole(path, lambda frozen: read_parquet(frozen).to_pandas())
     if schema1.is_frozen(runs):
         runs = schema1.upgrade_frozen(runs)
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]
     if needed := [name for name in missing if name not in LATER_COLUMNS]:
         raise ValueError(f"{path} lacks the columns {', '.join(needed)}; freeze the store again")
-    problems = []
-    if missing:
-        problems = [f"{path} was frozen by an older version and does not say which runs did not learn; freeze it again"]
-    return run_types(runs), problems
+    return run_types(runs), tuple(name for name in missing if name in OF_LEARNING)
 
 
 def _whole(path: Path, read: Callable[[Path], Any]) -> Any:

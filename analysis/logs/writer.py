@@ -79,7 +79,7 @@ class RunLog:
     plus one); rows carry the same numbering. An evaluation after step s is logged under s, before any checkpoint of
     s. `about` is the attempt's provenance: device, gpus (processes, one a device), parallel (how several processes
     share the model), dtype, torch, triton, python, job_id, code_commit, damaged_checkpoints (a line for each that was
-    skipped), and `sharing`: how many runs share the device at most (1: this one alone; None: not known).
+    skipped), and `sharing`: how many runs share the device at first (1: this one alone; None: not known).
     `require_owner` is called before anything is written, and raises where the directory is no longer this attempt's.
     """
 
@@ -155,6 +155,13 @@ class RunLog:
             raise ValueError(f"no clock {clock_name!r} to add to; the clocks are {', '.join(ADDED_CLOCKS)}")
         self._attempt["seconds"][clock_name] += seconds
 
+    def sharing(self, runs: int | None) -> None:
+        """Note how many runs share the device now. The attempt keeps the most, and whether the number changed."""
+        most = self._attempt.get("sharing")
+        if runs != most:
+            self._attempt["sharing"] = None if runs is None or most is None else max(runs, most)
+            self._attempt["sharing_changed"] = True
+
     def flush(self) -> None:
         """Put everything logged so far on disk. The trainer calls this just before it writes a checkpoint."""
         self._require_owner()
@@ -167,6 +174,11 @@ class RunLog:
                 rows.clear()
         self._flushed_at = self._attempt["updated_at"] = self._clock()
         self._write_attempt()
+
+    def interrupt(self, cause: str, *, preempted: bool) -> None:
+        """Record why this attempt ends before the run does, which has not failed by that."""
+        self._attempt.update(interrupted=cause, preempted=preempted)
+        self.flush()
 
     def fail(self, step: int, cause: str) -> None:
         """Record why this attempt gave up. What it logged stays."""

@@ -9,7 +9,7 @@ from dynconv.ops.functions import (
     static_convolution,
     static_convolution_step,
 )
-from dynconv.ops.fused_rotary import interleaved, lowrank_rotary_convolution
+from dynconv.ops.fused import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
 
 __all__ = [
     "final_state",
@@ -18,6 +18,7 @@ __all__ = [
     "interleaved",
     "lowrank_dynamic_convolution",
     "lowrank_dynamic_convolution_step",
+    "lowrank_joined_convolution",
     "lowrank_rotary_convolution",
     "static_convolution",
     "static_convolution_step",

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, laws, models, pages, runs
+from experiments.cli import bench, claims, data, laws, models, pages, plan, runs, status, trackers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        status: int = args.run(args)
+        exit_code: int = args.run(args)
         sys.stdout.flush()
-        return status
+        return exit_code
     except (ValueError, WorkFailed) as error:
         if args.debug:
             raise
@@ -57,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
         "table of points or a tracker's export, and several of them.",
     )
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    plan.register(subparsers)
     runs.register(subparsers)
+    status.register(subparsers)
+    trackers.register(subparsers)
     laws.register(subparsers)
     claims.register(subparsers)
     pages.register(subparsers)

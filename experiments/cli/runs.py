@@ -1,106 +1,28 @@
-"""The verbs that act on the runs of a sweep: plan, submit, status, cancel, retry."""
+"""The verbs that act on the runs of a sweep: submit, cancel, retry."""
 
 import argparse
-import dataclasses
-import json
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from experiments.cli.arguments import (
-    STORES,
+    DEMO_RUN,
     Subparsers,
     add_verb,
-    format_argument,
     profile_argument,
+    profile_of,
     store_argument,
     sweep_argument,
-    warn,
 )
+from experiments.cli.stores import runs_of
 from experiments.design import strict
 from experiments.design.config import RunConfig
-
-if TYPE_CHECKING:
-    from experiments.launching.profile import Profile
-
-WATCH_SECONDS = 5.0
-FOLLOW_SECONDS = 1.0
 
 
 def register(subparsers: Subparsers) -> None:
     """Add the verbs of this file."""
-    _add_plan(subparsers)
     _add_submit(subparsers)
-    _add_status(subparsers)
-    _add_logs(subparsers)
     _add_cancel(subparsers)
     _add_retry(subparsers)
-
-
-def _add_plan(subparsers: Subparsers) -> None:
-    verb = add_verb(
-        subparsers,
-        "plan",
-        _plan,
-        "list every run of a sweep with its size, tokens, FLOPs and forecast hours; submits nothing",
-        "experiments/sweeps/demo.toml",
-        "experiments/sweeps/paper-scaling.toml --profile slurm/profiles/example-gpu.toml",
-        "experiments/sweeps/paper-scaling.toml --throughput results/measured/h200/training.parquet",
-        "experiments/sweeps/demo.toml --format json",
-    )
-    sweep_argument(verb)
-    profile_argument(verb)
-    text = "a file of `bench train`: forecast by measured tokens a second, where it has them"
-    verb.add_argument("--throughput", type=Path, metavar="FILE", help=text)
-    format_argument(verb)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from experiments.data.forecast import forecast
-    from experiments.design import plan
-
-    runs, _ = _runs(args)
-    for spec in dict.fromkeys(run.data for run in runs if run.data is not None):
-        if cost := forecast(spec):
-            warn(f"{args.sweep}: {cost}")
-    profile, measured = _profile(args), None
-    if args.throughput is not None:
-        from analysis.logs.selection import some
-        from experiments.design.forecast import measured_rates
-
-        gpus = {run.size: profile.job(run.size).gpus for run in runs}
-        measured, lacking = measured_rates(runs, gpus, args.throughput)
-        if lacking:
-            warn(f"{args.throughput} has no throughput of {some(lacking)}")
-    rows = _planned(runs, profile, measured)
-    print(json.dumps(rows, indent=1) if args.format == "json" else plan.render(rows))
-    return 0
-
-
-def _planned(
-    runs: list[RunConfig], profile: "Profile", measured: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
-    from experiments.design import plan
-
-    jobs = {run.size: profile.job(run.size) for run in runs}
-    hardware = {size: plan.Hardware(job.gpus, job.teraflops_per_second) for size, job in jobs.items()}
-    return plan.rows(runs, hardware, measured)
-
-
-def planned(sweep: Path) -> list[dict[str, Any]]:
-    """The runs of a sweep file as `plan --format json` prints them without a profile, for `power`.
-
-    Raises ValueError for a sweep on generated tasks.
-    """
-    from experiments.design.sweep import load_sweep
-    from experiments.launching.profile import Profile
-
-    runs = load_sweep(sweep)
-    if runs[0].task is not None:
-        raise ValueError(f"power simulates losses on text; {runs[0].sweep} trains on generated tasks; give another")
-    return _planned(runs, Profile("local"))
 
 
 def _add_submit(subparsers: Subparsers) -> None:
@@ -117,10 +39,16 @@ def _add_submit(subparsers: Subparsers) -> None:
     profile_argument(verb)
     store_argument(verb)
     verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
+    _accept_argument(verb)
+
+
+def _accept_argument(verb: argparse.ArgumentParser) -> None:
+    text = "go on in a store whose runs were made by another version of the modules that decide an outcome"
+    verb.add_argument("--accept", action="append", choices=["code"], default=[], help=text)
 
 
 def _submit(args: argparse.Namespace) -> int:
-    runs, store = _runs(args)
+    runs, store = runs_of(args)
     return _launch(args, runs, store, "submit")
 
 
@@ -131,17 +59,18 @@ def _add_retry(subparsers: Subparsers) -> None:
         _retry,
         "submit failed, cancelled and lost runs again, from their last checkpoint",
         "experiments/sweeps/demo.toml",
-        "experiments/sweeps/demo.toml transformer-25k-s0-dc2578b9ae --profile slurm/profiles/my-cluster.toml",
+        f"experiments/sweeps/demo.toml {DEMO_RUN} --profile slurm/profiles/my-cluster.toml",
     )
     sweep_argument(verb)
     verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
     profile_argument(verb)
     store_argument(verb)
     verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
+    _accept_argument(verb)
 
 
 def _retry(args: argparse.Namespace) -> int:
-    runs, store = _runs(args)
+    runs, store = runs_of(args)
     return _launch(args, _chosen(args, runs), store, "retry")
 
 
@@ -155,101 +84,13 @@ def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: 
     from experiments.launching import submit as launch
 
     launcher = {"submit": launch.submit, "retry": launch.retry}[verb]
-    profile = _profile(args)
-    outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait)
+    profile = profile_of(args)
+    outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait, accept=args.accept)
     for state in outcome.unsuccessful:
         log = f"; log: {state.log}" if state.log else ""
         print(f"{state.run_id} {state.state}: {state.cause or 'no cause known'}{log}", file=sys.stderr)
     waited = args.wait or profile.executor != "slurm"
     return 1 if outcome.unsuccessful or (waited and {"failed", "unreadable"} & outcome.skipped.keys()) else 0
-
-
-def _add_status(subparsers: Subparsers) -> None:
-    verb = add_verb(
-        subparsers,
-        "status",
-        _status,
-        "show where each run stands",
-        "experiments/sweeps/demo.toml --watch",
-        "--store results/runs/demo --format json",
-        f"            (every store in {STORES})",
-    )
-    sweep_argument(verb, nargs="?")
-    store_argument(verb)
-    verb.add_argument("--watch", action="store_true", help="refresh until no run is queued or running")
-    format_argument(verb)
-
-
-def _status(args: argparse.Namespace) -> int:
-    from experiments.launching import states
-
-    while True:
-        rows = [state for store, run_ids in _stores(args) for state in states.read(store, run_ids)]
-        if args.format == "json":
-            text = json.dumps([dataclasses.asdict(state) for state in rows], indent=1)
-        else:
-            text = states.render(rows) if rows else "no runs here; `dynconv submit SWEEP` makes them"
-        clear = "\x1b[H\x1b[2J" if args.watch and sys.stdout.isatty() else ""
-        print(clear + text, flush=True)
-        if not args.watch or not any(state.state in states.ACTIVE for state in rows):
-            return 0
-        time.sleep(WATCH_SECONDS)
-
-
-def _add_logs(subparsers: Subparsers) -> None:
-    verb = add_verb(
-        subparsers,
-        "logs",
-        _logs,
-        "print what a run's job has written",
-        "results/runs/demo/transformer-25k-s0-dc2578b9ae",
-        "results/runs/demo/transformer-25k-s0-dc2578b9ae -f   # and what it writes from now on, until it ends",
-    )
-    verb.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run, STORE/RUN_ID")
-    verb.add_argument("-f", "--follow", action="store_true", help="go on until the run is not queued or running")
-
-
-def _logs(args: argparse.Namespace) -> int:
-    from experiments.launching import states
-
-    run_dir = args.run_dir.absolute()
-    if not (run_dir / "config.json").exists():
-        raise ValueError(
-            f"{args.run_dir} must be the folder of a run, STORE/RUN_ID; it has no config.json; name another"
-        )
-    place = 0
-    while True:
-        state = states.read(run_dir.parent, [run_dir.name])[0]
-        log = Path(state.log) if state.log else None
-        if log is not None and log.exists():
-            with log.open(encoding="utf-8", errors="replace") as file:
-                file.seek(place)
-                print(file.read(), end="", flush=True)
-                place = file.tell()
-        if not args.follow or state.state not in states.ACTIVE:
-            break
-        time.sleep(FOLLOW_SECONDS)
-    if place == 0:
-        where = f"; its output goes to {log}" if log else ", as no job was given it"
-        print(f"dynconv: {run_dir.name} is {state.state} and has written nothing yet{where}", file=sys.stderr)
-    return 0
-
-
-def _stores(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
-    """The stores and run ids to report: the runs of a sweep, all runs of one store, or all runs of all stores."""
-    from experiments.launching import states
-
-    if args.sweep is not None:
-        runs, store = _runs(args)
-        if not store.is_dir():
-            warn(f"{store} is not there yet: `dynconv submit` makes it")
-        return [(store, [run.run_id for run in runs])]
-    if args.store is not None:
-        return [(args.store, states.find(args.store))]
-    stores = sorted(path for path in STORES.glob("*") if path.is_dir())
-    if not stores:
-        raise ValueError(f"no store in {STORES}; name a sweep file or --store, or submit a sweep first")
-    return [(store, states.find(store)) for store in stores]
 
 
 def _add_cancel(subparsers: Subparsers) -> None:
@@ -259,7 +100,7 @@ def _add_cancel(subparsers: Subparsers) -> None:
         _cancel,
         "cancel the runs of a sweep that have not ended; retry takes them up again",
         "experiments/sweeps/demo.toml",
-        "experiments/sweeps/demo.toml transformer-25k-s0-dc2578b9ae",
+        f"experiments/sweeps/demo.toml {DEMO_RUN}",
     )
     sweep_argument(verb)
     verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
@@ -269,28 +110,10 @@ def _add_cancel(subparsers: Subparsers) -> None:
 def _cancel(args: argparse.Namespace) -> int:
     from experiments.launching import submit as launch
 
-    runs, store = _runs(args)
+    runs, store = runs_of(args)
     cancelled = launch.cancel(store, [run.run_id for run in _chosen(args, runs)])
     print(f"{store}: {len(cancelled)} runs cancelled", file=sys.stderr)
     return 0
-
-
-def _profile(args: argparse.Namespace) -> "Profile":
-    from experiments.launching.profile import Profile, load_profile
-
-    return Profile("local") if args.profile is None else load_profile(args.profile)
-
-
-def _runs(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
-    """The runs of the sweep, and their store. `plan` and `submit` also print notes on settings that may be mistakes."""
-    from experiments.design.sweep import load_sweep, notes, read_sweep
-
-    runs = load_sweep(args.sweep)
-    if args.verb in ("plan", "submit"):
-        for note in notes(read_sweep(args.sweep)):
-            warn(f"{args.sweep}: {note}")
-    store: Path = getattr(args, "store", None) or STORES / runs[0].sweep
-    return runs, store
 
 
 def _chosen(args: argparse.Namespace, runs: list[RunConfig]) -> list[RunConfig]:

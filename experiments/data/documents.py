@@ -58,7 +58,7 @@ class Part:
         self._files: dict[str, list[BinaryIO]] = {}
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._files = {
             split: [self._stack.enter_context(_path(self.folder, split, i).open("wb")) for i in range(self._buckets)]
             for split in SPLITS

@@ -50,22 +50,22 @@ def encode(jobs: list[Job], text_bytes: int, report: Callable[[int], object]) ->
     a process was killed.
     """
     if (workers := processes.count(len(jobs), text_bytes)) > 1:
-        for job, _ in zip(jobs, processes.in_order(_encode, jobs, workers), strict=True):
+        for job, _ in zip(jobs, processes.in_order(encode_one, jobs, workers), strict=True):
             bucket = _read(job)
             report(len(bucket.ids))
             yield bucket
         return
     still_wanted = jobs[0].wanted
     for job in jobs:
-        _encode(job._replace(wanted=still_wanted), report)
+        encode_one(job._replace(wanted=still_wanted), report)
         bucket = _read(job)
         still_wanted -= len(bucket.ids)
         yield bucket
 
 
-def _encode(job: Job, report: Callable[[int], object] = lambda _: None) -> None:
+def encode_one(job: Job, report: Callable[[int], object] = lambda _: None) -> None:
     """Write the tokens of a bucket, unless an earlier process has."""
-    if _is_whole(job):
+    if is_whole(job):
         return
     coder = _coder(job.folder / TOKENIZER, job.vocabulary, job.end_of_text)
     documents = Documents(job.spill)
@@ -91,7 +91,7 @@ def _encode(job: Job, report: Callable[[int], object] = lambda _: None) -> None:
     write_json(job.path.with_suffix(".json"), hashes)
 
 
-def _is_whole(job: Job) -> bool:
+def is_whole(job: Job) -> bool:
     try:
         noted = json.loads(job.path.with_suffix(".json").read_text())
         return all(file_sha256(job.path.with_suffix(suffix)) == noted[suffix] for suffix in (".ids", ".starts"))
@@ -99,8 +99,18 @@ def _is_whole(job: Job) -> bool:
         return False
 
 
+def count(job: Job) -> int:
+    """The tokens of a bucket, without reading them; none if it is not there."""
+    if not job.path.with_suffix(".json").exists():  # which is written last
+        return 0
+    return job.path.with_suffix(".ids").stat().st_size // token_type(job.vocabulary).itemsize
+
+
 def _read(job: Job) -> Bucket:
-    ids = np.fromfile(job.path.with_suffix(".ids"), token_type(job.vocabulary))
+    """Memory-mapped: a bucket of the largest builds is several gigabytes."""
+    ids: NDArray[Any] = np.zeros(0, token_type(job.vocabulary))
+    if job.path.with_suffix(".ids").stat().st_size:
+        ids = np.memmap(job.path.with_suffix(".ids"), token_type(job.vocabulary), "r")
     return Bucket(ids, np.fromfile(job.path.with_suffix(".starts"), np.uint64))
 
 

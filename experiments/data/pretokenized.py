@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.logs.files import write_atomically
+from experiments.data import hub
 from experiments.data import tokenizer as bpe
 from experiments.data.dataset import (
     BLOCK_BYTES,
@@ -94,7 +95,9 @@ def index(spec: DataConfig, cache: Path, progress: bool) -> Path:
         return cache / known.read_text()
     working = Path(tempfile.mkdtemp(prefix=".tokens-", dir=cache))
     try:
-        manifest = _write(working, spec, found, tokenizer_json, progress)
+        dataset = working / "dataset"  # not as private as a temporary folder is
+        dataset.mkdir()
+        manifest = _write(dataset, spec, found, tokenizer_json, progress)
         if _state(paths) != as_they_are:
             raise ValueError(
                 f"the tokens must stay as they are while they are read; got changes under {spec.source}; "
@@ -102,11 +105,10 @@ def index(spec: DataConfig, cache: Path, progress: bool) -> Path:
             )
         hashes = [entry["sha256"] for entry in manifest["files"].values()]
         target = cache / f"tokens-{spec.vocabulary}-{_hash([key, hashes])}"
-        (working / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        sync_and_hash(working / MANIFEST)
-        working.chmod(0o755)
+        (dataset / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        sync_and_hash(dataset / MANIFEST)
         if not target.exists():  # another process, or an earlier one whose files were touched since
-            working.replace(target)
+            dataset.replace(target)
     finally:
         shutil.rmtree(working, ignore_errors=True)
     write_atomically(known, lambda path: path.write_text(target.name))
@@ -267,6 +269,7 @@ def _write(
         "spec": dataclasses.asdict(spec),
         "python": None,
         "corpus": {"files": len(paths), "bytes": total},
+        "origins": hub.origins(spec),
         "not_read": {},
         "splits": splits,
         "files": files | {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},

@@ -4,6 +4,7 @@ So a build that was killed goes on with the parts that are missing.
 """
 
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -36,24 +37,31 @@ def read_corpus(
 
     Raises ValueError if there is no text, or none for one of the splits.
     """
-    text_bytes = sum(map(_text_bytes, files))
-    buckets = documents.bucket_count(text_bytes)
-    jobs = [
-        Job(spill / f"part-{number:03d}", part, spec, buckets)
-        for number, part in enumerate(_parts(files, max(PART_BYTES, text_bytes // MOST_PARTS)))
-    ]
+    todo, text_bytes = jobs(spill, spec, files), sum(map(_text_bytes, files))
+    for begun in spill.glob(".part-*"):  # by processes that were killed
+        shutil.rmtree(begun, ignore_errors=True)
     counts = Counter(files=len(files), documents=0, bytes=0, empty=0, undecodable=0)
     with bar("reading the corpus", sum(file.bytes for file in files), "B", progress) as done:
-        if (workers := processes.count(len(jobs), text_bytes)) > 1:
-            for job, part in zip(jobs, processes.in_order(_read, jobs, workers), strict=True):
+        if (workers := processes.count(len(todo), text_bytes)) > 1:
+            for job, part in zip(todo, processes.in_order(read, todo, workers), strict=True):
                 counts.update(part)
                 done.update(sum(file.bytes for file in job.files))
         else:
-            for job in jobs:
-                counts.update(_read(job, done.update))
-    found = documents.finish(spill, buckets, held_out_by_name=spec.validation_source is not None)
+            for job in todo:
+                counts.update(read(job, done.update))
+    found = documents.finish(spill, todo[0].buckets, held_out_by_name=spec.validation_source is not None)
     _refuse_too_little(found, counts, spec)
     return found, dict(counts)
+
+
+def jobs(spill: Path, spec: DataConfig, files: list[CorpusFile]) -> list[Job]:
+    """The work of reading a corpus, part by part."""
+    text_bytes = sum(map(_text_bytes, files))
+    buckets = documents.bucket_count(text_bytes)
+    return [
+        Job(spill / f"part-{number:03d}", part, spec, buckets)
+        for number, part in enumerate(_parts(files, max(PART_BYTES, text_bytes // MOST_PARTS)))
+    ]
 
 
 def _text_bytes(file: CorpusFile) -> int:
@@ -73,22 +81,32 @@ def _parts(files: list[CorpusFile], part_bytes: int) -> list[list[CorpusFile]]:
     return parts
 
 
-def _read(job: Job, report: Callable[[int], object] = lambda _: None) -> dict[str, int]:
-    """Write the documents of a part, unless an earlier process has; returns its counts."""
+def read(job: Job, report: Callable[[int], object] = lambda _: None) -> dict[str, int]:
+    """Write the documents of a part, unless an earlier process has; returns its counts.
+
+    The part appears whole, so that two processes may do the same: one that a lost node of a cluster still runs, say.
+    """
     if counted := documents.finished_part(job.folder):
         return counted
-    shutil.rmtree(job.folder, ignore_errors=True)
     counts = Counter(documents=0, bytes=0, empty=0, undecodable=0)
-    with documents.Part(job.folder, job.buckets) as part:
-        for file in job.files:
-            for text in read_documents(file.path, job.spec):
-                if not text:
-                    counts["undecodable" if text is None else "empty"] += 1
-                    continue
-                part.add(text, file.split)
-                counts.update(documents=1, bytes=len(text))
-            report(file.bytes)
-    part.finish(counts)
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=f".{job.folder.name}-", dir=job.folder.parent))
+    try:
+        with documents.Part(working, job.buckets) as part:
+            for file in job.files:
+                for text in read_documents(file.path, job.spec):
+                    if not text:
+                        counts["undecodable" if text is None else "empty"] += 1
+                        continue
+                    part.add(text, file.split)
+                    counts.update(documents=1, bytes=len(text))
+                report(file.bytes)
+        part.finish(counts)
+        if documents.finished_part(job.folder) is None:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            working.replace(job.folder)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
     return dict(counts)
 
 

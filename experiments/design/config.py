@@ -6,6 +6,7 @@ are left out of the id. `Execution` says how a run is executed (device, micro-ba
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from analysis.logs.schema import TRUNK as TRUNK
@@ -74,7 +75,7 @@ class RunConfig:
                     "or choose another part"
                 )
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """A readable prefix and a hash of everything that decides the outcome."""
         task = "" if self.task is None else f"-{self.task_name}"

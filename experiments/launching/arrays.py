@@ -1,5 +1,6 @@
 """Runs as arrays of jobs on Slurm: which runs make one array, and how many of them the cluster takes now."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from experiments.launching.profile import Profile
 def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> tuple[list[RunConfig], str]:
     """Submit the runs in arrays, trunks before their branches, as far as the limits on a user's jobs allow.
 
-    Returns the runs that have to wait, and why. Raises ValueError where sbatch refuses, or gives no answer; the runs
-    that were accepted before stay queued.
+    Returns the runs that have to wait, and why. Raises TooMany if all of them have to, and ValueError where sbatch
+    refuses, or gives no answer; the runs that were accepted before stay queued.
     """
     sbatch.name_ignored_variables()
     waiting, queued, reason = list[RunConfig](), 0, ""
@@ -25,7 +26,7 @@ def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path)
         queued += accepted
         waiting += array[accepted:]
     if not queued:
-        raise ValueError(f"{reason}; none of {len(runs)} runs is queued; submit again when other jobs have ended")
+        raise sbatch.TooMany(f"{reason}; none of {len(runs)} runs is queued; submit again when other jobs have ended")
     return waiting, reason
 
 
@@ -74,5 +75,6 @@ def _submit_array(runs: Sequence[RunConfig], profile: Profile, store: Path, code
         raise
     except (ValueError, OSError):
         submissions.take_back(folder.name, run_dirs)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     submissions.accepted(folder, array)

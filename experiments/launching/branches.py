@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from analysis.logs import reader
-from analysis.logs.files import read_json
 from experiments.design.config import RunConfig
-from experiments.launching.jobs import errors_naming, job_of
+from experiments.launching.jobs import job_of
 
 
 def ready(run: RunConfig, store: Path) -> bool:
@@ -18,14 +17,9 @@ def hopeless(run: RunConfig, store: Path) -> bool:
     return run.trunk is not None and reader.status(store / run.trunk) in ("failed", "cancelled")
 
 
-def trunk_failure(run_dir: Path) -> str | None:
-    """What became of the trunk that this submitted run waits for, where it failed or was cancelled."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        return None
-    with errors_naming(path):
-        trunk = read_json(path).get("trunk")
-        where = reader.status(run_dir.parent / trunk) if trunk else ""
+def trunk_failure(store: Path, trunk: str | None) -> str | None:
+    """What became of the trunk that a submitted run waits for, where it failed or was cancelled."""
+    where = reader.status(store / trunk) if trunk else ""
     return f"its trunk {trunk} {where}; retry that" if where in ("failed", "cancelled") else None
 
 

@@ -24,7 +24,7 @@ from submitit.core.utils import JobPaths
 from submitit.local.local import Controller, LocalJob
 
 from analysis.errors import WorkFailed
-from experiments.launching.jobs import process_started
+from experiments.training.presence import process_started
 
 # torch's optimizers import Dynamo when the first of them is made.
 _MODULES = ("numpy", "pandas", "pyarrow.parquet", "torch", "torch._dynamo", "torch.utils.checkpoint")
@@ -144,6 +144,14 @@ class _ForkingController(Controller):
             task = _Task(target=_task, args=(self.folder, own | {"SUBMITIT_LOCAL_JOB_ID": self.pid}, output.fileno()))
             task.start()
             self.tasks.append(task)
+
+    def wait(self, freq: int = 24) -> Sequence[int | None]:
+        """As in submitit's class. What ended processes that could not say so themselves stands in rank 0's output."""
+        codes: Sequence[int | None] = super().wait(freq)
+        for rank, code in enumerate(codes):
+            if code is not None and code < 0:
+                print(f"process {rank} was ended by {signal.Signals(-code).name}", file=self.stdouts[0], flush=True)
+        return codes
 
 
 def _task(folder: Path, environment: Mapping[str, str], output: int) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis.logs.files import read_json, write_json
+from experiments.training.presence import process_started
 
 FOLDER = ".jobs"  # of a store: what launchers and jobs write beside the runs
-JOB_KEYS = {"executor", "job_id", "host", "started", "log"}
+JOB_KEYS = {"executor", "job_id", "host", "started", "submitted_at", "log"}
 _ALL_RIGHTS = 0o777
 
 
@@ -77,16 +78,6 @@ def errors_naming(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is not as `dynconv` writes it ({type(error).__name__}: {error})") from None
-
-
-def process_started(pid: str) -> int | None:
-    """When a process of this machine began, in clock ticks since boot: with it a process id names one process only."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the command's name, in brackets, may hold anything
-    return None if state == "Z" else int(fields[18])
 
 
 def new_folder(store: Path, name: str) -> Path:

@@ -5,23 +5,26 @@ By itself that executor starts every job at once, ends each after two minutes an
 
 import contextlib
 import itertools
-import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import submitit
 
+from experiments.design.calibrations import cpu_name
 from experiments.launching.fork_server import ForkedExecutor, ForkServer, fork_server
 from experiments.launching.mps import multi_process_service
 from experiments.launching.profile import Job, Profile
-from experiments.training.run import SHARING_VARIABLE, Run
+from experiments.training.presence import Present, Share, present
+from experiments.training.run import Run
 
 _COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 
@@ -30,7 +33,7 @@ class LocalRun(Run):
     """A run that stays stopped when it is told to stop, where submitit would start it again at once."""
 
     def checkpoint(self) -> NoReturn:
-        print("stopped with its state saved; submit again to go on", file=sys.stderr)
+        print(f"{self.why_stopped}; submit again to go on", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -44,10 +47,23 @@ def visible_gpus() -> list[int]:
         if not all(name.isdigit() for name in names):
             raise ValueError(f"CUDA_VISIBLE_DEVICES={chosen}: wanted numbers, as submitit takes no other names")
         return [int(name) for name in names]
+    return list(range(len(_gpu_names())))
+
+
+def _gpu_names() -> list[str]:
+    """What the driver calls the GPUs of this machine."""
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return list(range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines())))
+    return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", listed.stdout, re.MULTILINE)
+
+
+def device_name(job: Job) -> str:
+    """The device of a run on this machine: "cpu" with its model, or the first GPU as its driver calls it, and torch."""
+    gpus, names = ([], []) if job.device == "cpu" else (visible_gpus(), _gpu_names())
+    if gpus and gpus[0] < len(names):
+        return names[gpus[0]]
+    return cpu_name()
 
 
 class Slots:
@@ -71,19 +87,29 @@ class Slots:
             [gpus[(slot * need + k) % len(gpus)] for k in range(need)] if gpus else []
             for slot in range(profile.max_parallel or fitting)
         ]
+        self._all = Share(tuple(gpus), 0, tuple(sorted(os.sched_getaffinity(0))))
         self.free = list(range(len(self._gpus)))
         self._in_use = min(len(self._gpus), len(jobs))  # slots are taken from the first on, so others stay free
 
-    def sharing(self, slot: int, job: Job) -> int:
-        """How many runs may use this slot's device at one time, this one included.
+    def beside(self, own: Container[int]) -> list[Present]:
+        """The runs of other launchers that use this one's GPUs or cores now; `own` holds the process ids of its own."""
+        return [run for run in present() if run.share.meets(self._all) and run.pid not in own]
 
-        On GPUs: the slots that have one of this slot's. On a CPU runs share nothing while each has cores of its own
-        for its threads; beyond that, the runs that stand on a core.
-        """
-        gpus = self._devices(slot, job)
-        if gpus:
-            return sum(not set(gpus).isdisjoint(others) for others in self._gpus[: self._in_use])
-        return max(1, math.ceil(self._in_use * self._threads / self._cores))
+    def room(self, beside: Sequence[Present]) -> bool:
+        """Whether there is a free slot, and this launcher's runs and those beside them leave one to use."""
+        return bool(self.free) and len(self._gpus) - len(self.free) + len(beside) < len(self._gpus)
+
+    def take(self, beside: Sequence[Present]) -> int:
+        """Take the first free slot of those whose GPUs have the fewest runs of others."""
+        free = [slot for slot in self.free if slot < self._in_use] if self._service else self.free
+        used = [gpu for run in beside for gpu in run.share.gpus]
+        slot = min(sorted(free), key=lambda slot: max(map(used.count, self._gpus[slot]), default=0))
+        self.free.remove(slot)
+        return slot
+
+    def share(self, slot: int, job: Job) -> Share:
+        """What a run in this slot uses."""
+        return replace(self._all, gpus=tuple(self._devices(slot, job)), threads=job.gpus * job.threads)
 
     def _devices(self, slot: int, job: Job) -> list[int]:
         return [] if job.device == "cpu" else self._gpus[slot][: job.gpus]
@@ -116,7 +142,7 @@ class Slots:
         gpus = self._devices(slot, job)
         executor = ForkedExecutor(folder, server)
         executor.update_parameters(
-            timeout_min=60 * job.hours,
+            timeout_min=60 * job.time_limit,
             tasks_per_node=job.gpus,
             gpus_per_node=len(gpus),
             visible_gpus=[self._served.index(gpu) for gpu in gpus] if self._service else gpus,
@@ -125,7 +151,6 @@ class Slots:
             **self._service,
             "SUBMITIT_PREEMPT_SIGNAL": "TERM",
             "OMP_NUM_THREADS": str(job.threads),
-            SHARING_VARIABLE: str(self.sharing(slot, job)),
         }
         with environment(variables):
             return executor.submit(LocalRun(run_dir))

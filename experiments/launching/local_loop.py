@@ -7,17 +7,21 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.design.config import RunConfig
 from experiments.launching import jobs, local, states
 from experiments.launching.branches import ready
+from experiments.launching.fork_server import ForkServer
 from experiments.launching.locks import signals_deferred, store_lock, termination_as_interrupt
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
-from experiments.training.job import other_job, this_place
-from experiments.training.run import SHARING_VARIABLE, Run, RunFailed
+from experiments.training.folder import other_job
+from experiments.training.job import this_place
+from experiments.training.presence import Present, add, remove, starting
+from experiments.training.run import Run, RunFailed
 
 if TYPE_CHECKING:
     import submitit
@@ -29,12 +33,11 @@ STOP_SECONDS = 60.0  # what runs get to save their state after Ctrl-C
 def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> None:
     """Start the runs in this machine's slots as these become free, until all have ended.
 
-    Ctrl-C lets the running ones save their state, then stops them.
+    Ctrl-C lets the running ones save their state, then stops them. Runs that another launcher of this machine starts
+    meanwhile are waited for, and all of its runs count among those that `max_parallel` allows.
     """
     folder = jobs.new_folder(store, "local")
     slots = local.Slots(profile, [profile.job(run.size) for run in runs])
-    # The first seeds first: those after them find their program compiled.
-    waiting, running = deque(sorted(runs, key=lambda run: run.seed)), dict[int, "submitit.Job[None]"]()
     with ExitStack() as stack:
         stack.enter_context(termination_as_interrupt())
         with signals_deferred():  # ignored by the server, too, and so by the runs: only the launcher heeds Ctrl-C
@@ -42,29 +45,83 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
             server = stack.enter_context(slots.server(code))
         server.wait_until_ready()
         progress = stack.enter_context(Progress(store, runs))
+        loop = _Loop(runs, profile, store, code, slots, server, folder)
         try:
-            while waiting or running:
-                for slot in [slot for slot, job in running.items() if job.done()]:
-                    del running[slot]
-                    slots.free.append(slot)
-                if not running:
-                    # Only a trunk that waits itself can still be trained here. Drop the branches of any other, which
-                    # would wait for ever.
-                    here = {run.run_id for run in waiting}
-                    waiting = deque(run for run in waiting if ready(run, store) or run.trunk in here)
-                while slots.free and (run := _next(waiting, store)):
-                    run_dir = store / run.run_id
-                    with store_lock(store):  # another `submit` or a `cancel` may have been here first
-                        if states.read(store, [run.run_id])[0].state in states.SUBMITTABLE:
-                            slot = slots.free.pop(0)
-                            with signals_deferred():
-                                running[slot] = slots.start(slot, run_dir, profile.job(run.size), folder, server)
-                                jobs.write_job(run_dir, "local", running[slot].job_id, running[slot].paths.stdout, code)
-                progress.update()
+            while loop.turn({state.run_id for state in progress.update() if state.state == "running"}):
                 time.sleep(POLL_SECONDS)
         except BaseException:  # whatever ends the launcher, Ctrl-C or a full disk: no run may outlive it
-            _stop([job for job in running.values() if not job.done()])
+            _stop([job for job in loop.running.values() if not job.done()])
             raise
+
+
+def in_order(runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The order in which runs are started here.
+
+    The first seeds come first, since those after them find their program compiled. Of a seed the longest come first:
+    then no slot is left with a long run at the end, and the first speeds that are seen are those of most of the work.
+    """
+    return sorted(runs, key=lambda run: (run.seed, -run.own_flops))
+
+
+@dataclass
+class _Loop:
+    """The runs that wait for a slot, and those that have one."""
+
+    runs: Sequence[RunConfig]
+    profile: Profile
+    store: Path
+    code: Path
+    slots: local.Slots
+    server: ForkServer
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.waiting = deque(in_order(self.runs))
+        self.running = dict[int, "submitit.Job[None]"]()  # by slot
+        self._told = False
+
+    def turn(self, trained: set[str]) -> bool:
+        """Free the slots of jobs that have ended and fill them. False once nothing is left to wait for.
+
+        `trained` has those of the runs that are being trained, here or by another launcher.
+        """
+        for slot in [slot for slot, job in self.running.items() if job.done()]:
+            del self.running[slot]
+            self.slots.free.append(slot)
+        if not self.running:
+            # Only a trunk that waits itself or is trained can still be complete. Drop the branches of any other, which
+            # would wait for ever.
+            hoped = trained | {run.run_id for run in self.waiting}
+            self.waiting = deque(run for run in self.waiting if ready(run, self.store) or run.trunk in hoped)
+        while self.slots.room(self._beside()) and (run := _next(self.waiting, self.store)):
+            with store_lock(self.store):  # another `submit` or a `cancel` may have been here first
+                if states.read(self.store, [run.run_id])[0].state in states.SUBMITTABLE and not self._start(run):
+                    self.waiting.appendleft(run)
+                    break
+        return bool(self.waiting or self.running or trained)
+
+    def _start(self, run: RunConfig) -> bool:
+        """Start a run and note it. False if another launcher took the last room meanwhile."""
+        with starting():
+            beside = self._beside()
+            if not self.slots.room(beside):
+                return False
+            job, slot = self.profile.job(run.size), self.slots.take(beside)
+            run_dir = self.store / run.run_id
+            with signals_deferred():
+                begun = self.running[slot] = self.slots.start(slot, run_dir, job, self.folder, self.server)
+                jobs.write_job(run_dir, "local", begun.job_id, begun.paths.stdout, self.code)
+                add(int(begun.job_id), str(run_dir), self.slots.share(slot, job))
+        return True
+
+    def _beside(self) -> list[Present]:
+        """The runs of other launchers on this one's GPUs or cores; said once if they leave no room."""
+        beside = self.slots.beside({int(job.job_id) for job in self.running.values()})
+        if beside and self.waiting and not self._told and self.slots.free and not self.slots.room(beside):
+            self._told = True
+            count = f"{len(beside)} runs of other submits, as {Path(beside[0].run).name} (process {beside[0].pid}),"
+            print(f"\n{count} train on this machine: waiting until max_parallel allows more", file=sys.stderr)
+        return beside
 
 
 def _next(waiting: deque[RunConfig], store: Path) -> RunConfig | None:
@@ -85,7 +142,7 @@ def _stop(running: Sequence["submitit.Job[None]"]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def run_in_this_process(runs: Sequence[RunConfig], _profile: Profile, store: Path, code: Path) -> None:
+def run_in_this_process(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> None:
     """Run one after the other, trunks first. A failed run shows its traceback, and the next one starts all the same."""
     for run in runs:
         if not ready(run, store):
@@ -94,11 +151,14 @@ def run_in_this_process(runs: Sequence[RunConfig], _profile: Profile, store: Pat
             if states.read(store, [run.run_id])[0].state not in states.SUBMITTABLE:
                 continue
             jobs.write_job(store / run.run_id, "debug", str(os.getpid()), None, code)
+        job = replace(profile.job(run.size), gpus=1)
+        with starting():
+            add(os.getpid(), str(store / run.run_id), local.Slots(profile, [job]).share(0, job))
         try:
-            with local.environment({SHARING_VARIABLE: "1"}):
-                Run(store / run.run_id)()
+            Run(store / run.run_id)()
         except RunFailed:
             traceback.print_exc()
         finally:
+            remove(os.getpid())
             if other_job(store / run.run_id, this_place()) is None:
                 (store / run.run_id / "job.json").unlink(missing_ok=True)  # The folder may have been removed.

@@ -24,8 +24,9 @@ _PAUSE = 2.0  # seconds between two looks
 REQUEUE_TRIES = 60  # of a batch script, ten seconds apart
 # What sbatch says if the controller's answer is missing, so that the jobs may have been accepted.
 _NO_ANSWER = re.compile(r"timed out|unable to contact|connect|communication|zero bytes|unexpected message|socket", re.I)
-# What it says where more jobs are wanted than the user, the account, the partition or the array may have.
-_TOO_MANY = re.compile(r"\w*Submit\w*Limit|job submit limit|Invalid job array|unable to accept job", re.I)
+# The limit that was met, as AssocMaxSubmitJobLimit or QOSMaxWallDurationPerJobLimit; older versions do not name it.
+_LIMIT = re.compile(r"\b[A-Z]\w+Limit\b")
+_TOO_MANY = re.compile(r"job submit limit|Invalid job array|unable to accept job", re.I)
 
 
 class TooMany(ValueError):
@@ -72,7 +73,14 @@ def submit(script: str, folder: Path, name: str) -> str:
         return found
     if not known:
         raise Unanswered(f"sbatch said: {said}; whether Slurm has the jobs is not known yet: submit again to find out")
-    raise (TooMany if _TOO_MANY.search(reasons) else ValueError)(f"sbatch refused: {said}")
+    raise (TooMany if _too_many(reasons) else ValueError)(f"sbatch refused: {said}")
+
+
+def _too_many(reasons: str) -> bool:
+    """Whether sbatch refused because more jobs are wanted than the user, the account or the array may have."""
+    if limits := _LIMIT.findall(reasons):
+        return any("Submit" in limit for limit in limits)
+    return _TOO_MANY.search(reasons) is not None
 
 
 def _look(name: str, since: float, seconds: float) -> str | None:
@@ -97,10 +105,11 @@ def script(
     folder: Path,
     snapshot: Path,
     after: str | None = None,
+    module: str = worker.__name__,
 ) -> str:
     """The batch script of an array of `count` jobs, or of one job, which asks for what the profile says.
 
-    A job has one task for each process of its run.
+    A job has one task for each process of its run; `module` is what they execute, with the folder as argument.
     """
     processes_per_node = min(job.gpus, job.gpus_per_node)
     python = shlex.quote(sys.executable) if profile.python is None else profile.python
@@ -111,7 +120,7 @@ def script(
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "time": max(1, round(60 * job.hours)),
+        "time": max(1, round(60 * job.time_limit)),
         "nodes": job.nodes,
         "ntasks_per_node": processes_per_node,
         "cpus_per_task": job.cpus_per_gpu,
@@ -144,7 +153,7 @@ def script(
     )
     if count > 1:
         executor.parameters["map_count"] = count
-    return executor._make_submission_file_text(f"{python} -u -m {worker.__name__} {shlex.quote(str(folder))}", "")
+    return executor._make_submission_file_text(f"{python} -u -m {module} {shlex.quote(str(folder))}", "")
 
 
 def name_ignored_variables() -> None:
@@ -173,6 +182,7 @@ def _setup(snapshot: Path, sharing: str, folder: Path) -> list[str]:
         f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches break on shared file systems",
         "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
         """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",
+        "trap : TERM  # the run heeds it; this script goes on when that has ended",
         f"requeue={shlex.quote(requeue)}$SLURM_JOB_ID  # a file by which the run asks to be queued again",
         'rm -f "$requeue"',
     ]

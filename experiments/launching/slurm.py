@@ -1,11 +1,13 @@
 """What the programs of Slurm say about a cluster and its jobs. What our jobs say to sbatch is in sbatch.py."""
 
+import math
 import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.design import strict
@@ -59,36 +61,73 @@ def check(slurm: Slurm) -> None:
         raise ValueError(f"[slurm.options] must leave to the launcher what it sets itself; got {names}; remove it")
 
 
-def queue(job_ids: Sequence[str], owners: Iterable[int]) -> dict[str, str] | None:
-    """Job id -> state, as PENDING or RUNNING, of those still queued; None where the controller does not answer.
+@dataclass(frozen=True)
+class Queued:
+    """What squeue says of a job that has not ended."""
+
+    state: str  # as PENDING or RUNNING
+    reason: str | None = None  # why it waits, in Slurm's word, as "Priority"
+    start: float | None = None  # unix seconds: of a waiting job as Slurm expects it, of others as it was
+    nodes: str | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the accounting says of one start of a job. A requeued job has several, the last of which may not have ended.
+
+    A job that never started has neither nodes nor times.
+    """
+
+    state: str  # as PREEMPTED, or "CANCELLED by 1000"
+    exit_code: str  # as "1:0": exit code and signal
+    nodes: str | None = None
+    start: float | None = None  # unix seconds
+    end: float | None = None
+
+
+def queue(job_ids: Sequence[str], owners: Iterable[int]) -> dict[str, Queued] | None:
+    """Job id -> what squeue says of it, for those still queued; None where the controller does not answer.
 
     `owners` are the user ids of those who submitted the jobs.
     """
     users = ",".join(map(str, sorted({os.getuid(), *owners})))
-    lines = _ask("squeue", "--noheader", "--all", "--array", "--format=%i|%T", f"--user={users}")
+    lines = _ask("squeue", "--noheader", "--all", "--array", "--format=%i|%T|%r|%S|%N", f"--user={users}")
     if lines is None:
         return None
     # Sites print notices on standard output, too.
-    states = dict(re.findall(r"^(\d+(?:_\d+)?)\|([A-Z_]+)$", lines, re.MULTILINE))
-    return {job_id: states[job_id] for job_id in job_ids if job_id in states}
+    found = re.findall(r"^(\d+(?:_\d+)?)\|([A-Z_]+)\|([^|\n]*)\|([^|\n]*)\|([^|\n]*)$", lines, re.MULTILINE)
+    wanted = set(job_ids)
+    return {
+        job_id: Queued(state, None if reason == "None" else reason, _unix(start), nodes or None)
+        for job_id, state, reason, start, nodes in found
+        if job_id in wanted
+    }
 
 
-def accounting(job_ids: Sequence[str]) -> dict[str, str]:
-    """Job id -> how it ended, e.g. "OUT_OF_MEMORY (exit 0:125)"; empty without accounting."""
+def accounting(job_ids: Sequence[str]) -> dict[str, list[Ended]]:
+    """Job id -> its starts in order, the last of them the current one; empty without accounting."""
     arrays = sorted({job_id.split("_")[0] for job_id in job_ids})
-    lines = _ask(
-        "sacct",
-        "--noheader",
-        "--parsable2",
-        "--allocations",
-        "--format=JobID,State,ExitCode",
-        f"--jobs={','.join(arrays)}",
-    )
-    ends = {}
-    for line in (lines or "").splitlines():
-        ids, state, code = line.split("|") if line.count("|") == 2 else ("", "", "")  # else a notice of the site
-        ends.update(dict.fromkeys(_expanded(ids), f"{state} (exit {code})"))
+    columns = "JobID,State,ExitCode,NodeList,Start,End"
+    command = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--format={columns}")
+    ends: dict[str, list[Ended]] = {}
+    for line in (_ask(*command, f"--jobs={','.join(arrays)}") or "").splitlines():
+        if line.count("|") != columns.count(","):  # a notice of the site
+            continue
+        ids, state, code, nodes, start, end = line.split("|")
+        one = Ended(state, code, None if nodes in ("", "None assigned") else nodes, _unix(start), _unix(end))
+        for job_id in _expanded(ids):
+            ends.setdefault(job_id, []).append(one)
+    for starts in ends.values():
+        starts.sort(key=lambda one: math.inf if one.start is None else one.start)
     return ends
+
+
+def _unix(text: str) -> float | None:
+    """Slurm's times, which are of this machine's zone; None for "N/A", "Unknown" and "None"."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
 
 
 def cancel(job_ids: Sequence[str]) -> None:

@@ -4,11 +4,9 @@ Reads small files only and imports no torch, so that `status` answers at once.
 """
 
 import os
-import pwd
 import socket
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,34 @@ from typing import Any
 from analysis.logs import reader
 from analysis.logs.files import read_json
 from analysis.logs.learning import why_not
-from experiments.launching import slurm
+from experiments.launching import attempts, causes, slurm
 from experiments.launching.branches import trunk_failure
-from experiments.launching.jobs import errors_naming, job_of, process_started
-from experiments.terminal import align, duration
+from experiments.launching.jobs import errors_naming, job_of
+from experiments.terminal import duration
+from experiments.training.presence import process_started
+from experiments.training.stopping import STOPPED
 
-ACTIVE = ("queued", "running", "requeued", "unknown")  # such a run may still have a job, so it gets no second one
-STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
-SUBMITTABLE = ("pending", "lost")
-RETRYABLE = ("failed", "cancelled", "lost")
+# A run in one of these may still have a job, so it gets no second one.
+ACTIVE = ("queued", "held", "running", "suspended", "requeued", "unknown")
+STATES = ("pending", *ACTIVE, "stopped", "complete", "failed", "cancelled", "lost", "unreadable")
+SUBMITTABLE = ("pending", "stopped", "lost")
+RETRYABLE = ("failed", "cancelled", "stopped", "lost")
 # A run that has logged nothing for so long, also as a share of its attempt's duration, may be stuck: logs are written
 # every ten seconds, and later in a long attempt once in a hundredth of its duration.
 SILENT_SECONDS = 300.0
 SILENT_SHARE = 0.05
+# Slurm's states, but for those that are "running"
+_WHERE = {
+    "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "held", "SPECIAL_EXIT": "held",
+    "RESV_DEL_HOLD": "held", "SUSPENDED": "suspended", "STOPPED": "suspended",
+}  # fmt: skip
+# Slurm's reasons that mean that a job is held, in words
+_HELD = {
+    "JobHeldUser": "held by its user; `scontrol release JOB` lets it go",
+    "JobHeldAdmin": "held by an administrator, who can release it",
+    "JobHoldMaxRequeue": "held, as Slurm has requeued it too often; `scontrol release JOB` lets it go",
+    "launch failed requeued held": "held, as its node could not start it; `scontrol release JOB` tries again",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,26 @@ class RunState:
     job_id: str | None = None
     cause: str | None = None  # of a failure, of our not knowing, or why a complete run did not learn
     log: str | None = None  # path of the job's output
+    arm: str | None = None
+    size: str | None = None
+    reason: str | None = None  # why its job waits, in Slurm's word
+    expected_start: float | None = None  # unix seconds, of a waiting job, where Slurm foresees it
+    nodes: str | None = None  # where it runs
+    last_logged: float | None = None  # unix seconds: when a running run last wrote its log
+    gpu_hours: float | None = None  # of all attempts so far; on a CPU a process counts as a GPU
+    forecast_gpu_hours: float | None = None  # of the whole run, by the profile that it was submitted with
+    redone_steps: int = 0  # that an attempt did again, because the one before had lost them
+    redone_seconds: float = 0.0
+    between_seconds: float = 0.0  # from the end of an attempt to the start of the next
+    flops: float | None = None  # exact training FLOPs of the whole run, without those of its trunk
+
+
+@dataclass(frozen=True)
+class _Presence:
+    """Where a run's last job is: "queued", "held", "running", "suspended", "gone" or "unknown"."""
+
+    where: str
+    queued: slurm.Queued | None = None  # what squeue says
 
 
 def find(store: Path) -> list[str]:
@@ -60,97 +93,150 @@ def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
     The queue is asked before the markers are read: a run that ends in between is then seen as complete.
     """
     run_ids = list(run_ids)
+    files = {run_id: reader.list_files(store / run_id) for run_id in run_ids}
     jobs, found = dict[str, dict[str, Any] | None](), dict[str, RunState]()
     for run_id in run_ids:
         try:
-            jobs[run_id] = job_of(store / run_id)
+            jobs[run_id] = job_of(store / run_id) if "job.json" in files[run_id] else None
         except ValueError as error:
             found[run_id] = RunState(run_id, "unreadable", cause=str(error))
-    unfinished = {run_id: job for run_id, job in jobs.items() if reader.status(store / run_id) == "unfinished"}
+    unfinished = {
+        run_id: job for run_id, job in jobs.items() if reader.status(store / run_id, files[run_id]) == "unfinished"
+    }
     present = _present(unfinished)
+    files |= {run_id: reader.list_files(store / run_id) for run_id in present}
     for run_id, job in jobs.items():
         try:
-            found[run_id] = _state(store / run_id, job, present.get(run_id))
+            found[run_id] = _state(store / run_id, files[run_id], job, present.get(run_id, _Presence("gone")))
         except ValueError as error:
             found[run_id] = RunState(run_id, "unreadable", cause=str(error))
     lost = {
         run_id: job["job_id"]
         for run_id, job in jobs.items()
-        if found[run_id].state == "lost" and job is not None and job["executor"] == "slurm"
+        if job is not None and job["executor"] == "slurm" and found[run_id].state == "lost" and not found[run_id].cause
     }
     ended = slurm.accounting(list(lost.values())) if lost else {}
-    found |= {run_id: _explained(found[run_id], ended) for run_id in lost if trunk_failure(store / run_id) is None}
+    found |= {run_id: _explained(found[run_id], ended.get(job_id, [])) for run_id, job_id in lost.items()}
     return [found[run_id] for run_id in run_ids]
 
 
 def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
-    """Run id -> "queued", "running" or "unknown", for runs whose last job has not ended, whatever their markers say."""
+    """Run id -> "queued", "held", "running", "suspended" or "unknown", for runs whose last job has not ended, whatever
+    their markers say."""
     present = _present({run_id: job_of(store / run_id) for run_id in run_ids})
-    return {run_id: where for run_id, where in present.items() if where != "gone"}
+    return {run_id: presence.where for run_id, presence in present.items() if presence.where != "gone"}
 
 
-def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
-    """Run id -> "queued", "running", "gone" or "unknown", for the runs that have a job."""
+def history(store: Path, state: RunState) -> list[attempts.Attempt]:
+    """The attempts at a run whose state was read."""
+    job = job_of(store / state.run_id)
+    in_slurm = job is not None and job["executor"] == "slurm"
+    return attempts.history(store / state.run_id, state.state, state.job_id if in_slurm else None)
+
+
+def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, _Presence]:
+    """Where the last job of each run is, for the runs that have one."""
     submitted = {run_id: job for run_id, job in jobs.items() if job is not None}
-    in_slurm = [job for job in submitted.values() if job["executor"] == "slurm"]
+    in_slurm = [job for job in submitted.values() if job["executor"] == "slurm" and job["job_id"] is not None]
     queue = slurm.queue([job["job_id"] for job in in_slurm], {job["owner"] for job in in_slurm}) if in_slurm else {}
     present = {}
     for run_id, job in submitted.items():
         if job["executor"] == "slurm":
-            # Where jobs are private (PrivateData=jobs) a colleague's are not shown, whether they run or have ended.
-            unseen = "gone" if job["owner"] == os.getuid() else "unknown"
-            unseen = "unknown" if job["job_id"] is None else unseen  # whether Slurm has it is not known yet
-            state = "unknown" if queue is None else queue.get(job["job_id"], unseen)
-            present[run_id] = {"PENDING": "queued", "gone": "gone", "unknown": "unknown"}.get(state, "running")
+            present[run_id] = _in_slurm(job, queue)
         elif job["host"] != socket.gethostname():
-            present[run_id] = "unknown"
+            present[run_id] = _Presence("unknown")
         else:
             alive = job["started"] is not None and job["started"] == process_started(job["job_id"])
-            present[run_id] = "running" if alive else "gone"
+            present[run_id] = _Presence("running" if alive else "gone")
     return present
 
 
-def _state(run_dir: Path, job: dict[str, Any] | None, present: str | None) -> RunState:
-    where = reader.status(run_dir)
+def _in_slurm(job: Mapping[str, Any], queue: Mapping[str, slurm.Queued] | None) -> _Presence:
+    if queue is None or job["job_id"] is None:  # None: whether Slurm has it is not known yet
+        return _Presence("unknown")
+    found = queue.get(job["job_id"])
+    if found is None:
+        # Where jobs are private (PrivateData=jobs) a colleague's are not shown, whether they run or have ended.
+        return _Presence("gone" if job["owner"] == os.getuid() else "unknown")
+    where = _WHERE.get(found.state, "running")
+    return _Presence("held" if where == "queued" and found.reason in _HELD else where, found)
+
+
+def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, presence: _Presence) -> RunState:
+    where = reader.status(run_dir, files)
     if where == "unfinished":
-        where = "pending" if job is None else "lost" if present in ("gone", None) else present
+        where = "pending" if job is None else "lost" if presence.where == "gone" else presence.where
     known: dict[str, Any] = {"job_id": job["job_id"], "log": job["log"]} if job else {}
+    if "config.json" not in files and not reader.attempt_numbers(run_dir, files):
+        return RunState(run_dir.name, where, **known)
+    with errors_naming(run_dir / "config.json"):
+        config = read_json(run_dir / "config.json")
+        tokens, trunk = config["tokens"], config.get("trunk")
+        known |= {name: config.get(name) for name in ("arm", "size", "forecast_gpu_hours")}
+        if "flops_exact" in config:
+            known["flops"] = config["flops_exact"] * config.get("tokens_own", tokens) / tokens
     if where == "complete":
-        with errors_naming(run_dir / "run.json"):
-            run = read_json(run_dir / "run.json")
-            elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
-            measured: dict[str, Any] = {key: run.get(key) for key in ("loss", "task", "vocabulary", "gradient_norm")}
-            known["cause"] = (reason := why_not(**measured)) and f"it did not learn: {reason}"
-            return RunState(run_dir.name, where, 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
-    known["cause"] = (trunk_failure(run_dir) if where in ("pending", "lost") else None) or _cause(run_dir, job, where)
+        return _complete(run_dir, known)
+    known["cause"] = (trunk_failure(run_dir.parent, trunk) if where in ("pending", "lost") else None) or _cause(
+        run_dir, job, where
+    )
+    if where == "lost" and str(known["cause"]).startswith(STOPPED):  # by Ctrl-C, say
+        where = "stopped"
+    if presence.queued is not None:
+        known |= _in_queue(presence.queued, where)
     with errors_naming(run_dir / "attempt-*.json"):
-        latest = reader.progress(run_dir)
+        made = attempts.read_made(run_dir, None, files)
+        latest = reader.progress_of(made)
+        known |= vars(attempts.cost(made, where == "running")) if made else {}
+    if where == "running" and job is not None:
+        began = (presence.queued and presence.queued.start) or job["submitted_at"]
+        known |= _course(latest, tokens, began)
     if latest is None:
         return RunState(run_dir.name, where, **known)
     if where == "queued":
         where = "requeued"
-    with errors_naming(run_dir / "config.json"):
-        tokens = read_json(run_dir / "config.json")["tokens"]
-        share = (latest.tokens or 0) / tokens
-    if where == "running":
-        known |= _times(latest, tokens)
-        silent = time.time() - latest.updated_at
-        if silent > max(SILENT_SECONDS, SILENT_SHARE * (time.time() - latest.started_at)):
-            known["cause"] = f"nothing logged for {duration(silent)}; `dynconv logs` may say why"
-    return RunState(run_dir.name, where, share, latest.loss, latest.attempt, **known)
+    return RunState(run_dir.name, where, (latest.tokens or 0) / tokens, latest.loss, latest.attempt, **known)
 
 
-def _times(latest: reader.Progress, tokens: int) -> dict[str, float]:
-    """Seconds that this attempt has taken so far, and that the rest of the run will take at the attempt's speed."""
-    times = {"elapsed": time.time() - latest.started_at}
-    if latest.step is not None and latest.tokens and latest.step >= latest.first_step:
+def _complete(run_dir: Path, known: dict[str, Any]) -> RunState:
+    with errors_naming(run_dir / "run.json"):
+        run = read_json(run_dir / "run.json")
+        elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
+        measured: dict[str, Any] = {key: run.get(key) for key in ("loss", "task", "vocabulary", "gradient_norm")}
+        known["cause"] = (reason := why_not(**measured)) and f"it did not learn: {reason}"
+        known |= vars(attempts.cost(attempts.read_made(run_dir, run), False))
+        known["redone_seconds"] = run["seconds"].get("lost", 0.0)
+        return RunState(run_dir.name, "complete", 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
+
+
+def _in_queue(queued: slurm.Queued, where: str) -> dict[str, Any]:
+    """Why and until when a job waits, or where it runs."""
+    if where not in ("queued", "held"):
+        return {"nodes": queued.nodes}
+    cause = _HELD.get(queued.reason or "", "held; `scontrol release JOB` lets it go") if where == "held" else None
+    return {"reason": queued.reason, "expected_start": queued.start} | ({"cause": cause} if cause else {})
+
+
+def _course(latest: reader.Progress | None, tokens: int, began: float) -> dict[str, Any]:
+    """How a running run gets on: seconds that this attempt has taken so far, and that the rest of the run will take at
+    the attempt's speed; and a cause where it may be stuck. `began` is when its job started, in unix seconds."""
+    now = time.time()
+    # The log may be that of an attempt before this job started.
+    started, logged = (max(began, latest.started_at), max(began, latest.updated_at)) if latest else (began, began)
+    course: dict[str, Any] = {"elapsed": now - started, "last_logged": latest and latest.updated_at}
+    if latest and latest.step is not None and latest.tokens and latest.step >= latest.first_step:
         seconds_per_step = (latest.updated_at - latest.started_at) / (latest.step - latest.first_step + 1)
         steps = latest.step * tokens / latest.tokens
-        times["eta"] = seconds_per_step * (steps - latest.step)
-    return times
+        course["eta"] = seconds_per_step * (steps - latest.step)
+    if (silent := now - logged) > max(SILENT_SECONDS, SILENT_SHARE * (now - started)):
+        stepped = latest and latest.step is not None and latest.step >= latest.first_step and latest.started_at >= began
+        said = "no step" if stepped else "no step yet, and nothing else logged,"
+        course["cause"] = f"{said} for {duration(silent)}: it may be stuck; `dynconv logs` may say why"
+    return course
 
 
 def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
+    """Why a run stands where it does. None also of runs that Slurm lost, whose cause the accounting may know."""
     if where == "failed":
         with errors_naming(run_dir / "failure.json"):
             failure = read_json(run_dir / "failure.json")
@@ -161,59 +247,19 @@ def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
         if job["job_id"] is None:
             return "sbatch has not answered; `dynconv submit` finds out whether Slurm has the job"
         if job["owner"] != os.getuid():
-            return f"job {job['job_id']} of user {_user(job['owner'])} is not shown here; ask there"
+            return f"job {job['job_id']} of user {causes.user(job['owner'])} is not shown here; ask there"
         return "squeue does not answer"
-    if where == "lost" and job is not None:
-        return _last_line(Path(job["log"])) if job["log"] else "its process ended"
+    if where == "suspended":
+        return "suspended by Slurm; it goes on when that lets it"
+    if where == "lost" and job is not None and job["executor"] != "slurm":
+        said = causes.cause_in_log(Path(job["log"])) if job["log"] else None
+        return said or "its process ended without a word"
     return None
 
 
-def _user(number: int) -> str:
-    """The name of a user, or the number where it has none on this machine."""
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
-
-
-def _last_line(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 4096))
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
-        lines = []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "its process ended without a word")
-
-
-def _explained(state: RunState, ended: Mapping[str, str]) -> RunState:
-    """A run that Slurm lost, with what the accounting says of its end."""
-    end = ended.get(str(state.job_id))
-    if end is None or end.startswith(("RUNNING", "PENDING", "REQUEUED")):  # unknown, or not up to date
-        return replace(state, cause="it left the queue without a result")
-    where = "cancelled" if end.startswith("CANCELLED") else "lost"  # by scancel, past `dynconv cancel`
-    return replace(state, state=where, cause=f"Slurm says {end}")
-
-
-HEADINGS = ("run", "state", "done", "loss", "attempts", "elapsed", "to go", "job")
-
-
-def render(states: Sequence[RunState]) -> str:
-    """The rows as a table for people, what went wrong below it, and a count of each state."""
-    cells = [
-        (
-            state.run_id,
-            state.state,
-            f"{state.progress:.0%}",
-            "" if state.loss is None else f"{state.loss:.4f}",
-            str(state.attempts or ""),
-            duration(state.elapsed),
-            duration(state.eta),
-            state.job_id or "",
-        )
-        for state in states
-    ]
-    causes = [f"{state.run_id} {state.state}: {state.cause}" for state in states if state.cause]
-    counts = Counter(state.state for state in states)
-    summary = f"{len(states)} runs: " + ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
-    return "\n".join([align(HEADINGS, cells), "", *causes, summary])
+def _explained(state: RunState, starts: list[slurm.Ended]) -> RunState:
+    """A run that Slurm lost, with what the accounting and its output say of its end."""
+    ended = starts[-1] if starts else None
+    # by scancel, past `dynconv cancel`
+    where = "cancelled" if ended is not None and ended.state.startswith("CANCELLED") else "lost"
+    return replace(state, state=where, cause=causes.cause_of(ended, Path(state.log) if state.log else None))

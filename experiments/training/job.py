@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import submitit
 
-from analysis.logs.files import read_json
 from experiments.design.config import Execution
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
@@ -36,18 +35,6 @@ def this_place() -> Place:
         return Place()
     job = submitit.JobEnvironment()
     return Place(job.global_rank, job.num_tasks, job.local_rank, job.job_id, tuple(job.hostnames))
-
-
-def other_job(run_dir: Path, place: Place) -> str | None:
-    """The id of the job that the run was given to, where job.json names another than this one.
-
-    None as well where job.json is missing or unreadable: a job may begin before its launcher has noted it.
-    """
-    try:
-        named = str(read_json(run_dir / "job.json").get("job_id"))
-    except ValueError:
-        return None
-    return None if named in (place.job, str(os.getpid())) else named
 
 
 @contextmanager

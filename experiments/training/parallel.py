@@ -6,6 +6,7 @@ layer at a time, in bfloat16 on a GPU (torch.distributed.fsdp.fully_shard; ZeRO 
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -16,6 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynconv.layers import optimizer_groups
+
+_PEER_LOST = re.compile(
+    r"gloo/transport/|closed by peer|reset by peer|Timed out waiting|"  # gloo
+    r"ncclRemoteError|ncclSystemError|communicator was aborted|collective operation timeout",  # NCCL
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,22 @@ class World:
         """Scale the gradients, whose total norm is `norm`, so that it becomes at most `most`."""
         for alike in _apart(parameters) if self.sharded else (parameters,):
             nn.utils.clip_grads_with_norm_(alike, most, norm)
+
+
+class PeersMissing(RuntimeError):
+    """The other processes of the job were not found."""
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the job is gone or does not answer.
+
+    That process has the cause, if there is one: it may have failed, been killed, or been on a node that went down.
+    gloo raises a plain RuntimeError, NCCL a DistBackendError also for errors of this process's own GPU.
+    """
+    if isinstance(error, PeersMissing | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    raised_by_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
+    return raised_by_torch and _PEER_LOST.search(str(error)) is not None
 
 
 def is_sharded(tensor: Tensor) -> bool:

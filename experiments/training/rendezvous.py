@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from analysis.logs.files import read_json, write_json
+from experiments.training.parallel import PeersMissing
 
 LOOPBACK = "127.0.0.1"
 MINUTES = 10.0  # to wait for the other processes of a job; those of several nodes may start minutes apart
@@ -30,7 +31,8 @@ def process_group(device: torch.device, file: Path, rank: int, size: int, hosts:
 
     `file` is where rank 0 publishes the address; its name must be new for every attempt. `hosts` are the job's nodes;
     if there is only one, nothing listens beyond its loopback interface. Raises ValueError if torch lacks the backend,
-    and TimeoutError if the processes do not meet.
+    and PeersMissing, or an error of
+    torch.distributed, if the processes do not meet.
     """
     cuda = device.type == "cuda"
     backend, available = ("nccl", dist.is_nccl_available()) if cuda else ("gloo", dist.is_gloo_available())
@@ -79,7 +81,7 @@ def _find_store(file: Path, size: int) -> Any:
     deadline = time.monotonic() + 60 * MINUTES
     while not file.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank 0 has not published its address in {file} after {MINUTES:g} min; retry")
+            raise PeersMissing(f"rank 0 has not published its address in {file} after {MINUTES:g} min; retry")
         time.sleep(_POLL_SECONDS)
     published = read_json(file)
     return dist.TCPStore(published["address"], published["port"], size, timeout=_TIMEOUT)  # type: ignore[attr-defined]

@@ -8,26 +8,29 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import signal
+import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from submitit.helpers import DelayedSubmission
 
+from analysis.errors import first_line
 from analysis.logs.files import read_json, write_atomically
-from analysis.logs.ownership import FolderHeld, Hold, held
-from analysis.logs.reader import progress
+from analysis.logs.provenance import count_attempts, last_interruption
+from analysis.logs.reader import progress, read_attempts
 from analysis.logs.writer import RunLog, next_attempt, record_failure
+from experiments import source
 from experiments.design.config import RunConfig
-from experiments.training.job import joined, other_job, this_place
+from experiments.training.folder import FolderTaken, RunFolder
+from experiments.training.job import Place, joined, this_place
+from experiments.training.presence import sharing
 from experiments.training.record import data_sha256, read_record
+from experiments.training.stopping import PREEMPTED, STOPPED, Preempted, StopSignal
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     from experiments.training.parallel import World
@@ -35,23 +38,24 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this 
 
 
 SHOWN = ("loss", "accuracy")  # the metrics that an evaluation prints; the log has all
-# How long a job waits for another that still has the run's directory: that one stops when it sees that job.json no
-# longer names it, at its next step or, if it evaluates, at the next batch.
-PATIENCE_SECONDS = 300.0
-CHECK_SECONDS = 1.0  # between two looks at whether the directory is still this job's
-SHARING_VARIABLE = "DYNCONV_SHARING"  # The launcher sets it to the number of runs on this device; empty: unknown.
+CAUSE_SECONDS = 5.0  # for another process of the job to record why it failed
+LEAVE_SECONDS = 20.0  # for rank 0 to have the job started again, before the end of another process ends it
+# Slurm's jobs have it: the number of runs on their device; empty: unknown. On this machine runs are counted.
+SHARING_VARIABLE = "DYNCONV_SHARING"
 
 
 class RunFailed(RuntimeError):
     """The run failed; failure.json in its directory says at which step and why."""
 
 
-class FolderTaken(RuntimeError):
-    """The run's directory was removed, or given to another job: nothing more is written there."""
+class AttemptsSpent(RuntimeError):
+    """The run was started as often as it may be, and is not at its end."""
 
 
 class Run:
     """A callable that starts or resumes the run in `run_dir` and returns when the run has ended or must stop."""
+
+    why_stopped = STOPPED
 
     def __init__(self, run_dir: Path | str) -> None:
         self.run_dir = Path(run_dir)
@@ -61,140 +65,153 @@ class Run:
         called_at = time.time()
         if (self.run_dir / "run.json").exists() or (self.run_dir / "cancelled").exists():
             return
-        attempt = _Attempt(self.run_dir, called_at)
-        with attempt.own():
-            try:
-                finished = attempt.execute()
-            except FolderTaken:
-                raise
-            except Exception as error:  # Any error ends the run: it is only tried again when a person says so.
-                raise RunFailed(f"{self.run_dir.name}: {attempt.fail(error)}") from error
+        stop = StopSignal()
+        try:
+            stop.starting()
+            attempt = _Attempt(self.run_dir, called_at, stop)
+            finished = attempt.run()
+            self.why_stopped = attempt.left or self.why_stopped
+        except Preempted:
+            finished = False
         if not finished:
-            attempt.stop.act()
+            stop.act()
 
     def checkpoint(self) -> DelayedSubmission | None:
         """Called by submitit after the state was saved: what to submit again, or None if the run was cancelled."""
         return None if (self.run_dir / "cancelled").exists() else DelayedSubmission(Run(self.run_dir))
 
 
-class StopSignal:
-    """Records that the scheduler sent its signal, so that the training loop can stop between two steps.
-
-    submitit's own handler would requeue the job at once, in the middle of a step. It is replaced here, and called by
-    `act` after the state was saved.
-    """
-
-    def __init__(self) -> None:
-        self.raised = False
-        self._signal = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
-        handler = signal.getsignal(self._signal)
-        self._handler = handler if callable(handler) else None
-        if self._handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(self._signal, self._note)
-
-    def _note(self, _signum: int, _frame: FrameType | None) -> None:
-        self.raised = True
-
-    def act(self) -> None:
-        """Call submitit's handler, which requeues the job and ends the process of rank 0."""
-        assert self._handler is not None, "act is only called after the signal was received"
-        self._handler(self._signal, None)
-
-
 class _Attempt:
     """One process in one attempt at a run. Only rank 0 writes the log; all processes write the checkpoints."""
 
-    def __init__(self, run_dir: Path, called_at: float) -> None:
-        self._run_dir, self._called_at = run_dir, called_at
-        self.stop = StopSignal()
+    def __init__(self, run_dir: Path, called_at: float, stop: StopSignal) -> None:
+        self._run_dir, self._called_at, self._stop = run_dir, called_at, stop
         self._place = this_place()
         self._number = next_attempt(run_dir)
         self._log: RunLog | None = None
         self._step = self._micro_batch = 0
         self._saved_at = time.monotonic()
-        self._hold: Hold | None = None
-        self._checked_at = 0.0
+        self._folder = RunFolder(run_dir, self._place)
+        self.left: str | None = None  # why this process left the job before the run was at its end
 
-    @contextmanager
-    def own(self) -> Iterator[None]:
-        """Own the run's directory: the logs of two jobs that train the same run would be interleaved.
-
-        Raises RunFailed, and leaves the directory alone, if another process has it, or if job.json names another job.
-        """
+    def run(self) -> bool:
+        """Train to the end. False if the job has to be started again. Raises RunFailed."""
         try:
-            self._require_owner()
-            with contextlib.ExitStack() as stack:
-                if self._place.rank == 0:
-                    noted = (self._run_dir / "job.json").exists()  # then the other job knows that it has to stop
-                    self._hold = stack.enter_context(
-                        held(self._run_dir, patience=PATIENCE_SECONDS if noted else 0.0, waiting=self._tell)
-                    )
-                    self._require_owner()  # it may have taken long
-                    self._number = next_attempt(self._run_dir)
-                yield
-        except FolderHeld:
-            raise RunFailed(f"{self._run_dir.name}: another process has this run; wait for it to end") from None
+            with self._folder.owned():
+                self._number = next_attempt(self._run_dir)  # another job may have had the run until now
+                try:
+                    return self._execute_or_fail()
+                except Preempted:
+                    self._interrupted(PREEMPTED, preempted=True)
+                    raise
         except FolderTaken as error:
             raise RunFailed(str(error)) from None
 
-    def _tell(self) -> None:
-        print(f"{self._run_dir.name}: waiting for another job, which still has it", file=sys.stderr, flush=True)
+    def _execute_or_fail(self) -> bool:
+        try:
+            return self._execute()
+        except FolderTaken:
+            raise
+        except Exception as error:  # Any error ends the run: it is only tried again when a person says so.
+            if self._place.size > 1 and _lost_peer(error):
+                return self._leave(error)
+            raise RunFailed(f"{self._run_dir.name}: {self._fail(error)}") from error
 
-    def _require_owner(self) -> None:
-        """Raises FolderTaken if the directory is no longer this job's."""
-        if self._hold is not None and self._hold.lost():
-            raise FolderTaken(
-                f"{self._run_dir} was removed while this run trained, and another job may have it now; this one stops "
-                "and leaves it alone"
-            )
-        if (other := other_job(self._run_dir, self._place)) is not None:
-            raise FolderTaken(f"{self._run_dir} was given to job {other}; this one stops and leaves it to that")
+    def _require_folder(self, world: "World") -> None:
+        """Raises FolderTaken in all processes if the directory is no longer this job's.
 
-    def _require_owner_by_all(self, world: "World") -> None:
-        """As `_require_owner`, in all processes: one that went on would fail for want of the others."""
+        One that went on would fail for want of the others, and write failure.json into what is another job's folder.
+        """
         taken: FolderTaken | None = None
         if world.rank == 0:
-            self._checked_at = time.monotonic()
             try:
-                self._require_owner()
+                self._folder.require()
             except FolderTaken as error:
                 taken = error
         if world.any(taken is not None):
             raise taken or FolderTaken(f"{self._run_dir} was removed while this run trained, or given to another job")
 
-    def _may_be_taken(self) -> bool:
-        """Whether it is time to look again, and the directory is not this job's any more."""
-        if self._place.rank > 0 or time.monotonic() - self._checked_at < CHECK_SECONDS:
+    def _folder_taken(self) -> bool:
+        """Once in a while: whether the directory is no longer this job's. Counts the runs on the device, too."""
+        if not self._folder.look_again():
             return False
-        self._checked_at = time.monotonic()
-        with contextlib.suppress(FolderTaken):
-            self._require_owner()
-            return False
-        return True
+        self._count_runs()
+        return self._folder.taken()
 
-    def execute(self) -> bool:
+    def _count_runs(self) -> None:
+        """Note how many runs share the device now."""
+        if self._log is not None:
+            self._log.sharing(_sharing(self._place))
+
+    def _execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
         import torch
 
         if self._place.size == 1:
             self._remove_failure()
         config, run, self._execution = read_record(self._run_dir)
-        with joined(self._run_dir, self._execution, self._place) as world:
+        with joined(self._run_dir, self._execution, self._place) as world, self._failures_recorded():
             self._number = world.gather(self._number)[0]
             if world.any((self._run_dir / "run.json").exists()):  # by a job that was waited for
                 return True
-            if self._number > self._execution.max_attempts:
-                raise RuntimeError(
-                    f"started {self._number - 1} times already; max_attempts = {self._execution.max_attempts} is "
-                    "allowed; raise it in the profile, then retry"
-                )
             if world.rank == 0 and world.size > 1:
                 self._remove_failure()
-            world.wait_for_all()  # A process that fails from here on writes failure.json, which must not be deleted.
+            # Waits for all: one that fails from here on writes failure.json, which must not be deleted.
+            self._require_attempts_left(world)
             with contextlib.suppress(torch.OutOfMemoryError):
                 return self._work(config, run, world)
             # Here the trainer, which the error's traceback held, is gone, and its memory is free for a smaller one.
             raise self._does_not_fit(config, run, world)
+
+    @contextmanager
+    def _failures_recorded(self) -> Iterator[None]:
+        """Record the cause of a failure before this process leaves the others, which fail for want of it then."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, FolderTaken) and not (self._place.size > 1 and _lost_peer(error)):
+                self._fail(error)
+            raise
+
+    def _require_attempts_left(self, world: "World") -> None:
+        """Raises AttemptsSpent, in all processes, if the run was started too often."""
+        attempts, _ = read_attempts(self._run_dir)
+        counted, last = world.gather((count_attempts(attempts.values()), last_interruption(attempts)))[0]
+        if counted >= self._execution.max_attempts:
+            raise AttemptsSpent(
+                f"started {counted} times already{f' (the last time {last})' if last else ''}; max_attempts = "
+                f"{self._execution.max_attempts} is allowed; raise it in the profile, then retry"
+            )
+
+    def _leave(self, error: Exception) -> bool:
+        """Leave a job that has lost another process, for which the run has not failed: False, to be started again.
+
+        Raises RunFailed where that process recorded why it failed, and, once rank 0 has had the time to have the job
+        started again, in the others.
+        """
+        end = time.monotonic() + CAUSE_SECONDS
+        while time.monotonic() < end:
+            # Not `exists`, which a client of NFS may answer from its cache.
+            if any(path.name == "failure.json" for path in self._run_dir.iterdir()):
+                failure = read_json(self._run_dir / "failure.json")
+                if failure["attempt"] >= self._number:
+                    raise RunFailed(f"{self._run_dir.name}: another process of the job failed: {failure['cause']}")
+            time.sleep(0.1)
+        self.left = f"another process of the job is gone ({first_line(error).partition('. ')[0]})"
+        print(f"{self._run_dir.name}: {self.left}", file=sys.stderr, flush=True)
+        self._interrupted(self.left, preempted=False)
+        if self._place.rank == 0 and self._stop.has_scheduler:
+            return False
+        end = time.monotonic() + LEAVE_SECONDS
+        while self._place.rank > 0 and time.monotonic() < end and not self._stop.received:
+            time.sleep(0.1)
+        raise RunFailed(f"{self._run_dir.name}: {self.left}")
+
+    def _interrupted(self, cause: str, *, preempted: bool) -> None:
+        """Note in the log why this attempt ends before the run does."""
+        if self._log is not None:
+            with contextlib.suppress(OSError, FolderTaken):
+                self._log.interrupt(cause, preempted=preempted)
 
     def _work(self, config: dict[str, Any], run: RunConfig, world: "World") -> bool:
         """`execute`, once the processes have joined. The trainer is dropped before they part."""
@@ -242,9 +259,13 @@ class _Attempt:
         """
         (self._run_dir / "failure.json").unlink(missing_ok=True)
 
-    def fail(self, error: Exception) -> str:
-        """Record the cause and return it. If it cannot be written, as on a full disk, it is still returned."""
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    def _fail(self, error: Exception) -> str:
+        """Record the cause and return it. If it cannot be written, as on a full disk, it is still returned.
+
+        Raises FolderTaken, and records nothing, if the directory is another job's.
+        """
+        self._folder.require()
+        cause = f"{type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(OSError):
             if self._log is not None:
                 self._log.fail(self._step, cause)
@@ -274,15 +295,16 @@ class _Attempt:
             checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
-            about = _provenance(world, self._place.job, config["code_commit"])
+            about = _provenance(world, self._place, config["code_commit"])
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(
                 self._run_dir,
                 attempt=self._number,
                 first_step=self._step,
                 about=about,
-                require_owner=self._require_owner,
+                require_owner=self._folder.require,
             )
+            print(f"attempt {self._number}, from step {self._step}", flush=True)
             self._log.add_seconds("queue", max(0.0, self._called_at - waiting_since))
             self._log.add_seconds("startup", time.time() - self._called_at)
         if world.device.type == "cuda":
@@ -297,12 +319,14 @@ class _Attempt:
         from experiments.training import checkpoints
 
         def stopping() -> bool:
-            return world.any(self.stop.raised or self._may_be_taken())
+            return world.any(self._stop.received or self._folder_taken())
 
+        self._stop.started()
         while trainer.evaluation_due or not trainer.finished:
             if stopping():
                 self._save(trainer)
-                if world.any(self.stop.raised):
+                if world.any(self._stop.received):
+                    self._interrupted(PREEMPTED, preempted=True)
                     return False
             if trainer.evaluation_due:
                 evaluation = trainer.evaluate(stopping)
@@ -327,7 +351,7 @@ class _Attempt:
         """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
         from experiments.training import checkpoints
 
-        self._require_owner_by_all(trainer.world)
+        self._require_folder(trainer.world)
         start = time.monotonic()
         if self._log is not None:
             self._log.flush()
@@ -343,8 +367,9 @@ class _Attempt:
 
         from experiments.training import checkpoints
 
-        self._require_owner_by_all(trainer.world)
+        self._require_folder(trainer.world)
         weights = trainer.weights()
+        self._count_runs()
         if self._log is not None:
             write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
             self._log.finish({})
@@ -355,12 +380,24 @@ class _Attempt:
             self._log.add_seconds(clock, time.monotonic() - since)
 
 
-def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[str, Any]:
+def _lost_peer(error: Exception) -> bool:
+    from experiments.training.parallel import lost_peer
+
+    return lost_peer(error)
+
+
+def _sharing(place: Place) -> int | None:
+    """How many runs use this run's device now; None where it is not known."""
+    if (said := os.environ.get(SHARING_VARIABLE)) is not None:
+        return int(said) if said.isdigit() else None
+    return sharing(int(place.job) if place.job.isdigit() else os.getpid())
+
+
+def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[str, Any]:
     """The provenance of this attempt, for its log."""
     import torch
 
     cuda = world.device.type == "cuda"
-    sharing = os.environ.get(SHARING_VARIABLE, "")
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "gpus": world.size,
@@ -369,9 +406,11 @@ def _provenance(world: "World", job_id: str, code_commit: str | None) -> dict[st
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "job_id": job_id or None,
-        "code_commit": code_commit,
-        "sharing": int(sharing) if sharing.isdigit() else None,
+        "job_id": place.job or None,
+        "hosts": list(place.hosts) or [socket.gethostname()],
+        "code_commit": source.recorded_commit() or code_commit,  # of the copy that this process runs
+        "code_sha256": source.code_sha256(),
+        "sharing": _sharing(place),
     }
 
 

@@ -1,0 +1,179 @@
+"""Data built by jobs of Slurm: a step after the other (experiments/data/steps.py), on as many cores as it can use."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from analysis.errors import WorkFailed
+from analysis.logs.files import read_json, write_json
+from experiments.data import steps
+from experiments.data.build import build as build_here
+from experiments.design.data import DataConfig
+from experiments.launching import jobs, sbatch, slurm, snapshot
+from experiments.launching.locks import store_lock
+from experiments.launching.profile import DataJobs, Profile, Slurm
+
+POLL_SECONDS = 5.0
+JOBS = "jobs.json"
+
+
+def build(spec: DataConfig, profile: Profile, cache: Path, *, wait: bool = False) -> Path | None:
+    """The dataset of `spec`, if it is in the cache or was waited for; None while jobs build it, which are submitted
+    unless they are under way.
+
+    A build of which a job failed, or was killed, goes on where it was. Raises ValueError as `build` of data does, or if
+    Slurm does not answer; WorkFailed if the jobs that were waited for ended without the dataset.
+    """
+    if profile.slurm is None or spec.pretokenized is not None:
+        return build_here(spec, cache)
+    slurm.check(profile.slurm)
+    with store_lock(cache):
+        shared = steps.begin(spec, cache)
+        if isinstance(shared, Path):
+            return shared
+        if not _queued(shared):
+            _submit(shared, profile.slurm, profile.data)
+    submitted = _submitted(shared)
+    print(
+        f"data build: {shared.progress()}; jobs {', '.join(job['id'] for job in submitted)}, output in "
+        f"{submitted[0]['folder']}; the build's files are in {shared.folder}",
+        file=sys.stderr,
+    )
+    return _wait(spec, shared, cache) if wait else None
+
+
+def require_nothing_under_way(specs: Iterable[DataConfig], cache: Path) -> None:
+    """Raises ValueError if jobs of Slurm are building one of these datasets: this machine need not build it, too."""
+    for spec in specs:
+        if spec.pretokenized is None and (shared := steps.under_way(spec, cache)) and _queued(shared):
+            raise ValueError(
+                f"the data are being built by Slurm ({shared.progress()}; jobs "
+                f"{', '.join(job['id'] for job in _submitted(shared))}); wait for them with `dynconv data build SWEEP "
+                "--profile FILE --wait`, or cancel them"
+            )
+
+
+def _submitted(shared: steps.Shared) -> list[dict[str, Any]]:
+    """The jobs of the last submission: each one's step, id, number of workers and folder of output."""
+    path = shared.folder / JOBS
+    return list(read_json(path)["jobs"]) if path.exists() else []
+
+
+def _queued(shared: steps.Shared) -> bool:
+    """Whether a job of the last submission waits or runs. Raises ValueError if Slurm does not answer."""
+    submitted = _submitted(shared)
+    if not submitted:
+        return False
+    ids = [f"{job['id']}_{worker}" for job in submitted for worker in range(job["workers"])]
+    found = slurm.queue(ids, [(shared.folder / JOBS).stat().st_uid])
+    if found is None:
+        raise ValueError("Slurm does not say whether jobs build the data (squeue failed); try again when it answers")
+    return bool(found)
+
+
+def _may_be_queued(shared: steps.Shared) -> bool:
+    """Also if Slurm does not answer: whoever waits asks again."""
+    try:
+        return _queued(shared)
+    except ValueError as error:
+        print(f"data build: {error}", file=sys.stderr)
+        return True
+
+
+def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> None:
+    """Submit all steps, each to begin when the one before has ended well."""
+    sbatch.name_ignored_variables()
+    code, folder = snapshot.take(shared.cache), jobs.new_folder(shared.cache, "data")
+    steps.failure_of(shared.folder).unlink(missing_ok=True)
+    most = min(data.cores, slurm.max_array_size())
+    submitted: list[dict[str, Any]] = []
+    for step, pieces in shared.counts().items():
+        workers = min(pieces, most)
+        after = submitted[-1]["id"] if submitted else None
+        script = _script(shared, asked, data, step, workers, folder, code, after)
+        submitted.append({"step": step, "id": _sbatch(script), "workers": workers, "folder": str(folder)})
+        write_json(shared.folder / JOBS, {"jobs": submitted})
+
+
+def _script(
+    shared: steps.Shared,
+    asked: Slurm,
+    data: DataJobs,
+    step: str,
+    workers: int,
+    folder: Path,
+    code: Path,
+    after: str | None,
+) -> str:
+    """An array of `workers` jobs of one core each."""
+    options = {
+        "job-name": f"data-{step}",
+        "partition": data.partition or asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "constraint": asked.constraint,
+        "array": f"0-{workers - 1}",
+        "cpus-per-task": "1",
+        "time": str(max(1, round(60 * data.hours))),
+        "mem": None if data.memory_gb is None else f"{round(1024 * data.memory_gb)}M",
+        "output": str(folder / f"{step}-%a.out"),
+        "open-mode": "append",
+        "requeue": "",  # after a preemption or the failure of a node
+        "dependency": after and f"afterok:{after}",
+        "kill-on-invalid-dep": after and "yes",
+        **asked.options,
+    }
+    lines = [f"#SBATCH --{name}{'=' * bool(value)}{value}" for name, value in options.items() if value is not None]
+    command = f"-m experiments.data.steps {shlex.quote(str(shared.folder))} {step} $SLURM_ARRAY_TASK_ID {workers}"
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            *asked.setup,
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+            "export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1",
+            f"exec {asked.python or shlex.quote(sys.executable)} -u {command}",
+            "",
+        ]
+    )
+
+
+def _sbatch(script: str) -> str:
+    """The id of the array. Raises ValueError if it is refused; the steps before it may run, and harm nothing."""
+    done = subprocess.run(
+        ["sbatch", "--parsable"],
+        input=script,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=slurm.environment(),
+    )
+    accepted = re.search(r"^(\d+)(?:;.*)?$", done.stdout, re.MULTILINE)  # sites print notices, too
+    if done.returncode != 0 or accepted is None:
+        raise ValueError(f"sbatch refused: {slurm.one_line(done.stderr)}")
+    return accepted[1]
+
+
+def _wait(spec: DataConfig, shared: steps.Shared, cache: Path) -> Path:
+    said = ""
+    try:
+        while (shared.folder / steps.RECORD).exists() and _may_be_queued(shared):
+            if (now := shared.progress()) != said:
+                print(f"data build: {now}", file=sys.stderr)
+                said = now
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        print("\nthe jobs go on; the same command waits for them again", file=sys.stderr)
+        raise
+    if isinstance(found := steps.begin(spec, cache), Path):
+        return found
+    failure = steps.failure_of(shared.folder)
+    reason = failure.read_text() if failure.exists() else "its jobs ended without a word: killed, or out of time?"
+    raise WorkFailed(
+        f"building the data failed: {reason}; output in {_submitted(shared)[0]['folder']}; build again to go on"
+    )
