@@ -1,6 +1,7 @@
 """Dynamic short convolutions: causal depthwise convolutions in which each token computes its own filter."""
 
 from dynconv.ops import (
+    final_state,
     headwise_dynamic_convolution,
     headwise_dynamic_convolution_step,
     lowrank_dynamic_convolution,
@@ -10,6 +11,7 @@ from dynconv.ops import (
 )
 
 __all__ = [
+    "final_state",
     "headwise_dynamic_convolution",
     "headwise_dynamic_convolution_step",
     "lowrank_dynamic_convolution",

@@ -20,7 +20,7 @@ import triton.experimental
 
 import dynconv.ops
 
-_LAUNCHING = ("lowrank_mma", "fused_rotary_mma", "ring")
+_LAUNCHING = ("lowrank_mma", "fused_mma", "ring")
 _MODULES = ("gluon_pieces", "mma", "fused_pieces", "lowrank_mma_kernels", "ring_layouts", "ring_kernels", *_LAUNCHING)
 
 
@@ -244,7 +244,7 @@ def _jit(function: Any = None, **_: Any) -> Any:
 
 @contextmanager
 def interpreted() -> Iterator[Any]:
-    """The modules dynconv.ops.lowrank_mma, fused_rotary_mma and ring, whose kernels run in this process."""
+    """The modules dynconv.ops.lowrank_mma, fused_mma and ring, whose kernels run in this process."""
     gluon: Any = types.ModuleType("triton.experimental.gluon")
     gl: Any = _language()
     gluon.language, gluon.jit, gluon.constexpr_function = gl, _jit, lambda function: function

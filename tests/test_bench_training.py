@@ -23,7 +23,8 @@ from experiments.bench.training import render
 from experiments.bench.trials import DEFAULT_ARMS, Request, Trial, trials
 from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.cli.main import main
-from experiments.design.sweep import read_sweep
+from experiments.design.forecast import evaluated_tokens
+from experiments.design.sweep import load_sweep, read_sweep
 from experiments.models.decoder import Decoder
 from experiments.training.assembly import make_trainer
 from experiments.training.parallel import World
@@ -143,11 +144,14 @@ def test_plan_forecasts_by_what_was_measured(tmp_path: Path, capsys: pytest.Capt
     table([*rows, *(row | {"gpus": 2, "device": "Another"} for row in rows)]).to_parquet(path)
     assert main(["plan", sweep, "--throughput", str(path), "--json"]) == 0
     out = capsys.readouterr()
+    planned = {run.run_id: run for run in load_sweep(Path(sweep))}
     assert f"{path} has no throughput of static-qkv at 25k, " in out.err
     for row in json.loads(out.out):
         speed = {"transformer": 8 * 128 / 0.1, "lowrank-qkv": 8 * 128 / 0.2}.get(row["arm"])  # the faster batch
         if row["size"] == "25k" and speed is not None:
-            assert row["hours"] == pytest.approx(row["tokens"] / speed / 3600)
+            evaluated = evaluated_tokens(planned[row["run_id"]]) / 3  # a forward pass: a third of a step's work
+            assert row["hours"] == pytest.approx((row["tokens"] + evaluated) / speed / 3600)
+            assert (row["tokens_per_second"], row["forecast_from"]) == (speed, str(path))
             assert row["teraflops_per_second"] == pytest.approx(row["flops_exact"] / row["tokens"] * speed / 1e12)
         else:
             assert row["hours"] is None

@@ -4,12 +4,14 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,16 +174,23 @@ def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pyte
     """Of the paper's 100 billion tokens, from a file that takes no room on disk."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_300 * 10**9))
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(400 * 10**9)
     spec = specify(tmp_path, vocabulary=100_352, train_tokens=10**11, validation_tokens=10**7)
-    line = forecast(spec)
+    line = forecast(spec, tmp_path)
     assert line is not None
     # On 64 cores (400e9 / 100e6 + 100e9 / 0.86e6) / 64 s, and in one process (400e9 + 800e9) / 0.5e9 s
     assert "100B tokens of 400 GB of text, about 1.19 h on 64 cores (34.1 h on one)" in line
     assert "1,200 GB of disk meanwhile and 400 GB then" in line
+    assert "free: choose another place with DYNCONV_CACHE" not in line
     assert "too little" not in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_100 * 10**9))
+    assert f"; {tmp_path} has 1,100 GB free: choose another place with DYNCONV_CACHE" in str(forecast(spec, tmp_path))
     (tmp_path / "a.txt").write_text("a short text")
-    assert str(forecast(spec)).endswith("; that may be too little text")
-    assert forecast(specify(tmp_path)) is None
-    assert forecast(specify(tmp_path / "nowhere", train_tokens=10**11)) is None
+    assert str(forecast(spec, tmp_path)).endswith("; that may be too little text")
+    assert forecast(specify(tmp_path), tmp_path) is None
+    missing = specify(tmp_path / "nowhere", vocabulary=100_352, train_tokens=10**11, validation_tokens=10**7)
+    assert "100B tokens of 450 GB of text (not there yet; 4.5 bytes a token are assumed), about 1." in str(
+        forecast(missing, tmp_path)
+    )

@@ -48,6 +48,17 @@ def test_every_verb_explains_itself_with_examples(verb: str, capsys: pytest.Capt
     assert f"dynconv {verb}" in text.partition("examples:")[2]
 
 
+def test_the_runs_in_examples_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        text += capsys.readouterr().out
+    named = set(re.findall(r"[\w-]+-s\d+-[0-9a-f]{10}\b", text))
+    assert len(named) == 2
+    assert named <= {run.run_id for run in load_sweep(DEMO)}
+
+
 def test_plan_for_scripts_and_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEMO), "--profile", str(LOCAL), "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -58,14 +69,14 @@ def test_plan_for_scripts_and_for_people(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert all(row["run_id"] in text for row in rows)
     assert f"{len(rows)} runs" in text
-    assert re.search(r"forecast \S+ \S+ of one device at 0.03 TFLOP/s", text)
+    assert re.search(r"forecast \S+ \S+ of one device, by the profile's 0.03 TFLOP/s a device;", text)
 
 
 def test_no_forecast_without_a_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["plan", str(DEMO)]) == 0
-    words = "; for a forecast give --profile with teraflops_per_second, or --throughput; nothing was"
+    words = "; no forecast, since the speed is not known: measure it by --calibrate, or give --throughput, or a "
     assert words in capsys.readouterr().out
     assert main(["plan", str(DEMO), "--json"]) == 0
     text = capsys.readouterr().out
@@ -89,7 +100,7 @@ def test_plan_writes_nothing(tmp_path: Path) -> None:
 def test_a_forecast_that_lacks_some_speeds_says_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
     measured = ROOT / "results" / "measured" / "h200" / "training.parquet"  # of 1M alone
     assert main(["plan", str(DEMO.parent / "mini-scaling.toml"), "--throughput", str(measured)]) == 0
-    assert "no forecast: the speed of 107 of 132 runs is not known" in capsys.readouterr().out
+    assert "no forecast, since the speed of 107 of 132 runs is not known" in capsys.readouterr().out
 
 
 def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Models whose convolutions run in one kernel with RoPE: the same losses and gradients, but for rounding."""
+"""Models whose convolutions run in one kernel with their neighbours: the same but for rounding."""
 
 from collections.abc import Iterator
 
@@ -16,12 +16,13 @@ from experiments.parts.short_convolution import Convolution, LowRankConvolution,
 from experiments.parts.swiglu import SwiGLU
 
 QKV = ("q", "k", "v")
+ALL = (*QKV, "o", "gate", "up", "down")
 DEVICE = "cuda" if GPU else "cpu"
 
 
-def model_of(conv: Convolution, attention: Attention | None = None) -> Decoder:
+def model_of(conv: Convolution, attention: Attention | None = None, layers: int = 2) -> Decoder:
     attention = attention or Attention(heads=2, kv_heads=2)
-    model = Decoder(ModelConfig(2, 128, 97, mixer=attention, ffn=SwiGLU(hidden=48), conv=conv), seed=0)
+    model = Decoder(ModelConfig(layers, 128, 97, mixer=attention, ffn=SwiGLU(hidden=48), conv=conv), seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("conv.up"):  # zero at first, so that the generators would have no effect
@@ -40,18 +41,29 @@ def outcome(model: Decoder, dtype: torch.dtype | None, sequences: int = 2) -> di
     return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def gaps(conv: Convolution, dtype: torch.dtype | None = None, sequences: int = 2) -> dict[str, float]:
-    plain = outcome(model_of(conv), dtype, sequences)
-    fused = model_of(conv)
+def gaps(conv: Convolution, dtype: torch.dtype | None = None, sequences: int = 2, layers: int = 2) -> dict[str, float]:
+    plain = outcome(model_of(conv, layers=layers), dtype, sequences)
+    fused = model_of(conv, layers=layers)
     fused.fuse()
-    assert all(block.mixer.fused for block in fused.blocks)  # type: ignore[union-attr]
+    assert all(block.mixer.rotates_convolved for block in fused.blocks)  # type: ignore[union-attr]
+    adds = "o" in conv.sites
+    assert all(part.adds_stream == adds for block in fused.blocks for part in (block.mixer, block.ffn))  # type: ignore[union-attr]
     found = outcome(fused, dtype, sequences)
     return {name: relative_error(found[name], plain[name].double()) for name in plain}
 
 
-@pytest.mark.parametrize("static", [True, False])
-def test_a_fused_model_is_the_same_function(static: bool) -> None:
-    found = gaps(LowRankConvolution(QKV, rank=3, static_filter=static))
+@pytest.mark.parametrize(
+    "conv",
+    [
+        LowRankConvolution(QKV, rank=3),
+        LowRankConvolution(ALL, rank=3, static_filter=False),
+        LowRankConvolution(ALL, rank=3, generator_input="part"),  # o and down are not fused, and are added after it
+        LowRankConvolution((*QKV, "gate", "o", "down"), rank=2, residual=False),  # without up, gate is by itself
+    ],
+    ids=str,
+)
+def test_a_fused_model_is_the_same_function(conv: Convolution) -> None:
+    found = gaps(conv)
     assert all(gap < 1e-5 for gap in found.values()), found
 
 
@@ -63,18 +75,18 @@ def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     from gluon_interpreter import interpreted
 
-    from dynconv.ops import fused_rotary_operator
+    from dynconv.ops import fused_operator
 
     with interpreted() as modules:
         monkeypatch.setattr(functions, "_INTERPRET", True)
-        monkeypatch.setattr(fused_rotary_operator, "fused_rotary_mma", modules.fused_rotary_mma)
-        monkeypatch.setattr(fused_rotary_operator, "runs_gluon", lambda _: True)
+        monkeypatch.setattr(fused_operator, "fused_mma", modules.fused_mma)
+        monkeypatch.setattr(fused_operator, "runs_gluon", lambda _: True)
         yield
 
 
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_a_model_fused_by_the_kernels_differs_by_rounding() -> None:
-    found = gaps(LowRankConvolution(QKV, rank=3), torch.bfloat16, sequences=1)
+    found = gaps(LowRankConvolution(ALL, rank=3), torch.bfloat16, sequences=1, layers=1)
     assert found["logits"] < 0.01
     assert all(gap < 0.05 for gap in found.values()), found  # of gradients of few tokens in 16 bits
 
@@ -96,6 +108,6 @@ def test_only_what_fits_is_fused() -> None:
         model = model_of(conv, attention)
         model.fuse()
         mixers = [module for module in model.modules() if isinstance(module, AttentionModule)]
-        assert [mixer.fused for mixer in mixers] == [fused] * 2, conv
+        assert [mixer.rotates_convolved for mixer in mixers] == [fused] * 2, conv
         assert all(mixer.maps.in_one_product == isinstance(conv, NoConvolution) for mixer in mixers)
         assert outcome(model, None)["logits"].isfinite().all()

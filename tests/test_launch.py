@@ -21,7 +21,7 @@ from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.launching import jobs, local, sbatch, slurm, snapshot, states
+from experiments.launching import jobs, local, local_loop, progress, sbatch, slurm, snapshot, states
 from experiments.launching import submit as launch
 from experiments.launching.locks import signals_deferred, store_lock, termination_as_interrupt
 from experiments.launching.profile import Job, Profile, Slurm
@@ -153,6 +153,24 @@ def in_another_process(dataset: Dataset, tmp_path: Path) -> Callable[[list[RunCo
     return start
 
 
+def test_the_bar_counts_what_was_done_since_the_last_entry_of_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that took 30 s for its first fifth, and whose log is 6 s old, or older than it may be."""
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    logged = states.RunState("a", "running", progress=0.2, eta=120.0, elapsed=36.0, last_logged=994.0)
+    assert progress._share_now(logged) == pytest.approx(36 / 150)
+    late = replace(logged, last_logged=800.0, elapsed=230.0)
+    assert progress._share_now(late) == pytest.approx((30 + 10 + 2.3) / 150)
+    assert progress._share_now(replace(logged, eta=1.0)) == 1.0
+    assert progress._share_now(replace(logged, state="stopped")) == 0.2
+    assert progress._share_now(replace(logged, eta=None)) == 0.2
+
+
+def test_the_longest_runs_of_a_seed_are_started_first(tiny_run: RunConfig) -> None:
+    short = [replace(tiny_run, seed=seed) for seed in (0, 1)]
+    long = [replace(run, train=replace(run.train, tokens=2 * run.train.tokens)) for run in short]
+    assert local_loop.in_order([short[1], short[0], long[1], long[0]]) == [long[0], short[0], long[1], short[1]]
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_the_state_and_submit_goes_on(
     long_run: RunConfig, in_another_process: Callable, submit: Submit, tmp_path: Path
@@ -165,7 +183,7 @@ def test_ctrl_c_saves_the_state_and_submit_goes_on(
     assert launcher.wait(timeout=60) != 0
     assert "stopping 1 runs; their state is being saved" in (tmp_path / "stderr").read_text()
     stopped = state_of(store, long_run)
-    assert (stopped.state, stopped.cause) == ("lost", "stopped with its state saved; submit again to go on")
+    assert (stopped.state, stopped.cause) == ("stopped", "stopped with its state saved; submit again to go on")
     assert len(list((run_dir / "checkpoint").glob("step-*"))) == 1
     done = read_rows(run_dir, "steps").table["step"].to_pylist()
     assert done == list(range(1, len(done) + 1))

@@ -1,9 +1,9 @@
-"""The convolution of queries, keys and values with RoPE in one launch, against float64, by its kernels and composed.
+"""The low-rank convolution fused with its neighbours, against float64, by its kernels and composed of others.
 
 Without a GPU the kernels run in the stand-in of gluon_interpreter.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from convolutions import BOUND, DEVICE, GPU, Case, relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynconv.ops import functions, interleaved, lowrank_rotary_convolution
+from dynconv.ops import functions, interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
 from dynconv.ops.flops import forward as convolution_flops
 
 pytest.importorskip("triton")
@@ -25,12 +25,12 @@ def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     from gluon_interpreter import interpreted
 
-    from dynconv.ops import fused_rotary_operator
+    from dynconv.ops import fused_operator
 
     with interpreted() as modules:
         monkeypatch.setattr(functions, "_INTERPRET", True)
-        monkeypatch.setattr(fused_rotary_operator, "fused_rotary_mma", modules.fused_rotary_mma)
-        monkeypatch.setattr(fused_rotary_operator, "runs_gluon", lambda _: True)
+        monkeypatch.setattr(fused_operator, "fused_mma", modules.fused_mma)
+        monkeypatch.setattr(fused_operator, "runs_gluon", lambda _: True)
         # Memory that nothing wrote holds NaN.
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         torch.use_deterministic_algorithms(True)
@@ -40,14 +40,13 @@ def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-def inputs_of(case: Case, heads: int, padding: int) -> dict[str, Tensor]:
+def inputs_of(case: Case, padding: int) -> dict[str, Tensor]:
     """`joined`, U and the static filter, if there is one."""
     made = {name: value.detach() for name, value in case.inputs().items()}
     columns = torch.randn(case.batch, case.time, padding).to(made["x"])
     tensors = {"joined": torch.cat([made["x"], made["z"], columns], 2), "U": made["U"]}
     if case.static:
         tensors["static_w"] = made["static_w"]
-    assert case.channels % (3 * heads) == 0
     return {name: value.requires_grad_() for name, value in tensors.items()}
 
 
@@ -75,20 +74,35 @@ def errors(case: Case, heads: int, padding: int = 0, faster: float = 1.0, spoil:
 
     `faster` scales the frequencies, and `spoil` those that the oracle is given.
     """
-    tensors = inputs_of(case, heads, padding)
+    tensors = inputs_of(case, padding)
     frequencies = faster * frequencies_of(case.channels // (3 * heads))
     static = tensors.get("static_w")
     outputs = lowrank_rotary_convolution(tensors["joined"], tensors["U"], static, frequencies, heads, case.residual)
+    exact = exactly(tensors)
+    return compared(case, tensors, outputs, exact, oracle(case, exact, frequencies * spoil, heads), padding)
+
+
+def exactly(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().double().requires_grad_() for name, value in tensors.items()}
+
+
+def compared(
+    case: Case,
+    tensors: dict[str, Tensor],
+    outputs: Sequence[Tensor],
+    exact: dict[str, Tensor],
+    want: Sequence[Tensor],
+    padding: int,
+) -> dict[str, float]:
+    """The relative errors of outputs and of all gradients; that of `joined` whole, and of its x and z apart."""
     dys = [torch.randn_like(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(tensors.values()), dys)
-    exact = {name: value.detach().double().requires_grad_() for name, value in tensors.items()}
-    want = oracle(case, exact, frequencies * spoil, heads)
     expected = torch.autograd.grad(want, list(exact.values()), [dy.double() for dy in dys])
-    found = {name: relative_error(y, w) for name, y, w in zip("qkv", outputs, want, strict=True)}
+    found = {name: relative_error(y, w) for name, y, w in zip("qkv", outputs, want, strict=False)}
     for name, gradient, wanted in zip(tensors, gradients, expected, strict=True):
         assert gradient.dtype == tensors[name].dtype
         found[name] = relative_error(gradient, wanted)
-    widths = [case.channels, 3 * case.rank, padding]
+    widths = [case.channels, len(case.segments) * case.rank, padding]
     of_x, of_z, of_padding = gradients[0].split(widths, 2)
     wanted_x, wanted_z, _ = expected[0].split(widths, 2)
     assert not of_padding.any()
@@ -112,6 +126,46 @@ def test_the_kernels_agree_with_the_oracle(case: Case, heads: int, padding: int)
     assert all(value < BOUND[case.dtype] for value in found.values()), found
 
 
+def joined_errors(case: Case, padding: int, adds: bool) -> dict[str, float]:
+    """As `errors`, without RoPE, and with a tensor added to the one part if `adds`."""
+    tensors = inputs_of(case, padding)
+    if adds:
+        shape = (case.batch, case.time, case.channels)
+        tensors["added"] = torch.randn(shape, device=DEVICE).to(tensors["joined"].dtype).requires_grad_()
+    parts = len(case.segments)
+    options = {"parts": parts, "added": tensors.get("added")}
+    arguments = (tensors["joined"], tensors["U"], tensors.get("static_w"), case.segments[0], case.residual)
+    outputs = lowrank_joined_convolution(*arguments, **options)
+    exact = exactly(tensors)
+    z = exact["joined"][..., case.channels : case.channels + parts * case.rank]
+    y = case.oracle(exact | {"x": exact["joined"][..., : case.channels], "z": z})
+    want = [part + exact["added"] if adds else part for part in y.split(case.segments[0], 2)]
+    return compared(case, tensors, outputs, exact, want, padding)
+
+
+JOINED_CASES = [
+    (Case(batch=2, time=37, segments=(144,), rank=16), 0, True),  # a narrow last block of channels
+    (Case(batch=1, time=150, segments=(16,), rank=3, residual=False, dtype=torch.float16), 13, True),
+    (Case(batch=1, time=21, segments=(176,) * 2, rank=16), 32, False),  # the second part begins within a block of 128
+    (Case(batch=1, time=9, segments=(48,) * 3, rank=5, static=False, width=2), 1, False),
+]
+
+
+@pytest.mark.parametrize(("case", "padding", "adds"), JOINED_CASES, ids=str)
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_the_kernels_of_joined_parts_agree_with_the_oracle(case: Case, padding: int, adds: bool) -> None:
+    case = case if case.dtype == torch.float16 else Case(**(vars(case) | {"dtype": torch.bfloat16}))
+    found = joined_errors(case, padding, adds)
+    assert all(value < BOUND[case.dtype] for value in found.values()), found
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_joined_parts_composed_are_the_same_function(adds: bool) -> None:
+    case = Case(batch=2, time=13, segments=(24,) if adds else (24, 24), rank=20, dtype=torch.float32)
+    found = joined_errors(case, 3, adds)
+    assert all(value < 2e-6 for value in found.values()), found
+
+
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_angles_stay_exact_over_a_long_sequence() -> None:
     """The recurrence that gives the next angle starts after up to 300 turns, as at the end of 2,000 tokens."""
@@ -129,7 +183,7 @@ def test_the_bound_notices_a_slightly_wrong_angle() -> None:
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_views_gradients_of_other_strides_and_those_not_wanted() -> None:
     case, heads = Case(batch=2, time=20, segments=(128,) * 3, rank=16, dtype=torch.bfloat16), 2
-    tensors = inputs_of(case, heads, 16)
+    tensors = inputs_of(case, 16)
     frequencies = frequencies_of(64)
     arguments = (tensors["static_w"], frequencies, heads, True)
     wide = torch.cat([tensors["joined"].detach()] * 2, 2)
@@ -149,9 +203,11 @@ def test_views_gradients_of_other_strides_and_those_not_wanted() -> None:
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_the_operator_is_what_torch_wants() -> None:
     case, heads = Case(batch=1, time=9, segments=(128,) * 3, rank=3, dtype=torch.bfloat16), 2
-    tensors = inputs_of(case, heads, 7)
+    tensors = inputs_of(case, 7)
     arguments = (*tensors.values(), frequencies_of(64), heads, True)
-    torch.library.opcheck(torch.ops.dynconv.lowrank_rotary.default, arguments)
+    torch.library.opcheck(
+        torch.ops.dynconv.lowrank_joined.default, (*tensors.values(), frequencies_of(64), None, 128, 3, True)
+    )
     q, k, v = lowrank_rotary_convolution(*arguments)
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), tensors["U"], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -167,7 +223,7 @@ def test_composed_it_is_the_same_function(rank: int) -> None:
     found = errors(Case(batch=2, time=13, segments=(24,) * 3, rank=rank, dtype=torch.float32), 3, 5)
     assert all(value < 2e-6 for value in found.values()), found
     case = Case(batch=1, time=5, segments=(4,) * 3, rank=2, dtype=torch.float64)
-    tensors = inputs_of(case, 1, 1)
+    tensors = inputs_of(case, 1)
     frequencies = frequencies_of(4).double()
 
     def function(joined: Tensor, up: Tensor, static: Tensor) -> Any:
@@ -203,10 +259,17 @@ def test_bad_arguments_get_one_clear_line() -> None:
     joined, up, frequencies = torch.zeros(1, 4, 30), torch.zeros(2, 24), torch.zeros(2)
     for arguments, message in (
         ((joined[0], up, None, frequencies, 2), r"joined must be \[B, T, C\]; got \[4, 30\]"),
-        ((joined, up[:, :20], None, frequencies, 2), r"U must be \[R, W\*3\*D\] with D = 8 .* got \[2, 20\]"),
-        ((joined[..., :29], up, None, frequencies, 2), r"at least 3 \* \(D \+ R\) = 30 columns; got 29"),
-        ((joined, up, torch.zeros(2, 24), frequencies, 2), r"static_w must be \[W, 3\*D\] = \[1, 24\]; got \[2, 24\]"),
+        (
+            (joined, up[:, :20], None, frequencies, 2),
+            r"U must be \[R, W\*P\*D\] with P = 3 parts of D = 8 .* got \[2, 20\]",
+        ),
+        ((joined[..., :29], up, None, frequencies, 2), r"at least P \* \(D \+ R\) = 30 columns; got 29"),
+        ((joined, up, torch.zeros(2, 24), frequencies, 2), r"static_w must be \[W, P\*D\] = \[1, 24\]; got \[2, 24\]"),
         ((joined, up, None, frequencies[None], 2), r"frequencies must be \[E/2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             lowrank_rotary_convolution(*arguments)
+    with pytest.raises(ValueError, match="added goes with one part; got 3 parts"):
+        lowrank_joined_convolution(joined, up, None, 8, parts=3, added=torch.zeros(1, 4, 8))
+    with pytest.raises(ValueError, match=r"added must be \[B, T, D\] = \[1, 4, 8\]; got \[1, 4, 9\]"):
+        lowrank_joined_convolution(joined, up[:, :8], None, 8, added=torch.zeros(1, 4, 9))

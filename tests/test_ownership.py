@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from test_run import expect_whole, losses, result, wait_for
@@ -21,7 +19,7 @@ from analysis.logs.files import read_json, write_json
 from analysis.logs.ownership import FolderHeld, held
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.launching import jobs, slurm, states
+from experiments.launching import jobs, sbatch, slurm, submissions, worker
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm
 from experiments.training.run import Run, RunFailed
@@ -238,17 +236,17 @@ def profile(monkeypatch: pytest.MonkeyPatch) -> Profile:
     """Slurm's, whose sbatch accepts everything and starts nothing, and whose queue knows the jobs that were noted."""
     accepted: list[str] = []
 
-    def accept(calls: list[Run], _: object) -> list[SimpleNamespace]:
-        number = f"{os.getpid()}{len(accepted)}"
-        accepted.append(number)
-        ids = [f"{number}_{index}" for index in range(len(calls))]
-        return [SimpleNamespace(job_id=job, paths=SimpleNamespace(stdout=Path(job))) for job in ids]
+    def accept(*_: object) -> str:
+        accepted.append(f"{os.getpid()}{len(accepted)}")
+        return accepted[-1]
 
     monkeypatch.setattr(slurm, "check", lambda _: None)
     monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda _: 2)
-    monkeypatch.setattr(slurm, "submit", accept)
+    monkeypatch.setattr(sbatch, "submit", accept)
     monkeypatch.setattr(slurm, "max_array_size", lambda: 10)
-    monkeypatch.setattr(slurm, "queue", lambda ids, _: dict.fromkeys(ids, "PENDING"))
+    monkeypatch.setattr(slurm, "limit_running", lambda *_: None)
+    monkeypatch.setattr(slurm, "queue", lambda ids, _: dict.fromkeys(filter(None, ids), "PENDING"))
+    monkeypatch.setattr(slurm, "find", lambda *_: None)  # as where there is no accounting
     return Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu"))
 
 
@@ -272,6 +270,14 @@ def test_two_submits_at_once_submit_each_run_once(
     assert sorted(submitted_runs) == sorted(run.run_id for run in runs)
 
 
+def job_of_array(folder: Path, array: str, index: int) -> None:
+    """What Slurm executes as one job of an array."""
+    os.environ.update(SLURM_ARRAY_JOB_ID=array, SLURM_ARRAY_TASK_ID=str(index), SUBMITIT_EXECUTOR="slurm")
+    os.environ.update(SLURM_JOB_ID=f"{array}{index}", SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0")
+    os.environ.update(SLURM_JOB_NUM_NODES="1", SLURM_NODEID="0", SLURM_JOB_NODELIST="here")
+    worker._Job(folder).execute()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("locks")
 def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
@@ -282,31 +288,23 @@ def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Slurm has two jobs of the second run then. Both start at once, and one of them trains it."""
+    """Slurm has the jobs of its array, and does not say so. When they are submitted again, all begin at once."""
     store = tmp_path / "store"
     runs = [replace(long_run, seed=9), long_run]
-    write_job = jobs.write_job
-
-    def killed(run_dir: Path, *arguments: object) -> None:
-        if run_dir.name == runs[1].run_id:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_job(run_dir, *arguments)  # type: ignore[arg-type]
-
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "write_job", killed)
+        patch.setattr(submissions, "accepted", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         submitter = started(submit_and_count, runs, profile, store, dataset.path.parent, tmp_path / "never")
         submitter.join(60)
     assert submitter.exitcode == -signal.SIGKILL
-    assert [state.state for state in states.read(store, [run.run_id for run in runs])] == ["queued", "pending"]
-    again = launch.submit(runs, profile, store, cache=dataset.path.parent)
-    assert again.submitted == [runs[1].run_id]
+    (first,) = (store / jobs.FOLDER).iterdir()
+    assert launch.submit(runs, profile, store, cache=dataset.path.parent).submitted == [run.run_id for run in runs]
+    (second,) = set((store / jobs.FOLDER).iterdir()) - {first}
+    array = read_json(store / runs[1].run_id / "job.json")["job_id"].partition("_")[0]
+    processes = [started(job_of_array, first, "999", 1), started(job_of_array, second, array, 1)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
     run_dir = store / runs[1].run_id
-    noted = read_json(run_dir / "job.json")["job_id"]
-    first, second = started(run_as, "999", run_dir), started(run_as, noted.partition("_")[0], run_dir)
-    note(run_dir, noted.partition("_")[0])
-    first.join(60)
-    second.join(60)
-    assert (first.exitcode, second.exitcode) == (3, 0)
     expect_whole(run_dir, reference)
     assert len(losses(run_dir)) == long_run.train.steps
-    assert json.loads((run_dir / "run.json").read_text())["attempts"] == 1
+    assert [attempt["job_id"] for attempt in result(run_dir)["attempts_made"]] == [f"{array}_1"]

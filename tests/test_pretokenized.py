@@ -256,8 +256,9 @@ def test_a_token_outside_the_vocabulary_is_refused(text: Dataset, tmp_path: Path
     [
         ({"source": "python"}, r'needs a source of .bin files; got "python"'),
         ({"tokenizer": None}, "needs the tokenizer that made the tokens.*; got none; set tokenizer"),
-        ({"separator": "\n"}, "takes tokens as they are; got separator or drop_near_copies; remove it"),
-        ({"drop_near_copies": True}, "takes tokens as they are; got separator or drop_near_copies; remove it"),
+        ({"separator": "\n"}, "takes tokens as they are; got separator, drop_near_copies or read_all = false"),
+        ({"read_all": False}, "takes tokens as they are; got separator, drop_near_copies or read_all = false"),
+        ({"drop_near_copies": True}, "takes tokens as they are; got separator, drop_near_copies or read_all = false"),
     ],
 )
 def test_settings_of_text_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -330,3 +330,17 @@ def test_a_report_that_cannot_be_written_is_refused(
 ) -> None:
     assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "no" / "r.html")]) == 2
     assert "give a file in a folder that exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arms", [{}, {"dyn": 1.5}], ids=["one arm", "two arms"])
+def test_one_size_is_drawn_and_claims_nothing(
+    arms: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_sweep(tmp_path / "sweep", arms, sizes=1, seeds=1)
+    assert main(["plot", str(store), "-o", str(tmp_path / "figures")]) == 0
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} >= {"loss-against-compute", "loss-against-tokens"}
+    assert "no multipliers: " in capsys.readouterr().err
+    assert main(["report", str(store), "-o", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "These runs allow no comparison of arms and no law yet; they are drawn below." in text
+    assert "no law of loss in compute: " in text

@@ -146,7 +146,7 @@ def test_a_job_that_logs_nothing_from_its_start_on_is_said_to_be_silent(in_slurm
     write_attempts(run_dir, attempt(1, 10, now - 9000, now - 8000))
     assert state_of(run_dir).cause is None
     run_dir = in_slurm(Queued("RUNNING", None, now - 600, "n1"), [])
-    assert str(state_of(run_dir).cause).startswith("no step for 10m0")
+    assert str(state_of(run_dir).cause).startswith("no step yet, and nothing else logged, for 10m0")
 
 
 def test_what_starting_again_cost(in_slurm: Callable[..., Path]) -> None:

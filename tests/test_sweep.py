@@ -483,7 +483,7 @@ def test_the_plan_names_the_trunk_of_branches_alone(tmp_path: Path) -> None:
     text = TEXT.replace("tokens_per_parameter = 20\n", "") + "[vary]\ntokens_per_parameter = [10, 20]\n"
     text += "[arm.mine.train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n"
     runs = [run for run in load_sweep(write(tmp_path, text)) if (run.size, run.seed) == ("25k", 0)]
-    rows = plan.rows(runs, {"25k": plan.Hardware()})
+    rows = plan.rows(runs, {"25k": 1})
     column = {row["run_id"]: plan._branch(row) for row in rows}
     trunk = next(run for run in runs if run.budget == TRUNK)
     of_branches = {run.run_id: trunk.run_id.rpartition("-")[2] for run in runs if run.trunk}
@@ -526,7 +526,7 @@ def test_the_plan_shows_where_a_run_stands_and_pays_for_a_trunk_once(tmp_path: P
     text += "[train]\nschedule = { kind = 'wsd', decay_fraction = 0.25 }\n"
     text += "[vary]\nclip_norm = [0.5, 2]\ntokens_per_parameter = [10, 20]\n"
     runs = load_sweep(write(tmp_path, text))
-    rows = plan.rows(runs, {size: plan.Hardware() for size in ("25k", "110k")})
+    rows = plan.rows(runs, {"25k": 1, "110k": 1})
     assert sum(row["flops_own"] for row in rows) < sum(row["flops_exact"] for row in rows if row["trunk"])
     heading, trunk, branch, *_ = plan.render(rows).splitlines()
     assert heading.split()[:5] == ["run", "clip_norm", "tokens_per_parameter", "branch", "of"]

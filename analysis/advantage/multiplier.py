@@ -9,7 +9,7 @@ largest compute in either case (changing.py). Coverage of intervals and levels o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from analysis.advantage.checks import (
 from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE, seed_noise_of
 from analysis.advantage.family import at_once
 from analysis.advantage.joint import aicc, wild_cluster_interval
+from analysis.advantage.mixtures import mixtures
 from analysis.advantage.paired import EXPONENTS, Local, ratio, trend
 from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
 from analysis.advantage.single import require_below, single_size
@@ -96,7 +97,8 @@ def multipliers(
                 answer = single_size(pairs, others, both, irreducible_losses)
             else:
                 answer = compare(pairs, others, irreducible_losses=irreducible_losses, resamples=resamples, seed=seed)
-            answer = _with_rates(replace(answer, notes=tuple(lines)), tuned)
+            answer = _with_warnings(replace(answer, notes=tuple(lines), rates=tuple(tuned)), remarks(tuned))
+            answer = _with_warnings(answer, mixtures(both, arm, baseline))
             found.append(with_unlearned(answer, failures))
         except ValueError as error:
             refused.append(f"{arm}: {refusal(error, (arm, baseline), failures)}")
@@ -126,10 +128,10 @@ def comparable(
     return rows, tuned, lines + notes(tuned)
 
 
-def _with_rates(item: Multiplier, tuned: Sequence[Tuned]) -> Multiplier:
-    """The multiplier with the tuning of both arms' learning rates added, and any warnings about it in the status."""
-    warnings = [remark for remark in (item.status, *remarks(tuned)) if remark != "ok"]
-    return replace(item, rates=tuple(tuned), status="; ".join(warnings) or "ok")
+def _with_warnings(item: Multiplier, warnings: Iterable[str]) -> Multiplier:
+    """The multiplier with warnings at the end of its status."""
+    every = [remark for remark in (item.status, *warnings) if remark != "ok"]
+    return replace(item, status="; ".join(every) or "ok")
 
 
 def compare(

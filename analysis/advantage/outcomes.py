@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.advantage.mixtures import mixtures
 from analysis.advantage.multiplier import comparable
 from analysis.advantage.pairs import usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
@@ -173,7 +174,7 @@ def _of_task(
         except ValueError as error:
             notes.append(f"no answer for {arm}: {error}")
             continue
-        notes += lines
+        notes += [*lines, *(f"{arm} and {baseline}: {remark}" for remark in mixtures(both, arm, baseline))]
         failed = unlearned(two, both, rate_column(both)) if tuned else unlearned(two)
         notes += uncounted(two, failed)
         failures |= failed

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch")
+PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch", "code_sha256")
+SEVERAL = " + "  # between the commits of a run that was trained by several
 # what determines the speed of a step
-HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "torch", "triton")
+HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "torch", "triton", "code_sha256")
 
 
 def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -15,11 +18,32 @@ def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     `clock` is "alone" (one kind of device, count and version, shared with no other run), "shared" (always with as many
     other runs), "mixed" (attempts of different kinds, or shared with others part of the time) or "unknown". Attempts
-    that took no step have no part in the train seconds, so they count only where no attempt took one.
+    that took no step have no part in the train seconds, so they count only where no attempt took one. Where they are of
+    several commits, `code_commit` names all of them with their shares of the steps.
     """
     trained = [attempt for attempt in attempts if attempt.get("step") is not None] or attempts
     found: dict[str, Any] = {key: _only([attempt.get(key) for attempt in trained]) for key in PROVENANCE}
-    return found | {"clock": _clock(trained)}
+    return found | {"clock": _clock(trained)} | _commits(trained)
+
+
+def _commits(attempts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The commits of attempts (in their order) with their shares of the steps, if there are several; else nothing."""
+    steps: dict[str, int] = {}
+    for attempt, following in itertools.zip_longest(attempts, attempts[1:]):
+        commit, first, last = (attempt.get(key) for key in ("code_commit", "first_step", "step"))
+        if commit is None or first is None or last is None:
+            return {}
+        kept = last if following is None else min(last, following["first_step"] - 1)  # what follows repeats the rest
+        steps[commit] = steps.get(commit, 0) + max(0, kept - first + 1)
+    total = sum(steps.values())
+    if len(steps) < 2 or not total:
+        return {}
+    return {"code_commit": SEVERAL.join(f"{commit} ({count / total:.0%})" for commit, count in steps.items())}
+
+
+def short_commits(text: str) -> str:
+    """The text with hashes cut to twelve digits."""
+    return re.sub(r"[0-9a-f]{13,}", lambda found: found[0][:12], text)
 
 
 def count_attempts(attempts: Iterable[Mapping[str, Any]]) -> int:

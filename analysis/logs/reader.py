@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +40,13 @@ def progress(run_dir: Path) -> Progress | None:
     return progress_of(attempt_records(run_dir))
 
 
-def attempt_records(run_dir: Path) -> list[dict[str, Any]]:
-    """What the attempts at an unfinished run wrote of themselves, in order. Raises ValueError if one is unreadable."""
-    return [
-        read_json(run_dir / f"attempt-{number:04d}.json") | {"attempt": number} for number in attempt_numbers(run_dir)
-    ]
+def attempt_records(run_dir: Path, files: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """What the attempts at an unfinished run wrote of themselves, in order. Raises ValueError if one is unreadable.
+
+    `files` are the names in the directory, where they are known already.
+    """
+    numbers = attempt_numbers(run_dir, files)
+    return [read_json(run_dir / f"attempt-{number:04d}.json") | {"attempt": number} for number in numbers]
 
 
 def progress_of(attempts: Sequence[Mapping[str, Any]]) -> Progress | None:
@@ -60,15 +64,30 @@ def progress_of(attempts: Sequence[Mapping[str, Any]]) -> Progress | None:
     )
 
 
-def status(run_dir: Path) -> str:
-    """The status of a run, from the files in its directory: "complete", "cancelled", "failed" or "unfinished"."""
+def list_files(run_dir: Path) -> frozenset[str]:
+    """The names in a run's directory; empty where there is none. One call, where each look at a single file is a call
+    to the server of a network file system."""
+    try:
+        with os.scandir(run_dir) as entries:
+            return frozenset(entry.name for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+
+
+def status(run_dir: Path, files: Collection[str] | None = None) -> str:
+    """The status of a run, from the files in its directory: "complete", "cancelled", "failed" or "unfinished".
+
+    `files` are the names in the directory, where they are known already.
+    """
+    files = list_files(run_dir) if files is None else files
     marks = {"run.json": "complete", "cancelled": "cancelled", "failure.json": "failed"}
-    return next((name for mark, name in marks.items() if (run_dir / mark).exists()), "unfinished")
+    return next((name for mark, name in marks.items() if mark in files), "unfinished")
 
 
-def attempt_numbers(run_dir: Path) -> list[int]:
-    names = [path.stem.removeprefix("attempt-") for path in run_dir.glob("attempt-*.json")]
-    return sorted(int(name) for name in names if name.isdigit())
+def attempt_numbers(run_dir: Path, files: Collection[str] | None = None) -> list[int]:
+    files = list_files(run_dir) if files is None else files
+    found = [re.fullmatch(r"attempt-(\d+)\.json", name) for name in files]
+    return sorted(int(match[1]) for match in found if match)
 
 
 def read_attempts(run_dir: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:

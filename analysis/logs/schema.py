@@ -56,6 +56,7 @@ RECORDED = {
     **IDENTITY,
     "vocabulary": "Int64",
     "code_commit": "string",
+    "code_sha256": "string",
     "data_sha256": "string",
     "tokenizer_sha256": "string",
 }
@@ -78,11 +79,13 @@ RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs
     "torch": "string",
     "clock": "string",
     "code_commit": "string",
+    "code_sha256": "string",
     "data_sha256": "string",
     "tokenizer_sha256": "string",
     "status": "string",
 }
-LATER_COLUMNS = ("vocabulary", "gradient_norm", "did_not_learn")  # which stores frozen before they existed lack
+OF_LEARNING = ("vocabulary", "gradient_norm", "did_not_learn")
+LATER_COLUMNS = (*OF_LEARNING, "code_sha256")  # which stores frozen before they existed lack
 
 CONVENTIONS = {  # a way to count training FLOPs -> its column of the run table
     "exact": "flops_exact",

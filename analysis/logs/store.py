@@ -19,7 +19,7 @@ from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
-from analysis.logs.schema import COLUMNS, LATER_COLUMNS, RUN_COLUMNS
+from analysis.logs.schema import COLUMNS, LATER_COLUMNS, OF_LEARNING, RUN_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,14 +158,14 @@ def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str
 
 
 def _read_frozen(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """A frozen run table, and which of the columns that it now would hold an older version froze it without."""
+    """A frozen run table, and which of the columns that say what did not learn an older version froze it without."""
     runs = _whole(path, lambda frozen: read_parquet(frozen).to_pandas())
     if schema1.is_frozen(runs):
         runs = schema1.upgrade_frozen(runs)
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]
     if needed := [name for name in missing if name not in LATER_COLUMNS]:
         raise ValueError(f"{path} lacks the columns {', '.join(needed)}; freeze the store again")
-    return run_types(runs), tuple(missing)
+    return run_types(runs), tuple(name for name in missing if name in OF_LEARNING)
 
 
 def _whole(path: Path, read: Callable[[Path], Any]) -> Any:

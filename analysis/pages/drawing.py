@@ -91,7 +91,9 @@ def fit_points(
 def answers(store: Store, baseline: str | None, convention: str | None) -> Answers:
     """Multipliers, the law of loss in compute as `dynconv fit` gives it, and isoFLOP optima.
 
-    Raises ValueError on data that support no claim, and where none of the three is possible.
+    Where none of the three is possible, as with one size of one arm, `notes` says why, and the runs can still be drawn.
+    Raises ValueError on data that support no claim, and for runs on several tasks, whose losses belong in no figure
+    together.
     """
     runs, _ = finished(store.runs.assign(arm=store.runs["arm"].fillna("all")))
     convention = choose_convention(runs, convention)
@@ -111,8 +113,8 @@ def answers(store: Store, baseline: str | None, convention: str | None) -> Answe
         else:
             answer.law = _law(store, answer)
         bar.update()
-    if not (found or answer.law or answer.optima):
-        raise ValueError("; ".join(notes))
+    if not (found or answer.law or answer.optima) and runs["task"].nunique() > 1:
+        raise ValueError("; ".join(answer.notes))
     return answer
 
 
@@ -167,7 +169,7 @@ def material(store: Store) -> Material:
 
 
 def draw(of: Material, answer: Answers) -> dict[str, Figure]:
-    """Every figure that the store has the data for, by name."""
+    """Every figure that the store has the data for, by name. Raises ValueError if there is none."""
     from analysis.pages import figures, isoflop_figures, metric_figures, run_figures
 
     done, law, found, base = of.done, answer.law, answer.found, answer.baseline
@@ -178,7 +180,7 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
     if law is not None:
         axes = (answer.convention, loss_label(done))
         todo["loss-against-compute"] = lambda: figures.loss_against_compute(law, found, *axes)
-    elif not answer.optima:
+    elif not answer.optima and _all_positive(done[column]):
         compute = f"training FLOPs ({answer.convention})"
         todo["loss-against-compute"] = lambda: run_figures.loss_against(done, column, compute, base)
     if local := [item for item in found if item.local]:
@@ -200,6 +202,8 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
         todo["loss-curves"] = lambda: run_figures.loss_curves(of.evals, done, base)
     if of.loads["run_id"].isin(done["run_id"]).any():
         todo["expert-load"] = lambda: expert_load(of.loads, done)
+    if not todo:
+        raise ValueError("; ".join(answer.notes) or "there is nothing to draw")
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
 
 

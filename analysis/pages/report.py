@@ -15,6 +15,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from analysis.logs.learning import unlearned
+from analysis.logs.provenance import short_commits
 from analysis.logs.schema import CONVENTIONS
 from analysis.pages.chart_style import document
 from analysis.pages.charts import charts
@@ -145,7 +146,8 @@ def _scaling(answer: Answers) -> str:
     if answer.optima:
         return "No law of the best size: too few budgets have an optimum that counts."
     law = answer.law
-    assert law is not None
+    if law is None:
+        return "These runs allow no comparison of arms and no law yet; they are drawn below."
     text = f"Loss falls towards {law.values['E']:.3f} as C^-{law.values['alpha']:.3f}"
     return f"{text}." if law.status == "ok" else f"{text}; the fit is not to be trusted as it stands: {law.status}."
 
@@ -320,7 +322,9 @@ def _runs(store: Store, flops: str) -> str:
     columns = ["run_id", "arm", "size", "seed", "parameters", "tokens", flops, "loss", "train_seconds", "status"]
     columns += ["did_not_learn", "device", "gpus", "code_commit"]
     shown = store.runs.sort_values(["arm", "parameters", "seed"], kind="stable")[columns]
-    shown = shown.assign(code_commit=shown["code_commit"].str.slice(0, 12)).dropna(axis="columns", how="all")
+    shown = shown.assign(code_commit=shown["code_commit"].map(short_commits, na_action="ignore")).dropna(
+        axis="columns", how="all"
+    )
     rows = [[None if is_missing(value) else short(value) for value in row] for row in shown.itertuples(index=False)]
     query = shlex.join(["dynconv", "query", *store.arguments, "select * from runs"])
     place = "STORE/RUN_ID/run.json" if store.run_dirs else store.path.name

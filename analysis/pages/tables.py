@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 FORMATS = ("md", "csv", "latex", "json")
 NONE = "-"  # how a number that does not exist is printed; CSV leaves it empty, JSON has null
 
+# Said below a law of several arms, whose m is another number than that of `dynconv table`
+M_OF_A_LAW = (
+    "m[arm] is that of this law, in which arms differ in amplitude alone; what an arm saves is answered by "
+    "`dynconv table`, whose m compares runs of the same size and seed in pairs"
+)
+
 Cell = str | None
 Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]
 
@@ -309,7 +315,8 @@ def fit_table(fit: Fit, form: str, excluded: Sequence[Excluded], notes: Sequence
     objective = f"objective: {fit.objective:.6g} over {len(fit.points.loss)} points"
     tests = ", ".join(f"{name} {p:.2g}" for name, p in (fit.misfit or {}).items())
     misfit = f"\np of no lack of fit: {tests}" if tests else ""
-    return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}{misfit}"
+    several = f"\n{M_OF_A_LAW}" if any(name.startswith("m[") for name in fit.values) else ""
+    return f"{text}\n\nstatus: {fit.status}\n{objective}\n{certificate}{misfit}{several}"
 
 
 def fit_cells(fit: Fit) -> Table:

@@ -1,6 +1,7 @@
 """The convolution functions. Each runs on the best implementation for its tensors' device."""
 
 from dynconv.ops.functions import (
+    final_state,
     headwise_dynamic_convolution,
     headwise_dynamic_convolution_step,
     lowrank_dynamic_convolution,
@@ -8,14 +9,16 @@ from dynconv.ops.functions import (
     static_convolution,
     static_convolution_step,
 )
-from dynconv.ops.fused_rotary import interleaved, lowrank_rotary_convolution
+from dynconv.ops.fused import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
 
 __all__ = [
+    "final_state",
     "headwise_dynamic_convolution",
     "headwise_dynamic_convolution_step",
     "interleaved",
     "lowrank_dynamic_convolution",
     "lowrank_dynamic_convolution_step",
+    "lowrank_joined_convolution",
     "lowrank_rotary_convolution",
     "static_convolution",
     "static_convolution_step",

@@ -35,9 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dynconv.ops import reference, sharded
+from dynconv.ops import documents, reference, sharded
 from dynconv.ops.checks import as_segments, check, check_floating, check_input, kind_of
-from dynconv.ops.documents import check_runs, final_state, find_documents, find_runs
 
 # Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the same variable.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -215,6 +214,26 @@ def lowrank_dynamic_convolution_step(
     return lowrank_dynamic_convolution(x, z, U, static_w, residual, segments=segments, **options)
 
 
+def final_state(
+    x: Tensor,  # [B, T, D]
+    width: int,  # W
+    *,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> Tensor:  # [N, W-1, D]
+    """The state that a function with these arguments returns for `return_final_state`, without the convolution."""
+    check_input(x)
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width must be a whole number of at least 1; got {width!r}; pass the number of taps")
+    sequences = x.shape[0]
+    if cu_seqlens is not None:
+        documents.find_documents(x, cu_seqlens)
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        check(initial_state, (sequences, width - 1, x.shape[2]), "initial_state", "[N, W-1, D]", x)
+    return _final_state(x, width, cu_seqlens, initial_state)
+
+
 def _run(
     x: Tensor,  # [B, T, D]
     filters: _Filters,
@@ -242,14 +261,14 @@ def _run(
     document = positions = None
     sequences = x.shape[0]
     if seq_idx is not None:
-        check_runs(x, seq_idx)
+        documents.check_runs(x, seq_idx)
         for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
             if given is not None:
                 raise ValueError(f"{name} must be None where seq_idx is given; got both; pass documents by cu_seqlens")
         if return_final_state:
             raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
     if cu_seqlens is not None:
-        document, positions = find_documents(x, cu_seqlens)  # [T], [T + 1]
+        document, positions = documents.find_documents(x, cu_seqlens)  # [T], [T + 1]
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])
@@ -277,7 +296,7 @@ def _run(
         y = _convolve_from_state(x, filters, document, positions, cu_seqlens, residual, silu, initial_state)
     if not return_final_state:
         return y
-    return y, final_state(x, filters.width, cu_seqlens, initial_state)
+    return y, _final_state(x, filters.width, cu_seqlens, initial_state)
 
 
 def _unfused(
@@ -312,6 +331,29 @@ def _unfused(
     return y if state is None else (y, state.to(x.dtype))
 
 
+def _final_state(
+    x: Tensor,  # [B, T, D]
+    width: int,
+    cu_seqlens: Tensor | None,  # [N + 1]
+    initial_state: Tensor | None,  # [N, W-1, D]
+) -> Tensor:  # [N, W-1, D]
+    """`documents.final_state`; of packed documents by a kernel where no gradient is asked for."""
+    tensors = (x, cu_seqlens, initial_state)
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if cu_seqlens is not None and not gradient and width > 1 and x.numel() and x.stride(2) == 1 and _runs_kernels(x):
+        from dynconv.ops import operator, states
+
+        if operator.launches_directly(tensors):
+            state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
+            return states.packed_states(x, cu_seqlens.contiguous(), state, width)
+    return documents.final_state(x, width, cu_seqlens, initial_state)
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether kernels can run on this tensor's device and dtype."""
+    return _HAS_TRITON and (x.is_cuda or (_INTERPRET and x.is_cpu)) and x.dtype in _KERNEL_DTYPES
+
+
 def _convolve(
     x: Tensor,  # [B, T, D]
     filters: _Filters,
@@ -319,9 +361,8 @@ def _convolve(
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    kernels = _HAS_TRITON and (x.is_cuda or (_INTERPRET and x.is_cpu)) and x.dtype in _KERNEL_DTYPES
     forward_mode = forward_ad._current_level >= 0  # only the reference supports forward-mode derivatives
-    if kernels and filters.width <= _MAX_WIDTH and not forward_mode:
+    if _runs_kernels(x) and filters.width <= _MAX_WIDTH and not forward_mode:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
 
@@ -341,7 +382,7 @@ def _convolve_runs(
     Padding is set to zero beforehand, because the kernels read it as a document of its own, and afterwards, so that
     its outputs' gradients affect nothing.
     """
-    inside, positions = find_runs(seq_idx)  # [B, T], [B*T + 1]
+    inside, positions = documents.find_runs(seq_idx)  # [B, T], [B*T + 1]
 
     def packed(tensor: Tensor) -> Tensor:  # [B, T, ...] -> [1, B*T, ...]
         return torch.where(inside.view(*inside.shape, *[1] * (tensor.dim() - 2)), tensor, 0.0).flatten(0, 1)[None]
@@ -395,7 +436,7 @@ def _convolve_from_state(
     first_filters = filters.select_tokens(first_tokens)
     from_state = reference.convolve(first_tokens(x), *first_filters[:3], None, filters.segments, residual, silu, state)
     y = _convolve(x, filters, positions, residual, silu)
-    place, documents = positions[:-1], len(from_state)
-    uses_state = (place < count) & (document < documents)  # padding belongs to no document
-    token_from_state = from_state[document.clamp(max=documents - 1), place.clamp(min=0, max=count - 1)]
+    place, sequences = positions[:-1], len(from_state)
+    uses_state = (place < count) & (document < sequences)  # padding belongs to no document
+    token_from_state = from_state[document.clamp(max=sequences - 1), place.clamp(min=0, max=count - 1)]
     return torch.where(uses_state[:, None], token_from_state, y)

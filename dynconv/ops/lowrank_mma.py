@@ -152,13 +152,13 @@ def forward(
         launch(
             kernels.forward_kernel,
             blocks * cut.batch * cut.chunks,
-            (x, generators, up, None if first else static_w, y, None, None, None, *cut.positions),
+            (x, generators, up, None if first else static_w, y, None, None, None, y if first else None, *cut.positions),
             (*cut.length, cut.time, channels, x.stride(0), generators.stride(0), cut.chunks, blocks, cut.run, first),
             {
                 "x_time": x.stride(1), "z_time": generators.stride(1), "y_time": channels, "SEGMENTS": segments,
                 "PAIRS": 0,
                 "ALL_RANKS": rank, "R": ranks, "W": width,
-                "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
+                "RESIDUAL": residual and first == 0, "SILU": silu,
                 "SLOTS": slots, "STAGES": stages, "WARPS": FORWARD_WARPS,
             },
             num_warps=FORWARD_WARPS,

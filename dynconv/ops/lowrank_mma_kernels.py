@@ -3,7 +3,10 @@
 Legend: B batch, T time, D channels, W taps, R rank (padded in z to a multiple of 16), G segments.
 
 A launch handles R of ALL_RANKS ranks, from first_rank on: at most 64 forward and 16 backward. Larger ranks take several
-launches; all but the first have ADD set, and add to the y or dx that the launches before them rounded to its dtype.
+launches; all but the first add to the y or dx that the launches before them rounded to its dtype. Forward, y is `added`
+then; this may also be any other tensor of its shape. Backward, ADD is set.
+If y_1 and y_2 are given, they are the results of segments 1 and 2, and y is that of segment 0 alone; so are dy_1, dy_2
+and dy. With `frequencies`, segments 0 and 1 are queries and keys, and RoPE rotates them.
 `positions` is a pointer to each token's index within its document, or the length that all documents have.
 
 The filters and sums stay in registers. A warp owns 16 channels and 16 rows. Row r, slot s stands for time r * RUN + s
@@ -37,7 +40,7 @@ from dynconv.ops.mma import (
     channel_of,
     copy_layout,
     copy_positions,
-    find_segment,
+    find_block,
     load_basis,
     load_before,
     load_generator,
@@ -80,11 +83,11 @@ def _of_segment(first, second, third, segment):
 
 @gluon.jit(do_not_specialize=["positions", "time", "chunks", "blocks", "RUN"])
 def forward_kernel(
-    x, z, up, static_w, y, keys, values, frequencies, positions,
+    x, z, up, static_w, y, y_1, y_2, frequencies, added, positions,
     time, channels, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     x_time: gl.constexpr, z_time: gl.constexpr, y_time: gl.constexpr, SEGMENTS: gl.constexpr, PAIRS: gl.constexpr,
     ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
-    RESIDUAL: gl.constexpr, SILU: gl.constexpr, ADD: gl.constexpr,
+    RESIDUAL: gl.constexpr, SILU: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = mma_layout(WARPS)
@@ -101,14 +104,14 @@ def forward_kernel(
     PLACES: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     PAIR: gl.constexpr = pair_layout(WARPS)
     dtype: gl.constexpr = x.dtype.element_ty
-    first = (gl.program_id(0) % blocks) * (16 * WARPS)
-    segment, begin = find_segment(first, SEGMENTS)
+    first, segment, begin, stop = find_block(gl.program_id(0) % blocks, SEGMENTS, 16 * WARPS)
     program = gl.program_id(0) // blocks
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
-    if frequencies is not None:  # the segments' results are tensors of their own
-        y = _of_segment(y, keys, values, segment) - begin
+    if y_1 is not None:  # the segments' results are tensors of their own
+        y = _of_segment(y, y_1, y_2, segment) - begin
+    if frequencies is not None:
         cosine, sine, step_cosine, step_sine = start_rotation(
             frequencies, first - begin, segment, start, RUN, PAIRS, WARPS, PAIR
         )
@@ -118,11 +121,11 @@ def forward_kernel(
 
     row = axis(16, 1, OWN) * RUN
     d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
-    d_ok = d < channels
+    d_ok = d < stop
     limit = time - start - row
     copy_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, COPY)), 1) * RUN
     copy_d = first + gl.expand_dims(gl.arange(0, 16 * WARPS, gl.SliceLayout(0, COPY)), 0)
-    copy_ok = copy_d < channels
+    copy_ok = copy_d < stop
     reads = end_of_documents(positions, time) - start
     copy_limit = reads - copy_row
     x_from = copy_row * x_time + copy_d
@@ -133,10 +136,15 @@ def forward_kernel(
     x_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, RANKS], Z_ROWS, dtype)
     place_ring = allocate_ring(SLOTS, [STAGES, 16], PLACES, gl.int32)
+    if added is not None:
+        added_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, added.dtype.element_ty)
+        added += (batch * time + start) * y_time + copy_row * y_time + copy_d
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         x_ok = (slot < copy_limit) & copy_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
+        if added is not None:
+            async_load(added_ring[slot % SLOTS].index(slot // SLOTS), added + slot * y_time, mask=x_ok)
         copy_positions(place_ring[slot % SLOTS].index(slot // SLOTS), positions, start, time, slot, RUN, RUN, WARPS)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
@@ -147,9 +155,8 @@ def forward_kernel(
     starts = load_starts(static_w, first, channels, W, WARPS, MMA)
 
     out = y + row * y_time + d
-    if ADD:
-        reach = gl.minimum(limit, RUN)
-        earlier = load_before(out, 0, y_time, 0, reach, d_ok, SLOTS)
+    if added is not None:
+        added_ahead = added + (STAGES - 1) * SLOTS * y_time
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
     for group in range(0, RUN, SLOTS):
@@ -161,14 +168,15 @@ def forward_kernel(
             async_load(x_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
             z_inside = (ahead + slot < z_limit) & (ahead < RUN)
             async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
+            if added is not None:
+                async_load(added_ring[slot].index(place), added_ahead + slot * y_time, mask=inside)
             copy_positions(place_ring[slot].index(place), positions, start, time, ahead + slot, RUN, RUN, WARPS)
         async_copy.commit_group()
+        if added is not None:
+            added_ahead += SLOTS * y_time
         x_ahead += SLOTS * x_time
         z_ahead += SLOTS * z_time
         place = group // SLOTS % STAGES
-        if ADD:  # load what is added a group ahead, to hide its latency
-            before = earlier
-            earlier = load_before(out, SLOTS, y_time, 0, reach - group, d_ok, SLOTS)
         for slot in gl.static_range(SLOTS):
             if positions is not None:
                 position = read_position(place_ring[slot].index(place), positions, start, row, limit, group + slot, OWN)
@@ -190,8 +198,8 @@ def forward_kernel(
                 result = result * sigmoid(result)
                 if RESIDUAL:
                     result += xs[W - 1].to(gl.float32)
-            if ADD:
-                result += before[slot].to(gl.float32)
+            if added is not None:
+                result += read_slot(added_ring[slot].index(place), WARPS, READ, OWN).to(gl.float32)
             if frequencies is not None:
                 result = rotate(result, cosine, sine, WARPS, PAIR, OWN)
                 cosine, sine = next_rotation(cosine, sine, step_cosine, step_sine)
@@ -202,7 +210,7 @@ def forward_kernel(
 
 @gluon.jit(do_not_specialize=["positions", "time", "tokens", "chunks", "blocks", "RUN"])
 def backward_kernel(
-    dy, dkeys, dvalues, x, z, up, static_w, frequencies, dx, dz, dup, dstatic, positions,
+    dy, dy_1, dy_2, x, z, up, static_w, frequencies, dx, dz, dup, dstatic, positions,
     time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     dy_time: gl.constexpr, x_time: gl.constexpr, z_time: gl.constexpr, dx_time: gl.constexpr, SEGMENTS: gl.constexpr,
     PAIRS: gl.constexpr, ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
@@ -223,14 +231,14 @@ def backward_kernel(
     PLACES: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     PAIR: gl.constexpr = pair_layout(WARPS)
     dtype: gl.constexpr = x.dtype.element_ty
-    first = (gl.program_id(0) % blocks) * (16 * WARPS)
-    segment, begin = find_segment(first, SEGMENTS)
+    first, segment, begin, stop = find_block(gl.program_id(0) % blocks, SEGMENTS, 16 * WARPS)
     program = gl.program_id(0) // blocks
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
+    if dy_1 is not None:
+        dy = _of_segment(dy, dy_1, dy_2, segment) - begin
     if frequencies is not None:
-        dy = _of_segment(dy, dkeys, dvalues, segment) - begin
         cosine, sine, step_cosine, step_sine = start_rotation(
             frequencies, first - begin, segment, start, RUN, PAIRS, WARPS, PAIR
         )
@@ -249,11 +257,11 @@ def backward_kernel(
 
     row = axis(16, 1, OWN) * RUN
     d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
-    d_ok = d < channels
+    d_ok = d < stop
     limit = time - start - row
     copy_row = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, COPY)), 1) * RUN
     copy_d = first + gl.expand_dims(gl.arange(0, 16 * WARPS, gl.SliceLayout(0, COPY)), 0)
-    copy_ok = copy_d < channels
+    copy_ok = copy_d < stop
     reads = end_of_documents(positions, time) - start
     copy_limit = reads - copy_row
     x_from = copy_row * x_time + copy_d
@@ -425,7 +433,7 @@ def backward_kernel(
     for tap in gl.static_range(W):
         if dup is not None:
             at = rank * (W * channels) + tap * channels + channel
-            gl.store(dup + at, up_sums[tap], mask=(rank < R) & (channel < channels))
+            gl.store(dup + at, up_sums[tap], mask=(rank < R) & (channel < stop))
         if dstatic is not None:
             at = (program.to(gl.int64) * W + tap) * channels + channel + zero * 0
-            gl.store(dstatic + at, static_sums[tap], mask=(zero == 0) & (channel < channels))
+            gl.store(dstatic + at, static_sums[tap], mask=(zero == 0) & (channel < stop))

@@ -199,13 +199,21 @@ def load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLOT
 
 
 @gluon.jit
-def find_segment(first, SEGMENTS: gl.constexpr):
-    """The segment that contains a program's first channel, and that segment's own first channel."""
+def find_block(block, SEGMENTS: gl.constexpr, SIZE: gl.constexpr):
+    """A block's first channel, and its segment: which one it is, its own first channel, and its end.
+
+    Each segment is divided into blocks of SIZE channels; its last one may be narrower.
+    """
+    first = block * SIZE
     segment = 0
     begin = 0
-    end = 0
+    end = SEGMENTS[0]
+    earlier = 0
     for index in gl.static_range(len(SEGMENTS) - 1):
-        end += SEGMENTS[index]
-        segment += (first >= end).to(gl.int32)
-        begin += (first >= end).to(gl.int32) * SEGMENTS[index]
-    return segment, begin
+        earlier += (SEGMENTS[index] + SIZE - 1) // SIZE
+        later = (block >= earlier).to(gl.int32)
+        first += later * (SEGMENTS[index] - (SEGMENTS[index] + SIZE - 1) // SIZE * SIZE)
+        segment += later
+        begin += later * SEGMENTS[index]
+        end += later * SEGMENTS[index + 1]
+    return first, segment, begin, end

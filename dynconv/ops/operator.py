@@ -224,7 +224,7 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
         # Grad mode is on in a backward pass with create_graph=True, after which second derivatives may be requested.
-        if torch.is_grad_enabled() or _dispatch_is_observed():
+        if torch.is_grad_enabled() or dispatch_is_observed():
             made = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
             gradients = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
         else:
@@ -301,7 +301,7 @@ register_flop_formula(torch.ops.dynconv.convolve)(flops.forward)
 register_flop_formula(torch.ops.dynconv.convolve_backward)(flops.backward)
 
 
-def _dispatch_is_observed() -> bool:
+def dispatch_is_observed() -> bool:
     """Whether a compiler, a tracer or a dispatch mode (make_fx, FlopCounterMode, selective checkpointing) is active.
 
     These observe the operators that PyTorch dispatches, so they would miss kernels that are launched directly.
@@ -311,6 +311,12 @@ def _dispatch_is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
     )
+
+
+def launches_directly(tensors: tuple[Any, ...]) -> bool:  # each a Tensor or None
+    """Whether kernels may be launched on these tensors without dispatching an operator."""
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return all_plain(tensors) and not dispatch_is_observed() and not transformed
 
 
 def convolve(
@@ -327,6 +333,6 @@ def convolve(
     inputs = (x, z, weight, static_w, positions)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _Transformed.apply(*inputs, segments, residual, silu)
-    if not all_plain(inputs) or _dispatch_is_observed():
+    if not launches_directly(inputs):
         return _convolve_op(*inputs, segments, residual, silu)
     return _Convolve.apply(*inputs, segments, residual, silu)

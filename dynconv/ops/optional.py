@@ -18,7 +18,7 @@ def _module(name: str) -> Any:
         return None
 
 
-fused_rotary_mma = _module("fused_rotary_mma")
+fused_mma = _module("fused_mma")
 lowrank_mma = _module("lowrank_mma")
 ring = _module("ring")
 

@@ -24,7 +24,8 @@ from experiments.bench.trials import Trial
 from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.design.config import Execution
 from experiments.models.decoder import Decoder
-from experiments.tasks.base import Examples
+from experiments.tasks.base import Examples, Task
+from experiments.tasks.stream import GeneratedTask
 from experiments.training.assembly import make_trainer
 from experiments.training.job import Place, joined
 from experiments.training.parallel import World
@@ -83,8 +84,7 @@ def measure(settings: Settings) -> list[Outcome]:
     """
     size = max(trial.gpus for trial in settings.trials)
     if size == 1:
-        with joined(Path(), settings.execution, Place()) as world:
-            return _outcomes(settings, world)
+        return measure_here(settings, Path(), Place())
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "outcomes.json"
         try:
@@ -96,6 +96,15 @@ def measure(settings: Settings) -> list[Outcome]:
     if found["does_not_fit"]:
         raise DoesNotFit(found["does_not_fit"])
     return [Outcome(**row | {"kernels": [Kernel(**each) for each in row["kernels"]]}) for row in found["outcomes"]]
+
+
+def measure_here(settings: Settings, folder: Path, place: Place) -> list[Outcome]:
+    """The outcomes in this process, which is one of a job's; the others join it by way of `folder`.
+
+    Raises as `measure` does.
+    """
+    with joined(folder, settings.execution, place) as world:
+        return _outcomes(settings, world)
 
 
 def _work(rank: int, size: int, folder: Path, settings: Settings) -> None:
@@ -220,7 +229,11 @@ class _Runner:
         self.outcome = Outcome()
         before = self._start_counting_memory()
         train = trial.run.train
-        task = RandomTokens(trial.run.model.vocabulary, train.batch_sequences, train.sequence_length)
+        task: Task
+        if trial.run.task is None:
+            task = RandomTokens(trial.run.model.vocabulary, train.batch_sequences, train.sequence_length)
+        else:  # its targets, and so the work of a step, are fewer than its tokens
+            task = GeneratedTask(trial.run.task, trial.run.task_name, train.batch_sequences, trial.run.seed)
         with RepeatedDraws(), world.device:
             model = Decoder(trial.run.model, trial.run.seed)
         self._trainer = make_trainer(trial.run, model, task, trial.execution(world.device.type), world)

@@ -36,10 +36,13 @@ class Trial:
     micro_batches: int = 1  # of a step, on each GPU
     recompute: Recompute = "none"  # activations, as in `Execution`
     fused: bool = False  # as in `Execution`
+    own: Execution | None = None  # as a profile has it, for a calibration; None: by the settings above
 
     @property
     def batch(self) -> int:
         """Sequences of a micro-batch."""
+        if self.own is not None and self.own.micro_batch:
+            return self.own.micro_batch
         return self.run.train.batch_sequences // self.gpus // self.micro_batches
 
     @property
@@ -58,6 +61,8 @@ class Trial:
 
     def execution(self, device: str) -> Execution:
         kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+        if self.own is not None:
+            return replace(self.own, device=kind)
         shared: Literal["ddp", "fsdp"] = "fsdp" if self.parallel == "fsdp" else "ddp"
         return Execution(kind, self.gpus, shared, self.batch, recompute=self.recompute, fused=self.fused)
 
@@ -130,6 +135,13 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
         found.append(Trial(replace(run, train=train), gpus, parallel, *how))
         found[-1].execution("cpu").check(found[-1].run)
     return found
+
+
+def calibration_trial(run: RunConfig, execution: Execution) -> Trial:
+    """A run of a sweep as it would be executed, but that it never ends."""
+    train = replace(_endless(run.train, run.train.batch_sequences, run.train.sequence_length), branch_steps=())
+    parallel = "none" if execution.gpus == 1 else execution.parallel
+    return Trial(replace(run, train=train), execution.gpus, parallel, recompute=execution.recompute, own=execution)
 
 
 def _endless(train: TrainConfig, sequences: int, length: int) -> TrainConfig:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from analysis.logs.store import Store
+    from experiments.launching.profile import Profile
 
 STORES = Path("results/runs")
+DEMO_RUN = "transformer-25k-s0-a0660ab020"  # one of `make demo`, for examples
 PUBLISHED = Path("results/published")
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (
@@ -86,6 +88,13 @@ def format_argument(verb: argparse.ArgumentParser) -> None:
 def table_format_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md")
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+
+
+def profile_of(args: argparse.Namespace) -> Profile:
+    """The profile of the command line, or that of this machine."""
+    from experiments.launching.profile import Profile, load_profile
+
+    return Profile("local") if args.profile is None else load_profile(args.profile)
 
 
 def load_store(args: argparse.Namespace) -> Store:

@@ -18,7 +18,7 @@ from experiments.cli.arguments import (
     warn,
     where_argument,
 )
-from experiments.cli.runs import planned
+from experiments.cli.plan import planned
 
 if TYPE_CHECKING:
     import pandas as pd

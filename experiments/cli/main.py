@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from analysis.errors import WorkFailed
-from experiments.cli import bench, claims, data, laws, models, pages, runs, status
+from experiments.cli import bench, claims, data, laws, models, pages, plan, runs, status, trackers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,8 +57,10 @@ def parser() -> argparse.ArgumentParser:
         "table of points or a tracker's export, and several of them.",
     )
     subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    plan.register(subparsers)
     runs.register(subparsers)
     status.register(subparsers)
+    trackers.register(subparsers)
     laws.register(subparsers)
     claims.register(subparsers)
     pages.register(subparsers)

@@ -15,7 +15,7 @@ from experiments.cli.arguments import Subparsers, add_verb, format_argument
 if TYPE_CHECKING:
     from experiments.evaluation.load import TrainedRun
 
-EXAMPLE_RUN = "results/runs/demo/lowrank-qkv-110k-s0-0123456789"
+EXAMPLE_RUN = "results/runs/demo/lowrank-qkv-110k-s0-380deab9ed"
 # Everything that a terminal could take for a command, so that generated text cannot move its cursor
 _CONTROL_CHARACTERS = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.cli.arguments import STORES, Subparsers, add_verb, format_argument, store_argument, warn
+from experiments.cli.arguments import DEMO_RUN, STORES, Subparsers, add_verb, format_argument, store_argument, warn
 from experiments.cli.stores import default_store, stores_of
 from experiments.design import strict
 
@@ -36,7 +36,7 @@ def _add_status(subparsers: Subparsers) -> None:
         "show where each run stands, and why",
         "experiments/sweeps/demo.toml --watch",
         "results/runs/demo --state failed,lost --size 25k",
-        "results/runs/demo/transformer-25k-s0-dc2578b9ae          # one run, with its attempts",
+        f"results/runs/demo/{DEMO_RUN}          # one run, with its attempts",
         "results/runs/demo --json",
         f"            (every store in {STORES})",
     )
@@ -155,8 +155,8 @@ def _add_logs(subparsers: Subparsers) -> None:
         "logs",
         _logs,
         "print what a run's job has written",
-        "results/runs/demo/transformer-25k-s0-dc2578b9ae",
-        "results/runs/demo/transformer-25k-s0-dc2578b9ae -f   # and what it writes from now on, until it ends",
+        f"results/runs/demo/{DEMO_RUN}",
+        f"results/runs/demo/{DEMO_RUN} -f   # and what it writes from now on, until it ends",
     )
     verb.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run, STORE/RUN_ID")
     verb.add_argument("-f", "--follow", action="store_true", help="go on until the run is not queued or running")

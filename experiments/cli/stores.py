@@ -1,5 +1,6 @@
 """Where the runs of a sweep are kept where no --store says so: one place, from whichever folder it is submitted."""
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,18 @@ from experiments.design.config import RunConfig
 
 VARIABLE = "DYNCONV_STORES"
 _PROJECT_FILES = ("pyproject.toml", ".git")
+
+
+def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
+    """The runs of the sweep, and their store. `plan` and `submit` also print notes on settings that may be mistakes."""
+    from experiments.design.sweep import load_sweep, notes, read_sweep
+
+    runs = load_sweep(args.sweep)
+    if args.verb in ("plan", "submit"):
+        for note in notes(read_sweep(args.sweep)):
+            warn(f"{args.sweep}: {note}")
+    store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
+    return runs, store
 
 
 def default_store(sweep: Path, runs: Sequence[RunConfig], verb: str) -> Path:

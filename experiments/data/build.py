@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from analysis.logs.files import write_atomically
-from experiments.data import pretokenized, writing
+from experiments.data import enough, hub, pretokenized, writing
 from experiments.data import tokenizer as bpe
 from experiments.data.corpus import CorpusFile, Found, describe, find_files, fingerprint
 from experiments.data.dataset import MANIFEST, SCHEMA, Dataset, file_sha256, sync_and_hash
@@ -40,6 +40,7 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        spec = hub.localise(spec, cache)
         target = (_build_text if spec.pretokenized is None else pretokenized.index)(spec, cache, progress)
     except OSError as error:
         raise ValueError(
@@ -59,9 +60,12 @@ class Source(NamedTuple):
     tokenizer_json: bytes | None
 
 
-def look(spec: DataConfig) -> Source:
-    """The files of the corpus and the tokenizer. Raises ValueError if they are missing."""
-    return Source(spec, find_files(spec), None if spec.tokenizer is None else bpe.read(spec))
+def look(spec: DataConfig, cache: Path) -> Source:
+    """The files of the corpus that will be read, and the tokenizer. Raises ValueError if they are missing."""
+    found, tokenizer_json = find_files(spec), None if spec.tokenizer is None else bpe.read(spec)
+    if not spec.read_all:
+        found = enough.choose(spec, found, tokenizer_json, cache)
+    return Source(spec, found, tokenizer_json)
 
 
 def target_of(source: Source, cache: Path, progress: bool) -> Path:
@@ -90,13 +94,15 @@ def specification_key(source: Source) -> list[Any]:
         "validation_source": None,
         "tokenizer": None,
     }
-    del settings["pretokenized"]  # newer than the names of datasets that stand in caches
+    del settings["pretokenized"]  # newer than the names of datasets that stand in caches, as is this:
+    if settings["read_all"]:
+        del settings["read_all"]
     raw = source.tokenizer_json
     return [SCHEMA, settings, raw and hashlib.sha256(raw).hexdigest()]
 
 
 def _build_text(spec: DataConfig, cache: Path, progress: bool) -> Path:
-    source = look(spec)
+    source = look(spec, cache)
     target = target_of(source, cache, progress)
     if not target.exists():
         _remove_abandoned(cache)
@@ -201,7 +207,8 @@ def make(target: Path, working: Path, source: Source, progress: bool) -> None:
     dataset.mkdir()
     prepared = writing.prepare(working, spec, found, tokenizer_json, progress)
     manifest = writing.write(dataset, prepared, spec, found, progress)
-    if fingerprint(find_files(spec).files) != fingerprint(found.files):
+    now = [file for file in find_files(spec).files if spec.read_all or file[:2] in {each[:2] for each in found.files}]
+    if fingerprint(now) != fingerprint(found.files):
         raise ValueError(
             f'the corpus must stay as it is while it is read; got changes under "{spec.source}"; '
             "build again when nothing writes to it"

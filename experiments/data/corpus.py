@@ -82,6 +82,8 @@ def describe(not_read: Mapping[str, int], before: str = "") -> str:
 
 def _single_file(path: Path, spec: DataConfig) -> Iterator[CorpusFile]:
     suffix = suffix_of(path.name)
+    if spec.source.startswith("hub:"):
+        raise ValueError(f"{spec.source} must be downloaded from the hub; got no copy; `dynconv data build` does it")
     if not path.is_file() or suffix is None:
         raise ValueError(
             f'the corpus must be a folder, or one file of {", ".join(READERS)}; got "{spec.source}", which is '

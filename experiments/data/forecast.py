@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+from pathlib import Path
 
 from experiments.data.corpus import find_files
 from experiments.data.formats import EXPANSION
@@ -13,34 +15,51 @@ from experiments.terminal import short, span
 READ_BYTES = 100e6
 TOKENS = {True: 3.0e6, False: 0.86e6}  # with tiktoken, and without
 ALONE_BYTES = 0.5e9
-BYTES_A_TOKEN = 3.2  # of those corpora; 4.5 is usual for English at vocabularies of 100,000
+BYTES_A_TOKEN = 3.2  # of those corpora
+ENGLISH_BYTES_A_TOKEN = 4.5  # usual for English at vocabularies of 100,000
 WORTH_A_WORD = 60.0  # seconds
 
 
-def forecast(spec: DataConfig) -> str | None:
-    """A line on the time and disk that a build would take; None for one of a minute, or for text that is not there."""
+def forecast(spec: DataConfig, cache: Path) -> str | None:
+    """A line on the time and disk that a build into `cache` would take, and whether there is room for it.
+
+    Of text that is not there, ENGLISH_BYTES_A_TOKEN is assumed. None for a build of a minute that fits.
+    """
     if spec.pretokenized is not None:  # nothing is built, and what is read once is read at once
         return None
-    try:
-        files = find_files(spec).files
-    except ValueError:  # `plan` notes what is missing, and `submit` refuses it
-        return None
-    text = sum(file.bytes * EXPANSION.get(file.path.suffix, 1) for file in files)
     wanted = spec.train_tokens + spec.validation_tokens
+    try:
+        files, assumed = find_files(spec).files, ""
+        stored = sum(file.bytes for file in files)
+        text = sum(file.bytes * EXPANSION.get(file.path.suffix, 1) for file in files)
+    except ValueError:  # `plan` notes what is missing, and `submit` refuses it
+        stored = text = int(ENGLISH_BYTES_A_TOKEN * wanted)
+        assumed = f" (not there yet; {ENGLISH_BYTES_A_TOKEN} bytes a token are assumed)"
+    if not spec.read_all:
+        text = min(text, int(1.3 * BYTES_A_TOKEN * wanted))  # with the margin and the held-out share of enough.py
     width = 2 if spec.vocabulary <= 2**16 else 4
     cores = len(os.sched_getaffinity(0))
     fast = importlib.util.find_spec("tiktoken") is not None
     shared = text / READ_BYTES + wanted / TOKENS[fast]
-    alone = (sum(file.bytes for file in files) + 2 * width * wanted) / ALONE_BYTES
+    alone = (min(text, stored) + 2 * width * wanted) / ALONE_BYTES
     seconds = shared / cores + alone
-    if seconds < WORTH_A_WORD:
+    disk = text + 2 * width * wanted
+    free = _free(cache)
+    if seconds < WORTH_A_WORD and disk < free:
         return None
+    room = "" if disk < free else f"; {cache} has {_gigabytes(free)} free: choose another place with DYNCONV_CACHE"
     enough = "" if text > 0.8 * wanted * BYTES_A_TOKEN else "; that may be too little text"
     return (
-        f"building the data, unless it is done: {short(wanted)} tokens of {_gigabytes(text)} of text, about "
+        f"building the data, unless it is done: {short(wanted)} tokens of {_gigabytes(text)} of text{assumed}, about "
         f"{span(seconds / 3600)} on {cores} cores ({span((shared + alone) / 3600)} on one), "
-        f"{_gigabytes(text + 2 * width * wanted)} of disk meanwhile and {_gigabytes(width * wanted)} then{enough}"
+        f"{_gigabytes(disk)} of disk meanwhile and {_gigabytes(width * wanted)} then{room}{enough}"
     )
+
+
+def _free(cache: Path) -> int:
+    """Free bytes where a folder is, or would be."""
+    there = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def _gigabytes(size: int) -> str:

@@ -30,6 +30,7 @@ def to_dict(path: Path | str) -> dict[str, Any]:
             "bytes_per_token": dataset.bytes_per_token,
             "sample": tokenizer.decode(first[0].tolist(), skip_special_tokens=False),
             "not_read": dataset.manifest.get("not_read", {}),
+            "origins": dataset.manifest.get("origins", {}),
             **{key: dataset.manifest[key] for key in ("spec", "python", "corpus", "splits")},
         }
 
@@ -48,6 +49,11 @@ def _render(facts: dict[str, Any]) -> str:
         [
             facts["path"],
             *lines,
+            *(
+                f"{key} of the hub: {origin['repository']} at {origin['commit']}, licence "
+                f"{origin['licence'] or 'not stated'}"
+                for key, origin in facts["origins"].items()
+            ),
             f"vocabulary   {spec['vocabulary']:,}, {facts['bytes_per_token']:.3f} bytes a token",
             f"starts with  {facts['sample']!r}",
             f"manifest     {facts['sha256']}",

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.logs.files import write_atomically
+from experiments.data import hub
 from experiments.data import tokenizer as bpe
 from experiments.data.dataset import (
     BLOCK_BYTES,
@@ -268,6 +269,7 @@ def _write(
         "spec": dataclasses.asdict(spec),
         "python": None,
         "corpus": {"files": len(paths), "bytes": total},
+        "origins": hub.origins(spec),
         "not_read": {},
         "splits": splits,
         "files": files | {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.logs.files import read_json, write_json
-from experiments.data import build, encode, reading, writing
+from experiments.data import build, encode, hub, reading, writing
 from experiments.data import tokenizer as bpe
 from experiments.data.corpus import CorpusFile, Found, fingerprint
 from experiments.design.data import SPLITS, DataConfig
@@ -75,7 +75,8 @@ def begin(spec: DataConfig, cache: Path) -> Path | Shared:
 
     Raises ValueError for a bad corpus or tokenizer. The corpus itself is not read.
     """
-    source = _with_whole_places(spec)
+    cache.mkdir(parents=True, exist_ok=True)
+    source = _with_whole_places(spec, cache)
     known = build.known_target(source, cache)
     if known is not None and known.exists():
         return known
@@ -94,18 +95,19 @@ def under_way(spec: DataConfig, cache: Path) -> Shared | None:
     """The build of this dataset that was begun and has not ended."""
     if not any(cache.glob(".*.shared")):
         return None
-    shared = _of(_with_whole_places(spec), cache)
+    shared = _of(_with_whole_places(spec, cache), cache)
     return shared if (shared.folder / RECORD).exists() else None
 
 
-def _with_whole_places(spec: DataConfig) -> build.Source:
-    """Jobs may start in another folder."""
+def _with_whole_places(spec: DataConfig, cache: Path) -> build.Source:
+    """Jobs may start in another folder, and without a network."""
+    spec = hub.localise(spec, cache)
     places: dict[str, Any] = {
         name: str(Path(place).expanduser().absolute())
         for name in ("source", "validation_source", "tokenizer")
         if (place := getattr(spec, name)) not in (None, "python")
     }
-    return build.look(dataclasses.replace(spec, **places))
+    return build.look(dataclasses.replace(spec, **places), cache)
 
 
 def _of(source: build.Source, cache: Path) -> Shared:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.logs.files import write_atomically, write_json
-from experiments.data import encode, shards
+from experiments.data import encode, hub, shards
 from experiments.data import tokenizer as bpe
 from experiments.data.copies import find_near_copies
 from experiments.data.corpus import Found
 from experiments.data.dataset import SCHEMA, TOKEN_BYTES, TOKENIZER, sync_and_hash
 from experiments.data.documents import Documents
+from experiments.data.enough import NOT_NEEDED
 from experiments.data.reading import read_corpus
 from experiments.design.data import SPLITS, DataConfig
 from experiments.terminal import bar
@@ -70,7 +71,7 @@ def write(folder: Path, prepared: Prepared, spec: DataConfig, found: Found, prog
     (folder / TOKENIZER).write_bytes(tokenizer_json)
     coder = bpe.load(tokenizer_json, spec.vocabulary, spec.end_of_text)
     (folder / TOKEN_BYTES).write_bytes(coder.token_bytes.astype("<u2").tobytes())
-    splits = {split: _write_split(folder, prepared, split, spec, coder, progress) for split in SPLITS}
+    splits = {split: _write_split(folder, prepared, split, spec, found, coder, progress) for split in SPLITS}
     corpus = dict(prepared.corpus)
     if spec.validation_source is not None:
         corpus["held_out"] = prepared.documents.count_held_out()
@@ -82,6 +83,7 @@ def write(folder: Path, prepared: Prepared, spec: DataConfig, found: Found, prog
         "python": platform.python_version() if spec.source == "python" else None,
         "shard_tokens": shards.SHARD_TOKENS,
         "corpus": corpus | {"duplicates": corpus["documents"] - distinct - left_out},
+        "origins": hub.origins(spec),
         "not_read": found.not_read,
         "splits": splits,
         "files": {path.name: sync_and_hash(path) for path in sorted(folder.iterdir())},
@@ -107,7 +109,7 @@ def _leave_out_near_copies(documents: Documents, spec: DataConfig, progress: boo
 
 
 def _write_split(
-    folder: Path, prepared: Prepared, split: str, spec: DataConfig, coder: bpe.Coder, progress: bool
+    folder: Path, prepared: Prepared, split: str, spec: DataConfig, found: Found, coder: bpe.Coder, progress: bool
 ) -> dict[str, int]:
     """Write documents until the split has its tokens; returns counts, of which `distinct` includes the rest."""
     wanted = spec.train_tokens if split == "train" else spec.validation_tokens
@@ -126,6 +128,7 @@ def _write_split(
             f"in {distinct} documents; "
             f"lower {split}_tokens or add text"
             + (" (site_packages = true)" if spec.source == "python" and not spec.site_packages else "")
+            + (", or set read_all = true, as only some of its files were read" if NOT_NEEDED in found.not_read else "")
         )
     return {
         "tokens": writer.tokens,

@@ -28,6 +28,9 @@ class DataConfig:
     site_packages: bool = False  # add every .py file of site-packages; with source "python" only
     # the column or key that holds a document's text, or a list of messages with role and content; "a.b" is b within a
     text_field: str = "text"
+    # False: of more files than are wanted read only as many as are likely to have enough tokens, in an order by the
+    # hashes of their names
+    read_all: bool = True
     # held-out text of your own, as a source; None: one in twenty documents of the source
     validation_source: str | None = field(default=None, metadata=OUTSIDE_ID)
     # leave out of the held-out text what stands, for the most part and by runs of five lines, in training documents:
@@ -77,10 +80,10 @@ class DataConfig:
                 f'pretokenized = "{self.pretokenized}" needs the tokenizer that made the tokens, for bits per byte and '
                 "for text that is generated; got none; set tokenizer to its tokenizer.json"
             )
-        if self.separator is not None or self.drop_near_copies:
+        if self.separator is not None or self.drop_near_copies or not self.read_all:
             raise ValueError(
-                f'pretokenized = "{self.pretokenized}" takes tokens as they are; got separator or drop_near_copies; '
-                "remove it"
+                f'pretokenized = "{self.pretokenized}" takes tokens as they are; got separator, drop_near_copies or '
+                "read_all = false; remove it"
             )
 
 

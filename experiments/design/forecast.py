@@ -1,29 +1,64 @@
-"""Sustained rates of a sweep's runs from throughput that was measured, for the forecast of `plan`."""
+"""How fast a sweep's runs train, and so how long they take: by measurements, or by what a profile states."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.logs.selection import some
-from analysis.logs.throughput import ONE_KIND, read_throughput
 from experiments.design.config import RunConfig
+from experiments.design.model import BACKWARD_OVER_FORWARD
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The speed of a run, and whence it is known."""
+
+    tokens_per_second: float  # of training, on all GPUs of the run
+    source: str  # in words
+    measured: bool = True  # with this model on such a device; False: a rate that somebody stated
+    whole: bool = False  # evaluations, checkpoints and what preemption cost are in the rate
+    start_seconds: float = 0.0  # of start-up and compilation, where they were measured
+
+    def hours(self, run: RunConfig) -> float:
+        """The hours that a run occupies its devices, without the steps of its trunk."""
+        tokens = run.own_tokens + (0.0 if self.whole else evaluated_tokens(run) / (1 + BACKWARD_OVER_FORWARD))
+        return (tokens / self.tokens_per_second + self.start_seconds) / 3600
+
+
+def evaluated_tokens(run: RunConfig) -> int:
+    """Held-out tokens that all evaluations of a run read, each in a forward pass alone."""
+    every = run.train.evaluate_every
+    before = run.train.tokens - run.own_tokens  # those of the trunk
+    steps = run.train.steps - run.branch_step  # at most one evaluation follows a step
+    evaluations = min(-(-run.train.tokens // every) - before // every, steps)
+    return evaluations * run.train.held_out_sequences * run.train.sequence_length
+
+
+def stated_rate(run: RunConfig, gpus: int, teraflops_per_second: float) -> Rate:
+    """The speed of a run by what one device is said to sustain."""
+    per_token = run.counts.flops_exact / run.counts.tokens
+    words = f"the profile's {teraflops_per_second:g} TFLOP/s a device"
+    return Rate(gpus * teraflops_per_second * 1e12 / per_token, words, measured=False)
 
 
 def measured_rates(
     runs: Sequence[RunConfig],
     gpus: Mapping[str, int],  # of a run, by size
     path: Path,  # of a file that `dynconv bench train` wrote, or one with its columns
-) -> tuple[dict[str, float], list[str]]:
-    """Run id -> sustained TFLOP/s of one GPU, where throughput was measured; and the arms and sizes where it was not.
+) -> tuple[dict[str, Rate], list[str]]:
+    """Run id -> its speed, where throughput was measured; and the arms and sizes where it was not.
 
-    A run's rate is that of its arm, size, sequence length, vocabulary, optimizer and number of GPUs, of the fastest
-    batch. Raises ValueError where a rate was measured on several devices, versions or commits.
+    A run's speed is that of its arm, size, sequence length, vocabulary, optimizer and number of GPUs, of the fastest
+    batch. Raises ValueError where it was measured on several devices, versions or commits.
     """
+    from analysis.logs.selection import some  # with numpy, and so not before it is needed
+    from analysis.logs.throughput import ONE_KIND, read_throughput
+
     measured = read_throughput(path)
-    rates: dict[str, float] = {}
+    rates: dict[str, Rate] = {}
     lacking: dict[str, None] = {}
     for run in runs:
         rows = _rows(measured, run, gpus[run.size])
@@ -38,8 +73,7 @@ def measured_rates(
             several = f" on {gpus[run.size]} GPUs" if gpus[run.size] > 1 else ""
             lacking[f"{run.arm} at {run.size}{several}"] = None
             continue
-        per_token = run.counts.flops_exact / run.counts.tokens
-        rates[run.run_id] = float(rows["tokens_per_second"].max()) * per_token / gpus[run.size] / 1e12
+        rates[run.run_id] = Rate(float(rows["tokens_per_second"].max()), f"{path}")
     return rates, list(lacking)
 
 

@@ -1,41 +1,31 @@
 """What a sweep will cost: a row for every run, computed from its configuration before anything runs."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from experiments.design.config import TEXT, TRUNK, RunConfig
+from experiments.design.forecast import Rate
 from experiments.terminal import align, short, span
 
 HEADINGS = ("N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """The hardware that a profile gives to each run of one size."""
-
-    gpus: int = 1
-    teraflops_per_second: float | None = None  # sustained rate of one GPU; None: not known, so there is no forecast
-
-
-def gpu_hours(run: RunConfig, teraflops_per_second: float | None) -> float | None:
-    """The training time of a run on one device of this sustained rate; None where the rate is not known."""
-    return None if teraflops_per_second is None else run.own_flops / (teraflops_per_second * 1e12) / 3600
-
-
 def rows(
-    runs: Sequence[RunConfig], hardware: Mapping[str, Hardware], measured: Mapping[str, float] | None = None
+    runs: Sequence[RunConfig],
+    gpus: Mapping[str, int],  # of a run, by size
+    rates: Mapping[str, Rate] | None = None,  # by run id
 ) -> list[dict[str, Any]]:
     """One dictionary for each run, as `--format json` prints it.
 
-    `hardware` gives the hardware of each size, and `measured` rates by run id, which count before those of the
-    hardware. `hours` is the forecast of the training time: exact FLOPs over the sustained rate of the run's GPUs, or
-    None if the rate is not known.
+    `hours` is the forecast of what a run takes, its evaluations included, and `forecast_from` says whence it is; both
+    are None where the speed is not known. `teraflops_per_second` is that speed for one device.
     """
     result = []
     for run in runs:
-        machine = hardware[run.size]
-        rate = (measured or {}).get(run.run_id, machine.teraflops_per_second)
+        rate, devices = (rates or {}).get(run.run_id), gpus[run.size]
+        per_token = run.counts.flops_exact / run.counts.tokens
         result.append(
             {
                 "run_id": run.run_id,
@@ -53,9 +43,11 @@ def rows(
                 "epochs": run.epochs,
                 "learning_rate": run.train.learning_rate,
                 "batch_tokens": run.train.batch_sequences * run.train.sequence_length,
-                "gpus": machine.gpus,
-                "teraflops_per_second": rate,
-                "hours": None if (hours := gpu_hours(run, rate)) is None else hours / machine.gpus,
+                "gpus": devices,
+                "tokens_per_second": rate and rate.tokens_per_second,
+                "teraflops_per_second": rate and rate.tokens_per_second * per_token / devices / 1e12,
+                "hours": rate and rate.hours(run),
+                "forecast_from": rate and rate.source,
             }
         )
     return result
@@ -101,14 +93,15 @@ def _branch(row: Mapping[str, Any]) -> str:
 
 
 def _forecast(plan: Sequence[dict[str, Any]]) -> str:
+    """The sum of the hours, and whence they are; or how to have a forecast."""
     lacking = sum(row["hours"] is None for row in plan)
-    if lacking == len(plan):
-        return "for a forecast give --profile with teraflops_per_second, or --throughput"
     if lacking:
-        measure = "measure it by `dynconv bench train`"
-        return f"no forecast: the speed of {lacking} of {len(plan)} runs is not known; {measure}"
+        which = "" if lacking == len(plan) else f" of {lacking} of {len(plan)} runs"
+        return (
+            f"no forecast, since the speed{which} is not known: measure it by --calibrate, or give --throughput, or a "
+            "--profile with teraflops_per_second"
+        )
     hours = sum(row["gpus"] * row["hours"] for row in plan)
-    rates = [row["teraflops_per_second"] for row in plan]
-    low, high = min(rates), max(rates)
-    rate = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    return f"forecast {span(hours)} of one device at {rate} TFLOP/s"
+    counts = Counter(row["forecast_from"] for row in plan)
+    whence = [f"{source} ({count} runs)" if len(counts) > 1 else source for source, count in counts.most_common()]
+    return f"forecast {span(hours)} of one device, by {' and '.join(whence)}"

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,16 @@ class Attempt:
     how_ended: str
 
 
-def read_made(run_dir: Path, run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The records of a run's attempts, in their order: those in `run`, its run.json, if it is complete."""
+def read_made(
+    run_dir: Path, run: Mapping[str, Any] | None, files: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """The records of a run's attempts, in their order: those in `run`, its run.json, if it is complete. `files` are the
+    names in its directory, where they are known already."""
     if run is not None:
         made: list[dict[str, Any]] = run.get("attempts_made", [])
         return made
     with errors_naming(run_dir / "attempt-*.json"):
-        return attempt_records(run_dir)
+        return attempt_records(run_dir, files)
 
 
 def cost(made: Sequence[Mapping[str, Any]], running: bool) -> Cost:

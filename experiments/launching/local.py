@@ -6,6 +6,7 @@ By itself that executor starts every job at once, ends each after two minutes an
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import NoReturn
 
 import submitit
 
+from experiments.design.calibrations import cpu_name
 from experiments.launching.fork_server import ForkedExecutor, ForkServer, fork_server
 from experiments.launching.mps import multi_process_service
 from experiments.launching.profile import Job, Profile
@@ -45,10 +47,23 @@ def visible_gpus() -> list[int]:
         if not all(name.isdigit() for name in names):
             raise ValueError(f"CUDA_VISIBLE_DEVICES={chosen}: wanted numbers, as submitit takes no other names")
         return [int(name) for name in names]
+    return list(range(len(_gpu_names())))
+
+
+def _gpu_names() -> list[str]:
+    """What the driver calls the GPUs of this machine."""
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return list(range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines())))
+    return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", listed.stdout, re.MULTILINE)
+
+
+def device_name(job: Job) -> str:
+    """The device of a run on this machine: "cpu" with its model, or the first GPU as its driver calls it, and torch."""
+    gpus, names = ([], []) if job.device == "cpu" else (visible_gpus(), _gpu_names())
+    if gpus and gpus[0] < len(names):
+        return names[gpus[0]]
+    return cpu_name()
 
 
 class Slots:
@@ -127,7 +142,7 @@ class Slots:
         gpus = self._devices(slot, job)
         executor = ForkedExecutor(folder, server)
         executor.update_parameters(
-            timeout_min=60 * job.hours,
+            timeout_min=60 * job.time_limit,
             tasks_per_node=job.gpus,
             gpus_per_node=len(gpus),
             visible_gpus=[self._served.index(gpu) for gpu in gpus] if self._service else gpus,

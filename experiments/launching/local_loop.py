@@ -54,6 +54,15 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
             raise
 
 
+def in_order(runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The order in which runs are started here.
+
+    The first seeds come first, since those after them find their program compiled. Of a seed the longest come first:
+    then no slot is left with a long run at the end, and the first speeds that are seen are those of most of the work.
+    """
+    return sorted(runs, key=lambda run: (run.seed, -run.own_flops))
+
+
 @dataclass
 class _Loop:
     """The runs that wait for a slot, and those that have one."""
@@ -67,8 +76,7 @@ class _Loop:
     folder: Path
 
     def __post_init__(self) -> None:
-        # The first seeds first: those after them find their program compiled.
-        self.waiting = deque(sorted(self.runs, key=lambda run: run.seed))
+        self.waiting = deque(in_order(self.runs))
         self.running = dict[int, "submitit.Job[None]"]()  # by slot
         self._told = False
 

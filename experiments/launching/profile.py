@@ -11,16 +11,21 @@ from experiments.design import strict
 from experiments.design.config import Execution
 from experiments.design.ladder import LADDERS
 
+LONGEST_ATTEMPT = 24.0  # hours: the time limit where a profile gives none and the speed was not measured
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Job(Execution):
     """What one run gets: how it executes, and what it asks of the scheduler."""
 
-    hours: float = 24.0  # the time limit of one attempt: a run that reaches it is saved, and goes on in another
+    # the time limit of one attempt: a run that reaches it is saved, and goes on in another; None, or "auto" in a file:
+    # by the measured speed (launching/account.py), else LONGEST_ATTEMPT
+    hours: float | None = None
     gpus_per_node: int = 8
     cpus_per_gpu: int = 1  # cores of each process
     memory_gb: float | None = None  # a node; the cluster's default where it is left out
-    teraflops_per_second: float | None = None  # sustained by one device; only the forecast of `plan` uses it
+    teraflops_per_second: float | None = None  # sustained by one device: for forecasts where nothing was measured
 
     def __post_init__(self) -> None:
         counts = ("gpus", "gpus_per_node", "cpus_per_gpu", "threads", "max_attempts")
@@ -36,6 +41,11 @@ class Job(Execution):
                 f"gpus must fill whole nodes of gpus_per_node = {self.gpus_per_node}; got {self.gpus}; "
                 "change one of the two"
             )
+
+    @property
+    def time_limit(self) -> float:
+        """Hours of one attempt."""
+        return LONGEST_ATTEMPT if self.hours is None else self.hours
 
     @property
     def nodes(self) -> int:
@@ -84,6 +94,7 @@ class Profile:
 
     executor: Literal["local", "debug", "slurm"]
     max_parallel: int = 0  # runs at once; 0: as many as there are GPUs or cores (local), no limit (slurm)
+    max_gpu_hours: float | None = None  # of a store: `submit` refuses what would pass it
     slurm: Slurm | None = None
     data: DataJobs = field(default_factory=DataJobs)
     default: Job = field(default_factory=Job)
@@ -92,11 +103,13 @@ class Profile:
     def __post_init__(self) -> None:
         if self.max_parallel < 0:
             raise ValueError(f"max_parallel must not be negative; got {self.max_parallel}")
+        if self.max_gpu_hours is not None and not 0 < self.max_gpu_hours < math.inf:
+            raise ValueError(f"max_gpu_hours must be finite and above zero; got {self.max_gpu_hours}")
         if (self.executor == "slurm") != (self.slurm is not None):
             need = "needs" if self.executor == "slurm" else "does not go with"
             raise ValueError(f"executor {self.executor!r} {need} a table [slurm]")
         if self.slurm is not None:
-            hours = min(job.hours for job in (self.default, *self.size.values()))
+            hours = min(job.time_limit for job in (self.default, *self.size.values()))
             if not 0 < self.slurm.signal_seconds < 3600 * hours:
                 raise ValueError(
                     f"signal_seconds must be above zero and shorter than the shortest hours = {hours:g}; "
@@ -118,4 +131,7 @@ def load_profile(path: Path) -> Profile:
     default, sizes = table.get("default", {}), table.get("size", {})
     if isinstance(default, dict) and isinstance(sizes, dict):
         table["size"] = {n: default | own if isinstance(own, dict) else own for n, own in sizes.items()}
+        for job in (default, *table["size"].values()):
+            if isinstance(job, dict) and job.get("hours") == AUTO:
+                job["hours"] = None
     return strict.parse(table, Profile, str(path))

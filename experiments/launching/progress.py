@@ -1,6 +1,7 @@
 """The bar on standard error while runs are waited for. It counts FLOPs, not runs, so that large runs weigh more."""
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from tqdm import tqdm
 from experiments.design.config import RunConfig
 from experiments.launching import states
 from experiments.terminal import QUIET_SECONDS
+
+LOG_SECONDS = 10.0  # between two entries of a run's log, which are further apart in a long attempt:
+LOG_SHARE = 0.01  # of its duration
 
 
 class Progress:
@@ -49,5 +53,13 @@ class Progress:
         """Percent of the FLOPs that are done or, with their run, given up."""
         here = states.read(self._store, self._weights)
         open_ = {"pending", *states.ACTIVE}
-        done = sum(self._weights[s.run_id] * (s.progress if s.state in open_ else 1.0) for s in here)
+        done = sum(self._weights[s.run_id] * (_share_now(s) if s.state in open_ else 1.0) for s in here)
         return 100.0 * done / sum(self._weights.values()), here
+
+
+def _share_now(state: states.RunState) -> float:
+    """The share of a run that is done by now. Its log says what was done some seconds ago, which short runs feel."""
+    if state.state != "running" or not state.eta or state.last_logged is None:
+        return state.progress
+    since = min(time.time() - state.last_logged, LOG_SECONDS + LOG_SHARE * (state.elapsed or 0.0))
+    return state.progress + (1.0 - state.progress) * min(1.0, max(0.0, since) / state.eta)

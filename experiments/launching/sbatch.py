@@ -105,10 +105,11 @@ def script(
     folder: Path,
     snapshot: Path,
     after: str | None = None,
+    module: str = worker.__name__,
 ) -> str:
     """The batch script of an array of `count` jobs, or of one job, which asks for what the profile says.
 
-    A job has one task for each process of its run.
+    A job has one task for each process of its run; `module` is what they execute, with the folder as argument.
     """
     processes_per_node = min(job.gpus, job.gpus_per_node)
     python = shlex.quote(sys.executable) if profile.python is None else profile.python
@@ -119,7 +120,7 @@ def script(
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "time": max(1, round(60 * job.hours)),
+        "time": max(1, round(60 * job.time_limit)),
         "nodes": job.nodes,
         "ntasks_per_node": processes_per_node,
         "cpus_per_task": job.cpus_per_gpu,
@@ -152,7 +153,7 @@ def script(
     )
     if count > 1:
         executor.parameters["map_count"] = count
-    return executor._make_submission_file_text(f"{python} -u -m {worker.__name__} {shlex.quote(str(folder))}", "")
+    return executor._make_submission_file_text(f"{python} -u -m {module} {shlex.quote(str(folder))}", "")
 
 
 def name_ignored_variables() -> None:

@@ -23,6 +23,7 @@ def take(store: Path) -> Path:
         for name, path in files.items():
             (working / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, working / name)
+        (working / source.COMMIT).write_text(commit(target))
         working.chmod(0o755)
         try:
             working.replace(target)

@@ -6,7 +6,7 @@ Reads small files only and imports no torch, so that `status` answers at once.
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from experiments.launching.branches import trunk_failure
 from experiments.launching.jobs import errors_naming, job_of
 from experiments.terminal import duration
 from experiments.training.presence import process_started
+from experiments.training.stopping import STOPPED
 
 # A run in one of these may still have a job, so it gets no second one.
 ACTIVE = ("queued", "held", "running", "suspended", "requeued", "unknown")
-STATES = ("pending", *ACTIVE, "complete", "failed", "cancelled", "lost", "unreadable")
-SUBMITTABLE = ("pending", "lost")
-RETRYABLE = ("failed", "cancelled", "lost")
+STATES = ("pending", *ACTIVE, "stopped", "complete", "failed", "cancelled", "lost", "unreadable")
+SUBMITTABLE = ("pending", "stopped", "lost")
+RETRYABLE = ("failed", "cancelled", "stopped", "lost")
 # A run that has logged nothing for so long, also as a share of its attempt's duration, may be stuck: logs are written
 # every ten seconds, and later in a long attempt once in a hundredth of its duration.
 SILENT_SECONDS = 300.0
@@ -92,17 +93,21 @@ def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
     The queue is asked before the markers are read: a run that ends in between is then seen as complete.
     """
     run_ids = list(run_ids)
+    files = {run_id: reader.list_files(store / run_id) for run_id in run_ids}
     jobs, found = dict[str, dict[str, Any] | None](), dict[str, RunState]()
     for run_id in run_ids:
         try:
-            jobs[run_id] = job_of(store / run_id)
+            jobs[run_id] = job_of(store / run_id) if "job.json" in files[run_id] else None
         except ValueError as error:
             found[run_id] = RunState(run_id, "unreadable", cause=str(error))
-    unfinished = {run_id: job for run_id, job in jobs.items() if reader.status(store / run_id) == "unfinished"}
+    unfinished = {
+        run_id: job for run_id, job in jobs.items() if reader.status(store / run_id, files[run_id]) == "unfinished"
+    }
     present = _present(unfinished)
+    files |= {run_id: reader.list_files(store / run_id) for run_id in present}
     for run_id, job in jobs.items():
         try:
-            found[run_id] = _state(store / run_id, job, present.get(run_id, _Presence("gone")))
+            found[run_id] = _state(store / run_id, files[run_id], job, present.get(run_id, _Presence("gone")))
         except ValueError as error:
             found[run_id] = RunState(run_id, "unreadable", cause=str(error))
     lost = {
@@ -157,12 +162,12 @@ def _in_slurm(job: Mapping[str, Any], queue: Mapping[str, slurm.Queued] | None) 
     return _Presence("held" if where == "queued" and found.reason in _HELD else where, found)
 
 
-def _state(run_dir: Path, job: dict[str, Any] | None, presence: _Presence) -> RunState:
-    where = reader.status(run_dir)
+def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, presence: _Presence) -> RunState:
+    where = reader.status(run_dir, files)
     if where == "unfinished":
         where = "pending" if job is None else "lost" if presence.where == "gone" else presence.where
     known: dict[str, Any] = {"job_id": job["job_id"], "log": job["log"]} if job else {}
-    if not (run_dir / "config.json").exists() and not reader.attempt_numbers(run_dir):
+    if "config.json" not in files and not reader.attempt_numbers(run_dir, files):
         return RunState(run_dir.name, where, **known)
     with errors_naming(run_dir / "config.json"):
         config = read_json(run_dir / "config.json")
@@ -175,10 +180,12 @@ def _state(run_dir: Path, job: dict[str, Any] | None, presence: _Presence) -> Ru
     known["cause"] = (trunk_failure(run_dir.parent, trunk) if where in ("pending", "lost") else None) or _cause(
         run_dir, job, where
     )
+    if where == "lost" and str(known["cause"]).startswith(STOPPED):  # by Ctrl-C, say
+        where = "stopped"
     if presence.queued is not None:
         known |= _in_queue(presence.queued, where)
     with errors_naming(run_dir / "attempt-*.json"):
-        made = attempts.read_made(run_dir, None)
+        made = attempts.read_made(run_dir, None, files)
         latest = reader.progress_of(made)
         known |= vars(attempts.cost(made, where == "running")) if made else {}
     if where == "running" and job is not None:
@@ -221,9 +228,10 @@ def _course(latest: reader.Progress | None, tokens: int, began: float) -> dict[s
         seconds_per_step = (latest.updated_at - latest.started_at) / (latest.step - latest.first_step + 1)
         steps = latest.step * tokens / latest.tokens
         course["eta"] = seconds_per_step * (steps - latest.step)
-    if now - logged > max(SILENT_SECONDS, SILENT_SHARE * (now - started)):
-        what = "no step" if latest else "nothing logged since its job started"
-        course["cause"] = f"{what} for {duration(now - logged)}: it may be stuck; `dynconv logs` may say why"
+    if (silent := now - logged) > max(SILENT_SECONDS, SILENT_SHARE * (now - started)):
+        stepped = latest and latest.step is not None and latest.step >= latest.first_step and latest.started_at >= began
+        said = "no step" if stepped else "no step yet, and nothing else logged,"
+        course["cause"] = f"{said} for {duration(silent)}: it may be stuck; `dynconv logs` may say why"
     return course
 
 

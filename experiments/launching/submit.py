@@ -14,8 +14,9 @@ from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
-from experiments.design.plan import gpu_hours
+from experiments.design.forecast import Rate
 from experiments.launching import (
+    account,
     arrays,
     branches,
     jobs,
@@ -30,6 +31,7 @@ from experiments.launching import (
 from experiments.launching.locks import store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
+from experiments.launching.versions import check_code
 from experiments.training.record import check_store, data_sha256, write_record
 
 if TYPE_CHECKING:
@@ -63,34 +65,56 @@ class Outcome:
         return [state for state in self.ended if state.state != "complete"]
 
 
-def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Path, wait: bool = False) -> Outcome:
-    """Submit the runs that are pending, or were lost by a scheduler or a crash; leave all others alone.
+def submit(
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    *,
+    cache: Path,
+    wait: bool = False,
+    accept: Sequence[str] = (),
+) -> Outcome:
+    """Submit the runs that are pending, were stopped, or lost by a scheduler or a crash; leave all others alone.
 
     Builds missing data into `cache`. Runs of the executors "local" and "debug" end with this process, so they are
     always waited for. What was submitted is said on standard error before the wait. Raises ValueError, before
     anything is written, where the cluster does not answer, the store takes no files, or it holds runs of another
-    schema.
+    schema, on other data or, unless `accept` has "code", by other code.
     """
-    return _launch(states.SUBMITTABLE, runs, profile, store.absolute(), cache, wait)
+    return _launch(states.SUBMITTABLE, runs, profile, store.absolute(), cache, wait, accept)
 
 
-def retry(runs: Sequence[RunConfig], profile: Profile, store: Path, *, cache: Path, wait: bool = False) -> Outcome:
+def retry(
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    *,
+    cache: Path,
+    wait: bool = False,
+    accept: Sequence[str] = (),
+) -> Outcome:
     """Submit failed, cancelled and lost runs again; they continue from their last checkpoint.
 
     Raises ValueError as `submit` does, and where a job of one of them has not ended yet. A run that cannot be
     submitted stays as it was.
     """
-    return _launch(states.RETRYABLE, runs, profile, store.absolute(), cache, wait)
+    return _launch(states.RETRYABLE, runs, profile, store.absolute(), cache, wait, accept)
 
 
 def _launch(
-    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path, wait: bool
+    wanted: Sequence[str],
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    cache: Path,
+    wait: bool,
+    accept: Sequence[str],
 ) -> Outcome:
     if wanted == states.RETRYABLE:
         _require_store(store)
     _check(runs, profile)
     _check_schema(store)
-    outcome, code = _submit_now(wanted, runs, profile, store, cache)
+    outcome, code = _submit_now(wanted, runs, profile, store, cache, accept)
     chosen = _named(outcome.submitted, runs)
     if profile.executor != "slurm":
         begin = {"local": local_loop.run_in_slots, "debug": local_loop.run_in_this_process}[profile.executor]
@@ -106,37 +130,52 @@ def _launch(
     outcome = replace(outcome, ended=states.read(store, [run.run_id for run in watched]))
     if not outcome.waiting:
         return outcome
-    more = _launch_when_possible(wanted, _named(outcome.waiting, runs), profile, store, cache)
+    more = _launch_when_possible(wanted, _named(outcome.waiting, runs), profile, store, cache, accept)
     submitted, ended = outcome.submitted + more.submitted, outcome.ended + more.ended
     return replace(more, submitted=submitted, skipped=outcome.skipped | more.skipped, ended=ended)
 
 
 def _launch_when_possible(
-    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
+    wanted: Sequence[str],
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    cache: Path,
+    accept: Sequence[str],
 ) -> Outcome:
     """Submit the runs as soon as there is room for one more job, and wait for them."""
     while True:
         try:
-            return _launch(wanted, runs, profile, store, cache, wait=True)
+            return _launch(wanted, runs, profile, store, cache, wait=True, accept=accept)
         except sbatch.TooMany:  # jobs that have ended count for a while, and others' may count, too
             time.sleep(ROOM_SECONDS)
 
 
 def _submit_now(
-    wanted: Sequence[str], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
+    wanted: Sequence[str],
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    store: Path,
+    cache: Path,
+    accept: Sequence[str],
 ) -> tuple[Outcome, Path]:
     """Submit what can be submitted now. Returns the folder of the code, too."""
     with store_lock(store):  # asked before the data is built, which may take hours: the store may take no files
         if profile.executor == "slurm":
             submissions.settle(store, [run.run_id for run in runs])
         todo, skipped = _choose(wanted, runs, store)
+        check_code(todo, store, accept)
     waiting, reason, code = list[RunConfig](), "", Path()
     if todo:
+        account.require_within_cap(todo, runs, profile, store, cache)
         datasets = _build(runs, cache)  # not under the lock, which others would wait for
         with store_lock(store):
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
+            account.require_within_cap(todo, runs, profile, store, cache)
             _check_store(todo, datasets, store)
-            code = _freeze(todo, datasets, profile, store)
+            rates = account.speeds(runs, profile, store, cache).rates
+            profile = account.with_time_limits(profile, todo, rates)
+            code = _freeze(todo, datasets, profile, store, rates)
             kept = _remove_markers([store / run.run_id for run in todo])
             try:
                 if profile.executor == "slurm" and todo:
@@ -188,7 +227,7 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
             submissions.settle(store, run_ids)
     here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
     marked = [state.run_id for state in here if state.state == "cancelled"]
-    ids = [state.run_id for state in here if state.state in ("pending", "lost", *states.ACTIVE)]
+    ids = [state.run_id for state in here if state.state in ("pending", "stopped", "lost", *states.ACTIVE)]
     ids += sorted(states.busy(store, marked))
     _mark_cancelled(store, ids)
     job_by_run = {run_id: jobs.job_of(store / run_id) for run_id in states.busy(store, ids)}
@@ -286,12 +325,13 @@ def _choose(
 
 def _check_store(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"], store: Path) -> None:
     """Raises ValueError if the store holds runs that cannot be compared with these."""
-    alike: dict[tuple[str, str], list[RunConfig]] = {}
+    alike: dict[tuple[str, str, str | None], list[RunConfig]] = {}
     for run in runs:
         dataset = None if run.data is None else datasets[run.data]
-        alike.setdefault((run.task_name, data_sha256(run, dataset)), []).append(run)
-    for (_, sha256), group in alike.items():
-        check_store(group, store, sha256)
+        tokenizer = None if dataset is None else dataset.tokenizer_sha256
+        alike.setdefault((run.task_name, data_sha256(run, dataset), tokenizer), []).append(run)
+    for (_, sha256, tokenizer), group in alike.items():
+        check_store(group, store, sha256, tokenizer)
 
 
 def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"]:
@@ -305,13 +345,19 @@ def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"
     return {spec: Dataset.open(build(spec, cache)) for spec in specs}
 
 
-def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"], profile: Profile, store: Path) -> Path:
+def _freeze(
+    runs: Sequence[RunConfig],
+    datasets: Mapping[DataConfig, "Dataset"],
+    profile: Profile,
+    store: Path,
+    rates: Mapping[str, Rate],  # by run id, where they are known
+) -> Path:
     """Copy the code and write each run's config.json; returns the folder of the code."""
     code = snapshot.take(store)
     commit = snapshot.commit(code)
 
     def freeze(run: RunConfig) -> None:
-        job = profile.job(run.size)
+        job, rate = profile.job(run.size), rates.get(run.run_id)
         write_record(
             run,
             store,
@@ -319,7 +365,7 @@ def _freeze(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Dataset"],
             job.execution,
             code_commit=commit,
             submitted_at=time.time(),
-            forecast_gpu_hours=gpu_hours(run, job.teraflops_per_second),
+            forecast_gpu_hours=None if rate is None else job.gpus * rate.hours(run),
         )
 
     with ThreadPoolExecutor(WRITERS) as pool:

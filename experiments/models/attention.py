@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
-from experiments.models.fused import rotated, rotates_convolutions
+from experiments.models.fused import rotated
 from experiments.models.joined import kernels_fit, rotate, rotate_joined
 from experiments.models.norm import RMSNorm
 from experiments.models.packing import Documents, same_document
 from experiments.models.short_convolution import ConvLinear, Maps, Outputs
 from experiments.parts.attention import Attention
+
+_QKV = ("q", "k", "v")
 
 
 def build(part: Attention, model: ModelConfig) -> nn.Module:
@@ -40,41 +42,48 @@ class AttentionModule(nn.Module):
         self.q_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, eps=model.norm_epsilon) if part.qk_norm else nn.Identity()
         self.rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of RoPE, set by `prepare`
-        self.fused = False  # whether RoPE and the convolutions before it are one kernel
+        self.rotates_convolved = False  # whether RoPE and the convolutions before it are one kernel
+        self.adds_stream = False
         self.frequencies: Tensor | None = None  # of RoPE, [E/2], set by `prepare` if it is fused
 
     def prepare(self, time: int, device: torch.device) -> None:
         """Set the table of RoPE. Compiled code would compute its sines again for every head in every layer."""
         self.rotation = _rotation(time, self.head_size, self.theta, device)
-        if self.fused:
+        if self.rotates_convolved:
             self.frequencies = _frequencies(self.head_size, self.theta, device)
 
     def fuse(self) -> None:
         """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product."""
         heads, kv_heads = self.head_counts
         plain = heads == kv_heads and not self.qk_norm
-        self.fused = plain and rotates_convolutions(self.maps)
-        convolved = [site for site in ("q", "k", "v") if cast(ConvLinear, self.maps[site]).conv is not None]
+        self.maps.fused = True
+        self.adds_stream = self.maps.fits(("o",))
+        self.rotates_convolved = plain and self.maps.fits(_QKV)
+        convolved = [site for site in _QKV if cast(ConvLinear, self.maps[site]).conv is not None]
         self.maps.in_one_product = plain and not convolved
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
         documents: Documents | None = None,
+        stream: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
+        """Attention, added to `stream` if it is given."""
         q, k, v = self._inputs(x, documents)
-        y = attend(q, k, v, documents)
-        (y,) = self.maps.apply_to(y.transpose(1, 2).flatten(2), ("o",), x, documents)
+        y = attend(q, k, v, documents).transpose(1, 2).flatten(2)
+        if stream is not None:
+            return self.maps.add_to(stream, y, "o", x, documents)
+        (y,) = self.maps.apply_to(y, ("o",), x, documents)
         return y
 
     def _inputs(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, E], and keys and values [B, K, T, E]. Each document has its own positions."""
-        if self.fused and documents is None:
+        if self.rotates_convolved and documents is None:
             assert self.frequencies is not None
-            return rotated(self.maps, x, self.head_counts[0], self.frequencies)
+            return rotated(*self.maps.weights_and_convolutions(_QKV), x, self.head_counts[0], self.frequencies)
         assert self.rotation is not None, "call prepare first"
         rotation = self.rotation
-        outputs = self.maps.outputs(x, ("q", "k", "v"), x, documents)
+        outputs = self.maps.outputs(x, _QKV, x, documents)
         if documents is not None:
             rotation = rotation[0][documents.places], rotation[1][documents.places]  # [B, T, E] each
         if self._rotates_joined(outputs):

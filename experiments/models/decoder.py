@@ -215,6 +215,9 @@ class Block(nn.Module):
             y = norm(x)
             if isinstance(convolution, InputConvolution):
                 y = convolution(y, documents)
+            if getattr(part, "adds_stream", False):
+                x = part(y, documents, x)
+                continue
             y = part(y, *packing)
             if isinstance(y, tuple):
                 y, own, measured = y
@@ -251,7 +254,8 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     has a `forward(x, documents=None)`; it must carry nothing from one of the `Documents` to the next. If it has a
     method `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all
     layers share. If it has a method `fuse()`, this has its convolutions computed in one kernel with what follows them,
-    where there is one. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that
+    where there is one; if it then has a true `adds_stream`, its `forward(x, documents, stream)` gives its sum with the
+    residual stream. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that
     are not of `maps`; the second standard deviation is that of weights into the residual stream. A part that can
     generate text has `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at
     the start, is updated in place.

@@ -28,7 +28,7 @@ _KEPT = {
     "aten::_scaled_dot_product_efficient_attention",
     "torch_attn::_varlen_attn",
     "dynconv::convolve",
-    "dynconv::lowrank_rotary",
+    "dynconv::lowrank_joined",
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dynconv import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, project_together
 from experiments.design.model import ModelConfig
+from experiments.models import fused
 from experiments.models.packing import Documents, apart
 from experiments.parts.base import LinearMap, Part
 from experiments.parts.short_convolution import (
@@ -87,8 +88,9 @@ class Maps(nn.ModuleDict):
         super().__init__(
             {s: ConvLinear(shape, conv if s in conv.sites else none, model.width) for s, shape in shapes.items()}
         )
-        self.mismatched = conv.sequence_group > 1
+        self._mismatched = conv.sequence_group > 1
         self.in_one_product = False  # all of them, even if their input is wide
+        self.fused = False  # convolutions are computed together with their neighbours, where they fit
         self._reads_part_input = conv.reads_part_input
 
     def apply_to(
@@ -115,8 +117,10 @@ class Maps(nn.ModuleDict):
         """
         maps = {site: cast(ConvLinear, self[site]) for site in sites}
         read = part_input if self._reads_part_input else x  # by the generators
+        if documents is None and self.fits(sites, read is x):
+            return Outputs(list(fused.convolved(*self.weights_and_convolutions(sites), x)))
         if not _shares_products(x):
-            read = partners(read) if self.mismatched else read
+            read = partners(read) if self._mismatched else read
             return Outputs([linear(x, read, documents) for linear in maps.values()])
         dynamic = {s: m.conv for s, m in maps.items() if isinstance(m.conv, HeadwiseDynamicConv | LowRankDynamicConv)}
         joined = dynamic if read is x else {}  # whose generators are part of the product
@@ -131,12 +135,12 @@ class Maps(nn.ModuleDict):
             y, *columns = project_together(weight, list(joined.values()), x) if joined else [F.linear(x, weight)]
             products = dict(zip(sharing, y.split(widths, -1), strict=True))
             generated |= dict(zip(joined, columns, strict=True))
-        if self.mismatched:
+        if self._mismatched:
             generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
         convolved = {site: cast(_ShortConv, linear.conv) for site, linear in maps.items() if linear.conv is not None}
         if sharing == list(maps) and not convolved:
             return Outputs(list(products.values()), y)
-        if sharing == list(convolved) and fit_one_launch(list(convolved.values()), widths):
+        if sharing == list(convolved) and _fit_one_launch(list(convolved.values()), widths):
             columns = [generated[site] for site in dynamic]
             generators = torch.cat(columns, -1) if columns else None
             together = partial(_convolve_together, list(convolved.values()), widths)
@@ -148,6 +152,32 @@ class Maps(nn.ModuleDict):
                 products[site] = F.linear(x, linear.padded_weight())
         each = [linear.convolve(products[site], generated.get(site), documents) for site, linear in maps.items()]
         return Outputs(each)
+
+    def add_to(
+        self,
+        stream: Tensor,  # [B, T, outputs]
+        x: Tensor,  # [B, T, inputs]
+        site: str,
+        part_input: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
+    ) -> Tensor:  # [B, T, outputs]
+        """The sum of the residual stream and the output of a map."""
+        if documents is None and self.fits((site,), x is part_input or not self._reads_part_input):
+            return fused.convolved(*self.weights_and_convolutions((site,)), x, stream)[0]
+        return stream + self.apply_to(x, (site,), part_input, documents)[0]
+
+    def fits(self, sites: Sequence[str], reads_input: bool = True) -> bool:
+        """Whether the convolutions of these sites are computed in one kernel with their neighbours.
+
+        `reads_input` says whether their generators read the input of the maps.
+        """
+        convolutions = [cast(ConvLinear, self[site]).conv for site in sites]
+        return self.fused and reads_input and not self._mismatched and fused.fit(convolutions)
+
+    def weights_and_convolutions(self, sites: Sequence[str]) -> tuple[list[Tensor], list[LowRankDynamicConv]]:
+        """What the functions of `fused` take first. The convolutions must be low-rank."""
+        linears = [cast(ConvLinear, self[site]) for site in sites]
+        return [one.linear.weight for one in linears], [cast(LowRankDynamicConv, one.conv) for one in linears]
 
     def decode(
         self,
@@ -200,7 +230,7 @@ def partners(
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -> bool:
+def _fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -> bool:
     """Whether one launch can compute these convolutions, `widths` channels each: they must be alike but for those."""
 
     def settings(convolution: _ShortConv) -> tuple[object, ...]:

@@ -24,14 +24,25 @@ class SwiGLUModule(nn.Module):
     def __init__(self, part: SwiGLU, model: ModelConfig) -> None:
         super().__init__()
         self.maps = Maps(part, model)
+        self.adds_stream = False
+
+    def fuse(self) -> None:
+        """Compute convolutions in one kernel with their neighbours, where they fit."""
+        self.maps.fused = True
+        self.adds_stream = self.maps.fits(("down",))
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
         documents: Documents | None = None,
+        stream: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
+        """SwiGLU, added to `stream` if it is given."""
         gate, up = self.maps.apply_to(x, ("gate", "up"), x, documents)
-        (y,) = self.maps.apply_to(F.silu(gate) * up, ("down",), x, documents)
+        y = F.silu(gate) * up
+        if stream is not None:
+            return self.maps.add_to(stream, y, "down", x, documents)
+        (y,) = self.maps.apply_to(y, ("down",), x, documents)
         return y
 
     def decode(

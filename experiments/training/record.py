@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.logs.files import read_json, write_atomically, write_json
 from analysis.logs.record import CHECKSUM, check_unedited, record_sha256
 from analysis.logs.schema import SCHEMA
+from experiments import source
 from experiments.design import strict
 from experiments.design.config import TEXT, TRUNK, Execution, RunConfig
 from experiments.design.data import text_sha256
@@ -48,6 +49,7 @@ def write_record(
         "data_sha256": data_sha256(run, dataset),
         "tokenizer_sha256": None if dataset is None else dataset.tokenizer_sha256,
         "code_commit": code_commit,
+        "code_sha256": source.code_sha256(),
         "submitted_at": submitted_at,
         "forecast_gpu_hours": forecast_gpu_hours,
     }
@@ -91,7 +93,7 @@ def data_sha256(run: RunConfig, dataset: "Dataset | None") -> str:
     return run.task.sha256
 
 
-def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> None:
+def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str, tokenizer_sha256: str | None = None) -> None:
     """Raises ValueError if the store holds runs that cannot be compared with the new ones, which are of one task.
 
     These are runs of the same task that were trained on other data, and runs with another configuration of the same
@@ -108,13 +110,17 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str) -> Non
             record = read_json(path)
             other = cells.get(_cell(record))
             its_id, its_data, its_config = record["run_id"], str(record["data_sha256"]), record["config"]
-            its_task = record.get("task", TEXT)
+            its_task, its_tokenizer = record.get("task", TEXT), str(record.get("tokenizer_sha256"))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # This file is not a record of ours; `status` names it.
         if its_task in tasks and its_data != data_sha256:
+            tokenizers = ""
+            if tokenizer_sha256 is not None and its_tokenizer != tokenizer_sha256:
+                tokenizers = f" (tokenizer {its_tokenizer[:12]} there, {tokenizer_sha256[:12]} now)"
             raise ValueError(
                 f"{path.parent.name} in {store} was submitted with data {its_data[:12]}; the data is now "
-                f"{data_sha256[:12]}; restore it, or submit to another store: runs on different data cannot be compared"
+                f"{data_sha256[:12]}{tokenizers}; restore it, or submit to another store: runs on different data "
+                "cannot be compared"
             )
         if other is not None and other.run_id != its_id:
             changed = differences(its_config, to_dict(other))

@@ -24,12 +24,13 @@ from analysis.logs.files import read_json, write_atomically
 from analysis.logs.provenance import count_attempts, last_interruption
 from analysis.logs.reader import progress, read_attempts
 from analysis.logs.writer import RunLog, next_attempt, record_failure
+from experiments import source
 from experiments.design.config import RunConfig
 from experiments.training.folder import FolderTaken, RunFolder
 from experiments.training.job import Place, joined, this_place
 from experiments.training.presence import sharing
 from experiments.training.record import data_sha256, read_record
-from experiments.training.stopping import PREEMPTED, Preempted, StopSignal
+from experiments.training.stopping import PREEMPTED, STOPPED, Preempted, StopSignal
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     from experiments.training.parallel import World
@@ -54,7 +55,7 @@ class AttemptsSpent(RuntimeError):
 class Run:
     """A callable that starts or resumes the run in `run_dir` and returns when the run has ended or must stop."""
 
-    why_stopped = "stopped with its state saved"
+    why_stopped = STOPPED
 
     def __init__(self, run_dir: Path | str) -> None:
         self.run_dir = Path(run_dir)
@@ -201,7 +202,9 @@ class _Attempt:
         self._interrupted(self.left, preempted=False)
         if self._place.rank == 0 and self._stop.has_scheduler:
             return False
-        time.sleep(LEAVE_SECONDS if self._place.rank > 0 else 0.0)
+        end = time.monotonic() + LEAVE_SECONDS
+        while self._place.rank > 0 and time.monotonic() < end and not self._stop.received:
+            time.sleep(0.1)
         raise RunFailed(f"{self._run_dir.name}: {self.left}")
 
     def _interrupted(self, cause: str, *, preempted: bool) -> None:
@@ -405,7 +408,8 @@ def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[s
         "python": platform.python_version(),
         "job_id": place.job or None,
         "hosts": list(place.hosts) or [socket.gethostname()],
-        "code_commit": code_commit,
+        "code_commit": source.recorded_commit() or code_commit,  # of the copy that this process runs
+        "code_sha256": source.code_sha256(),
         "sharing": _sharing(place),
     }
 

@@ -5,6 +5,7 @@ import signal
 import threading
 from types import FrameType
 
+STOPPED = "stopped with its state saved"  # what a run says last that was told to stop; `status` reads it
 PREEMPTED = "it was told to stop"
 
 

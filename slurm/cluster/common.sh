@@ -20,8 +20,9 @@ pid_of() {
     local pid command
     read -r pid 2>/dev/null <"$state/run/$1.pid" || return 1
     read -r command 2>/dev/null <"/proc/$pid/comm" || return 1
-    # A process id can be taken by a stranger after a reboot; Debian names the controller slurmctld-wlm.
-    [[ $command == "$1"* && $(readlink "/proc/$pid/cwd") == "$state"* ]] && echo "$pid"
+    # A process id can be taken by a stranger after a reboot; Debian names the controller slurmctld-wlm. slurmd2 is the
+    # slurmd of node2.
+    [[ $command == "${1%2}"* && $(readlink "/proc/$pid/cwd") == "$state"* ]] && echo "$pid"
 }
 
 # wait_for SECONDS COMMAND... polls until the command succeeds.

@@ -1,0 +1,127 @@
+"""The launches of the low-rank convolution of a projection's output: on NVIDIA tensor cores, for 16-bit inputs.
+
+Shapes: B batch, T time, P parts of the channels (such as q, k and v), D channels of a part, W taps, R rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dynconv.ops import lowrank_mma as mma
+from dynconv.ops import lowrank_mma_kernels as kernels
+from dynconv.ops.launch import copied, launch, new
+from dynconv.ops.tiles import Place, aligned, new_sums, sum_parts
+
+
+class Tile(NamedTuple):
+    """How a program works: on SLOTS time steps of each row at once, with so many groups of them in its ring buffer."""
+
+    slots: int
+    stages: int
+    longest: int  # slots of a run, at most
+
+
+FORWARD_TILE = Tile(mma.SLOTS, 3, 32)
+BACKWARD_TILE = Tile(2, 4, 160)
+_MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
+_MAX_PARTS = 3
+
+
+def fits(joined: Tensor, up: Tensor, channels: int, parts: int) -> bool:
+    """Whether these kernels support inputs [B, T, P*D or more] with filters of this basis."""
+    taps = up.shape[1] // (parts * channels)
+    supported = up.shape[0] <= _MAX_RANK and taps <= _MAX_WIDTH and channels % 16 == 0 and parts <= _MAX_PARTS
+    whole = (parts * channels,)  # unlike elsewhere, segments need not be multiples of a program's block
+    return supported and mma.fits(joined[..., : parts * channels], up, whole)
+
+
+def forward(
+    x: Tensor,  # [B, T, P*D]
+    z: Tensor,  # [B, T, P*R]
+    up: Tensor,  # [R, W*P*D]
+    static_w: Tensor | None,  # [W, P*D]
+    frequencies: Tensor | None,  # [E/2] float32, for RoPE on heads of E channels; only with three parts
+    added: Tensor | None,  # [B, T, D], contiguous; only with one part
+    parts: int,
+    residual: bool,
+) -> tuple[Tensor, ...]:  # [B, T, D] each
+    """The parts after convolution. With frequencies the first two are rotated; `added` is added to the one part."""
+    rank, channels = up.shape[0], x.shape[2] // parts
+    x, z = aligned(x), mma.padded(z, rank, x.dtype)
+    results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(parts))
+    blocks = parts * triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
+    _, cut = mma.cut_apart(x, blocks, at_once=3, longest=FORWARD_TILE.longest)
+    launch(
+        kernels.forward_kernel,
+        blocks * cut.batch * cut.chunks,
+        (x, z, up, static_w, *_three(results), frequencies, added, None),
+        (cut.time, parts * channels, x.stride(0), z.stride(0), cut.chunks, blocks, cut.run, 0),
+        {
+            "x_time": x.stride(1), "z_time": z.stride(1), "y_time": channels, "SEGMENTS": (channels,) * parts,
+            "PAIRS": _pairs(frequencies), "ALL_RANKS": rank, "R": rank, "W": up.shape[1] // x.shape[2],
+            "RESIDUAL": residual, "SILU": False,
+            "SLOTS": FORWARD_TILE.slots, "STAGES": FORWARD_TILE.stages, "WARPS": mma.FORWARD_WARPS,
+        },
+        num_warps=mma.FORWARD_WARPS,
+    )  # fmt: skip
+    return results
+
+
+def backward(
+    dys: tuple[Tensor, ...],  # [B, T, D] each
+    x: Tensor,  # [B, T, P*D]
+    z: Tensor,  # [B, T, P*R]
+    up: Tensor,  # [R, W*P*D]
+    static_w: Tensor | None,  # [W, P*D]
+    frequencies: Tensor | None,  # [E/2] float32
+    residual: bool,
+    columns: int,  # C: of `joined`, which holds x and then z
+    needs: tuple[bool, bool, bool],  # whether `joined`, up and static_w require gradients
+) -> tuple[Tensor | None, ...]:  # [B, T, C], [R, W*P*D], [W, P*D]
+    """The gradients of `joined`, up and static_w."""
+    batch, time, channels = dys[0].shape
+    rank, parts = up.shape[0], len(dys)
+    dys = tuple(aligned(dy) for dy in dys)
+    if any(dy.stride() != dys[0].stride() for dy in dys):
+        dys = tuple(copied(dy) for dy in dys)
+    x, z = aligned(x), mma.padded(z, rank, x.dtype)
+    in_part = triton.cdiv(channels, mma.BLOCK)
+    _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=BACKWARD_TILE.longest)
+    djoined = new(x, (batch, time, columns), x.dtype) if needs[0] else None
+    dz_partial = new(x, (in_part, batch, time, parts * rank), torch.float32) if needs[0] else None
+    up_partial, dup = new_sums(up if needs[1] else None, cut.batch * cut.chunks)
+    static_partial, dstatic = new_sums(static_w if needs[2] else None, cut.batch * cut.chunks)
+    launch(
+        kernels.backward_kernel,
+        parts * in_part * cut.batch * cut.chunks,
+        (
+            *_three(dys), x, z, up, static_w, frequencies,
+            djoined, dz_partial, up_partial, static_partial, None,
+        ),
+        (
+            cut.time, parts * channels, batch * time, dys[0].stride(0), x.stride(0), z.stride(0),
+            cut.chunks, parts * in_part, cut.run, 0,
+        ),
+        {
+            "dy_time": dys[0].stride(1), "x_time": x.stride(1), "z_time": z.stride(1), "dx_time": columns,
+            "SEGMENTS": (channels,) * parts, "PAIRS": _pairs(frequencies), "ALL_RANKS": rank, "R": rank,
+            "W": up.shape[1] // x.shape[2], "RESIDUAL": residual, "SILU": False, "ADD": False,
+            "SLOTS": BACKWARD_TILE.slots, "STAGES": BACKWARD_TILE.stages, "WARPS": mma.BACKWARD_WARPS,
+        },
+        num_warps=mma.BACKWARD_WARPS,
+    )  # fmt: skip
+    first = parts * channels
+    place = Place(parts * rank, columns, first, columns - first - parts * rank)
+    sum_parts((dz_partial, djoined), (up_partial, dup), (static_partial, dstatic), place=place)
+    return djoined, dup, dstatic
+
+
+def _three(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The tensor of each segment, as the kernels take them. Of two segments none is the third; any tensor will do."""
+    return (tensors[0], None, None) if len(tensors) == 1 else (*tensors[:2], tensors[-1])
+
+
+def _pairs(frequencies: Tensor | None) -> int:
+    return 0 if frequencies is None else len(frequencies)

@@ -1,0 +1,163 @@
+"""The operator of `fused`, for torch.compile, autograd and CUDA graphs.
+
+Shapes: B batch, T time, W taps, R rank, P parts, D channels of a part, C columns of `joined`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dynconv.ops import flops
+from dynconv.ops.launch import repeated
+from dynconv.ops.optional import fused_mma
+from dynconv.ops.tiles import runs_gluon
+
+_INPUTS = (
+    "Tensor joined, Tensor weight, Tensor? static_w, Tensor? frequencies, Tensor? added, "
+    "int channels, int parts, bool residual"
+)
+
+
+def fits(joined: Tensor, up: Tensor, channels: int, parts: int) -> bool:
+    """Whether the kernels support these inputs."""
+    return fused_mma is not None and runs_gluon(joined) and fused_mma.fits(joined, up, channels, parts)
+
+
+def convolve(
+    joined: Tensor,  # [B, T, C]
+    up: Tensor,  # [R, W*P*D]
+    static_w: Tensor | None,  # [W, P*D]
+    frequencies: Tensor | None,  # [E/2]
+    added: Tensor | None,  # [B, T, D]
+    channels: int,  # D
+    parts: int,  # P
+    residual: bool,
+) -> tuple[Tensor, ...]:  # [B, T, D] each
+    """The convolution by the kernels. The arguments have been checked, and they `fits`."""
+    return tuple(_op(joined, up, static_w, frequencies, added, channels, parts, residual))
+
+
+def _forward(*inputs: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = fused_mma.forward(*inputs)
+    return results
+
+
+def _backward(*inputs: Any) -> tuple[Tensor | None, ...]:
+    """As `repeated` takes it: first all tensors, of which those of the parts are the first, then the options."""
+    parts = inputs[-1]
+    gradients: tuple[Tensor | None, ...] = fused_mma.backward(inputs[:parts], *inputs[parts:-1])
+    return gradients
+
+
+def _prepared(
+    joined: Tensor, up: Tensor, static_w: Tensor | None, frequencies: Tensor | None, channels: int, parts: int
+) -> tuple[Tensor | None, ...]:
+    """Views of what is convolved and of the generators' outputs, and the other tensors as the kernels take them."""
+    joined, end = _rows(joined), channels * parts
+    static_w = None if static_w is None else static_w.contiguous()
+    frequencies = None if frequencies is None else frequencies.float().contiguous()
+    return joined[..., :end], joined[..., end : end + parts * len(up)], up.contiguous(), static_w, frequencies
+
+
+@torch.library.custom_op("dynconv::lowrank_joined", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
+def _op(
+    joined: Tensor,
+    up: Tensor,
+    static_w: Tensor | None,
+    frequencies: Tensor | None,
+    added: Tensor | None,
+    channels: int,
+    parts: int,
+    residual: bool,
+) -> list[Tensor]:
+    if joined.numel() == 0:
+        return [joined.new_empty(*joined.shape[:2], channels) for _ in range(parts)]
+    tensors = _prepared(joined, up, static_w, frequencies, channels, parts)
+    added = None if added is None else added.contiguous()
+    return list(repeated(_forward, (*tensors, added), (parts, residual)))
+
+
+@_op.register_fake
+def _(joined: Tensor, up: Any, static_w: Any, frequencies: Any, added: Any, channels: int, parts: int, *_: Any) -> Any:  # noqa: ARG001
+    return [joined.new_empty(*joined.shape[:2], channels) for _ in range(parts)]
+
+
+@torch.library.custom_op(
+    "dynconv::lowrank_joined_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] dys, Tensor joined, Tensor weight, Tensor? static_w, Tensor? frequencies, bool residual, "
+        "bool[] needs) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _backward_op(
+    dys: Sequence[Tensor],  # [B, T, D] each
+    joined: Tensor,
+    up: Tensor,
+    static_w: Tensor | None,
+    frequencies: Tensor | None,
+    residual: bool,
+    needs: Sequence[bool],  # whether `joined`, U and the static filter want gradients
+) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor | None, ...]
+    if joined.numel() == 0:
+        like = zip((joined, up, static_w), needs, strict=True)
+        gradients = tuple(torch.zeros_like(t) if wanted and t is not None else None for t, wanted in like)
+    else:
+        parts = len(dys)
+        tensors = _prepared(joined, up, static_w, frequencies, dys[0].shape[2], parts)
+        options = (residual, joined.shape[2], tuple(needs), parts)
+        gradients = repeated(_backward, (*map(_rows, dys), *tensors), options)
+    return tuple(joined.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@_backward_op.register_fake
+def _(dys: Any, joined: Tensor, up: Tensor, static_w: Tensor | None, *rest: Any) -> Any:  # noqa: ARG001
+    wanted = zip((joined, up, static_w), rest[-1], strict=True)
+    return tuple(t.new_empty(t.shape) if need and t is not None else joined.new_empty(0) for t, need in wanted)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - the protocol's signature
+    ctx.save_for_backward(*inputs[:4])
+    ctx.residual = inputs[7]
+
+
+def _differentiate(ctx: Any, dys: list[Tensor]) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(dys, *ctx.saved_tensors, ctx.residual, needs)
+    wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    return (*wanted, None, dys[0] if ctx.needs_input_grad[4] else None, None, None, None)
+
+
+def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
+    raise RuntimeError(
+        "the fused convolutions have first derivatives only; got a backward through their backward; "
+        "for second derivatives pass float64 tensors, which run in plain PyTorch"
+    )
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+_backward_op.register_autograd(_raise_no_second_derivatives)
+
+
+def _rows(tensor: Tensor) -> Tensor:  # [B, T, ...]
+    """The tensor, or a copy if its channels are not adjacent."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _forward_flops(joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
+    """Those of the convolution; RoPE and sums count as nothing."""
+    channels, parts = rest[2:4]
+    return flops.forward([*joined[:2], channels * parts], joined, weight, static_w)
+
+
+def _backward_flops(dys: Any, joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
+    x, needs = [*joined[:2], len(dys) * dys[0][2]], rest[-1]
+    return flops.backward(x, x, joined, weight, static_w, None, (), False, False, (needs[0], *needs))
+
+
+register_flop_formula(torch.ops.dynconv.lowrank_joined)(_forward_flops)
+register_flop_formula(torch.ops.dynconv.lowrank_joined_backward)(_backward_flops)

@@ -1,0 +1,126 @@
+"""The calibration of a sweep: a few steps of each kind of run, executed as the profile would execute it.
+
+`dynconv plan --calibrate` measures on this machine by `calibrate`, or has a job of Slurm for each size execute this
+module. The measured speeds are kept by experiments/design/calibrations.py.
+"""
+
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.errors import WorkFailed
+from analysis.logs.files import read_json, write_json
+from experiments import source
+from experiments.bench.trials import calibration_trial
+from experiments.design import calibrations, strict
+from experiments.design.calibrations import Work
+from experiments.design.config import Execution, RunConfig
+from experiments.design.identity import to_dict
+from experiments.training.job import Place, this_place
+
+ROUNDS = 3
+SECONDS = 0.5  # of a turn; each arm has one turn a round, after as many steps to warm up
+REQUEST = "request.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: one run for each kind of work of a size."""
+
+    runs: tuple[RunConfig, ...]
+    execution: Execution
+    place: str
+    cache: str  # the folder that takes the measurements
+
+    @property
+    def size(self) -> str:
+        return self.runs[0].size
+
+
+def requests(
+    runs: Sequence[RunConfig],
+    executions: Mapping[str, Execution],  # by size, as are the places
+    places: Mapping[str, str],
+    cache: Path,
+) -> list[Request]:
+    """A request for each size, with the first run of each kind of work."""
+    found: dict[str, dict[Work, RunConfig]] = {}
+    for run in runs:
+        found.setdefault(run.size, {}).setdefault(Work.of(run, executions[run.size], places[run.size]), run)
+    return [Request(tuple(kinds.values()), executions[size], places[size], str(cache)) for size, kinds in found.items()]
+
+
+def calibrate(request: Request) -> None:
+    """Measure on this machine, and keep the speeds. Raises WorkFailed where a batch does not fit in memory."""
+    _measure(request, None, Path(), progress=True)
+
+
+def freeze(request: Request, folder: Path) -> None:
+    """Write what the job of a request reads: its processes execute this module with the folder as argument."""
+    write_json(folder / REQUEST, to_dict(request))
+
+
+def main() -> None:
+    """Measure as one of a job's processes. TERM, which comes before the time limit, is no wish to be queued again."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    folder = Path(sys.argv[1])
+    request = strict.parse(read_json(folder / REQUEST), Request, str(folder / REQUEST))
+    _measure(request, this_place(), folder, progress=False)
+
+
+def measured_since(request: Request, moment: float) -> bool:
+    """Whether all speeds of a request were measured after `moment`, in unix seconds."""
+    for run in request.runs:
+        kept = calibrations.read(Work.of(run, request.execution, request.place), request.place, Path(request.cache))
+        if kept is None or kept.measured_at < moment:
+            return False
+    return True
+
+
+def _measure(request: Request, place: Place | None, folder: Path, progress: bool) -> None:
+    """Measure in this process and those it starts, or, with a place, as one of a job's processes."""
+    import torch
+
+    from experiments.bench.stepping import DoesNotFit, Settings, measure, measure_here
+
+    cuda = request.execution.device != "cpu" and torch.cuda.is_available()
+    if request.execution.device == "cuda" and not cuda:
+        raise ValueError("device = 'cuda' was asked for and torch sees no GPU; set device = 'auto' or 'cpu'")
+    trials = [calibration_trial(run, request.execution) for run in request.runs]
+    for trial in trials:
+        trial.execution("cpu").check(trial.run)
+    settings = Settings(tuple(trials), "cuda" if cuda else "cpu", ROUNDS, SECONDS, profile=False, progress=progress)
+    try:
+        outcomes = measure(settings) if place is None else measure_here(settings, folder, place)
+    except DoesNotFit as problem:
+        raise WorkFailed(
+            f"{problem}: a micro-batch does not fit into the GPU's memory, nor would it in a run; lower micro_batch, "
+            "or set parallel = 'fsdp' on more GPUs, in the profile"
+        ) from None
+    if len(outcomes[0].seconds) < ROUNDS:
+        raise KeyboardInterrupt
+    if place is not None and place.rank > 0:
+        return
+    for run, trial, outcome in zip(request.runs, trials, outcomes, strict=True):
+        step = statistics.median(outcome.seconds)
+        calibration = calibrations.Calibration(
+            arm=run.arm,
+            size=run.size,
+            tokens_per_second=trial.tokens / step,
+            spread=(max(outcome.seconds) - min(outcome.seconds)) / step,
+            place=request.place,
+            device=torch.cuda.get_device_name() if cuda else calibrations.cpu_name(),
+            dtype="bfloat16" if cuda else "float32",
+            versions=calibrations.versions(),
+            code=source.code_sha256(),
+            measured_at=time.time(),
+        )
+        calibrations.write(calibration, Work.of(run, request.execution, request.place), Path(request.cache))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The verb that feeds run trackers from the logs of a store: track."""
+
+import argparse
+import time
+from pathlib import Path
+
+from experiments.cli.arguments import Subparsers, add_verb, warn
+
+FOLLOW_SECONDS = 10.0
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the verbs of this file."""
+    verb = add_verb(
+        subparsers,
+        "track",
+        _track,
+        "export the logs of a store for TensorBoard or Weights & Biases; repeated, it adds what is new",
+        "results/runs/demo --to tensorboard -o boards        # then: tensorboard --logdir boards",
+        "results/runs/demo --to tensorboard -o boards -f     # goes on while runs train",
+        "results/runs/demo --to wandb -o boards              # then: wandb sync boards/*/wandb/offline-run-*",
+    )
+    verb.add_argument("store", type=Path, metavar="STORE", help="the folder that `submit` fills")
+    text = "wandb works offline, unless WANDB_MODE says otherwise"
+    verb.add_argument("--to", choices=("tensorboard", "wandb"), required=True, help=text)
+    verb.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a folder in it for each run")
+    verb.add_argument("-f", "--follow", action="store_true", help="go on until no run is queued or running")
+
+
+def _track(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from experiments.launching import overview, states
+    from experiments.launching.trackers import export
+
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is a file; give a folder")
+    told: set[str] = set()
+    while True:
+        run_ids = states.find(args.store)
+        going_on = args.follow and overview.unfinished(states.read(args.store, run_ids))
+        entries = runs = 0
+        for run_id in tqdm(run_ids, desc="runs", delay=2, leave=False):
+            try:
+                count = export(args.store / run_id, args.out / run_id, args.to)
+            except ValueError as error:
+                if str(error) not in told:
+                    warn(f"{run_id}: {error}")
+                told.add(str(error))
+                continue
+            entries, runs = entries + count, runs + (count > 0)
+        if runs or not args.follow:
+            print(f"{args.out}: {entries} entries of {runs} runs, of {len(run_ids)} in {args.store}", flush=True)
+        if not going_on:
+            return 1 if told else 0
+        time.sleep(FOLLOW_SECONDS)

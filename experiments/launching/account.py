@@ -1,0 +1,211 @@
+"""What runs will take under a profile, what a store has used already, and whether that is within the profile's cap."""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from analysis.logs import reader
+from analysis.logs.files import read_json
+from analysis.logs.selection import some
+from experiments.design import calibrations, strict
+from experiments.design.calibrations import Calibration, Work
+from experiments.design.config import Execution, RunConfig
+from experiments.design.forecast import Rate, stated_rate
+from experiments.launching import attempts, local, states
+from experiments.launching.profile import LONGEST_ATTEMPT, Job, Profile
+from experiments.training.record import read_record
+
+CLOCKS = ("train", "eval", "checkpoint", "lost")  # of a finished run: what grows with its tokens
+START = ("startup", "compile")
+# A time limit that follows from a measured speed: so many times the longest run's forecast, and so much for its start.
+MARGIN = 1.5
+START_HOURS = 0.5
+UNEVEN = 0.3  # a spread between the rounds of a calibration that is named
+
+
+@dataclass
+class Speeds:
+    """The speeds of a sweep's runs."""
+
+    rates: dict[str, Rate] = field(default_factory=dict)  # by run id; what is not known is missing
+    notes: list[str] = field(default_factory=list)  # measurements that were not used, and why
+
+
+def speeds(runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path) -> Speeds:
+    """The speed of each run: of finished runs of its kind in the store, else calibrated, else as the profile states."""
+    found = Speeds()
+    places = {size: place(profile, profile.job(size)) for size in {run.size for run in runs}}
+    finished = _finished(runs, profile, places, store, found.notes)
+    in_container = profile.slurm is not None and profile.slurm.python is not None
+    stale, uneven = dict[str, list[str]](), list[str]()
+    calibrated: dict[Work, Rate | None] = {}
+    for run in runs:
+        job = profile.job(run.size)
+        work = Work.of(run, job.execution, places[run.size])
+        if work in finished:
+            found.rates[run.run_id] = finished[work]
+            continue
+        if work not in calibrated:
+            kept = calibrations.read(work, places[run.size], cache)
+            why = kept and kept.stale(in_container)
+            calibrated[work] = _rate(kept) if kept and not why else None
+            if why:
+                stale.setdefault(why, []).append(f"{run.arm} at {run.size}")
+            elif kept and kept.spread > UNEVEN:
+                uneven.append(f"{run.arm} at {run.size} varied by {kept.spread:.0%}")
+        if rate := calibrated[work]:
+            found.rates[run.run_id] = rate
+        elif job.teraflops_per_second is not None:
+            found.rates[run.run_id] = stated_rate(run, job.gpus, job.teraflops_per_second)
+    found.notes += [
+        f"the calibration of {some(names)} is {why}, and is not used; `dynconv plan --calibrate` measures again"
+        for why, names in stale.items()
+    ]
+    if uneven:
+        found.notes.append(
+            f"the calibration of {some(uneven)} between its rounds: the machine was not idle, so the forecast is rough"
+        )
+    return found
+
+
+def place(profile: Profile, job: Job) -> str:
+    """Where a profile's runs of a size are: the device of this machine, or what Slurm is asked for."""
+    if profile.slurm is None:
+        return local.device_name(job)
+    slurm = profile.slurm
+    options = {"partition": slurm.partition, "constraint": slurm.constraint, "python": slurm.python, **slurm.options}
+    kind = "cpu" if job.device == "cpu" else "gpu"
+    return f"slurm {kind} " + " ".join(f"{name}={value}" for name, value in sorted(options.items()) if value)
+
+
+def _rate(calibration: Calibration) -> Rate:
+    day = time.strftime("%Y-%m-%d", time.localtime(calibration.measured_at))
+    return Rate(calibration.tokens_per_second, f"the calibration of {day} on {calibration.device}")
+
+
+def _finished(
+    runs: Sequence[RunConfig],
+    profile: Profile,
+    places: Mapping[str, str],  # by size
+    store: Path,
+    notes: list[str],
+) -> dict[Work, Rate]:
+    """The speeds of the runs that are complete in the store and were executed as the profile would execute them."""
+    rows: dict[Work, list[tuple[RunConfig, Mapping[str, Any]]]] = defaultdict(list)
+    for run in runs:
+        done, record = store / run.run_id / "run.json", store / run.run_id / "config.json"
+        if not done.exists():
+            continue
+        row, execution = read_json(done), strict.parse(read_json(record)["execution"], Execution, str(record))
+        job, where = profile.job(run.size), places[run.size]
+        work = Work.of(run, execution, where)
+        if work == Work.of(run, job.execution, where) and _would_be_on(row.get("device"), where, job):
+            rows[work].append((run, row))
+    found, mixed = {}, []
+    for work, members in rows.items():
+        kinds = {tuple(done.get(key) for key in ("device", "dtype", "torch")) for _, done in members}
+        (first, _), (device, _, torch) = members[0], next(iter(kinds))
+        if len(kinds) > 1 or torch is None:
+            mixed.append(f"{first.arm} at {first.size}")
+            continue
+        tokens = sum(run.own_tokens for run, _ in members)
+        clocks = [done["seconds"] for _, done in members]
+        seconds = sum(clock.get(name, 0.0) for clock in clocks for name in CLOCKS)
+        start = sum(clock.get(name, 0.0) for clock in clocks for name in START) / len(members)
+        if seconds > 0:
+            words = f"finished runs of {store} on {device}"
+            found[work] = Rate(tokens / seconds, words, whole=True, start_seconds=start)
+    if mixed:
+        notes.append(f"the finished runs of {some(mixed)} are of several devices or versions, and no forecast")
+    return found
+
+
+def _would_be_on(device: str | None, where: str, job: Job) -> bool:
+    """Whether the profile would put a run on such a device, as far as that is known here."""
+    if device is None or where.startswith("slurm"):
+        return device is not None and (job.device == "auto" or (device == "cpu") == (job.device == "cpu"))
+    return device == ("cpu" if where.startswith("cpu") else where)
+
+
+def share_left(run: RunConfig, store: Path) -> float:
+    """The share of a run's own tokens that is still to be trained on, by its log."""
+    run_dir = store / run.run_id
+    if reader.status(run_dir) == "complete":
+        return 0.0
+    logged = reader.progress(run_dir)
+    left = run.counts.tokens - (logged.tokens or 0) if logged else run.own_tokens
+    return min(1.0, max(0.0, left / run.own_tokens))
+
+
+def used_hours(store: Path) -> float:
+    """GPU-hours of all attempts at all runs of a store, by their logs."""
+    run_dirs = sorted(path.parent for path in store.glob("*/config.json"))
+    costs = [attempts.cost(attempts.read_made(run_dir, None), running=False) for run_dir in run_dirs]
+    return sum(cost.gpu_hours or 0.0 for cost in costs)
+
+
+def require_within_cap(
+    todo: Sequence[RunConfig], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
+) -> None:
+    """Raises ValueError where `todo`, with what else is under way in the store, would pass the profile's cap."""
+    if profile.max_gpu_hours is None:
+        return
+    chosen = {run.run_id for run in todo}
+    ids = states.find(store) if store.is_dir() else []
+    active = [s.run_id for s in states.read(store, [i for i in ids if i not in chosen]) if s.state in states.ACTIVE]
+    known = {run.run_id: run for run in runs}
+    under_way = [known.get(run_id) or read_record(store / run_id)[1] for run_id in active]
+    ahead = [*todo, *under_way]
+    everything = {run.run_id: run for run in (*runs, *ahead)}  # finished ones, too, for their speeds
+    rates = speeds(list(everything.values()), profile, store, cache).rates
+    if unknown := sorted({f"{run.arm} at {run.size}" for run in ahead if run.run_id not in rates}):
+        raise ValueError(
+            f"max_gpu_hours = {profile.max_gpu_hours:g} needs a forecast, and the speed of {some(unknown)} is not "
+            "known; measure it by `dynconv plan --calibrate`, or state teraflops_per_second in the profile"
+        )
+    hours = sum(profile.job(run.size).gpus * rates[run.run_id].hours(run) * share_left(run, store) for run in ahead)
+    used = used_hours(store)
+    if used + hours > profile.max_gpu_hours:
+        sources = " and ".join(dict.fromkeys(rates[run.run_id].source for run in ahead))
+        raise ValueError(
+            f"max_gpu_hours = {profile.max_gpu_hours:g} in the profile: {store} has used {used:.4g} GPU-hours, and the "
+            f"{len(todo)} runs to be submitted"
+            + (f", with {len(under_way)} under way," if under_way else "")
+            + f" are forecast to take {hours:.4g} more, by {sources}; submit fewer runs, or raise the cap"
+        )
+
+
+def with_time_limits(profile: Profile, todo: Sequence[RunConfig], rates: Mapping[str, Rate]) -> Profile:
+    """The profile with a time limit of each size that has none, where the speed of all its runs to do was measured.
+
+    How a limit came about is said on standard error.
+    """
+    if profile.slurm is None:
+        return profile
+    sizes = dict(profile.size)
+    for size in sorted({run.size for run in todo if profile.job(run.size).hours is None}):
+        own = [run for run in todo if run.size == size]
+        known = [rates[run.run_id] for run in own if run.run_id in rates and rates[run.run_id].measured]
+        if len(known) < len(own):
+            continue
+        longest = max(rate.hours(run) for rate, run in zip(known, own, strict=True))
+        limit = min(LONGEST_ATTEMPT, max(MARGIN * longest + START_HOURS, profile.slurm.signal_seconds / 1800))
+        sizes[size] = replace(profile.job(size), hours=limit)
+        words = f"{MARGIN:g} times the longest run's forecast of {longest:.3g} h, and {START_HOURS:g} h for the start"
+        how = words if limit < LONGEST_ATTEMPT else "the most"
+        print(f"dynconv: the time limit of {size} is {limit:.3g} h: {how}", file=sys.stderr)
+    return replace(profile, size=sizes)
+
+
+def runs_at_once(profile: Profile, runs: Sequence[RunConfig]) -> int | None:
+    """How many runs go on at one time: on this machine, or of one size in Slurm. None: all of them.
+
+    Raises ValueError where they do not fit on this machine.
+    """
+    if profile.executor == "local":
+        return len(local.Slots(profile, [profile.job(run.size) for run in runs]).free)
+    return profile.max_parallel or None if profile.executor == "slurm" else 1
