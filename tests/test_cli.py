@@ -213,7 +213,7 @@ def test_a_run_that_fails_is_exit_code_1(cheap: list[str], tmp_path: Path, capsy
     assert main(["submit", *cheap, "--profile", str(profile)]) == 1
     said, told = capsys.readouterr().err.splitlines()[-2:]
     assert said == f"{tmp_path / 'store'}: 1 runs submitted"
-    assert re.search(rf"{run.run_id} failed: RuntimeError: .*max_attempts = 1 .*; log: {tmp_path}", told)
+    assert re.search(rf"{run.run_id} failed: AttemptsSpent: .*max_attempts = 1 .*; log: {tmp_path}", told)
 
 
 def test_ctrl_c_is_exit_code_130(cheap: list[str], tmp_path: Path) -> None:
