@@ -167,6 +167,21 @@ def test_joined_parts_composed_are_the_same_function(adds: bool) -> None:
     assert all(value < 2e-6 for value in found.values()), found
 
 
+@pytest.mark.parametrize(("forward", "backward"), [((2, 4, 32), (1, 8, 160)), ((4, 4, 64), (2, 3, 96))])
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_tiles_are_a_matter_of_speed_alone(
+    forward: tuple[int, int, int], backward: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynconv.ops import fused_operator, launch
+
+    kernels = fused_operator.fused_mma
+    monkeypatch.setattr(kernels, "FORWARD_TILE", kernels.Tile(*forward))
+    monkeypatch.setattr(kernels, "BACKWARD_TILE", kernels.Tile(*backward))
+    monkeypatch.setattr(launch, "_repeats", {})  # launches of these shapes with the usual tiles
+    found = errors(Case(batch=1, time=150, segments=(128,) * 3, rank=16, dtype=torch.bfloat16), 2)
+    assert all(value < BOUND[torch.bfloat16] for value in found.values()), found
+
+
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_angles_stay_exact_over_a_long_sequence() -> None:
     """The recurrence that gives the next angle starts after up to 300 turns, as at the end of 2,000 tokens."""
