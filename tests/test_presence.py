@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,16 @@ def test_two_submits_of_one_sweep_train_it_once_and_both_end_well(
     assert 1 <= most <= 2
     found = states.read(store, [run.run_id for run in runs])
     assert {(state.state, state.attempts) for state in found} == {("complete", 1)}
+    started = 0
+    for name in "ab":
+        said = (tmp_path / f"said-{name}").read_text()
+        submitted, taken = (
+            re.search(r"(\d+) runs submitted", said),
+            re.search(r"(\d+) of \d+ runs were not start", said),
+        )
+        assert submitted is not None
+        started += int(submitted[1]) - (int(taken[1]) if taken else 0)
+    assert started == 4  # what they say adds up
 
 
 @pytest.mark.slow
