@@ -21,6 +21,7 @@ from analysis.pages.chart_style import document
 from analysis.pages.charts import charts
 from analysis.pages.drawing import Answers, Material, answers, draw, material
 from analysis.pages.glance import glance, headline
+from analysis.pages.law_tables import fit_cells
 from analysis.pages.page import Link, chips, code, figure, note, page, table
 from analysis.pages.style import marks
 from analysis.pages.tables import (
@@ -28,7 +29,6 @@ from analysis.pages.tables import (
     answer_cells,
     check_cells,
     clock_cells,
-    fit_cells,
     is_missing,
     numbered_notes,
     short,

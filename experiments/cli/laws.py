@@ -140,7 +140,7 @@ def _fit(args: argparse.Namespace) -> int:
     from analysis.laws.intervals import bootstrap, profile
     from analysis.laws.powerlaw import fit
     from analysis.pages.drawing import fit_points
-    from analysis.pages.tables import fit_table
+    from analysis.pages.law_tables import fit_table
 
     if args.starts < 1 or args.bootstrap < 0:
         raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
@@ -159,7 +159,7 @@ def _fit(args: argparse.Namespace) -> int:
 
 def _fit_linear(args: argparse.Namespace) -> int:
     from analysis.laws.linear import fit_bilinear, fit_optima
-    from analysis.pages.tables import linear_table
+    from analysis.pages.law_tables import linear_table
 
     options = _law_options(args)
     if options["hold"]:
@@ -184,7 +184,7 @@ def _predict(args: argparse.Namespace) -> int:
     from analysis.laws.powerlaw import fit
     from analysis.laws.prediction import FEWEST_KEPT, back_test, best_sizes, predict
     from analysis.pages.drawing import fit_points
-    from analysis.pages.tables import prediction_tables
+    from analysis.pages.law_tables import prediction_tables
 
     at = {name: _numbers(name, getattr(args, name)) for name in ("C", "N", "D") if getattr(args, name)}
     form = args.form or ("c" if "C" in at else "nd")

@@ -93,9 +93,10 @@ class _Loop:
             del self.running[slot]
             self.slots.free.append(slot)
         if not self.running:
-            # Only a trunk that waits itself or is trained can still be complete. Drop the branches of any other, which
-            # would wait for ever.
-            hoped = trained | {run.run_id for run in self.waiting}
+            # Only a trunk that waits itself, or that another launcher has, can still be complete. Drop the branches of
+            # any other, which would wait for ever.
+            trunks = states.read(self.store, {run.trunk for run in self.waiting if run.trunk is not None})
+            hoped = {run.run_id for run in self.waiting} | {s.run_id for s in trunks if s.state in states.ACTIVE}
             self.waiting = deque(run for run in self.waiting if ready(run, self.store) or run.trunk in hoped)
         while self.slots.room(self._beside()) and (run := _next(self.waiting, self.store)):
             with store_lock(self.store):  # another `submit` or a `cancel` may have been here first
