@@ -227,7 +227,7 @@ def test_a_long_list_is_summed_up_by_arm_and_size() -> None:
         ["a", "25k", "50", "50", "30%"],
         ["b", "45k", "9", "9", "0%"],
     ]
-    said = "9 failed: NonFiniteLoss: loss is nan (step 0) (others alike): b-0, b-1, b-2 and 6 more"
+    said = "9 failed (b-0, b-1, b-2 and 6 more): NonFiniteLoss: loss is nan (step 0) (others alike)"
     assert said in " ".join(text.split())
     assert "59 runs: 50 running, 9 failed" in text
     assert max(map(len, text.splitlines())) <= 80

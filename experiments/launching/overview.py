@@ -93,7 +93,7 @@ def _causes(states: Iterable[RunState], width: int) -> list[str]:
             others = " (others alike)" if any(run.cause != first.cause for run in runs) else ""
             more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
             named = ", ".join(run.run_id for run in runs[:MOST_NAMED])
-            line = f"{len(runs)} {first.state}: {first.cause}{others}: {named}{more}"
+            line = f"{len(runs)} {first.state} ({named}{more}): {first.cause}{others}"
         lines.append(_fit(line, width))
     if len(alike) > MOST_CAUSES:
         lines.append(f"{len(alike) - MOST_CAUSES} more causes: --json has all of them")
