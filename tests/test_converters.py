@@ -5,6 +5,8 @@ What each of them computes is restated here from its documentation, in float64 a
 
 import itertools
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +172,16 @@ def test_every_bit_survives(dtype: torch.dtype) -> None:
     bits = torch.randint(torch.iinfo(integer).min, torch.iinfo(integer).max, (64, 1, 4)).to(integer)
     back = converters.to_conv1d(converters.from_conv1d({"weight": bits.view(dtype)}))
     assert torch.equal(back["weight"].contiguous().view(integer), bits)
+
+
+def test_the_example_of_the_readme() -> None:
+    page = (Path(__file__).parent.parent / "dynconv" / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "converters" in block]
+    names: dict[str, Any] = {"torch": torch}
+    exec(compile(example, "README.md", "exec"), names)
+    x = torch.randn(2, 9, 64)
+    want = torch.nn.functional.silu(names["theirs"](x.transpose(1, 2))[..., :9]).transpose(1, 2)
+    torch.testing.assert_close(names["ours"](x), want)
 
 
 def test_a_bias_is_drawn_as_that_of_torch() -> None:

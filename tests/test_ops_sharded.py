@@ -155,6 +155,19 @@ def check_modules_in_columns(mesh: Any) -> None:
         got.sum().backward()
 
 
+def check_rows_of_documents(mesh: Any) -> None:
+    """By seq_idx, which is no DTensor: every device has all tokens of its channels."""
+    seq_idx = torch.tensor([[0] * 4 + [1] * 3 + [-1] * 2, [-1] * 2 + [5] * 7])
+    for kind in FUNCTIONS:
+        case = Case(kind, heads=4, time=9)
+        inputs = case.inputs()
+        want = case.run(inputs, seq_idx=seq_idx)
+        got = case.run(placed(case, inputs, mesh, 2), seq_idx=seq_idx)
+        assert relative_error(got.full_tensor(), want.double()) < CLOSE, kind
+        with pytest.raises(ValueError, match="got x sharded by batch; shard it by channels"):
+            case.run(placed(case, inputs, mesh, 0), seq_idx=seq_idx)
+
+
 def check_compiled(mesh: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -181,6 +194,7 @@ def process(rank: int, folder: Path) -> None:
                 check_case(case, mesh, x_dim)
     check_case(Case(segments=(16, 8), time=9), mesh, 0)
     check_modules_in_columns(mesh)
+    check_rows_of_documents(mesh)
     check_fully_sharded(mesh)
     check_refusals(mesh)
     check_compiled(mesh)

@@ -122,10 +122,15 @@ class HostReads(TorchDispatchMode):
 
 @EACH_KIND
 def test_no_value_is_read_on_the_host(kind: str) -> None:
+    """With the other way to pack documents, too, where they begin from states."""
     case = Case(kind, batch=4, time=18)
     inputs = case.inputs()
+    packed = Case(kind, batch=1, time=18, documents=(5, 0, 1, 12), state=True)
+    values, edges = packed.inputs(), packed.options()["cu_seqlens"]
     with HostReads() as reads:
         case.run(inputs, seq_idx=torch.tensor(ROWS).to(DEVICE)).sum().backward()
+        y, state = packed.run(values, cu_seqlens=edges, return_final_state=True)
+        (y.sum() + state.sum()).backward()
     assert reads.found == []
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert case.run(inputs, seq_idx=torch.tensor(ROWS, device=DEVICE)).shape == inputs["x"].shape

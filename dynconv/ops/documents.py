@@ -14,11 +14,10 @@ from dynconv.ops.checks import kind_of
 def find_documents(
     x: Tensor,  # [1, T, D]
     cu_seqlens: Tensor,  # [N + 1]
-) -> tuple[Tensor, Tensor]:  # [T] int64, [T + 1] int32
-    """Each token's document (N for padding after the last document), and its index within that document.
+) -> Tensor:  # [T + 1] int32
+    """Each token's index within its document (of padding after the last one, from its end), then the padding's length.
 
-    The second result has one more element, the length of the padding. Raises ValueError if cu_seqlens does not
-    describe documents of x.
+    Raises ValueError if cu_seqlens does not describe documents of x.
     """
     batch, time, _ = x.shape
     if not isinstance(cu_seqlens, Tensor):
@@ -44,7 +43,7 @@ def find_documents(
             )
     steps = torch.arange(time + 1, dtype=cu_seqlens.dtype, device=x.device)
     document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
-    return document[:-1], (steps - cu_seqlens[document]).int()
+    return (steps - cu_seqlens[document]).int()
 
 
 def check_runs(

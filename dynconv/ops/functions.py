@@ -258,7 +258,7 @@ def _run(
         raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
     if filters.width == 0:
         raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")
-    document = positions = None
+    positions = None
     sequences = x.shape[0]
     if seq_idx is not None:
         documents.check_runs(x, seq_idx)
@@ -268,7 +268,7 @@ def _run(
         if return_final_state:
             raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
     if cu_seqlens is not None:
-        document, positions = documents.find_documents(x, cu_seqlens)  # [T], [T + 1]
+        positions = documents.find_documents(x, cu_seqlens)  # [T + 1]
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])
@@ -293,7 +293,7 @@ def _run(
     if initial_state is None:
         y = _convolve(x, filters, positions, residual, silu)
     else:
-        y = _convolve_from_state(x, filters, document, positions, cu_seqlens, residual, silu, initial_state)
+        y = _convolve_from_state(x, filters, positions, cu_seqlens, residual, silu, initial_state)
     if not return_final_state:
         return y
     return y, _final_state(x, filters.width, cu_seqlens, initial_state)
@@ -394,7 +394,6 @@ def _convolve_runs(
 def _convolve_from_state(
     x: Tensor,  # [B, T, D]
     filters: _Filters,
-    document: Tensor | None,  # [T]
     positions: Tensor | None,  # [T + 1]
     cu_seqlens: Tensor | None,  # [N + 1]
     residual: bool,
@@ -414,7 +413,7 @@ def _convolve_from_state(
             lambda tensor: torch.cat([tensor.new_zeros(tensor.shape[0], count, *tensor.shape[2:]), tensor], 1)
         )
         return _convolve(torch.cat([state.to(x.dtype), x], 1), padded_filters, None, residual, silu)[:, count:]
-    if cu_seqlens is None or document is None or positions is None:
+    if cu_seqlens is None:
         count = x.shape[1] if x.shape[1] <= _FEW_TOKENS else count
         first_filters = filters.select_tokens(lambda tensor: tensor[:, :count])
         from_state = reference.convolve(x[:, :count], *first_filters[:3], None, filters.segments, residual, silu, state)
@@ -436,7 +435,9 @@ def _convolve_from_state(
     first_filters = filters.select_tokens(first_tokens)
     from_state = reference.convolve(first_tokens(x), *first_filters[:3], None, filters.segments, residual, silu, state)
     y = _convolve(x, filters, positions, residual, silu)
-    place, sequences = positions[:-1], len(from_state)
-    uses_state = (place < count) & (document < sequences)  # padding belongs to no document
-    token_from_state = from_state[document.clamp(max=sequences - 1), place.clamp(min=0, max=count - 1)]
-    return torch.where(uses_state[:, None], token_from_state, y)
+    # A place after its document's end has no token. It stands for the first place that has one, with the same values
+    # but no gradient, because the host does not know how many to leave out. If none has one, all of y is padding.
+    first = inside.flatten().int().argmax(0, keepdim=True)  # index_select takes it without reading it on the host
+    tokens = torch.where(inside, tokens, torch.where(inside.any(), tokens.flatten().index_select(0, first), 0)).long()
+    value = torch.where(inside.any(), from_state.flatten(0, 1).index_select(0, first), y[0, :1]).detach()
+    return y[0].index_put((tokens,), torch.where(inside[..., None], from_state, value))[None]

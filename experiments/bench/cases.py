@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -191,21 +192,58 @@ def _named(target: str) -> Provider:
     return Provider(target, {op: function})
 
 
+# The static convolutions of others: a name to show, the module and the function, and how to call it on x [B, T, D] and
+# weight [D, W]. Those of flash-linear-attention's CUDA backend are causal-conv1d's kernels, reached through it.
+_Call = Callable[[Callable[..., Any], "Tensor", "Tensor", bool], Any]
+_PEERS: list[tuple[str, str, str, _Call]] = [
+    (
+        "causal-conv1d",
+        "causal_conv1d",
+        "causal_conv1d_fn",
+        lambda run, x, weight, residual: _added(run(x.transpose(1, 2), weight).transpose(1, 2), x, residual),
+    ),
+    (
+        "flash-linear-attention",
+        "fla.modules.convolution",
+        "causal_conv1d",
+        lambda run, x, weight, residual: run(x, weight, residual=x if residual else None)[0],
+    ),
+    (
+        "flash-linear-attention, cuda",
+        "fla.modules.convolution",
+        "causal_conv1d",
+        lambda run, x, weight, residual: run(x, weight, residual=x if residual else None, backend="cuda")[0],
+    ),
+    (
+        "attention-gym",
+        "attn_gym.linear.kda.short_conv",
+        "causal_conv1d",
+        lambda run, x, weight, residual: _added(run(x, weight.to(x.dtype)), x, residual),  # it takes one dtype
+    ),
+]
+
+
+def _added(y: Tensor, x: Tensor, residual: bool) -> Tensor:
+    return y + x if residual else y
+
+
 def _installed_peers() -> Iterator[Provider]:
-    """The static convolutions of causal-conv1d and flash-linear-attention, if they are installed."""
-    if importlib.util.find_spec("causal_conv1d"):
-        from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]  # not a dependency
+    """The static convolutions of others that are installed. Says on standard error which are not, or why they fail."""
+    absent = []
+    for name, module, function, call in _PEERS:
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            absent.append(name)
+            continue
+        try:
+            run = getattr(importlib.import_module(module), function)
+        except Exception as error:  # a module may raise anything when it is imported
+            print(f"{name} is left out: {first_line(error)}", file=sys.stderr)
+            continue
+        yield Provider(name, {"static": partial(_call_peer, run, call)}, taps_last=True)
+    if absent:
+        print(f"not installed, so not compared: {'; '.join(absent)}", file=sys.stderr)
 
-        def channels_first(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
-            y: Tensor = causal_conv1d_fn(x.transpose(1, 2), weight).transpose(1, 2)
-            return y + x if residual else y
 
-        yield Provider("causal-conv1d", {"static": channels_first}, taps_last=True)
-    if importlib.util.find_spec("fla"):
-        from fla.modules.convolution import causal_conv1d
-
-        def channels_last(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
-            y: Tensor = causal_conv1d(x, weight, residual=x if residual else None)[0]
-            return y
-
-        yield Provider("flash-linear-attention", {"static": channels_last}, taps_last=True)
+def _call_peer(run: Callable[..., Any], call: _Call, x: Tensor, weight: Tensor, residual: bool) -> Tensor:
+    y: Tensor = call(run, x, weight, residual)
+    return y

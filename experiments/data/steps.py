@@ -135,7 +135,10 @@ def run(shared: Shared, step: str, worker: int, workers: int) -> None:
     if step == "publish":
         assert shared.target is not None, "collect has noted it"
         build.make(shared.target, shared.folder, source, False)
-        shutil.rmtree(shared.folder, ignore_errors=True)
+        ended = shared.folder.with_suffix(".ended")  # another name, under which nobody writes any more
+        shutil.rmtree(ended, ignore_errors=True)
+        shared.folder.replace(ended)
+        shutil.rmtree(ended, ignore_errors=True)
         return
     prepared = writing.prepare(shared.folder, source.spec, source.found, source.tokenizer_json, False)
     if step == "tokenize":
@@ -171,6 +174,8 @@ def main() -> None:
     try:
         run(Shared(args.folder), args.step, args.worker, args.workers)
     except Exception as error:
+        if not (args.folder / RECORD).exists():
+            return  # as before: another job published the dataset meanwhile
         failure_of(args.folder).write_text(f"{args.step}: {error}")
         traceback.print_exc()
         raise SystemExit(1) from None

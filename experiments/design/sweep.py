@@ -183,6 +183,10 @@ def notes(sweep: Sweep) -> list[str]:
         place = getattr(sweep.data, key)
         if place is not None and place != "python" and not Path(place).exists():
             found.append(f"data.{key} = {place!r} is not there; `submit` will refuse to build the data")
+    if sweep.packed:
+        found.append(
+            "packed: FLOPs hold attention over whole sequences, of which within_documents in config.json is real"
+        )
     return found
 
 
