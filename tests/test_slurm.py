@@ -141,7 +141,7 @@ def test_data_is_built_by_arrays_and_resumed(
         ask("scancel", "--signal=KILL", "--full", element)
         with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
             data_jobs.require_nothing_under_way([spec], cache)
-        with pytest.raises(WorkFailed, match="building the data failed: its jobs ended without a word"):
+        with pytest.raises(WorkFailed, match="building the data failed: its jobs were killed"):
             data_jobs.build(spec, profile, cache, wait=True)
 
     kill("read", after=0.2)  # it takes a second

@@ -64,9 +64,12 @@ class Shared(NamedTuple):
 
     def progress(self) -> str:
         """In words, for people."""
+        try:
+            counts = self.counts()
+        except (OSError, ValueError):  # the folder went meanwhile
+            return "the dataset is published"
         parts = len(list(self.folder.glob("spill/part-*/counts.json")))
         buckets = len(list(self.folder.glob("tokens-*/*-bucket-*.json")))
-        counts = self.counts()
         return f"{parts} of {counts['read']} parts read, {buckets} of up to {counts['tokenize']} buckets tokenized"
 
 
@@ -170,12 +173,13 @@ def main() -> None:
     parser.add_argument("workers", type=int)
     args = parser.parse_args()
     if not (args.folder / RECORD).exists():
-        return  # another job published the dataset
+        print(f"nothing to do: {args.folder} is not there, as the dataset is published, or this node does not see it")
+        return
     try:
         run(Shared(args.folder), args.step, args.worker, args.workers)
     except Exception as error:
         if not (args.folder / RECORD).exists():
-            return  # as before: another job published the dataset meanwhile
+            return  # another job published the dataset meanwhile
         failure_of(args.folder).write_text(f"{args.step}: {error}")
         traceback.print_exc()
         raise SystemExit(1) from None
