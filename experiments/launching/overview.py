@@ -136,23 +136,19 @@ def seconds_to_go(states: Sequence[RunState]) -> float | None:
     running = [state for state in states if state.state == "running"]
     speeds: dict[str | None, list[float]] = {}
     for state in states:
-        if not state.flops:
-            continue
-        left = state.flops * (1 - state.progress)
-        if state.state == "complete" and state.elapsed:
+        if state.state == "complete" and state.elapsed and state.flops:
             speeds.setdefault(state.size, []).append(state.elapsed / state.flops)
-        elif state.state == "running" and state.eta is not None and left > 0:
-            speeds.setdefault(state.size, []).append(state.eta / left)
+        elif state.state == "running" and state.eta is not None and state.flops_left:
+            speeds.setdefault(state.size, []).append(state.eta / state.flops_left)
     every = [speed for each in speeds.values() for speed in each]
     to_go = []
     for state in states:
         if state.state == "running" and state.eta is not None:
             to_go.append(state.eta)
         elif state.state in ("pending", "queued", "requeued", "running"):
-            if not every or state.flops is None:
+            if not every or state.flops_left is None:
                 return None
-            speed = statistics.median(speeds.get(state.size, every))
-            to_go.append(speed * state.flops * (1 - state.progress))
+            to_go.append(statistics.median(speeds.get(state.size, every)) * state.flops_left)
     return max(max(to_go), sum(to_go) / len(running)) if running else None
 
 
