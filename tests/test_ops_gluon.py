@@ -60,12 +60,13 @@ def test_static(width: int, way: str, activation: str | None, launched: list[str
 
 @EACH_ACTIVATION
 @EACH_WAY
-@pytest.mark.parametrize(("width", "head_size"), [(2, 8), (4, 1), (4, 2), (4, 16), (8, 4), (8, 32)])
+@pytest.mark.parametrize(("width", "head_size"), [(2, 8), (3, 1), (4, 1), (4, 2), (4, 16), (5, 4), (6, 16), (8, 4)])
 def test_headwise(width: int, head_size: int, way: str, activation: str | None, launched: list[str]) -> None:
     heads = (144 if head_size < 8 else 128) // head_size
     case = Case("headwise", heads=heads, head_size=head_size, width=width, activation=activation, dtype=BFLOAT16)
     assert_close(placed(case, way))
-    assert "backward_kernel" in launched
+    # With 3, 5 or 6 taps these kernels copy the filters, which only silu is worth.
+    assert ("backward_kernel" in launched) == (activation == "silu" or width in (2, 4, 8))
 
 
 @EACH_ACTIVATION
