@@ -26,7 +26,8 @@ What to look at:
   results/demo/table.md                  the table above: m is the compute of the plain Transformer that reaches an arm's
                                          loss, over the arm's own; above 1 the arm saves compute
 "not resolved" is no failure: with two seeds at four sizes of 25 to 110 thousand parameters, chance alone moves m by more
-than such a difference, and an interval that holds 1 says so. To resolve one takes more and larger runs:
+than such a difference, and an interval that holds 1 says so. Nor do losses over so short a range show where they level
+off: then `fit` finds its E at a bound. To resolve either takes more and larger runs:
   dynconv power experiments/sweeps/demo.toml  how many, for a given m; experiments/sweeps/mini-scaling.toml, for one GPU
 To go on, `. .venv/bin/activate`; README.md has the loop command by command.
 endef

@@ -7,6 +7,7 @@ CPU seconds, memory and disk of the build, and of each of the others how long it
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -116,11 +117,10 @@ class Builder:
 
 def disk(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # renamed or removed meanwhile
-            continue
+    for place, _, names in os.walk(folder):  # which passes over folders that are renamed or removed meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(place, name).stat().st_size
     return total
 
 

@@ -1,6 +1,7 @@
 """Forecasts and account: hours by planted speeds, calibrations that are real and some that are stale, caps, limits."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -100,7 +101,9 @@ def test_the_end_of_a_sweep_by_hand(pieces: list[tuple[object, ...]], slots: int
     assert hours_until_done([Piece(*piece) for piece in pieces], slots) == hours  # type: ignore[arg-type]
 
 
-def test_a_plan_by_planted_speeds(cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_by_planted_speeds(
+    cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = load_sweep(cheap)
     plant(runs[0], 50.0, tmp_path / "cache")  # of both, as the seed makes no difference
     profile = tmp_path / "p.toml"
@@ -117,7 +120,12 @@ def test_a_plan_by_planted_speeds(cheap: Path, tmp_path: Path, capsys: pytest.Ca
     ends = r"with 1 run at once: until \w+ 20\d\d-\d\d-\d\d \d\d:\d\d if it starts now"
     assert re.search(rf"^{2 * hours * 60:.3g} min {ends}", text, re.MULTILINE)
     assert f"max_gpu_hours = 0.5: 0 used in results/runs/cheap, {2 * hours:.4g} forecast; within the cap" in text
+    assert "share a device" not in text
     assert not (tmp_path / "results").exists()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    profile.write_text('executor = "local"\nmax_parallel = 2\n[default]\ndevice = "cpu"\n')
+    assert main(["plan", str(cheap), "--profile", str(profile)]) == 0
+    assert "; later, as runs share a device, and their speeds are of one run alone" in capsys.readouterr().out
 
 
 # Calibrations

@@ -61,11 +61,24 @@ def test_a_step_takes_the_micro_batch_of_a_run() -> None:
         (2, "adamw", "lowrank-qkv", "ddp"),
     ]
     assert several[4].tokens == 2 * several[0].tokens
-    (accumulated,) = chosen("1M", ("transformer",), micro_batches=4, recompute="block", fused=True)
+    (accumulated,) = chosen("1M", ("transformer",), micro_batches=4, recompute="block", fused=(True,))
     assert accumulated.execution("cuda").recompute == "block"
     assert accumulated.execution("cuda").fused
     assert (accumulated.batch, accumulated.tokens) == (32, 4 * 32 * 512)
     assert accumulated.execution("cpu").micro_batch == 32
+
+
+def test_arms_are_compared_with_the_first_that_is_fused_like_them() -> None:
+    found = chosen("1M", fused=(False, True))
+    assert [(trial.run.arm, trial.fused) for trial in found] == [(arm, fused) for fused in (False, True) for arm in TWO]
+    assert found[3].name == "1M lowrank-qkv adamw fused"
+    rows = rows_of(found, [Outcome([time] * 3, 2**30, True) for time in (1.0, 1.5, 0.8, 1.0)], None, WHERE)
+    assert [row["slowdown"] for row in rows] == pytest.approx([1, 1.5, 1, 1.25])
+    text = render(rows)
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith(TWO)] == [
+        [arm, fused] for fused in ("False", "True") for arm in TWO
+    ]
+    throughput_panels(table(rows))
 
 
 def test_a_sweep_file_gives_its_arms_and_recipe(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import killed_build
 import pytest
 from texts import make_texts, specify, visible, write_txt
 
@@ -170,6 +171,14 @@ def test_killed_five_times_at_random_the_build_ends_as_if_made_at_once(
     assert data.sha256 == sha256
 
 
+@pytest.mark.slow
+def test_the_command_that_kills_builds_of_any_size(tmp_path: Path) -> None:
+    """tests/killed_build.py, which is run by hand at 2 GB, on a sample; the test above is sure to kill one at work."""
+    shown = killed_build.show(tmp_path, 2_000_000, vocabulary=512, kills=2)
+    assert shown["same"]
+    assert not shown["last"]["killed"]
+
+
 def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the paper's 100 billion tokens, from a file that takes no room on disk."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
@@ -185,6 +194,8 @@ def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pyte
     assert "1,200 GB of disk meanwhile and 400 GB then" in line
     assert "free: choose another place with DYNCONV_CACHE" not in line
     assert "too little" not in line
+    by_jobs = str(forecast(spec, tmp_path, 200))  # no more than 128 have work
+    assert "about 55.7 min by 128 jobs (34.1 h on one)" in by_jobs
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_100 * 10**9))
     assert f"; {tmp_path} has 1,100 GB free: choose another place with DYNCONV_CACHE" in str(forecast(spec, tmp_path))
     (tmp_path / "a.txt").write_text("a short text")

@@ -86,6 +86,19 @@ def test_no_forecast_without_a_rate(
     assert main(["power", "plan.json", "--m", "1.1", "--seeds", "1", "--simulations", "200"]) == 0
 
 
+def test_fit_says_whose_answer_m_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = [(arm, c, 2 + a * c**-0.1) for arm, a in (("base", 50.0), ("dyn", 48.0)) for c in (1e13, 1e14, 1e15, 1e16)]
+    rows = "".join(f"{arm},{c:g},{loss:.6f}\n" for arm, c, loss in points)
+    (tmp_path / "points.csv").write_text("arm,C,loss\n" + rows)
+    fit = ["fit", str(tmp_path / "points.csv"), "--baseline", "base", "--bootstrap", "0", "--starts", "50"]
+    assert main(fit) == 0
+    printed = capsys.readouterr().out
+    assert "m[dyn]" in printed
+    assert "what an arm saves is answered by `dynconv table`" in printed
+    assert main([*fit, "--format", "csv"]) == 0
+    assert "dynconv table" not in capsys.readouterr().out
+
+
 def test_plan_writes_nothing(tmp_path: Path) -> None:
     """Neither a store nor data: from an empty folder with an empty home."""
     home = tmp_path / "home"

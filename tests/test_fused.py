@@ -111,3 +111,17 @@ def test_only_what_fits_is_fused() -> None:
         assert [mixer.rotates_convolved for mixer in mixers] == [fused] * 2, conv
         assert all(mixer.maps.in_one_product == isinstance(conv, NoConvolution) for mixer in mixers)
         assert outcome(model, None)["logits"].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler raises its own
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_a_fused_model_compiles_into_one_graph_a_block() -> None:
+    torch.compiler.reset()
+    conv = LowRankConvolution(ALL, rank=3)
+    plain, compiled = (model_of(conv, layers=1) for _ in range(2))
+    for model in (plain, compiled):
+        model.fuse()
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    want, got = (outcome(model, torch.bfloat16, sequences=1) for model in (plain, compiled))
+    assert all(relative_error(got[name], want[name].double()) < 0.02 for name in want)

@@ -275,7 +275,7 @@ def test_patterns_stay_within_folders(pattern: str, names: list[str]) -> None:
 def test_planning_asks_no_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = write_sweep(tmp_path, f"hub:someone/text@{COMMIT}")
     assert main(["plan", sweep]) == 0
-    capsys.readouterr()
+    assert "is not there" not in capsys.readouterr().err
     with pytest.raises(ValueError, match="must be downloaded from the hub; got no copy; `dynconv data build` does it"):
         find_files(specify(f"hub:someone/text@{COMMIT}"))
 

@@ -26,7 +26,7 @@ import torch
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from dynconv.ops import headwise, lowrank, lowrank_mma, ring, static, tiles
+from dynconv.ops import fused_mma, headwise, lowrank, lowrank_mma, ring, static, tiles
 
 class Device:
     get_current_device = get_current_stream = lambda *_: 0
@@ -47,7 +47,7 @@ def compile(kernel, programs, tensors, integers, constants, **options):
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups())
-    found = {name.lower(): constants.get(name) for name in ("R", "W", "SILU")}
+    found = {name.lower(): constants.get(name) for name in ("R", "W", "SILU", "PAIRS")}
     output = tensors[4] if kernel.__name__ == "forward_kernel" else None
     found["sums"] = getattr(output, "dtype", None) == torch.float32
     found |= {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
@@ -57,9 +57,18 @@ def made(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 driver.set_active(Device())
-for module in (headwise, lowrank, lowrank_mma, ring, static, tiles):
+for module in (fused_mma, headwise, lowrank, lowrank_mma, ring, static, tiles):
     module.launch = compile
     module.multiprocessors = lambda _: 132
+
+def run_fused(parts, channels):
+    joined = made(8, 4096, parts * (channels + 16))
+    x, z = joined[..., : parts * channels], joined[..., parts * channels :]
+    up, static_w = made(16, 4 * parts * channels, dtype=torch.float32), made(4, parts * channels, dtype=torch.float32)
+    frequencies = made(32, dtype=torch.float32) if parts == 3 else None
+    y = made(8, 4096, channels)
+    fused_mma.forward(x, z, up, static_w, frequencies, y if parts == 1 else None, parts, True)
+    fused_mma.backward((y,) * parts, x, z, up, static_w, frequencies, True, joined.shape[2], (True,) * 3)
 
 def run_lowrank(module, x, rank, segments, positions, width=4):
     z, up = made(*x.shape[:2], rank * len(segments)), made(rank, width * x.shape[2], dtype=torch.float32)
@@ -99,6 +108,9 @@ elif sys.argv[2] == "wide":
     for width in (6, 8):
         run_lowrank(lowrank_mma, x, 16, (2048,), None, width)
     run_ring(x, None, made(4097, dtype=torch.int32), 8)
+elif sys.argv[2] == "fused":
+    for parts, channels in ((3, 1024), (2, 2752), (1, 1024)):  # q, k and v with RoPE; gate and up; o and the residual
+        run_fused(parts, channels)
 else:
     packed = sys.argv[2] == "packed"
     shape = {"packed": (1, 4096, 2048), "unpacked": (4, 4096, 2048), "short": (128, 128, 2048)}[sys.argv[2]]
@@ -123,12 +135,13 @@ def printed(*words: str, script: str = COMPILE) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("capability", "way"), [*itertools.product([80, 90], ["packed", "unpacked", "short"]), (90, "wide")]
+    ("capability", "way"),
+    [*itertools.product([80, 90], ["packed", "unpacked", "short"]), (90, "wide"), (90, "fused")],
 )
 def test_the_gluon_kernels_fit(capability: int, way: str) -> None:
     found = printed(str(capability), way)
     # Two passes each, and the launches that add up partial sums and pad z, if R is no multiple of 16.
-    assert len({name for name, _ in found}) == (5 if way == "wide" else 6)
+    assert len({name for name, _ in found}) == {"wide": 5, "fused": 3}.get(way, 6)
     # A few spilled loop invariants cost nothing measurable; the 264 bytes of an early version cost half its time. The
     # most that Triton 3.6 and 3.9 left, and a little more. Registers are capped in ring.backward, so only spills tell.
     for name, resources in found:
@@ -141,7 +154,8 @@ def test_the_gluon_kernels_fit(capability: int, way: str) -> None:
         assert resources["stack"] <= most, (name, resources)
         assert resources["shared"] <= 101_376, (name, resources)  # what a program of sm_86 and sm_89 may have
         if name == "lowrank_mma_kernels.forward_kernel" and resources["r"] <= 16 and resources["w"] <= 4:
-            assert resources["registers"] <= 170, resources  # three programs share a multiprocessor's 64 K
+            # Three programs share a multiprocessor's 64 K; with RoPE's rotations Triton 3.6 uses 154, and 3.9 198.
+            assert resources["registers"] <= (200 if resources["pairs"] else 170), resources
 
 
 CUTS = """

@@ -104,8 +104,8 @@ def test_a_job_stops_when_the_run_is_given_to_another_which_waits_for_that(
     time.sleep(0.5)
     assert attempts(run_dir) == ["attempt-0001.json"]
     os.kill(first.pid or 0, signal.SIGCONT)
-    first.join(60)
-    second.join(60)
+    first.join(180)
+    second.join(180)
     assert (first.exitcode, second.exitcode) == (3, 0)
     expect_whole(run_dir, reference)
     assert [attempt["job_id"] for attempt in result(run_dir)["attempts_made"]] == ["7", "8"]
@@ -149,13 +149,13 @@ def test_two_jobs_of_one_run_without_locks_train_it_once(
     first = started(run_as, "7", run_dir)
     wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
     second = started(run_as, "8", run_dir)
-    second.join(60)
+    second.join(180)
     assert second.exitcode == 3
     assert attempts(run_dir) == ["attempt-0001.json"]
     first.kill()
     first.join()
     third = started(run_as, "9", run_dir)
-    third.join(60)
+    third.join(180)
     assert third.exitcode == 0
     expect_whole(run_dir, reference)
     assert result(run_dir)["attempts"] == 2
@@ -174,8 +174,8 @@ def test_a_job_that_slept_through_its_lease_writes_nothing_more(
     second = started(run_as, "8", run_dir)
     wait_for(lambda: len(attempts(run_dir)) == 2)
     os.kill(first.pid or 0, signal.SIGCONT)
-    first.join(60)
-    second.join(60)
+    first.join(180)
+    second.join(180)
     assert (first.exitcode, second.exitcode) == (3, 0)
     expect_whole(run_dir, reference)
     assert not (run_dir / "failure.json").exists()
@@ -210,7 +210,7 @@ def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
     folder.mkdir()
     processes = [started(inside, folder, journal, 3) for _ in range(4)]
     for process in processes:
-        process.join(60)
+        process.join(180)
     lines = journal.read_text().splitlines()
     assert len(lines) == 2 * 3 * 4
     for entered, left in zip(lines[::2], lines[1::2], strict=True):
@@ -233,7 +233,7 @@ def test_a_folder_that_is_anothers_is_said_to_be(tmp_path: Path) -> None:
 
 @pytest.fixture
 def profile(monkeypatch: pytest.MonkeyPatch) -> Profile:
-    """Slurm's, whose sbatch accepts everything and starts nothing, and whose queue knows the jobs that were noted."""
+    """Slurm's, whose sbatch accepts everything and starts nothing, and whose squeue does not answer."""
     accepted: list[str] = []
 
     def accept(*_: object) -> str:
@@ -245,7 +245,7 @@ def profile(monkeypatch: pytest.MonkeyPatch) -> Profile:
     monkeypatch.setattr(sbatch, "submit", accept)
     monkeypatch.setattr(slurm, "max_array_size", lambda: 10)
     monkeypatch.setattr(slurm, "limit_running", lambda *_: None)
-    monkeypatch.setattr(slurm, "queue", lambda ids, _: dict.fromkeys(filter(None, ids), "PENDING"))
+    monkeypatch.setattr(slurm, "queue", lambda *_: None)
     monkeypatch.setattr(slurm, "find", lambda *_: None)  # as where there is no accounting
     return Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu"))
 
@@ -265,7 +265,7 @@ def test_two_submits_at_once_submit_each_run_once(
         started(submit_and_count, runs, profile, tmp_path / "store", dataset.path.parent, answer) for answer in answers
     ]
     for process in processes:
-        process.join(60)
+        process.join(180)
     submitted_runs = [run_id for answer in answers for run_id in read_json(answer)["submitted"]]
     assert sorted(submitted_runs) == sorted(run.run_id for run in runs)
 
@@ -294,7 +294,7 @@ def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
     with monkeypatch.context() as patch:
         patch.setattr(submissions, "accepted", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         submitter = started(submit_and_count, runs, profile, store, dataset.path.parent, tmp_path / "never")
-        submitter.join(60)
+        submitter.join(180)
     assert submitter.exitcode == -signal.SIGKILL
     (first,) = (store / jobs.FOLDER).iterdir()
     assert launch.submit(runs, profile, store, cache=dataset.path.parent).submitted == [run.run_id for run in runs]
@@ -302,7 +302,7 @@ def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
     array = read_json(store / runs[1].run_id / "job.json")["job_id"].partition("_")[0]
     processes = [started(job_of_array, first, "999", 1), started(job_of_array, second, array, 1)]
     for process in processes:
-        process.join(60)
+        process.join(180)
     assert [process.exitcode for process in processes] == [0, 0]
     run_dir = store / runs[1].run_id
     expect_whole(run_dir, reference)

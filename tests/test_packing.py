@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_decoder import CONVS, randomised
-from test_engine import to_the_end
+from test_engine import gpu_trainer, on_a_gpu, to_the_end
 from test_systems import SYSTEMS
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from experiments.design.sweep import load_sweep
 from experiments.evaluation.domains import evaluate_domain
 from experiments.evaluation.load import load_run
 from experiments.models import short_convolution
+from experiments.models.attention import attend
 from experiments.models.decoder import Decoder
 from experiments.models.packing import documents_of
 from experiments.parts.attention import Attention
@@ -107,6 +108,95 @@ def test_a_packed_batch_is_the_documents_one_by_one(
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11 * float(want.abs().max() + 1))
     mixed = model(TOKENS).logits.flatten(0, 1)
     assert not torch.allclose(mixed[71], apart[71])  # of the third document, which would see the two before it
+
+
+def varlen_by_definition(
+    q: Tensor,  # [B*T, H, E]
+    k: Tensor,  # [B*T, K, E]
+    v: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What torch documents of its kernels, which need a GPU: causal for a window of (-1, 0)."""
+    assert cu_seq_q is cu_seq_k
+    assert cu_seq_q.dtype == torch.int32
+    assert window_size == (-1, 0)
+    assert max_q == max_k >= int(cu_seq_q.diff().max())
+    parts = []
+    for low, high in pairwise(cu_seq_q.tolist()):
+        own = [x[None, low:high].transpose(1, 2) for x in (q, k, v)]
+        y = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=enable_gqa)
+        parts.append(y[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", ["attention, lowrank", "grouped queries, QK-norm"])
+def test_attention_of_a_gpu_is_given_the_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomised(MODELS[name], 0.2)
+    masked = model(TOKENS, None, starts_of(LENGTHS)).logits
+    monkeypatch.setattr("experiments.models.attention._varlen_fits", lambda _: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_definition)
+    torch.testing.assert_close(model(TOKENS, None, starts_of(LENGTHS)).logits, masked, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["attention, none", "attention, lowrank", "attention, lowrank everywhere"])
+def test_a_fused_model_keeps_documents_apart(name: str) -> None:
+    """Kernels that compute convolutions with their neighbours know no documents, and are left out."""
+    model = randomised(MODELS[name], 0.2)
+    plain = model(TOKENS, None, starts_of(LENGTHS)).logits
+    model.fuse()
+    torch.testing.assert_close(model(TOKENS, None, starts_of(LENGTHS)).logits, plain, rtol=1e-11, atol=1e-12)
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention, none",
+        "attention, static",
+        "attention, headwise",
+        "attention, lowrank",
+        "grouped queries, QK-norm",
+        "mamba2 lowrank",
+        "gated deltanet lowrank",
+        "moe lowrank",
+    ],
+)
+def test_packed_steps_on_a_gpu_are_captured_and_follow_float32(
+    name: str, packed_run: RunConfig, lines: Dataset
+) -> None:
+    """The number of documents differs from step to step, and shapes do not."""
+    run = replace(packed_run, model=MODELS[name])
+    torch.compiler.reset()
+    checked, trainer = assemble(run, lines, CPU, ALONE), gpu_trainer(run, lines)
+    assert trainer.captured
+    for step in [step for window in to_the_end(trainer) for step in window]:
+        assert step.loss == pytest.approx(checked.step().loss, abs=4e-2)
+    one, other = checked.evaluate(lambda: False), trainer.evaluate(lambda: False)
+    assert one is not None
+    assert other is not None
+    assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], abs=4e-2)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_attention_of_a_gpu_is_that_of_a_mask(heads: tuple[int, int]) -> None:
+    """Forward and gradients in bfloat16, beside float32 with a mask of T x T."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    wide = [torch.randn(4, count, TIME, 32, device="cuda", generator=generator) for count in (heads[0], *2 * heads[1:])]
+    documents = documents_of(starts_of(LENGTHS).cuda(), TIME)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.to(dtype).requires_grad_() for x in wide)
+        y = attend(q, k, v, documents)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
+    for want, got in zip(*found, strict=True):
+        assert (got.float() - want).norm() < 2e-2 * want.norm()
 
 
 def test_documents_have_edges_that_convolutions_and_attention_take() -> None:
@@ -281,6 +371,19 @@ vocabulary = 300
 train_tokens = 400_000
 validation_tokens = 4_000
 """
+
+
+def test_text_that_is_one_document_is_refused(tiny_run: RunConfig, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        words = np.random.default_rng(len(split)).integers(10**6, size=6000)
+        (tmp_path / split / "one.txt").write_text(" ".join(map(str, words)))
+    places = {"source": str(tmp_path / "train"), "validation_source": str(tmp_path / "validation")}
+    data = DataConfig(**places, vocabulary=300, train_tokens=5_000, validation_tokens=2_000)
+    dataset = Dataset.open(build(data, tmp_path / "cache", progress=False))
+    assemble(tiny_run, dataset, CPU, ALONE)
+    with pytest.raises(ValueError, match="packed keeps documents apart, and these data are one document; give sep"):
+        assemble(replace(tiny_run, packed=True), dataset, CPU, ALONE)
 
 
 def test_a_packed_run_trains_resumes_and_is_evaluated_on_text(

@@ -16,10 +16,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_ownership import FORK
+from test_presence import submit_in_a_process
 from test_run import result, wait_for
 
+from analysis.logs.provenance import count_attempts
 from analysis.logs.reader import read_rows, status
+from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
+from experiments.launching import states
+from experiments.launching import submit as launch
+from experiments.launching.profile import Job, Profile
 from experiments.training import run as running
 from experiments.training.job import Place
 from experiments.training.parallel import PeersMissing, lost_peer
@@ -64,7 +70,7 @@ def started(size: int, run_dir: Path, fault: Callable[[int, Trainer], None] = la
 
 def codes(processes: list[BaseProcess]) -> list[int | None]:
     for process in processes:
-        process.join(60)
+        process.join(180)
         process.kill()
     return [process.exitcode for process in processes]
 
@@ -158,6 +164,7 @@ def test_what_a_process_knows_of_itself_is_its_own_failure() -> None:
         NonFiniteLoss("loss nan"),
         OSError(28, "No space left on device"),
         dist.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error (run with NCCL_DEBUG=INFO)"),
+        dist.DistBackendError("ncclSystemError: System call failed.\nLast error: no shared memory segment /dev/shm/x"),
         torch.OutOfMemoryError("CUDA out of memory"),
     ):
         assert not lost_peer(error)
@@ -165,6 +172,7 @@ def test_what_a_process_knows_of_itself_is_its_own_failure() -> None:
         RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"),
         RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:566] Read error [127.0.0.1]:1: Connection reset by peer"),
         dist.DistBackendError("NCCL error: ncclRemoteError: A call failed possibly due to a network error"),
+        dist.DistBackendError("ncclSystemError: System call failed.\nLast error: Connect failed: No route to host"),
         dist.DistNetworkError("recvValueWithTimeout failed: Broken pipe"),
         dist.DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined."),
         PeersMissing("rank 0 has not published its address"),
@@ -173,6 +181,12 @@ def test_what_a_process_knows_of_itself_is_its_own_failure() -> None:
 
 
 # Told to stop while the run starts
+
+
+def test_starts_that_were_told_to_stop_end_some_time() -> None:
+    stopped, counted = {"step": None, "preempted": True}, {"step": None}
+    assert count_attempts([stopped] * 9 + [{"step": 3, "preempted": True}, counted]) == 2
+    assert count_attempts([stopped] * 40) == 4
 
 
 def preempted_at(where: str, times: int, run_dir: Path) -> None:
@@ -261,3 +275,21 @@ def test_one_of_two_processes_told_to_stop_earlier_than_the_other(
     assert status(run_dir) == "unfinished"
     assert codes(started(2, run_dir)) == [0, 0]
     assert read_rows(run_dir, "steps").table["step"].to_pylist() == list(range(1, run.train.steps + 1))
+
+
+def test_a_process_killed_on_this_machine_is_named(run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    """The run is lost, not failed, and the next `submit` takes it up."""
+    long = replace(run, train=replace(run.train, tokens=16 * 8 * 300, evaluate_every=16 * 8 * 100))
+    profile = Profile("local", default=Job(device="cpu", gpus=2, checkpoint_minutes=0.005))
+    cache, store = dataset.path.parent, tmp_path / "store"
+    launcher = submit_in_a_process([long], store, cache, tmp_path / "said", profile)
+    run_dir = store / long.run_id
+    wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
+    controller = json.loads((run_dir / "job.json").read_text())["job_id"]
+    _, second = sorted(map(int, Path(f"/proc/{controller}/task/{controller}/children").read_text().split()))
+    os.kill(second, signal.SIGKILL)
+    assert launcher.wait(180) == 1
+    (state,) = states.read(store, [long.run_id])
+    assert (state.state, state.cause) == ("lost", "process 1 was ended by SIGKILL")
+    assert launch.submit([long], profile, store, cache=cache).unsuccessful == []
+    assert read_rows(run_dir, "steps").table["step"].to_pylist() == list(range(1, long.train.steps + 1))

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,8 @@ from analysis.logs.files import read_json
 from analysis.logs.provenance import summarize
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
+from experiments.design.schedules import WarmupStableDecay
+from experiments.design.trunks import with_trunks
 from experiments.launching import local, states
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile
@@ -108,9 +112,11 @@ def test_a_launcher_takes_the_gpu_that_others_use_least(start: Start, monkeypatc
     assert taken == [[6], [7]]
 
 
-def submit_in_a_process(runs: list[RunConfig], store: Path, cache: Path, said: Path) -> subprocess.Popen[bytes]:
+def submit_in_a_process(
+    runs: list[RunConfig], store: Path, cache: Path, said: Path, profile: Profile = CPU
+) -> subprocess.Popen[bytes]:
     arguments = said.with_suffix(".pkl")
-    arguments.write_bytes(pickle.dumps((runs, CPU, store, cache)))
+    arguments.write_bytes(pickle.dumps((runs, profile, store, cache)))
     code = (
         "import pickle, sys; from experiments.launching import submit as launch; "
         "runs, profile, store, cache = pickle.load(open(sys.argv[1], 'rb')); "
@@ -136,7 +142,7 @@ def test_a_submit_waits_while_the_runs_of_others_leave_no_room(
     assert {state.state for state in states.read(store, [run.run_id for run in runs])} == {"pending"}
     others[1].kill()
     others[1].wait()
-    assert launcher.wait(60) == 0
+    assert launcher.wait(180) == 0
     finished = [read_json(store / run.run_id / "run.json") for run in runs]
     spans = [(run["attempts_made"][0]["started_at"], run["finished_at"]) for run in finished]
     assert max(start for start, _ in spans) > min(end for _, end in spans)  # one after the other
@@ -156,6 +162,38 @@ def test_two_submits_of_one_sweep_train_it_once_and_both_end_well(
         time.sleep(0.02)
     assert [launcher.wait() for launcher in launchers] == [0, 0]
     assert 1 <= most <= 2
+    found = states.read(store, [run.run_id for run in runs])
+    assert {(state.state, state.attempts) for state in found} == {("complete", 1)}
+    started = 0
+    for name in "ab":
+        said = (tmp_path / f"said-{name}").read_text()
+        submitted, taken = (
+            re.search(r"(\d+) runs submitted", said),
+            re.search(r"(\d+) of \d+ runs were not start", said),
+        )
+        assert submitted is not None
+        started += int(submitted[1]) - (int(taken[1]) if taken else 0)
+    assert started == 4  # what they say adds up
+
+
+@pytest.mark.slow
+def test_branches_wait_for_a_trunk_that_another_submit_trains(
+    tiny_run: RunConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    train = replace(tiny_run.train, schedule=WarmupStableDecay(0.25))
+    budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
+    runs = with_trunks([replace(tiny_run, budget=budget, train=train) for budget, train in budgets])
+    store, cache = tmp_path / "store", dataset.path.parent
+    first = submit_in_a_process(runs, store, cache, tmp_path / "said-a")
+    wait_for(lambda: bool(list((store / runs[0].run_id).glob("attempt-*"))))
+    controller = read_json(store / runs[0].run_id / "job.json")["job_id"]
+    (trunk,) = map(int, Path(f"/proc/{controller}/task/{controller}/children").read_text().split())
+    os.kill(trunk, signal.SIGSTOP)
+    second = submit_in_a_process(runs, store, cache, tmp_path / "said-b")
+    wait_for(lambda: "2 runs submitted; 1 running already" in (tmp_path / "said-b").read_text())
+    time.sleep(2.0)
+    os.kill(trunk, signal.SIGCONT)
+    assert [launcher.wait(180) for launcher in (first, second)] == [0, 0]
     found = states.read(store, [run.run_id for run in runs])
     assert {(state.state, state.attempts) for state in found} == {("complete", 1)}
 

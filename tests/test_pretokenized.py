@@ -284,7 +284,7 @@ def test_a_sweep_on_tokens_of_another_project(
     )
     monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
     assert main(["plan", str(tmp_path / "sweep.toml")]) == 0
-    capsys.readouterr()
+    assert "is not there" not in capsys.readouterr().err
     assert main(["data", "build", str(tmp_path / "sweep.toml"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["corpus"] == {"files": 18, "bytes": 2 * 204_000}  # it reads no further than it needs

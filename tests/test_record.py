@@ -34,6 +34,24 @@ def test_facts_stand_under_their_parts_names(tiny_run: RunConfig, submitted: Sub
     assert record["budget"] == "some tokens"
 
 
+def test_runs_share_one_tokenizer(
+    tiny_run: RunConfig, submitted: Submitted, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file on disk, whichever run is removed; a copy where the file system has no links."""
+    runs = [submitted(replace(tiny_run, seed=seed), tmp_path) / "tokenizer.json" for seed in (1, 2, 2)]
+    assert len({path.stat().st_ino for path in runs}) == 1
+    runs[0].unlink()
+    assert runs[1].read_bytes() == (dataset.path / "tokenizer.json").read_bytes()
+
+    def no_links(*_: object) -> None:
+        raise OSError("Operation not supported")
+
+    monkeypatch.setattr("os.link", no_links)
+    copy = submitted(replace(tiny_run, seed=2), tmp_path) / "tokenizer.json"
+    assert copy.read_bytes() == (dataset.path / "tokenizer.json").read_bytes()
+    assert copy.stat().st_nlink == 1
+
+
 def test_a_record_that_was_edited_is_refused(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
     run_dir = submitted(tiny_run, tmp_path)
     assert read_record(run_dir)[1] == tiny_run

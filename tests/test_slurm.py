@@ -141,7 +141,7 @@ def test_data_is_built_by_arrays_and_resumed(
         ask("scancel", "--signal=KILL", "--full", element)
         with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
             data_jobs.require_nothing_under_way([spec], cache)
-        with pytest.raises(WorkFailed, match="building the data failed: its jobs ended without a word"):
+        with pytest.raises(WorkFailed, match="building the data failed: its jobs were killed"):
             data_jobs.build(spec, profile, cache, wait=True)
 
     kill("read", after=0.2)  # it takes a second
@@ -508,7 +508,7 @@ def test_a_submission_that_is_interrupted_is_taken_up(
             assert len(arrays_of(tmp_path)) == number
     (array,) = arrays_of(tmp_path)
     capsys.readouterr()
-    assert submit(runs, tmp_path, HELD).skipped == {"queued": [run.run_id for run in runs]}
+    assert submit(runs, tmp_path, HELD).skipped == {"held": [run.run_id for run in runs]}
     told = "sbatch had left the submission of 3 runs unanswered; Slurm has it, as job"
     assert f"{tmp_path}: {told} {array}\n" in capsys.readouterr().err
     assert arrays_of(tmp_path) == [array]
@@ -542,7 +542,7 @@ def test_a_submission_that_is_accepted_after_it_was_given_up_trains_nothing(
     again.touch()
     wait_until(lambda: any("not this job's any more" in log.read_text() for log in store.glob(".jobs/*/*.out")))
     job_id = str(state_of(store, tiny_run).job_id)
-    assert state_of(store, tiny_run).state == "queued"
+    assert state_of(store, tiny_run).state == "held"
     ask("scontrol", "release", job_id)
     wait_until(lambda: state_of(store, tiny_run).state == "complete")
     assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
@@ -715,7 +715,7 @@ def test_a_launcher_that_is_killed_leaves_no_job_that_nobody_knows(
     assert killed.returncode == -9
     (array,) = arrays_of(store)
     assert main(arguments) == 0
-    assert f"{store}: 0 runs submitted; 1 queued already" in capsys.readouterr().err
+    assert f"{store}: 0 runs submitted; 1 held already" in capsys.readouterr().err
     assert arrays_of(store) == [array]
     assert main(["cancel", str(sweep), "--store", str(store)]) == 0
 

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from test_slurm import (
     Submit,
     ask,
     call,
+    losses,
     state_of,
     submit,
     three_free_ports,
@@ -26,6 +29,7 @@ from analysis.logs.reader import read_rows
 from experiments.design.config import RunConfig
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm
+from experiments.training.run import Run
 
 __all__ = ["submit"]  # a fixture
 pytestmark = [
@@ -33,7 +37,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("slurm"),  # one worker, one cluster
 ]
-ONE = replace(PROFILE, slurm=Slurm("low", signal_seconds=30))
+ONE = replace(PROFILE, default=replace(PROFILE.default, checkpoint_minutes=0.005))
 PAIR = replace(
     PROFILE,
     slurm=Slurm("pair", signal_seconds=30, setup=("export GLOO_SOCKET_IFNAME=lo",)),
@@ -85,15 +89,45 @@ def wait_for_checkpoint(run_dir: Path) -> None:
 
 
 def go_on(store: Path, run: RunConfig) -> None:
-    """Wait for the run to be queued again, which Slurm delays by two minutes, and for its end."""
+    """Wait for the run to be queued again, and for its end."""
     wait_until(lambda: state_of(store, run).state == "requeued")
-    ask("scontrol", "update", f"jobid={state_of(store, run).job_id}", "starttime=now")
-    wait_until(lambda: state_of(store, run).state == "complete")
+    hasten(str(state_of(store, run).job_id))
+    wait_until(lambda: state_of(store, run).state == "complete", 180)
+
+
+def hasten(job: str) -> None:
+    """Let a requeued job start before the two minutes that Slurm waits are over.
+
+    A job that starts in the second in which its last start was revoked on the node fails ("credential revoked").
+    """
+    time.sleep(4)
+    ask("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 def steps_and_attempts(run_dir: Path) -> tuple[list[int], list[int]]:
     rows = read_rows(run_dir, "steps").table
     return rows["step"].to_pylist(), sorted(set(rows["attempt"].to_pylist()))
+
+
+def test_a_run_whose_folder_is_removed_is_trained_by_its_new_job_alone(
+    run: RunConfig, submit: Submit, submitted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rm -rf RUN_DIR; dynconv submit`, while its job goes on: the log is that of an undisturbed run."""
+    long, store = replace(run, train=replace(run.train, tokens=16 * 8 * 1000)), tmp_path / "store"
+    run_dir = store / long.run_id
+    submit([long], store, ONE)
+    wait_for_checkpoint(run_dir)
+    first = str(state_of(store, long).job_id)
+    shutil.rmtree(run_dir)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
+    assert submit([long], store, ONE, wait=True).unsuccessful == []
+    wait_until(lambda: first not in ask("squeue", "--noheader", "--me", "--format=%i").split())
+    (attempt,) = read_json(run_dir / "run.json")["attempts_made"]
+    assert attempt["job_id"] not in (None, first)
+    reference = submitted(long, tmp_path / "reference")
+    Run(reference)()
+    assert losses(run_dir) == losses(reference)
+    assert "was removed while this run trained" in next((store / ".jobs").rglob(f"{first}_0_log.out")).read_text()
 
 
 def test_a_killed_process_of_another_node_has_the_job_queued_again(
@@ -155,8 +189,8 @@ def test_a_job_preempted_while_python_starts_is_queued_again_at_no_attempt(
     assert state_of(store, run).state in ("queued", "requeued")
     (slow / "down").unlink()
     wait_until(lambda: high.strip() not in ask("squeue", "--noheader", "--me", "--format=%i").split())
-    ask("scontrol", "update", f"jobid={job}", "starttime=now")
-    wait_until(lambda: state_of(store, run).state == "complete")
+    hasten(job)
+    wait_until(lambda: state_of(store, run).state == "complete", 180)
     assert read_json(store / run.run_id / "run.json")["attempts"] == 1
 
 

@@ -173,6 +173,9 @@ def test_the_verb(
     command[3] = other
     assert main(command) == 1
     assert f"was exported for {tracker}; give another folder for {other}" in capsys.readouterr().err
+    command[1] = str(tmp_path / "boards")
+    assert main(command) == 2
+    assert "holds no runs; give a store" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(

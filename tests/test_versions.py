@@ -119,6 +119,24 @@ def test_a_run_of_two_versions_is_logged_as_both(tmp_path: Path) -> None:
     assert row["code_commit"] == f"{'a' * 40} (25%) + {'b' * 40} (75%)"
 
 
+def test_a_branch_is_by_what_its_trunk_was_too(tmp_path: Path) -> None:
+    """Of the trunk's steps those up to the branch count, whichever of its attempts went on."""
+    about = ABOUT | {"device": "cpu"}
+    for run_id, attempts in {"trunk": [(1, 6, "a"), (5, 8, "b")], "branch": [(6, 8, "c")]}.items():
+        changes = {"trunk": "trunk", "branch_step": 5} if run_id == "branch" else {}
+        run_dir = write_config(tmp_path, run_id=run_id, tokens=8, **changes)
+        for number, (first, last, commit) in enumerate(attempts, 1):
+            log = RunLog(run_dir, attempt=number, first_step=first, about=about | {"code_commit": commit})
+            for step in range(first, last + 1):
+                log.step(step, step, 3.0, 1.0, 1e-3, 0.1)
+            log.flush()
+        log.evaluation(8, 8, "text", {"loss": 3.0}, 0.1)
+        log.finish({})
+    runs = load(tmp_path).runs.set_index("run_id")
+    assert runs["code_commit"].to_dict() == {"trunk": "a (50%) + b (50%)", "branch": "a (50%) + b (12%) + c (38%)"}
+    assert runs["clock"].to_dict() == {"trunk": "alone", "branch": "mixed"}
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return write_sweep(tmp_path / "store", {"static": 1.1, "lowrank": 1.2}, seeds=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 PROVENANCE = ("device", "gpus", "sharing", "dtype", "torch", "code_sha256")
 SEVERAL = " + "  # between the commits of a run that was trained by several
+STOPPED_PER_ATTEMPT = 10
 # what determines the speed of a step
 HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "torch", "triton", "code_sha256")
 
@@ -24,6 +25,21 @@ def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     trained = [attempt for attempt in attempts if attempt.get("step") is not None] or attempts
     found: dict[str, Any] = {key: _only([attempt.get(key) for attempt in trained]) for key in PROVENANCE}
     return found | {"clock": _clock(trained)} | _commits(trained)
+
+
+def with_trunk(
+    attempts: Sequence[Mapping[str, Any]], trunk: Sequence[Mapping[str, Any]], branch_step: int
+) -> dict[str, Any]:
+    """What of `summarize` says by what the weights of a branch were trained, its trunk's steps up to the branch's
+    included; the clock is "mixed", since the seconds of a branch do not include the trunk's."""
+    shared = [
+        {**attempt, "step": min(attempt["step"], branch_step)}
+        for attempt in trunk
+        if attempt.get("step") is not None and attempt["first_step"] <= branch_step
+    ]
+    found = summarize([*shared, *attempts])
+    names = ("device", "dtype", "torch", "code_sha256", "code_commit")
+    return {name: found[name] for name in names if name in found} | {"clock": "mixed"}
 
 
 def _commits(attempts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -47,8 +63,13 @@ def short_commits(text: str) -> str:
 
 
 def count_attempts(attempts: Iterable[Mapping[str, Any]]) -> int:
-    """How many attempts count against the most that are allowed: not those that were interrupted before a step."""
-    return sum(not (attempt.get("preempted") and attempt.get("step") is None) for attempt in attempts)
+    """How many attempts count against the most that are allowed.
+
+    An attempt that was told to stop before its first step counts as a tenth of one: that is seldom the run's fault,
+    but a time limit too short for a step must not go on for ever.
+    """
+    stopped = [bool(attempt.get("preempted")) and attempt.get("step") is None for attempt in attempts]
+    return stopped.count(False) + stopped.count(True) // STOPPED_PER_ATTEMPT
 
 
 def last_interruption(attempts: Mapping[int, Mapping[str, Any]]) -> str | None:

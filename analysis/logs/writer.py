@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.logs.files import read_json, write_json, write_parquet
-from analysis.logs.provenance import summarize
+from analysis.logs.provenance import summarize, with_trunk
 from analysis.logs.reader import Rows, attempt_numbers, last_of, read_attempts, read_rows
 from analysis.logs.schema import ADDED_CLOCKS, CLOCKS, IDENTITY, RECORDED, SCHEMA, arrow_schema
 
@@ -215,7 +215,8 @@ class RunLog:
             run["tokens_per_second"] = own / seconds["train"]
         provenance = summarize(attempts)
         if before:
-            provenance["clock"] = "mixed"  # the seconds of a branch do not include its trunk
+            trunk = read_attempts(self._run_dir.parent / str(self._config["trunk"]))[0]
+            provenance |= with_trunk(attempts, [attempt for _, attempt in sorted(trunk.items())], before)
         run |= {**provenance, "attempts_made": attempts, "finished_at": self._clock(), **summary}
         self._require_owner()
         write_parquet(self._run_dir / "steps.parquet", steps.table)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # A table with these columns is one that `dynconv bench train` wrote.
 COLUMNS = {"size", "arm", "optimizer", "batch", "gpus", "parallel", "tokens_per_second", "mfu", "slowdown", "against"}
-SETUP = ["device", "gpus", "parallel", "optimizer"]  # each has panels of its own
+SETUP = ["device", "gpus", "parallel", "optimizer", "fused"]  # each has panels of its own
 
 
 def read_training(path: Path) -> pd.DataFrame | None:
@@ -41,6 +41,8 @@ def throughput_panels(rows: pd.DataFrame) -> Figure:
     ValueError where an arm was measured several times at a size of one of these, as at two batches: which one is meant
     is for the reader to say.
     """
+    # Measured before there was this setting, nothing was fused.
+    rows = rows.assign(fused=rows.get("fused", False))
     groups = [(dict(zip(SETUP, key, strict=True)), group) for key, group in rows.groupby(SETUP, sort=False)]
     for setup, group in groups:
         again = group[group.duplicated(["size", "arm"])]
@@ -91,7 +93,8 @@ def _by_size(axes: Axes, rows: pd.DataFrame, mark_of: dict[str, Mark]) -> None:
 
 def _title(setup: dict[str, object]) -> str:
     gpus = f", {setup['gpus']} GPUs ({setup['parallel']})" if int(str(setup["gpus"])) > 1 else ""
-    return printable(f"{setup['device']}{gpus}, {setup['optimizer']}", 60)
+    fused = ", fused" if setup["fused"] else ""
+    return printable(f"{setup['device']}{gpus}, {setup['optimizer']}{fused}", 60)
 
 
 def _provenance(rows: pd.DataFrame) -> str:

@@ -50,6 +50,7 @@ def forward(
     """The parts after convolution. With frequencies the first two are rotated; `added` is added to the one part."""
     rank, channels = up.shape[0], x.shape[2] // parts
     x, z = aligned(x), mma.padded(z, rank, x.dtype)
+    added = None if added is None else aligned(added)
     results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(parts))
     blocks = parts * triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
     _, cut = mma.cut_apart(x, blocks, at_once=3, longest=FORWARD_TILE.longest)

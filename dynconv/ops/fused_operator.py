@@ -10,15 +10,25 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dynconv.ops import flops
+from dynconv.ops import flops, tiles
 from dynconv.ops.launch import repeated
 from dynconv.ops.optional import fused_mma
-from dynconv.ops.tiles import runs_gluon
 
 _INPUTS = (
     "Tensor joined, Tensor weight, Tensor? static_w, Tensor? frequencies, Tensor? added, "
     "int channels, int parts, bool residual"
 )
+
+
+@torch.compiler.assume_constant_result
+def _device_runs_gluon(index: int) -> bool:
+    """`tiles.runs_gluon` of a device. torch.compile calls it, because it could not trace the question to the driver."""
+    return tiles.has_async_copies(torch.device("cuda", index))
+
+
+def runs_gluon(tensor: Tensor) -> bool:
+    """Whether the tensor's device runs the Gluon kernels."""
+    return tensor.is_cuda and _device_runs_gluon(tensor.device.index)
 
 
 def fits(joined: Tensor, up: Tensor, channels: int, parts: int) -> bool:

@@ -221,10 +221,10 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 @functools.cache
-def _has_async_copies(device: torch.device) -> bool:
+def has_async_copies(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def runs_gluon(tensor: Tensor) -> bool:
     """Whether the device has the cp.async and mma.sync that the Gluon kernels use: NVIDIA GPUs from sm_80 on."""
-    return tensor.is_cuda and _has_async_copies(tensor.device)
+    return tensor.is_cuda and has_async_copies(tensor.device)

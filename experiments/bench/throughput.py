@@ -1,9 +1,10 @@
 """Rows of `dynconv bench train` from what was measured: throughput, utilisation, slowdowns with intervals.
 
-The slowdown of an arm is its time a step over that of the first arm, with the same optimizer on the same GPUs. Rounds
-are pairs, because clocks and temperature drift: it is the geometric mean of the ratios of the rounds, and its 95%
-interval is Student's for the mean of their logarithms. What an arm adds in milliseconds is the mean of the differences.
-The same compares optimizers, and several GPUs with one. Below SMALLEST_INTERVAL rounds there is no interval.
+The slowdown of an arm is its time a step over that of the first arm, with the same optimizer on the same GPUs, fused or
+not as it is. Rounds are pairs, because clocks and temperature drift: it is the geometric mean of the ratios of the
+rounds, and its 95% interval is Student's for the mean of their logarithms. What an arm adds in milliseconds is the mean
+of the differences. The same compares optimizers, and several GPUs with one. Below SMALLEST_INTERVAL rounds there is no
+interval.
 """
 
 from __future__ import annotations
@@ -125,7 +126,10 @@ def _comparisons(
         return next(
             (other, outcome.seconds)
             for other, outcome in zip(trials, outcomes, strict=True)
-            if other.gpus == gpus and optimizer in (None, other.optimizer) and arm in (None, other.run.arm)
+            if other.gpus == gpus
+            and other.fused == trial.fused
+            and optimizer in (None, other.optimizer)
+            and arm in (None, other.run.arm)
         )
 
     reference, theirs = first(trial.gpus, optimizer=trial.optimizer)

@@ -78,7 +78,7 @@ def _request(args: argparse.Namespace) -> Request:
         gpus=args.gpus,
         parallel=args.parallel,
         recompute=args.recompute,
-        fused=args.fused,
+        fused=tuple(word == "on" for word in dict.fromkeys(args.fused)),
     )
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {args.rounds}")
@@ -162,7 +162,7 @@ def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[li
 def render(rows: Sequence[Row]) -> str:
     """The rows of one size as text, with a line for each trial, and the kernels of each, if they are there."""
     first = rows[0]
-    several = [name for name in ("optimizer", "gpus") if len({row[name] for row in rows}) > 1]
+    several = [name for name in ("optimizer", "fused", "gpus") if len({row[name] for row in rows}) > 1]
     scaled = any(row["efficiency"] is not None for row in rows)
     headings = ["arm", *several, "ms a step", "95%", "adds ms", "95%", "k tokens/s", "MFU", "GiB", "slowdown", "95%"]
     headings += ["efficiency", "95%"] * scaled + ["mixer", "ffn", "conv", "head"]  # shares of the model FLOPs
@@ -181,7 +181,7 @@ def render(rows: Sequence[Row]) -> str:
     shape += f", vocabulary {first['vocabulary']}"
     if first["recompute"] != "none":
         shape += f", activations computed again ({first['recompute']})"
-    if first["fused"]:
+    if all(row["fused"] for row in rows):
         shape += ", convolutions fused with their neighbours"
     shape += "; the last columns are shares of the model FLOPs"
     text = f"\n{first['size']}: {first['rounds']} rounds, {shape}\n{align(headings, lines)}\n"
@@ -202,7 +202,11 @@ def _estimate(row: Row, name: str, form: str) -> list[str]:
 
 def _kernels(row: Row) -> str:
     """The most expensive kernels of a row."""
-    title = f"\n{row['arm']} {row['optimizer']}" + (f" on {row['gpus']} GPUs" if row["gpus"] > 1 else "")
+    title = (
+        f"\n{row['arm']} {row['optimizer']}"
+        + " fused" * row["fused"]
+        + (f" on {row['gpus']} GPUs" if row["gpus"] > 1 else "")
+    )
     lines = [
         [kernel["name"][:90], f"{kernel['milliseconds']:.3g}", f"{kernel['share']:.1%}"] for kernel in row["kernels"]
     ]

@@ -56,7 +56,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        where = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
+        where = " fused" * self.fused + (f" on {self.gpus} GPUs" if self.gpus > 1 else "")
         return f"{self.run.size} {self.run.arm} {self.optimizer}{where}"
 
     def execution(self, device: str) -> Execution:
@@ -101,11 +101,13 @@ class Request:
     gpus: int = 1
     parallel: str = "ddp"
     recompute: Recompute = "none"
-    fused: bool = False
+    fused: tuple[bool, ...] = (False,)
 
 
 def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | None = None) -> list[Trial]:
     """The trials of one size: all arms with the first optimizer, then with the next; on one GPU, then on several.
+
+    With each optimizer they are all unfused, or all fused, or first the one and then the other.
 
     `batch`, if given, stands in for the request's; without either, a micro-batch is what a run would use: the recipe's
     batch, but at most `micro_batch_tokens`. Raises ValueError for a size, an arm or an optimizer that is
@@ -121,8 +123,8 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
         strict.choose(kind, known, "--optimizer")
     optimizers: list[Optimizer | None] = [known[kind]() for kind in request.optimizers]
     found = []
-    for gpus, optimizer, run in itertools.product(
-        dict.fromkeys((1, request.gpus)), optimizers or [None], expand(sweep)
+    for gpus, optimizer, fused, run in itertools.product(
+        dict.fromkeys((1, request.gpus)), optimizers or [None], request.fused, expand(sweep)
     ):
         length = request.sequence or run.train.sequence_length
         fitting = min(run.train.batch_sequences, max(1, micro_batch_tokens // length))
@@ -131,7 +133,7 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
         if optimizer is not None:
             train = replace(train, optimizer=optimizer)
         parallel = "none" if gpus == 1 else request.parallel
-        how = (request.micro_batches, request.recompute, request.fused)
+        how = (request.micro_batches, request.recompute, fused)
         found.append(Trial(replace(run, train=train), gpus, parallel, *how))
         found[-1].execution("cpu").check(found[-1].run)
     return found

@@ -107,8 +107,9 @@ def _add_train(what: Subparsers) -> None:
         help="activations that the backward pass computes again, to save memory (default none)",
     )  # fmt: skip
     parser.add_argument(
-        "--fused", action="store_true", help="convolutions and their neighbours in one kernel, where there is one"
-    )
+        "--fused", nargs="+", choices=("off", "on"), default=["off"],
+        help="whether convolutions and their neighbours are one kernel, where there is one (default off; also: off on)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each arm (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="length of a turn (default 1)")
     parser.add_argument("--profile", action="store_true", help="name the most expensive kernels of each arm")

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.cli.arguments import Subparsers, add_verb, format_argument, profile_argument
+from experiments.cli.arguments import Subparsers, add_verb, format_argument
 
 
 def register(subparsers: Subparsers) -> None:
@@ -28,7 +28,8 @@ def register(subparsers: Subparsers) -> None:
         help="fetch: python, english, or a list of your own (.toml); build: a sweep file; inspect: a dataset's folder",
     )
     verb.add_argument("-o", "--output", type=Path, metavar="DIR", help="fetch: the new folder for the text")
-    profile_argument(verb)
+    text = "build: by jobs of the Slurm of this profile (default: on this machine)"
+    verb.add_argument("--profile", type=Path, metavar="FILE", help=text)
     verb.add_argument("--wait", action="store_true", help="build by Slurm: stay until the jobs have ended")
     verb.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
     format_argument(verb)

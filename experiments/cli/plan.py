@@ -68,7 +68,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.calibrate:
         _calibrate(runs, profile, cache)
     for spec in dict.fromkeys(run.data for run in runs if run.data is not None):
-        if cost := forecast(spec, cache):
+        if cost := forecast(spec, cache, profile.data.cores if profile.slurm else None):
             warn(f"{args.sweep}: {cost}")
     gpus = {run.size: profile.job(run.size).gpus for run in runs}
     rates = _rates(runs, gpus, profile, store, cache, args.throughput)
@@ -146,6 +146,8 @@ def _end(runs: Sequence[RunConfig], rates: dict[str, Rate], profile: Profile, st
         of_size = " of a size" if profile.slurm is not None else ""
         side = "with all runs at once" if slots is None else f"with {slots} run{'s' * (slots > 1)}{of_size} at once"
         lines.append(f"{span(hours)} {side}: until {end} if it starts now and waits for nothing")
+        if account.share_devices(profile, runs) and not all(rate.whole for rate in rates.values()):
+            lines[-1] += "; later, as runs share a device, and their speeds are of one run alone"
     if profile.max_gpu_hours is not None:
         used = account.used_hours(store)
         lines.append(

@@ -38,6 +38,8 @@ def _track(args: argparse.Namespace) -> int:
     told: set[str] = set()
     while True:
         run_ids = states.find(args.store)
+        if not run_ids:
+            raise ValueError(f"{args.store} holds no runs; give a store that `submit` fills, not a frozen one")
         going_on = args.follow and overview.unfinished(states.read(args.store, run_ids))
         entries = runs = 0
         for run_id in tqdm(run_ids, desc="runs", delay=2, leave=False):

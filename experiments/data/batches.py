@@ -109,7 +109,15 @@ def held_out(
 
 
 def most_documents(dataset: Dataset, sequence_length: int) -> int:
-    """The most documents that a window of either split holds, counting what its borders cut off as documents."""
+    """The most documents that a window of either split holds, counting what its borders cut off as documents.
+
+    Raises ValueError if the data do not say where documents begin.
+    """
+    if len(dataset.document_starts("train")) < 2:
+        raise ValueError(
+            "packed keeps documents apart, and these data are one document; give separator, files of single documents, "
+            "or tokens with an end of text between documents, or remove packed"
+        )
     return max(Packing(dataset, split, sequence_length).most for split in SPLITS)
 
 

@@ -122,13 +122,14 @@ class Documents:
         """Distinct documents that would be trained on, were they not held out by name."""
         return sum(self._index("train", bucket).left_out for bucket in range(self.buckets))
 
-    def distinct(self, split: str) -> Iterator[bytes]:
+    def distinct(self, split: str, *, all_held_out: bool = False) -> Iterator[bytes]:
+        """Bucket by bucket; with those that `leave_out` leaves out, if `all_held_out`."""
         for bucket in range(self.buckets):
-            yield from self.texts(split, bucket)
+            yield from self.texts(split, bucket, all_held_out=all_held_out)
 
-    def texts(self, split: str, bucket: int) -> Iterator[bytes]:
+    def texts(self, split: str, bucket: int, *, all_held_out: bool = False) -> Iterator[bytes]:
         """The distinct documents of a bucket, in order. Raises OSError if one is not what was written."""
-        index = self._index(split, bucket)
+        index = self._index(split, bucket, all_held_out=all_held_out)
         with ExitStack() as stack:
             files = [stack.enter_context(_path(part, split, bucket).open("rb")) for part in self._parts]
             for digest, part, offset in zip(*(column.tolist() for column in index[:3]), strict=True):
@@ -139,7 +140,7 @@ class Documents:
                     raise OSError(None, "a document is not what was written there", file.name)
                 yield text
 
-    def _index(self, split: str, bucket: int) -> "_Index":
+    def _index(self, split: str, bucket: int, *, all_held_out: bool = False) -> "_Index":
         digests, parts, offsets = bytearray(), array("q"), array("q")
         for number, part in enumerate(self._parts):
             with _path(part, split, bucket).open("rb") as file:
@@ -153,7 +154,7 @@ class Documents:
         unwanted: NDArray[np.bytes_] = np.zeros(0, DIGEST)
         if split == "train" and self._held_out_by_name:
             unwanted = self._index("validation", bucket).digests
-        if split == "validation" and (self.folder / LEFT_OUT).exists():
+        if split == "validation" and not all_held_out and (self.folder / LEFT_OUT).exists():
             unwanted = np.fromfile(self.folder / LEFT_OUT, DIGEST)
         kept = ~np.isin(found, unwanted)
         first = first[kept]

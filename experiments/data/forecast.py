@@ -10,18 +10,21 @@ from experiments.data.formats import EXPANSION
 from experiments.design.data import DataConfig
 from experiments.terminal import short, span
 
-# Measured on results/measured/corpora, in a core-second: bytes of text read and written again, and tokens of vocabulary
-# 4096 made, by any number of processes; and bytes that one process alone hashes or copies.
+# Measured on results/measured/corpora, in a core-second: bytes of text read and written again, and tokens made, by any
+# number of processes; and bytes that one process alone hashes or copies.
 READ_BYTES = 100e6
-TOKENS = {True: 3.0e6, False: 0.86e6}  # with tiktoken, and without
+# With tiktoken, of a vocabulary of 100,352 (3.0e6 of one of 4096), and without it, of one of 4096
+TOKENS = {True: 2.5e6, False: 0.86e6}
+MOST_JOBS = 128  # pieces into which documents.py and reading.py cut the work at most
 ALONE_BYTES = 0.5e9
 BYTES_A_TOKEN = 3.2  # of those corpora
 ENGLISH_BYTES_A_TOKEN = 4.5  # usual for English at vocabularies of 100,000
 WORTH_A_WORD = 60.0  # seconds
 
 
-def forecast(spec: DataConfig, cache: Path) -> str | None:
-    """A line on the time and disk that a build into `cache` would take, and whether there is room for it.
+def forecast(spec: DataConfig, cache: Path, jobs: int | None = None) -> str | None:
+    """A line on the time and disk that a build into `cache` would take, and whether there is room for it: on the cores
+    of this machine, or by so many jobs of a cluster side by side, each of one core.
 
     Of text that is not there, ENGLISH_BYTES_A_TOKEN is assumed. None for a build of a minute that fits.
     """
@@ -38,7 +41,7 @@ def forecast(spec: DataConfig, cache: Path) -> str | None:
     if not spec.read_all:
         text = min(text, int(1.3 * BYTES_A_TOKEN * wanted))  # with the margin and the held-out share of enough.py
     width = 2 if spec.vocabulary <= 2**16 else 4
-    cores = len(os.sched_getaffinity(0))
+    cores = min(jobs, MOST_JOBS) if jobs else len(os.sched_getaffinity(0))
     fast = importlib.util.find_spec("tiktoken") is not None
     shared = text / READ_BYTES + wanted / TOKENS[fast]
     alone = (min(text, stored) + 2 * width * wanted) / ALONE_BYTES
@@ -49,9 +52,10 @@ def forecast(spec: DataConfig, cache: Path) -> str | None:
         return None
     room = "" if disk < free else f"; {cache} has {_gigabytes(free)} free: choose another place with DYNCONV_CACHE"
     enough = "" if text > 0.8 * wanted * BYTES_A_TOKEN else "; that may be too little text"
+    by = f"by {cores} jobs" if jobs else f"on {cores} cores"
     return (
         f"building the data, unless it is done: {short(wanted)} tokens of {_gigabytes(text)} of text{assumed}, about "
-        f"{span(seconds / 3600)} on {cores} cores ({span((shared + alone) / 3600)} on one), "
+        f"{span(seconds / 3600)} {by} ({span((shared + alone) / 3600)} on one), "
         f"{_gigabytes(disk)} of disk meanwhile and {_gigabytes(width * wanted)} then{room}{enough}"
     )
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import tempfile
 import urllib.parse
 from pathlib import Path
@@ -105,7 +106,7 @@ def _fetch(name: str, place: str, cache: Path) -> Path:
     if missing := [each for each in chosen if not (folder / each).exists()]:
         raise WorkFailed(f"the hub must give all files of {place}; got no {missing[0]}; try again")
     cache.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=".hub-", dir=cache))
+    working = Path(tempfile.mkdtemp(prefix=f".hub.{socket.gethostname()}.", dir=cache))
     try:
         for each in chosen:
             link = working / "new" / FILES / each

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import socket
 import struct
 import tempfile
 import zlib
@@ -93,7 +94,7 @@ def index(spec: DataConfig, cache: Path, progress: bool) -> Path:
     known = cache / f".{_hash([key, as_they_are])}.content"  # files that nobody wrote to are not read again
     if known.exists() and (cache / known.read_text()).exists():
         return cache / known.read_text()
-    working = Path(tempfile.mkdtemp(prefix=".tokens-", dir=cache))
+    working = Path(tempfile.mkdtemp(prefix=f".tokens.{socket.gethostname()}.", dir=cache))
     try:
         dataset = working / "dataset"  # not as private as a temporary folder is
         dataset.mkdir()

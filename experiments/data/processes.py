@@ -22,8 +22,11 @@ PARALLEL_BYTES = 128 * 2**20
 
 
 def count(jobs: int, text_bytes: int) -> int:
-    """How many processes to use for so many jobs on so much text."""
-    return 1 if text_bytes < PARALLEL_BYTES else min(len(os.sched_getaffinity(0)), jobs)
+    """How many processes to use for so many jobs on so much text: of a job of Slurm, no more than it asked for, which
+    not every cluster binds its processes to."""
+    cores = len(os.sched_getaffinity(0))
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    return 1 if text_bytes < PARALLEL_BYTES else min(cores, jobs)
 
 
 def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:

@@ -102,9 +102,12 @@ def read(job: Job, report: Callable[[int], object] = lambda _: None) -> dict[str
                     counts.update(documents=1, bytes=len(text))
                 report(file.bytes)
         part.finish(counts)
-        if documents.finished_part(job.folder) is None:
-            shutil.rmtree(job.folder, ignore_errors=True)
+        try:
             working.replace(job.folder)
+        except OSError:  # there is one: another process's, or a torn one
+            if documents.finished_part(job.folder) is None:
+                shutil.rmtree(job.folder, ignore_errors=True)
+                working.replace(job.folder)
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return dict(counts)

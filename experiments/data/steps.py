@@ -64,9 +64,12 @@ class Shared(NamedTuple):
 
     def progress(self) -> str:
         """In words, for people."""
+        try:
+            counts = self.counts()
+        except (OSError, ValueError):  # the folder went meanwhile
+            return "the dataset is published"
         parts = len(list(self.folder.glob("spill/part-*/counts.json")))
         buckets = len(list(self.folder.glob("tokens-*/*-bucket-*.json")))
-        counts = self.counts()
         return f"{parts} of {counts['read']} parts read, {buckets} of up to {counts['tokenize']} buckets tokenized"
 
 
@@ -135,7 +138,10 @@ def run(shared: Shared, step: str, worker: int, workers: int) -> None:
     if step == "publish":
         assert shared.target is not None, "collect has noted it"
         build.make(shared.target, shared.folder, source, False)
-        shutil.rmtree(shared.folder, ignore_errors=True)
+        ended = shared.folder.with_suffix(".ended")  # another name, under which nobody writes any more
+        shutil.rmtree(ended, ignore_errors=True)
+        shared.folder.replace(ended)
+        shutil.rmtree(ended, ignore_errors=True)
         return
     prepared = writing.prepare(shared.folder, source.spec, source.found, source.tokenizer_json, False)
     if step == "tokenize":
@@ -167,10 +173,13 @@ def main() -> None:
     parser.add_argument("workers", type=int)
     args = parser.parse_args()
     if not (args.folder / RECORD).exists():
-        return  # another job published the dataset
+        print(f"nothing to do: {args.folder} is not there, as the dataset is published, or this node does not see it")
+        return
     try:
         run(Shared(args.folder), args.step, args.worker, args.workers)
     except Exception as error:
+        if not (args.folder / RECORD).exists():
+            return  # another job published the dataset meanwhile
         failure_of(args.folder).write_text(f"{args.step}: {error}")
         traceback.print_exc()
         raise SystemExit(1) from None

@@ -95,13 +95,12 @@ def _leave_out_near_copies(documents: Documents, spec: DataConfig, progress: boo
 
     def candidates() -> Iterator[bytes]:
         size = 0
-        for text in documents.distinct("validation"):
+        for text in documents.distinct("validation", all_held_out=True):  # an earlier process may have found some
             yield text
             size += len(text)
             if size > CHECKED_BYTES * spec.validation_tokens:
                 return
 
-    documents.leave_out([])  # an earlier process may have found some
     with bar("looking for near copies", None, "document", progress, documents.distinct("train")) as texts:
         digests = find_near_copies(candidates(), texts)
     documents.leave_out(digests)

@@ -96,11 +96,20 @@ def text_sha256(dataset_sha256: str, packed: bool) -> str:
 def relative_to(data: DataConfig, folder: Path) -> DataConfig:
     """The same data, with relative places that are in `folder` found there; others stay relative to the process's."""
     places: dict[str, Any] = {
-        name: str(folder / place)
-        for name in ("source", "validation_source", "tokenizer")
-        if (place := getattr(data, name)) not in (None, "python") and _is_there(folder / place, data)
+        name: str(folder / place) for name, place in _own_places(data).items() if _is_there(folder / place, data)
     }
     return replace(data, **places)
+
+
+def missing(data: DataConfig) -> dict[str, str]:
+    """Key -> the place of text or a tokenizer that should be on this machine and is not."""
+    return {name: place for name, place in _own_places(data).items() if not _is_there(Path(place).expanduser(), data)}
+
+
+def _own_places(data: DataConfig) -> dict[str, str]:
+    """The places that are paths: not the embedded corpus, nor what the Hugging Face hub has."""
+    places = {name: getattr(data, name) for name in ("source", "validation_source", "tokenizer")}
+    return {name: place for name, place in places.items() if place not in (None, "python") and place[:4] != "hub:"}
 
 
 def _is_there(path: Path, data: DataConfig) -> bool:

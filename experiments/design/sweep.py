@@ -11,7 +11,7 @@ from typing import Literal
 from experiments.design import strict
 from experiments.design.arms import ARMS, Arm
 from experiments.design.config import TEXT, RunConfig
-from experiments.design.data import DataConfig, relative_to
+from experiments.design.data import DataConfig, missing, relative_to
 from experiments.design.ladder import LADDERS, Rung
 from experiments.design.model import ModelConfig
 from experiments.design.recipe import BUDGET_AXIS, Recipe, check_axes
@@ -179,10 +179,12 @@ def notes(sweep: Sweep) -> list[str]:
     found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
     if sweep.data is None:
         return found
-    for key in ("source", "validation_source", "tokenizer"):
-        place = getattr(sweep.data, key)
-        if place is not None and place != "python" and not Path(place).exists():
-            found.append(f"data.{key} = {place!r} is not there; `submit` will refuse to build the data")
+    for key, place in missing(sweep.data).items():
+        found.append(f"data.{key} = {place!r} is not there; `submit` will refuse to build the data")
+    if sweep.packed:
+        found.append(
+            "packed: FLOPs hold attention over whole sequences, of which within_documents in config.json is real"
+        )
     return found
 
 

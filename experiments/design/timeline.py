@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,18 +22,20 @@ def hours_until_done(
     slots: int | None,  # of every lane; None: as many as there are runs
 ) -> float:
     """The hours until all have ended, without waiting for a scheduler."""
-    waiting, names = list(pieces), {piece.run_id for piece in pieces}
-    free: dict[str, float] = {piece.lane: slots or math.inf for piece in pieces}
+    names = {piece.run_id for piece in pieces}
+    waiting: dict[str, deque[Piece]] = {}
+    for piece in pieces:
+        waiting.setdefault(piece.lane, deque()).append(piece)
+    free: dict[str, float] = dict.fromkeys(waiting, slots or math.inf)
     running: list[tuple[float, str, str]] = []  # a heap of (end, run id, lane)
     now = 0.0
-    while waiting or running:
-        for piece in list(waiting):
-            if piece.after not in names and free[piece.lane]:
-                waiting.remove(piece)
-                free[piece.lane] -= 1
-                heapq.heappush(running, (now + piece.hours, piece.run_id, piece.lane))
-        if not running:
-            raise ValueError(f"{waiting[0].run_id} waits for {waiting[0].after}, which waits for it")
+    while any(waiting.values()) or running:
+        for lane, queue in waiting.items():
+            while free[lane] and (ready := next((piece for piece in queue if piece.after not in names), None)):
+                queue.remove(ready)
+                free[lane] -= 1
+                heapq.heappush(running, (now + ready.hours, ready.run_id, lane))
+        assert running, "a run waits for one that waits for it"
         now, done, lane = heapq.heappop(running)
         names.discard(done)
         free[lane] += 1

@@ -1,6 +1,7 @@
 """A trained run as a model of lm-evaluation-harness (an extra: `pip install 'dynconv[eval]'`)."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,12 @@ def evaluate(
         raise ValueError(
             f"{', '.join(unknown)}: lm-evaluation-harness knows no such task; `lm-eval ls tasks` lists its own, and "
             "--include takes a folder with yours"
+        )
+    if run.config.packed:
+        print(
+            "dynconv: this run was trained on packed documents, where no text follows an end of text; the harness puts "
+            "one before texts that have no context, so their first tokens are scored as it has not learned them",
+            file=sys.stderr,
         )
     model = RunLM(run)
     answer = simple_evaluate(

@@ -10,12 +10,14 @@ from typing import Any
 
 from analysis.logs import reader
 from analysis.logs.files import read_json
+from analysis.logs.schema import SCHEMA
 from analysis.logs.selection import some
 from experiments.design import calibrations, strict
 from experiments.design.calibrations import Calibration, Work
 from experiments.design.config import Execution, RunConfig
 from experiments.design.forecast import Rate, stated_rate
 from experiments.launching import attempts, local, states
+from experiments.launching.jobs import errors_naming
 from experiments.launching.profile import LONGEST_ATTEMPT, Job, Profile
 from experiments.training.record import read_record
 
@@ -100,7 +102,11 @@ def _finished(
         done, record = store / run.run_id / "run.json", store / run.run_id / "config.json"
         if not done.exists():
             continue
-        row, execution = read_json(done), strict.parse(read_json(record)["execution"], Execution, str(record))
+        row, frozen = read_json(done), read_json(record)
+        if frozen.get("schema") != SCHEMA:
+            continue
+        with errors_naming(record):
+            execution = strict.parse(frozen["execution"], Execution, str(record))
         job, where = profile.job(run.size), places[run.size]
         work = Work.of(run, execution, where)
         if work == Work.of(run, job.execution, where) and _would_be_on(row.get("device"), where, job):
@@ -113,7 +119,7 @@ def _finished(
             mixed.append(f"{first.arm} at {first.size}")
             continue
         tokens = sum(run.own_tokens for run, _ in members)
-        clocks = [done["seconds"] for _, done in members]
+        clocks = [done.get("seconds", {}) for _, done in members]
         seconds = sum(clock.get(name, 0.0) for clock in clocks for name in CLOCKS)
         start = sum(clock.get(name, 0.0) for clock in clocks for name in START) / len(members)
         if seconds > 0:
@@ -209,3 +215,11 @@ def runs_at_once(profile: Profile, runs: Sequence[RunConfig]) -> int | None:
     if profile.executor == "local":
         return len(local.Slots(profile, [profile.job(run.size) for run in runs]).free)
     return profile.max_parallel or None if profile.executor == "slurm" else 1
+
+
+def share_devices(profile: Profile, runs: Sequence[RunConfig]) -> bool:
+    """Whether runs on this machine go on side by side on a GPU or core, where each is slower than alone."""
+    if profile.executor != "local" or not profile.max_parallel:
+        return False
+    apart = runs_at_once(replace(profile, max_parallel=0), runs) or 1
+    return min(profile.max_parallel, len(runs)) > apart

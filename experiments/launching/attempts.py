@@ -163,6 +163,8 @@ def _how_ended(
         failure = read_json(run_dir / "failure.json")
         if failure.get("attempt") == attempt["attempt"]:
             return f"failed: {failure.get('cause')}"
+    if (cause := attempt.get("interrupted")) and not attempt.get("preempted"):
+        return f"stopped: {cause}"
     if ended is not None and ended.end is not None:
         return _said(ended)
     if after is None:

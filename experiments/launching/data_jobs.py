@@ -1,11 +1,12 @@
 """Data built by jobs of Slurm: a step after the other (experiments/data/steps.py), on as many cores as it can use."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,57 +37,58 @@ def build(spec: DataConfig, profile: Profile, cache: Path, *, wait: bool = False
         shared = steps.begin(spec, cache)
         if isinstance(shared, Path):
             return shared
-        if not _queued(shared):
-            _submit(shared, profile.slurm, profile.data)
-    submitted = _submitted(shared)
+        submitted = _submitted(shared)
+        if not _queued(submitted):
+            submitted = _submit(shared, profile.slurm, profile.data)
     print(
         f"data build: {shared.progress()}; jobs {', '.join(job['id'] for job in submitted)}, output in "
         f"{submitted[0]['folder']}; the build's files are in {shared.folder}",
         file=sys.stderr,
     )
-    return _wait(spec, shared, cache) if wait else None
+    return _wait(spec, shared, submitted, cache) if wait else None
 
 
 def require_nothing_under_way(specs: Iterable[DataConfig], cache: Path) -> None:
     """Raises ValueError if jobs of Slurm are building one of these datasets: this machine need not build it, too."""
     for spec in specs:
-        if spec.pretokenized is None and (shared := steps.under_way(spec, cache)) and _queued(shared):
+        shared = None if spec.pretokenized is not None else steps.under_way(spec, cache)
+        submitted = [] if shared is None else _submitted(shared)
+        if shared is not None and _queued(submitted):
             raise ValueError(
                 f"the data are being built by Slurm ({shared.progress()}; jobs "
-                f"{', '.join(job['id'] for job in _submitted(shared))}); wait for them with `dynconv data build SWEEP "
+                f"{', '.join(job['id'] for job in submitted)}); wait for them with `dynconv data build SWEEP "
                 "--profile FILE --wait`, or cancel them"
             )
 
 
 def _submitted(shared: steps.Shared) -> list[dict[str, Any]]:
-    """The jobs of the last submission: each one's step, id, number of workers and folder of output."""
+    """The jobs of the last submission: each one's step, id, number of workers, user and folder of output."""
     path = shared.folder / JOBS
     return list(read_json(path)["jobs"]) if path.exists() else []
 
 
-def _queued(shared: steps.Shared) -> bool:
-    """Whether a job of the last submission waits or runs. Raises ValueError if Slurm does not answer."""
-    submitted = _submitted(shared)
+def _queued(submitted: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of the jobs waits or runs. Raises ValueError if Slurm does not answer."""
     if not submitted:
         return False
     ids = [f"{job['id']}_{worker}" for job in submitted for worker in range(job["workers"])]
-    found = slurm.queue(ids, [(shared.folder / JOBS).stat().st_uid])
+    found = slurm.queue(ids, {job["user"] for job in submitted})
     if found is None:
         raise ValueError("Slurm does not say whether jobs build the data (squeue failed); try again when it answers")
     return bool(found)
 
 
-def _may_be_queued(shared: steps.Shared) -> bool:
+def _may_be_queued(submitted: Sequence[Mapping[str, Any]]) -> bool:
     """Also if Slurm does not answer: whoever waits asks again."""
     try:
-        return _queued(shared)
+        return _queued(submitted)
     except ValueError as error:
         print(f"data build: {error}", file=sys.stderr)
         return True
 
 
-def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> None:
-    """Submit all steps, each to begin when the one before has ended well."""
+def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> list[dict[str, Any]]:
+    """Submit all steps, each to begin when the one before has ended well; returns the jobs."""
     sbatch.name_ignored_variables()
     code, folder = snapshot.take(shared.cache), jobs.new_folder(shared.cache, "data")
     steps.failure_of(shared.folder).unlink(missing_ok=True)
@@ -96,8 +98,11 @@ def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> None:
         workers = min(pieces, most)
         after = submitted[-1]["id"] if submitted else None
         script = _script(shared, asked, data, step, workers, folder, code, after)
-        submitted.append({"step": step, "id": _sbatch(script), "workers": workers, "folder": str(folder)})
+        submitted.append(
+            {"step": step, "id": _sbatch(script), "workers": workers, "user": os.getuid(), "folder": str(folder)}
+        )
         write_json(shared.folder / JOBS, {"jobs": submitted})
+    return submitted
 
 
 def _script(
@@ -159,10 +164,10 @@ def _sbatch(script: str) -> str:
     return accepted[1]
 
 
-def _wait(spec: DataConfig, shared: steps.Shared, cache: Path) -> Path:
+def _wait(spec: DataConfig, shared: steps.Shared, submitted: Sequence[Mapping[str, Any]], cache: Path) -> Path:
     said = ""
     try:
-        while (shared.folder / steps.RECORD).exists() and _may_be_queued(shared):
+        while (shared.folder / steps.RECORD).exists() and _may_be_queued(submitted):
             if (now := shared.progress()) != said:
                 print(f"data build: {now}", file=sys.stderr)
                 said = now
@@ -172,8 +177,7 @@ def _wait(spec: DataConfig, shared: steps.Shared, cache: Path) -> Path:
         raise
     if isinstance(found := steps.begin(spec, cache), Path):
         return found
-    failure = steps.failure_of(shared.folder)
-    reason = failure.read_text() if failure.exists() else "its jobs ended without a word: killed, or out of time?"
-    raise WorkFailed(
-        f"building the data failed: {reason}; output in {_submitted(shared)[0]['folder']}; build again to go on"
-    )
+    failure, reason = steps.failure_of(shared.folder), "its jobs were killed, ran out of time, or do not see the cache"
+    if failure.exists():
+        reason = failure.read_text()
+    raise WorkFailed(f"building the data failed: {reason}; output in {submitted[0]['folder']}; build again to go on")

@@ -61,13 +61,15 @@ def adopt(run_dir: Path, submission: str, job_id: str, *, note: bool = True) -> 
 
     It is another's where it was submitted again since, or where sbatch accepted a submission twice.
     """
-    job = job_of(run_dir)
-    if job is None or job["submission"] != submission or job["job_id"] not in (None, job_id):
+    path = run_dir / "job.json"
+    if not path.exists():
         return False
-    if job["job_id"] is None and note:
+    job = read_json(path)
+    if job.get("submission") != submission or job.get("job_id") not in (None, job_id):
+        return False
+    if job.get("job_id") is None and note:
         log = run_dir.parent / FOLDER / submission / f"{job_id}_0_log.out"
-        path = run_dir / "job.json"
-        write_json(path, read_json(path) | {"job_id": job_id, "log": str(log)})
+        write_json(path, job | {"job_id": job_id, "log": str(log)})
     return True
 
 

@@ -52,6 +52,9 @@ def run_in_slots(runs: Sequence[RunConfig], profile: Profile, store: Path, code:
         except BaseException:  # whatever ends the launcher, Ctrl-C or a full disk: no run may outlive it
             _stop([job for job in loop.running.values() if not job.done()])
             raise
+    if loop.taken:
+        count = f"{len(loop.taken)} of {len(runs)} runs"
+        print(f"{store}: {count} were not started by this submit: another one, or a cancel, was first", file=sys.stderr)
 
 
 def in_order(runs: Sequence[RunConfig]) -> list[RunConfig]:
@@ -78,6 +81,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.waiting = deque(in_order(self.runs))
         self.running = dict[int, "submitit.Job[None]"]()  # by slot
+        self.taken = list[str]()  # ids of runs that another submit or a cancel had taken before their turn
         self._told = False
 
     def turn(self, trained: set[str]) -> bool:
@@ -89,13 +93,16 @@ class _Loop:
             del self.running[slot]
             self.slots.free.append(slot)
         if not self.running:
-            # Only a trunk that waits itself or is trained can still be complete. Drop the branches of any other, which
-            # would wait for ever.
-            hoped = trained | {run.run_id for run in self.waiting}
+            # Only a trunk that waits itself, or that another launcher has, can still be complete. Drop the branches of
+            # any other, which would wait for ever.
+            trunks = states.read(self.store, {run.trunk for run in self.waiting if run.trunk is not None})
+            hoped = {run.run_id for run in self.waiting} | {s.run_id for s in trunks if s.state in states.ACTIVE}
             self.waiting = deque(run for run in self.waiting if ready(run, self.store) or run.trunk in hoped)
         while self.slots.room(self._beside()) and (run := _next(self.waiting, self.store)):
             with store_lock(self.store):  # another `submit` or a `cancel` may have been here first
-                if states.read(self.store, [run.run_id])[0].state in states.SUBMITTABLE and not self._start(run):
+                if states.read(self.store, [run.run_id])[0].state not in states.SUBMITTABLE:
+                    self.taken.append(run.run_id)
+                elif not self._start(run):
                     self.waiting.appendleft(run)
                     break
         return bool(self.waiting or self.running or trained)

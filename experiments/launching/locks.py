@@ -31,11 +31,10 @@ def store_lock(store: Path) -> Iterator[None]:
 def _hold(store: Path, stack: contextlib.ExitStack) -> None:
     while True:
         try:
-            store.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held(store, patience=math.inf, waiting=lambda: _tell(store)))
-            return
-        except FileNotFoundError:  # whoever had made the store removed it again, empty as it was
-            continue
+            store.mkdir(parents=True, exist_ok=True)  # under /proc this, too, raises FileNotFoundError
+            with contextlib.suppress(FileNotFoundError):  # whoever had made the store removed it again, empty as it was
+                stack.enter_context(held(store, patience=math.inf, waiting=lambda: _tell(store)))
+                return
         except OSError as error:
             raise ValueError(f"{store} takes no files ({error.strerror}); choose another with --store") from None
 

@@ -42,8 +42,7 @@ COLUMNS = (
     _Column("done", lambda run: f"{run.progress:.0%}", 9),
     _Column("loss", lambda run: "" if run.loss is None else f"{run.loss:.4f}", 6),
     _Column("to go", lambda run: duration(run.eta), 8),
-    _Column("waits for", lambda run: run.reason or "", 7),
-    _Column("starts", lambda run: _when(run.expected_start), 5),
+    _Column("waits for", lambda run: ", ".join(filter(None, (run.reason, _when(run.expected_start, "%H:%M")))), 7),
     _Column("last step", lambda run: f"{ago} ago" if (ago := _since(run.last_logged)) else "", 4),
     _Column("attempts", lambda run: str(run.attempts or ""), 3),
     _Column("elapsed", lambda run: duration(run.elapsed), 3),
@@ -207,12 +206,12 @@ def _since(moment: float | None) -> str:
     return "" if moment is None else duration(max(0.0, time.time() - moment))
 
 
-def _when(moment: float | None) -> str:
+def _when(moment: float | None, near_format: str = "%H:%M:%S") -> str:
     """A time of day, with the date where it is more than half a day away."""
     if moment is None:
         return ""
     near = abs(moment - time.time()) < DAY / 2
-    return time.strftime("%H:%M:%S" if near else "%m-%d %H:%M", time.localtime(moment))
+    return time.strftime(near_format if near else "%m-%d %H:%M", time.localtime(moment))
 
 
 def _hours(hours: float | None) -> str:

@@ -148,10 +148,10 @@ def cancel(job_ids: Sequence[str]) -> None:
 def find(name: str, since: float) -> str | None:
     """The id of the job or array of this name, submitted at `since` (unix seconds) or later; None if Slurm has none.
 
-    Raises ValueError where the controller does not answer. Without accounting, jobs that have left the queue are not
+    Raises ValueError where the controller does not answer. Without accounting, jobs that ended some minutes ago are not
     found.
     """
-    queued = _ask("squeue", "--noheader", "--all", f"--name={name}", "--format=%F")
+    queued = _ask("squeue", "--noheader", "--all", "--states=all", f"--name={name}", "--format=%F")
     if queued is None:
         raise ValueError("Slurm's controller does not answer (squeue failed); try again when it does")
     begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - _CLOCKS_APART))

@@ -37,10 +37,10 @@ _WHERE = {
 }  # fmt: skip
 # Slurm's reasons that mean that a job is held, in words
 _HELD = {
-    "JobHeldUser": "held by its user; `scontrol release JOB` lets it go",
+    "JobHeldUser": "held by its user; `scontrol release {job}` lets it go",
     "JobHeldAdmin": "held by an administrator, who can release it",
-    "JobHoldMaxRequeue": "held, as Slurm has requeued it too often; `scontrol release JOB` lets it go",
-    "launch failed requeued held": "held, as its node could not start it; `scontrol release JOB` tries again",
+    "JobHoldMaxRequeue": "held, as Slurm has requeued it too often; `scontrol release {job}` lets it go",
+    "launch failed requeued held": "held, as its node could not start it; `scontrol release {job}` tries again",
 }
 
 
@@ -183,7 +183,7 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
     if where == "lost" and str(known["cause"]).startswith(STOPPED):  # by Ctrl-C, say
         where = "stopped"
     if presence.queued is not None:
-        known |= _in_queue(presence.queued, where)
+        known |= _in_queue(presence.queued, where, known["job_id"])
     with errors_naming(run_dir / "attempt-*.json"):
         made = attempts.read_made(run_dir, None, files)
         latest = reader.progress_of(made)
@@ -209,12 +209,15 @@ def _complete(run_dir: Path, known: dict[str, Any]) -> RunState:
         return RunState(run_dir.name, "complete", 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
 
 
-def _in_queue(queued: slurm.Queued, where: str) -> dict[str, Any]:
+def _in_queue(queued: slurm.Queued, where: str, job_id: str) -> dict[str, Any]:
     """Why and until when a job waits, or where it runs."""
     if where not in ("queued", "held"):
         return {"nodes": queued.nodes}
-    cause = _HELD.get(queued.reason or "", "held; `scontrol release JOB` lets it go") if where == "held" else None
-    return {"reason": queued.reason, "expected_start": queued.start} | ({"cause": cause} if cause else {})
+    waits: dict[str, Any] = {"reason": queued.reason, "expected_start": queued.start}
+    if where == "held":
+        cause = _HELD.get(queued.reason or "", "held; `scontrol release {job}` lets it go")
+        waits["cause"] = cause.format(job=job_id)
+    return waits
 
 
 def _course(latest: reader.Progress | None, tokens: int, began: float) -> dict[str, Any]:

@@ -41,6 +41,7 @@ REMEDIES = {
     "behind a trunk that failed": "retry",
     "failed": "retry",
     "cancelled": "retry",
+    "held": "status",
     "pending": "submit",
     "unknown": "status",
     "unreadable": "status",

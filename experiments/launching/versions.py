@@ -41,7 +41,9 @@ def check_code(runs: Sequence[RunConfig], store: Path, accept: Sequence[str]) ->
         return
     todo = {run.run_id: run for run in runs}
     made = list(_made(store, todo))
-    begun = [(run_id, code) for run_id, code in made if run_id in todo and not code.same_as(ours)]
+    continued = todo.keys() | {run.trunk for run in runs}  # a branch goes on from its trunk's state
+    last = dict(made)  # of its attempts; what went on by this code before was accepted then
+    begun = [(run_id, code) for run_id, code in last.items() if run_id in continued and not code.same_as(ours)]
     others = [(run_id, code) for run_id, code in made if not code.same_as(ours)]
     if not begun and len(others) < len(made):  # This version is one of the store's already.
         others = []

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dynconv.layers import optimizer_groups
 
 _PEER_LOST = re.compile(
-    r"gloo/transport/|closed by peer|reset by peer|Timed out waiting|"  # gloo
-    r"ncclRemoteError|ncclSystemError|communicator was aborted|collective operation timeout",  # NCCL
+    r"gloo/transport/|ncclRemoteError|communicator was aborted|collective operation timeout|"
+    r"closed by (remote )?peer|reset by peer|connection refused|no route to host|timed out waiting",
     re.IGNORECASE,
 )
 

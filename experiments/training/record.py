@@ -1,6 +1,8 @@
 """A run's record, STORE/<run_id>/config.json: `submit` writes it once, and the run reads it whenever it starts."""
 
+import os
 import shutil
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from experiments.data.dataset import Dataset
 
 TOKENIZER = "tokenizer.json"
+TOKENIZERS = ".tokenizers"  # of a store: one copy of each, which its runs share
+_COPYING = threading.Lock()  # Several runs are written at a time.
 CELL = ("arm", "size", "budget", "seed")  # a store has one configuration for each, each task and point of [vary]
 NAMES = ("run_id", "sweep", "arm", "size", "budget", "seed", "baseline", "trunk", "branch_step")
 
@@ -59,10 +63,27 @@ def write_record(
     run_dir = store / run.run_id
     run_dir.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
-        tokenizer = dataset.path / TOKENIZER
-        write_atomically(run_dir / TOKENIZER, lambda temporary: shutil.copyfile(tokenizer, temporary))
+        _add_tokenizer(dataset, run_dir)
     write_json(run_dir / "config.json", record | {CHECKSUM: record_sha256(record)})
     return run_dir
+
+
+def _add_tokenizer(dataset: "Dataset", run_dir: Path) -> None:
+    """A link to the store's copy of the tokenizer, or a copy where the file system has no links.
+
+    A sweep may have thousands of runs with one tokenizer of megabytes, and a copy waits for the disk.
+    """
+    shared = run_dir.parent / TOKENIZERS / f"{dataset.tokenizer_sha256}.json"
+    with _COPYING:
+        if not shared.exists():
+            shared.parent.mkdir(exist_ok=True)
+            write_atomically(shared, lambda temporary: shutil.copyfile(dataset.path / TOKENIZER, temporary))
+    target = run_dir / TOKENIZER
+    target.unlink(missing_ok=True)
+    try:
+        os.link(shared, target)
+    except OSError:
+        write_atomically(target, lambda temporary: shutil.copyfile(shared, temporary))
 
 
 def _within_documents(dataset: "Dataset", sequence_length: int) -> dict[str, float]:
