@@ -92,6 +92,25 @@ def test_segments(width: int, launched: list[str]) -> None:
     assert "backward_kernel" in launched
 
 
+@pytest.mark.parametrize(("width", "activation"), [(4, None), (6, "silu"), (8, None)])
+def test_short_sequences_that_share_programs(
+    width: int, activation: str | None, gluon: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As documents of one length; some filters are wider than these sequences are long."""
+    cuts = []
+    original = gluon.lowrank_mma._cut
+
+    def cut(*given: Any, **named: Any) -> Any:
+        cuts.append(original(*given, **named))
+        return cuts[-1]
+
+    monkeypatch.setattr(gluon.lowrank_mma, "_cut", cut)
+    monkeypatch.setattr(gluon.lowrank_mma, "multiprocessors", lambda _: 1)
+    case = Case(batch=12, time=5, heads=8, head_size=16, width=width, rank=16, activation=activation, dtype=BFLOAT16)
+    assert_close(case)
+    assert {made.length for made in cuts} == {(case.time,)}
+
+
 @EACH_ACTIVATION
 @pytest.mark.parametrize("case", [Case("static"), Case("headwise"), Case()], ids=lambda case: case.kind)
 def test_longer_runs(case: Case, activation: str | None, gluon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
