@@ -76,7 +76,7 @@ def test_arms_are_compared_with_the_first_that_is_fused_like_them() -> None:
     assert [row["slowdown"] for row in rows] == pytest.approx([1, 1.5, 1, 1.25])
     text = render(rows)
     assert [line.split()[:2] for line in text.splitlines() if line.startswith(TWO)] == [
-        [arm, fused] for fused in ("False", "True") for arm in TWO
+        [arm, fused] for fused in ("off", "on") for arm in TWO
     ]
     throughput_panels(table(rows))
 

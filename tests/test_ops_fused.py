@@ -4,6 +4,7 @@ Without a GPU the kernels run in the stand-in of gluon_interpreter.py.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ KERNEL_CASES = [
 @pytest.mark.parametrize(("case", "heads", "padding"), KERNEL_CASES, ids=str)
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_the_kernels_agree_with_the_oracle(case: Case, heads: int, padding: int) -> None:
-    case = case if case.dtype == torch.float16 else Case(**(vars(case) | {"dtype": torch.bfloat16}))
+    case = case if case.dtype == torch.float16 else replace(case, dtype=torch.bfloat16)
     found = errors(case, heads, padding)
     assert all(value < BOUND[case.dtype] for value in found.values()), found
 
@@ -154,7 +155,7 @@ JOINED_CASES = [
 @pytest.mark.parametrize(("case", "padding", "adds"), JOINED_CASES, ids=str)
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_the_kernels_of_joined_parts_agree_with_the_oracle(case: Case, padding: int, adds: bool) -> None:
-    case = case if case.dtype == torch.float16 else Case(**(vars(case) | {"dtype": torch.bfloat16}))
+    case = case if case.dtype == torch.float16 else replace(case, dtype=torch.bfloat16)
     found = joined_errors(case, padding, adds)
     assert all(value < BOUND[case.dtype] for value in found.values()), found
 
@@ -164,6 +165,21 @@ def test_joined_parts_composed_are_the_same_function(adds: bool) -> None:
     case = Case(batch=2, time=13, segments=(24,) if adds else (24, 24), rank=20, dtype=torch.float32)
     found = joined_errors(case, 3, adds)
     assert all(value < 2e-6 for value in found.values()), found
+
+
+@pytest.mark.parametrize(("forward", "backward"), [((2, 4, 32), (1, 8, 160)), ((4, 4, 64), (2, 3, 96))])
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_tiles_are_a_matter_of_speed_alone(
+    forward: tuple[int, int, int], backward: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynconv.ops import fused_operator, launch
+
+    kernels = fused_operator.fused_mma
+    monkeypatch.setattr(kernels, "FORWARD_TILE", kernels.Tile(*forward))
+    monkeypatch.setattr(kernels, "BACKWARD_TILE", kernels.Tile(*backward))
+    monkeypatch.setattr(launch, "_repeats", {})  # launches of these shapes with the usual tiles
+    found = errors(Case(batch=1, time=150, segments=(128,) * 3, rank=16, dtype=torch.bfloat16), 2)
+    assert all(value < BOUND[torch.bfloat16] for value in found.values()), found
 
 
 @pytest.mark.usefixtures("by_tensor_cores")
@@ -208,6 +224,9 @@ def test_the_operator_is_what_torch_wants() -> None:
     torch.library.opcheck(
         torch.ops.dynconv.lowrank_joined.default, (*tensors.values(), frequencies_of(64), None, 128, 3, True)
     )
+    one = inputs_of(replace(case, segments=(128,)), 7)
+    added = torch.randn(1, 9, 128, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(torch.ops.dynconv.lowrank_joined.default, (*one.values(), None, added, 128, 1, True))
     q, k, v = lowrank_rotary_convolution(*arguments)
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), tensors["U"], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):

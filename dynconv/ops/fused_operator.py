@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dynconv.ops import flops, tiles
 from dynconv.ops.launch import repeated
+from dynconv.ops.operator import STRIDE_LIMIT
 from dynconv.ops.optional import fused_mma
 
 _INPUTS = (
@@ -154,8 +155,9 @@ _backward_op.register_autograd(_raise_no_second_derivatives)
 
 
 def _rows(tensor: Tensor) -> Tensor:  # [B, T, ...]
-    """The tensor, or a copy if its channels are not adjacent."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    """The tensor, or a copy if its channels are not adjacent, or its rows too far apart for offsets of 32 bits."""
+    near = tensor.stride(2) == 1 and tensor.stride(1) < STRIDE_LIMIT
+    return tensor if near else tensor.contiguous()
 
 
 def _forward_flops(joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:

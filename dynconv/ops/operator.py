@@ -23,13 +23,13 @@ _INPUTS = f"{_TENSORS}, int[] segments, bool residual, bool silu"
 
 # The kernels compute a tile's address with 64-bit offsets, but offsets within it with 32 bits. A tile spans up to 2,560
 # rows or 4,096 heads, and 4,096 strides of less than 2**19 elements stay below 2**31.
-_STRIDE_LIMIT = 2**19
+STRIDE_LIMIT = 2**19
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:  # [B, T, ...]
     """The tensor, or a contiguous copy if its last dimension is strided or its rows or heads lie too far apart."""
     strides = tensor.stride()
-    near = max(strides[1:-1]) < _STRIDE_LIMIT and (strides[-1] == 1 or tensor.shape[-1] == 1)
+    near = max(strides[1:-1]) < STRIDE_LIMIT and (strides[-1] == 1 or tensor.shape[-1] == 1)
     return tensor if near or tensor.is_contiguous() else copied(tensor)
 
 

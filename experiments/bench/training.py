@@ -169,7 +169,8 @@ def render(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         flops = sum(row[f"flops_{part}"] for part in PARTS)
-        cells = [row["arm"], *(str(row[name]) for name in several), f"{row['step_ms']:.4g}"]
+        shown = row | {"fused": "on" if row["fused"] else "off"}
+        cells = [row["arm"], *(str(shown[name]) for name in several), f"{row['step_ms']:.4g}"]
         cells += [*_estimate(row, "added_ms", "+.3g"), f"{row['tokens_per_second'] / 1e3:.4g}"]
         cells += ["" if row["mfu"] is None else f"{row['mfu']:.1%}"]
         cells += ["" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}", *_estimate(row, "slowdown", ".3f")]
