@@ -235,6 +235,7 @@ def test_a_run_is_queued_again_where_nodes_have_no_scontrol(
         wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
     finally:
         ask("scontrol", "update", "partition=low", "gracetime=30")
+    wait_until(lambda: arrays_of(tmp_path) == [])  # else the next test's job preempts it, and Slurm queues it once more
     run = read_json(tmp_path / long_run.run_id / "run.json")
     assert (run["attempts"], run["seconds"]["lost"]) == (2, 0.0)
 
@@ -252,6 +253,7 @@ def test_a_job_that_is_preempted_before_python_runs_is_queued_again(
     wait_until(begun.exists)
     preempt(str(state_of(store, tiny_run).job_id))
     wait_until(lambda: state_of(store, tiny_run).state == "complete")
+    wait_until(lambda: arrays_of(store) == [])
     assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
 
 
