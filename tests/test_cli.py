@@ -250,7 +250,6 @@ def test_a_failing_file_system_is_one_line(tmp_path: Path, capsys: pytest.Captur
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "dynconv plan: No space left on device\n")
     run_dir = tmp_path / load_sweep(DEMO)[0].run_id
-    run_dir.mkdir()
-    (run_dir / "cancelled").symlink_to("/proc/x")
+    run_dir.symlink_to("/proc/self/net")  # a folder in which nobody can make a file
     assert main(["cancel", str(DEMO), "--store", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"dynconv cancel: {run_dir}/cancelled: No such file or directory\n"

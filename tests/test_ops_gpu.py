@@ -188,6 +188,9 @@ def test_sequences_that_share_programs_are_apart(activation: str | None, cuts: l
         Case("headwise", batch=1, time=300, heads=12, head_size=16, documents=(1, 40, 2, 3, 190, 64)),
         Case("static", batch=2, time=555, heads=9, head_size=16),
         Case("headwise", batch=2, time=300, heads=36, head_size=4, width=8),
+        Case("headwise", batch=2, time=300, heads=12, head_size=16, width=3),
+        Case("headwise", batch=1, time=130, heads=80, head_size=4, width=5, static=False),
+        Case("headwise", batch=1, time=300, heads=12, head_size=16, width=6, documents=(1, 40, 2, 3, 190, 64)),
         Case("headwise", batch=1, time=300, heads=12, head_size=32, width=8, documents=(1, 40, 2, 3, 190, 64)),
         *[Case("static", batch=2, time=300, heads=9, head_size=16, width=width) for width in (1, 3, 5, 6, 7, 8)],
         Case("static", batch=1, time=300, heads=12, head_size=16, width=8, documents=(1, 40, 2, 3, 190, 64)),
@@ -216,7 +219,7 @@ def test_the_ring_kernels_agree_with_the_oracle(case: Case, dtype: torch.dtype) 
         Case("static"),
         Case("static", width=3),
         Case("static", width=8),
-        Case("headwise", width=3),  # silu in float32, after plain kernels
+        Case("headwise", width=3),  # by plain kernels without silu
         Case("headwise"),
         Case("lowrank", rank=16),
         Case("lowrank", rank=15, static=False),

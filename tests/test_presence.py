@@ -107,6 +107,18 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
         pass
 
 
+def test_a_machine_that_cannot_note_its_runs_is_refused_before_anything_is_written(
+    tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(presence.FOLDER_VARIABLE, str(tmp_path / "file" / "present"))
+    with pytest.raises(
+        ValueError, match=r"is to note which runs this machine trains \(Not a directory\); set DYNCONV_"
+    ):
+        launch.submit([tiny_run], CPU, tmp_path / "store", cache=dataset.path.parent)
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_launcher_takes_the_gpu_that_others_use_least(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     start(Share((4,), 1, CORES))

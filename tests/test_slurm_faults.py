@@ -113,7 +113,7 @@ def test_a_run_whose_folder_is_removed_is_trained_by_its_new_job_alone(
     run: RunConfig, submit: Submit, submitted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`rm -rf RUN_DIR; dynconv submit`, while its job goes on: the log is that of an undisturbed run."""
-    long, store = replace(run, train=replace(run.train, tokens=16 * 8 * 1000)), tmp_path / "store"
+    long, store = replace(run, train=replace(run.train, tokens=16 * 8 * 600)), tmp_path / "store"
     run_dir = store / long.run_id
     submit([long], store, ONE)
     wait_for_checkpoint(run_dir)

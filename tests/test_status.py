@@ -11,6 +11,8 @@ import pytest
 
 from experiments.cli.main import main
 from experiments.design.config import RunConfig
+from experiments.design.schedules import WarmupStableDecay
+from experiments.design.trunks import with_trunks
 from experiments.launching import attempts, causes, jobs, overview, slurm, states
 from experiments.launching.slurm import Ended, Queued
 from experiments.launching.states import RunState
@@ -193,6 +195,21 @@ def test_without_accounting_the_steps_say_how_an_attempt_ended(in_slurm: Callabl
     assert ends == ["stopped, its state saved", "stopped", "failed: such is life"]
 
 
+def test_what_a_branch_has_left_to_do(tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path) -> None:
+    """Its own FLOPs are a part of the run's; the tokens in its log are those of its trunk, too."""
+    train = replace(tiny_run.train, schedule=WarmupStableDecay(0.25))
+    runs = [replace(tiny_run, budget=f"{n}", train=replace(train, tokens=16 * 8 * n)) for n in (40, 60)]
+    branch = next(run for run in with_trunks(runs) if run.trunk is not None and run.budget == "60")
+    run_dir = submitted(branch, tmp_path)
+    whole, own = float(branch.counts.flops_exact), float(branch.own_flops)
+    assert own < 0.5 * whole
+    assert (state_of(run_dir).flops, state_of(run_dir).flops_left) == pytest.approx((own, own))
+    write_attempts(run_dir, attempt(branch.branch_step + 1, None, 0.0, 1.0))
+    assert state_of(run_dir).flops_left == pytest.approx(own)
+    write_attempts(run_dir, attempt(branch.branch_step + 1, 54, 0.0, 1.0))
+    assert state_of(run_dir).flops_left == pytest.approx(0.1 * whole)
+
+
 def list_of(count: int, **changes: Any) -> list[RunState]:
     busy = {"reason": "Resources", "expected_start": 2e9, "nodes": "node[001-004]", "log": "x", "job_id": "123456_12"}
     hours = {"gpu_hours": 12.5, "forecast_gpu_hours": 20.0, "last_logged": time.time() - 20, "elapsed": 7e3, "eta": 1e4}
@@ -227,7 +244,7 @@ def test_a_long_list_is_summed_up_by_arm_and_size() -> None:
         ["a", "25k", "50", "50", "30%"],
         ["b", "45k", "9", "9", "0%"],
     ]
-    said = "9 failed: NonFiniteLoss: loss is nan (step 0) (others alike): b-0, b-1, b-2 and 6 more"
+    said = "9 failed (b-0, b-1, b-2 and 6 more): NonFiniteLoss: loss is nan (step 0) (others alike)"
     assert said in " ".join(text.split())
     assert "59 runs: 50 running, 9 failed" in text
     assert max(map(len, text.splitlines())) <= 80
@@ -238,8 +255,8 @@ def test_the_time_until_all_runs_have_ended() -> None:
     """Two at once. Runs of a size take a second for each of its FLOPs, those of the other two."""
     done = [RunState("a", "complete", 1.0, elapsed=10.0, size="s", flops=10.0)]
     done += [RunState("b", "complete", 1.0, elapsed=40.0, size="l", flops=20.0)]
-    running = [RunState(f"r{n}", "running", 0.5, eta=5.0, size="s", flops=10.0) for n in range(2)]
-    queued = [RunState("q", "queued", size="s", flops=10.0), RunState("p", "pending", size="l", flops=20.0)]
+    running = [RunState(f"r{n}", "running", 0.5, eta=5.0, size="s", flops=10.0, flops_left=5.0) for n in range(2)]
+    queued = [RunState("q", "queued", size="s", flops_left=10.0), RunState("p", "pending", size="l", flops_left=20.0)]
     assert overview.seconds_to_go([*done, *running, *queued]) == max(40.0, (5 + 5 + 10 + 40) / 2)
     assert overview.seconds_to_go([*done, *running]) == 5.0
     assert overview.seconds_to_go([*done, *queued]) is None  # nothing runs

@@ -255,10 +255,13 @@ def _by_ring(
 ) -> bool:
     """Whether to run the Gluon kernels of `ring`: they must fit, and silu must need them or they must be faster.
 
-    They are faster for packed documents, and with a static filter, in the forward pass from 8 channels a head on.
+    They are faster for packed documents, and with a static filter, in the forward pass from 8 channels a head on. For
+    numbers of taps that are no power of two they copy the filters, and so are for silu alone.
     """
+    width = weight.shape[3]
     large = static_w is not None and (backward or x.shape[2] >= 8 * weight.shape[2])
-    return ring_fits(x, weight, weight.shape[3]) and (silu or positions is not None or large)
+    faster = (positions is not None or large) and width & (width - 1) == 0
+    return ring_fits(x, weight, width) and (silu or faster)
 
 
 def _backward_shape(static: bool) -> tuple[int, int, int, int]:

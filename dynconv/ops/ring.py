@@ -1,16 +1,17 @@
 """The static and head-wise convolutions with a ring in shared memory: which inputs fit, and the launches.
 
-Legend: B batch, T time, D channels, H heads, W taps.
+Legend: B batch, T time, D channels, H heads, W taps (WP: the next power of two).
 """
 
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from dynconv.ops import ring_kernels as kernels
-from dynconv.ops.launch import launch
+from dynconv.ops.launch import launch, new
 from dynconv.ops.tiles import aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
 _WARP_CHANNELS = 128  # four for each of a warp's 32 lanes
@@ -27,22 +28,51 @@ def fits(x: Tensor, weight: Tensor | None, width: int) -> bool:
 
 
 def _weight_fits(x: Tensor, weight: Tensor, width: int) -> bool:
-    heads = weight.shape[2]
+    heads, padded = weight.shape[2], triton.next_power_of_2(width)
     head_size = x.shape[2] // heads
     return (
-        width
-        in ((2, 4) if head_size < 4 else (2, 4, 8))  # smaller heads of 8 taps take more shared memory than there is
+        2 <= width <= (4 if head_size < 4 else _MAX_WIDTH)  # smaller heads take more shared memory than there is
         and weight.dtype == x.dtype
-        and weight.stride(2) == width
-        and heads * width % 16 == 0  # cp.async requires aligned rows
+        and (weight.stride(2) == width or padded != width)
+        and heads * padded % 16 == 0  # cp.async requires aligned rows
         and head_size & (head_size - 1) == 0
-        and head_size <= 4 * width  # so that a lane copies at least two coefficients
+        and head_size <= 4 * padded  # so that a lane copies at least two coefficients
     )
+
+
+@triton.jit(do_not_specialize=["size", "time", "batch_stride", "time_stride", "head_stride"])
+def _copy_taps_kernel(
+    source, out, size, time, heads, batch_stride, time_stride, head_stride,
+    GIVEN: tl.constexpr, WANTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tap, head, token = at % WANTED, at // WANTED % heads, at // (WANTED * heads)
+    place = source + token // time * batch_stride + token % time * time_stride + head * head_stride + tap
+    tl.store(out + at, tl.load(place, mask=(tap < GIVEN) & (at < size), other=0.0), mask=at < size)
+
+
+def _with_taps(
+    weight: Tensor,  # [B, T, H, W], with contiguous taps
+    wanted: int,
+) -> Tensor:  # [B, T, H, wanted]
+    """Each head's filter, padded with zeros or cut to so many taps."""
+    batch, time, heads, given = weight.shape
+    if given == wanted:
+        return weight
+    out = new(weight, (batch, time, heads, wanted), weight.dtype)
+    integers = (out.numel(), time, heads, *weight.stride()[:3])
+    constants = {"GIVEN": given, "WANTED": wanted, "BLOCK": 1024}
+    launch(_copy_taps_kernel, triton.cdiv(out.numel(), 1024), (weight, out), integers, constants)
+    return out
+
+
+def _prepared(weight: Tensor | None) -> Tensor | None:  # [B, T, H, W] -> [B, T, H, WP]
+    return None if weight is None else aligned(_with_taps(weight, triton.next_power_of_2(weight.shape[3])))
 
 
 def _plan(
     x: Tensor,  # [B, T, D]
-    weight: Tensor | None,  # [B, T, H, W]
+    weight: Tensor | None,  # [B, T, H, WP]
     width: int,
     residual: bool,
     silu: bool,
@@ -59,7 +89,8 @@ def _plan(
     _, run = cheapest_run(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, step, longest)
     constants = {
         "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
-        "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "RESIDUAL": residual, "SILU": silu,
+        "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "WP": triton.next_power_of_2(width),
+        "RESIDUAL": residual, "SILU": silu,
         "SLOTS": slots, "STAGES": stages, "WARPS": warps,
     }  # fmt: skip
     assert run % step == 0, "the kernels expect a run's last inputs at the ring's start"
@@ -77,7 +108,7 @@ def forward(
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
     batch, time, channels = x.shape
-    x, weight = aligned(x), None if weight is None else aligned(weight)
+    x, weight = aligned(x), _prepared(weight)
     y = new_like(x)
     at_once = 8 if width <= 5 else 4  # as registers allow
     chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, 2, 4, at_once)
@@ -105,7 +136,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, H, W], [W, D]
     """The gradients of x, weight and static_w, in their dtypes."""
     batch, time, channels = x.shape
-    dy, x, weight = aligned(dy), aligned(x), None if weight is None else aligned(weight)
+    dy, x, weight = aligned(dy), aligned(x), _prepared(weight)
     stages = 2
     if weight is not None and channels < 4 * weight.shape[2]:  # heads of under 4 channels: a lane holds several filters
         slots, registers, at_once = 8, None, 2  # shared memory allows two programs
@@ -132,4 +163,4 @@ def backward(
         maxnreg=registers,
     )  # fmt: skip
     sum_parts((partial, dstatic))
-    return dx, dweight, dstatic
+    return dx, None if dweight is None else _with_taps(dweight, width), dstatic

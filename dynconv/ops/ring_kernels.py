@@ -1,9 +1,10 @@
 """The static and head-wise convolutions in Gluon: 16-bit inputs stream through a ring buffer in shared memory.
 
-Legend: B batch, T time, D channels, H heads, W taps. Head sizes, and W where there are heads, are powers of two.
+Legend: B batch, T time, D channels, H heads, W taps (padded in memory to WP, a power of two, where there are heads).
+Head sizes are powers of two.
 
 A program computes 128 * WARPS channels of RUN time steps (slots), one step after the other. A lane holds four
-neighbouring channels, and the W coefficients of the head or heads they belong to, so only the sums over a head's
+neighbouring channels, and the WP coefficients of the head or heads they belong to, so only the sums over a head's
 channels need an exchange between lanes. Registers hold the static filter and the sums of its gradient. Asynchronous
 copies (cp.async) bring the inputs of later steps into the ring buffer while the current step is computed.
 """
@@ -84,12 +85,12 @@ def forward_kernel(
     x, weight, static_w, y, positions,
     time, channels, x_batch, weight_batch, chunks, blocks, RUN,
     x_time: gl.constexpr, weight_time: gl.constexpr, y_time: gl.constexpr,
-    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
+    HP: gl.constexpr, W: gl.constexpr, WP: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     BLOCK: gl.constexpr = 128 * WARPS
     HEADS: gl.constexpr = BLOCK // HP
-    COLUMNS: gl.constexpr = HEADS * W
+    COLUMNS: gl.constexpr = HEADS * WP
     OWN: gl.constexpr = channel_layout(WARPS)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
@@ -106,10 +107,10 @@ def forward_kernel(
     y_at = y + (batch * time + start) * y_time + d
     x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     if weight is not None:
-        FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
+        FILTER: gl.constexpr = coefficient_layout(WARPS, HP, WP)
         COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
-        column = first // HP * W + gl.arange(0, COLUMNS, COPY)
-        column_ok = column < channels // HP * W
+        column = first // HP * WP + gl.arange(0, COLUMNS, COPY)
+        column_ok = column < channels // HP * WP
         weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
         weight_ring = allocate_ring(SLOTS, [STAGES, COLUMNS], SHARED, dtype)
     for slot in gl.static_range(AHEAD):
@@ -145,7 +146,7 @@ def forward_kernel(
                 xs = xs + (x_ring[slot].index(stage).load(OWN),)
                 taps = ()
                 if weight is not None:
-                    taps = split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
+                    taps = split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, WP)
                 result = gl.zeros([BLOCK], gl.float32, OWN)
                 if RESIDUAL and not SILU:
                     result = xs[W - 1].to(gl.float32)
@@ -168,16 +169,16 @@ def backward_kernel(
     dy, x, weight, static_w, dx, dweight, dstatic, positions,
     time, channels, dy_batch, x_batch, weight_batch, chunks, blocks, RUN,
     dy_time: gl.constexpr, x_time: gl.constexpr, weight_time: gl.constexpr, dx_time: gl.constexpr,
-    HP: gl.constexpr, W: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
+    HP: gl.constexpr, W: gl.constexpr, WP: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     BLOCK: gl.constexpr = 128 * WARPS
     HEADS: gl.constexpr = BLOCK // HP
-    COLUMNS: gl.constexpr = HEADS * W
+    COLUMNS: gl.constexpr = HEADS * WP
     OWN: gl.constexpr = channel_layout(WARPS)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
-    dweight_time: gl.constexpr = dx_time // HP * W
+    dweight_time: gl.constexpr = dx_time // HP * WP
     dtype: gl.constexpr = x.dtype.element_ty
     first = (gl.program_id(0) % blocks) * BLOCK
     program = gl.program_id(0) // blocks
@@ -194,15 +195,15 @@ def backward_kernel(
     x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     dy_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     if weight is not None:
-        FILTER: gl.constexpr = coefficient_layout(WARPS, HP, W)
+        FILTER: gl.constexpr = coefficient_layout(WARPS, HP, WP)
         COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
-        column = first // HP * W + gl.arange(0, COLUMNS, COPY)
-        column_ok = column < channels // HP * W
+        column = first // HP * WP + gl.arange(0, COLUMNS, COPY)
+        column_ok = column < channels // HP * WP
         weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
         weight_ring = allocate_ring(SLOTS, [STAGES, COLUMNS], SHARED, dtype)
     if dweight is not None:
-        filter_column = first // HP * W + gl.arange(0, COLUMNS, FILTER)
-        filter_ok = filter_column < channels // HP * W
+        filter_column = first // HP * WP + gl.arange(0, COLUMNS, FILTER)
+        filter_ok = filter_column < channels // HP * WP
         dweight_at = dweight + (batch * time + start) * dweight_time + filter_column
     for slot in gl.static_range(AHEAD):
         early = (slot < reach) & d_ok
@@ -248,7 +249,7 @@ def backward_kernel(
                 gradient = dy_ring[slot].index(stage).load(OWN).to(gl.float32)
                 taps = ()
                 if weight is not None:
-                    taps = split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, W)
+                    taps = split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, WP)
                 filters = _filters(taps, static, W, WARPS, HP)
                 outer = gradient
                 if SILU:
@@ -275,7 +276,9 @@ def backward_kernel(
                     done = (begin + now + 1 - W < limit) & (begin + now >= W - 1) & d_ok
                     gl.store(dx_at + (now + 1 - W) * dx_time, backs[W - 1].to(dtype), mask=done)
                 if dweight is not None:
-                    flat = gl.convert_layout(join_taps(coefficients, HEADS, W), FILTER)
+                    for _ in gl.static_range(WP - W):
+                        coefficients = coefficients + (gl.zeros_like(coefficients[0]),)
+                    flat = gl.convert_layout(join_taps(coefficients, HEADS, WP), FILTER)
                     gl.store(dweight_at + now * dweight_time, flat, mask=(begin + now < limit) & filter_ok)
                 # partial[k] is the part summed so far of dx, for the slot that lies W - 1 - k before the next one.
                 partial = ()
@@ -297,7 +300,7 @@ def backward_kernel(
         gradient = dy_ring[slot % SLOTS].index(slot // SLOTS).load(OWN).to(gl.float32)
         taps = ()
         if weight is not None:
-            taps = split_taps(weight_ring[slot % SLOTS].index(slot // SLOTS).load(FILTER), HEADS, W)
+            taps = split_taps(weight_ring[slot % SLOTS].index(slot // SLOTS).load(FILTER), HEADS, WP)
         if positions is not None:
             after = load_position(positions, start, 0, limit, RUN + slot)
         filters = _filters(taps, static, W, WARPS, HP)

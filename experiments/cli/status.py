@@ -128,7 +128,9 @@ def _of_sweep(sweep: Path, store: Path | None) -> "list[RunState]":
     return [
         state
         if state.arm is not None
-        else dataclasses.replace(state, arm=run.arm, size=run.size, flops=float(run.own_flops))
+        else dataclasses.replace(
+            state, arm=run.arm, size=run.size, flops=float(run.own_flops), flops_left=float(run.own_flops)
+        )
         for run, state in zip(runs, found, strict=True)
     ]
 

@@ -93,7 +93,7 @@ def _causes(states: Iterable[RunState], width: int) -> list[str]:
             others = " (others alike)" if any(run.cause != first.cause for run in runs) else ""
             more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
             named = ", ".join(run.run_id for run in runs[:MOST_NAMED])
-            line = f"{len(runs)} {first.state}: {first.cause}{others}: {named}{more}"
+            line = f"{len(runs)} {first.state} ({named}{more}): {first.cause}{others}"
         lines.append(_fit(line, width))
     if len(alike) > MOST_CAUSES:
         lines.append(f"{len(alike) - MOST_CAUSES} more causes: --json has all of them")
@@ -136,23 +136,19 @@ def seconds_to_go(states: Sequence[RunState]) -> float | None:
     running = [state for state in states if state.state == "running"]
     speeds: dict[str | None, list[float]] = {}
     for state in states:
-        if not state.flops:
-            continue
-        left = state.flops * (1 - state.progress)
-        if state.state == "complete" and state.elapsed:
+        if state.state == "complete" and state.elapsed and state.flops:
             speeds.setdefault(state.size, []).append(state.elapsed / state.flops)
-        elif state.state == "running" and state.eta is not None and left > 0:
-            speeds.setdefault(state.size, []).append(state.eta / left)
+        elif state.state == "running" and state.eta is not None and state.flops_left:
+            speeds.setdefault(state.size, []).append(state.eta / state.flops_left)
     every = [speed for each in speeds.values() for speed in each]
     to_go = []
     for state in states:
         if state.state == "running" and state.eta is not None:
             to_go.append(state.eta)
         elif state.state in ("pending", "queued", "requeued", "running"):
-            if not every or state.flops is None:
+            if not every or state.flops_left is None:
                 return None
-            speed = statistics.median(speeds.get(state.size, every))
-            to_go.append(speed * state.flops * (1 - state.progress))
+            to_go.append(statistics.median(speeds.get(state.size, every)) * state.flops_left)
     return max(max(to_go), sum(to_go) / len(running)) if running else None
 
 

@@ -70,6 +70,7 @@ class RunState:
     redone_seconds: float = 0.0
     between_seconds: float = 0.0  # from the end of an attempt to the start of the next
     flops: float | None = None  # exact training FLOPs of the whole run, without those of its trunk
+    flops_left: float | None = None  # of them, those that are still to do
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
         tokens, trunk = config["tokens"], config.get("trunk")
         known |= {name: config.get(name) for name in ("arm", "size", "forecast_gpu_hours")}
         if "flops_exact" in config:
-            known["flops"] = config["flops_exact"] * config.get("tokens_own", tokens) / tokens
+            known["flops"] = known["flops_left"] = config["flops_exact"] * config.get("tokens_own", tokens) / tokens
     if where == "complete":
         return _complete(run_dir, known)
     known["cause"] = (trunk_failure(run_dir.parent, trunk) if where in ("pending", "lost") else None) or _cause(
@@ -195,7 +196,10 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
         return RunState(run_dir.name, where, **known)
     if where == "queued":
         where = "requeued"
-    return RunState(run_dir.name, where, (latest.tokens or 0) / tokens, latest.loss, latest.attempt, **known)
+    share = (latest.tokens or 0) / tokens  # of a branch, its trunk's tokens included
+    if "flops" in known:
+        known["flops_left"] = min(known["flops"], config["flops_exact"] * (1 - share))
+    return RunState(run_dir.name, where, share, latest.loss, latest.attempt, **known)
 
 
 def _complete(run_dir: Path, known: dict[str, Any]) -> RunState:
@@ -205,7 +209,7 @@ def _complete(run_dir: Path, known: dict[str, Any]) -> RunState:
         measured: dict[str, Any] = {key: run.get(key) for key in ("loss", "task", "vocabulary", "gradient_norm")}
         known["cause"] = (reason := why_not(**measured)) and f"it did not learn: {reason}"
         known |= vars(attempts.cost(attempts.read_made(run_dir, run), False))
-        known["redone_seconds"] = run["seconds"].get("lost", 0.0)
+        known["redone_seconds"], known["flops_left"] = run["seconds"].get("lost", 0.0), 0.0
         return RunState(run_dir.name, "complete", 1.0, float(run["loss"]), run["attempts"], elapsed, **known)
 
 

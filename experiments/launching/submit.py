@@ -34,6 +34,7 @@ from experiments.launching.locks import store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
 from experiments.launching.versions import check_code
+from experiments.training import presence
 from experiments.training.record import check_store, data_sha256, write_record
 
 if TYPE_CHECKING:
@@ -296,6 +297,8 @@ def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
         profile.job(run.size).execution.check(run)
     if profile.slurm is not None:
         slurm.check(profile.slurm)
+    else:
+        presence.check()
     if profile.executor == "local":
         local.Slots(profile, [profile.job(run.size) for run in runs])
 

@@ -3,18 +3,14 @@
 Shapes: B batch, T time, D width, H heads, K channels of a head's keys, V of its values.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.norm import RMSNorm
-from experiments.models.packing import Documents
-from experiments.models.recurrence import activated, chunked, draw_decay, library_trains, recurrence
-from experiments.models.short_convolution import Maps
+from experiments.models.recurrence import RecurrentMixer, activated
 from experiments.parts.gated_deltanet import GatedDeltaNet
 
-IN = ("q", "k", "v", "a", "b", "g")  # sites of the maps that read the part's input
 EPSILON = 1e-6  # added to the squared length of keys and queries
 
 
@@ -22,47 +18,14 @@ def build(part: GatedDeltaNet, model: ModelConfig) -> nn.Module:
     return GatedDeltaNetModule(part, model)
 
 
-class GatedDeltaNetModule(nn.Module):
-    """The mixer. Its input is the normed residual stream."""
-
-    into_residual = ("o",)
+class GatedDeltaNetModule(RecurrentMixer):
+    sites = ("q", "k", "v", "a", "b", "g")
+    lowest_a = 0.0
 
     def __init__(self, part: GatedDeltaNet, model: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(part, model, part.heads)
         self.key, self.value = part.head_sizes()
-        self.conv = model.conv
-        self.maps = Maps(part, model)
-        self.by_library = False  # set by `prepare`
-        self.log_a = nn.Parameter(torch.empty(part.heads))
-        self.dt_bias = nn.Parameter(torch.empty(part.heads))
         self.norm = RMSNorm(self.value, eps=model.norm_epsilon)
-
-    def initialise(self, generator: torch.Generator, std: float, residual_std: float) -> None:  # noqa: ARG002
-        draw_decay(self.log_a, self.dt_bias, 0.0, generator)
-
-    def prepare(self, time: int, device: torch.device) -> None:  # noqa: ARG002
-        self.by_library = library_trains(device)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        documents: Documents | None = None,
-    ) -> Tensor:  # [B, T, D]
-        gate, *inputs = self._inputs(*self.maps.apply_to(x, IN, x, documents))
-        y = self.norm(recurrence(*inputs, documents=documents, by_library=self.by_library)).flatten(2)
-        (y,) = self.maps.apply_to(y * F.silu(gate), ("o",), x, documents)
-        return y
-
-    def decode(
-        self,
-        x: Tensor,  # [B, T, D]
-        state: dict[str, Tensor],  # "state" [B, H, K, V], and what the convolutions keep
-    ) -> Tensor:  # [B, T, D]
-        """As `forward`, for inputs that continue a sequence. An empty `state` begins one; it is updated in place."""
-        gate, *inputs = self._inputs(*self.maps.decode(x, IN, x, state))
-        y, state["state"] = chunked(*inputs, state=state.get("state"))
-        (y,) = self.maps.decode(self.norm(y).flatten(2) * F.silu(gate), ("o",), x, state)
-        return y
 
     def _inputs(
         self,
@@ -72,11 +35,20 @@ class GatedDeltaNetModule(nn.Module):
         a: Tensor,
         b: Tensor,
         gate: Tensor,
-    ) -> tuple[Tensor, ...]:  # the gate; q, k, v, ln decay and beta of the recurrence
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # the gate; q, k, v, ln decay and beta
         q, k, v = (activated(self.conv, site, y) for site, y in (("q", q), ("k", k), ("v", v)))
         q, k = (self._unit(y.unflatten(2, (-1, self.key))) for y in (q, k))  # [B, T, H, K]
         log_decay = -self.log_a.exp() * F.softplus(a.to(self.dt_bias.dtype) + self.dt_bias)
-        return gate, q * self.key**-0.5, k, v.unflatten(2, (-1, self.value)), log_decay, b.sigmoid()
+        values = v.unflatten(2, (-1, self.value))
+        return (gate,), (q * self.key**-0.5, k, values, log_decay, b.sigmoid())
+
+    def _output(
+        self,
+        y: Tensor,  # [B, T, H, V]: the outputs of the recurrence
+        gate: Tensor,  # [B, T, H*V]
+    ) -> Tensor:  # [B, T, H*V]
+        normed: Tensor = self.norm(y)
+        return normed.flatten(2) * F.silu(gate)
 
     def _unit(
         self,

@@ -20,10 +20,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.design.model import ModelConfig
 from experiments.models.packing import Documents
+from experiments.models.short_convolution import Maps
+from experiments.parts.base import Part
 from experiments.parts.short_convolution import Convolution
 
 CHUNK = 64  # tokens; 16 to 64 took the same time on a CPU, 10 times less than one token after another
+
+
+class RecurrentMixer(nn.Module):
+    """Base of the mixers around a recurrence. Their input is the normed residual stream."""
+
+    into_residual = ("o",)
+    sites: tuple[str, ...]  # of the maps that read the part's input
+    lowest_a: float  # see `draw_decay`
+
+    def __init__(self, part: Part, model: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.conv = model.conv
+        self.maps = Maps(part, model)
+        self.by_library = False  # set by `prepare`
+        self.log_a = nn.Parameter(torch.empty(heads))  # ln(-A) in Mamba-2's paper: A is negative
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+
+    def initialise(self, generator: torch.Generator, std: float, residual_std: float) -> None:  # noqa: ARG002
+        draw_decay(self.log_a, self.dt_bias, self.lowest_a, generator)
+
+    def prepare(self, time: int, device: torch.device) -> None:  # noqa: ARG002
+        self.by_library = library_trains(device)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        documents: Documents | None = None,
+    ) -> Tensor:  # [B, T, D]
+        kept, inputs = self._inputs(*self.maps.apply_to(x, self.sites, x, documents))
+        y = recurrence(*inputs, documents=documents, by_library=self.by_library)
+        (y,) = self.maps.apply_to(self._output(y, *kept), ("o",), x, documents)
+        return y
+
+    def decode(
+        self,
+        x: Tensor,  # [B, T, D]
+        state: dict[str, Tensor],  # "state" [B, H, K, V], and what the convolutions keep
+    ) -> Tensor:  # [B, T, D]
+        """As `forward`, for inputs that continue a sequence. An empty `state` begins one; it is updated in place."""
+        kept, inputs = self._inputs(*self.maps.decode(x, self.sites, x, state))
+        y, state["state"] = chunked(*inputs, state=state.get("state"))
+        (y,) = self.maps.decode(self._output(y, *kept), ("o",), x, state)
+        return y
+
+    def _inputs(
+        self,
+        *outputs: Tensor,  # [B, T, channels] each: of the linear maps at `sites`, and of their convolutions
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What `_output` takes besides the recurrence's outputs, and the arguments of `recurrence`."""
+        raise NotImplementedError
+
+    def _output(
+        self,
+        y: Tensor,  # [B, T, H, V]: the outputs of the recurrence
+        *kept: Tensor,
+    ) -> Tensor:  # [B, T, H*V]: the input of the map o
+        raise NotImplementedError
 
 
 def recurrence(

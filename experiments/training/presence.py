@@ -104,6 +104,12 @@ def starting() -> Iterator[None]:
         yield
 
 
+def check() -> None:
+    """Raises ValueError if the folder cannot be had."""
+    with starting():
+        pass
+
+
 def add(pid: int, run: str, share: Share) -> None:
     """Note a run that process `pid` trains. Call it inside of `starting`."""
     write_json(_folder() / _name(pid), {"run": run, "share": asdict(share)})
