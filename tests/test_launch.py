@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -323,6 +324,30 @@ def test_data_is_built_while_the_store_is_free(
 
     monkeypatch.setattr("experiments.data.build.build", build)
     assert launch.submit([tiny_run], profile, tmp_path, cache=tmp_path / "unused").unsuccessful == []
+
+
+def test_a_cancel_while_runs_are_being_submitted_is_heeded(
+    runs: list[RunConfig],
+    submitted: Callable[..., Path],
+    submit: Submit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To freeze thousands of runs takes minutes, after which the markers of earlier launches are deleted."""
+    submitted(runs[0], tmp_path)
+    freeze, cancelled = launch._freeze, list[str]()
+    canceller = threading.Thread(target=lambda: cancelled.extend(launch.cancel(tmp_path, [runs[0].run_id])))
+
+    def freeze_slowly(*arguments: Any) -> None:
+        freeze(*arguments)
+        canceller.start()
+        canceller.join(2)
+
+    monkeypatch.setattr(launch, "_freeze", freeze_slowly)
+    monkeypatch.setattr(local_loop, "run_in_slots", lambda *_: canceller.join(60))
+    submit(runs[:1], tmp_path)
+    assert cancelled == [runs[0].run_id]
+    assert state_of(tmp_path, runs[0]).state == "cancelled"
 
 
 @pytest.mark.parametrize("existed", [True, False])
