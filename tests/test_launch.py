@@ -473,7 +473,7 @@ def test_nothing_is_submitted_into_a_store_of_an_older_log(
     for verb in (launch.submit, launch.retry):
         with pytest.raises(ValueError, match=message):
             verb(runs[1:], HERE, tmp_path, cache=dataset.path.parent)
-    assert [path.parent.name for path in tmp_path.glob("*/config.json")] == [old.name]
+    assert [path.parent for path in tmp_path.glob("*/config.json")] == [old]
     assert not (tmp_path / ".lock").exists()
 
 

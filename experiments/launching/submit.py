@@ -1,5 +1,6 @@
 """Submit, retry and cancel runs: pending ones only, their config and their code frozen first."""
 
+import functools
 import socket
 import sys
 import time
@@ -7,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -396,7 +396,7 @@ def _restore_markers(kept: Mapping[Path, bytes]) -> None:
     """Write back what `_remove_markers` deleted, for runs that were given no job."""
     for path, content in kept.items():  # a run's job.json comes last
         if not path.with_name("job.json").exists():
-            write_atomically(path, partial(Path.write_bytes, data=content))
+            write_atomically(path, functools.partial(Path.write_bytes, data=content))
 
 
 def _watch(runs: Sequence[RunConfig], store: Path) -> None:
