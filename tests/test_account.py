@@ -25,6 +25,8 @@ from experiments.design.timeline import Piece, hours_until_done
 from experiments.launching import account, sbatch, slurm
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm, load_profile
+from experiments.training import presence
+from experiments.training.presence import Share
 from experiments.training.run import Run
 
 HERE = Profile("local", max_parallel=2, default=Job(device="cpu"))
@@ -172,6 +174,18 @@ def test_packed_runs_are_not_forecast_by_speeds_of_whole_sequences(
     cheap.write_text("packed = true\n" + cheap.read_text())
     assert main(["plan", str(cheap), "--calibrate"]) == 2
     assert "got a sweep with packed = true, whose speed depends on its documents" in capsys.readouterr().err
+
+
+def test_speeds_are_not_measured_beside_other_runs(
+    cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be too low, and kept for all forecasts to come."""
+    monkeypatch.setenv(presence.FOLDER_VARIABLE, str(tmp_path / "present"))
+    with presence.starting():
+        presence.add(os.getpid(), "/store/a-run", Share((), 1, tuple(os.sched_getaffinity(0))))
+    assert main(["plan", str(cheap), "--calibrate"]) == 2
+    assert f"got 1 that train on this machine, as a-run (process {os.getpid()}): wait" in capsys.readouterr().err
+    assert not (tmp_path / "cache" / calibrations.FOLDER).exists()
 
 
 def test_containers_have_calibrations_of_their_own() -> None:

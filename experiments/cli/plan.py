@@ -166,7 +166,11 @@ def _calibrate(runs: Sequence[RunConfig], profile: Profile, cache: Path) -> None
     executions = {size: profile.job(size).execution for size in sizes}
     places = {size: account.place(profile, profile.job(size)) for size in sizes}
     wanted = calibration.requests(runs, executions, places, cache.absolute())
-    failures = _in_slurm(wanted, profile, cache.absolute()) if profile.slurm is not None else []
+    failures = list[str]()
+    if profile.slurm is not None:
+        failures = _in_slurm(wanted, profile, cache.absolute())
+    else:
+        account.require_idle(profile, runs)
     for request in wanted if profile.slurm is None else ():
         try:
             calibration.calibrate(request)

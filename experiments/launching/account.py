@@ -90,6 +90,15 @@ def place(profile: Profile, job: Job) -> str:
     return f"slurm {kind} " + " ".join(f"{name}={value}" for name, value in sorted(options.items()) if value)
 
 
+def require_idle(profile: Profile, runs: Sequence[RunConfig]) -> None:
+    """Raises ValueError where runs train on the devices of this machine that a calibration would be on."""
+    if beside := local.Slots(profile, [profile.job(run.size) for run in runs]).beside(()):
+        raise ValueError(
+            f"--calibrate measures runs that are alone; got {len(beside)} that train on this machine, as "
+            f"{Path(beside[0].run).name} (process {beside[0].pid}): wait for their end"
+        )
+
+
 def _rate(calibration: Calibration) -> Rate:
     day = time.strftime("%Y-%m-%d", time.localtime(calibration.measured_at))
     return Rate(calibration.tokens_per_second, f"the calibration of {day} on {calibration.device}")
