@@ -74,7 +74,8 @@ def measured_rates(
             several = f" on {gpus[run.size]} GPUs" if gpus[run.size] > 1 else ""
             lacking[f"{run.arm} at {run.size}{' fused' * fused[run.size]}{several}"] = None
             continue
-        rates[run.run_id] = Rate(float(rows["tokens_per_second"].max()), f"{path}")
+        words = f"{path}, of sequences that are not packed" if run.packed else f"{path}"
+        rates[run.run_id] = Rate(float(rows["tokens_per_second"].max()), words)
     return rates, list(lacking)
 
 
