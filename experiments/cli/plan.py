@@ -109,7 +109,8 @@ def _rates(
     from analysis.logs.selection import some
     from experiments.design.forecast import measured_rates, stated_rate
 
-    rates, lacking = measured_rates(runs, gpus, throughput)
+    fused = {size: profile.job(size).execution.fused for size in gpus}
+    rates, lacking = measured_rates(runs, gpus, fused, throughput)
     if lacking:
         warn(f"{throughput} has no throughput of {some(lacking)}")
     for run in runs:
