@@ -65,6 +65,18 @@ def test_a_clock_that_changes_with_size_is_not_constant_though_m_of_compute_is()
     assert clock.ci[0] < 1.27 < clock.ci[1]
 
 
+def test_runs_that_were_executed_in_several_ways_have_no_wall_clock(answer: Any) -> None:
+    """Fused convolutions, or activations computed again, change the speed and nothing that was learnt."""
+
+    def cells(arm: str, _size: int) -> str:
+        return f",gpu,alone,{'compiled' if arm == 'base' else 'compiled; fused'}"
+
+    found = answer([1.5] * 5, ",device,clock,execution", cells)
+    assert found["wall_clock"] is None
+    assert found["no_clock"] == "runs to be compared were executed in several ways: compiled, compiled; fused"
+    assert answer([1.5] * 5, ",device,clock,execution", lambda *_: ",gpu,alone,compiled")["wall_clock"] is not None
+
+
 def test_points_with_seconds_and_no_exact_flops_have_a_wall_clock(answer: Any) -> None:
     found = answer([1.5] * 5)
     assert found["convention"] == "6ND"

@@ -65,13 +65,16 @@ def _unusable(rows: pd.DataFrame) -> str | None:
     if clocks.notna().any():
         for kind, what in (
             ("shared", "shared their device"),
-            ("mixed", "ran on several kinds of device, or shared theirs part of the time"),
+            ("mixed", "ran on several kinds of device or in several ways, or shared theirs part of the time"),
             ("unknown", "may have shared their device: nothing says"),
         ):
             if (clocks.fillna("unknown") == kind).any():
                 return f"{some(names[clocks.fillna('unknown') == kind])} {what}"
     if devices.nunique() > 1:
         return f"runs to be compared were on {some(sorted(devices.dropna().unique()))}"
+    executed = pd.concat([rows["execution_0"], rows["execution_1"]]).dropna()  # older stores do not say
+    if executed.nunique() > 1:
+        return f"runs to be compared were executed in several ways: {some(sorted(executed.unique()))}"
     if devices.isna().any() and devices.notna().any():
         return f"nothing says on which device {some(names[devices.isna()])} ran"
     return None

@@ -111,12 +111,10 @@ def pair(
     import pandas as pd
 
     column = CONVENTIONS[convention]
-    if "clock" not in runs:
-        runs = runs.assign(clock=pd.Series(pd.NA, index=runs.index, dtype="string"))
-    if RUNS_OPTIMIZER not in runs:
-        runs = runs.assign(**{RUNS_OPTIMIZER: pd.Series(pd.NA, index=runs.index, dtype="string")})
-    known = ["run_id", "arm", *ON, "loss", "tokens", "device", "gpus", "clock", "train_seconds", RUNS_OPTIMIZER, column]
-    used = runs[known]
+    absent = [name for name in ("clock", "execution", RUNS_OPTIMIZER) if name not in runs]
+    runs = runs.assign(**dict.fromkeys(absent, pd.Series(pd.NA, index=runs.index, dtype="string")))
+    clock = ["device", "gpus", "execution", "clock", "train_seconds"]
+    used = runs[["run_id", "arm", *ON, "loss", "tokens", *clock, RUNS_OPTIMIZER, column]]
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
     if both.empty:
@@ -191,8 +189,8 @@ def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
     groups = side.groupby(ON, sort=False)
     averaged = groups.first().assign(_count=groups.size())
     averaged[means] = groups[means].mean()
-    averaged.loc[groups["device"].nunique() > 1, "clock"] = "mixed"
-    averaged.loc[groups["clock"].nunique() > 1, "clock"] = "mixed"
+    for name in ("device", "execution", "clock"):
+        averaged.loc[groups[name].nunique() > 1, "clock"] = "mixed"
     return averaged.reset_index()
 
 

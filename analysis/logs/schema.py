@@ -76,6 +76,7 @@ RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs
     "gpus": "Int64",
     "sharing": "Int64",
     "dtype": "string",
+    "execution": "string",
     "torch": "string",
     "clock": "string",
     "code_commit": "string",
@@ -85,7 +86,7 @@ RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs
     "status": "string",
 }
 OF_LEARNING = ("vocabulary", "gradient_norm", "did_not_learn")
-LATER_COLUMNS = (*OF_LEARNING, "code_sha256")  # which stores frozen before they existed lack
+LATER_COLUMNS = (*OF_LEARNING, "execution", "code_sha256")  # which stores frozen before they existed lack
 
 CONVENTIONS = {  # a way to count training FLOPs -> its column of the run table
     "exact": "flops_exact",

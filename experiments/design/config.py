@@ -136,6 +136,14 @@ class Execution:
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails
 
+    def in_words(self, cuda: bool) -> str:
+        """What of this decides the speed of a step, beside the hardware: runs that differ in it have other clocks."""
+        found = [f"{self.threads} threads"] if not cuda else ["compiled" if self.compile else "not compiled"]
+        found += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        found += ["fused"] if cuda and self.fused else []
+        found += [f"micro_batch {self.micro_batch}"] if self.micro_batch else []
+        return "; ".join(found)
+
     def check(self, run: RunConfig) -> None:
         """Raises ValueError if micro-batches would separate sequences of which the model reads one for another."""
         group = run.model.sequence_group

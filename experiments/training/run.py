@@ -25,7 +25,7 @@ from analysis.logs.provenance import count_attempts, last_interruption
 from analysis.logs.reader import progress, read_attempts
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 from experiments import source
-from experiments.design.config import RunConfig
+from experiments.design.config import Execution, RunConfig
 from experiments.training.folder import FolderTaken, RunFolder
 from experiments.training.job import Place, joined, this_place
 from experiments.training.presence import sharing
@@ -295,7 +295,7 @@ class _Attempt:
             checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
-            about = _provenance(world, self._place, config["code_commit"])
+            about = _provenance(world, self._place, self._execution, config["code_commit"])
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(
                 self._run_dir,
@@ -393,7 +393,7 @@ def _sharing(place: Place) -> int | None:
     return sharing(int(place.job) if place.job.isdigit() else os.getpid())
 
 
-def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[str, Any]:
+def _provenance(world: "World", place: Place, execution: Execution, code_commit: str | None) -> dict[str, Any]:
     """The provenance of this attempt, for its log."""
     import torch
 
@@ -403,6 +403,7 @@ def _provenance(world: "World", place: Place, code_commit: str | None) -> dict[s
         "gpus": world.size,
         "parallel": world.parallel if world.size > 1 else None,
         "dtype": "bfloat16" if cuda else "float32",
+        "execution": execution.in_words(cuda),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
