@@ -22,9 +22,11 @@ from experiments.design.config import RunConfig
 from experiments.design.forecast import Rate, evaluated_tokens, stated_rate
 from experiments.design.sweep import load_sweep
 from experiments.design.timeline import Piece, hours_until_done
-from experiments.launching import account
+from experiments.launching import account, sbatch, slurm
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm, load_profile
+from experiments.training import presence
+from experiments.training.presence import Share
 from experiments.training.run import Run
 
 HERE = Profile("local", max_parallel=2, default=Job(device="cpu"))
@@ -161,6 +163,69 @@ def test_a_real_calibration_is_used_until_it_is_stale(
     assert main([*plan, "--calibrate", "--throughput", "x.csv"]) == 2
 
 
+def test_packed_runs_are_not_forecast_by_speeds_of_whole_sequences(
+    tiny_run: RunConfig, cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their speed depends on their documents, which the random tokens of a calibration do not have."""
+    packed = replace(tiny_run, packed=True)
+    plant(tiny_run, 50.0, tmp_path)
+    assert account.speeds([tiny_run], HERE, tmp_path / "store", tmp_path).rates.keys() == {tiny_run.run_id}
+    assert account.speeds([packed], HERE, tmp_path / "store", tmp_path).rates == {}
+    cheap.write_text("packed = true\n" + cheap.read_text())
+    assert main(["plan", str(cheap), "--calibrate"]) == 2
+    assert "got a sweep with packed = true, whose speed depends on its documents" in capsys.readouterr().err
+
+
+def test_speeds_are_not_measured_beside_other_runs(
+    cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be too low, and kept for all forecasts to come."""
+    monkeypatch.setenv(presence.FOLDER_VARIABLE, str(tmp_path / "present"))
+    with presence.starting():
+        presence.add(os.getpid(), "/store/a-run", Share((), 1, tuple(os.sched_getaffinity(0))))
+    assert main(["plan", str(cheap), "--calibrate"]) == 2
+    assert f"got 1 that train on this machine, as a-run (process {os.getpid()}): wait" in capsys.readouterr().err
+    assert not (tmp_path / "cache" / calibrations.FOLDER).exists()
+
+
+def test_containers_have_calibrations_of_their_own() -> None:
+    image = replace(CLUSTER, slurm=Slurm("p", signal_seconds=30, srun_options=("--container-image=a.sqsh",)))
+    assert account.place(image, Job()) != account.place(CLUSTER, Job()) == "slurm gpu partition=p"
+
+
+def test_a_job_that_measures_is_told_from_one_that_does_not_by_what_it_wrote(
+    cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of its node may be hours behind."""
+    (run,) = {run.model: run for run in load_sweep(cheap)}.values()
+    cache, seconds = tmp_path / "cache", iter((100.0, 200.0))
+    cluster = replace(CLUSTER, default=Job(device="cpu", hours=1.0))
+    path = tmp_path / "p.toml"
+    path.write_text(
+        'executor = "slurm"\n[slurm]\npartition = "p"\nsignal_seconds = 30\n[default]\ndevice = "cpu"\nhours = 1\n'
+    )
+    works = True
+
+    def sbatched(*_: object) -> str:
+        if works:
+            plant(run, 50.0, cache, cluster, measured_at=next(seconds))
+        return "7"
+
+    monkeypatch.setattr(slurm, "check", lambda _: None)
+    monkeypatch.setattr(slurm, "queue", lambda *_: {})
+    monkeypatch.setattr(slurm, "accounting", lambda _: {"7": [slurm.Ended("FAILED", "1:0")]})
+    monkeypatch.setattr(sbatch, "script", lambda *_, **__: "")
+    monkeypatch.setattr(sbatch, "submit", sbatched)
+    monkeypatch.setattr("experiments.cli.plan._POLL_SECONDS", 0.0)
+    arguments = ["plan", str(cheap), "--profile", str(path), "--calibrate"]
+    assert [main(arguments), main(arguments)] == [0, 0]
+    capsys.readouterr()
+    works = False
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert "25k: job 7 measured nothing (Slurm says FAILED: it exited with code 1); its output: " in err
+
+
 def test_versions_and_damage(tiny_run: RunConfig, tmp_path: Path) -> None:
     plant(tiny_run, 50.0, tmp_path, versions="torch 1.0")
     found = account.speeds([tiny_run], HERE, tmp_path / "store", tmp_path)
@@ -204,6 +269,10 @@ def test_finished_runs_say_how_long_the_others_take(
     assert rates[runs[3].run_id].hours(runs[3]) == pytest.approx((1.5 * 40 + 1.5 * 8) / 3600)
     plain = Profile("local", default=Job(device="cpu", compile=False))  # which has no effect on a CPU
     assert account.speeds(runs, plain, tmp_path, tmp_path).rates == rates
+    shared = {"attempts_made": [{"sharing": 3}, {"sharing": None}]}
+    write_json(tmp_path / runs[0].run_id / "run.json", done | shared)
+    (told,) = {rate.source for rate in account.speeds(runs, HERE, tmp_path, tmp_path).rates.values()}
+    assert told == f"finished runs of {tmp_path} on cpu, up to 3 at once on it"
     # Of two kinds of devices they are no forecast, and those of another number of processes are none.
     write_json(tmp_path / runs[1].run_id / "run.json", done | {"torch": "1"})
     found = account.speeds(runs, HERE, tmp_path, tmp_path)
@@ -273,7 +342,9 @@ def test_a_time_limit_follows_from_what_was_measured_and_from_nothing_else(
         assert limited.job(size).time_limit == pytest.approx(1.5 * forecast + 0.5)
     assert limited.job("110k").time_limit == 3.0
     words = f"the time limit of 25k is {1.5 * hours['25k'] + 0.5:.3g} h: 1.5 times the longest run's forecast of"
-    assert words in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert words in err
+    assert re.search(r"forecast of \S+ h, by the calibration of .* on a planted device, and 0.5 h for the start", err)
     endless = [replace(long, train=replace(long.train, tokens=10**9))]
     assert limits(profile, endless).job("25k").time_limit == 24.0
 

@@ -168,6 +168,13 @@ def test_plan_forecasts_by_what_was_measured(tmp_path: Path, capsys: pytest.Capt
             assert row["teraflops_per_second"] == pytest.approx(row["flops_exact"] / row["tokens"] * speed / 1e12)
         else:
             assert row["hours"] is None
+    faster = [row | {"fused": True, "tokens_per_second": 3 * row["tokens_per_second"]} for row in rows]
+    table([*rows, *faster]).to_parquet(path)
+    (tmp_path / "fused.toml").write_text('executor = "local"\n[default]\nfused = true\n')
+    for options, times in (([], 1), (["--profile", str(tmp_path / "fused.toml")], 3)):
+        assert main(["plan", sweep, "--throughput", str(path), *options, "--json"]) == 0
+        found = [row for row in json.loads(capsys.readouterr().out) if (row["arm"], row["size"]) == (TWO[1], "25k")]
+        assert {row["tokens_per_second"] for row in found} == {times * 8 * 128 / 0.2}
     table([*rows, *(row | {"commit": "def"} for row in rows)]).to_parquet(path)
     assert main(["plan", sweep, "--throughput", str(path)]) == 2
     assert "the throughput of transformer at 25k is of several commits (abc, def); leave" in capsys.readouterr().err
@@ -520,6 +527,9 @@ def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: p
     assert answer(rows[:6] + muon)["no_clock"] == reason
     known = answer(rows[:6] + muon, ",train.optimizer", ",muon")
     assert known["wall_clock"]["m"] == pytest.approx(known["m"] / 1.5)
+    fused = [row | {"fused": True} for row in rows[:6]]
+    assert answer(rows[:6] + fused)["no_clock"] == "at 25k the throughput is of several settings of fused (False, True)"
+    assert answer(fused)["wall_clock"]["source"] == "throughput measured on A card, fused"
     slower = [row | {"gpus": 2, "tokens_per_second": 1.0} for row in rows[:6]]
     on_one = answer(rows[:6] + slower, ",gpus", ",1")["wall_clock"]
     assert (on_one["m"], on_one["source"]) == (pytest.approx(known["m"] / 1.5), "throughput measured on A card")

@@ -13,7 +13,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.design.schedules import WarmupStableDecay
 from experiments.design.trunks import with_trunks
-from experiments.launching import branches, states, submit
+from experiments.launching import branches, jobs, states, submit
 from experiments.launching.overview import render
 from experiments.launching.profile import Job, Profile
 from experiments.training.run import Run, RunFailed
@@ -71,6 +71,15 @@ def test_a_failed_trunk_says_so_on_its_branches(sharing: list[RunConfig], datase
     assert again.submitted == []
     assert again.skipped["behind a trunk that failed"] == [run.run_id for run in rest]
     assert "its trunk" in render(states.read(tmp_path, [run.run_id for run in rest]), 200)
+
+
+def test_a_branch_is_not_submitted_behind_a_job_that_nobody_knows(sharing: list[RunConfig], tmp_path: Path) -> None:
+    """A colleague's, which sbatch left unanswered: `afterok:None` would be refused without a reason."""
+    trunk, branch, _ = sharing
+    (tmp_path / trunk.run_id).mkdir()
+    jobs.write_job(tmp_path / trunk.run_id, "slurm", None, None, Path("code"), "a-submission")
+    with pytest.raises(ValueError, match=f"{branch.run_id} waits for its trunk {trunk.run_id}, which has no job here"):
+        branches.dependency(branch, tmp_path)
 
 
 def test_a_branch_without_its_trunks_state_fails_with_the_reason(

@@ -11,6 +11,7 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -182,6 +183,29 @@ def test_a_split_of_the_hub_is_as_its_files_are(served: Hub, tmp_path: Path, que
     assert again.returncode == 0, again.stderr
     assert f"source of the hub: someone/text at {COMMIT}, licence cc-by-4.0" in again.stdout
     assert len(served.asked) == asked
+
+
+def test_two_processes_that_fetch_the_same_at_once_both_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "a.txt").write_text("text")
+    listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename="a.txt")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: listed)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
+    place, replace, others = f"hub:someone/text@{COMMIT}?files=*.txt", Path.replace, iter([hub._fetch])
+
+    def replace_late(self: Path, target: Path) -> Path:
+        for fetch in others if self.name == "new" else ():
+            fetch("source", place, tmp_path / "cache")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_late)
+    files = hub._fetch("source", place, tmp_path / "cache")
+    assert [path.read_text() for path in files.iterdir()] == ["text"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [files.parent.name]
 
 
 def test_a_tokenizer_and_held_out_text_of_the_hub(served: Hub, tmp_path: Path) -> None:

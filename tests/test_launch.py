@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -336,6 +337,30 @@ def test_data_is_built_while_the_store_is_free(
     assert launch.submit([tiny_run], profile, tmp_path, cache=tmp_path / "unused").unsuccessful == []
 
 
+def test_a_cancel_while_runs_are_being_submitted_is_heeded(
+    runs: list[RunConfig],
+    submitted: Callable[..., Path],
+    submit: Submit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To freeze thousands of runs takes minutes, after which the markers of earlier launches are deleted."""
+    submitted(runs[0], tmp_path)
+    freeze, cancelled = launch._freeze, list[str]()
+    canceller = threading.Thread(target=lambda: cancelled.extend(launch.cancel(tmp_path, [runs[0].run_id])))
+
+    def freeze_slowly(*arguments: Any) -> None:
+        freeze(*arguments)
+        canceller.start()
+        canceller.join(2)
+
+    monkeypatch.setattr(launch, "_freeze", freeze_slowly)
+    monkeypatch.setattr(local_loop, "run_in_slots", lambda *_: canceller.join(60))
+    submit(runs[:1], tmp_path)
+    assert cancelled == [runs[0].run_id]
+    assert state_of(tmp_path, runs[0]).state == "cancelled"
+
+
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_refused_submission_leaves_nothing(
     existed: bool, tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -459,7 +484,7 @@ def test_nothing_is_submitted_into_a_store_of_an_older_log(
     for verb in (launch.submit, launch.retry):
         with pytest.raises(ValueError, match=message):
             verb(runs[1:], HERE, tmp_path, cache=dataset.path.parent)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [old.name]
+    assert [path.parent for path in tmp_path.glob("*/config.json")] == [old]
     assert not (tmp_path / ".lock").exists()
 
 

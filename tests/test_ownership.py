@@ -228,6 +228,16 @@ def test_a_folder_that_is_anothers_is_said_to_be(tmp_path: Path) -> None:
     assert told == [True]
 
 
+def test_who_was_deprived_of_a_lock_knows_it(tmp_path: Path) -> None:
+    """As by a server of NFS that had not heard of a client for long: the file stays, and is another's."""
+    with held(tmp_path, patience=0.0) as first:
+        fcntl.flock(first._file, fcntl.LOCK_UN)
+        with held(tmp_path, patience=0.0) as second:
+            assert first.lost()
+            first.release()
+            assert not second.lost()
+
+
 # Submitting
 
 

@@ -25,10 +25,10 @@ from experiments.design.model import ModelConfig
 from experiments.design.sweep import load_sweep
 from experiments.evaluation.domains import evaluate_domain
 from experiments.evaluation.load import load_run
-from experiments.models import short_convolution
+from experiments.models import attention, short_convolution
 from experiments.models.attention import attend
 from experiments.models.decoder import Decoder
-from experiments.models.packing import documents_of
+from experiments.models.packing import Documents, documents_of
 from experiments.parts.attention import Attention
 from experiments.parts.short_convolution import LowRankConvolution
 from experiments.parts.swiglu import SwiGLU
@@ -95,7 +95,7 @@ def gradients(model: Decoder, loss: Tensor) -> list[Tensor]:
 def test_a_packed_batch_is_the_documents_one_by_one(
     config: ModelConfig, joined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits, the loss, and every parameter's gradient, in float64. Errors were below 1e-13 of the largest value."""
+    """Logits, the loss, and every parameter's gradient, in float64."""
     monkeypatch.setattr(short_convolution, "_shares_products", lambda _: joined)
     model = randomised(config, 0.2)
     packed = model(TOKENS, None, starts_of(LENGTHS)).logits.flatten(0, 1)
@@ -142,6 +142,28 @@ def test_attention_of_a_gpu_is_given_the_documents(name: str, monkeypatch: pytes
     monkeypatch.setattr("experiments.models.attention._varlen_fits", lambda _: True)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_definition)
     torch.testing.assert_close(model(TOKENS, None, starts_of(LENGTHS)).logits, masked, rtol=1e-11, atol=1e-12)
+
+
+def test_attention_of_a_gpu_compiles_into_one_graph_without_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, for which torch's operator says shapes alone."""
+    torch.compiler.reset()
+    monkeypatch.setattr(attention, "_varlen_fits", lambda _: attention._has_varlen())
+    documents = Documents(*(part.to("meta") for part in documents_of(starts_of(LENGTHS), TIME)))
+    shape, dtype = (len(LENGTHS), 4, TIME, 16), torch.bfloat16
+    q = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
+    k, v = (torch.empty(len(LENGTHS), 2, TIME, 16, device="meta", dtype=dtype, requires_grad=True) for _ in range(2))
+    y = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, v, documents)
+    y.backward(torch.empty_like(y))
+    assert (y.shape, y.dtype) == (shape, dtype)
+    assert k.grad is not None
+    assert k.grad.shape == k.shape
+
+
+def test_a_model_whose_sequences_read_one_another_takes_no_documents() -> None:
+    conv = LowRankConvolution(("q",), rank=2, mismatched=True)
+    model = Decoder(ModelConfig(1, width=16, vocabulary=300, mixer=Attention(2, 2), ffn=SwiGLU(24), conv=conv), 0)
+    with pytest.raises(ValueError, match="nor takes packed documents; got 4 of packed documents"):
+        model(TOKENS, None, starts_of(LENGTHS))
 
 
 @pytest.mark.parametrize("name", ["attention, none", "attention, lowrank", "attention, lowrank everywhere"])

@@ -89,6 +89,14 @@ def test_what_killed_processes_left_is_forgotten(start: Start, tmp_path: Path) -
         assert list((tmp_path / "present").glob("*.json")) == []
 
 
+def test_files_that_are_none_of_ours_stay(start: Start, tmp_path: Path) -> None:
+    """Whoever sets the variable may name a folder that holds other files."""
+    (tmp_path / "present").mkdir()
+    (tmp_path / "present" / "package-lock.json").write_text("{}")
+    start(Share((0,), 1, CORES))
+    assert (tmp_path / "present" / "package-lock.json").exists()
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "present").mkdir()
     monkeypatch.setattr(os, "getuid", lambda: 12345)

@@ -152,6 +152,23 @@ def test_ends_of_text_may_stand_before_the_documents(text: Dataset, tmp_path: Pa
     assert (data.document_starts("train") == expected[expected < 11_000]).all()
 
 
+def test_two_processes_that_index_the_same_at_once_both_have_it(
+    text: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_plain(tmp_path / "a.bin", documents_of(text, "train"))
+    spec = specify_tokens(text, tmp_path / "a.bin", "uint16", train_tokens=11_000)
+    replace, others = Path.replace, iter([build])
+
+    def replace_late(self: Path, target: Path) -> Path:
+        for other in others if self.name == "dataset" else ():
+            other(spec, tmp_path / "cache")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_late)
+    path = build(spec, tmp_path / "cache")
+    assert [each for each in (tmp_path / "cache").iterdir() if each.is_dir()] == [path]
+
+
 def test_tokens_that_nobody_wrote_to_are_not_read_again(
     text: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

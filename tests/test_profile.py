@@ -124,8 +124,9 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "code=$?\n"
         'if [ -e "$requeue" ] || [ $code -eq 143 ]; then\n'
         "    for _ in {1..60}; do\n"
-        '        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && [ "$state" != RUNNING ] && break\n'
-        '        scontrol requeue "$SLURM_JOB_ID" && break\n'
+        '        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=unknown\n'
+        "        [[ $state == RUNNING || $state == unknown ]] || break\n"
+        '        [ $state = RUNNING ] && scontrol requeue "$SLURM_JOB_ID" && break\n'
         "        sleep 10\n"
         "    done\n"
         "fi\n"

@@ -12,13 +12,26 @@ from pathlib import Path
 import pytest
 from planted import ABOUT, write_config, write_run
 
-from analysis.logs.files import read_json
+from analysis.logs.files import read_json, write_atomically
 from analysis.logs.provenance import summarize
 from analysis.logs.reader import progress, read_rows, status
 from analysis.logs.store import load
 from analysis.logs.writer import RunLog, next_attempt, record_failure
 
 LAST_STEP = 40
+
+
+def test_two_processes_of_one_number_write_a_file_side_by_side(tmp_path: Path) -> None:
+    """As they may on two hosts or in two containers: both whole, and the last one stays."""
+    path = tmp_path / "job.json"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("first")
+        write_atomically(path, lambda other: other.write_text("second"))
+
+    write_atomically(path, write)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def loss_at(step: int) -> float:

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from test_slurm import (
     Submit,
     ask,
     call,
+    hasten,
     losses,
     state_of,
     submit,
@@ -93,15 +93,6 @@ def go_on(store: Path, run: RunConfig) -> None:
     wait_until(lambda: state_of(store, run).state == "requeued")
     hasten(str(state_of(store, run).job_id))
     wait_until(lambda: state_of(store, run).state == "complete", 180)
-
-
-def hasten(job: str) -> None:
-    """Let a requeued job start before the two minutes that Slurm waits are over.
-
-    A job that starts in the second in which its last start was revoked on the node fails ("credential revoked").
-    """
-    time.sleep(4)
-    ask("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 def steps_and_attempts(run_dir: Path) -> tuple[list[int], list[int]]:

@@ -17,6 +17,8 @@ from experiments.data import documents, encode, reading, steps, writing
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
 from experiments.design.data import DataConfig
+from experiments.launching import data_jobs, slurm
+from experiments.launching.profile import Profile, Slurm
 
 
 @pytest.fixture
@@ -199,3 +201,26 @@ def test_counting_a_bucket_reads_none(spec: DataConfig, tmp_path: Path) -> None:
     (first, *_) = writing.jobs(prepared, source.spec, "validation")
     assert encode.count(first) == first.path.with_suffix(".ids").stat().st_size // 2
     assert encode.count(first._replace(bucket=99)) == 0
+
+
+def test_the_first_jobs_are_cancelled_if_a_later_one_is_refused(
+    spec: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the same command would find them in the queue, and nothing would come after them."""
+    answers, cancelled, queued = iter(["7", "8"]), list[str](), list[str]()
+
+    def sbatch(_: str) -> str:
+        for job_id in answers:
+            queued.append(job_id)
+            return job_id
+        raise ValueError("sbatch refused: too many")
+
+    monkeypatch.setattr(slurm, "check", lambda _: None)
+    monkeypatch.setattr(slurm, "queue", lambda ids, _: dict.fromkeys(set(ids) & {f"{one}_0" for one in queued}))
+    monkeypatch.setattr(slurm, "max_array_size", lambda: 1)
+    monkeypatch.setattr(slurm, "cancel", cancelled.extend)
+    monkeypatch.setattr(data_jobs, "_sbatch", sbatch)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sbatch refused: too many"):
+            data_jobs.build(spec, Profile("slurm", slurm=Slurm("p")), tmp_path / "cache")
+    assert cancelled == ["7", "8"]

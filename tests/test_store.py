@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from planted import ABOUT, write_config, write_run
 
+from analysis.logs.merge import load_all
 from analysis.logs.record import sealed
-from analysis.logs.schema import RUN_COLUMNS, fact_columns
+from analysis.logs.schema import OF_LEARNING, RUN_COLUMNS, fact_columns
 from analysis.logs.store import freeze, load
 from analysis.logs.writer import RunLog
 
@@ -126,6 +127,19 @@ def test_a_frozen_store_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
     live.runs.drop(columns="loss").to_parquet(tmp_path / "frozen" / "runs.parquet")
     with pytest.raises(ValueError, match="lacks the columns loss; freeze the store again"):
         load(tmp_path / "frozen")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"), [([], "does"), (["gradient_norm"], "has only no gradient_norm")], ids=["none", "one"]
+)
+def test_stores_of_several_versions_are_not_frozen_together(tmp_path: Path, lacking: list[str], said: str) -> None:
+    live = load(mixed_store(tmp_path / "live"))
+    for name, columns in (("old", list(OF_LEARNING)), ("new", lacking)):
+        freeze(live, tmp_path / name)
+        live.runs.drop(columns=columns).to_parquet(tmp_path / name / "runs.parquet")
+    words = f"old does not say which of its runs did not learn, and .*new {said}; freeze them one by one"
+    with pytest.raises(ValueError, match=words):
+        freeze(load_all([tmp_path / "old", tmp_path / "new"]), tmp_path / "both")
 
 
 def test_a_store_is_not_frozen_into_itself(tmp_path: Path) -> None:

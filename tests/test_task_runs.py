@@ -2,10 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -427,78 +423,11 @@ def test_a_batch_without_an_answer_is_no_divergence(
     assert min(losses[0], losses[2]) > 1
 
 
-def test_power_is_for_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["power", str(write(tmp_path))]) == 2
-    assert "power simulates losses on text; recall trains on generated tasks" in capsys.readouterr().err
-
-
-def test_data_of_a_generated_task_is_not_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "build", str(write(tmp_path))]) == 2
-    assert "trains on generated tasks, for which no data is built; submit it" in capsys.readouterr().err
-
-
 def test_a_models_vocabulary_must_hold_the_tasks(runs: dict[str, RunConfig]) -> None:
     run = runs["keys"]
     with pytest.raises(ValueError, match="the data have 24 tokens, and the model's vocabulary is 20; make them equal"):
         assemble(replace(run, model=replace(run.model, vocabulary=20)), None, CPU, ALONE)
     assert Decoder(run.model, 0).head.weight.shape[0] == 24
-
-
-TASK = '''
-"""Say the first token again at the end."""
-
-from dataclasses import dataclass
-
-import numpy as np
-
-from experiments.draws import Draws
-from experiments.tasks.base import Examples, Generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class Echo(Generator):
-    kind = "echo"
-
-    loudness: float = 1.0
-
-    def check(self) -> None:
-        self.require("sequence_length", 2, "a first token and a last one")
-
-    def examples(self, draws: Draws, held_out: bool) -> Examples:
-        inputs = draws.integers(self.vocabulary, self.sequence_length)
-        mask = np.zeros(inputs.shape, bool)
-        mask[:, -1] = True
-        return Examples(inputs, np.broadcast_to(inputs[:, :1], inputs.shape), mask)
-'''
-
-
-@pytest.mark.slow
-def test_a_new_task_is_a_file_and_a_line(tmp_path: Path) -> None:
-    for package in ("analysis", "dynconv", "experiments"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(Path(__file__).parent.parent / package, tmp_path / package, ignore=ignored)
-    (tmp_path / "experiments/tasks/echo.py").write_text(TASK)
-    registry = tmp_path / "experiments/tasks/registry.py"
-    text = registry.read_text().replace(
-        "    return (", "    from experiments.tasks.echo import Echo\n    return (Echo, "
-    )
-    registry.write_text(text)
-    sweep = SWEEP.partition("[task")[0] + "[task.last]\nkind = 'echo'\nsequence_length = 8\nvocabulary = 5\n"
-    (tmp_path / "here.toml").write_text('executor = "debug"\n[default]\ndevice = "cpu"\n')
-
-    def dynconv(*arguments: object) -> str:
-        command = [sys.executable, "-m", "experiments.cli.main", *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    path, store = write(tmp_path, sweep), tmp_path / "store"
-    dynconv("submit", path, "--store", store, "--profile", tmp_path / "here.toml")
-    assert "task.loudness" in dynconv("table", store, "--by", "task.loudness")
-    evals = load(store).evals()
-    assert set(evals["task"]) == {"last"}
-    assert "accuracy" in set(evals["metric"])
 
 
 @pytest.mark.gpu

@@ -153,6 +153,28 @@ class Listed(trackers.Writer):
         self.got.append(entry.step)
 
 
+@pytest.mark.parametrize(
+    ("tracker", "want"), [("tensorboard", [*range(3, 6), *range(6, 13)]), ("wandb", list(range(9, 13)))]
+)
+def test_steps_that_are_done_again_a_few_at_a_time(
+    tracker: Tracker,
+    want: list[int],
+    tiny_run: RunConfig,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Exports between which an attempt does steps again: TensorBoard replaces them, and W&B has them already."""
+    monkeypatch.setitem(trackers.WRITERS, tracker, Listed)
+    log(run_dir, tiny_run, 1, range(1, 9))
+    export(run_dir, tmp_path / "board", tracker)
+    monkeypatch.setattr(Listed, "got", [])
+    for attempt, steps in ((2, range(3, 6)), (3, range(6, 13))):
+        log(run_dir, tiny_run, attempt, steps)
+        export(run_dir, tmp_path / "board", tracker)
+    assert Listed.got == want
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_the_verb(
     tracker: Tracker,

@@ -70,6 +70,27 @@ def test_the_modules_that_differ_are_named(
         submit(replace(tiny_run, seed=4), tmp_path, dataset)
 
 
+def test_code_that_is_edited_while_the_data_are_built_is_not_submitted_unchecked(
+    tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "checkout"
+    for name in source.module_hashes(source.root()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes((source.root() / name).read_bytes())
+    monkeypatch.setattr(source, "root", lambda: root)
+
+    def build(*_: object) -> Path:
+        with (root / "experiments/models/decoder.py").open("a") as file:
+            file.write("EDITED = True\n")
+        return dataset.path
+
+    monkeypatch.setattr("experiments.data.build.build", build)
+    store = tmp_path / "store"
+    with pytest.raises(ValueError, match="the code was edited while the data were built; they are built now: submit"):
+        launch.submit([tiny_run], HERE, store, cache=dataset.path.parent)
+    assert not (store / tiny_run.run_id).exists()
+
+
 def test_a_run_is_not_continued_by_other_code_unless_told_to(
     tiny_run: RunConfig, dataset: Dataset, submitted: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -97,7 +97,7 @@ def rates_of_throughput(
 
     Each arm counts with the optimizer of its runs, and on as many GPUs if that was measured. Repeated measurements are
     averaged; the ratios at several batches and sequence lengths are combined by their geometric mean, those of several
-    devices or commits refused."""
+    kinds (ONE_KIND), such as devices or commits, refused."""
     found, reason, used = [], None, []
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
@@ -152,7 +152,8 @@ def _source(used: Settings) -> str:
     """Where throughput was measured, and whatever about it differs from size to size, or was averaged over."""
     values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
     text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
-    for name in ("versions", "commit"):
+    text += ", fused" if values["fused"] == ["True"] else ""
+    for name in ("versions", "commit", "fused"):
         if len(values[name]) > 1:
             text += f", of several {ONE_KIND[name]} ({some(values[name])})"
     for name in ("gpus", "parallel"):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it to disk and rename it; so `path` is never partial."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes on two hosts, or in two containers, may have the same id.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as written:

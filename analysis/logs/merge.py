@@ -39,10 +39,11 @@ class MergedStore(Store):
     def never_recorded(self) -> tuple[str, ...]:
         found = {part.absent: part.path for part in self.parts}
         if len(found) > 1:
-            older = next(path for absent, path in found.items() if absent)
-            newer = next(path for absent, path in found.items() if not absent)
+            older, newer = max(found, key=len), min(found, key=len)
+            has = f"has only no {', '.join(newer)}" if newer else "does"
             raise ValueError(
-                f"{older} does not say which of its runs did not learn, and {newer} does; freeze them one by one"
+                f"{found[older]} does not say which of its runs did not learn, and {found[newer]} {has}; freeze them "
+                "one by one"
             )
         return next(iter(found))
 

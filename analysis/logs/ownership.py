@@ -2,7 +2,9 @@
 
 A lock ends with the process that holds it. A lease is a file that its owner touches every BEAT_SECONDS; whoever wants
 the folder takes the file away once it has not been touched for LEASE_SECONDS by his own clock, so that clocks of two
-nodes are never compared. Either way the owner keeps the file open, and owns the folder while the path names that file.
+nodes are never compared. Either way the owner keeps the file open, and owns the folder while the path names that file
+with what the owner wrote into it: a server of NFS gives the lock of a client that it has not heard of for long to
+another, and the first learns of it by that alone.
 """
 
 import contextlib
@@ -27,17 +29,19 @@ class FolderHeld(RuntimeError):
 
 
 class Hold:
-    """The ownership of a folder, by the file at `path` that is held open."""
+    """The ownership of a folder, by the file at `path` that is held open and has `content`."""
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
-        self._path, self._file = path, file
+    def __init__(self, path: Path, file: IO[bytes], content: bytes = b"") -> None:
+        self._path, self._file, self._content = path, file, content
 
     def lost(self) -> bool:
-        """Whether the path names another file or none: the folder was removed, or somebody took it over."""
+        """Whether the path names another file or none, or the file has other content: the folder was removed, or
+        somebody took it over."""
         try:
             # Opening the file makes a client of NFS ask the server, where `stat` may answer from a cache.
             with self._path.open("rb") as found:
-                return not os.path.sameopenfile(found.fileno(), self._file.fileno())
+                same = os.path.sameopenfile(found.fileno(), self._file.fileno())
+                return not same or found.read() != self._content
         except OSError:
             return True
 
@@ -99,10 +103,20 @@ def _lock(path: Path, turns: _Turns, patience: float, stack: contextlib.ExitStac
                 if made:
                     path.unlink(missing_ok=True)
                 return None
-            hold = Hold(path, file)
+            hold = Hold(path, file, _signed(file))
             if not hold.lost():  # else whoever held it before deleted it: another process may hold a new file by now
                 stack.enter_context(own.pop_all())
                 return hold
+
+
+def _signed(file: IO[bytes]) -> bytes:
+    """Replace what an earlier owner wrote into the file by what nobody else writes; returns it."""
+    content = uuid.uuid4().hex.encode()
+    file.truncate(0)
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+    return content
 
 
 def _lease(path: Path, turns: _Turns, patience: float, stack: contextlib.ExitStack) -> Hold:

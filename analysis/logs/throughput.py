@@ -18,7 +18,13 @@ SETTING = (
     *("device", "versions", "commit"),
 )
 # Columns of SETTING, with their plurals: measurements of several kinds are not averaged.
-ONE_KIND = {"device": "devices", "vocabulary": "vocabularies", "versions": "versions", "commit": "commits"}
+ONE_KIND = {
+    "device": "devices",
+    "vocabulary": "vocabularies",
+    "versions": "versions",
+    "commit": "commits",
+    "fused": "settings of fused",
+}
 OPTIMIZER = "optimizer"  # each arm is compared with that of its runs
 RUNS_OPTIMIZER = "train.optimizer"  # the fact that names it
 

@@ -1,4 +1,4 @@
-"""The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, W <= 4.
+"""The low-rank convolution on NVIDIA tensor cores, in Gluon: 16-bit inputs, W <= 8.
 
 Legend: B batch, T time, D channels, W taps, R rank (padded in z to a multiple of 16), G segments.
 

@@ -47,7 +47,16 @@ def requests(
     places: Mapping[str, str],
     cache: Path,
 ) -> list[Request]:
-    """A request for each size, with the first run of each kind of work."""
+    """A request for each size, with the first run of each kind of work.
+
+    Raises ValueError for packed runs: their speed depends on their documents, and random tokens have none.
+    """
+    if any(run.packed for run in runs):
+        raise ValueError(
+            "--calibrate measures sequences that are whole; got a sweep with packed = true, whose speed depends on its "
+            "documents; run one of each arm and size, by which the others are forecast then, or state "
+            "teraflops_per_second in the profile"
+        )
     found: dict[str, dict[Work, RunConfig]] = {}
     for run in runs:
         found.setdefault(run.size, {}).setdefault(Work.of(run, executions[run.size], places[run.size]), run)
@@ -72,13 +81,11 @@ def main() -> None:
     _measure(request, this_place(), folder, progress=False)
 
 
-def measured_since(request: Request, moment: float) -> bool:
-    """Whether all speeds of a request were measured after `moment`, in unix seconds."""
-    for run in request.runs:
-        kept = calibrations.read(Work.of(run, request.execution, request.place), request.place, Path(request.cache))
-        if kept is None or kept.measured_at < moment:
-            return False
-    return True
+def measured_at(request: Request) -> list[float | None]:
+    """When each speed of a request was measured, in unix seconds by the clock of where it was; None where none was."""
+    works = [Work.of(run, request.execution, request.place) for run in request.runs]
+    kept = [calibrations.read(work, request.place, Path(request.cache)) for work in works]
+    return [None if one is None else one.measured_at for one in kept]
 
 
 def _measure(request: Request, place: Place | None, folder: Path, progress: bool) -> None:

@@ -109,7 +109,8 @@ def _rates(
     from analysis.logs.selection import some
     from experiments.design.forecast import measured_rates, stated_rate
 
-    rates, lacking = measured_rates(runs, gpus, throughput)
+    fused = {size: profile.job(size).execution.fused for size in gpus}
+    rates, lacking = measured_rates(runs, gpus, fused, throughput)
     if lacking:
         warn(f"{throughput} has no throughput of {some(lacking)}")
     for run in runs:
@@ -166,7 +167,11 @@ def _calibrate(runs: Sequence[RunConfig], profile: Profile, cache: Path) -> None
     executions = {size: profile.job(size).execution for size in sizes}
     places = {size: account.place(profile, profile.job(size)) for size in sizes}
     wanted = calibration.requests(runs, executions, places, cache.absolute())
-    failures = _in_slurm(wanted, profile, cache.absolute()) if profile.slurm is not None else []
+    failures = list[str]()
+    if profile.slurm is not None:
+        failures = _in_slurm(wanted, profile, cache.absolute())
+    else:
+        account.require_idle(profile, runs)
     for request in wanted if profile.slurm is None else ():
         try:
             calibration.calibrate(request)
@@ -182,14 +187,15 @@ def _in_slurm(wanted: Sequence[Request], profile: Profile, cache: Path) -> list[
 
     from experiments.bench import calibration
     from experiments.design.calibrations import FOLDER
-    from experiments.launching import jobs, sbatch, slurm, snapshot
+    from experiments.launching import causes, jobs, sbatch, slurm, snapshot
 
     assert profile.slurm is not None
     slurm.check(profile.slurm)
-    root, started = cache / FOLDER, time.time()
+    root = cache / FOLDER
     root.mkdir(parents=True, exist_ok=True)
     code = snapshot.take(root)
-    waiting: dict[str, tuple[Request, Path]] = {}  # by job id, with the output
+    # by job id, with the output, and when its speeds were last measured, as the clocks of nodes may differ from ours
+    waiting: dict[str, tuple[Request, Path, list[float | None]]] = {}
     for request in wanted:
         folder = jobs.new_folder(root, request.size)
         calibration.freeze(request, folder)
@@ -204,8 +210,9 @@ def _in_slurm(wanted: Sequence[Request], profile: Profile, cache: Path) -> list[
             snapshot=code,
             module=calibration.__name__,
         )
+        before = calibration.measured_at(request)
         job_id = sbatch.submit(script, folder, name)
-        waiting[job_id] = (request, folder / f"{job_id}_0_log.out")
+        waiting[job_id] = (request, folder / f"{job_id}_0_log.out", before)
     warn(f"{len(waiting)} jobs measure the speed, each up to {60 * CALIBRATION_HOURS:.0f} minutes: {' '.join(waiting)}")
     failures = []
     try:
@@ -213,9 +220,11 @@ def _in_slurm(wanted: Sequence[Request], profile: Profile, cache: Path) -> list[
             time.sleep(_POLL_SECONDS)
             queue = slurm.queue(list(waiting), [])
             for job_id in [job_id for job_id in waiting if queue is not None and job_id not in queue]:
-                request, log = waiting.pop(job_id)
-                if not calibration.measured_since(request, started):
-                    end = slurm.accounting([job_id]).get(job_id, "no result")
+                request, log, before = waiting.pop(job_id)
+                now = calibration.measured_at(request)
+                if any(new is None or new == old for new, old in zip(now, before, strict=True)):
+                    starts = slurm.accounting([job_id]).get(job_id, [])
+                    end = causes.cause_of(starts[-1] if starts else None, log)
                     failures.append(f"{request.size}: job {job_id} measured nothing ({end}); its output: {log}")
     except KeyboardInterrupt:
         warn(f"the jobs go on; `plan` without --calibrate uses what they measure: {' '.join(waiting)}")

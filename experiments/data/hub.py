@@ -82,7 +82,7 @@ def _fetch(name: str, place: str, cache: Path) -> Path:
     wanted = parse(place)
     target = cache / f".hub-{hashlib.sha256(json.dumps([name == 'tokenizer', wanted]).encode()).hexdigest()[:16]}"
     result = target / FILES / TOKENIZER if name == "tokenizer" else target / FILES
-    if target.exists() and all(path.exists() for path in target.rglob("*")):  # no link leads nowhere
+    if _is_whole(target):
         return result
     try:
         import huggingface_hub
@@ -120,11 +120,21 @@ def _fetch(name: str, place: str, cache: Path) -> Path:
             "files": len(chosen),
         }
         (working / "new" / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        (working / "new").replace(target)
+        if target.exists():  # under another name, since another process may put a new one in its place meanwhile
+            target.replace(working / "old")
+        try:
+            (working / "new").replace(target)
+        except OSError:  # another process was faster
+            if not _is_whole(target):
+                raise
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return result
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether the folder is there, and none of its links leads nowhere."""
+    return target.exists() and all(path.exists() for path in target.rglob("*"))
 
 
 def _card(huggingface_hub: Any, wanted: Place, kind: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@
                       github.com/karpathy/llm.c, dev/data/data_common.py, and the shards of modded-nanogpt
     megatron          X.bin with X.idx, the IndexedDataset of Megatron-LM: megatron/core/datasets/readme.md
 
-The identity of such data is the hash of the tokens that are used, wherever and in whichever format they lie.
+The identity of such data is the hash of the tokens that are used, by file and as so many bits each: wherever they lie,
+and with a header or without one.
 """
 
 import dataclasses
@@ -108,8 +109,11 @@ def index(spec: DataConfig, cache: Path, progress: bool) -> Path:
         target = cache / f"tokens-{spec.vocabulary}-{_hash([key, hashes])}"
         (dataset / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         sync_and_hash(dataset / MANIFEST)
-        if not target.exists():  # another process, or an earlier one whose files were touched since
+        try:
             dataset.replace(target)
+        except OSError:  # there is one: of another process, or of an earlier one, whose files were touched since
+            if not target.exists():
+                raise
     finally:
         shutil.rmtree(working, ignore_errors=True)
     write_atomically(known, lambda path: path.write_text(target.name))

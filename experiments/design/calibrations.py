@@ -38,6 +38,7 @@ class Work:
     recompute: str
     threads: int
     fused: bool
+    packed: bool = False
 
     @classmethod
     def of(cls, run: RunConfig, execution: Execution, place: str) -> "Work":
@@ -56,6 +57,7 @@ class Work:
             execution.recompute,
             execution.threads if cpu else 0,
             execution.fused and not cpu,
+            run.packed,
         )
 
 

@@ -47,12 +47,13 @@ def stated_rate(run: RunConfig, gpus: int, teraflops_per_second: float) -> Rate:
 def measured_rates(
     runs: Sequence[RunConfig],
     gpus: Mapping[str, int],  # of a run, by size
+    fused: Mapping[str, bool],  # whether its convolutions are to be fused with their neighbours, by size
     path: Path,  # of a file that `dynconv bench train` wrote, or one with its columns
 ) -> tuple[dict[str, Rate], list[str]]:
     """Run id -> its speed, where throughput was measured; and the arms and sizes where it was not.
 
-    A run's speed is that of its arm, size, sequence length, vocabulary, optimizer and number of GPUs, of the fastest
-    batch. Raises ValueError where it was measured on several devices, versions or commits.
+    A run's speed is that of its arm, size, sequence length, vocabulary, optimizer, number of GPUs and `fused`, of the
+    fastest batch. Raises ValueError where it was measured on several devices, versions or commits.
     """
     from analysis.logs.selection import some  # with numpy, and so not before it is needed
     from analysis.logs.throughput import ONE_KIND, read_throughput
@@ -61,7 +62,7 @@ def measured_rates(
     rates: dict[str, Rate] = {}
     lacking: dict[str, None] = {}
     for run in runs:
-        rows = _rows(measured, run, gpus[run.size])
+        rows = _rows(measured, run, gpus[run.size], fused[run.size])
         for column, plural in ONE_KIND.items():
             if rows[column].nunique() > 1:
                 values = some(sorted(rows[column].dropna().unique()))
@@ -71,18 +72,20 @@ def measured_rates(
                 )
         if rows.empty:
             several = f" on {gpus[run.size]} GPUs" if gpus[run.size] > 1 else ""
-            lacking[f"{run.arm} at {run.size}{several}"] = None
+            lacking[f"{run.arm} at {run.size}{' fused' * fused[run.size]}{several}"] = None
             continue
-        rates[run.run_id] = Rate(float(rows["tokens_per_second"].max()), f"{path}")
+        words = f"{path}, of sequences that are not packed" if run.packed else f"{path}"
+        rates[run.run_id] = Rate(float(rows["tokens_per_second"].max()), words)
     return rates, list(lacking)
 
 
-def _rows(measured: "pd.DataFrame", run: RunConfig, gpus: int) -> "pd.DataFrame":
+def _rows(measured: "pd.DataFrame", run: RunConfig, gpus: int, fused: bool) -> "pd.DataFrame":
     """The measurements that are of this run's kind; what a row does not say may be anything, but for the GPUs: one."""
     wanted = {
         "sequence": str(run.train.sequence_length),
         "vocabulary": str(run.model.vocabulary),
         "optimizer": run.train.optimizer.kind,
+        "fused": str(fused),
     }
     rows = measured[(measured["size"] == run.size) & (measured["arm"] == run.arm)]
     for column, value in wanted.items():

@@ -79,9 +79,24 @@ def place(profile: Profile, job: Job) -> str:
     if profile.slurm is None:
         return local.device_name(job)
     slurm = profile.slurm
-    options = {"partition": slurm.partition, "constraint": slurm.constraint, "python": slurm.python, **slurm.options}
+    options = {
+        "partition": slurm.partition,
+        "constraint": slurm.constraint,
+        "python": slurm.python,
+        "srun_options": " ".join(slurm.srun_options),  # with the container, and so the versions
+        **slurm.options,
+    }
     kind = "cpu" if job.device == "cpu" else "gpu"
     return f"slurm {kind} " + " ".join(f"{name}={value}" for name, value in sorted(options.items()) if value)
+
+
+def require_idle(profile: Profile, runs: Sequence[RunConfig]) -> None:
+    """Raises ValueError where runs train on the devices of this machine that a calibration would be on."""
+    if beside := local.Slots(profile, [profile.job(run.size) for run in runs]).beside(()):
+        raise ValueError(
+            f"--calibrate measures runs that are alone; got {len(beside)} that train on this machine, as "
+            f"{Path(beside[0].run).name} (process {beside[0].pid}): wait for their end"
+        )
 
 
 def _rate(calibration: Calibration) -> Rate:
@@ -123,11 +138,18 @@ def _finished(
         seconds = sum(clock.get(name, 0.0) for clock in clocks for name in CLOCKS)
         start = sum(clock.get(name, 0.0) for clock in clocks for name in START) / len(members)
         if seconds > 0:
-            words = f"finished runs of {store} on {device}"
+            words = f"finished runs of {store} on {device}" + _side_by_side([done for _, done in members])
             found[work] = Rate(tokens / seconds, words, whole=True, start_seconds=start)
     if mixed:
         notes.append(f"the finished runs of {some(mixed)} are of several devices or versions, and no forecast")
     return found
+
+
+def _side_by_side(finished: Sequence[Mapping[str, Any]]) -> str:
+    """In words, how many shared the device, where they did: they were slower than they would have been alone."""
+    attempts = [attempt for done in finished for attempt in done.get("attempts_made", ())]
+    most = max((attempt.get("sharing") or 1 for attempt in attempts), default=1)
+    return f", up to {most} at once on it" if most > 1 else ""
 
 
 def _would_be_on(device: str | None, where: str, job: Job) -> bool:
@@ -198,10 +220,11 @@ def with_time_limits(profile: Profile, todo: Sequence[RunConfig], rates: Mapping
         known = [rates[run.run_id] for run in own if run.run_id in rates and rates[run.run_id].measured]
         if len(known) < len(own):
             continue
-        longest = max(rate.hours(run) for rate, run in zip(known, own, strict=True))
+        longest, by = max((rate.hours(run), rate.source) for rate, run in zip(known, own, strict=True))
         limit = min(LONGEST_ATTEMPT, max(MARGIN * longest + START_HOURS, profile.slurm.signal_seconds / 1800))
         sizes[size] = replace(profile.job(size), hours=limit)
-        words = f"{MARGIN:g} times the longest run's forecast of {longest:.3g} h, and {START_HOURS:g} h for the start"
+        forecast = f"forecast of {longest:.3g} h, by {by},"
+        words = f"{MARGIN:g} times the longest run's {forecast} and {START_HOURS:g} h for the start"
         how = words if limit < LONGEST_ATTEMPT else "the most"
         print(f"dynconv: the time limit of {size} is {limit:.3g} h: {how}", file=sys.stderr)
     return replace(profile, size=sizes)

@@ -28,6 +28,6 @@ def dependency(run: RunConfig, store: Path) -> str | None:
     if run.trunk is None or ready(run, store):
         return None
     job = job_of(store / run.trunk)
-    if job is None or job["executor"] != "slurm":
+    if job is None or job["executor"] != "slurm" or job["job_id"] is None:
         raise ValueError(f"{run.run_id} waits for its trunk {run.trunk}, which has no job here; submit the whole sweep")
     return str(job["job_id"])

@@ -88,7 +88,10 @@ def _may_be_queued(submitted: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> list[dict[str, Any]]:
-    """Submit all steps, each to begin when the one before has ended well; returns the jobs."""
+    """Submit all steps, each to begin when the one before has ended well; returns the jobs.
+
+    Raises ValueError if one is refused; those before it, whose work nobody would go on with, are cancelled.
+    """
     sbatch.name_ignored_variables()
     code, folder = snapshot.take(shared.cache), jobs.new_folder(shared.cache, "data")
     steps.failure_of(shared.folder).unlink(missing_ok=True)
@@ -98,9 +101,14 @@ def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> list[dict[str
         workers = min(pieces, most)
         after = submitted[-1]["id"] if submitted else None
         script = _script(shared, asked, data, step, workers, folder, code, after)
-        submitted.append(
-            {"step": step, "id": _sbatch(script), "workers": workers, "user": os.getuid(), "folder": str(folder)}
-        )
+        try:
+            job_id = _sbatch(script)
+        except ValueError:
+            if submitted:
+                slurm.cancel([job["id"] for job in submitted])
+                (shared.folder / JOBS).unlink()
+            raise
+        submitted.append({"step": step, "id": job_id, "workers": workers, "user": os.getuid(), "folder": str(folder)})
         write_json(shared.folder / JOBS, {"jobs": submitted})
     return submitted
 
@@ -149,7 +157,7 @@ def _script(
 
 
 def _sbatch(script: str) -> str:
-    """The id of the array. Raises ValueError if it is refused; the steps before it may run, and harm nothing."""
+    """The id of the array. Raises ValueError if it is refused."""
     done = subprocess.run(
         ["sbatch", "--parsable"],
         input=script,

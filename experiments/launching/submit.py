@@ -1,5 +1,6 @@
 """Submit, retry and cancel runs: pending ones only, their config and their code frozen first."""
 
+import functools
 import socket
 import sys
 import time
@@ -10,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.logs.files import write_atomically
 from analysis.logs.record import schema_of
 from analysis.logs.schema import SCHEMA
+from experiments import source
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.forecast import Rate
@@ -167,6 +170,7 @@ def _submit_now(
             submissions.settle(store, [run.run_id for run in runs])
         todo, skipped = _choose(wanted, runs, store)
         check_code(todo, store, accept)
+        checked = source.module_hashes(source.root())
     waiting, reason, code = list[RunConfig](), "", Path()
     if todo:
         account.require_within_cap(todo, runs, profile, store, cache)
@@ -177,7 +181,10 @@ def _submit_now(
             _check_store(todo, datasets, store)
             rates = account.speeds(runs, profile, store, cache).rates
             profile = account.with_time_limits(profile, todo, rates)
-            code = _freeze(todo, datasets, profile, store, rates)
+            code = snapshot.take(store)
+            if source.module_hashes(code) != checked:
+                raise ValueError("the code was edited while the data were built; they are built now: submit again")
+            _freeze(todo, datasets, profile, store, rates, code)
             kept = _remove_markers([store / run.run_id for run in todo])
             try:
                 if profile.executor == "slurm" and todo:
@@ -224,14 +231,14 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
     """
     _require_store(store)
     run_ids = list(run_ids)
-    if submissions.unanswered(store, run_ids):
-        with store_lock(store):  # a submit may be waiting for sbatch
+    with store_lock(store):  # a submit may be about to delete the markers, or be waiting for sbatch
+        if submissions.unanswered(store, run_ids):
             submissions.settle(store, run_ids)
-    here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
-    marked = [state.run_id for state in here if state.state == "cancelled"]
-    ids = [state.run_id for state in here if state.state in ("pending", "stopped", "lost", *states.ACTIVE)]
-    ids += sorted(states.busy(store, marked))
-    _mark_cancelled(store, ids)
+        here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
+        marked = [state.run_id for state in here if state.state == "cancelled"]
+        ids = [state.run_id for state in here if state.state in ("pending", "stopped", "lost", *states.ACTIVE)]
+        ids += sorted(states.busy(store, marked))
+        _mark_cancelled(store, ids)
     job_by_run = {run_id: jobs.job_of(store / run_id) for run_id in states.busy(store, ids)}
     on_slurm = {run_id: job["job_id"] for run_id, job in job_by_run.items() if job and job["executor"] == "slurm"}
     in_slurm = {run_id: job_id for run_id, job_id in on_slurm.items() if job_id is not None}
@@ -355,9 +362,9 @@ def _freeze(
     profile: Profile,
     store: Path,
     rates: Mapping[str, Rate],  # by run id, where they are known
-) -> Path:
-    """Copy the code and write each run's config.json; returns the folder of the code."""
-    code = snapshot.take(store)
+    code: Path,
+) -> None:
+    """Write each run's config.json."""
     commit = snapshot.commit(code)
 
     def freeze(run: RunConfig) -> None:
@@ -374,7 +381,6 @@ def _freeze(
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(freeze, runs))
-    return code
 
 
 def _remove_markers(run_dirs: Iterable[Path]) -> dict[Path, bytes]:
@@ -390,7 +396,7 @@ def _restore_markers(kept: Mapping[Path, bytes]) -> None:
     """Write back what `_remove_markers` deleted, for runs that were given no job."""
     for path, content in kept.items():  # a run's job.json comes last
         if not path.with_name("job.json").exists():
-            path.write_bytes(content)
+            write_atomically(path, functools.partial(Path.write_bytes, data=content))
 
 
 def _watch(runs: Sequence[RunConfig], store: Path) -> None:

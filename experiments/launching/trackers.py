@@ -143,6 +143,8 @@ def export(run_dir: Path, folder: Path, tracker: Tracker) -> int:
             for entry in new:
                 writer.write(entry)
     seen = last | {name: _Seen(entry.attempt, entry.step) for entry in entries for name in entry.values}
+    if tracker == "wandb":  # which still has the steps that an attempt, which is not so far yet, does again
+        seen |= {name: _Seen(seen[name].attempt, max(seen[name].step, one.step)) for name, one in last.items()}
     state = {"tracker": tracker, "stamp": stamp, "seen": {name: [one.attempt, one.step] for name, one in seen.items()}}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, state)

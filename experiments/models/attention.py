@@ -5,7 +5,7 @@ Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes befo
 """
 
 import inspect
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -162,8 +162,9 @@ def _varlen_fits(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and _has_varlen()
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _has_varlen() -> bool:
+    """Without functools.cache, of whose use torch.compile would warn in every compiled block."""
     from torch.nn.attention import varlen
 
     return "window_size" in inspect.signature(varlen.varlen_attn).parameters

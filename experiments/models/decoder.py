@@ -100,14 +100,16 @@ class Decoder(nn.Module):
         """`Output`, or `Scored` if there is a criterion. No packed document sees another, nor any trace of one.
 
         Under autocast the residual stream is in autocast's dtype, and norms are computed in float32. Raises ValueError
-        for a number of sequences that does not fill groups of which one sequence reads another.
+        for a number of sequences that does not fill groups of which one sequence reads another, and for packed
+        documents of such sequences.
         """
         group = self.config.sequence_group
-        if len(tokens) % group:
+        if len(tokens) % group or (group > 1 and starts is not None):
+            packed = "" if starts is None else " of packed documents"
             raise ValueError(
                 f"the sequences of this model read one another in groups of {group} (conv.mismatched), so it takes "
-                f"multiples of {group} sequences, and neither decodes nor takes packed documents; got {len(tokens)}; "
-                "use the arm without mismatched"
+                f"multiples of {group} sequences, and neither decodes nor takes packed documents; got {len(tokens)}"
+                f"{packed}; use the arm without mismatched"
             )
         documents = None if starts is None else documents_of(starts, tokens.shape[1])
         x = self._embed(tokens)

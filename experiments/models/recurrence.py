@@ -14,6 +14,7 @@ import importlib.util
 import math
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -35,6 +36,11 @@ class RecurrentMixer(nn.Module):
     into_residual = ("o",)
     sites: tuple[str, ...]  # of the maps that read the part's input
     lowest_a: float  # see `draw_decay`
+    # From the outputs [B, T, channels] of the linear maps at `sites`, and of their convolutions: what `_output` takes
+    # besides the recurrence's outputs, and the arguments of `recurrence`.
+    _inputs: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    # From the outputs [B, T, H, V] of the recurrence, and what was kept for it: the input [B, T, H*V] of the map o.
+    _output: Callable[..., Tensor]
 
     def __init__(self, part: Part, model: ModelConfig, heads: int) -> None:
         super().__init__()
@@ -70,20 +76,6 @@ class RecurrentMixer(nn.Module):
         y, state["state"] = chunked(*inputs, state=state.get("state"))
         (y,) = self.maps.decode(self._output(y, *kept), ("o",), x, state)
         return y
-
-    def _inputs(
-        self,
-        *outputs: Tensor,  # [B, T, channels] each: of the linear maps at `sites`, and of their convolutions
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What `_output` takes besides the recurrence's outputs, and the arguments of `recurrence`."""
-        raise NotImplementedError
-
-    def _output(
-        self,
-        y: Tensor,  # [B, T, H, V]: the outputs of the recurrence
-        *kept: Tensor,
-    ) -> Tensor:  # [B, T, H*V]: the input of the map o
-        raise NotImplementedError
 
 
 def recurrence(

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from analysis.logs.ownership import held
 
 FOLDER_VARIABLE = "DYNCONV_PRESENCE"
 _PRIVATE = 0o700
+_OURS = re.compile(r"\d+-(\d+|None)\.json")  # what `_name` gives; None where the process had ended before it was noted
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def starting() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(mode=_PRIVATE, exist_ok=True)
-            if folder.stat().st_uid != os.getuid():
+            # Anybody may make a link in /tmp, and one that leads to a folder of this user's would pass a plain `stat`.
+            if folder.lstat().st_uid != os.getuid():
                 raise PermissionError(errno.EACCES, "it is another user's")
             stack.enter_context(held(folder, patience=math.inf))
         except OSError as error:
@@ -95,8 +98,8 @@ def starting() -> Iterator[None]:
                 "folder of your own on this machine"
             ) from None
         living = {_name(run.pid) for run in present()}
-        for path in folder.glob("*-*.json"):
-            if path.name not in living:
+        for path in folder.glob("*.json"):
+            if _OURS.fullmatch(path.name) and path.name not in living:  # the folder may hold other files of its user
                 path.unlink(missing_ok=True)
         yield
 
