@@ -228,6 +228,14 @@ def test_a_folder_that_is_anothers_is_said_to_be(tmp_path: Path) -> None:
     assert told == [True]
 
 
+def test_a_lock_that_a_killed_process_left_is_writable_for_whoever_may_write_in_the_folder(tmp_path: Path) -> None:
+    """A store may be a group's; a colleague was told that it takes no files."""
+    for mode in (0o755, 0o775):
+        tmp_path.chmod(mode)
+        with held(tmp_path, patience=0.0):
+            assert (tmp_path / ownership.LOCK).stat().st_mode & 0o777 == mode & 0o666
+
+
 def test_who_was_deprived_of_a_lock_knows_it(tmp_path: Path) -> None:
     """As by a server of NFS that had not heard of a client for long: the file stays, and is another's."""
     with held(tmp_path, patience=0.0) as first:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_run import wait_for
@@ -20,7 +21,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.design.schedules import WarmupStableDecay
 from experiments.design.trunks import with_trunks
-from experiments.launching import local, states
+from experiments.launching import jobs, local, states
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile
 from experiments.training import presence
@@ -216,6 +217,23 @@ def test_branches_wait_for_a_trunk_that_another_submit_trains(
     assert [launcher.wait(180) for launcher in (first, second)] == [0, 0]
     found = states.read(store, [run.run_id for run in runs])
     assert {(state.state, state.attempts) for state in found} == {("complete", 1)}
+
+
+def test_a_run_is_counted_from_its_first_look_on(
+    tiny_run: RunConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the disk is on which its launcher notes it."""
+    write_job = jobs.write_job
+
+    def write_late(*arguments: Any) -> None:
+        wait_for(lambda: bool(list((tmp_path / "store" / tiny_run.run_id).glob("attempt-*.json"))))
+        write_job(*arguments)
+
+    monkeypatch.setattr(jobs, "write_job", write_late)
+    outcome = launch.submit([tiny_run], CPU, tmp_path / "store", cache=dataset.path.parent)
+    assert outcome.unsuccessful == []
+    (attempt,) = read_json(tmp_path / "store" / tiny_run.run_id / "run.json")["attempts_made"]
+    assert attempt["sharing"] == 1
 
 
 def test_a_run_that_was_alone_part_of_the_time_is_marked(

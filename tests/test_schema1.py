@@ -154,7 +154,7 @@ def test_an_old_frozen_store_reads_as_the_live_one(tmp_path: Path, described: bo
     pq.write_table(evals, tmp_path / "frozen" / "evals.parquet")
     frozen = load(tmp_path / "frozen")
     assert [problem.partition(" was frozen")[2] for problem in frozen.problems] == [
-        " by an older version and does not say which runs did not learn; freeze it again"
+        " by an older version and does not say which runs did not learn; freeze the live store again"
     ]
     wanted = live.runs[[*RUN_COLUMNS, *(fact_columns(live.runs) if described else [])]].assign(
         gradient_norm=float("nan")
@@ -162,7 +162,7 @@ def test_an_old_frozen_store_reads_as_the_live_one(tmp_path: Path, described: bo
     pd.testing.assert_frame_equal(frozen.runs, wanted, check_like=True)
     pd.testing.assert_frame_equal(frozen.evals(), live.evals())
     freeze(frozen, tmp_path / "again")
-    pd.testing.assert_frame_equal(load(tmp_path / "again").runs, frozen.runs)
+    pd.testing.assert_frame_equal(load(tmp_path / "again").runs, frozen.runs, check_like=True)
 
 
 def test_a_new_log_is_not_written_into_an_old_run(tmp_path: Path) -> None:

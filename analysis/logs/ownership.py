@@ -22,6 +22,7 @@ LOCK, LEASE = ".lock", ".lease"
 LEASE_SECONDS = 60.0
 BEAT_SECONDS = 5.0
 POLL_SECONDS = 0.2
+_READ_AND_WRITE = 0o666
 
 
 class FolderHeld(RuntimeError):
@@ -94,6 +95,9 @@ def _lock(path: Path, turns: _Turns, patience: float, stack: contextlib.ExitStac
         made = not path.exists()
         with contextlib.ExitStack() as own:
             file = own.enter_context(path.open("ab"))
+            if made:  # Whoever may write in the folder must be able to lock it, if this process is killed.
+                with contextlib.suppress(OSError):
+                    os.fchmod(file.fileno(), path.parent.stat().st_mode & _READ_AND_WRITE)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -117,8 +117,9 @@ class _Loop:
             run_dir = self.store / run.run_id
             with signals_deferred():
                 begun = self.running[slot] = self.slots.start(slot, run_dir, job, self.folder, self.server)
-                jobs.write_job(run_dir, "local", begun.job_id, begun.paths.stdout, self.code)
+                # First, as the run looks for it when it begins, and the disk of the store may be slow.
                 add(int(begun.job_id), str(run_dir), self.slots.share(slot, job))
+                jobs.write_job(run_dir, "local", begun.job_id, begun.paths.stdout, self.code)
         return True
 
     def _beside(self) -> list[Present]:

@@ -31,8 +31,7 @@ def process_group(device: torch.device, file: Path, rank: int, size: int, hosts:
 
     `file` is where rank 0 publishes the address; its name must be new for every attempt. `hosts` are the job's nodes;
     if there is only one, nothing listens beyond its loopback interface. Raises ValueError if torch lacks the backend,
-    and PeersMissing, or an error of
-    torch.distributed, if the processes do not meet.
+    and PeersMissing, or an error of torch.distributed, if the processes do not meet.
     """
     cuda = device.type == "cuda"
     backend, available = ("nccl", dist.is_nccl_available()) if cuda else ("gloo", dist.is_gloo_available())
