@@ -18,6 +18,7 @@ from texts import END_OF_TEXT
 
 from analysis.laws.intervals import bootstrap
 from analysis.laws.powerlaw import fit
+from analysis.logs.record import sealed
 from analysis.logs.store import load
 from analysis.logs.writer import RunLog
 from experiments.data import tokenizer as bpe
@@ -78,7 +79,7 @@ def store(folder: Path) -> Iterator[Row]:
         run_dir.mkdir()
         own = {"run_id": run_dir.name, "seed": seed}
         (run_dir / "config.json").write_text(json.dumps(config | own))
-        (run_dir / "run.json").write_text(json.dumps(run | own))
+        (run_dir / "run.json").write_text(json.dumps(sealed(run | own)))
         for name in ("steps.parquet", "evals.parquet"):
             os.link(first / name, run_dir / name)
     yield "load 1,000 runs", seconds(lambda: load(folder)), "s", 2, False

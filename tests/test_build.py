@@ -200,6 +200,8 @@ def test_the_cost_of_a_large_build_is_forecast(tmp_path: Path, monkeypatch: pyte
     assert f"; {tmp_path} has 1,100 GB free: choose another place with DYNCONV_CACHE" in str(forecast(spec, tmp_path))
     (tmp_path / "a.txt").write_text("a short text")
     assert str(forecast(spec, tmp_path)).endswith("; that may be too little text")
+    assert str(forecast(specify(tmp_path), tmp_path)).endswith("; that may be too little text")  # though built at once
+    (tmp_path / "a.txt").write_text("a longer text" * 100_000)
     assert forecast(specify(tmp_path), tmp_path) is None
     missing = specify(tmp_path / "nowhere", vocabulary=100_352, train_tokens=10**11, validation_tokens=10**7)
     assert "100B tokens of 450 GB of text (not there yet; 4.5 bytes a token are assumed), about 1." in str(

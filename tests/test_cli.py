@@ -211,6 +211,25 @@ def test_watch_looks_again_until_nothing_is_under_way(
     assert not store.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cancel", "a.toml", "--arm", "x"], "dynconv cancel: no such argument: --arm x; `dynconv cancel --help`"),
+        (["track", "store", "--to", "tensorbord", "-o", "x"], "dynconv track: argument --to: invalid choice: "),
+        (["bench", "trian"], "dynconv bench: argument "),
+        (["tabel", "store"], "dynconv: argument VERB: invalid choice: 'tabel'"),
+        ([], "dynconv: the following arguments are required: VERB; `dynconv --help`"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith(said)
+    assert text.count("\n") == 1
+
+
 def test_a_run_that_fails_is_exit_code_1(cheap: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It has used up its attempts."""
     profile = tmp_path / "profile.toml"

@@ -161,7 +161,7 @@ def test_throughput_is_compared_at_equal_settings_on_one_device(answer: Any, tmp
         ("size,arm,tokens_per_second\na,b,-1", "must be positive numbers; got -1 in row 1"),
         ("size,arm,tokens_per_second\na,b,x", "must be positive numbers; got x in row 1"),
         ("size,arm,tokens_per_second\n", "must be positive numbers; got no row with one"),
-        (None, "is unreadable"),
+        (None, "no file"),
     ],
 )
 def test_a_bad_throughput_file_is_one_clear_line(answer: Any, tmp_path: Path, text: str | None, message: str) -> None:

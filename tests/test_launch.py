@@ -166,6 +166,17 @@ def test_the_bar_counts_what_was_done_since_the_last_entry_of_a_log(monkeypatch:
     assert progress._share_now(replace(logged, eta=None)) == 0.2
 
 
+@pytest.mark.parametrize(
+    ("state", "percent"), [("stopped", 20.0), ("lost", 20.0), ("running", 20.0), ("failed", 100.0)]
+)
+def test_a_run_that_submit_takes_up_again_is_not_done(
+    state: str, percent: float, tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = states.RunState(tiny_run.run_id, state, progress=0.2)
+    monkeypatch.setattr(states, "read", lambda *_: [here])
+    assert progress.Progress(tmp_path, [tiny_run])._share() == (pytest.approx(percent), [here])
+
+
 def test_the_longest_runs_of_a_seed_are_started_first(tiny_run: RunConfig) -> None:
     short = [replace(tiny_run, seed=seed) for seed in (0, 1)]
     long = [replace(run, train=replace(run.train, tokens=2 * run.train.tokens)) for run in short]

@@ -19,6 +19,7 @@ from analysis.laws.powerlaw import fit
 from analysis.logs.files import read_json, write_json
 from analysis.logs.learning import DIVERGED, unlearned, why_not
 from analysis.logs.merge import load_all
+from analysis.logs.record import sealed
 from analysis.logs.selection import finished
 from analysis.logs.store import Store, freeze, load
 from analysis.logs.writer import RunLog
@@ -52,7 +53,7 @@ def planted(store: Path, how: str = "guess", runs: Iterable[str] = (), **sweep: 
     for path in store.glob("*/config.json"):
         write_json(path, read_json(path) | {"vocabulary": VOCABULARY})
     for path in store.glob("*/run.json"):
-        write_json(path, read_json(path) | {"vocabulary": VOCABULARY})
+        write_json(path, sealed(read_json(path) | {"vocabulary": VOCABULARY}))
     for name in runs:
         fail(store / name, how)
     return load(store)
@@ -142,8 +143,9 @@ def test_a_frozen_store_and_an_old_one_tell_the_same(tmp_path: Path) -> None:
     assert reasons.notna().sum() == 2
     freeze(store, tmp_path / "frozen")
     pd.testing.assert_frame_equal(load(tmp_path / "frozen").runs, store.runs)
+    newer = ("vocabulary", "gradient_norm", "record_sha256")
     for path in (tmp_path / "live").glob("*/*.json"):
-        old = {key: value for key, value in read_json(path).items() if key not in ("vocabulary", "gradient_norm")}
+        old = {key: value for key, value in read_json(path).items() if key not in newer}
         if path.name == "config.json":
             old["config"] = {"model": {"vocabulary": VOCABULARY}}
         path.write_text(json.dumps(old))

@@ -13,6 +13,7 @@ from planted import write_config, write_run, write_sweep
 
 from analysis.logs.columns import loss_unit
 from analysis.logs.merge import load_all
+from analysis.logs.record import sealed
 from analysis.logs.store import freeze, load
 from experiments.cli.main import main
 
@@ -51,7 +52,7 @@ def test_a_run_that_differs_between_stores_is_refused_by_name(halves: tuple[Path
     _, parts = halves
     run_dir = min(parts[1].iterdir())
     path = run_dir / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"loss": 9.0}))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"loss": 9.0})))
     with pytest.raises(
         ValueError, match=rf"run {run_dir.name} is in .*a and in .*b and differs in loss \(loss is .* and 9.0\)"
     ):

@@ -373,3 +373,13 @@ def test_columns_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     }.items():
         assert main(["query", str(path), "--columns", wrong, query]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("column", "unit", "said"), [("C", 1e12, "1e-12"), ("D", 1e9, "1e+09"), ("N", 1.0, None)])
+def test_compute_in_another_unit_is_said(tmp_path: Path, column: str, unit: float, said: str | None) -> None:
+    rows = [{"N": n, "D": 20 * n, "C": 120 * n**2} for n in (1e6, 1e7)]
+    cells = [[f"{row[name] / (unit if name == column else 1)!r}" for name in ("N", "D", "C")] for row in rows]
+    path = tmp_path / "points.csv"
+    path.write_text("arm,size,N,D,C,loss\n" + "\n".join(f"a,s{i},{','.join(row)},3" for i, row in enumerate(cells)))
+    told = [problem for problem in load(path).problems if "times 6 N D" in problem]
+    assert [f"C is {said} times 6 N D in 2 of 2 rows" in problem for problem in told] == ([True] if said else [])

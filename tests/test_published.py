@@ -11,6 +11,7 @@ import pytest
 from planted import write_config, write_run
 
 from analysis.advantage.published import Beside, PublishedRow, beside_published, read_published
+from analysis.logs.record import sealed
 from analysis.logs.store import Store, load
 from analysis.pages.published_figures import published_panels
 from experiments.cli.main import main
@@ -152,7 +153,7 @@ def test_a_seed_that_did_not_learn_is_said(tmp_path: Path) -> None:
             write_planned(tmp_path, run, 9.0)
     for path in tmp_path.glob("*/*.json"):
         if path.name in ("config.json", "run.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"vocabulary": 4096}))
+            path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"vocabulary": 4096})))
     (row,) = [row for row in of(beside_published(load(tmp_path).runs, ROWS), "width") if row.arm == "width-2"]
     assert row.status.startswith("not resolved: 1 of 3 runs of width-2 at 1M did not learn")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from planted import write_config, write_run, write_sweep
 
-from analysis.logs.store import Store, load
+from analysis.logs.merge import load_all
+from analysis.logs.store import Store, freeze, load
 from analysis.pages.query import chosen, grouped, sql, unlike_sizes
 from analysis.pages.tables import value_table
 from experiments.cli.main import main
@@ -70,6 +71,24 @@ def test_multipliers_are_of_the_baseline_that_is_asked_for(tmp_path: Path, capsy
     assert main([*query, "--baseline", "new"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["arm"], row["m"]) == ("base", pytest.approx(1 / 1.5, rel=1e-3))
+
+
+def test_steps_that_a_store_does_not_keep_are_not_counted_as_none(store: Store, tmp_path: Path) -> None:
+    freeze(store, tmp_path / "frozen")
+    assert sql(load(tmp_path / "frozen"), "select count(*) > 0 from evals")[1] == [(True,)]
+    with pytest.raises(ValueError, match="frozen holds no steps of its runs"):
+        sql(load(tmp_path / "frozen"), "select count(*) from steps")
+    (tmp_path / "points.csv").write_text("arm,size,C,loss\na,s,1e9,3.0\na,t,1e10,2.0\n")
+    with pytest.raises(ValueError, match=r"points.csv holds no evals of its runs: a table of points has none"):
+        sql(load(tmp_path / "points.csv"), "select count(*) from evals")
+    freeze(store, tmp_path / "whole", steps=True)
+    assert sql(load(tmp_path / "whole"), "select count(*) from steps")[1] == [(16 * 4,)]
+    with pytest.raises(ValueError, match=r"whole has steps\.parquet of an earlier freeze"):
+        freeze(store, tmp_path / "whole")
+    write_run(write_config(tmp_path / "live", "dyn", "s8"), 3.0)
+    merged = load_all([tmp_path / "frozen", tmp_path / "live"])
+    sql(merged, "select count(*) from steps")
+    assert any("steps lack 16 of 17 finished runs, as dyn-s0-0" in problem for problem in merged.problems)
 
 
 def test_a_wrong_query_is_the_users_mistake(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,15 @@ def test_status_of_a_hundred_runs_loads_nothing_slow(
     assert done.stdout.split() == ["100", str(640 / tiny_run.train.tokens)]
 
 
+def test_a_run_whose_record_was_edited_is_not_called_pending(
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = submitted(tiny_run, tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parameters": 1}))
+    (state,) = states.read(tmp_path, [tiny_run.run_id])
+    assert (state.state, str(state.cause).startswith(f"{path} was edited or damaged")) == ("unreadable", True)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

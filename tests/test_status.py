@@ -193,6 +193,8 @@ def test_without_accounting_the_steps_say_how_an_attempt_ended(in_slurm: Callabl
     (run_dir / "failure.json").write_text(json.dumps({"attempt": 3, "step": 9, "cause": "such is life", "time": 0.0}))
     ends = [one.how_ended for one in attempts.history(run_dir, "failed", "7_1")]
     assert ends == ["stopped, its state saved", "stopped", "failed: such is life"]
+    stopped = attempts.history(run_dir, "stopped", None)
+    assert stopped[-1].how_ended == "stopped, its state saved"
 
 
 def test_what_a_branch_has_left_to_do(tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path) -> None:

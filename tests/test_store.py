@@ -12,7 +12,7 @@ import pytest
 from planted import ABOUT, write_config, write_run
 
 from analysis.logs.merge import load_all
-from analysis.logs.record import record_sha256
+from analysis.logs.record import sealed
 from analysis.logs.schema import OF_LEARNING, RUN_COLUMNS, fact_columns
 from analysis.logs.store import freeze, load
 from analysis.logs.writer import RunLog
@@ -233,6 +233,17 @@ def test_a_foreign_record_is_named_and_left_out(tmp_path: Path, change: dict[str
     assert re.search(message, problem)
 
 
+def test_a_result_that_was_edited_is_named_and_left_out(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(write_config(tmp_path, seed=seed), 3.0)
+    path = tmp_path / "transformer-1M-1" / "run.json"
+    path.write_text(path.read_text().replace('"loss": 3.0', '"loss": 2.0'))
+    store = load(tmp_path)
+    assert list(store.runs["run_id"]) == ["transformer-1M-0"]
+    (problem,) = store.problems
+    assert problem.startswith(f"{path} was edited or damaged")
+
+
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_record_that_was_edited_is_named_and_left_out(tmp_path: Path, complete: bool) -> None:
     """By its own checksum; where an older version wrote none, a complete run's by what run.json repeats of it."""
@@ -240,7 +251,7 @@ def test_a_record_that_was_edited_is_named_and_left_out(tmp_path: Path, complete
         run_dir = write_config(tmp_path, seed=seed)
         path = run_dir / "config.json"
         record = json.loads(path.read_text())
-        path.write_text(json.dumps(record | {"record_sha256": record_sha256(record)}))
+        path.write_text(json.dumps(sealed(record)))
         if complete:
             write_run(run_dir, 3.0)
     assert load(tmp_path).problems == []
@@ -276,7 +287,7 @@ def test_one_foreign_run_is_named_and_takes_nothing_from_the_others(
     for seed in range(2):
         write_run(write_config(tmp_path, seed=seed), 3.0)
     path = tmp_path / "transformer-1M-1" / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | change)))
     store = load(tmp_path)
     assert list(store.runs["run_id"]) == ["transformer-1M-0"]
     (problem,) = store.problems

@@ -36,6 +36,7 @@ SIX_N_D = {  # column of a convention that follows from N and D -> the column of
     "flops_6n_nonemb_d": "parameters_nonembedding",
     "flops_6nactive_d": "parameters_active",
 }
+UNLIKE = 1000.0  # times 6 N D: no convention of FLOPs is so far from it
 
 
 def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
@@ -71,7 +72,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
     for flops, count in SIX_N_D.items():
         if {count, "tokens"} <= set(points) and flops not in points:
             points[flops] = 6.0 * points[count] * points["tokens"]
-    return run_types(points), notes
+    return run_types(points), [*notes, *_unlike_compute(path, points)]
 
 
 def run_types(runs: pd.DataFrame) -> pd.DataFrame:
@@ -107,6 +108,22 @@ def read_kernels(path: Path) -> pd.DataFrame | None:
     except (OSError, ValueError):
         return None  # the caller then calls `load`, which reports the error
     return rows if set(rows.columns) >= KERNEL_COLUMNS else None
+
+
+def _unlike_compute(path: Path, points: pd.DataFrame) -> list[str]:
+    """A line where C is so far from 6 N D that one of the three is in another unit, such as billions. Multipliers are
+    ratios and do not tell; laws and predictions would be wrong. Sparse models may be far below 6 N D, within a
+    hundred."""
+    if not {"flops_given", "flops_6nd"} <= set(points):
+        return []
+    ratios = (points["flops_given"] / points["flops_6nd"]).astype(float)
+    wrong = ratios[(ratios > UNLIKE) | (ratios < 1 / UNLIKE)]
+    if wrong.empty:
+        return []
+    return [
+        f"{path}: C is {wrong.iloc[0]:.2g} times 6 N D in {len(wrong)} of {len(points)} rows: is one of N, D and C in "
+        "another unit? N counts parameters, D tokens, C floating-point operations"
+    ]
 
 
 def _name_compute(path: Path, points: pd.DataFrame) -> pd.DataFrame:

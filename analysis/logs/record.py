@@ -37,13 +37,18 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def record_sha256(record: Mapping[str, Any]) -> str:
-    """The hash of everything in a config.json but the hash itself."""
+    """The hash of everything in a config.json or run.json but the hash itself."""
     content = {key: value for key, value in record.items() if key != CHECKSUM}
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its hash, by which `check_unedited` knows it again."""
+    return {**record, CHECKSUM: record_sha256(record)}
+
+
 def check_unedited(path: Path, record: Mapping[str, Any]) -> None:
-    """Raises ValueError where a config.json is not what `submit` wrote. Those of older versions have no hash."""
+    """Raises ValueError where a config.json or run.json is not what we wrote. Those of older versions have no hash."""
     if CHECKSUM in record and record[CHECKSUM] != record_sha256(record):
         raise ValueError(
             f"{path} was edited or damaged after its run was submitted, as its {CHECKSUM} tells; what was trained is "
@@ -108,6 +113,7 @@ def _results(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     path = run_dir / "run.json"
     run = read_json(path)
     _check_repeated(run_dir, record, run)
+    check_unedited(path, run)
     if record["schema"] == schema1.SCHEMA:
         several = run.get("attempts") != 1
         run |= schema1.provenance(run, list(read_attempts(run_dir)[0].values()) if several else [])

@@ -120,11 +120,17 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
 
 
 def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
-    """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths."""
+    """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths.
+
+    Raises ValueError where `out` is the live store itself, or would keep the steps of an earlier freeze."""
     import pyarrow as pa
 
     if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
         raise ValueError(f"{out} is the live store itself, whose later runs the frozen one would hide; give another -o")
+    if not steps and (out / "steps.parquet").exists():
+        raise ValueError(
+            f"{out} has steps.parquet of an earlier freeze; freeze with --steps, remove it, or give another -o"
+        )
     out.mkdir(parents=True, exist_ok=True)
     # A column without a value would say that all runs learned, where it is not known.
     runs = store.runs.drop(columns=list(store.never_recorded()))

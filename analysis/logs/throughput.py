@@ -41,6 +41,8 @@ def read_throughput(path: Path) -> pd.DataFrame:
     readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
     if path.suffix not in readers:
         raise ValueError(f"--throughput takes a .csv or .parquet file of measured throughput; got {path}")
+    if not path.exists():
+        raise ValueError(f"--throughput: no file {path}; give one that `dynconv bench train` wrote")
     try:
         rows = readers[path.suffix](path)
     except (OSError, ValueError) as error:  # parser errors are ValueErrors

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.logs.files import read_json, write_json, write_parquet
 from analysis.logs.provenance import summarize, with_trunk
 from analysis.logs.reader import Rows, attempt_numbers, last_of, read_attempts, read_rows
+from analysis.logs.record import sealed
 from analysis.logs.schema import ADDED_CLOCKS, CLOCKS, IDENTITY, RECORDED, SCHEMA, arrow_schema
 
 if TYPE_CHECKING:
@@ -190,8 +191,9 @@ class RunLog:
         """Merge the parts, write run.json and remove the parts, in this order.
 
         run.json repeats the record in config.json and adds the final held-out loss, bits per byte, step count, the last
-        gradient norm, clocks, and the provenance of all attempts; `summary` adds to these and wins over them. Raises
-        ValueError, and leaves everything as it was, where the log is torn or has no held-out loss.
+        gradient norm, clocks, and the provenance of all attempts; `summary` adds to these and wins over them. Its
+        checksum tells later edits. Raises ValueError, and leaves everything as it was, where the log is torn or has no
+        held-out loss.
         """
         self.flush()
         steps, evals = (read_rows(self._run_dir, kind) for kind in ("steps", "evals"))
@@ -221,7 +223,7 @@ class RunLog:
         self._require_owner()
         write_parquet(self._run_dir / "steps.parquet", steps.table)
         write_parquet(self._run_dir / "evals.parquet", evals.table)
-        write_json(self._run_dir / "run.json", run)
+        write_json(self._run_dir / "run.json", sealed(run))
         leftover = [*self._run_dir.glob("*-*-*.parquet"), *self._run_dir.glob(".*.tmp")]
         for path in leftover:
             path.unlink(missing_ok=True)

@@ -57,13 +57,28 @@ def _view(store: Store, view: str, baseline: str | None, convention: str | None)
     import pyarrow as pa
 
     if view in ("steps", "evals"):
-        return store.rows(view)
+        rows = store.rows(view)
+        _check_kept(store, view, rows)
+        return rows
     if view == "runs":
         return pa.Table.from_pandas(with_short_names(store.runs, convention), preserve_index=False)
     from analysis.advantage.multiplier import multipliers
 
     columns, rows = multiplier_rows(multipliers(store.runs, baseline=baseline, convention=convention)[0])
     return pa.table({name: [row[place] for row in rows] for place, name in enumerate(columns)})
+
+
+def _check_kept(store: Store, view: str, rows: pa.Table) -> None:
+    """Raises ValueError where no finished run has rows in the view, so that a count would be zero; where some have
+    none, a line joins the store's problems."""
+    complete = set(store.runs["run_id"][store.runs["status"] == "complete"])
+    lacking = sorted(complete - set(rows["run_id"].unique().to_pylist()))
+    if not lacking:
+        return
+    where = "a table of points has none, a frozen store steps only by `freeze --steps`: query the live store"
+    if len(lacking) == len(complete):
+        raise ValueError(f"{store.name} holds no {view} of its runs: {where}")
+    store.problems.append(f"{view} lack {len(lacking)} of {len(complete)} finished runs, as {lacking[0]}: {where}")
 
 
 def with_short_names(runs: pd.DataFrame, convention: str | None = None) -> pd.DataFrame:

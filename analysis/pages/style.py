@@ -59,6 +59,7 @@ STYLE: Any = {  # matplotlib types the keys as a union of literals
     "svg.hashsalt": "dynconv",  # else the ids in an SVG are random
     "path.simplify": False,
 }
+NARROW = 1.01  # a log axis that spans less is widened
 STEPS = (tuple(range(1, 10)), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # tick labels in a decade, densest first
 LABEL = (0.7, 0.2)  # inches that a tick's label takes, across and down
 METADATA: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
@@ -144,6 +145,9 @@ def settled(figure: Figure) -> Figure:
 def _space_ticks(axis: Axis, room: float) -> None:
     """At most `room` tick labels, as plain numbers where these are short; matplotlib's default labels overlap."""
     low, high = axis.get_view_interval()
+    if high / low < NARROW:  # runs of matched compute alone; matplotlib would label its sixth digit, over and over
+        low, high = low / math.sqrt(10), high * math.sqrt(10)
+        axis.set_view_interval(low, high, ignore=True)
     closest = math.log10(high / low) / room  # of two labels, in decades
     steps = next((steps for steps in STEPS if _closest(steps, low, high) >= closest), STEPS[-1])
     axis.set_major_locator(LogLocator(subs=steps))

@@ -8,13 +8,19 @@ import contextlib
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from analysis.errors import WorkFailed
 from experiments.cli import bench, claims, data, laws, models, pages, plan, runs, status, trackers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+    top = parser()
+    args, unknown = top.parse_known_args(arguments)
+    if unknown:  # argparse would not say of which verb
+        top.exit(
+            2, f"dynconv {args.verb}: no such argument: {' '.join(unknown)}; `dynconv {args.verb} --help` lists all\n"
+        )
     try:
         exit_code: int = args.run(args)
         sys.stdout.flush()
@@ -48,9 +54,16 @@ def _close_output() -> None:
             sys.stdout.close()
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all of ours, without argparse's lines of usage. Its verbs inherit that."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists all\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Each sets a default `run(args) -> exit code`."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="dynconv",
         description="Compute-matched scaling experiments on dynamic short convolutions (arXiv 2606.03825).",
         epilog="STORE is the folder that `submit` fills. The verbs that read one also take a frozen store, a "

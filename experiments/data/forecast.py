@@ -26,7 +26,8 @@ def forecast(spec: DataConfig, cache: Path, jobs: int | None = None) -> str | No
     """A line on the time and disk that a build into `cache` would take, and whether there is room for it: on the cores
     of this machine, or by so many jobs of a cluster side by side, each of one core.
 
-    Of text that is not there, ENGLISH_BYTES_A_TOKEN is assumed. None for a build of a minute that fits.
+    Of text that is not there, ENGLISH_BYTES_A_TOKEN is assumed. None for a build of a minute that fits
+    and is of as many bytes as tokens at least.
     """
     if spec.pretokenized is not None:  # nothing is built, and what is read once is read at once
         return None
@@ -48,7 +49,7 @@ def forecast(spec: DataConfig, cache: Path, jobs: int | None = None) -> str | No
     seconds = shared / cores + alone
     disk = text + 2 * width * wanted
     free = _free(cache)
-    if seconds < WORTH_A_WORD and disk < free:
+    if seconds < WORTH_A_WORD and disk < free and text >= wanted:  # a token has a byte at least
         return None
     room = "" if disk < free else f"; {cache} has {_gigabytes(free)} free: choose another place with DYNCONV_CACHE"
     enough = "" if text > 0.8 * wanted * BYTES_A_TOKEN else "; that may be too little text"

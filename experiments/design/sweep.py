@@ -259,7 +259,7 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
     if run.data is not None and run.epochs is not None and run.epochs > sweep.max_epochs:
         raise ValueError(
             f"{arm} {size} would read the data {run.epochs:.1f} times; at most max_epochs = {sweep.max_epochs:g} "
-            "is allowed; raise train_tokens or max_epochs, or lower tokens_per_parameter"
+            "is allowed; raise train_tokens or max_epochs, or lower tokens_per_parameter or steps"
         )
     return run
 
@@ -331,7 +331,7 @@ def _matched_sequences(
     if abs(error) > FLOPS_TOLERANCE:
         raise ValueError(
             f"{where}: FLOPs match the baseline's only within {error:+.2%}; 0.1% is wanted; "
-            "raise tokens_per_parameter, so that one sequence is a smaller share"
+            "raise tokens_per_parameter or steps, so that one sequence is a smaller share"
         )
     return sequences
 

@@ -168,7 +168,7 @@ def _how_ended(
     if ended is not None and ended.end is not None:
         return _said(ended)
     if after is None:
-        return "ended without a result"
+        return "stopped, its state saved" if state == "stopped" else "ended without a result"
     return "stopped" if _redone(attempt, after) else "stopped, its state saved"
 
 

@@ -50,9 +50,9 @@ class Progress:
         return here
 
     def _share(self) -> tuple[float, list[states.RunState]]:
-        """Percent of the FLOPs that are done or, with their run, given up."""
+        """Percent of the FLOPs that are done or, with their run, given up, which a stopped or lost run is not."""
         here = states.read(self._store, self._weights)
-        open_ = {"pending", *states.ACTIVE}
+        open_ = {*states.SUBMITTABLE, *states.ACTIVE}
         done = sum(self._weights[s.run_id] * (_share_now(s) if s.state in open_ else 1.0) for s in here)
         return 100.0 * done / sum(self._weights.values()), here
 

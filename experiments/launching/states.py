@@ -14,6 +14,7 @@ from typing import Any
 from analysis.logs import reader
 from analysis.logs.files import read_json
 from analysis.logs.learning import why_not
+from analysis.logs.record import check_unedited
 from experiments.launching import attempts, causes, slurm
 from experiments.launching.branches import trunk_failure
 from experiments.launching.jobs import errors_naming, job_of
@@ -172,6 +173,7 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
         return RunState(run_dir.name, where, **known)
     with errors_naming(run_dir / "config.json"):
         config = read_json(run_dir / "config.json")
+        check_unedited(run_dir / "config.json", config)
         tokens, trunk = config["tokens"], config.get("trunk")
         known |= {name: config.get(name) for name in ("arm", "size", "forecast_gpu_hours")}
         if "flops_exact" in config:
@@ -205,6 +207,7 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
 def _complete(run_dir: Path, known: dict[str, Any]) -> RunState:
     with errors_naming(run_dir / "run.json"):
         run = read_json(run_dir / "run.json")
+        check_unedited(run_dir / "run.json", run)
         elapsed = sum(seconds for clock, seconds in run["seconds"].items() if clock != "queue")
         measured: dict[str, Any] = {key: run.get(key) for key in ("loss", "task", "vocabulary", "gradient_norm")}
         known["cause"] = (reason := why_not(**measured)) and f"it did not learn: {reason}"

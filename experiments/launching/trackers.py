@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from analysis.logs.files import read_json, write_json
 from analysis.logs.reader import attempt_records, read_rows
+from analysis.logs.record import check_unedited
 from experiments.launching.jobs import errors_naming
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -179,6 +180,7 @@ def read_entries(run_dir: Path) -> tuple[list[Entry], dict[str, Any]]:
     """What a run has logged so far, by step, without steps that a later attempt did again; and its config.json."""
     with errors_naming(run_dir / "config.json"):
         record = read_json(run_dir / "config.json")
+        check_unedited(run_dir / "config.json", record)
         describe(record)
     finished = run_dir / "run.json"
     with errors_naming(finished if finished.exists() else run_dir / "attempt-*.json"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.logs.files import read_json, write_atomically, write_json
-from analysis.logs.record import CHECKSUM, check_unedited, record_sha256
+from analysis.logs.record import check_unedited, sealed
 from analysis.logs.schema import SCHEMA
 from experiments import source
 from experiments.design import strict
@@ -64,7 +64,7 @@ def write_record(
     run_dir.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
         _add_tokenizer(dataset, run_dir)
-    write_json(run_dir / "config.json", record | {CHECKSUM: record_sha256(record)})
+    write_json(run_dir / "config.json", sealed(record))
     return run_dir
 
 
@@ -100,7 +100,7 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
     if not run.run_id == record["run_id"] == run_dir.name:
         raise ValueError(
             f"{path} describes run {run.run_id}; wanted {run_dir.name}, as its folder is named; "
-            "it was edited after it was submitted: submit the sweep again"
+            "it was edited after it was submitted: restore it, or remove the folder and submit the sweep again"
         )
     check_unedited(path, record)
     return record, run, strict.parse(record["execution"], Execution, f"{path}: execution")
