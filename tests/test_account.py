@@ -324,7 +324,7 @@ def test_a_time_limit_follows_from_what_was_measured_and_from_nothing_else(
 ) -> None:
 
     def limits(profile: Profile, runs: list[RunConfig]) -> Profile:
-        return account.with_time_limits(profile, runs, account.speeds(runs, profile, tmp_path, tmp_path).rates)
+        return account.with_time_limits(profile, runs, account.speeds(runs, profile, tmp_path, tmp_path))
 
     short, long = (replace(tiny_run, size=size) for size in ("45k", "25k"))
     long = replace(long, train=replace(tiny_run.train, tokens=16 * 8 * 5000))
@@ -334,6 +334,8 @@ def test_a_time_limit_follows_from_what_was_measured_and_from_nothing_else(
     assert limits(profile, runs) == profile
     stated = replace(profile, default=replace(profile.default, teraflops_per_second=1.0))
     assert limits(stated, runs) == stated
+    words = "the time limit of 25k is 24 h: the speed of 1 of its 1 runs was not measured"
+    assert capsys.readouterr().err.count(words) == 2
     plant(short, 20.0, tmp_path, profile)  # of all three: only their length differs
     limited = limits(profile, runs)
     hours = {run.size: Rate(20.0, "").hours(run) for run in (short, long)}

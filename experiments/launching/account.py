@@ -207,18 +207,24 @@ def require_within_cap(
         )
 
 
-def with_time_limits(profile: Profile, todo: Sequence[RunConfig], rates: Mapping[str, Rate]) -> Profile:
+def with_time_limits(profile: Profile, todo: Sequence[RunConfig], found: Speeds) -> Profile:
     """The profile with a time limit of each size that has none, where the speed of all its runs to do was measured.
 
-    How a limit came about is said on standard error.
+    How a limit came about, and which measurements were not used, is said on standard error.
     """
-    if profile.slurm is None:
+    wanted = sorted({run.size for run in todo if profile.job(run.size).hours is None})
+    if profile.slurm is None or not wanted:
         return profile
+    for note in found.notes:
+        print(f"dynconv: {note}", file=sys.stderr)
+    rates = found.rates
     sizes = dict(profile.size)
-    for size in sorted({run.size for run in todo if profile.job(run.size).hours is None}):
+    for size in wanted:
         own = [run for run in todo if run.size == size]
         known = [rates[run.run_id] for run in own if run.run_id in rates and rates[run.run_id].measured]
         if len(known) < len(own):
+            unknown = f"the speed of {len(own) - len(known)} of its {len(own)} runs was not measured"
+            print(f"dynconv: the time limit of {size} is {LONGEST_ATTEMPT:g} h: {unknown}", file=sys.stderr)
             continue
         longest, by = max((rate.hours(run), rate.source) for rate, run in zip(known, own, strict=True))
         limit = min(LONGEST_ATTEMPT, max(MARGIN * longest + START_HOURS, profile.slurm.signal_seconds / 1800))

@@ -179,12 +179,12 @@ def _submit_now(
             todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
             account.require_within_cap(todo, runs, profile, store, cache)
             _check_store(todo, datasets, store)
-            rates = account.speeds(runs, profile, store, cache).rates
-            profile = account.with_time_limits(profile, todo, rates)
+            found = account.speeds(runs, profile, store, cache)
+            profile = account.with_time_limits(profile, todo, found)
             code = snapshot.take(store)
             if source.module_hashes(code) != checked:
                 raise ValueError("the code was edited while the data were built; they are built now: submit again")
-            _freeze(todo, datasets, profile, store, rates, code)
+            _freeze(todo, datasets, profile, store, found.rates, code)
             kept = _remove_markers([store / run.run_id for run in todo])
             try:
                 if profile.executor == "slurm" and todo:
