@@ -219,6 +219,20 @@ def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("locks")
+def test_a_lock_that_fails_is_not_taken_for_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease beside somebody's lock would make two owners."""
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output error"), ownership.held(tmp_path, patience=0.0):
+        pass
+    assert not (tmp_path / ownership.LEASE).exists()
+
+
 def test_a_folder_that_is_anothers_is_said_to_be(tmp_path: Path) -> None:
     told: list[bool] = []
     with held(tmp_path, patience=0.0) as hold:

@@ -8,6 +8,7 @@ another, and the first learns of it by that alone.
 """
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -23,6 +24,7 @@ LEASE_SECONDS = 60.0
 BEAT_SECONDS = 5.0
 POLL_SECONDS = 0.2
 _READ_AND_WRITE = 0o666
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class FolderHeld(RuntimeError):
@@ -103,7 +105,9 @@ def _lock(path: Path, turns: _Turns, patience: float, stack: contextlib.ExitStac
             except BlockingIOError:
                 turns.wait(patience)
                 continue
-            except OSError:
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:  # it has locks, so a lease would be a second owner
+                    raise
                 if made:
                     path.unlink(missing_ok=True)
                 return None
