@@ -70,7 +70,7 @@ def test_a_run_goes_to_its_end_and_is_not_run_again(reference: Path, tiny_run: R
     assert evals["value"].to_pylist()[-2:] == [run["loss"], run["bits_per_byte"]]
     assert run["seconds"]["eval"] == pytest.approx(sum(evals["seconds"].to_pylist()[::2]))
     assert evals["seconds"].to_pylist()[1::2] == [None] * 4
-    assert 0 < run["seconds"]["train"] < 60
+    assert run["seconds"]["train"] > 0
     assert run["tokens_per_second"] == pytest.approx(tiny_run.train.tokens / run["seconds"]["train"])
     assert not (reference / "checkpoint").exists()
     before = sorted((path.name, path.stat().st_mtime_ns) for path in reference.iterdir())
