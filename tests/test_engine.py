@@ -204,6 +204,8 @@ def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: 
         trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
     windows = to_the_end(trainer)
     torch.save([[step.loss for step in window] for window in windows], folder / f"losses-{rank}.pt")
+    del trainer  # DDP must not be the last to hold the group: it frees it with the interpreter's lock, for which the
+    gc.collect()  # group's thread may wait (see process_group in training/rendezvous.py)
     dist.destroy_process_group()
 
 

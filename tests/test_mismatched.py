@@ -1,5 +1,6 @@
 """The control whose filters are generated from another sequence: which one, causality, micro-batches and processes."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,8 @@ def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: 
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
     trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), World(rank, size, torch.device("cpu")))
     torch.save(losses(trainer), folder / f"losses-{rank}.pt")
+    del trainer  # DDP must not be the last to hold the group: it frees it with the interpreter's lock, for which the
+    gc.collect()  # group's thread may wait (see process_group in training/rendezvous.py)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """A sweep on generated tasks, from its file to its log: no corpus, one row a metric, resumed bit for bit."""
 
+import gc
 import json
 import multiprocessing
 import time
@@ -241,6 +242,8 @@ def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig) -> Non
     evaluation = trainer.evaluate(lambda: world.any(False))
     assert evaluation is not None
     (folder / f"metrics-{rank}.json").write_text(json.dumps(evaluation.metrics))
+    del trainer  # DDP must not be the last to hold the group: it frees it with the interpreter's lock, for which the
+    gc.collect()  # group's thread may wait (see process_group in training/rendezvous.py)
     dist.destroy_process_group()
 
 

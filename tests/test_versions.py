@@ -12,6 +12,7 @@ from planted import ABOUT, write_config, write_sweep
 from analysis.advantage.multiplier import multipliers
 from analysis.logs.files import read_json
 from analysis.logs.provenance import summarize
+from analysis.logs.record import sealed
 from analysis.logs.store import load
 from analysis.logs.writer import RunLog
 from analysis.pages.report import report
@@ -165,7 +166,7 @@ def store(tmp_path: Path) -> Path:
 
 def change(store: Path, run_id: str, **values: object) -> None:
     path = store / run_id / "run.json"
-    path.write_text(json.dumps(read_json(path) | values))
+    path.write_text(json.dumps(sealed(read_json(path) | values)))
 
 
 def statuses(runs: pd.DataFrame) -> dict[str, str]:

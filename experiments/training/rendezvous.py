@@ -54,7 +54,8 @@ def process_group(device: torch.device, file: Path, rank: int, size: int, hosts:
         dist.barrier()  # Rank 0 must not close the store while others still use it.
     finally:
         # Free what still refers to the group, such as DDP. Its threads end with it; those that outlive the interpreter
-        # abort the process ("terminate called without an active exception").
+        # abort the process ("terminate called without an active exception"). And DDP must not be the last to hold the
+        # group: it frees it with the interpreter's lock, for which the group's thread may wait (seen with gloo).
         gc.collect()
         dist.destroy_process_group()
 
