@@ -303,3 +303,18 @@ def gluon_kernels() -> Iterator[Any]:
             patch.setattr(f"dynconv.ops.{user}.mma_fits", modules.lowrank_mma.fits)
         patch.setattr("dynconv.ops.lowrank.mma", modules.lowrank_mma)
         yield modules
+
+
+@contextmanager
+def fused_kernels() -> Iterator[None]:
+    """Run the fused kernels here, too: by tensor cores where there is a GPU, else by this interpreter."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from dynconv.ops import functions, fused_operator
+
+    with interpreted() as modules, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "_INTERPRET", True)
+        patch.setattr(fused_operator, "fused_mma", modules.fused_mma)
+        patch.setattr(fused_operator, "runs_gluon", lambda _: True)
+        yield

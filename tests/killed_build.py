@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -23,26 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from texts import CHEAP_SWEEP
+
 ROOT = Path(__file__).resolve().parent.parent
 FILE_BYTES = 2**27  # of the corpus
 BYTES_A_TOKEN = 4  # wanted tokens are the corpus's bytes over this: below what it holds, above what a part holds
-SWEEP = """
-name = "killed"
-ladder = "nano"
-sizes = ["25k"]
-arms = ["transformer"]
-baseline = "transformer"
-seeds = [0]
-tokens_per_parameter = 1
-match = "flops"
-evaluations = 1
-
-[data]
-source = "{source}"
-vocabulary = {vocabulary}
-train_tokens = {train_tokens}
-validation_tokens = {validation_tokens}
-"""
 
 
 def make_corpus(folder: Path, size: int, seed: int = 0) -> None:
@@ -151,7 +137,10 @@ def show(folder: Path, size: int, *, vocabulary: int = 4096, kills: int = 5, see
         "train_tokens": size // BYTES_A_TOKEN,
         "validation_tokens": size // BYTES_A_TOKEN // 50,
     }
-    sweep.write_text(SWEEP.format(source=source, **settings))
+    text = CHEAP_SWEEP.format(source=source)
+    for key, value in settings.items():
+        text = re.sub(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+    sweep.write_text(text)
     at_once = Builder(sweep, folder / "at-once").end()
     print(json.dumps({"at_once": at_once}), file=sys.stderr, flush=True)
     rng, interrupted = random.Random(seed), []

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from company import meet, part
 
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
@@ -196,17 +196,15 @@ def test_a_trainer_frees_its_memory_when_it_is_dropped(tiny_run: RunConfig, ahea
 
 
 def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    meet(rank, size, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.training.trainer.runs_ahead", lambda *_: True)
         world = World(rank, size, torch.device("cpu"))
         trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), world)
     windows = to_the_end(trainer)
     torch.save([[step.loss for step in window] for window in windows], folder / f"losses-{rank}.pt")
-    del trainer  # DDP must not be the last to hold the group: it frees it with the interpreter's lock, for which the
-    gc.collect()  # group's thread may wait (see process_group in training/rendezvous.py)
-    dist.destroy_process_group()
+    del trainer
+    part()
 
 
 def test_three_processes_run_ahead_as_one(tiny_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:

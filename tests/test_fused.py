@@ -7,7 +7,6 @@ import torch
 from convolutions import GPU, relative_error
 from torch import Tensor
 
-from dynconv.ops import functions
 from experiments.design.model import ModelConfig
 from experiments.models.attention import AttentionModule
 from experiments.models.decoder import Decoder
@@ -68,19 +67,11 @@ def test_a_fused_model_is_the_same_function(conv: Convolution) -> None:
 
 
 @pytest.fixture
-def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def by_tensor_cores() -> Iterator[None]:
     pytest.importorskip("triton")
-    if GPU:
-        yield
-        return
-    from gluon_interpreter import interpreted
+    from gluon_interpreter import fused_kernels
 
-    from dynconv.ops import fused_operator
-
-    with interpreted() as modules:
-        monkeypatch.setattr(functions, "_INTERPRET", True)
-        monkeypatch.setattr(fused_operator, "fused_mma", modules.fused_mma)
-        monkeypatch.setattr(fused_operator, "runs_gluon", lambda _: True)
+    with fused_kernels():
         yield
 
 

@@ -1,6 +1,5 @@
 """The control whose filters are generated from another sequence: which one, causality, micro-batches and processes."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from company import meet, part
 from test_decoder import randomised
 
 from experiments.data.dataset import Dataset
@@ -183,13 +182,11 @@ def test_held_out_sequences_are_conditioned_on_the_other_half_of_the_set(odd_run
 
 
 def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig, data: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    meet(rank, size, folder)
     trainer = assemble(run, Dataset.open(data), replace(CPU, micro_batch=2), World(rank, size, torch.device("cpu")))
     torch.save(losses(trainer), folder / f"losses-{rank}.pt")
-    del trainer  # DDP must not be the last to hold the group: it frees it with the interpreter's lock, for which the
-    gc.collect()  # group's thread may wait (see process_group in training/rendezvous.py)
-    dist.destroy_process_group()
+    del trainer
+    part()
 
 
 def test_two_processes_train_as_one(odd_run: RunConfig, dataset: Dataset, tmp_path: Path) -> None:

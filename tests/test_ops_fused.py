@@ -13,7 +13,7 @@ from convolutions import BOUND, DEVICE, GPU, Case, relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynconv.ops import functions, interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
+from dynconv.ops import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
 from dynconv.ops.flops import forward as convolution_flops
 
 pytest.importorskip("triton")
@@ -21,20 +21,12 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def by_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if GPU:
-        yield
-        return
-    from gluon_interpreter import interpreted
+    from gluon_interpreter import fused_kernels
 
-    from dynconv.ops import fused_operator
-
-    with interpreted() as modules:
-        monkeypatch.setattr(functions, "_INTERPRET", True)
-        monkeypatch.setattr(fused_operator, "fused_mma", modules.fused_mma)
-        monkeypatch.setattr(fused_operator, "runs_gluon", lambda _: True)
-        # Memory that nothing wrote holds NaN.
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        torch.use_deterministic_algorithms(True)
+    with fused_kernels():
+        if not GPU:  # memory that nothing wrote holds NaN
+            monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+            torch.use_deterministic_algorithms(True)
         try:
             yield
         finally:

@@ -1,5 +1,6 @@
 """A real one-node Slurm: brought up, swept through, preempted, requeued, cancelled, and taken down again."""
 
+import contextlib
 import errno
 import json
 import os
@@ -57,15 +58,23 @@ def ask(*command: str) -> str:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """A cluster of these tests' own; the variables that name it. Somebody else's on this machine is left alone."""
+    with cluster_of(1) as environment:
+        yield environment
+
+
+@contextlib.contextmanager
+def cluster_of(nodes: int) -> Iterator[dict[str, str]]:
+    """A cluster of one node or two, on ports of its own; the variables that name it. SLURM_CONF is set meanwhile."""
     if shutil.which("sbatch") is None:
         pytest.skip("Slurm is not installed; slurm/cluster/install installs it")
     # Not pytest's folder: only its owner may enter that, and MUNGE wants a socket that everybody can reach.
     state = Path(tempfile.mkdtemp(prefix="dynconv-test-", dir="/var/tmp"))
-    environment = {"DYNCONV_SLURM_STATE": str(state), "DYNCONV_SLURM_PORT": str(three_free_ports())}
+    environment = {"DYNCONV_SLURM_STATE": str(state), "DYNCONV_SLURM_NODES": str(nodes)}
+    environment["DYNCONV_SLURM_PORT"] = str(three_free_ports() + (1000 if nodes > 1 else 0))
     up = call("up", environment)
     try:
         if up.returncode == 2:
-            pytest.skip(f"this machine cannot have a one-node Slurm: {up.stderr.splitlines()[-1]}")
+            pytest.skip(f"this machine cannot have a Slurm: {up.stderr.splitlines()[-1]}")
         assert up.returncode == 0, up.stderr
         assert up.stdout == f"export SLURM_CONF={state}/slurm.conf\n"
         with pytest.MonkeyPatch.context() as patch:

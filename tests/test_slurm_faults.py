@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from test_slurm import (
     Submit,
     ask,
     call,
+    cluster_of,
     hasten,
     losses,
     state_of,
     submit,
-    three_free_ports,
     wait_until,
 )
 
@@ -48,20 +47,8 @@ PAIR = replace(
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[dict[str, str]]:
     """A cluster of two nodes; the variables that name it."""
-    state = Path(tempfile.mkdtemp(prefix="dynconv-test-", dir="/var/tmp"))
-    environment = {"DYNCONV_SLURM_STATE": str(state), "DYNCONV_SLURM_NODES": "2"}
-    environment["DYNCONV_SLURM_PORT"] = str(three_free_ports() + 1000)
-    up = call("up", environment)
-    try:
-        if up.returncode == 2:
-            pytest.skip(f"this machine cannot have a Slurm: {up.stderr.splitlines()[-1]}")
-        assert up.returncode == 0, up.stderr
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURM_CONF", f"{state}/slurm.conf")
-            yield environment
-    finally:
-        down = call("down", environment, "--purge")
-    assert down.returncode == 0, down.stderr
+    with cluster_of(2) as environment:
+        yield environment
 
 
 @pytest.fixture

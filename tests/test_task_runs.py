@@ -1,6 +1,5 @@
 """A sweep on generated tasks, from its file to its log: no corpus, one row a metric, resumed bit for bit."""
 
-import gc
 import json
 import multiprocessing
 import time
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
+from company import meet, part
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -233,8 +232,7 @@ def test_the_metrics_are_those_of_the_models_own_answers(runs: dict[str, RunConf
 
 
 def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    meet(rank, size, folder)
     world = World(rank, size, torch.device("cpu"))
     trainer = assemble(run, None, replace(CPU, micro_batch=2), world)
     while not trainer.finished:
@@ -242,9 +240,8 @@ def _train_in_company(rank: int, size: int, folder: Path, run: RunConfig) -> Non
     evaluation = trainer.evaluate(lambda: world.any(False))
     assert evaluation is not None
     (folder / f"metrics-{rank}.json").write_text(json.dumps(evaluation.metrics))
-    del trainer  # DDP must not be the last to hold the group: it frees it with the interpreter's lock, for which the
-    gc.collect()  # group's thread may wait (see process_group in training/rendezvous.py)
-    dist.destroy_process_group()
+    del trainer
+    part()
 
 
 @pytest.mark.slow
