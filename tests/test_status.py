@@ -186,6 +186,12 @@ def test_the_attempts_at_a_run(in_slurm: Callable[..., Path], capsys: pytest.Cap
     assert found["state"] == "lost"
 
 
+def test_a_place_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path / "demmo")]) == 2
+    said = f"dynconv status: {tmp_path}/demmo is not there; give a sweep file, a store, or the folder of a run\n"
+    assert capsys.readouterr().err == said
+
+
 def test_without_accounting_the_steps_say_how_an_attempt_ended(in_slurm: Callable[..., Path]) -> None:
     run_dir = in_slurm(None, [])
     made = [attempt(1, 10, 1000.0, 2000.0), attempt(11, 12, 3000.0, 3400.0), attempt(9, None, 4000.0, 4100.0)]

@@ -105,6 +105,8 @@ def _rows(args: argparse.Namespace) -> "list[RunState]":
             raise ValueError(f"{args.what} and --store {store} both name a store; leave one out")
         store = args.what
     elif args.what is not None:
+        if not args.what.exists():
+            raise ValueError(f"{args.what} is not there; give a sweep file, a store, or the folder of a run")
         return _of_sweep(args.what, store)
     if store is not None:
         return states.read(store, states.find(store))
