@@ -32,7 +32,7 @@ from analysis.advantage.checks import (
 from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE, seed_noise_of
 from analysis.advantage.family import at_once
 from analysis.advantage.joint import Interval, aicc, wild_cluster_interval
-from analysis.advantage.mixtures import mixtures
+from analysis.advantage.mixtures import mixtures, recipes
 from analysis.advantage.paired import EXPONENTS, Local, ratio, trend
 from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
 from analysis.advantage.single import require_below, single_size
@@ -40,7 +40,7 @@ from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
-from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks
+from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks, untuned
 from analysis.laws.solver import Floats
 from analysis.logs.learning import failed_runs, uncounted, unlearned
 from analysis.logs.schema import CONVENTIONS
@@ -125,7 +125,9 @@ def comparable(
     require_one_configuration(rows)
     rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
     lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
-    return rows, tuned, lines + notes(tuned)
+    (arm,) = set(rows["arm"]) - {baseline} or {baseline}
+    lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
+    return rows, tuned, lines + recipes(rows, arm, baseline)
 
 
 def _with_warnings(item: Multiplier, warnings: Iterable[str]) -> Multiplier:
