@@ -295,9 +295,9 @@ def untuned(runs: pd.DataFrame, rate: str | None, arm: str, baseline: str) -> li
     ratios = (means[arm] / means[baseline]).dropna()
     if ratios.empty or bool(np.allclose(ratios, 1, rtol=1e-3)):
         return []
-    times = " to ".join(dict.fromkeys(f"{end:.3g}" for end in (ratios.min(), ratios.max())))
+    by = " to ".join(dict.fromkeys(f"{end:.3g}" for end in (ratios.min(), ratios.max())))
     return [
-        f"one learning rate for each arm, and not the same: {arm}'s is {times} times {baseline}'s; these runs do not show "
+        f"one learning rate for each arm, and not the same: {arm}'s is {by} times {baseline}'s; these runs do not show "
         "which is best for either"
     ]
 
