@@ -21,6 +21,15 @@ from dynconv.ops.checks import check, check_floating
 from dynconv.ops.sharded import any_sharded
 
 
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for tensors of 16 bits on this device; elsewhere the functions here are composed."""
+    if not (functions._HAS_TRITON and device.type == "cuda"):
+        return False
+    from dynconv.ops import fused_operator
+
+    return fused_operator.fused_mma is not None and fused_operator.tiles.has_async_copies(device)
+
+
 def interleaved(
     tensor: Tensor,  # [..., H*E, ...], where channels i and i + E/2 of a head are a pair
     heads: int,

@@ -26,10 +26,14 @@ class SwiGLUModule(nn.Module):
         self.maps = Maps(part, model)
         self.adds_stream = False
 
-    def fuse(self) -> None:
-        """Compute convolutions in one kernel with their neighbours, where they fit."""
-        self.maps.fused = True
-        self.adds_stream = self.maps.fits(("down",))
+    def fuse(self, kernels: bool) -> list[str]:
+        """Compute convolutions in one kernel with their neighbours, where they fit and there are `kernels`.
+
+        Returns what is one kernel then.
+        """
+        self.maps.fused = kernels
+        self.adds_stream = self.maps.fits(("down",), not self.maps.reads_part_input)
+        return ["gate, up"] * self.maps.fits(("gate", "up")) + ["down, residual stream"] * self.adds_stream
 
     def forward(
         self,
