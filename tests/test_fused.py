@@ -115,7 +115,7 @@ def test_only_what_fits_is_fused() -> None:
 
 def test_a_model_says_what_is_one_kernel() -> None:
     every = LowRankConvolution(ALL, rank=3)
-    kernels = ("q, k, v, RoPE", "o, residual stream", "gate, up", "down, residual stream")
+    kernels = ("q, k, v, RoPE", "o, residual stream", "gate, up, SwiGLU", "down, residual stream")
     assert model_of(every).fuse() == kernels
     assert model_of(every).fuse(kernels=False) == ()  # as for packed documents
     assert model_of(LowRankConvolution(QKV, rank=3)).fuse() == kernels[:1]
