@@ -11,6 +11,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -19,6 +20,7 @@ from convolutions import kernels
 
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
+from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.model import ModelConfig
@@ -27,6 +29,7 @@ from experiments.parts.attention import Attention
 from experiments.parts.short_convolution import LowRankConvolution
 from experiments.parts.swiglu import SwiGLU
 from experiments.training.record import write_record
+from experiments.training.run import Run
 
 importlib.import_module("dynconv.ops.functions")  # before the variable is set: CPU tensors stay with the reference
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
@@ -103,6 +106,30 @@ def submitted(dataset: Dataset) -> Callable[..., Path]:
         return write_record(run, store, dataset, settings, code_commit=None, submitted_at=time.time())
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, tiny_data: DataConfig) -> Callable[..., Path]:
+    """The folder of a finished run of a model with these settings, which trains for four steps."""
+    folder = tmp_path_factory.mktemp("store")
+
+    def train(**model: Any) -> Path:
+        settings = {"mixer": Attention(4, 2), "ffn": SwiGLU(24), "conv": LowRankConvolution(ALL_LINEAR, rank=3)} | model
+        run = RunConfig(
+            sweep="test", arm="an-arm", baseline="transformer", ladder="nano", size="tiny", budget="some", seed=1,
+            model=ModelConfig(2, width=16, vocabulary=300, **settings),
+            train=TrainConfig(
+                tokens=16 * 8 * 4, sequence_length=16, batch_sequences=8, learning_rate=1e-2,
+                evaluate_every=16 * 8 * 4, held_out_sequences=50, warmup_steps=1,
+            ),
+            data=tiny_data,
+        )  # fmt: skip
+        if not (folder / run.run_id).exists():
+            write_record(run, folder, dataset, Execution(device="cpu"), code_commit=None, submitted_at=time.time())
+            Run(folder / run.run_id)()
+        return folder / run.run_id
+
+    return train
 
 
 @pytest.fixture(scope="module", params=["kernels"] if torch.cuda.is_available() else ["reference", "kernels"])
