@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests of evaluation and export read local 
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import hypothesis
 import pytest
 import torch
 from convolutions import kernels
+from launches import HERE, Submit
 
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
@@ -26,6 +28,8 @@ from experiments.design.config import Execution, RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.model import ModelConfig
 from experiments.design.train import TrainConfig
+from experiments.launching import submit as launch
+from experiments.launching.profile import Profile
 from experiments.parts.attention import Attention
 from experiments.parts.short_convolution import LowRankConvolution
 from experiments.parts.swiglu import SwiGLU
@@ -107,6 +111,28 @@ def submitted(dataset: Dataset) -> Callable[..., Path]:
         return write_record(run, store, dataset, settings, code_commit=None, submitted_at=time.time())
 
     return write
+
+
+@pytest.fixture
+def submit(dataset: Dataset) -> Submit:
+    """Submit runs to this machine, where no profile is given."""
+
+    def submit(runs: list[RunConfig], store: Path, profile: Profile = HERE, **options: bool) -> launch.Outcome:
+        return launch.submit(runs, profile, store, cache=dataset.path.parent, **options)
+
+    return submit
+
+
+@pytest.fixture
+def runs(tiny_run: RunConfig) -> list[RunConfig]:
+    """Three seeds."""
+    return [replace(tiny_run, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def long_run(tiny_run: RunConfig) -> RunConfig:
+    """Some five seconds."""
+    return replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 1500, evaluate_every=16 * 8 * 100))
 
 
 @pytest.fixture(scope="session")

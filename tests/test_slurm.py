@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import launches
 import pytest
+from launches import Submit, state_of
 from texts import CHEAP_SWEEP
 
 from analysis.errors import WorkFailed
@@ -42,7 +44,6 @@ pytestmark = [
 SCRIPTS = Path(__file__).parent.parent / "slurm" / "cluster"
 PROFILE = Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu", hours=0.5))
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd")
-Submit = Callable[..., launch.Outcome]
 
 
 def call(script: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -106,21 +107,6 @@ def submit(dataset: Dataset) -> Submit:
     return submit
 
 
-@pytest.fixture
-def runs(tiny_run: RunConfig) -> list[RunConfig]:
-    return [replace(tiny_run, seed=seed) for seed in range(3)]
-
-
-@pytest.fixture
-def long_run(tiny_run: RunConfig) -> RunConfig:
-    """Some five seconds."""
-    return replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 1500, evaluate_every=16 * 8 * 100))
-
-
-def state_of(store: Path, run: RunConfig) -> states.RunState:
-    return states.read(store, [run.run_id])[0]
-
-
 def test_data_is_built_by_arrays_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,10 +156,7 @@ def log_of(store: Path, run: RunConfig) -> str:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so within {seconds} s; queue:\n{ask('squeue', '--array')}"
-        time.sleep(0.2)
+    launches.wait_until(condition, seconds, lambda: f"; queue:\n{ask('squeue', '--array')}")
 
 
 def hasten(job_id: str) -> None:

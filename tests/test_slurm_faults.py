@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from launches import Submit, state_of
 from test_slurm import (
     PROFILE,
-    Submit,
     ask,
     call,
     cluster_of,
     hasten,
     losses,
-    state_of,
     submit,
     wait_until,
 )
