@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launches import Submit, state_of
-from test_slurm import (
+from clusters import (
     PROFILE,
     ask,
     call,
@@ -21,6 +20,7 @@ from test_slurm import (
     submit,
     wait_until,
 )
+from launches import Submit, state_of
 
 from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows

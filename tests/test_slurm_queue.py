@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launches import Submit, state_of
-from test_slurm import (
+from clusters import (
     PROFILE,
     SCRIPTS,
     ask,
@@ -20,6 +19,7 @@ from test_slurm import (
     submit,
     wait_until,
 )
+from launches import Submit, state_of
 from texts import CHEAP_SWEEP
 
 from analysis.logs.files import read_json
