@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
+    CONVENTIONS,
     Subparsers,
     add_reading_verb,
     columns_argument,
@@ -49,7 +50,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "results/runs/mini-ablation-width --published",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
     parser.add_argument(
         "--hold",
         action="append",
