@@ -394,7 +394,8 @@ def backward_kernel(
             for slot in gl.static_range(SLOTS):
                 total = gl.sum(dz_shared[slot].load(SUM), 0)
                 dz_ok = (group + slot < dz_limit) & (dz_rank < COLUMNS)
-                gl.store(dz + slot * RANKS + dz_time * RANKS + dz_rank, total, mask=dz_ok)
+                to = dz + slot * RANKS + dz_time * RANKS + dz_rank
+                gl.store(to, total.to(dz.dtype.element_ty), mask=dz_ok)
             dz += SLOTS * RANKS
 
     # The last W - 1 inputs of this run also enter the first outputs of the next run: add those to their dx.
