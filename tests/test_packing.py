@@ -120,7 +120,7 @@ def varlen_by_definition(
     max_k: int,
     *,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """What torch documents of its kernels, which need a GPU: causal for a window of (-1, 0)."""
     assert cu_seq_q is cu_seq_k
@@ -135,19 +135,37 @@ def varlen_by_definition(
     return torch.cat(parts)
 
 
+def varlen_of_torch_2_11(
+    q: Tensor,  # [B*T, H, E]
+    k: Tensor,  # [B*T, H, E]
+    v: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+) -> Tensor:
+    assert q.shape == k.shape == v.shape
+    return varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
+
+@pytest.mark.parametrize("varlen", [varlen_by_definition, varlen_of_torch_2_11])
 @pytest.mark.parametrize("name", ["attention, lowrank", "grouped queries, QK-norm"])
-def test_attention_of_a_gpu_is_given_the_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_a_gpu_is_given_the_documents(
+    name: str, varlen: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = randomised(MODELS[name], 0.2)
     masked = model(TOKENS, None, starts_of(LENGTHS)).logits
     monkeypatch.setattr("experiments.models.attention._varlen_fits", lambda _: True)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_definition)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     torch.testing.assert_close(model(TOKENS, None, starts_of(LENGTHS)).logits, masked, rtol=1e-11, atol=1e-12)
 
 
 def test_attention_of_a_gpu_compiles_into_one_graph_without_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values, for which torch's operator says shapes alone."""
     torch.compiler.reset()
-    monkeypatch.setattr(attention, "_varlen_fits", lambda _: attention._has_varlen())
+    monkeypatch.setattr(attention, "_varlen_fits", lambda _: "window_size" in attention._varlen_keywords())
     documents = Documents(*(part.to("meta") for part in documents_of(starts_of(LENGTHS), TIME)))
     shape, dtype = (len(LENGTHS), 4, TIME, 16), torch.bfloat16
     q = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)

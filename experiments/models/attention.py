@@ -6,7 +6,7 @@ Source: arXiv 2606.03825, section 4; "X <- X + conv(X)" on q, k and v comes befo
 
 import inspect
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +52,21 @@ class AttentionModule(nn.Module):
         if self.rotates_convolved:
             self.frequencies = _frequencies(self.head_size, self.theta, device)
 
-    def fuse(self) -> None:
-        """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product."""
+    def fuse(self, kernels: bool) -> list[str]:
+        """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product.
+
+        Returns what is one kernel then. Without `kernels` no convolution is part of one.
+        """
         heads, kv_heads = self.head_counts
         plain = heads == kv_heads and not self.qk_norm
-        self.maps.fused = True
-        self.adds_stream = self.maps.fits(("o",))
+        self.maps.fused = kernels
+        self.adds_stream = self.maps.fits(("o",), not self.maps.reads_part_input)
         self.rotates_convolved = plain and self.maps.fits(_QKV)
         convolved = [site for site in _QKV if cast(ConvLinear, self.maps[site]).conv is not None]
         self.maps.in_one_product = plain and not convolved
+        together = self.rotates_convolved or (not plain and self.maps.fits(_QKV))
+        first = ["q, k, v, RoPE"] if self.rotates_convolved else ["q, k, v"] * together
+        return first + ["o, residual stream"] * self.adds_stream
 
     def forward(
         self,
@@ -150,7 +156,11 @@ def attend(
 
     edges, batch, time = documents.cu_seqlens, len(q), q.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B*T, H or K, E]
-    y = varlen_attn(q, k, v, edges, edges, time, time, window_size=(-1, 0), enable_gqa=grouped)
+    if grouped and "enable_gqa" not in _varlen_keywords():
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        grouped = False
+    options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+    y = varlen_attn(q, k, v, edges, edges, time, time, window_size=(-1, 0), **options)
     return cast(Tensor, y).unflatten(0, (batch, time)).transpose(1, 2)
 
 
@@ -159,15 +169,19 @@ def _varlen_fits(q: Tensor) -> bool:
 
     They skip what a mask would only hide, and take no mask of T x T. torch 2.10 has them without `window_size`.
     """
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and _has_varlen()
+    fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+    return fits and "window_size" in _varlen_keywords()
 
 
 @torch.compiler.assume_constant_result
-def _has_varlen() -> bool:
-    """Without functools.cache, of whose use torch.compile would warn in every compiled block."""
+def _varlen_keywords() -> tuple[str, ...]:
+    """What torch's kernels can be told: torch 2.11 has no `enable_gqa`.
+
+    Without functools.cache, of whose use torch.compile would warn in every compiled block.
+    """
     from torch.nn.attention import varlen
 
-    return "window_size" in inspect.signature(varlen.varlen_attn).parameters
+    return tuple(inspect.signature(varlen.varlen_attn).parameters)
 
 
 @lru_cache(maxsize=8)  # All layers share one table.
