@@ -111,9 +111,7 @@ def test_plan_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_forecast_that_lacks_some_speeds_says_of_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measured = (
-        ROOT / "results" / "measured" / "h200" / "training.parquet"
-    )  # of 1M alone, without the control, not fused
+    measured = ROOT / "results" / "measured" / "h200" / "training.parquet"  # 1M, not fused, no control
     (tmp_path / "profile.toml").write_text('executor = "local"\n[default]\nfused = false\n')
     options = ["--throughput", str(measured), "--profile", str(tmp_path / "profile.toml")]
     assert main(["plan", str(DEMO.parent / "mini-scaling.toml"), *options]) == 0
