@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +233,11 @@ def test_the_noise_of_each_size_and_its_own_seeds_by_the_command(capsys: pytest.
     for noise in ("1M=.01", "1M=.01,.004", "1M=x,3M=1,7M=1", "-1", "1M=1,1M=2,3M=1,7M=1"):
         assert main(["power", sweep, *options, f"--seed-noise={noise}"]) == 2
         assert "--seed-noise" in capsys.readouterr().err
+
+
+def test_designs_of_fewer_sizes_are_of_the_same_law() -> None:
+    """Three of five sizes are what the ladder of these three is, with the law's reducible loss at their middle."""
+    of_five = next(iter(prospects(LADDER, 1.06, [2], World(), simulations=100)))
+    three = World(reducible_loss=1.3 * (10**19.5 / 1e20) ** -0.15)
+    (alone,) = prospects(LADDER.smallest(3), 1.06, [2], three, simulations=100)
+    assert astuple(of_five) == pytest.approx(astuple(alone))

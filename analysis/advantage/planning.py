@@ -54,7 +54,7 @@ class World:
     """The true law and the standard deviations of the errors in a simulation, all in nats a token."""
 
     irreducible_loss: float = 1.7
-    reducible_loss: float = 1.3  # at the geometric middle of the ladder's compute
+    reducible_loss: float = 1.3  # at the geometric middle of the compute of all the ladder's sizes
     exponent: float = 0.15
     seed_noise: float | tuple[float, ...] = 0.002  # of each run, or of a run at each size
     arm_noise: float = 0.002  # of each arm at a size, which more seeds do not average out
@@ -103,7 +103,15 @@ def prospects(
         raise ValueError(f"--m must be positive and not 1; got {m}")
     for sizes in range(FEWEST_SIZES, len(ladder.sizes) + 1):
         for repeats in seeds:
-            yield _prospect(ladder.smallest(sizes), m, repeats, world, simulations, seed, arms)
+            part = ladder.smallest(sizes)
+            # By the same law: its reducible loss at the middle of all sizes is given, and is larger at that of fewer.
+            reducible = world.reducible_loss * (middle(part.compute) / middle(ladder.compute)) ** -world.exponent
+            yield _prospect(part, m, repeats, replace(world, reducible_loss=reducible), simulations, seed, arms)
+
+
+def middle(compute: Floats) -> float:
+    """The geometric middle of computes [S]."""
+    return float(np.exp(np.log(compute).mean()))
 
 
 def _prospect(
@@ -160,7 +168,7 @@ class Simulated:
         repeats, noise = (np.broadcast_to(each, len(compute)).astype(float) for each in (seeds, world.seed_noise))
         random = np.random.default_rng(seed)
         shape = (simulations, len(compute))
-        reducible = world.reducible_loss * (compute / np.exp(np.log(compute).mean())) ** -world.exponent
+        reducible = world.reducible_loss * (compute / middle(compute)) ** -world.exponent
         shared = world.shared_noise * in_order(random.standard_normal(shape), world.correlation)
         losses = []
         for factor in (1.0, np.exp(-world.exponent * ln_m)):

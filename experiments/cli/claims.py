@@ -116,7 +116,7 @@ def _add_power(subparsers: Subparsers) -> None:
         ("--arm-noise", "standard deviation of an arm at a size around its law, nats", 0.002),
         ("--shared-noise", "standard deviation of a size that all arms share, nats", 0.005),
         ("--exponent", "exponent of the law", 0.15),
-        ("--reducible", "loss above the irreducible loss at the middle compute, nats", 1.3),
+        ("--reducible", "loss above the irreducible loss at the middle compute of all sizes, nats", 1.3),
     ):
         parser.add_argument(name, type=float, help=f"{text} {default.format(value)}")
     parser.add_argument(
