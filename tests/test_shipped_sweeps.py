@@ -105,7 +105,7 @@ def test_the_study_has_a_control_and_every_arm_its_own_rates() -> None:
     seeds = {(arm, size): len({run.seed for run in runs if (run.arm, run.size) == (arm, size)}) for arm, size in cells}
     assert {size: {seeds[arm, size] for arm, at in cells if at == size} for size in sizes} == {
         **{size: {3} for size in sizes},
-        "1M": {12},
+        "1M": {16},
         "3M": {8},
         "7M": {5},
     }
