@@ -176,7 +176,7 @@ def _source(used: Settings) -> str:
     """Where throughput was measured, and whatever about it differs from size to size, or was averaged over."""
     values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
     text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
-    text += ", fused" if values["fused"] == ["True"] else ""
+    text += ", not fused" if values["fused"] == ["False"] else ""
     for name in ("versions", "commit", "fused"):
         if len(values[name]) > 1:
             text += f", of several {ONE_KIND[name]} ({some(values[name])})"
