@@ -35,7 +35,7 @@ class Shifted:
     t: Floats  # [K] shift over its standard error
 
     def at(self, compute: float, seeds: NoiseBySize | None = None) -> Student:
-        """The estimate of ln m at a compute (FLOPs), weighted by how much better the law fits with a shift. Its variance
+        """The estimate of ln m at a compute (FLOPs), weighted by how much better a shift fits. Its variance
         is at least that which the `seeds` of each size show."""
         law, sizes = self.local.law, self.difference.shape[1]
         ln_m, left, own = _height(self.local, self.difference, law.g, law.a0, compute)
