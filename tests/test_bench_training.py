@@ -302,6 +302,12 @@ def test_another_arm_s_slowness_is_found_as_it_was_planted(monkeypatch: pytest.M
     assert 190 < slower["added_ms"] < 400  # the machine's other work may add to it
 
 
+def test_what_needs_more_memory_and_more_processes_is_prepared_first() -> None:
+    measurement = stepping._Measurement(Settings(tuple(chosen(gpus=2)), "cpu", 1, 0.1, False, False), ALONE)
+    order = [(trial.run.arm, trial.gpus) for trial in map(measurement._trials.__getitem__, measurement._by_memory())]
+    assert order == [("lowrank-qkv", 2), ("lowrank-qkv", 1), ("transformer", 2), ("transformer", 1)]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_arm_lends_its_memory_between_its_turns(optimizer: str) -> None:
     (trial,) = chosen(arms=("lowrank-qkv",), optimizers=(optimizer,))
