@@ -136,7 +136,7 @@ def _add_power(subparsers: Subparsers) -> None:
 def _table(args: argparse.Namespace) -> int:
     from analysis.advantage.multiplier import multipliers
     from analysis.logs.throughput import read_throughput
-    from analysis.pages.query import grouped, unlike_sizes
+    from analysis.pages.query import cautions, grouped
     from analysis.pages.tables import multiplier_table, value_table
 
     with reading_store(args) as store:
@@ -149,7 +149,7 @@ def _table(args: argparse.Namespace) -> int:
     if args.by is not None:
         by = args.by.split(",")
         print(value_table(*grouped(runs, by), args.format))
-        warn(*filter(None, [unlike_sizes(runs, by)]))
+        warn(*cautions(runs, by))
         return 0
     found, refused = multipliers(
         runs,
