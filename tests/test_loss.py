@@ -110,7 +110,7 @@ def test_the_kernel_agrees_with_float64(vocabulary: int, dtype: torch.dtype, mon
         rounding = {torch.float32: 1e-5, torch.bfloat16: 5e-3}[
             dtype
         ]  # of the gradient, by the interpreter towards zero
-        assert abs(got.item() / want.item() - 1) < 1e-6
+        assert abs(got.item() / want.item() - 1) < 1e-5
         assert ((logits.double() - exact.grad).norm() / exact.grad.norm()).item() < rounding
         assert not logits[::5].any()
 
