@@ -107,9 +107,7 @@ def test_the_kernel_agrees_with_float64(vocabulary: int, dtype: torch.dtype, mon
         want.backward()
         got = loss_kernel.loss_and_gradient(logits, targets, IGNORED)
         assert exact.grad is not None
-        rounding = {torch.float32: 1e-5, torch.bfloat16: 5e-3}[
-            dtype
-        ]  # of the gradient, by the interpreter towards zero
+        rounding = {torch.float32: 5e-5, torch.bfloat16: 5e-3}[dtype]  # by the interpreter towards zero
         assert abs(got.item() / want.item() - 1) < 1e-5
         assert ((logits.double() - exact.grad).norm() / exact.grad.norm()).item() < rounding
         assert not logits[::5].any()
