@@ -246,6 +246,8 @@ def trend(local: Local, at: float, least: Floats | None = None) -> Trend:
 
     own, law = variances(for_height)
     total = np.maximum(own + law, 1e-300)
-    dof = total**2 / np.maximum(own**2 / (sizes - 2) + law**2 / local.law_dof, 1e-300)
+    # Of the shares, since squares of small variances underflow; arms with equal losses have no variance at all.
+    by_share = (own / total) ** 2 / (sizes - 2) + (law / total) ** 2 / local.law_dof
+    dof = 1 / np.maximum(by_share, 1 / sizes)
     slope_error = np.sqrt(np.maximum(sum(variances(for_slope)), 1e-300))
-    return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), np.minimum(dof, sizes))
+    return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), dof)

@@ -50,7 +50,7 @@ def compute_verdict(item: Multiplier) -> Verdict:
         return Verdict("open", "One size gives no interval, so nothing is claimed.")
     low, high = item.family_ci or item.ci
     remarks = item.status.removeprefix(UNRESOLVED).split("; ")
-    if not item.status.startswith(UNRESOLVED) and not low <= 1 <= high:
+    if not item.status.startswith(UNRESOLVED) and (low > 1 or high < 1):
         scope = "" if "largest" not in item.method else ", at the largest compute measured"
         kind = "more" if low > 1 else "less"
         return Verdict(kind, f"{_claim(kind, item.baseline, low, high)}{scope}.")
