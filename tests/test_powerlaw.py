@@ -272,6 +272,7 @@ def test_soft_failures_are_a_status() -> None:
     [
         ([3.0, 2.9, 2.8, 2.7], [1e15, 1e15, 1e16, 1e16], "needs 3 different C"),
         ([3.0, 2.9], [1e15, 1e16], "needs 3 different C"),
+        ([3.0, 2.9, 2.8, 2.7], [1e15, 1.0004e15, 0.9996e15, 1.001e15], "needs 3 different C"),  # matched arms
         ([3.0, 2.9, 2.8], [1e15, -1e16, 1e17], "C must be positive"),
         ([3.0, 2.9, 2.8], [1e15, math.nan, 1e17], "C must be positive"),
     ],
