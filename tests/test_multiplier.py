@@ -21,7 +21,7 @@ from analysis.advantage.joint import joint_interval, wild_cluster_interval
 from analysis.advantage.multiplier import compare
 from analysis.advantage.paired import changing_multipliers, local_multipliers, trend
 from analysis.laws.solver import Floats
-from analysis.pages.glance import compute_verdict
+from analysis.pages.glance import compute_verdict, glance
 from experiments.cli.main import main
 
 TOP = 1e21
@@ -232,6 +232,8 @@ def test_arms_with_the_same_losses_are_not_resolved(sizes: int) -> None:
     assert (found.m, found.ci, found.m_at_cmax_ci) == (1.0, (1.0, 1.0), (1.0, 1.0))
     assert found.status.startswith("not resolved: the interval holds 1")
     assert compute_verdict(found).kind == "open"
+    remark = replace(found, status=f"{found.status}; m is not shown to be constant; errors go together")
+    assert "<small>m is not shown to be constant. Errors go together. " in glance([remark], ["there"])
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
