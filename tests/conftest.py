@@ -5,6 +5,7 @@ import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each starts as many that compile as there are cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of evaluation and export read local files only
 
 import sysconfig

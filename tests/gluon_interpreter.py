@@ -21,7 +21,16 @@ import triton.experimental
 import dynconv.ops
 
 _LAUNCHING = ("lowrank_mma", "fused_mma", "ring")
-_MODULES = ("gluon_pieces", "mma", "fused_pieces", "lowrank_mma_kernels", "ring_layouts", "ring_kernels", *_LAUNCHING)
+_MODULES = (
+    "gluon_pieces",
+    "mma",
+    "fused_pieces",
+    "lowrank_mma_kernels",
+    "gated_kernels",
+    "ring_layouts",
+    "ring_kernels",
+    *_LAUNCHING,
+)
 
 
 class _DType:

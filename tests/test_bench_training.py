@@ -71,7 +71,7 @@ def test_a_step_takes_the_micro_batch_of_a_run() -> None:
 def test_arms_are_compared_with_the_first_that_is_fused_like_them() -> None:
     found = chosen("1M", fused=(False, True))
     assert [(trial.run.arm, trial.fused) for trial in found] == [(arm, fused) for fused in (False, True) for arm in TWO]
-    assert found[3].name == "1M lowrank-qkv adamw fused"
+    assert found[3].name == "1M lowrank-qkv adamw"
     rows = rows_of(found, [Outcome([time] * 3, 2**30, True) for time in (1.0, 1.5, 0.8, 1.0)], None, WHERE)
     assert [row["slowdown"] for row in rows] == pytest.approx([1, 1.5, 1, 1.25])
     text = render(rows)
@@ -168,10 +168,13 @@ def test_plan_forecasts_by_what_was_measured(tmp_path: Path, capsys: pytest.Capt
             assert row["teraflops_per_second"] == pytest.approx(row["flops_exact"] / row["tokens"] * speed / 1e12)
         else:
             assert row["hours"] is None
-    faster = [row | {"fused": True, "tokens_per_second": 3 * row["tokens_per_second"]} for row in rows]
-    table([*rows, *faster]).to_parquet(path)
-    (tmp_path / "fused.toml").write_text('executor = "local"\n[default]\nfused = true\n')
-    for options, times in (([], 1), (["--profile", str(tmp_path / "fused.toml")], 3)):
+    slower = [row | {"fused": False, "tokens_per_second": 0.5 * row["tokens_per_second"]} for row in rows]
+    table(slower).to_parquet(path)
+    assert main(["plan", sweep, "--throughput", str(path)]) == 0
+    assert "lowrank-qkv at 25k (only not fused)" in capsys.readouterr().err
+    table([*rows, *slower]).to_parquet(path)
+    (tmp_path / "apart.toml").write_text('executor = "local"\n[default]\nfused = false\n')
+    for options, times in (([], 1), (["--profile", str(tmp_path / "apart.toml")], 0.5)):
         assert main(["plan", sweep, "--throughput", str(path), *options, "--json"]) == 0
         found = [row for row in json.loads(capsys.readouterr().out) if (row["arm"], row["size"]) == (TWO[1], "25k")]
         assert {row["tokens_per_second"] for row in found} == {times * 8 * 128 / 0.2}
@@ -297,6 +300,12 @@ def test_another_arm_s_slowness_is_found_as_it_was_planted(monkeypatch: pytest.M
     outcomes = measure(Settings(tuple(found), "cpu", 3, 0.0, False, False))
     _, slower = rows_of(found, outcomes, None, WHERE)
     assert 190 < slower["added_ms"] < 400  # the machine's other work may add to it
+
+
+def test_what_needs_more_memory_and_more_processes_is_prepared_first() -> None:
+    measurement = stepping._Measurement(Settings(tuple(chosen(gpus=2)), "cpu", 1, 0.1, False, False), ALONE)
+    order = [(trial.run.arm, trial.gpus) for trial in map(measurement._trials.__getitem__, measurement._by_memory())]
+    assert order == [("lowrank-qkv", 2), ("lowrank-qkv", 1), ("transformer", 2), ("transformer", 1)]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -527,9 +536,10 @@ def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: p
     assert answer(rows[:6] + muon)["no_clock"] == reason
     known = answer(rows[:6] + muon, ",train.optimizer", ",muon")
     assert known["wall_clock"]["m"] == pytest.approx(known["m"] / 1.5)
-    fused = [row | {"fused": True} for row in rows[:6]]
-    assert answer(rows[:6] + fused)["no_clock"] == "at 25k the throughput is of several settings of fused (False, True)"
-    assert answer(fused)["wall_clock"]["source"] == "throughput measured on A card, fused"
+    unfused = [row | {"fused": False} for row in rows[:6]]
+    found = answer(rows[:6] + unfused)["no_clock"]
+    assert found == "at 25k the throughput is of several settings of fused (False, True)"
+    assert answer(unfused)["wall_clock"]["source"] == "throughput measured on A card, not fused"
     slower = [row | {"gpus": 2, "tokens_per_second": 1.0} for row in rows[:6]]
     on_one = answer(rows[:6] + slower, ",gpus", ",1")["wall_clock"]
     assert (on_one["m"], on_one["source"]) == (pytest.approx(known["m"] / 1.5), "throughput measured on A card")

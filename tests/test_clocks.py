@@ -112,6 +112,50 @@ def test_other_devices_and_missing_seconds_are_reasons(answer: Any) -> None:
     assert found["gpu_cost"]["m"] == pytest.approx(found["m"] / 1.5 / 2, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "reason"),
+    [
+        ("gpus", ("1", "4"), "ran on several kinds of device or in several ways"),
+        ("device", ("gpu", ""), "ran on several kinds of device or in several ways"),
+        ("clock", ("alone", ""), "ran on several kinds of device or in several ways"),
+        ("train_seconds", ("1", ""), "no train seconds of"),
+    ],
+)
+def test_replicates_that_differ_in_what_decides_a_clock_have_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, values: tuple[str, str], reason: str
+) -> None:
+    """The first replicate used to stand for the second: where that ran on four GPUs, m in seconds was 1.74 for 1.09,
+    with "ok" and "each alone on its device"."""
+    rows = []
+    for i, compute in enumerate(COMPUTE):
+        for arm, m in (("base", 1.0), ("new", M)):
+            for k in range(2):
+                row = {"arm": arm, "size": f"s{i}", "seed": 0, "C": compute, "train_seconds": compute * 1e-15}
+                row |= {"loss": 1.7 + (m * compute / 1e19) ** -0.15 + 1e-4 * k * (i + 1)}
+                row |= {"device": "gpu", "clock": "alone", "gpus": 1}
+                rows.append(row | ({column: values[k]} if arm == "new" else {}))
+    pd.DataFrame(rows).to_csv(tmp_path / "p.csv", index=False)
+    assert main(["table", str(tmp_path / "p.csv"), "--baseline", "base", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["wall_clock"] is None
+    assert reason in found["no_clock"]
+
+
+def test_what_is_not_known_of_one_arm_is_not_taken_to_be_as_of_the_other(answer: Any) -> None:
+    found = answer([1.5] * 5, ",gpus", lambda arm, _: "," if arm == "base" else ",4")
+    assert found["no_clock"] == "nothing says on how many GPUs row 1 ran"
+    columns, unsaid = ",device,clock,execution", lambda arm, _: f",A,alone,{'' if arm == 'base' else 'compiled'}"
+    assert answer([1.5] * 5, columns, unsaid)["no_clock"].startswith(
+        "nothing says how, compiled or fused or not, row 1"
+    )
+
+
+def test_sizes_on_several_devices_are_said_beside_the_clock(answer: Any) -> None:
+    """Within each size they are one, so the ratios hold; over sizes m may change because of the device."""
+    found = answer([1.5] * 5, ",device,clock", lambda _, size: f",{'A' if size < 2 else 'B'},alone")
+    assert found["wall_clock"]["source"].endswith(", of several devices (A at s0, s1; B at s2, s3, s4)")
+
+
 def throughput(path: Path, rate: float = 0.8, **changes: Any) -> Path:
     rows = [
         {"size": f"s{i}", "arm": arm, "batch": batch, "sequence": 4096, "gpus": 1, "parallel": "none"}

@@ -1,18 +1,26 @@
 """Models whose convolutions run in one kernel with their neighbours: the same but for rounding."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from convolutions import GPU, relative_error
 from torch import Tensor
 
+from experiments.data.dataset import Dataset
+from experiments.design.config import Execution, RunConfig
 from experiments.design.model import ModelConfig
 from experiments.models.attention import AttentionModule
 from experiments.models.decoder import Decoder
+from experiments.models.short_convolution import Maps
 from experiments.parts.attention import Attention
 from experiments.parts.short_convolution import Convolution, LowRankConvolution, NoConvolution, StaticConvolution
 from experiments.parts.swiglu import SwiGLU
+from experiments.training.assembly import assemble
+from experiments.training.parallel import World
+from experiments.training.record import recorded_execution
 
 QKV = ("q", "k", "v")
 ALL = (*QKV, "o", "gate", "up", "down")
@@ -45,7 +53,7 @@ def gaps(conv: Convolution, dtype: torch.dtype | None = None, sequences: int = 2
     fused = model_of(conv, layers=layers)
     fused.fuse()
     assert all(block.mixer.rotates_convolved for block in fused.blocks)  # type: ignore[union-attr]
-    adds = "o" in conv.sites
+    adds = "o" in conv.sites and not getattr(conv, "reads_part_input", False)
     assert all(part.adds_stream == adds for block in fused.blocks for part in (block.mixer, block.ffn))  # type: ignore[union-attr]
     found = outcome(fused, dtype, sequences)
     return {name: relative_error(found[name], plain[name].double()) for name in plain}
@@ -97,11 +105,41 @@ def test_only_what_fits_is_fused() -> None:
         (lowrank, Attention(heads=2, kv_heads=2, qk_norm=True), False),
     ):
         model = model_of(conv, attention)
-        model.fuse()
+        found = model.fuse()
         mixers = [module for module in model.modules() if isinstance(module, AttentionModule)]
         assert [mixer.rotates_convolved for mixer in mixers] == [fused] * 2, conv
+        assert ("q, k, v, RoPE" in found) == fused
         assert all(mixer.maps.in_one_product == isinstance(conv, NoConvolution) for mixer in mixers)
         assert outcome(model, None)["logits"].isfinite().all()
+
+
+def test_a_model_says_what_is_one_kernel() -> None:
+    every = LowRankConvolution(ALL, rank=3)
+    kernels = ("q, k, v, RoPE", "o, residual stream", "gate, up, SwiGLU", "down, residual stream")
+    assert model_of(every).fuse() == kernels
+    assert model_of(every).fuse(kernels=False) == ()  # as for packed documents
+    assert model_of(LowRankConvolution(QKV, rank=3)).fuse() == kernels[:1]
+    assert model_of(every, Attention(heads=2, kv_heads=2, qk_norm=True)).fuse() == ("q, k, v", *kernels[1:])
+    # Generators of o and down that read the part's input have columns in no product of o and down.
+    assert model_of(LowRankConvolution(ALL, rank=3, generator_input="part")).fuse() == (kernels[0], kernels[2])
+    assert model_of(NoConvolution()).fuse() == ()
+
+
+def test_a_cpu_fuses_nothing_although_that_is_the_default(tiny_run: RunConfig, dataset: Dataset) -> None:
+    """There it would only change the order of sums, and so the last bits of losses."""
+    assert Execution().fused
+    assert "fused" in Execution().in_words(cuda=True)
+    assert "fused" not in Execution().in_words(cuda=False)
+    trainer = assemble(tiny_run, dataset, Execution("cpu"), World(0, 1, torch.device("cpu")))
+    assert trainer.fused == ()
+    assert not any(maps.fused for maps in trainer.model.modules() if isinstance(maps, Maps))
+
+
+def test_records_from_before_this_setting_are_of_runs_that_were_not_fused() -> None:
+    said = asdict(Execution("cuda"))
+    assert recorded_execution({"execution": said}, Path("config.json")).fused
+    del said["fused"]
+    assert not recorded_execution({"execution": said}, Path("config.json")).fused
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it

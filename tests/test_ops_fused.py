@@ -13,7 +13,12 @@ from convolutions import BOUND, DEVICE, GPU, Case, relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynconv.ops import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
+from dynconv.ops import (
+    interleaved,
+    lowrank_gated_convolution,
+    lowrank_joined_convolution,
+    lowrank_rotary_convolution,
+)
 from dynconv.ops.flops import forward as convolution_flops
 
 pytest.importorskip("triton")
@@ -159,6 +164,39 @@ def test_joined_parts_composed_are_the_same_function(adds: bool) -> None:
     assert all(value < 2e-6 for value in found.values()), found
 
 
+def gated_errors(case: Case, padding: int) -> dict[str, float]:
+    """As `errors`, of silu(gate) * up."""
+    tensors, channels = inputs_of(case, padding), case.segments[0]
+    arguments = (tensors["joined"], tensors["U"], tensors.get("static_w"), channels, case.residual)
+    exact = exactly(tensors)
+    z = exact["joined"][..., case.channels : case.channels + 2 * case.rank]
+    gate, up = case.oracle(exact | {"x": exact["joined"][..., : case.channels], "z": z}).split(channels, 2)
+    want = gate / (1 + torch.exp(-gate)) * up
+    return compared(case, tensors, [lowrank_gated_convolution(*arguments)], exact, [want], padding)
+
+
+GATED_CASES = [
+    (Case(batch=2, time=150, segments=(48,) * 2, rank=16), 32),  # several chunks, runs longer than the ring
+    (Case(batch=1, time=37, segments=(80,) * 2, rank=5, residual=False, dtype=torch.float16), 3),  # a narrow block
+    (Case(batch=1, time=9, segments=(16,) * 2, rank=3, static=False, width=2), 0),
+]
+
+
+@pytest.mark.parametrize(("case", "padding"), GATED_CASES, ids=str)
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_the_kernel_with_swiglu_agrees_with_the_oracle(case: Case, padding: int) -> None:
+    case = case if case.dtype == torch.float16 else replace(case, dtype=torch.bfloat16)
+    found = gated_errors(case, padding)
+    # The gradients are of gate and up as they are kept, in 16 bits, and are rounded before the convolutions' backward.
+    assert all(value < 1.5 * BOUND[case.dtype] for value in found.values()), found
+    assert found["q"] < BOUND[case.dtype]
+
+
+def test_swiglu_composed_is_the_same_function() -> None:
+    found = gated_errors(Case(batch=2, time=13, segments=(24, 24), rank=20, dtype=torch.float32), 3)
+    assert all(value < 2e-6 for value in found.values()), found
+
+
 @pytest.mark.parametrize(("forward", "backward"), [((2, 4, 32), (1, 8, 160)), ((4, 4, 64), (2, 3, 96))])
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_tiles_are_a_matter_of_speed_alone(
@@ -217,6 +255,12 @@ def test_the_operator_is_what_torch_wants() -> None:
         torch.ops.dynconv.lowrank_joined.default, (*tensors.values(), frequencies_of(64), None, 128, 3, True)
     )
     one = inputs_of(replace(case, segments=(128,)), 7)
+    two = inputs_of(replace(case, segments=(16, 16)), 7)
+    torch.library.opcheck(
+        torch.ops.dynconv.lowrank_gated.default,
+        (*two.values(), 16, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     added = torch.randn(1, 9, 128, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.dynconv.lowrank_joined.default, (*one.values(), None, added, 128, 1, True))
     q, k, v = lowrank_rotary_convolution(*arguments)

@@ -86,9 +86,10 @@ def test_more_ranks_than_a_launch_takes(width: int, way: str, launched: list[str
     assert launched.count("backward_kernel") == (3 if width == 4 else 6)
 
 
+@pytest.mark.parametrize("rank", [7, 9, 16])
 @pytest.mark.parametrize("width", [4, 6])
-def test_segments(width: int, launched: list[str]) -> None:
-    assert_close(Case(batch=1, time=21, segments=(256, 128), width=width, rank=16, dtype=torch.float16))
+def test_segments(width: int, rank: int, launched: list[str]) -> None:
+    assert_close(Case(batch=1, time=21, segments=(256, 128), width=width, rank=rank, dtype=torch.float16))
     assert "backward_kernel" in launched
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from convolutions import kernels
+from convolutions import kernels, poisoned_memory
 from torch import Tensor
 
 
@@ -27,18 +27,30 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 class Kernel:
     """total = x + y over `size` float32 values, whose memory it knows by address alone."""
 
+    function = packed_metadata = None
+
     def __init__(self) -> None:
         self.runs = 0
+        self.hooked = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return self.first if len(grid) == 1 else self.run
+        return self.first if len(grid) == 1 else self.with_hooks
 
     def first(self, *arguments: Any, **constants: Any) -> "Kernel":
         addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        self.run(*addresses, constants["SCALE"], stream=0)
+        self.add(*addresses, constants["SCALE"])
         return self
 
-    def run(self, x: int, y: int | None, total: int, size: int, scale: float, stream: int) -> None:  # noqa: ARG002
+    def with_hooks(self, *arguments: Any, stream: int) -> None:  # noqa: ARG002
+        self.hooked += 1
+        self.add(*arguments)
+
+    def run(self, *arguments: Any) -> None:
+        """As Triton's compiled kernels: three sizes of the grid, the stream, five things for hooks, the arguments."""
+        assert (arguments[:4], set(arguments[4:9])) == ((1, 1, 1, 0), {None})
+        self.add(*arguments[9:])
+
+    def add(self, x: int, y: int | None, total: int, size: int, scale: float) -> None:
         self.runs += 1
         values = [np.ctypeslib.as_array((ctypes.c_float * size).from_address(a)) for a in (x, y or x, total)]
         np.add(values[0], scale * values[1] if y else 0, out=values[2])
@@ -72,6 +84,48 @@ def test_a_repeated_pass_is_as_the_pass(launch: Any) -> None:
         x, y = torch.randn(2, 7)
         check(launch._repeated(run, (x, None, y), ()), x, y)
     assert (runs, kernel.runs) == (1, 16)
+
+
+def test_hooks_are_called(launch: Any) -> None:
+    """Hooks that are set after the recording, as Triton's profiler does, see every launch."""
+    kernel = Kernel()
+
+    def run(x: Tensor, y: Tensor) -> tuple[Tensor]:
+        total: Tensor = launch.new(x, x.shape, x.dtype)
+        launch.launch(kernel, 1, (x, y, total), (x.shape[0],), {"SCALE": 2.0})
+        return (total,)
+
+    def check() -> None:
+        x, y = torch.randn(2, 4)
+        (total,) = launch._repeated(run, (x, y), ())
+        assert torch.allclose(total, x + 2 * y)
+
+    hooks = launch.knobs.runtime
+    for set_hook in (hooks.launch_enter_hook, hooks.launch_exit_hook):
+        before = kernel.hooked
+        check()
+        set_hook.add(print)
+        try:
+            check()
+            check()
+        finally:
+            set_hook.remove(print)
+        check()
+        assert kernel.hooked == before + 2
+
+
+def test_memory_is_filled_where_algorithms_must_be_deterministic(launch: Any) -> None:
+    def run(x: Tensor) -> tuple[Tensor]:
+        total: Tensor = launch.new(x, x.shape, x.dtype)
+        launch.launch(Kernel(), 1, (x, x, total), (2,), {"SCALE": 1.0})  # the first two elements only
+        return (total,)
+
+    x = torch.ones(4)
+    launch._repeated(run, (x,), ())
+    with poisoned_memory():
+        (total,) = launch._repeated(run, (x,), ())
+    assert total[:2].tolist() == [2, 2]
+    assert total[2:].isnan().all()
 
 
 def test_copies_of_inputs_are_made_again(launch: Any) -> None:

@@ -84,6 +84,28 @@ def test_seeds_that_disagree_hide_what_their_means_show() -> None:
     assert (np.abs(sweeps.local.mean[resolved]) >= sweeps.noise_floor[resolved]).all()
 
 
+def test_power_is_that_of_one_arm_among_those_of_the_design(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What `table` calls resolved is so by the interval of all arms at once. 400 sweeps: .72 alone, .13 among five."""
+    (alone,), (of_five,) = (
+        prospects(Ladder(*(part[:3] for part in vars(LADDER).values())), 1.1, [1], World(), 400, arms=arms)
+        for arms in (1, 5)
+    )
+    assert alone.power - of_five.power > 0.2
+    assert (alone.coverage, alone.half_width) == (of_five.coverage, of_five.half_width)
+    sweeps = Simulated(LADDER.compute, math.log(1.04), 1, World(), 400, seed=0)
+    p = np.ones(400)
+    _, low, high = reported(sweeps.local, p, sweeps.changing, level=0.01)
+    assert (sweeps.resolved(p, 5) == ((low > 0) | (high < 0))).all()
+    plan = [
+        {"arm": arm, "size": str(n), "seed": 0, "flops_exact": float(n)}
+        for arm in "abc"
+        for n in (10**15, 10**16, 10**17)
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert main(["power", str(tmp_path / "plan.json"), "--m", "1.3", "--seeds", "1", "--simulations", "100"]) == 0
+    assert "simulated with the interval of all 2 arms at once" in capsys.readouterr().out
+
+
 def test_errors_that_go_together_over_sizes_cost_coverage() -> None:
     """An AR(1) of .9 leaves the variance of each size, and takes the interval's coverage of a constant m below .9."""
     errors = in_order(np.random.default_rng(0).standard_normal((20_000, 6)), 0.9)

@@ -97,6 +97,31 @@ def test_each_arm_is_compared_at_its_own_best_rate(answer: Any) -> None:
     assert alone["rates"] == []
 
 
+def test_rates_that_were_chosen_elsewhere_are_told(answer: Any) -> None:
+    """Each arm at one rate, and not the same: that of a pilot, of which these runs know nothing."""
+    chosen = {"base": math.log(2), "new": 0.0}
+    found = answer(sweep(lambda arm, _: np.array([chosen[arm]]), {"base": 0.5, "new": 0.0}, noise=0.0005), HEADER)
+    assert found["notes"] == [
+        "one learning rate for each arm, and not the same: new's is 0.5 times base's; these runs do not show which is "
+        "best for either"
+    ]
+    assert answer(sweep(lambda *_: np.zeros(1), {"base": 0.5, "new": 0.0}), HEADER)["notes"] == []
+
+
+def test_recipes_that_differ_and_facts_that_some_seeds_lack_are_told(answer: Any) -> None:
+    """Another batch in one arm is a note, since an arm may have a recipe of its own; a fact that seeds of one arm and
+    size lack is a warning, since they may be of another configuration."""
+    rows = [
+        f"{arm},s{i},{seed},{compute},{law(m, compute)},{batch},{'' if arm == 'new' and seed else 8}"
+        for arm, m, batch in (("base", 1.0, 4096), ("new", M, 8192))
+        for i, compute in enumerate(COMPUTE)
+        for seed in range(2)
+    ]
+    found = answer(iter(rows), "arm,size,seed,C,loss,train.batch_tokens,conv.rank")
+    assert found["notes"] == ["the arms differ in train.batch_tokens: 4096 in base, 8192 in new"]
+    assert "conv.rank is recorded of some runs of one arm and size, and not of row 12, row 14" in found["status"]
+
+
 def test_the_order_of_rows_does_not_matter(answer: Any) -> None:
     rows = list(sweep(lambda *_: grid(3), {"base": 0.0, "new": -0.4}, noise=0.002))
     first, last = answer(iter(rows), HEADER), answer(iter(rows[::-1]), HEADER)

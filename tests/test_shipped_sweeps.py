@@ -97,8 +97,16 @@ def test_the_study_has_a_control_and_every_arm_its_own_rates() -> None:
     runs = load_sweep(FOLDER / "mini-scaling.toml")
     sizes = list(dict.fromkeys(run.size for run in runs))
     assert sizes == ["1M", "3M", "7M", "11M", "16M", "21M"]
-    seeds = Counter((run.arm, run.size) for run in runs)
-    assert set(seeds.values()) == {3, 5}
+    cells = dict.fromkeys((run.arm, run.size) for run in runs)
+    seeds = {(arm, size): len({run.seed for run in runs if (run.arm, run.size) == (arm, size)}) for arm, size in cells}
+    assert {size: {seeds[arm, size] for arm, at in cells if at == size} for size in sizes} == {
+        **{size: {3} for size in sizes},
+        "1M": {12},
+        "3M": {8},
+        "7M": {5},
+    }
+    rates_of = Counter((run.arm, run.size) for run in runs if run.seed == 0)
+    assert all((count >= 3) == (size in ("1M", "3M", "11M")) for (_, size), count in rates_of.items())
     compute = {run.size: run.counts.flops_exact for run in runs if run.arm == "transformer"}
     assert compute["21M"] / compute["1M"] > 230
     for run in runs:

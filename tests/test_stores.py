@@ -1,5 +1,6 @@
 """Which folder is a sweep's store if no --store says so."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from texts import CHEAP_SWEEP
 
 from experiments import source
 from experiments.cli.main import main
-from experiments.cli.stores import default_store, stores_of
+from experiments.cli.stores import chosen_runs, default_store, stores_of
 from experiments.design.config import RunConfig
 from experiments.design.sweep import load_sweep
 
@@ -90,3 +91,31 @@ def test_a_store_that_is_not_there_is_not_made(
     assert main([verb, str(sweep), "--store", str(tmp_path / "store")]) == 2
     assert f"{tmp_path / 'store'} is not a store, so it has no runs" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+def test_a_part_of_a_sweep_is_chosen_by_a_condition(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For what is trained in several sessions: plan and submit take the runs that fulfil a condition on the plan."""
+    sweep.write_text(sweep.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]"))
+    runs = load_sweep(sweep)
+
+    def planned(where: str) -> list[str]:
+        assert main(["plan", str(sweep), "--where", where, "--json"]) == 0
+        return [row["run_id"] for row in json.loads(capsys.readouterr().out)]
+
+    assert planned("seed >= 0") == [run.run_id for run in runs]
+    assert planned("seed < 2 and N > 0") == [run.run_id for run in runs[:2]]
+    for where, complaint in {"seed == 99": "leaves no row", "sead == 0": "write conditions as in"}.items():
+        assert main(["submit", str(sweep), "--where", where]) == 2
+        assert complaint in capsys.readouterr().err
+    assert not (sweep.parents[1] / "results").exists()
+
+
+def test_a_chosen_part_has_its_axes_and_its_trunks(sweep: Path) -> None:
+    text = sweep.read_text().replace("tokens_per_parameter = ", "# ")
+    axes = '[train]\nschedule = { kind = "wsd", decay_fraction = 0.2 }\n[vary]\ntokens_per_parameter = [2, 4]\n'
+    sweep.write_text(text + axes)
+    runs = load_sweep(sweep)
+    kept = chosen_runs(runs, "`vary.tokens_per_parameter` == 2")
+    trunks = {run.run_id for run in runs if run.trunk is None}
+    assert {run.trunk for run in kept if run.trunk} == trunks == {run.run_id for run in kept} & trunks
+    assert len(kept) == len(runs) - len(trunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,8 @@ class Multiplier:
     ci: Interval | None
     family_ci: Interval | None = None  # simultaneous over all arms at 95% (family.py); equals `ci` for a single arm
     family: int = 1  # how many arms have an interval
+    # The interval that misses m with a given probability; None without an interval.
+    interval_at: Callable[[float], Interval] | None = field(default=None, repr=False, compare=False)
     method: str
     constant_m_p: float | None = None  # p-value of the test that m is constant; None below three sizes
     m_at_cmax: float  # at the largest compute, read off the line of local ln m under the law in which m changes

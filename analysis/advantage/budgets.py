@@ -140,13 +140,15 @@ class OfBudget:
 
     budget: str
     m: float
-    ci: tuple[float, float]  # 95%, t over the sizes
+    ci: tuple[float, float]  # t over the sizes; 95% unless another level was asked for
     sizes: int
 
 
-def by_budget(cells: Sequence[Cell], E: float, g: float) -> tuple[tuple[OfBudget, ...], float | None]:
-    """m of every budget that has at least two sizes, and the p-value of the test that all budgets have the same m
-    (None where fewer than two budgets have two sizes in common).
+def by_budget(
+    cells: Sequence[Cell], E: float, g: float, level: float = 0.05
+) -> tuple[tuple[OfBudget, ...], float | None]:
+    """m of every budget that has at least two sizes, with an interval that misses it with probability `level`; and the
+    p-value of the test that all budgets have the same m (None where fewer than two budgets have two sizes in common).
 
     The baseline's amplitude at each budget is fitted by least squares, given the E and exponent g of the law over all
     budgets. For each budget the test takes, size by size, the deviation of ln m from its mean over budgets, and asks by
@@ -169,7 +171,7 @@ def by_budget(cells: Sequence[Cell], E: float, g: float) -> tuple[tuple[OfBudget
         weight = (g * r) ** 2
         values[name] = {cell.size: (at, w) for cell, at, w in zip(mine, ln_m, weight, strict=True)}
         mean, error = _mean(ln_m, weight)
-        half = stdtrit(len(mine) - 1, 0.975) * error
+        half = stdtrit(len(mine) - 1, 1 - level / 2) * error
         found.append(OfBudget(name, ratio(mean), (ratio(mean - half), ratio(mean + half)), len(mine)))
     return tuple(found), _same_p(values)
 

@@ -24,12 +24,15 @@ ODDS_A_SIZE = 0.1  # for each size beyond the two that determine a line
 MOST_ODDS = 0.5
 
 
-def reported(local: Local, p: Floats, changing: Local, odds: float | None = None) -> tuple[Floats, Floats, Floats]:
+def reported(
+    local: Local, p: Floats, changing: Local, odds: float | None = None, level: float = 0.05
+) -> tuple[Floats, Floats, Floats]:
     """The headline's ln m and the ends of its interval, [K] each, given `constancy_p` [K] and `changing` (of
     `changing_multipliers`). ln m is the constant one, or where p is below SIGNIFICANCE that at the largest compute.
 
     The interval always covers m at the largest compute. It averages the laws of a constant and of a changing m by how
-    well each fits, with prior odds `odds` for the latter. Its coverage and width are in analysis/README.md.
+    well each fits, with prior odds `odds` for the latter; `level` is the probability that it misses. Its coverage and
+    width are in analysis/README.md.
     """
     sizes = local.ln_m.shape[1]
     top = trend(changing, local.c0[-1])
@@ -38,7 +41,7 @@ def reported(local: Local, p: Floats, changing: Local, odds: float | None = None
     zero = np.zeros_like(ln_m)
     constant = Student(local.mean, local.error, zero + sizes - 1, zero)
     varying = Student(top.at, top.error, top.dof, np.log(odds) + fit_gain(trend(local, local.c0[-1]).t, sizes))
-    _, low, high = averaged([constant, varying])
+    _, low, high = averaged([constant, varying], 1 - level)
     return ln_m, np.minimum(low, ln_m), np.maximum(high, ln_m)
 
 

@@ -23,11 +23,12 @@ def local_of(pairs: Pairs, irreducible_loss: float | None) -> Local:
     return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], irreducible_loss)
 
 
-def headline_answer(local: Local, p: float | None) -> Answer:
-    """The headline m and its interval, given the p-value of the test of constancy (None below three sizes)."""
+def headline_answer(local: Local, p: float | None, level: float = 0.05) -> Answer:
+    """The headline m and its interval, which misses with probability `level`, given the p-value of the test that m is
+    constant (None below three sizes)."""
     if p is None:
-        return answer_of(local.mean, *local.interval())
-    return answer_of(*reported(local, np.array([p]), changing_multipliers(local)))
+        return answer_of(local.mean, *local.interval(level))
+    return answer_of(*reported(local, np.array([p]), changing_multipliers(local), level=level))
 
 
 def answer_of(ln_m: Floats, low: Floats, high: Floats) -> Answer:

@@ -46,7 +46,21 @@ def rates_of_runs(sizes: Sequence[pd.DataFrame], column: str) -> Rates:
     if reason is None and np.isnan(wall).any():
         reason = "the arms were trained on different numbers of GPUs"
     recorded = any(rows["clock_0"].notna().any() for rows in sizes)
-    return Rates(wall, gpu, RUNS if recorded else TABLE, reason)
+    return Rates(wall, gpu, (RUNS if recorded else TABLE) + _unlike_sizes(sizes), reason)
+
+
+def _unlike_sizes(sizes: Sequence[pd.DataFrame]) -> str:
+    """What is one within each size and several over them: m in seconds may change with size for that reason."""
+    found = ""
+    for name, what in (("device", "devices"), ("execution", "ways of execution"), ("gpus", "numbers of GPUs")):
+        by_value: dict[str, list[str]] = {}
+        for rows in sizes:
+            for value in dict.fromkeys(map(str, rows[f"{name}_0"].dropna())):
+                by_value.setdefault(value, []).append(str(rows["_size"].iloc[0]))
+        if len(by_value) > 1:
+            where = "; ".join(f"{value} at {some(at)}" for value, at in by_value.items())
+            found += f", of several {what} ({where})"
+    return found
 
 
 def _unusable(rows: pd.DataFrame) -> str | None:
@@ -56,6 +70,9 @@ def _unusable(rows: pd.DataFrame) -> str | None:
     names, clocks, devices, seconds = (
         pd.concat([rows[f"{key}_0"], rows[f"{key}_1"]], ignore_index=True)
         for key in ("run_id", "clock", "device", "train_seconds")
+    )
+    executed, gpus = (
+        pd.concat([rows[f"{key}_0"], rows[f"{key}_1"]], ignore_index=True) for key in ("execution", "gpus")
     )
     missing = ~(seconds.astype(float) > 0)
     if missing.all():
@@ -72,11 +89,15 @@ def _unusable(rows: pd.DataFrame) -> str | None:
                 return f"{some(names[clocks.fillna('unknown') == kind])} {what}"
     if devices.nunique() > 1:
         return f"runs to be compared were on {some(sorted(devices.dropna().unique()))}"
-    executed = pd.concat([rows["execution_0"], rows["execution_1"]]).dropna()  # older stores do not say
     if executed.nunique() > 1:
-        return f"runs to be compared were executed in several ways: {some(sorted(executed.unique()))}"
-    if devices.isna().any() and devices.notna().any():
-        return f"nothing says on which device {some(names[devices.isna()])} ran"
+        return f"runs to be compared were executed in several ways: {some(sorted(executed.dropna().unique()))}"
+    for values, what in (
+        (devices, "on which device"),
+        (executed, "how, compiled or fused or not,"),  # stores of older versions do not say
+        (gpus, "on how many GPUs"),
+    ):
+        if values.isna().any() and values.notna().any():
+            return f"nothing says {what} {some(names[values.isna()])} ran"
     return None
 
 
@@ -155,7 +176,7 @@ def _source(used: Settings) -> str:
     """Where throughput was measured, and whatever about it differs from size to size, or was averaged over."""
     values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
     text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
-    text += ", fused" if values["fused"] == ["True"] else ""
+    text += ", not fused" if values["fused"] == ["False"] else ""
     for name in ("versions", "commit", "fused"):
         if len(values[name]) > 1:
             text += f", of several {ONE_KIND[name]} ({some(values[name])})"

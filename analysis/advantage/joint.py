@@ -24,10 +24,10 @@ SIGNIFICANCE = 0.05
 WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
 
 
-def joint_interval(pairs: Pairs) -> tuple[float, Interval | None] | None:
-    """m of the least-squares fit with E and exponent shared, and its 95% profile interval by the F distribution (None
-    below three sizes). Values beyond LN_M are returned as 0 or infinity. The result is None if every m fits equally
-    well, as happens when losses do not fall with compute.
+def joint_interval(pairs: Pairs, level: float = SIGNIFICANCE) -> tuple[float, Interval | None] | None:
+    """m of the least-squares fit with E and exponent shared, and its profile interval by the F distribution, which
+    misses with probability `level` (None below three sizes). Values beyond LN_M are returned as 0 or infinity. The
+    result is None if every m fits equally well, as happens when losses do not fall with compute.
 
     The law of both arms is E + a (k C)^-g, with k = m for the arm and 1 for the baseline. The interval contains every m
     at which the smallest residual sum of squares is at most RSS (1 + F / (n - 4)), n = 2 S.
@@ -45,7 +45,7 @@ def joint_interval(pairs: Pairs) -> tuple[float, Interval | None] | None:
     m = {LN_M[0]: 0.0, LN_M[1]: math.inf}.get(best, math.exp(best))
     if points <= 4:
         return m, None
-    limit = rss[at] * (1 + fdtri(1, points - 4, 0.95) / (points - 4))
+    limit = rss[at] * (1 + fdtri(1, points - 4, 1 - level) / (points - 4))
 
     def rejected(ln_m: float) -> bool:
         return bool(_profile(pairs, np.array([ln_m]))[0] > limit)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from analysis.logs.provenance import SEVERAL, short_commits
-from analysis.logs.selection import some
+from analysis.logs.schema import fact_columns
+from analysis.logs.selection import is_rate, some
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ON = ["_size", "_budget", "_seed"]  # what runs are paired on
+RECIPE = "train."  # prefix of the facts of training
 KINDS = ("code", "torch", "dtype", "device")
 MIXED = "several in one run"  # whose attempts differ
 
@@ -23,7 +25,33 @@ def mixtures(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
     `runs` are those of both arms that are compared, with the columns that pairs are made on. What is not known of a
     run is not compared.
     """
-    return list(_remarks(runs[runs["arm"].isin([arm, baseline])], arm, baseline))
+    both = runs[runs["arm"].isin([arm, baseline])]
+    return [*_remarks(both, arm, baseline), *_unrecorded(both)]
+
+
+def recipes(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
+    """For the reader: in which parts of the recipe (facts of training) the arms differ where they are paired, since a
+    difference in loss is then of both. `runs` as for `mixtures`, at the learning rates that are compared."""
+    found = []
+    for name in [each for each in fact_columns(map(str, runs)) if each.startswith(RECIPE) and not is_rate(each)]:
+        sides = [runs.loc[runs["arm"] == each].groupby(ON[:2])[name] for each in (baseline, arm)]
+        values = [{key: sorted(set(map(str, part.dropna()))) for key, part in side} for side in sides]
+        if any(values[0][key] != values[1][key] for key in values[0].keys() & values[1].keys()):
+            shown = [
+                some(dict.fromkeys(value for each in side.values() for value in each)) or "none" for side in values
+            ]
+            found.append(f"the arms differ in {name}: {shown[0]} in {baseline}, {shown[1]} in {arm}")
+    return found
+
+
+def _unrecorded(runs: pd.DataFrame) -> Iterator[str]:
+    """Facts that some runs of an arm, size and budget have and others lack, which may be of another configuration."""
+    groups = runs.groupby(["arm", *ON[:2]])
+    for name in fact_columns(map(str, runs)):
+        known = groups[name].transform("count")
+        lacking = runs["run_id"][runs[name].isna() & (known > 0)]
+        if len(lacking):
+            yield f"{name} is recorded of some runs of one arm and size, and not of {some(lacking)}"
 
 
 def _remarks(runs: pd.DataFrame, arm: str, baseline: str) -> Iterator[str]:

@@ -31,8 +31,8 @@ from analysis.advantage.checks import (
 )
 from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE, seed_noise_of
 from analysis.advantage.family import at_once
-from analysis.advantage.joint import aicc, wild_cluster_interval
-from analysis.advantage.mixtures import mixtures
+from analysis.advantage.joint import Interval, aicc, wild_cluster_interval
+from analysis.advantage.mixtures import mixtures, recipes
 from analysis.advantage.paired import EXPONENTS, Local, ratio, trend
 from analysis.advantage.pairs import Pairs, pair, require_one_configuration, usable, with_axes
 from analysis.advantage.single import require_below, single_size
@@ -40,7 +40,7 @@ from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
-from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks
+from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks, untuned
 from analysis.laws.solver import Floats
 from analysis.logs.learning import failed_runs, uncounted, unlearned
 from analysis.logs.schema import CONVENTIONS
@@ -126,7 +126,9 @@ def comparable(
     require_one_configuration(rows)
     rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
     lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
-    return rows, tuned, lines + notes(tuned)
+    (arm,) = set(rows["arm"]) - {baseline} or {baseline}
+    lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
+    return rows, tuned, lines + recipes(rows, arm, baseline)
 
 
 def _with_warnings(item: Multiplier, warnings: Iterable[str]) -> Multiplier:
@@ -154,11 +156,20 @@ def compare(
         return curves
     held = _irreducible_losses(pairs, irreducible_losses)
     found = _estimate(pairs, held[0] if held else None, resamples, seed)
-    local, headline = found.local, found.headline
+    local = found.local
     shown = found.changing if found.varies else local
-    of_budgets, budget_p = by_budget(pairs.cells, float(local.law.E[0]), float(local.law.g[0]))
-    if budget_p is not None and budget_p < SIGNIFICANCE:
-        headline = _over_budgets(headline, of_budgets)
+
+    law = float(local.law.E[0]), float(local.law.g[0])
+    of_budgets, budget_p = by_budget(pairs.cells, *law)
+
+    def interval_at(level: float) -> Interval:
+        ci = headline_answer(local, found.p, level).ci
+        assert ci is not None
+        if budget_p is None or budget_p >= SIGNIFICANCE:
+            return ci
+        return _over_budgets(ci, by_budget(pairs.cells, *law, level)[0])
+
+    headline = replace(found.headline, ci=interval_at(SIGNIFICANCE))
     conventions = {name: found.under(other, held) for name, other in (others or {}).items()}
     least_m = noise_floor(pairs, local)
     status = (
@@ -171,6 +182,7 @@ def compare(
         baseline=pairs.baseline,
         m=headline.m,
         ci=headline.ci,
+        interval_at=interval_at,
         method="paired, at the largest compute" if found.varies else "paired",
         constant_m_p=found.p,
         m_at_cmax=found.at_top.m,
@@ -348,11 +360,10 @@ def _remarks(
             yield f"depends on the FLOP convention: {other.m:.3f}x under {name}"
 
 
-def _over_budgets(headline: Answer, budgets: Sequence[OfBudget]) -> Answer:
-    """The headline with its interval extended to include the interval of every budget, for an m that depends on it."""
-    assert headline.ci is not None
-    ends = [headline.ci, *(item.ci for item in budgets)]
-    return replace(headline, ci=(min(low for low, _ in ends), max(high for _, high in ends)))
+def _over_budgets(ci: Interval, budgets: Sequence[OfBudget]) -> Interval:
+    """The interval extended to include the interval of every budget, for an m that depends on it."""
+    ends = [ci, *(item.ci for item in budgets)]
+    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def _budget_remarks(budgets: Sequence[OfBudget], p: float | None) -> Iterator[str]:

@@ -182,15 +182,16 @@ def _nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
 
 def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
     """One arm's rows with replicates averaged, and their number in `_count`. Averaged rows keep the run_id and device
-    of the first replicate."""
+    of the first replicate; those that differ in what decides a clock, or lack some of it, have the clock "mixed"."""
     if not side.duplicated(ON).any():
         return side.assign(_count=1)
     means = ["loss", "train_seconds", column]
     groups = side.groupby(ON, sort=False)
     averaged = groups.first().assign(_count=groups.size())
     averaged[means] = groups[means].mean()
-    for name in ("device", "execution", "clock"):
-        averaged.loc[groups[name].nunique() > 1, "clock"] = "mixed"
+    for name in ("device", "execution", "clock", "gpus"):
+        averaged.loc[groups[name].nunique(dropna=False) > 1, "clock"] = "mixed"
+    averaged.loc[groups["train_seconds"].count() < groups.size(), "train_seconds"] = np.nan
     return averaged.reset_index()
 
 

@@ -1,8 +1,8 @@
 """Power analysis before a sweep is run: simulate which advantage its sizes and seeds could resolve.
 
 Every simulated sweep is analysed as `multiplier.compare` would: the paired estimator, the bootstrap test that m is
-constant, the switch to m at the largest compute where that test rejects, and the bound set by seed noise, below which
-no m counts as resolved.
+constant, the switch to m at the largest compute where that test rejects, the interval of all the design's arms at once,
+and the bound set by seed noise, below which no m counts as resolved.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from analysis.advantage.changing import reported
 from analysis.advantage.constancy import SIGNIFICANCE, SeedNoise, constancy_p
+from analysis.advantage.family import LEVEL
 from analysis.advantage.paired import changing_multipliers, local_multipliers, seed_noise
 from analysis.advantage.pairs import size_key
 from analysis.laws.solver import Bools, Floats
@@ -61,7 +62,7 @@ class Prospect:
 
     sizes: int
     seeds: int
-    power: float  # chance of resolving the requested m
+    power: float  # chance of resolving the requested m, by the interval of all arms at once
     smallest_m: float | None  # the least m resolved with 80% power, by interpolation; None beyond 2
     coverage: float  # how often the reported 95% interval contains the requested m
     half_width: float  # of the reported interval of ln m, median over simulations
@@ -78,10 +79,17 @@ def cheapest(found: Sequence[Prospect]) -> Prospect | None:
 
 
 def prospects(
-    ladder: Ladder, m: float, seeds: Sequence[int], world: World, simulations: int = SIMULATIONS, seed: int = 0
+    ladder: Ladder,
+    m: float,
+    seeds: Sequence[int],
+    world: World,
+    simulations: int = SIMULATIONS,
+    seed: int = 0,
+    arms: int = 1,
 ) -> Iterator[Prospect]:
     """Simulate each number of sizes from FEWEST_SIZES on, adding the next larger size each time, with each number of
-    seeds. Raises ValueError for fewer sizes and for an m that is not positive, or is 1."""
+    seeds. One arm is simulated; it is resolved as one of `arms` that are compared with the baseline (family.py). Raises
+    ValueError for fewer sizes and for an m that is not positive, or is 1."""
     if len(ladder.sizes) < FEWEST_SIZES:
         raise ValueError(f"a design needs {FEWEST_SIZES} sizes; got {len(ladder.sizes)}")
     if not 0 < m < np.inf or m == 1:
@@ -89,21 +97,21 @@ def prospects(
     for sizes in range(FEWEST_SIZES, len(ladder.sizes) + 1):
         for repeats in seeds:
             part = Ladder(ladder.sizes[:sizes], ladder.compute[:sizes], ladder.gpu_hours[:sizes])
-            yield _prospect(part, m, repeats, world, simulations, seed)
+            yield _prospect(part, m, repeats, world, simulations, seed, arms)
 
 
-def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: int, seed: int) -> Prospect:
+def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: int, seed: int, arms: int) -> Prospect:
     asked = Simulated(ladder.compute, np.log(m), seeds, world, simulations, seed)
     p = asked.constancy(np.ones(simulations, dtype=bool))
     _, low, high = reported(asked.local, p, asked.changing)
 
     def power(ln_m: float) -> float:
-        return Simulated(ladder.compute, ln_m, seeds, world, simulations, seed).power()
+        return Simulated(ladder.compute, ln_m, seeds, world, simulations, seed).power(arms)
 
     return Prospect(
         sizes=len(ladder.sizes),
         seeds=seeds,
-        power=float(asked.resolved(p).mean()),
+        power=float(asked.resolved(p, arms).mean()),
         smallest_m=_smallest(power),
         coverage=float(((low < np.log(m)) & (np.log(m) < high)).mean()),
         half_width=float(np.median(high - low) / 2),
@@ -162,16 +170,16 @@ class Simulated:
         )
         return p
 
-    def resolved(self, p: Floats) -> Bools:
-        """Whether the reported interval excludes 1 and m exceeds the bound set by seed noise [K]."""
-        ln_m, low, high = reported(self.local, p, self.changing)
+    def resolved(self, p: Floats, arms: int = 1) -> Bools:
+        """Whether the interval of all `arms` at once excludes 1 and m exceeds the bound set by seed noise [K]."""
+        ln_m, low, high = reported(self.local, p, self.changing, level=LEVEL / arms)
         return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
 
-    def power(self) -> float:
+    def power(self, arms: int = 1) -> float:
         """The share of sweeps that resolve m. The interval hardly depends on the test of constancy, so this slow test
         is run only where the interval excludes 1; it then decides which m is compared with the seed noise."""
-        _, low, high = reported(self.local, np.ones(len(self.noise_floor)), self.changing)
-        return float(self.resolved(self.constancy((low > 0) | (high < 0))).mean())
+        _, low, high = reported(self.local, np.ones(len(self.noise_floor)), self.changing, level=LEVEL / arms)
+        return float(self.resolved(self.constancy((low > 0) | (high < 0)), arms).mean())
 
 
 def in_order(errors: Floats, correlation: float) -> Floats:

@@ -3,8 +3,9 @@
 A measured run belongs to a published row by the facts in its own record, never by its name. Every fact that the row
 states must be equal, except those that the row calls free because they go with the size of a model, such as the rank in
 an ablation of the width. Free facts must agree within an ablation; where they are not the published ones, the answer
-says so. Perplexities of different models on different texts cannot be compared, but the difference that a change makes
-in log perplexity can be set beside the difference that it makes in our loss.
+says so. Where the facts fit several arms, which differ in something that is not published, none of them is taken.
+Perplexities of different models on different texts cannot be compared, but the difference that a change makes in log
+perplexity can be set beside the difference that it makes in our loss.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.advantage.outcomes import compare_metric
+from analysis.advantage.outcomes import Outcome, compare_metric
 from analysis.advantage.shares import Interval
 from analysis.logs.columns import NATS, loss_unit
 from analysis.logs.schema import fact_columns
@@ -126,10 +127,10 @@ def _varied(published: Sequence[PublishedRow]) -> set[str]:
 
 def _arms_of(
     runs: pd.DataFrame, rows: Sequence[PublishedRow], varied: set[str]
-) -> dict[str, tuple[str, dict[str, str]]] | None:
-    """Setting -> the arm that has its facts and the arm's own facts, among the runs of one size. None unless the
-    reference and another row are there. Where the free facts of arms differ, those arms count that agree in them and
-    make up most of the ablation."""
+) -> dict[str, tuple[list[str], dict[str, str]]] | None:
+    """Setting -> the arms that have its facts and the first one's own facts, among the runs of one size. None unless
+    the reference and another row are there. Where the free facts of arms differ, those arms count that agree in them
+    and make up most of the ablation. Of several that could be the reference, it is the baseline of the runs' sweep."""
     facts_of = {str(arm): _facts(mine) for arm, mine in runs.groupby("arm", sort=False)}
 
     def free(row: PublishedRow, facts: dict[str, str]) -> tuple[tuple[str, str | None], ...]:
@@ -149,8 +150,10 @@ def _arms_of(
     chosen = {}
     for row in rows:
         arms = [arm for arm in fitting[row.setting] if free(row, facts_of[arm]) == most[row.free]]
+        if row.reference and "baseline" in runs:
+            arms = [arm for arm in arms if arm in set(runs["baseline"].dropna())] or arms
         if arms:
-            chosen[row.setting] = arms[0], facts_of[arms[0]]
+            chosen[row.setting] = arms, facts_of[arms[0]]
     reference = next(row for row in rows if row.reference)
     return chosen if reference.setting in chosen and len(chosen) > 1 else None
 
@@ -177,25 +180,30 @@ def _fits(row: PublishedRow, facts: dict[str, str], varied: set[str]) -> bool:
 
 
 def _measured(
-    runs: pd.DataFrame, rows: Sequence[PublishedRow], arms: dict[str, tuple[str, dict[str, str]]], size: str
+    runs: pd.DataFrame, rows: Sequence[PublishedRow], arms: dict[str, tuple[list[str], dict[str, str]]], size: str
 ) -> Iterator[Beside]:
     """The rows of an ablation beside the runs of one size, whose arms are given by setting."""
     reference = next(row for row in rows if row.reference)
-    base = arms[reference.setting][0]
-    runs = runs[runs["arm"].isin([arm for arm, _ in arms.values()])]
+    bases = arms[reference.setting][0]
+    runs = runs[runs["arm"].isin([names[0] for names, _ in arms.values() if len(names) == 1])]
     losses = runs[["run_id", "task", "loss"]].rename(columns={"loss": "value"}).assign(metric="loss")
     losses = losses[losses["value"].notna()].assign(task=losses["task"].fillna(""))
-    try:
-        outcomes = compare_metric(runs, losses, baseline=base).rows
-        why = ""
-    except ValueError as error:
-        outcomes, why = (), str(error)
+    outcomes: Sequence[Outcome] = ()
+    why = f"the reference: {_several(bases)}" if len(bases) > 1 else ""
+    if not why:
+        try:
+            outcomes = compare_metric(runs, losses, baseline=bases[0]).rows
+        except ValueError as error:
+            why = str(error)
     for row in rows:
         published = _unmeasured(row, rows, size)
         if row.setting not in arms:
             yield published
             continue
-        arm, facts = arms[row.setting]
+        (arm, *others), facts = arms[row.setting]
+        if others:
+            yield replace(published, status=_several([arm, *others]))
+            continue
         of_arm = [outcome for outcome in outcomes if outcome.arm == arm]
         if len(of_arm) != 1:
             several = ", ".join(outcome.budget for outcome in of_arm)
@@ -204,7 +212,7 @@ def _measured(
             continue
         (outcome,) = of_arm
         stated = {name: row.facts[name] for name in row.free if name in row.facts}
-        others = {name: facts[name] for name, value in stated.items() if facts.get(name, value) != value}
+        unlike = {name: facts[name] for name, value in stated.items() if facts.get(name, value) != value}
         yield replace(
             published,
             arm=arm,
@@ -212,9 +220,13 @@ def _measured(
             loss=outcome.mean,
             difference=outcome.difference,
             ci=outcome.ci,
-            differs=", ".join(f"{name} {value}" for name, value in others.items()) or None,
+            differs=", ".join(f"{name} {value}" for name, value in unlike.items()) or None,
             status="reference" if row.reference else outcome.status,
         )
+
+
+def _several(arms: Sequence[str]) -> str:
+    return f"several arms have its facts ({', '.join(arms)}); choose one with --where"
 
 
 def _unmeasured(row: PublishedRow, rows: Sequence[PublishedRow], size: str | None = None) -> Beside:

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from analysis.advantage.answers import Answer, Multiplier
-from analysis.advantage.joint import aicc, joint_interval
+from analysis.advantage.joint import Interval, aicc, joint_interval
 from analysis.advantage.pairs import Pairs
 
 SAID = 1.1  # ratio of compute within a pair, beyond which the status mentions it
@@ -66,6 +66,12 @@ def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
         raise ValueError(
             f"{gap}, and the joint fit of their curves gives m no interval; train three sizes over the same compute"
         )
+
+    def interval_at(level: float) -> Interval:
+        at_level = (joint_interval(pairs, level) or (m, None))[1]
+        assert at_level is not None
+        return at_level
+
     laws = aicc(pairs)
     remarks = [f"{gap}, so m is that of the two fitted curves, which share {high / low:.3g}x of compute"]
     if ci[0] <= 1 <= ci[1]:
@@ -79,6 +85,7 @@ def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
         baseline=pairs.baseline,
         m=m,
         ci=ci,
+        interval_at=interval_at,
         method="two curves where they share compute",
         m_at_cmax=m,
         m_at_cmax_ci=ci,

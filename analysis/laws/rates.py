@@ -283,6 +283,25 @@ def remarks(used: Sequence[Tuned]) -> Iterator[str]:
             yield "the best of unequal numbers of rates is not corrected for noise, as there are no repeated seeds"
 
 
+def untuned(runs: pd.DataFrame, rate: str | None, arm: str, baseline: str) -> list[str]:
+    """A line where the arms have one learning rate at each size, and not the same: who chose them, and how well, these
+    runs do not show. `runs` are those of both arms; `rate` is the column of the rates."""
+    if rate is None:
+        return []
+    means = runs.groupby(["arm", *CELL[1:]])[rate].mean().astype(float).dropna()
+    arms = means.index.get_level_values("arm")
+    if not {arm, baseline} <= set(arms):
+        return []
+    ratios = (means[arm] / means[baseline]).dropna()
+    if ratios.empty or bool(np.allclose(ratios, 1, rtol=1e-3)):
+        return []
+    by = " to ".join(dict.fromkeys(f"{end:.3g}" for end in (ratios.min(), ratios.max())))
+    return [
+        f"one learning rate for each arm, and not the same: {arm}'s is {by} times {baseline}'s; these runs do not show "
+        "which is best for either"
+    ]
+
+
 def notes(tuned: Sequence[Tuned]) -> list[str]:
     """A line that says at which rates each arm is best: as factors of the ladder's rate, else the rates themselves."""
     found = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from analysis.logs.columns import format_columns, loss_unit
 from analysis.logs.points import run_types
 from analysis.logs.schema import LATER_COLUMNS
+from analysis.logs.selection import some
 from analysis.logs.store import Store, load
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def load_all(paths: Sequence[Path], columns: Mapping[str, str] | None = None) ->
     """Read one store, or several as one: live or frozen ones and tables of points, in any mixture.
 
     Runs are merged by run_id: a run that is equal in two stores counts once, and one that differs is refused by name.
+    A run that was cut short in one store, as at the end of a session on a borrowed machine, and has an outcome in
+    another counts as in the other; that is among the `problems`.
     In a table of points without ids, the name of the file becomes part of each row's id. `columns` applies to every
     table of points. Raises ValueError where there is nothing to read, or where stores contradict each other.
     """
@@ -81,8 +84,8 @@ def load_all(paths: Sequence[Path], columns: Mapping[str, str] | None = None) ->
         raise ValueError(f"the losses are in several units ({listed}) and cannot be compared; give stores of one unit")
     for part in parts:
         part.runs = _named_rows(part)
-    runs, owners = _union(parts)
-    problems = [problem for part in parts for problem in part.problems]
+    runs, owners, notes = _union(parts)
+    problems = [*notes, *(problem for part in parts for problem in part.problems)]
     run_dirs = [run_dir for part in parts for run_dir in part.run_dirs]
     return MergedStore(paths[0], runs, problems, run_dirs, parts=parts, owners=owners)
 
@@ -97,26 +100,43 @@ def _named_rows(part: Store) -> pd.DataFrame:
     return part.runs.assign(run_id=part.runs["run_id"].mask(nameless, f"{part.path} " + part.runs["run_id"]))
 
 
-def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]]]:
-    """The runs of all parts, each once; and for each part, the ids of the runs that are read from it."""
+def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]], list[str]]:
+    """The runs of all parts, each once; for each part, the ids of the runs that are read from it; and which runs were
+    cut short in one part and have an outcome in another."""
     import pandas as pd
 
-    owner_of: dict[str, Store] = {}
-    frames, owners = [], []
-    for part in parts:
-        ids = set(part.runs["run_id"])
-        for run_id in sorted(ids & set(owner_of)):
-            _refuse_differing(run_id, owner_of[run_id], part)
-        owners.append(ids - set(owner_of))
-        frames.append(part.runs[part.runs["run_id"].isin(owners[-1])])
-        owner_of |= dict.fromkeys(owners[-1], part)
+    owner_of, ended = dict[str, int](), [_with_outcome(part) for part in parts]
+    cut = dict[tuple[int, int], list[str]]()  # (the part that has the outcome, the part that does not) -> runs
+    for number, part in enumerate(parts):
+        for run_id in sorted(set(part.runs["run_id"])):
+            other = owner_of.setdefault(run_id, number)
+            by_outcome = sorted((other, number), key=lambda each: run_id not in ended[each])
+            if run_id in ended[other] and run_id in ended[number]:
+                _refuse_differing(run_id, parts[other], part)
+            elif run_id in ended[by_outcome[0]]:
+                owner_of[run_id] = by_outcome[0]
+                cut.setdefault((by_outcome[0], by_outcome[1]), []).append(run_id)
+    owners = [{run_id for run_id, owner in owner_of.items() if owner == number} for number in range(len(parts))]
+    frames = [part.runs[part.runs["run_id"].isin(owned)] for part, owned in zip(parts, owners, strict=True)]
     names = list(dict.fromkeys(name for frame in frames for name in frame))
     missing = [frame["run_id"].mask(frame["run_id"].notna()) for frame in frames]
     merged = {
         name: _joined([frame.get(name, absent) for frame, absent in zip(frames, missing, strict=True)])
         for name in names
     }
-    return run_types(pd.DataFrame(merged)), owners
+    notes = [
+        f"cut short in {parts[less].path}, these count as in {parts[more].path}: {some(ids)}"
+        for (more, less), ids in cut.items()
+    ]
+    return run_types(pd.DataFrame(merged)), owners, notes
+
+
+def _with_outcome(part: Store) -> set[str]:
+    """The runs that were trained to their end, or did not learn: what else a store holds was cut short, or waits."""
+    outcome = part.runs["status"].eq("complete").fillna(False)
+    if "did_not_learn" in part.runs:
+        outcome |= part.runs["did_not_learn"].notna()
+    return set(part.runs.loc[outcome, "run_id"])
 
 
 def _refuse_differing(run_id: str, one: Store, other: Store) -> None:

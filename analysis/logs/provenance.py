@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-PROVENANCE = ("device", "gpus", "sharing", "dtype", "execution", "torch", "code_sha256")
+PROVENANCE = ("device", "gpus", "sharing", "dtype", "execution", "fused", "torch", "code_sha256")
 SEVERAL = " + "  # between the commits of a run that was trained by several
 STOPPED_PER_ATTEMPT = 10
 # what determines the speed of a step
-HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "execution", "torch", "triton", "code_sha256")
+HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "execution", "fused", "torch", "triton", "code_sha256")
 
 
 def summarize(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

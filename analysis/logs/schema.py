@@ -77,6 +77,7 @@ RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs
     "sharing": "Int64",
     "dtype": "string",
     "execution": "string",
+    "fused": "string",
     "torch": "string",
     "clock": "string",
     "code_commit": "string",
@@ -86,7 +87,7 @@ RUN_COLUMNS = {  # of every run table; the facts and the varied axes of the runs
     "status": "string",
 }
 OF_LEARNING = ("vocabulary", "gradient_norm", "did_not_learn")
-LATER_COLUMNS = (*OF_LEARNING, "execution", "code_sha256")  # which stores frozen before they existed lack
+LATER_COLUMNS = (*OF_LEARNING, "execution", "fused", "code_sha256")  # which stores frozen before they existed lack
 
 CONVENTIONS = {  # a way to count training FLOPs -> its column of the run table
     "exact": "flops_exact",

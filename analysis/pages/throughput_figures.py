@@ -93,7 +93,7 @@ def _by_size(axes: Axes, rows: pd.DataFrame, mark_of: dict[str, Mark]) -> None:
 
 def _title(setup: dict[str, object]) -> str:
     gpus = f", {setup['gpus']} GPUs ({setup['parallel']})" if int(str(setup["gpus"])) > 1 else ""
-    fused = ", fused" if setup["fused"] else ""
+    fused = "" if setup["fused"] else ", not fused"
     return printable(f"{setup['device']}{gpus}, {setup['optimizer']}{fused}", 60)
 
 

@@ -9,15 +9,23 @@ from dynconv.ops.functions import (
     static_convolution,
     static_convolution_step,
 )
-from dynconv.ops.fused import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
+from dynconv.ops.fused import (
+    has_fused_kernels,
+    interleaved,
+    lowrank_gated_convolution,
+    lowrank_joined_convolution,
+    lowrank_rotary_convolution,
+)
 
 __all__ = [
     "final_state",
+    "has_fused_kernels",
     "headwise_dynamic_convolution",
     "headwise_dynamic_convolution_step",
     "interleaved",
     "lowrank_dynamic_convolution",
     "lowrank_dynamic_convolution_step",
+    "lowrank_gated_convolution",
     "lowrank_joined_convolution",
     "lowrank_rotary_convolution",
     "static_convolution",

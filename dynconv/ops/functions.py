@@ -251,7 +251,7 @@ def _run(
     if isinstance(return_final_state, Tensor):
         raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
     for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
-        if isinstance(flag, str | float):  # a residual of 0.5 would add all of x, not half of it
+        if isinstance(flag, (str, float)):  # a residual of 0.5 would add all of x, not half of it
             raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
     if activation not in (None, "silu"):
         got = repr(activation) if isinstance(activation, str) else kind_of(activation)

@@ -1,4 +1,4 @@
-"""The low-rank convolution fused with its neighbours: one projection before it, and RoPE or a residual stream after it.
+"""The low-rank convolution fused with its neighbours: a projection before; RoPE, SwiGLU or a residual stream after it.
 
 `joined` is the output of one linear map: the channels of P parts (for example queries, keys and values), the outputs of
 their generators, and perhaps padding. The kernels read it as it is and, in the backward pass, write the one gradient
@@ -13,12 +13,22 @@ and keys. Attention does not see the order of channels, as long as it is the sam
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from dynconv.ops import functions
 from dynconv.ops.checks import check, check_floating
 from dynconv.ops.sharded import any_sharded
+
+
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for tensors of 16 bits on this device; elsewhere the functions here are composed."""
+    if not (functions._HAS_TRITON and device.type == "cuda"):
+        return False
+    from dynconv.ops import fused_operator
+
+    return fused_operator.runs_on(device)
 
 
 def interleaved(
@@ -52,6 +62,28 @@ def lowrank_joined_convolution(
         check(added, (*joined.shape[:2], channels), "added", "[B, T, D]", joined)
         added = added.to(joined.dtype)
     return _convolve(joined, U, static_w, None, added, channels, parts, residual)
+
+
+def lowrank_gated_convolution(
+    joined: Tensor,  # [B, T, C]: gate and up [D each], the generators' outputs [2*R], and perhaps padding
+    U: Tensor,  # [R, W*2*D]
+    static_w: Tensor | None,  # [W, 2*D]
+    channels: int,  # D
+    residual: bool = False,
+) -> Tensor:  # [B, T, D]
+    """SwiGLU (arXiv 2002.05202): silu(gate) * up, each after `lowrank_dynamic_convolution`.
+
+    The kernel reads gate and up once, and does not round silu(gate). Columns after the generators' outputs have
+    gradient zero. Raises ValueError for arguments that do not fit together.
+    """
+    _check(joined, U, static_w, channels, 2)
+    if _may_launch(joined, U, static_w):
+        from dynconv.ops import fused_operator
+
+        if fused_operator.fits(joined, U, channels, 2):
+            return fused_operator.convolve_gated(joined, U, static_w, channels, residual)
+    gate, up = _composed(joined, U, static_w, None, None, channels, 2, residual)
+    return F.silu(gate) * up
 
 
 def lowrank_rotary_convolution(

@@ -5,10 +5,10 @@ Shapes: B batch, T time, P parts of the channels (such as q, k and v), D channel
 
 from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
+from dynconv.ops import gated_kernels
 from dynconv.ops import lowrank_mma as mma
 from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
@@ -25,6 +25,7 @@ class Tile(NamedTuple):
 
 FORWARD_TILE = Tile(mma.SLOTS, 3, 32)
 BACKWARD_TILE = Tile(2, 4, 160)
+GATED_TILE = Tile(1, 9, 64)  # with more slots at once, both convolutions' registers would not fit
 _MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
 _MAX_PARTS = 3
 
@@ -70,6 +71,34 @@ def forward(
     return results
 
 
+def gated_forward(
+    x: Tensor,  # [B, T, 2*D]
+    z: Tensor,  # [B, T, 2*R]
+    up: Tensor,  # [R, W*2*D]
+    static_w: Tensor | None,  # [W, 2*D]
+    residual: bool,
+) -> tuple[Tensor, ...]:  # [B, T, D] each
+    """Both parts after convolution, and silu of the first times the second."""
+    rank, channels = up.shape[0], x.shape[2] // 2
+    x, z = aligned(x), mma.padded(z, rank, x.dtype)
+    results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(3))
+    blocks = triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
+    _, cut = mma.cut_apart(x, blocks, at_once=2, longest=GATED_TILE.longest)
+    launch(
+        gated_kernels.gated_kernel,
+        blocks * cut.batch * cut.chunks,
+        (x, z, up, static_w, *results),
+        (cut.time, x.stride(0), z.stride(0), cut.chunks, blocks, cut.run),
+        {
+            "x_time": x.stride(1), "z_time": z.stride(1), "CHANNELS": channels, "R": rank,
+            "W": up.shape[1] // x.shape[2], "RESIDUAL": residual,
+            "SLOTS": GATED_TILE.slots, "STAGES": GATED_TILE.stages, "WARPS": mma.FORWARD_WARPS,
+        },
+        num_warps=mma.FORWARD_WARPS,
+    )  # fmt: skip
+    return results
+
+
 def backward(
     dys: tuple[Tensor, ...],  # [B, T, D] each
     x: Tensor,  # [B, T, P*D]
@@ -91,7 +120,8 @@ def backward(
     in_part = triton.cdiv(channels, mma.BLOCK)
     _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=BACKWARD_TILE.longest)
     djoined = new(x, (batch, time, columns), x.dtype) if needs[0] else None
-    dz_partial = new(x, (in_part, batch, time, parts * rank), torch.float32) if needs[0] else None
+    # In 16 bits, as their total: rounding them adds about as much to its error as rounding it, and they are many bytes.
+    dz_partial = new(x, (in_part, batch, time, parts * rank), x.dtype) if needs[0] else None
     up_partial, dup = new_sums(up if needs[1] else None, cut.batch * cut.chunks)
     static_partial, dstatic = new_sums(static_w if needs[2] else None, cut.batch * cut.chunks)
     launch(
@@ -107,7 +137,8 @@ def backward(
         ),
         {
             "dy_time": dys[0].stride(1), "x_time": x.stride(1), "z_time": z.stride(1), "dx_time": columns,
-            "SEGMENTS": (channels,) * parts, "PAIRS": _pairs(frequencies), "ALL_RANKS": rank, "R": rank,
+            "SEGMENTS": (channels,) * parts, "PAIRS": _pairs(frequencies), "ALL_RANKS": rank,
+            "COLUMNS": rank, "R": rank,
             "W": up.shape[1] // x.shape[2], "RESIDUAL": residual, "SILU": False, "ADD": False,
             "SLOTS": BACKWARD_TILE.slots, "STAGES": BACKWARD_TILE.stages, "WARPS": mma.BACKWARD_WARPS,
         },

@@ -27,6 +27,11 @@ def _device_runs_gluon(index: int) -> bool:
     return tiles.has_async_copies(torch.device("cuda", index))
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether there are kernels for tensors of 16 bits on this GPU."""
+    return fused_mma is not None and tiles.has_async_copies(device)
+
+
 def runs_gluon(tensor: Tensor) -> bool:
     """Whether the tensor's device runs the Gluon kernels."""
     return tensor.is_cuda and _device_runs_gluon(tensor.device.index)
@@ -49,6 +54,23 @@ def convolve(
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The convolution by the kernels. The arguments have been checked, and they `fits`."""
     return tuple(_op(joined, up, static_w, frequencies, added, channels, parts, residual))
+
+
+def convolve_gated(
+    joined: Tensor,  # [B, T, C]
+    up: Tensor,  # [R, W*2*D]
+    static_w: Tensor | None,  # [W, 2*D]
+    channels: int,  # D
+    residual: bool,
+) -> Tensor:  # [B, T, D]
+    """silu of the first part times the second, by the kernels. The arguments have been checked, and they `fits`."""
+    y: Tensor = _gated_op(joined, up, static_w, channels, residual)[2]
+    return y
+
+
+def _gated_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = fused_mma.gated_forward(*inputs)
+    return results
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -150,7 +172,49 @@ def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - t
     )
 
 
+@torch.library.custom_op(
+    "dynconv::lowrank_gated",
+    mutates_args=(),
+    schema=(
+        "(Tensor joined, Tensor weight, Tensor? static_w, int channels, bool residual) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _gated_op(
+    joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int, residual: bool
+) -> tuple[Tensor, ...]:  # [B, T, D] each: both parts after convolution, which the backward pass needs, and the result
+    if joined.numel() == 0:
+        return tuple(joined.new_empty(*joined.shape[:2], channels) for _ in range(3))
+    x, z, up_, static, _ = _prepared(joined, up, static_w, None, channels, 2)
+    return repeated(_gated_forward, (x, z, up_, static), (residual,))
+
+
+@_gated_op.register_fake
+def _(joined: Tensor, up: Any, static_w: Any, channels: int, *_: Any) -> Any:  # noqa: ARG001
+    return tuple(joined.new_empty(*joined.shape[:2], channels) for _ in range(3))
+
+
+def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)  # of the first two outputs, which have none
+    ctx.save_for_backward(*inputs[:3], *output[:2])
+    ctx.residual = inputs[4]
+
+
+def _differentiate_gated(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Only the third output has a gradient: `convolve_gated` hides the others."""
+    dy = dys[2]
+    assert dys[:2] == (None, None)
+    if dy is None:
+        return (None,) * 5
+    joined, up, static_w, gate, other = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    dgate = torch.ops.aten.silu_backward(dy * other, gate)
+    dother = dy * torch.nn.functional.silu(gate)
+    gradients = _backward_op([dgate, dother], joined, up, static_w, None, ctx.residual, needs)
+    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None)
+
+
 _op.register_autograd(_differentiate, setup_context=_save)
+_gated_op.register_autograd(_differentiate_gated, setup_context=_save_gated)
 _backward_op.register_autograd(_raise_no_second_derivatives)
 
 
@@ -166,10 +230,15 @@ def _forward_flops(joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any
     return flops.forward([*joined[:2], channels * parts], joined, weight, static_w)
 
 
+def _gated_flops(joined: Any, weight: Any, static_w: Any, channels: int, *_: Any, **__: Any) -> int:
+    return flops.forward([*joined[:2], 2 * channels], joined, weight, static_w)
+
+
 def _backward_flops(dys: Any, joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
     x, needs = [*joined[:2], len(dys) * dys[0][2]], rest[-1]
     return flops.backward(x, x, joined, weight, static_w, None, (), False, False, (needs[0], *needs))
 
 
 register_flop_formula(torch.ops.dynconv.lowrank_joined)(_forward_flops)
+register_flop_formula(torch.ops.dynconv.lowrank_gated)(_gated_flops)
 register_flop_formula(torch.ops.dynconv.lowrank_joined_backward)(_backward_flops)

@@ -166,6 +166,11 @@ def forward(
     return y
 
 
+def _dz_columns(rank: int) -> int:
+    """Columns of the partial sums of dz, which all launches share: whole sectors of memory, for ranks above 8."""
+    return rank if rank <= 8 else 16
+
+
 def backward(
     dy: Tensor,  # [B, T, D]
     x: Tensor,  # [B, T, D]
@@ -186,7 +191,7 @@ def backward(
     generators = padded(z, rank, x.dtype)
     cut = _cut((dy, x, generators), positions, blocks, at_once=1, longest=160)
     dx = new_like(x) if needs[0] else None
-    dz_partial, dz, columns = None, None, min(rank, 16)  # all launches share one dz_partial
+    dz_partial, dz, columns = None, None, _dz_columns(rank)
     if needs[1]:
         # A segment with fewer blocks of channels than the widest one leaves parts of dz unwritten: start from zeros.
         parts, uneven = triton.cdiv(max(segments), BLOCK), min(segments) != max(segments)
@@ -216,12 +221,13 @@ def backward(
                 ),
                 {
                     "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": generators.stride(1),
-                    "dx_time": channels, "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "R": ranks, "W": width,
+                    "dx_time": channels, "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "COLUMNS": columns,
+                    "R": ranks, "W": width,
                     "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
                     "SLOTS": 1 if deep else 2, "STAGES": 8 if deep else 4, "WARPS": BACKWARD_WARPS,
                 },
                 num_warps=BACKWARD_WARPS,
             )  # fmt: skip
         others = [(up_partial, dup), (static_partial, dstatic)] if first + ranks == rank else []
-        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if rank > 16 else None)
+        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if columns != rank else None)
     return dx, dz, dup, dstatic

@@ -96,7 +96,8 @@ def _sum_block(
     for begin in range(0, parts, UNROLL):
         part = begin + tl.arange(0, UNROLL)
         ok = (part < parts)[:, None] & inside[None, :]
-        sums += tl.sum(tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0), 0)
+        values = tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0)
+        sums += tl.sum(values.to(tl.float32), 0)
     tl.store(total + target, sums, mask=written)
 
 

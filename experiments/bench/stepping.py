@@ -178,8 +178,15 @@ class _Measurement:
                     work(runners[index])
 
     def _by_memory(self) -> list[int]:
-        """Trials with more convolutions first: they need more memory, and if it is missing, that shows early."""
-        return sorted(range(len(self._trials)), key=lambda index: -self._trials[index].flops()["convolutions"])
+        """Trials with more convolutions first: they need more memory, and if it is missing, that shows early.
+
+        Those on more GPUs come first, too. All processes then compile an arm at the same time, as torch compiles it for
+        each device, and the first finds its program when it measures the arm alone.
+        """
+        trials = self._trials
+        return sorted(
+            range(len(trials)), key=lambda index: (-trials[index].flops()["convolutions"], -trials[index].gpus)
+        )
 
     def _takes_part(self, index: int) -> bool:
         return self._world.rank < self._trials[index].gpus

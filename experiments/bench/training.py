@@ -182,8 +182,8 @@ def render(rows: Sequence[Row]) -> str:
     shape += f", vocabulary {first['vocabulary']}"
     if first["recompute"] != "none":
         shape += f", activations computed again ({first['recompute']})"
-    if all(row["fused"] for row in rows):
-        shape += ", convolutions fused with their neighbours"
+    if not any(row["fused"] for row in rows):
+        shape += ", convolutions not fused with their neighbours"
     shape += "; the last columns are shares of the model FLOPs"
     text = f"\n{first['size']}: {first['rounds']} rounds, {shape}\n{align(headings, lines)}\n"
     for row in rows:
@@ -205,7 +205,7 @@ def _kernels(row: Row) -> str:
     """The most expensive kernels of a row."""
     title = (
         f"\n{row['arm']} {row['optimizer']}"
-        + " fused" * row["fused"]
+        + " not fused" * (not row["fused"])
         + (f" on {row['gpus']} GPUs" if row["gpus"] > 1 else "")
     )
     lines = [

@@ -35,7 +35,7 @@ class Trial:
     parallel: str = "none"  # "ddp" or "fsdp" on several GPUs
     micro_batches: int = 1  # of a step, on each GPU
     recompute: Recompute = "none"  # activations, as in `Execution`
-    fused: bool = False  # as in `Execution`
+    fused: bool = True  # as in `Execution`
     own: Execution | None = None  # as a profile has it, for a calibration; None: by the settings above
 
     @property
@@ -56,7 +56,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        where = " fused" * self.fused + (f" on {self.gpus} GPUs" if self.gpus > 1 else "")
+        where = " not fused" * (not self.fused) + (f" on {self.gpus} GPUs" if self.gpus > 1 else "")
         return f"{self.run.size} {self.run.arm} {self.optimizer}{where}"
 
     def execution(self, device: str) -> Execution:
@@ -101,13 +101,13 @@ class Request:
     gpus: int = 1
     parallel: str = "ddp"
     recompute: Recompute = "none"
-    fused: tuple[bool, ...] = (False,)
+    fused: tuple[bool, ...] = (True,)
 
 
 def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | None = None) -> list[Trial]:
     """The trials of one size: all arms with the first optimizer, then with the next; on one GPU, then on several.
 
-    With each optimizer they are all unfused, or all fused, or first the one and then the other.
+    With each optimizer they are all fused, or all not, or first the one and then the other.
 
     `batch`, if given, stands in for the request's; without either, a micro-batch is what a run would use: the recipe's
     batch, but at most `micro_batch_tokens`. Raises ValueError for a size, an arm or an optimizer that is

@@ -60,6 +60,11 @@ def where_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--where", metavar="CONDITION", help=text)
 
 
+def part_argument(verb: argparse.ArgumentParser) -> None:
+    text = "only the runs that fulfil this condition on arm, size, seed, N, D, C, `vary.AXIS`, as in 'seed == 0'"
+    verb.add_argument("--where", metavar="CONDITION", help=text)
+
+
 def published_argument(verb: argparse.ArgumentParser, text: str) -> None:
     text = f"{text} (from DIR/ablations.csv, default {PUBLISHED})"
     verb.add_argument("--published", type=Path, nargs="?", const=PUBLISHED, metavar="DIR", help=text)

@@ -107,8 +107,8 @@ def _add_train(what: Subparsers) -> None:
         help="activations that the backward pass computes again, to save memory (default none)",
     )  # fmt: skip
     parser.add_argument(
-        "--fused", nargs="+", choices=("off", "on"), default=["off"],
-        help="whether convolutions and their neighbours are one kernel, where there is one (default off; also: off on)",
+        "--fused", nargs="+", choices=("off", "on"), default=["on"],
+        help="whether convolutions and their neighbours are one kernel, where there is one (default on; also: off on)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each arm (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="length of a turn (default 1)")

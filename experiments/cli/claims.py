@@ -231,9 +231,12 @@ def _power(args: argparse.Namespace) -> int:
     ladder = ladder_of(design, args.baseline, args.gpu_flops)
     world, assumptions = _world(args, design)
     total = max(len(ladder.sizes) - 2, 0) * len(seeds)
-    found = list(tqdm(prospects(ladder, args.m, seeds, world, args.simulations), total=total, leave=False, delay=1))
+    arms = max(design["arm"].nunique() - 1, 1) if "arm" in design else 1
+    simulated = prospects(ladder, args.m, seeds, world, args.simulations, arms=arms)
+    found = list(tqdm(simulated, total=total, leave=False, delay=1))
     print(value_table([item.name for item in fields(Prospect)], [astuple(row) for row in found], args.format))
-    lines = [f"{item.name.replace('_', ' ')} {item.value:.3g} ({item.source})" for item in assumptions]
+    lines = [f"the interval of all {arms} arms at once, by which an arm is resolved"] if arms > 1 else []
+    lines += [f"{item.name.replace('_', ' ')} {item.value:.3g} ({item.source})" for item in assumptions]
     if args.format == "md":
         print("\nsimulated with " + ";\n  ".join(lines))
     else:

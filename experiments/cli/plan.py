@@ -14,6 +14,7 @@ from experiments.cli.arguments import (
     Subparsers,
     add_verb,
     format_argument,
+    part_argument,
     profile_argument,
     profile_of,
     store_argument,
@@ -47,6 +48,7 @@ def register(subparsers: Subparsers) -> None:
         "experiments/sweeps/demo.toml --format json",
     )
     sweep_argument(verb)
+    part_argument(verb)
     profile_argument(verb)
     store_argument(verb)
     text = "train a few steps of each arm at each size as the profile would, here or in jobs of Slurm, for the forecast"

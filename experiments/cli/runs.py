@@ -8,6 +8,7 @@ from experiments.cli.arguments import (
     DEMO_RUN,
     Subparsers,
     add_verb,
+    part_argument,
     profile_argument,
     profile_of,
     store_argument,
@@ -34,8 +35,10 @@ def _add_submit(subparsers: Subparsers) -> None:
         "experiments/sweeps/demo.toml",
         "experiments/sweeps/paper-scaling.toml --profile slurm/profiles/my-cluster.toml",
         "experiments/sweeps/demo.toml --profile slurm/profiles/one-node.toml --wait",
+        """experiments/sweeps/mini-scaling.toml --where 'size == "1M" and seed < 2'     # the rest another time""",
     )
     sweep_argument(verb)
+    part_argument(verb)
     profile_argument(verb)
     store_argument(verb)
     verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")

@@ -14,7 +14,8 @@ _PROJECT_FILES = ("pyproject.toml", ".git")
 
 
 def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
-    """The runs of the sweep, and their store. `plan` and `submit` also print notes on settings that may be mistakes."""
+    """The runs of the sweep, or those that --where chooses, and their store. `plan` and `submit` also print notes on
+    settings that may be mistakes."""
     from experiments.design.sweep import load_sweep, notes, read_sweep
 
     runs = load_sweep(args.sweep)
@@ -22,7 +23,26 @@ def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
         for note in notes(read_sweep(args.sweep)):
             warn(f"{args.sweep}: {note}")
     store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
-    return runs, store
+    return chosen_runs(runs, getattr(args, "where", None)), store
+
+
+def chosen_runs(runs: list[RunConfig], where: str | None) -> list[RunConfig]:
+    """The runs that fulfil a condition on the columns of `plan --format json`, with the trunks of those among them.
+
+    Raises ValueError where it is no condition, or no run fulfils it.
+    """
+    if where is None:
+        return runs
+    import pandas as pd
+
+    from analysis.pages.query import chosen
+    from experiments.design import plan
+
+    rows = plan.rows(runs, {run.size: 1 for run in runs})
+    table = pd.DataFrame([row | {f"vary.{axis}": value for axis, value in row["vary"].items()} for row in rows])
+    kept = chosen(table, where)
+    ids = {*kept["run_id"], *kept["trunk"].dropna()}
+    return [run for run in runs if run.run_id in ids]
 
 
 def default_store(sweep: Path, runs: Sequence[RunConfig], verb: str) -> Path:

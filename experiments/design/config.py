@@ -131,7 +131,7 @@ class Execution:
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
     compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
     recompute: Literal["none", "block", "attention-kept"] = "none"  # activations, to save memory: models/recompute.py
-    fused: bool = False  # convolutions and their neighbours in one kernel, as RoPE after q, k and v: models/fused.py
+    fused: bool = True  # only on a GPU: convolutions and neighbours, as RoPE, in one kernel if it fits: models/fused.py
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails

@@ -72,7 +72,9 @@ def measured_rates(
                 )
         if rows.empty:
             several = f" on {gpus[run.size]} GPUs" if gpus[run.size] > 1 else ""
-            lacking[f"{run.arm} at {run.size}{' fused' * fused[run.size]}{several}"] = None
+            other = _rows(measured, run, gpus[run.size], not fused[run.size])
+            only = "" if other.empty else f" ({'only not fused' if fused[run.size] else 'only fused'})"
+            lacking[f"{run.arm} at {run.size}{several}{only}"] = None
             continue
         words = f"{path}, of sequences that are not packed" if run.packed else f"{path}"
         rates[run.run_id] = Rate(float(rows["tokens_per_second"].max()), words)

@@ -12,14 +12,14 @@ from analysis.logs import reader
 from analysis.logs.files import read_json
 from analysis.logs.schema import SCHEMA
 from analysis.logs.selection import some
-from experiments.design import calibrations, strict
+from experiments.design import calibrations
 from experiments.design.calibrations import Calibration, Work
-from experiments.design.config import Execution, RunConfig
+from experiments.design.config import RunConfig
 from experiments.design.forecast import Rate, stated_rate
 from experiments.launching import attempts, local, states
 from experiments.launching.jobs import errors_naming
 from experiments.launching.profile import LONGEST_ATTEMPT, Job, Profile
-from experiments.training.record import read_record
+from experiments.training.record import read_record, recorded_execution
 
 CLOCKS = ("train", "eval", "checkpoint", "lost")  # of a finished run: what grows with its tokens
 START = ("startup", "compile")
@@ -121,7 +121,7 @@ def _finished(
         if frozen.get("schema") != SCHEMA:
             continue
         with errors_naming(record):
-            execution = strict.parse(frozen["execution"], Execution, str(record))
+            execution = recorded_execution(frozen, record)
         job, where = profile.job(run.size), places[run.size]
         work = Work.of(run, execution, where)
         if work == Work.of(run, job.execution, where) and _would_be_on(row.get("device"), where, job):

@@ -52,15 +52,21 @@ class AttentionModule(nn.Module):
         if self.rotates_convolved:
             self.frequencies = _frequencies(self.head_size, self.theta, device)
 
-    def fuse(self) -> None:
-        """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product."""
+    def fuse(self, kernels: bool) -> list[str]:
+        """Compute RoPE and the convolutions of q, k and v in one kernel if they fit, else RoPE on one product.
+
+        Returns what is one kernel then. Without `kernels` no convolution is part of one.
+        """
         heads, kv_heads = self.head_counts
         plain = heads == kv_heads and not self.qk_norm
-        self.maps.fused = True
-        self.adds_stream = self.maps.fits(("o",))
+        self.maps.fused = kernels
+        self.adds_stream = self.maps.fits(("o",), not self.maps.reads_part_input)
         self.rotates_convolved = plain and self.maps.fits(_QKV)
         convolved = [site for site in _QKV if cast(ConvLinear, self.maps[site]).conv is not None]
         self.maps.in_one_product = plain and not convolved
+        together = self.rotates_convolved or (not plain and self.maps.fits(_QKV))
+        first = ["q, k, v, RoPE"] if self.rotates_convolved else ["q, k, v"] * together
+        return first + ["o, residual stream"] * self.adds_stream
 
     def forward(
         self,

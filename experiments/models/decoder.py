@@ -69,12 +69,18 @@ class Decoder(nn.Module):
         for block in self.blocks:
             cast(Block, block).program = recomputing(Block.compute, policy)
 
-    def fuse(self) -> None:
-        """Compute convolutions and their neighbours in one kernel, where there is one. Call it before `compile`."""
+    def fuse(self, kernels: bool = True) -> tuple[str, ...]:
+        """Compute convolutions and their neighbours in one kernel, where there is one. Call it before `compile`.
+
+        Without `kernels`, as for packed documents, only what needs none of them is changed. Returns what each block
+        then computes in one kernel, as "q, k, v, RoPE".
+        """
+        found: list[str] = []
         for block in self.blocks:
             for part in (cast(Block, block).mixer, cast(Block, block).ffn):
                 if hasattr(part, "fuse"):
-                    part.fuse()
+                    found += part.fuse(kernels)
+        return tuple(dict.fromkeys(found))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
@@ -255,12 +261,12 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     [B] of each sequence, and measures [B, n] of each sequence that an evaluation logs. A part that `takes_documents`
     has a `forward(x, documents=None)`; it must carry nothing from one of the `Documents` to the next. If it has a
     method `prepare(time, device)`, this is called before every pass, outside compiled code, to make tables that all
-    layers share. If it has a method `fuse()`, this has its convolutions computed in one kernel with what follows them,
-    where there is one; if it then has a true `adds_stream`, its `forward(x, documents, stream)` gives its sum with the
-    residual stream. If it has a method `initialise(generator, std, residual_std)`, this draws the parameters that
-    are not of `maps`; the second standard deviation is that of weights into the residual stream. A part that can
-    generate text has `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at
-    the start, is updated in place.
+    layers share. If it has a method `fuse(kernels)`, this has its convolutions computed in one kernel with what follows
+    them, where there is one, and returns in words what is one kernel then; if it then has a true `adds_stream`, its
+    `forward(x, documents, stream)` gives its sum with the residual stream. If it has a method
+    `initialise(generator, std, residual_std)`, this draws the parameters that are not of `maps`; the second standard
+    deviation is that of weights into the residual stream. A part that can generate text has `decode(x, state)`, which
+    continues a sequence: `state`, a dictionary of tensors that is empty at the start, is updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]
     module: nn.Module = importlib.import_module(f"experiments.models.{name}").build(part, model)

@@ -1,8 +1,8 @@
 """Low-rank convolutions computed in one kernel with their neighbours, where `Execution.fused` asks for it.
 
 One matrix product computes all maps of an input and the generators' outputs, and its gradient is written whole. RoPE,
-or the sum with the residual stream, is part of the kernel. The values differ from those of the separate kernels only by
-rounding, so this is no part of a run's id.
+SwiGLU or the sum with the residual stream is part of the kernel. The values differ from those of the separate kernels
+only by rounding, so this is no part of a run's id.
 
 Shapes: B batch, T time, P maps of D outputs each, H heads, E head size.
 """
@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynconv.layers import LowRankDynamicConv
-from dynconv.ops import interleaved, lowrank_joined_convolution, lowrank_rotary_convolution
+from dynconv.ops import (
+    interleaved,
+    lowrank_gated_convolution,
+    lowrank_joined_convolution,
+    lowrank_rotary_convolution,
+)
 
 _MAX_PARTS = 3  # of the kernels, as the next three
 _MAX_WIDTH = 4
@@ -53,6 +58,17 @@ def convolved(
     channels, residual = convolutions[0].channels, convolutions[0].residual
     joined = _product(weights, convolutions, x)
     return lowrank_joined_convolution(joined, up, static, channels, residual, parts=len(weights), added=added)
+
+
+def gated(
+    weights: Sequence[Tensor],  # [D, inputs] each, of gate and up
+    convolutions: Sequence[LowRankDynamicConv],  # that `fit`
+    x: Tensor,  # [B, T, inputs]
+) -> Tensor:  # [B, T, D]
+    """silu(gate) * up, after their convolutions."""
+    up, static = _filters(convolutions, lambda _, filters: filters)
+    joined = _product(weights, convolutions, x)
+    return lowrank_gated_convolution(joined, up, static, convolutions[0].channels, convolutions[0].residual)
 
 
 def rotated(

@@ -29,6 +29,7 @@ _KEPT = {
     "torch_attn::_varlen_attn",
     "dynconv::convolve",
     "dynconv::lowrank_joined",
+    "dynconv::lowrank_gated",
 }
 
 

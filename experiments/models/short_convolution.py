@@ -91,7 +91,7 @@ class Maps(nn.ModuleDict):
         self._mismatched = conv.sequence_group > 1
         self.in_one_product = False  # all of them, even if their input is wide
         self.fused = False  # convolutions are computed together with their neighbours, where they fit
-        self._reads_part_input = conv.reads_part_input
+        self.reads_part_input = conv.reads_part_input
 
     def apply_to(
         self,
@@ -116,7 +116,7 @@ class Maps(nn.ModuleDict):
         generators of all convolutions are computed in the product of the first map that has one.
         """
         maps = {site: cast(ConvLinear, self[site]) for site in sites}
-        read = part_input if self._reads_part_input else x  # by the generators
+        read = part_input if self.reads_part_input else x  # by the generators
         if documents is None and self.fits(sites, read is x):
             return Outputs(list(fused.convolved(*self.weights_and_convolutions(sites), x)))
         if not _shares_products(x):
@@ -162,7 +162,7 @@ class Maps(nn.ModuleDict):
         documents: Documents | None = None,
     ) -> Tensor:  # [B, T, outputs]
         """The sum of the residual stream and the output of a map."""
-        if documents is None and self.fits((site,), x is part_input or not self._reads_part_input):
+        if documents is None and self.fits((site,), not self.reads_part_input):
             return fused.convolved(*self.weights_and_convolutions((site,)), x, stream)[0]
         return stream + self.apply_to(x, (site,), part_input, documents)[0]
 
@@ -187,7 +187,7 @@ class Maps(nn.ModuleDict):
         state: dict[str, Tensor],  # of each site with a convolution, the inputs before those of x; updated in place
     ) -> list[Tensor]:  # [B, T, outputs] each
         """As `apply_to`, for inputs that continue a sequence. An empty `state` begins one."""
-        read = part_input if self._reads_part_input else x  # by the generators
+        read = part_input if self.reads_part_input else x  # by the generators
         outputs = []
         for site in sites:
             linear = cast(ConvLinear, self[site])

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.fused import gated
 from experiments.models.packing import Documents
 from experiments.models.short_convolution import Maps
 from experiments.parts.swiglu import SwiGLU
+
+_GATED = ("gate", "up")
 
 
 def build(part: SwiGLU, model: ModelConfig) -> nn.Module:
@@ -26,10 +29,14 @@ class SwiGLUModule(nn.Module):
         self.maps = Maps(part, model)
         self.adds_stream = False
 
-    def fuse(self) -> None:
-        """Compute convolutions in one kernel with their neighbours, where they fit."""
-        self.maps.fused = True
-        self.adds_stream = self.maps.fits(("down",))
+    def fuse(self, kernels: bool) -> list[str]:
+        """Compute convolutions in one kernel with their neighbours, where they fit and there are `kernels`.
+
+        Returns what is one kernel then.
+        """
+        self.maps.fused = kernels
+        self.adds_stream = self.maps.fits(("down",), not self.maps.reads_part_input)
+        return ["gate, up, SwiGLU"] * self.maps.fits(_GATED) + ["down, residual stream"] * self.adds_stream
 
     def forward(
         self,
@@ -38,8 +45,11 @@ class SwiGLUModule(nn.Module):
         stream: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
         """SwiGLU, added to `stream` if it is given."""
-        gate, up = self.maps.apply_to(x, ("gate", "up"), x, documents)
-        y = F.silu(gate) * up
+        if documents is None and self.maps.fits(_GATED):
+            y = gated(*self.maps.weights_and_convolutions(_GATED), x)
+        else:
+            gate, up = self.maps.apply_to(x, _GATED, x, documents)
+            y = F.silu(gate) * up
         if stream is not None:
             return self.maps.add_to(stream, y, "down", x, documents)
         (y,) = self.maps.apply_to(y, ("down",), x, documents)

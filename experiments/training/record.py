@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,12 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
             "it was edited after it was submitted: restore it, or remove the folder and submit the sweep again"
         )
     check_unedited(path, record)
-    return record, run, strict.parse(record["execution"], Execution, f"{path}: execution")
+    return record, run, recorded_execution(record, path)
+
+
+def recorded_execution(record: Mapping[str, Any], path: Path) -> Execution:
+    """How the run of this record is executed. Records from before there was `fused` are of runs that were not."""
+    return strict.parse({"fused": False, **record["execution"]}, Execution, f"{path}: execution")
 
 
 def data_sha256(run: RunConfig, dataset: "Dataset | None") -> str:

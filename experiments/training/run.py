@@ -296,6 +296,7 @@ class _Attempt:
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
             about = _provenance(world, self._place, self._execution, config["code_commit"])
+            about["fused"] = "; ".join(trainer.fused) or "nothing"
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(
                 self._run_dir,

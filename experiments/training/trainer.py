@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynconv.ops import has_fused_kernels
 from experiments.design.config import Execution
 from experiments.design.train import TrainConfig
 from experiments.models.decoder import Decoder
@@ -90,8 +91,11 @@ class Trainer:
         self._group = group
         if execution.recompute != "none":
             cast(Decoder, model).recompute(execution.recompute)
-        if execution.fused:
-            cast(Decoder, model).fuse()
+        self.fused: tuple[str, ...] = ()  # what is computed in one kernel, as "q, k, v, RoPE"
+        if execution.fused and self._cuda:
+            # The kernels know no documents: the convolutions of packed sequences stay apart from their neighbours.
+            kernels = has_fused_kernels(world.device) and task.held_out.starts is None
+            self.fused = cast(Decoder, model).fuse(kernels)
         self._compiled = execution.compile and self._cuda
         if self._compiled:
             model.compile(dynamic=False)
