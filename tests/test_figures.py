@@ -224,6 +224,7 @@ def test_more_arms_than_can_be_told_apart_get_a_panel_each(tmp_path: Path) -> No
     for name in ("loss-against-compute", "loss-against-tokens", "wall-clock"):
         axes = drawn[name].axes
         assert [item.get_title(loc="left") for item in axes] == sorted(set(store.runs["arm"]) - {"base"})
+        assert drawn[name].texts[0].get_text().endswith("; black: base")
         for item in axes:
             mine = store.runs[store.runs["arm"] == item.get_title(loc="left")]
             assert sorted(item.lines[-1].get_ydata()) == sorted(mine["loss"])
@@ -233,6 +234,13 @@ def test_more_arms_than_can_be_told_apart_get_a_panel_each(tmp_path: Path) -> No
     )
     tall = [item.get_title(loc="left") for item in drawn["multiplier-against-compute"].axes]
     assert tall == [item.arm for item in answer.found]
+    low, high = drawn["multiplier-against-compute"].axes[0].get_ylim()
+    assert low > 0.8  # every m is between 1 and 1.55
+    assert high < 2
+
+
+def test_arms_are_in_the_order_of_the_numbers_in_their_names() -> None:
+    assert list(marks(["rank-16", "base", "rank-8", "a"], "base")) == ["base", "a", "rank-8", "rank-16"]
 
 
 def many_points(path: Path, arms: int) -> Path:
