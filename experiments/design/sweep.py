@@ -178,7 +178,7 @@ def notes(sweep: Sweep) -> list[str]:
     """Messages about settings that are legal but perhaps not meant."""
     unused = [name for name in sweep.arm if name not in sweep.arms]
     found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
-    alike = {}
+    alike = dict[str, str]()
     for arm in sweep.arms:
         other = alike.setdefault(str([_outcome(sweep, size, arm) for size in sweep.sizes]), arm)
         if other != arm:
