@@ -277,7 +277,7 @@ class Model:
         self.problem = Problem(matrix, np.array(low), np.array(high), is_level, Loss(delta))
         self._conditions: list[tuple[int, Floats, float]] = []
         for name, value in (hold or {}).items():
-            self._hold(name, value, known)
+            self._hold(name, value, known, points)
 
     @property
     def free(self) -> int:
@@ -292,7 +292,7 @@ class Model:
         low, high = self.problem.low, self.problem.high
         return ((theta <= low) | (theta >= high)) & (low < high)
 
-    def _hold(self, name: str, value: float, known: Sequence[str]) -> None:
+    def _hold(self, name: str, value: float, known: Sequence[str], points: Points) -> None:
         """Hold a raw value in every fit of this model; for all arms where `name` does not name one. Raises ValueError
         for an unknown name, and for a value outside the bounds."""
         kind = name.partition("[")[0]
@@ -300,6 +300,10 @@ class Model:
             there_are = ", ".join(dict.fromkeys([*known, *self.names]))
             raise ValueError(f"no parameter {name!r} to hold; there are {there_are}")
         low, high = EXPONENTS if kind in ("alpha", "beta") else (0.0, math.inf)
+        if kind == "E":  # a term of the law is positive, so that E is below every loss
+            high = min(
+                float(loss) for loss, arm in zip(points.loss, points.arm, strict=True) if name in (kind, f"E[{arm}]")
+            )
         if not low < value < high:
             raise ValueError(f"{name} must be between {low:g} and {high:g} to be held; got {value:g}")
         for own in self.names:
