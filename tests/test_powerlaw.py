@@ -197,7 +197,7 @@ def test_a_held_amplitude_leaves_m_free() -> None:
         assert with_floor.certificate["resamples_failed"] < 5
     assert held.profile_ci is not None
     assert held.profile_ci["m[dyn]"][0] < 1.33 < held.profile_ci["m[dyn]"][1]
-    with pytest.raises(ValueError, match="E must be between 0 and 2.* to be held; got 100"):  # the least loss
+    with pytest.raises(ValueError, match=r"E must be between 0 and 2.* to be held; got 100"):  # the least loss
         fit(points, "c", hold={"E": 100.0})
     with pytest.raises(ValueError, match="no parameter 'gamma' to hold"):
         fit(points, "c", hold={"gamma": 1.0})

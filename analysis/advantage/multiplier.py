@@ -163,8 +163,7 @@ def compare(
     of_budgets, budget_p = by_budget(pairs.cells, *law)
 
     def interval_at(level: float) -> Interval:
-        ci = headline_answer(local, found.p, level).ci
-        assert ci is not None
+        ci = found.interval_at(level)
         if budget_p is None or budget_p >= SIGNIFICANCE:
             return ci
         return _over_budgets(ci, by_budget(pairs.cells, *law, level)[0])
@@ -269,6 +268,12 @@ class _Estimate:
     def varies(self) -> bool:
         return self.p is not None and self.p < SIGNIFICANCE
 
+    def interval_at(self, level: float) -> Interval:
+        """The headline's interval, which misses with probability `level`."""
+        ci = headline_answer(self.local, self.p, level).ci
+        assert ci is not None
+        return ci
+
     def under(self, other: Pairs, held: Sequence[float]) -> Answer:
         """The headline under another FLOP convention, with the same test of constancy."""
         return headline_answer(local_of(other, held[0] if held else None), self.p)
@@ -303,13 +308,22 @@ def _clock(pairs: Pairs, rates: Floats, irreducible_loss: float | None, resample
     if np.isnan(rates).any():
         return None
     found = _estimate(replace(pairs, c1=pairs.c1 / rates), irreducible_loss, resamples, seed)
-    ci = found.headline.ci
-    assert ci is not None
+    ci = found.interval_at(SIGNIFICANCE)
     remarks = ["not resolved: the interval holds 1"] if ci[0] <= 1 <= ci[1] else []
     if found.varies:
         remarks.append(f"not constant: m changes with compute (p = {found.p:.3f}), so this is m at the largest")
     status = "; ".join(remarks) or "ok"
-    return Clock(found.headline.m, ci, status, found.p, found.at_top.m, found.at_top.ci, pairs.rates.source)
+    at_top = found.at_top
+    return Clock(
+        m=found.headline.m,
+        ci=ci,
+        interval_at=found.interval_at,
+        status=status,
+        constant_m_p=found.p,
+        m_at_cmax=at_top.m,
+        m_at_cmax_ci=at_top.ci,
+        source=pairs.rates.source,
+    )
 
 
 def _stated_irreducible_losses(rows: pd.DataFrame) -> tuple[float, ...]:

@@ -166,7 +166,7 @@ def _clock(item: Multiplier) -> str:
     clock = item.wall_clock
     if clock is None:
         return f"not measured{f'<small>{escape(item.no_clock)}</small>' if item.no_clock else ''}"
-    low, high = clock.ci or (0.0, math.inf)
+    low, high = clock.family_ci or clock.ci or (0.0, math.inf)
     says = "faster" if low > 1 else "slower" if high < 1 else "no difference shown"
     varies = "" if "not constant" not in clock.status else ", at the largest size: it changes with size"
     says = f"{says}{varies}" if clock.ci else "nothing is claimed"
