@@ -166,6 +166,8 @@ def test_what_arms_have_in_common_is_said_once(capsys: pytest.CaptureFixture[str
     (rates,) = [line for line in out.splitlines() if line.startswith("Each arm at its own best learning rate: ")]
     assert (code, rates.count("transformer at"), rates.count("x the ladder's rate")) == (0, 1, 6)
     (clock,) = [line for line in out.splitlines() if line.startswith("No wall clock: ")]
+    _, losses, _ = run(capsys, "table", str(PUBLISHED.parent / "measured" / "h200" / "mini-rates"), "--metric", "loss")
+    assert rates.lower() in [f"{line}." for line in losses.splitlines()]
     assert clock.endswith("shared their device; for 4 more reasons see --json.")
 
 
