@@ -110,10 +110,12 @@ def test_plan_writes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == [home]
 
 
-def test_a_forecast_that_lacks_some_speeds_says_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
-    measured = ROOT / "results" / "measured" / "h200" / "training.parquet"  # of 1M alone
-    assert main(["plan", str(DEMO.parent / "mini-scaling.toml"), "--throughput", str(measured)]) == 0
-    assert "no forecast, since the speed of 107 of 132 runs is not known" in capsys.readouterr().out
+def test_a_forecast_that_lacks_some_speeds_says_of_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = ROOT / "results" / "measured" / "h200" / "training.parquet"  # 1M, not fused, no control
+    (tmp_path / "profile.toml").write_text('executor = "local"\n[default]\nfused = false\n')
+    options = ["--throughput", str(measured), "--profile", str(tmp_path / "profile.toml")]
+    assert main(["plan", str(DEMO.parent / "mini-scaling.toml"), *options]) == 0
+    assert "no forecast, since the speed of 360 of 616 runs is not known" in capsys.readouterr().out
 
 
 def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,9 +187,7 @@ GATED_CASES = [
 def test_the_kernel_with_swiglu_agrees_with_the_oracle(case: Case, padding: int) -> None:
     case = case if case.dtype == torch.float16 else replace(case, dtype=torch.bfloat16)
     found = gated_errors(case, padding)
-    # The gradients are of gate and up as they are kept, in 16 bits, and are rounded before the convolutions' backward.
-    assert all(value < 1.5 * BOUND[case.dtype] for value in found.values()), found
-    assert found["q"] < BOUND[case.dtype]
+    assert all(value < BOUND[case.dtype] for value in found.values()), found
 
 
 def test_swiglu_composed_is_the_same_function() -> None:
@@ -207,8 +205,11 @@ def test_tiles_are_a_matter_of_speed_alone(
     kernels = fused_operator.fused_mma
     monkeypatch.setattr(kernels, "FORWARD_TILE", kernels.Tile(*forward))
     monkeypatch.setattr(kernels, "BACKWARD_TILE", kernels.Tile(*backward))
+    monkeypatch.setattr(kernels, "GATED_TILE", kernels.Tile(1, 9, 32))
     monkeypatch.setattr(launch, "_repeats", {})  # launches of these shapes with the usual tiles
     found = errors(Case(batch=1, time=150, segments=(128,) * 3, rank=16, dtype=torch.bfloat16), 2)
+    assert all(value < BOUND[torch.bfloat16] for value in found.values()), found
+    found = gated_errors(Case(batch=1, time=150, segments=(48,) * 2, rank=16, dtype=torch.bfloat16), 0)
     assert all(value < BOUND[torch.bfloat16] for value in found.values()), found
 
 

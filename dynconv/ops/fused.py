@@ -73,8 +73,8 @@ def lowrank_gated_convolution(
 ) -> Tensor:  # [B, T, D]
     """SwiGLU (arXiv 2002.05202): silu(gate) * up, each after `lowrank_dynamic_convolution`.
 
-    The kernel reads gate and up once, and does not round silu(gate). Columns after the generators' outputs have
-    gradient zero. Raises ValueError for arguments that do not fit together.
+    Only the result is rounded and kept: the backward pass computes the convolutions again. Columns after the
+    generators' outputs have gradient zero. Raises ValueError for arguments that do not fit together.
     """
     _check(joined, U, static_w, channels, 2)
     if _may_launch(joined, U, static_w):

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 FORWARD_TILE = Tile(mma.SLOTS, 3, 32)
 BACKWARD_TILE = Tile(2, 4, 160)
-GATED_TILE = Tile(1, 9, 64)  # with more slots at once, both convolutions' registers would not fit
+GATED_TILE = Tile(2, 4, 64)  # with more slots at once, the registers of both convolutions would spill
 _MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
 _MAX_PARTS = 3
 
@@ -71,23 +71,25 @@ def forward(
     return results
 
 
-def gated_forward(
+def gated(
     x: Tensor,  # [B, T, 2*D]
     z: Tensor,  # [B, T, 2*R]
     up: Tensor,  # [R, W*2*D]
     static_w: Tensor | None,  # [W, 2*D]
+    dy: Tensor | None,  # [B, T, D], contiguous
     residual: bool,
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
-    """Both parts after convolution, and silu of the first times the second."""
+    """silu of the first part after convolution times the second; or, with its gradient dy, the gradients of these."""
     rank, channels = up.shape[0], x.shape[2] // 2
     x, z = aligned(x), mma.padded(z, rank, x.dtype)
-    results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(3))
+    dy = None if dy is None else aligned(dy)
+    results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(1 if dy is None else 2))
     blocks = triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
     _, cut = mma.cut_apart(x, blocks, at_once=2, longest=GATED_TILE.longest)
     launch(
         gated_kernels.gated_kernel,
         blocks * cut.batch * cut.chunks,
-        (x, z, up, static_w, *results),
+        (x, z, up, static_w, dy, *((None, None, *results) if dy is None else (*results, None))),
         (cut.time, x.stride(0), z.stride(0), cut.chunks, blocks, cut.run),
         {
             "x_time": x.stride(1), "z_time": z.stride(1), "CHANNELS": channels, "R": rank,

@@ -64,12 +64,12 @@ def convolve_gated(
     residual: bool,
 ) -> Tensor:  # [B, T, D]
     """silu of the first part times the second, by the kernels. The arguments have been checked, and they `fits`."""
-    y: Tensor = _gated_op(joined, up, static_w, channels, residual)[2]
+    y: Tensor = _gated_op(joined, up, static_w, channels, residual)
     return y
 
 
-def _gated_forward(*inputs: Any) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = fused_mma.gated_forward(*inputs)
+def _gated(*inputs: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = fused_mma.gated(*inputs)
     return results
 
 
@@ -172,50 +172,62 @@ def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - t
     )
 
 
-@torch.library.custom_op(
-    "dynconv::lowrank_gated",
-    mutates_args=(),
-    schema=(
-        "(Tensor joined, Tensor weight, Tensor? static_w, int channels, bool residual) -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def _gated_op(
-    joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int, residual: bool
-) -> tuple[Tensor, ...]:  # [B, T, D] each: both parts after convolution, which the backward pass needs, and the result
+_GATED_INPUTS = "Tensor joined, Tensor weight, Tensor? static_w, int channels, bool residual"
+
+
+@torch.library.custom_op("dynconv::lowrank_gated", mutates_args=(), schema=f"({_GATED_INPUTS}) -> Tensor")
+def _gated_op(joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int, residual: bool) -> Tensor:
     if joined.numel() == 0:
-        return tuple(joined.new_empty(*joined.shape[:2], channels) for _ in range(3))
-    x, z, up_, static, _ = _prepared(joined, up, static_w, None, channels, 2)
-    return repeated(_gated_forward, (x, z, up_, static), (residual,))
+        return joined.new_empty(*joined.shape[:2], channels)
+    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2)
+    (y,) = repeated(_gated, (*tensors, None), (residual,))
+    return y
 
 
 @_gated_op.register_fake
 def _(joined: Tensor, up: Any, static_w: Any, channels: int, *_: Any) -> Any:  # noqa: ARG001
-    return tuple(joined.new_empty(*joined.shape[:2], channels) for _ in range(3))
+    return joined.new_empty(*joined.shape[:2], channels)
 
 
-def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)  # of the first two outputs, which have none
-    ctx.save_for_backward(*inputs[:3], *output[:2])
-    ctx.residual = inputs[4]
+@torch.library.custom_op(
+    "dynconv::swiglu_backward", mutates_args=(), schema=f"(Tensor dy, {_GATED_INPUTS}) -> (Tensor, Tensor)"
+)
+def _swiglu_backward_op(
+    dy: Tensor,  # [B, T, D]
+    joined: Tensor,
+    up: Tensor,
+    static_w: Tensor | None,
+    channels: int,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:  # [B, T, D] each: the gradients of gate and up after their convolutions
+    if joined.numel() == 0:
+        return torch.zeros_like(dy), torch.zeros_like(dy)
+    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2)
+    dgate, dother = repeated(_gated, (*tensors, dy.contiguous()), (residual,))
+    return dgate, dother
 
 
-def _differentiate_gated(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Only the third output has a gradient: `convolve_gated` hides the others."""
-    dy = dys[2]
-    assert dys[:2] == (None, None)
-    if dy is None:
-        return (None,) * 5
-    joined, up, static_w, gate, other = ctx.saved_tensors
+@_swiglu_backward_op.register_fake
+def _(dy: Tensor, *_: Any) -> Any:
+    return dy.new_empty(dy.shape), dy.new_empty(dy.shape)
+
+
+def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - the protocol's signature
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _differentiate_gated(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    dgate = torch.ops.aten.silu_backward(dy * other, gate)
-    dother = dy * torch.nn.functional.silu(gate)
-    gradients = _backward_op([dgate, dother], joined, up, static_w, None, ctx.residual, needs)
+    dys = list(_swiglu_backward_op(dy, *ctx.saved_tensors, *ctx.options))
+    gradients = _backward_op(dys, *ctx.saved_tensors, None, ctx.options[1], needs)
     return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
 _gated_op.register_autograd(_differentiate_gated, setup_context=_save_gated)
-_backward_op.register_autograd(_raise_no_second_derivatives)
+for _first_derivatives in (_backward_op, _swiglu_backward_op):
+    _first_derivatives.register_autograd(_raise_no_second_derivatives)
 
 
 def _rows(tensor: Tensor) -> Tensor:  # [B, T, ...]
@@ -234,6 +246,10 @@ def _gated_flops(joined: Any, weight: Any, static_w: Any, channels: int, *_: Any
     return flops.forward([*joined[:2], 2 * channels], joined, weight, static_w)
 
 
+def _swiglu_backward_flops(dy: Any, *inputs: Any, **__: Any) -> int:  # noqa: ARG001 - the operator's signature
+    return _gated_flops(*inputs)
+
+
 def _backward_flops(dys: Any, joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
     x, needs = [*joined[:2], len(dys) * dys[0][2]], rest[-1]
     return flops.backward(x, x, joined, weight, static_w, None, (), False, False, (needs[0], *needs))
@@ -241,4 +257,5 @@ def _backward_flops(dys: Any, joined: Any, weight: Any, static_w: Any, *rest: An
 
 register_flop_formula(torch.ops.dynconv.lowrank_joined)(_forward_flops)
 register_flop_formula(torch.ops.dynconv.lowrank_gated)(_gated_flops)
+register_flop_formula(torch.ops.dynconv.swiglu_backward)(_swiglu_backward_flops)
 register_flop_formula(torch.ops.dynconv.lowrank_joined_backward)(_backward_flops)

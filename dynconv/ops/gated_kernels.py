@@ -1,8 +1,8 @@
 """The low-rank convolutions of SwiGLU's two inputs and SwiGLU itself (arXiv 2002.05202), in Gluon, for tensor cores.
 
 A program computes the same channels of gate and up, so that a thread has both of a pair. `lowrank_mma_kernels` explains
-how a warp's 16 rows and 16 channels lie in registers; the convolutions are those of its forward kernel. The kernel
-writes gate and up, too, as the backward pass needs them, but does not read them again.
+how a warp's 16 rows and 16 channels lie in registers; the convolutions are those of its forward kernel. What they give
+is not kept: the backward pass computes it again, and so moves as many bytes as SwiGLU's alone would.
 
 Legend: B batch, T time, D channels of gate and of up, W taps, R rank (16 columns of z for each).
 """
@@ -22,6 +22,7 @@ from dynconv.ops.mma import (
     own_layout,
     read_layout,
     read_slot,
+    right_operands,
     to_channels,
 )
 
@@ -42,12 +43,15 @@ def _convolved(
 
 @gluon.jit(do_not_specialize=["time", "chunks", "blocks", "RUN"])
 def gated_kernel(
-    x, z, up, static_w, gate, raised, y,
+    x, z, up, static_w, dy, dgate, draised, y,
     time, x_batch, z_batch, chunks, blocks, RUN,
     x_time: gl.constexpr, z_time: gl.constexpr, CHANNELS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
     RESIDUAL: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """x [B, T, 2*D] is gate and up before their convolutions, `gate` and `raised` after them, and y is SwiGLU."""
+    """y = silu(gate) * up, of gate and up after their convolutions; x [B, T, 2*D] holds them before these.
+
+    With dy, the gradient of y, those of gate and up after their convolutions are computed instead.
+    """
     MMA: gl.constexpr = mma_layout(WARPS)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -65,9 +69,12 @@ def gated_kernel(
     x += batch * x_batch + start.to(gl.int64) * x_time
     z += batch * z_batch + start.to(gl.int64) * z_time
     tokens = (batch * time + start) * CHANNELS
-    gate += tokens
-    raised += tokens
-    y += tokens
+    if dy is not None:
+        dy += tokens
+        dgate += tokens
+        draised += tokens
+    else:
+        y += tokens
     row = axis(16, 1, OWN) * RUN
     d = first + axis(WARPS, 0, OWN) * 16 + axis(16, 2, OWN)
     d_ok = d < CHANNELS
@@ -84,23 +91,32 @@ def gated_kernel(
     gate_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     up_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     z_ring = allocate_ring(SLOTS, [STAGES, 16, 32], Z_ROWS, dtype)
+    if dy is not None:
+        dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
+        dy += copy_row * CHANNELS + copy_d
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         x_ok = (slot < copy_limit) & copy_ok
         async_load(gate_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
         async_load(up_ring[slot % SLOTS].index(slot // SLOTS), x + CHANNELS + x_from + slot * x_time, mask=x_ok)
         async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
+        if dy is not None:
+            async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + slot * CHANNELS, mask=x_ok)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     gates = load_history(x + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
     ups = load_history(x + CHANNELS + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
-    gate_basis = load_basis(up, first, 2 * CHANNELS, 1, 0, R, W, WARPS, RIGHT, dtype)
-    up_basis = load_basis(up, first + CHANNELS, 2 * CHANNELS, 1, 0, R, W, WARPS, RIGHT, dtype)
-    gate_starts = load_starts(static_w, first, 2 * CHANNELS, W, WARPS, MMA)
-    up_starts = load_starts(static_w, first + CHANNELS, 2 * CHANNELS, W, WARPS, MMA)
+    gate_basis = load_basis(up, first, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
+    gate_basis = right_operands(gate_basis, WARPS, RIGHT)
+    up_basis = load_basis(up, first + CHANNELS, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
+    up_basis = right_operands(up_basis, WARPS, RIGHT)
+    gate_starts = load_starts(static_w, first, 2 * CHANNELS, W, WARPS, OWN, MMA)
+    up_starts = load_starts(static_w, first + CHANNELS, 2 * CHANNELS, W, WARPS, OWN, MMA)
 
     out = row * CHANNELS + d
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
     z_ahead = z + (STAGES - 1) * SLOTS * z_time
+    if dy is not None:
+        dy_ahead = dy + (STAGES - 1) * SLOTS * CHANNELS
     for group in range(0, RUN, SLOTS):
         async_copy.wait_group(STAGES - 2)
         ahead = group + (STAGES - 1) * SLOTS
@@ -111,24 +127,31 @@ def gated_kernel(
             async_load(up_ring[slot].index(place), x_ahead + CHANNELS + x_from + slot * x_time, mask=inside)
             z_inside = (ahead + slot < z_limit) & (ahead < RUN)
             async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
+            if dy is not None:
+                async_load(dy_ring[slot].index(place), dy_ahead + slot * CHANNELS, mask=inside)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
         z_ahead += SLOTS * z_time
+        if dy is not None:
+            dy_ahead += SLOTS * CHANNELS
         place = group // SLOTS % STAGES
         for slot in gl.static_range(SLOTS):
             ok = (group + slot < limit) & d_ok
             gates = gates + (read_slot(gate_ring[slot].index(place), WARPS, READ, OWN),)
             ups = ups + (read_slot(up_ring[slot].index(place), WARPS, READ, OWN),)
             generator = load_generator(z_ring[slot].index(place).slice(0, 16, 1), WARPS, LEFT)
-            result = _convolved(gates, generator, gate_basis, gate_starts, RESIDUAL, W, WARPS, OWN).to(dtype)
-            gl.store(gate + out + slot * CHANNELS, result, mask=ok)
-            # Of the rounded values, as the backward pass knows them.
-            left = result.to(gl.float32)
-            product = left * sigmoid(left)
+            gate = _convolved(gates, generator, gate_basis, gate_starts, RESIDUAL, W, WARPS, OWN)
             generator = load_generator(z_ring[slot].index(place).slice(16, 16, 1), WARPS, LEFT)
-            result = _convolved(ups, generator, up_basis, up_starts, RESIDUAL, W, WARPS, OWN).to(dtype)
-            gl.store(raised + out + slot * CHANNELS, result, mask=ok)
-            gl.store(y + out + slot * CHANNELS, (product * result.to(gl.float32)).to(dtype), mask=ok)
+            raised = _convolved(ups, generator, up_basis, up_starts, RESIDUAL, W, WARPS, OWN)
+            share = sigmoid(gate)
+            if dy is not None:
+                gradient = read_slot(dy_ring[slot].index(place), WARPS, READ, OWN).to(gl.float32)
+                to_raised = gradient * gate * share
+                to_gate = gradient * raised * share * (1.0 + gate * (1.0 - share))
+                gl.store(dgate + out + slot * CHANNELS, to_gate.to(dtype), mask=ok)
+                gl.store(draised + out + slot * CHANNELS, to_raised.to(dtype), mask=ok)
+            else:
+                gl.store(y + out + slot * CHANNELS, (gate * share * raised).to(dtype), mask=ok)
             gates = drop_first(gates)
             ups = drop_first(ups)
         out += SLOTS * CHANNELS

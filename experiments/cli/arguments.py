@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STORES = Path("results/runs")
 DEMO_RUN = "transformer-25k-s0-a0660ab020"  # one of `make demo`, for examples
 PUBLISHED = Path("results/published")
+CONVENTIONS = "exact, given, 6ND, '6N_active D' or '6N_nonemb D'"  # of counting FLOPs, for help
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (
     "STORE is a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "

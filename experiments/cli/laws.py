@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.cli.arguments import (
+    CONVENTIONS,
     Subparsers,
     add_reading_verb,
     load_store,
@@ -95,7 +96,7 @@ def _add_law_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameters to hold at given values instead of fitting them: E=1.6,alpha=.094",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="how FLOPs are counted, for form c: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help=f"how FLOPs are counted, for form c: {CONVENTIONS}")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap's random numbers (default 0)")
 
 
@@ -123,7 +124,7 @@ def _add_isoflop(subparsers: Subparsers) -> None:
         "points.csv --convention 6ND --json",
         "points.csv --baseline transformer",
     )
-    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
     where_argument(parser)
     parser.add_argument(
         "--baseline", help="compare each arm with this one, each at its own best sizes (default: the sweep's)"

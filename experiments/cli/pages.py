@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
+    CONVENTIONS,
     Subparsers,
     add_reading_verb,
     published_argument,
@@ -42,7 +43,7 @@ def _add_plot(subparsers: Subparsers) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
     where_argument(parser)
     parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg")
     published_argument(parser, "also draw the paper's ablations beside the runs that have the same facts")
@@ -74,7 +75,8 @@ def _add_query(subparsers: Subparsers) -> None:
         "--baseline", help="for multipliers, the arm that others are compared with (default: the sweep's)"
     )
     parser.add_argument(
-        "--convention", help="how FLOPs are counted, in multipliers and C: exact, given, 6ND or '6N_nonemb D'"
+        "--convention",
+        help=f"how FLOPs are counted, in multipliers and C: {CONVENTIONS}",
     )
     table_format_argument(parser)
 
@@ -90,7 +92,7 @@ def _add_report(subparsers: Subparsers) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
     where_argument(parser)
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
+    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
 
 
 def _plot(args: argparse.Namespace) -> int:
