@@ -22,6 +22,7 @@ from dynconv.ops.mma import (
     own_layout,
     read_layout,
     read_slot,
+    right_operands,
     to_channels,
 )
 
@@ -104,10 +105,12 @@ def gated_kernel(
             async_copy.commit_group()
     gates = load_history(x + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
     ups = load_history(x + CHANNELS + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
-    gate_basis = load_basis(up, first, 2 * CHANNELS, 1, 0, R, W, WARPS, RIGHT, dtype)
-    up_basis = load_basis(up, first + CHANNELS, 2 * CHANNELS, 1, 0, R, W, WARPS, RIGHT, dtype)
-    gate_starts = load_starts(static_w, first, 2 * CHANNELS, W, WARPS, MMA)
-    up_starts = load_starts(static_w, first + CHANNELS, 2 * CHANNELS, W, WARPS, MMA)
+    gate_basis = load_basis(up, first, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
+    gate_basis = right_operands(gate_basis, WARPS, RIGHT)
+    up_basis = load_basis(up, first + CHANNELS, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
+    up_basis = right_operands(up_basis, WARPS, RIGHT)
+    gate_starts = load_starts(static_w, first, 2 * CHANNELS, W, WARPS, OWN, MMA)
+    up_starts = load_starts(static_w, first + CHANNELS, 2 * CHANNELS, W, WARPS, OWN, MMA)
 
     out = row * CHANNELS + d
     x_ahead = x + (STAGES - 1) * SLOTS * x_time

@@ -52,9 +52,11 @@ from dynconv.ops.mma import (
     read_position,
     read_slot,
     renewed,
+    right_operands,
     to_channels,
     to_columns,
     transpose,
+    transposed_operands,
 )
 
 
@@ -151,8 +153,9 @@ def forward_kernel(
     xs = load_history(x + row * x_time + d, positions, start, row, reads - row, d_ok, x_time, W)
     basis = ()
     for block in gl.static_range(BLOCKS):
-        basis = basis + load_basis(up, first, channels, 1, 16 * block, R, W, WARPS, RIGHT, dtype)
-    starts = load_starts(static_w, first, channels, W, WARPS, MMA)
+        loaded = load_basis(up, first, channels, 16 * block, R, W, WARPS, OWN, dtype)
+        basis = basis + right_operands(loaded, WARPS, RIGHT)
+    starts = load_starts(static_w, first, channels, W, WARPS, OWN, MMA)
 
     out = y + row * y_time + d
     if added is not None:
@@ -286,9 +289,9 @@ def backward_kernel(
     partial = ()
     for _ in gl.static_range(W - 1):
         partial = partial + (gl.zeros([WARPS, 16, 16], gl.float32, OWN),)
-    basis = load_basis(up, first, channels, 1, 0, R, W, WARPS, RIGHT, dtype)
-    basis_t = load_basis(up, first, channels, 2, 0, R, W, WARPS, RIGHT, dtype)
-    starts = load_starts(static_w, first, channels, W, WARPS, MMA)
+    loaded = load_basis(up, first, channels, 0, R, W, WARPS, OWN, dtype)
+    basis, basis_t = right_operands(loaded, WARPS, RIGHT), transposed_operands(loaded, WARPS, RIGHT)
+    starts = load_starts(static_w, first, channels, W, WARPS, OWN, MMA)
     up_sums = ()
     static_sums = ()
     for _ in gl.static_range(W):

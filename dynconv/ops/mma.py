@@ -83,18 +83,28 @@ def to_channels(columns, WARPS: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def to_columns(channels, WARPS: gl.constexpr, layout: gl.constexpr):
     """The inverse of `to_channels`: channels in memory's order -> columns of the matrix unit."""
-    channels = channels.reshape([WARPS, 16, 4, 2, 2]).permute([0, 1, 3, 2, 4]).reshape([WARPS, 16, 16])
-    return gl.convert_layout(channels, layout)
+    return gl.convert_layout(_columns(channels, WARPS), layout)
+
+
+@gluon.jit
+def _columns(channels, WARPS: gl.constexpr):
+    """`to_columns`, in a layout of its own."""
+    return channels.reshape([WARPS, 16, 4, 2, 2]).permute([0, 1, 3, 2, 4]).reshape([WARPS, 16, 16])
 
 
 @gluon.jit
 def transpose(g, WARPS: gl.constexpr, layout: gl.constexpr):
     """[row, channel] -> [column, row], laid out as the left operand of a matrix product."""
+    return gl.convert_layout(_transposed(g, WARPS), layout)
+
+
+@gluon.jit
+def _transposed(g, WARPS: gl.constexpr):
+    """`transpose`, in a layout of its own."""
     g = gl.inline_asm_elementwise(
         "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [g], dtype=g.dtype, is_pure=False, pack=2
     )
-    g = g.reshape([WARPS, 2, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([WARPS, 16, 16])
-    return gl.convert_layout(g, layout)
+    return g.reshape([WARPS, 2, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([WARPS, 16, 16])
 
 
 @gluon.jit
@@ -131,20 +141,16 @@ def load_basis(
     up,
     first,
     channels,
-    ranks: gl.constexpr,  # the dimension that ranks lie along; columns lie along the other
     first_rank: gl.constexpr,
     R: gl.constexpr,
     W: gl.constexpr,
     WARPS: gl.constexpr,
-    layout: gl.constexpr,
+    own: gl.constexpr,
     dtype: gl.constexpr,
 ):
-    """16 ranks of U for each tap, as the right operand of a matrix product.
-
-    The operand is [rank, column] for z U, with `ranks` = 1, or [column, rank] for g U^T, with `ranks` = 2.
-    """
-    rank = first_rank + axis(16, ranks, layout)
-    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 3 - ranks, layout))
+    """16 ranks of U for each tap: [WARPS, 16 ranks, 16 channels]."""
+    rank = first_rank + axis(16, 1, own)
+    d = first + axis(WARPS, 0, own) * 16 + axis(16, 2, own)
     ok = (rank < R) & (d < channels)
     basis = ()
     for tap in gl.static_range(W):
@@ -153,14 +159,34 @@ def load_basis(
 
 
 @gluon.jit
-def load_starts(static_w, first, channels, W: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+def right_operands(basis, WARPS: gl.constexpr, layout: gl.constexpr):
+    """Each tap's [rank, channel] as the right operand [rank, column] of z U."""
+    operands = ()
+    for tap in gl.static_range(len(basis)):
+        operands = operands + (gl.convert_layout(_transposed(basis[tap], WARPS).permute([0, 2, 1]), layout),)
+    return operands
+
+
+@gluon.jit
+def transposed_operands(basis, WARPS: gl.constexpr, layout: gl.constexpr):
+    """Each tap's [rank, channel] as the right operand [column, rank] of g U^T."""
+    operands = ()
+    for tap in gl.static_range(len(basis)):
+        operands = operands + (gl.convert_layout(_columns(basis[tap], WARPS).permute([0, 2, 1]), layout),)
+    return operands
+
+
+@gluon.jit
+def load_starts(
+    static_w, first, channels, W: gl.constexpr, WARPS: gl.constexpr, own: gl.constexpr, layout: gl.constexpr
+):
     """Initial accumulators of the products z U: the taps of the static filter, or zeros without one."""
-    d = first + axis(WARPS, 0, layout) * 16 + channel_of(axis(16, 2, layout))
+    d = first + axis(WARPS, 0, own) * 16 + axis(16, 2, own)
     starts = ()
     for tap in gl.static_range(W):
         if static_w is not None:
             value = gl.load(static_w + tap * channels + d, mask=d < channels, other=0.0).to(gl.float32)
-            starts = starts + (value.broadcast_to([WARPS, 16, 16]),)
+            starts = starts + (to_columns(value.broadcast_to([WARPS, 16, 16]), WARPS, layout),)
         else:
             starts = starts + (gl.zeros([WARPS, 16, 16], gl.float32, layout),)
     return starts
