@@ -11,23 +11,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests of evaluation and export read local 
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from convolutions import kernels
+from launches import HERE, Submit
 
 from experiments.data.build import build
 from experiments.data.dataset import Dataset
+from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.model import ModelConfig
 from experiments.design.train import TrainConfig
+from experiments.launching import submit as launch
+from experiments.launching.profile import Profile
 from experiments.parts.attention import Attention
 from experiments.parts.short_convolution import LowRankConvolution
 from experiments.parts.swiglu import SwiGLU
 from experiments.training.record import write_record
+from experiments.training.run import Run
 
 importlib.import_module("dynconv.ops.functions")  # before the variable is set: CPU tensors stay with the reference
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
@@ -104,6 +111,52 @@ def submitted(dataset: Dataset) -> Callable[..., Path]:
         return write_record(run, store, dataset, settings, code_commit=None, submitted_at=time.time())
 
     return write
+
+
+@pytest.fixture
+def submit(dataset: Dataset) -> Submit:
+    """Submit runs to this machine, where no profile is given."""
+
+    def submit(runs: list[RunConfig], store: Path, profile: Profile = HERE, **options: bool) -> launch.Outcome:
+        return launch.submit(runs, profile, store, cache=dataset.path.parent, **options)
+
+    return submit
+
+
+@pytest.fixture
+def runs(tiny_run: RunConfig) -> list[RunConfig]:
+    """Three seeds."""
+    return [replace(tiny_run, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def long_run(tiny_run: RunConfig) -> RunConfig:
+    """Some five seconds."""
+    return replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 1500, evaluate_every=16 * 8 * 100))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, tiny_data: DataConfig) -> Callable[..., Path]:
+    """The folder of a finished run of a model with these settings, which trains for four steps."""
+    folder = tmp_path_factory.mktemp("store")
+
+    def train(**model: Any) -> Path:
+        settings = {"mixer": Attention(4, 2), "ffn": SwiGLU(24), "conv": LowRankConvolution(ALL_LINEAR, rank=3)} | model
+        run = RunConfig(
+            sweep="test", arm="an-arm", baseline="transformer", ladder="nano", size="tiny", budget="some", seed=1,
+            model=ModelConfig(2, width=16, vocabulary=300, **settings),
+            train=TrainConfig(
+                tokens=16 * 8 * 4, sequence_length=16, batch_sequences=8, learning_rate=1e-2,
+                evaluate_every=16 * 8 * 4, held_out_sequences=50, warmup_steps=1,
+            ),
+            data=tiny_data,
+        )  # fmt: skip
+        if not (folder / run.run_id).exists():
+            write_record(run, folder, dataset, Execution(device="cpu"), code_commit=None, submitted_at=time.time())
+            Run(folder / run.run_id)()
+        return folder / run.run_id
+
+    return train
 
 
 @pytest.fixture(scope="module", params=["kernels"] if torch.cuda.is_available() else ["reference", "kernels"])

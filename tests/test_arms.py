@@ -49,8 +49,10 @@ def test_an_arm_learns_and_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_no_logit_of_an_arm_depends_on_a_later_token(name: str, tiny_run: RunConfig) -> None:
-    model = Decoder(fitted(tiny_run, name).model, seed=0).double()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_no_logit_of_an_arm_depends_on_a_later_token(name: str, qk_norm: bool, tiny_run: RunConfig) -> None:
+    config = fitted(tiny_run, name).model
+    model = Decoder(replace(config, mixer=replace(config.mixer, qk_norm=qk_norm)), seed=0).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

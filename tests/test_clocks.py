@@ -74,6 +74,7 @@ def test_runs_that_were_executed_in_several_ways_have_no_wall_clock(answer: Any)
     found = answer([1.5] * 5, ",device,clock,execution", cells)
     assert found["wall_clock"] is None
     assert found["no_clock"] == "runs to be compared were executed in several ways: compiled, compiled; fused"
+    assert "execution is not the same within 5 of 5 pairs (compiled, compiled and fused)" in found["status"]
     assert answer([1.5] * 5, ",device,clock,execution", lambda *_: ",gpu,alone,compiled")["wall_clock"] is not None
 
 
@@ -175,7 +176,14 @@ def test_measured_throughput_counts_before_the_runs_clocks(answer: Any, tmp_path
     path = throughput(tmp_path / f"t{suffix}")
     found = answer([1.5] * 5, "", plain, "--throughput", str(path))
     assert found["wall_clock"]["m"] == pytest.approx(0.8 * found["m"], rel=1e-9)
-    assert found["wall_clock"]["source"] == "throughput measured on H100"
+    at = "s0, s1, s2, s3 and 1 more"
+    said = f"throughput measured on H100, mean over several settings (batch) at {at}"
+    assert found["wall_clock"]["source"] == said
+    rows = pd.read_csv(path) if suffix == ".csv" else pd.read_parquet(path)
+    rows[rows["batch"] == 4].assign(vocabulary=50304).to_csv(tmp_path / "v.csv", index=False)
+    found = answer([1.5] * 5, ",vocabulary", lambda *_: ",4096", "--throughput", str(tmp_path / "v.csv"))
+    said = "throughput measured on H100, of vocabulary 50304 where the runs have 4096"
+    assert found["wall_clock"]["source"] == said
 
 
 def test_throughput_is_compared_at_equal_settings_on_one_device(answer: Any, tmp_path: Path) -> None:

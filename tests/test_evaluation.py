@@ -1,44 +1,33 @@
-"""Trained runs in use: decoding with caches, sampling, evaluation and export."""
+"""Trained runs in use: decoding with caches, sampling, evaluation."""
 
 import itertools
 import json
 import math
 import random
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from test_decoder import CONVS, SMALL, randomised
 from texts import write_txt
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments import evaluation
 from experiments.cli.main import main
-from experiments.data.dataset import Dataset
 from experiments.design.arms import QKV
-from experiments.design.config import Execution, RunConfig
-from experiments.design.data import DataConfig
-from experiments.design.model import ModelConfig
-from experiments.design.train import TrainConfig
+from experiments.design.config import RunConfig
 from experiments.evaluation import scoring
 from experiments.evaluation.domains import evaluate_domain
-from experiments.evaluation.export import export
 from experiments.evaluation.generate import Sampling, generate
 from experiments.evaluation.load import TrainedRun, load_run
 from experiments.evaluation.scoring import Request, score
 from experiments.parts.attention import Attention
-from experiments.parts.short_convolution import LowRankConvolution, StaticConvolution
-from experiments.parts.swiglu import SwiGLU
-from experiments.training.record import write_record
-from experiments.training.run import Run
+from experiments.parts.short_convolution import LowRankConvolution
 
 
 @pytest.mark.parametrize("conv", CONVS)
@@ -89,30 +78,6 @@ def test_sampling_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> Non
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, tiny_data: DataConfig) -> Callable[..., Path]:
-    """The folder of a finished run of a model with these settings, which trains for four steps."""
-    folder = tmp_path_factory.mktemp("store")
-
-    def train(**model: Any) -> Path:
-        settings = {"mixer": Attention(4, 2), "ffn": SwiGLU(24), "conv": CONVS["lowrank"]} | model
-        run = RunConfig(
-            sweep="test", arm="an-arm", baseline="transformer", ladder="nano", size="tiny", budget="some", seed=1,
-            model=ModelConfig(2, width=16, vocabulary=300, **settings),
-            train=TrainConfig(
-                tokens=16 * 8 * 4, sequence_length=16, batch_sequences=8, learning_rate=1e-2,
-                evaluate_every=16 * 8 * 4, held_out_sequences=50, warmup_steps=1,
-            ),
-            data=tiny_data,
-        )  # fmt: skip
-        if not (folder / run.run_id).exists():
-            write_record(run, folder, dataset, Execution(device="cpu"), code_commit=None, submitted_at=time.time())
-            Run(folder / run.run_id)()
-        return folder / run.run_id
-
-    return train
-
-
 @pytest.mark.parametrize("damage", ["a bit of a weight", "cut", "gone"])
 def test_damaged_weights_are_refused(finished: Callable[..., Path], tmp_path: Path, damage: str) -> None:
     run_dir = Path(shutil.copytree(finished(), tmp_path / finished().name))
@@ -128,96 +93,6 @@ def test_damaged_weights_are_refused(finished: Callable[..., Path], tmp_path: Pa
         weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.pt is .*damaged .*; copy it again"):
         load_run(run_dir)
-
-
-EXPORTED: dict[str, dict[str, Any]] = {
-    **{name: {"conv": conv} for name, conv in CONVS.items() if "part input" not in name},
-    "qk-norm": {"mixer": Attention(4, 2, qk_norm=True)},
-    "untied": {"tied": False},
-    "static, no residual": {"conv": StaticConvolution(("q", "down"), residual=False)},
-    "no static filter": {"conv": LowRankConvolution(QKV, rank=2, static_filter=False)},
-}
-
-
-@pytest.fixture(scope="module", params=EXPORTED)
-def exported(request: pytest.FixtureRequest, finished: Callable[..., Path], tmp_path_factory: Any) -> tuple[Any, Any]:
-    """A trained run, and its exported model as transformers loads it."""
-    run = load_run(finished(**EXPORTED[request.param]))
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    with torch.no_grad():  # away from special initial values
-        generator = torch.Generator().manual_seed(0)
-        for parameter in run.model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    export(run, folder)
-    return run, folder
-
-
-def test_what_the_exported_code_cannot_express_is_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
-    run = load_run(finished(conv=CONVS["part input"]))
-    with pytest.raises(ValueError, match="no convolution with generator_input = 'part'"):
-        export(run, tmp_path / "model")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_exported_model_gives_the_same_logits_and_survives_its_own_saving(
-    exported: tuple[Any, Path], tmp_path: Path
-) -> None:
-    run, folder = exported
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokens = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(2))
-    wanted = run.model(tokens).logits
-    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
-    model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who may read one file may read all"
-    assert (
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=True).encode("def f(x):\n")
-        == run.tokenizer.encode("def f(x):\n").ids
-    )
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_the_exported_model_generates_with_caches_what_it_generates_without(
-    exported: tuple[Any, Path], beams: int
-) -> None:
-    run, folder = exported
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    # The second prompt is padded on the left. Both must go on as they do alone.
-    prompts = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
-    together = model.generate(prompts, attention_mask=mask, **settings)
-    for row, prompt in enumerate(prompts):
-        alone = prompt[mask[row].bool()][None]
-        uncached = model.generate(alone, attention_mask=torch.ones_like(alone), use_cache=False, **settings)
-        assert together[row, 5:].tolist() == uncached[0, alone.shape[1] :].tolist()
-    if beams == 1:
-        drawn = itertools.islice(generate(run.model, prompts[:1], Sampling(temperature=0), seed=0), 8)
-        assert [int(token) for token in drawn] == together[0, 5:].tolist()
-
-
-@pytest.mark.slow
-def test_an_exported_model_needs_only_transformers_torch_and_dynconv(
-    finished: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    assert main(["export", str(finished()), "--format", "hf", "-o", str(folder)]) == 0
-    program = f"""
-import sys
-sys.modules["experiments"] = sys.modules["analysis"] = None  # importing them fails
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
-prompt = tokenizer("def f(", return_tensors="pt")
-made = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
-print(made[0, -4:].tolist())
-"""
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    run = load_run(finished())
-    prompt = torch.tensor([run.tokenizer.encode("def f(").ids])
-    wanted = [int(t) for t in itertools.islice(generate(run.model, prompt, Sampling(temperature=0), seed=0), 4)]
-    assert json.loads(printed) == wanted
 
 
 def log_probabilities(run: TrainedRun, tokens: list[int]) -> torch.Tensor:  # [T - 1]
@@ -406,6 +281,21 @@ def test_wrong_requests_are_answered_in_one_line(
     assert not captured.out
 
 
+def test_without_the_harness_the_extra_is_named(
+    finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "experiments.evaluation.harness", raising=False)
+    monkeypatch.delattr(evaluation, "harness", raising=False)  # else `from experiments.evaluation import` finds it
+    arguments = ["eval", str(finished()), "--tasks", "lambada_openai"]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "--tasks needs lm-evaluation-harness" in said
+    assert "pip install 'dynconv[eval]'" in said
+    assert said.count("\n") == 1
+
+
 def test_an_unfinished_run_is_not_used(
     tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -429,26 +319,3 @@ def test_text_of_a_run_goes_to_standard_output(
     assert len(said["text"]) >= 20
     control = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
     assert (said["prompt"] + said["text"]).translate(control) + "\n" == first
-
-
-def test_the_example_with_a_llama_of_transformers_trains() -> None:
-    page = (Path(__file__).parent.parent / "dynconv" / "README.md").read_text()
-    code = page.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) < 30
-    names: dict[str, Any] = {}
-    torch.manual_seed(0)
-    exec(code, names)
-    model = names["model"]
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    tokens = torch.tensor([list((b"def f(x):\n    return x + 1\n" * 8)[:128])])
-    losses = []
-    for _ in range(20):
-        loss = model(tokens, labels=tokens).loss
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < 0.6 * losses[0]
-    filters = [p for name, p in model.named_parameters() if name.endswith("conv.up")]
-    assert len(filters) == 6
-    assert all(bool(p.detach().abs().max() > 0) for p in filters)  # they start at zero: all of them have learnt

@@ -78,6 +78,21 @@ def test_an_arm_that_one_interval_resolves_and_that_of_all_does_not_is_not_resol
     assert found["real"].family_ci[0] > 1
 
 
+def test_clocks_are_resolved_by_the_interval_of_all_at_once_too(tmp_path: Path) -> None:
+    """Ten arms of equal speed: m in seconds is m, and so is what is said of it."""
+    arms = {f"null-{k}": 1.0 for k in range(9)} | {"real": 1.33}
+    rows = load(write_sweep(tmp_path / "s", arms, sizes=4, seeds=1, random_seed=4)).runs
+    rows = rows.assign(train_seconds=rows["flops_exact"] / 1e12)
+    lucky = 0
+    for item in multipliers(rows, resamples=99)[0]:
+        clock = item.wall_clock
+        assert clock is not None
+        assert (clock.ci, clock.family_ci) == (pytest.approx(item.ci), pytest.approx(item.family_ci))
+        assert clock.status.startswith("not resolved") == (item.arm != "real")
+        lucky += "of all 10 arms at once" in clock.status
+    assert lucky
+
+
 def test_one_arm_is_its_own_family(tmp_path: Path) -> None:
     (found,) = multipliers(load(write_sweep(tmp_path / "s", {"dyn": 1.33}, seeds=1)).runs, resamples=99)[0]
     assert found.family_ci == found.ci

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import DEVICE, kernels
 from torch import Tensor
 
 from experiments.training.loss import IGNORED, linear_cross_entropy
@@ -84,3 +85,41 @@ def test_a_target_outside_the_vocabulary_is_not_passed_over(device: str, target:
             linear_cross_entropy(x, weight, targets)
     else:
         assert linear_cross_entropy(x, weight, targets).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [5, 97, 1000, 1024, 40_000])
+def test_the_kernel_agrees_with_float64(vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small vocabularies in blocks of 256 logits, a large one as it is; on a CPU by Triton's interpreter."""
+    with kernels():
+        from experiments.training import loss_kernel
+
+        monkeypatch.setattr(loss_kernel, "_SMALL", loss_kernel._Launch(block=256, warps=4))
+        generator = torch.Generator().manual_seed(0)
+        logits = (4 * torch.randn(11, vocabulary, generator=generator)).to(DEVICE, dtype)
+        logits[3] -= 300.0
+        targets = torch.randint(vocabulary, (11,), generator=generator).to(DEVICE)
+        targets[::5] = IGNORED
+        exact = logits.double().requires_grad_()
+        want = F.cross_entropy(exact, targets, ignore_index=IGNORED, reduction="sum")
+        want.backward()
+        got = loss_kernel.loss_and_gradient(logits, targets, IGNORED)
+        assert exact.grad is not None
+        rounding = {torch.float32: 5e-5, torch.bfloat16: 5e-3}[dtype]  # by the interpreter towards zero
+        assert abs(got.item() / want.item() - 1) < 1e-5
+        assert ((logits.double() - exact.grad).norm() / exact.grad.norm()).item() < rounding
+        assert not logits[::5].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, "target"])
+def test_the_kernel_hides_nothing_that_is_not_finite(spoiled: float | str) -> None:
+    with kernels():
+        from experiments.training import loss_kernel
+
+        logits, targets = torch.zeros(3, 300, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        if isinstance(spoiled, str):
+            targets[1] = 300
+        else:
+            logits[1, 7] = spoiled
+        assert loss_kernel.loss_and_gradient(logits, targets, IGNORED).isnan()

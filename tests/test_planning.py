@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,40 @@ def test_designs_that_are_none_are_refused(
     (tmp_path / "plan.json").write_text(text)
     assert main(["power", str(tmp_path / "plan.json"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_design_has_seeds_and_noise_of_each_size() -> None:
+    """The same for all sizes is what one number says; seeds where the noise is take it off."""
+    world = World(seed_noise=0.004)
+    alike = Simulated(LADDER.compute, math.log(1.05), [3] * 5, replace(world, seed_noise=(0.004,) * 5), 50, seed=0)
+    one = Simulated(LADDER.compute, math.log(1.05), 3, world, 50, seed=0)
+    np.testing.assert_array_equal(alike.losses, one.losses)
+    np.testing.assert_allclose(alike.noise_floor, one.noise_floor)
+    assert alike.seeds is not None
+    assert one.seeds is not None
+    np.testing.assert_allclose(alike.seeds.variance, one.seeds.variance)
+    falling = replace(LADDER, seeds=(25, 1, 1, 1, 1), seed_noise=(0.02, 0.004, 0.004, 0.004, 0.004))
+    few, own = list(prospects(falling, 1.1, [1, None], World(), simulations=300))[-2:]
+    assert (few.seeds, own.seeds) == (1, falling.seeds)
+    assert own.half_width < 0.8 * few.half_width
+    assert own.gpu_hours == 2 * (25 * 1 + 2 + 4 + 8 + 16)
+
+
+def test_the_noise_of_each_size_and_its_own_seeds_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = "experiments/sweeps/mini-english.toml"
+    options = ["--simulations", "100", "--seeds", "own,5"]
+    assert main(["power", sweep, *options, "--seed-noise", "1M=.01,3M=.004,7M=.003"]) == 0
+    said = capsys.readouterr().out
+    assert "[3, 3, 3]" in said
+    assert "seed noise 0.01 at 1M, 0.004 at 3M, 0.003 at 7M (asked)" in said
+    for noise in ("1M=.01", "1M=.01,.004", "1M=x,3M=1,7M=1", "-1", "1M=1,1M=2,3M=1,7M=1"):
+        assert main(["power", sweep, *options, f"--seed-noise={noise}"]) == 2
+        assert "--seed-noise" in capsys.readouterr().err
+
+
+def test_designs_of_fewer_sizes_are_of_the_same_law() -> None:
+    """Three of five sizes are what the ladder of these three is, with the law's reducible loss at their middle."""
+    of_five = next(iter(prospects(LADDER, 1.06, [2], World(), simulations=100)))
+    three = World(reducible_loss=1.3 * (10**19.5 / 1e20) ** -0.15)
+    (alone,) = prospects(LADDER.smallest(3), 1.06, [2], three, simulations=100)
+    assert astuple(of_five) == pytest.approx(astuple(alone))

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from planted import write_config, write_run, write_sweep
 
 from analysis.logs.merge import load_all
 from analysis.logs.store import Store, freeze, load
-from analysis.pages.query import chosen, grouped, sql, unlike_sizes
+from analysis.pages.query import cautions, chosen, grouped, sql
 from analysis.pages.tables import value_table
 from experiments.cli.main import main
 
@@ -122,19 +123,33 @@ def test_filters_and_groups(store: Store) -> None:
         assert "\n" not in str(refused.value)
     assert len(chosen(store.runs, "gpus == 0")) == 16  # the unfinished run's are missing
     for wrong in ("sites", "loss", ""):
-        with pytest.raises(ValueError, match=f"no column '{wrong}' to group by; there are run_id"):
+        with pytest.raises(ValueError, match=f"no column '{wrong}' to group by; there are run_id((?!trunk).)*$"):
             grouped(store.runs, [wrong])
 
 
 def test_groups_of_unlike_sizes_are_said(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """A group with more of the small models has a higher mean loss, whatever tells the groups apart."""
-    assert unlike_sizes(store.runs, ["arm"]) is None  # every arm has the same runs
+    assert cautions(store.runs, ["arm"]) == []  # every arm has the same runs, each alone on its device
     lacking = store.runs.drop(store.runs.query("arm == 'dyn' and size == 's0'").index)
-    assert "unlike shares of sizes" in str(unlike_sizes(lacking, ["arm"]))
-    assert unlike_sizes(lacking, ["arm", "size"]) is None
-    assert unlike_sizes(lacking.query("size == 's1'"), ["arm"]) is None
+    (line,) = cautions(lacking, ["arm"])
+    assert "unlike shares of sizes" in line
+    assert cautions(lacking, ["arm", "size"]) == []
+    assert cautions(lacking.query("size == 's1'"), ["arm"]) == []
     assert main(["table", str(store.path), "--by", "seed", "--where", "arm == 'dyn' or size == 's1' or seed == 0"]) == 0
     assert "unlike shares of sizes" in capsys.readouterr().err
+
+
+def test_groups_of_unlike_budgets_rates_and_clocks_are_said(store: Store) -> None:
+    """Speeds of runs that shared a device were averaged without a word, as were losses over unlike learning rates."""
+    runs = store.runs
+    of_dyn = runs["arm"].eq("dyn")
+    (line,) = cautions(runs.assign(budget=runs["budget"].mask(of_dyn & runs["seed"].eq(0), "40")), ["arm", "size"])
+    assert "unlike shares of budgets" in line
+    (line,) = cautions(runs.assign(**{"vary.learning_rate_factor": np.where(of_dyn, 2.0, 1.0)}), ["arm", "size"])
+    assert "unlike shares of the values of vary.learning_rate_factor" in line
+    shared = runs.assign(clock=runs["clock"].mask(of_dyn & runs["clock"].notna(), "shared"))
+    (line,) = cautions(shared, ["arm", "size"])
+    assert line.startswith("tokens_per_second and train_hours do not compare: 8 of 16 runs shared their device")
 
 
 def test_groups_by_site_keep_the_runs_that_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

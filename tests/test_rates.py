@@ -122,6 +122,19 @@ def test_recipes_that_differ_and_facts_that_some_seeds_lack_are_told(answer: Any
     assert "conv.rank is recorded of some runs of one arm and size, and not of row 12, row 14" in found["status"]
 
 
+def test_losses_over_unlike_vocabularies_are_told(answer: Any) -> None:
+    """A loss a token of 8192 tokens is another quantity than one of 4096. Where a table has no hash of the tokenizer,
+    the sizes of the vocabularies tell."""
+    rows = [
+        f"{arm},s{i},{seed},{compute},{law(m, compute)},{vocabulary}"
+        for arm, m, vocabulary in (("base", 1.0, 4096), ("new", M, 8192))
+        for i, compute in enumerate(COMPUTE)
+        for seed in range(2)
+    ]
+    found = answer(iter(rows), "arm,size,seed,C,loss,vocabulary")
+    assert "vocabulary is not the same within 10 of 10 pairs (4096, 8192)" in found["status"]
+
+
 def test_the_order_of_rows_does_not_matter(answer: Any) -> None:
     rows = list(sweep(lambda *_: grid(3), {"base": 0.0, "new": -0.4}, noise=0.002))
     first, last = answer(iter(rows), HEADER), answer(iter(rows[::-1]), HEADER)

@@ -3,9 +3,12 @@
 import csv
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from experiments.cli.main import main
 from experiments.design import strict
 from experiments.design.arms import ARMS
 from experiments.design.config import RunConfig
@@ -13,7 +16,8 @@ from experiments.design.model import ModelConfig
 from experiments.design.sweep import Sweep, expand, load_sweep, read_sweep
 from experiments.tasks.registry import generators
 
-FOLDER = Path(__file__).parent.parent / "experiments" / "sweeps"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "experiments" / "sweeps"
 ABLATIONS = ("width", "rank", "head-size", "site", "qk-norm", "init", "form")
 # arXiv 2606.03825, ablations at 300M: millions of parameters where it prints them
 PUBLISHED = {
@@ -41,7 +45,7 @@ def test_ablations_have_the_published_numbers_of_parameters(name: str) -> None:
 def test_every_published_ablation_is_a_run() -> None:
     """By what its sweep says of it: kind, sites, taps, rank or head size; the tokens to a millionth."""
     facts = ("conv.kind", "conv.sites", "conv.width", "conv.rank", "conv.head_size")
-    text = (FOLDER.parent.parent / "results" / "published" / "points.csv").read_text()
+    text = (ROOT / "results" / "published" / "points.csv").read_text()
     rows = [row for row in csv.DictReader(text.splitlines()) if row["source"].startswith("ablation")]
     assert len(rows) == 24
     for row in rows:
@@ -101,7 +105,7 @@ def test_the_study_has_a_control_and_every_arm_its_own_rates() -> None:
     seeds = {(arm, size): len({run.seed for run in runs if (run.arm, run.size) == (arm, size)}) for arm, size in cells}
     assert {size: {seeds[arm, size] for arm, at in cells if at == size} for size in sizes} == {
         **{size: {3} for size in sizes},
-        "1M": {12},
+        "1M": {16},
         "3M": {8},
         "7M": {5},
     }
@@ -213,6 +217,29 @@ def test_every_wiring_and_form_is_in_a_sweep() -> None:
 def test_files_that_share_a_text_share_its_dataset() -> None:
     data = {read_sweep(path).data for path in FOLDER.glob("*.toml") if path.stem != "demo"} - {None}
     assert len(data) == len({each.source for each in data}) == 3  # None: generated tasks
+
+
+def test_the_page_of_all_systems_has_what_plan_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code of the page, run on every sweep at full scale; each has its row, with its sister."""
+    page = (ROOT / "results" / "measured" / "systems.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        assert command[0] == "dynconv"
+        assert main(command[1:]) == 0
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    names["subprocess"] = SimpleNamespace(run=run)
+    monkeypatch.chdir(ROOT)
+    sisters = {path.stem.removeprefix("mini-") for path in FOLDER.glob("mini-*.toml")} - {"rates", "english", "scaling"}
+    for sweep in (*sorted(sisters), "paper-scaling"):
+        (row,) = [line for line in page.splitlines() if f"| [{sweep}](" in line]
+        assert names["cells"](sweep) in row
+        sister = "mini-scaling" if sweep == "paper-scaling" else f"mini-{sweep}"
+        assert f"| [{sister}](../../experiments/sweeps/{sister}.toml) |" in row
 
 
 def test_sweeps_on_recall_have_every_arm_five_seeds_and_the_suites_tasks() -> None:

@@ -1,37 +1,32 @@
 """A real one-node Slurm: brought up, swept through, preempted, requeued, cancelled, and taken down again."""
 
-import contextlib
 import errno
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from clusters import PROFILE, SCRIPTS, ask, call, cluster, hasten, log_of, losses, submit, wait_until
+from launches import Submit, state_of
 from texts import CHEAP_SWEEP
 
-from analysis.errors import WorkFailed
 from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows
 from experiments.cli.main import main
-from experiments.data.build import build
 from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
-from experiments.design.data import DataConfig
-from experiments.design.schedules import WarmupStableDecay
-from experiments.design.trunks import with_trunks
-from experiments.launching import data_jobs, jobs, sbatch, slurm, states
+from experiments.launching import jobs, sbatch, slurm, states
 from experiments.launching import submit as launch
-from experiments.launching.profile import DataJobs, Job, Profile, Slurm
+from experiments.launching.profile import Job, Slurm
 from experiments.training.run import Run
 
+__all__ = ["cluster", "submit"]  # fixtures
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
@@ -39,155 +34,7 @@ pytestmark = [
     pytest.mark.xdist_group("slurm"),  # one worker, one cluster
 ]
 
-SCRIPTS = Path(__file__).parent.parent / "slurm" / "cluster"
-PROFILE = Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu", hours=0.5))
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd")
-Submit = Callable[..., launch.Outcome]
-
-
-def call(script: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SCRIPTS / script, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
-def ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
-    """A cluster of these tests' own; the variables that name it. Somebody else's on this machine is left alone."""
-    with cluster_of(1) as environment:
-        yield environment
-
-
-@contextlib.contextmanager
-def cluster_of(nodes: int) -> Iterator[dict[str, str]]:
-    """A cluster of one node or two, on ports of its own; the variables that name it. SLURM_CONF is set meanwhile."""
-    if shutil.which("sbatch") is None:
-        pytest.skip("Slurm is not installed; slurm/cluster/install installs it")
-    # Not pytest's folder: only its owner may enter that, and MUNGE wants a socket that everybody can reach.
-    state = Path(tempfile.mkdtemp(prefix="dynconv-test-", dir="/var/tmp"))
-    environment = {"DYNCONV_SLURM_STATE": str(state), "DYNCONV_SLURM_NODES": str(nodes)}
-    environment["DYNCONV_SLURM_PORT"] = str(three_free_ports() + (1000 if nodes > 1 else 0))
-    up = call("up", environment)
-    try:
-        if up.returncode == 2:
-            pytest.skip(f"this machine cannot have a Slurm: {up.stderr.splitlines()[-1]}")
-        assert up.returncode == 0, up.stderr
-        assert up.stdout == f"export SLURM_CONF={state}/slurm.conf\n"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURM_CONF", f"{state}/slurm.conf")
-            yield environment
-    finally:
-        down = call("down", environment, "--purge")
-    assert down.returncode == 0, down.stderr
-    assert not state.exists()
-
-
-def three_free_ports() -> int:
-    for first in range(20_000 + os.getpid() % 3_000 * 3, 30_000, 3):
-        with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-            try:
-                for offset, s in enumerate((a, b, c)):
-                    s.bind(("127.0.0.1", first + offset))
-            except OSError:
-                continue
-            return first
-    raise AssertionError("no three free ports in a row")
-
-
-@pytest.fixture
-def submit(dataset: Dataset) -> Submit:
-    def submit(runs: list[RunConfig], store: Path, profile: Profile = PROFILE, **options: bool) -> launch.Outcome:
-        return launch.submit(runs, profile, store, cache=dataset.path.parent, **options)
-
-    return submit
-
-
-@pytest.fixture
-def runs(tiny_run: RunConfig) -> list[RunConfig]:
-    return [replace(tiny_run, seed=seed) for seed in range(3)]
-
-
-@pytest.fixture
-def long_run(tiny_run: RunConfig) -> RunConfig:
-    """Some five seconds."""
-    return replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 1500, evaluate_every=16 * 8 * 100))
-
-
-def state_of(store: Path, run: RunConfig) -> states.RunState:
-    return states.read(store, [run.run_id])[0]
-
-
-def test_data_is_built_by_arrays_and_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Killed while it reads, which ends all jobs, and again while it tokenizes; then the bytes of a build at once."""
-    monkeypatch.setattr(data_jobs, "POLL_SECONDS", 0.5)
-    (tmp_path / "text").mkdir()
-    base = "".join(f"line {number * number} of the text\n" for number in range(5000))
-    for part in range(2):  # of more than 64 MiB each: a part, that is a piece of work
-        with (tmp_path / "text" / f"{part}.jsonl").open("w") as file:
-            for number in range(3500):
-                start = (part * 3500 + number) * 11 % 100_000
-                file.write(json.dumps({"text": f"{part} {number}\n{base[start : start + 20_000]}"}) + "\n")
-    spec = DataConfig(source=str(tmp_path / "text"), vocabulary=300, train_tokens=4_000_000, validation_tokens=10_000)
-    profile = replace(PROFILE, data=DataJobs(cores=2, hours=0.5))
-    cache = tmp_path / "cache"
-
-    def kill(step: str, after: float) -> None:
-        """One of the array's two jobs, some seconds after it began."""
-        assert data_jobs.build(spec, profile, cache) is None
-        (submitted,) = [
-            job for job in json.loads(next(cache.glob(".*/jobs.json")).read_text())["jobs"] if job["step"] == step
-        ]
-        element = f"{submitted['id']}_1"
-        wait_until(lambda: "RUNNING" in ask("squeue", "--noheader", f"--jobs={element}", "--format=%T"))
-        time.sleep(after)
-        ask("scancel", "--signal=KILL", "--full", element)
-        with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
-            data_jobs.require_nothing_under_way([spec], cache)
-        with pytest.raises(WorkFailed, match="building the data failed: its jobs were killed"):
-            data_jobs.build(spec, profile, cache, wait=True)
-
-    kill("read", after=0.2)  # it takes a second
-    read = {path: path.stat().st_ino for path in cache.glob(".*/spill/part-*")}
-    kill("tokenize", after=1)
-    path = data_jobs.build(spec, profile, cache, wait=True)
-    assert path is not None
-    assert {path: path.stat().st_ino for path in read if path.exists()} in (read, {})
-    assert data_jobs.build(spec, profile, cache) == path
-    assert "2 of 2 parts read" in capsys.readouterr().err
-    data_jobs.require_nothing_under_way([spec], cache)
-    assert Dataset.open(path).sha256 == Dataset.open(build(spec, tmp_path / "at once")).sha256
-
-
-def log_of(store: Path, run: RunConfig) -> str:
-    log = Path(str(state_of(store, run).log))
-    return log.read_text() if log.exists() else ""
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so within {seconds} s; queue:\n{ask('squeue', '--array')}"
-        time.sleep(0.2)
-
-
-def hasten(job_id: str) -> None:
-    """Let a requeued job start before the two minutes that Slurm waits are over.
-
-    A job that starts in the second in which its last start was revoked on the node fails ("credential revoked").
-    """
-    wait_until(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", job_id))
-    time.sleep(4)
-    ask("scontrol", "update", f"jobid={job_id}", "starttime=now")
-
-
-def losses(run_dir: Path) -> list[float]:
-    return read_rows(run_dir, "steps").table["loss"].to_pylist()
 
 
 def pids(cluster: dict[str, str]) -> dict[str, int]:
@@ -477,56 +324,6 @@ def test_the_shipped_profile_through_the_command_line(
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["state"], row["attempts"]) == ("complete", 1)
     assert row["job_id"].isdigit()
-
-
-def _shared(run: RunConfig) -> list[RunConfig]:
-    """A trunk and its branches of 40 and 60 steps."""
-    train = replace(run.train, schedule=WarmupStableDecay(0.25))
-    budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
-    return with_trunks([replace(run, budget=budget, train=train) for budget, train in budgets])
-
-
-def test_a_calibration_is_a_job_whose_speed_sets_the_time_limit(
-    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of two processes, as the profile wants; the run that is submitted then has a limit of its own."""
-    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
-    sweep, profile, store = tmp_path / "cheap.toml", tmp_path / "p.toml", tmp_path / "store"
-    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
-    text = 'executor = "slurm"\nmax_gpu_hours = 5\n[slurm]\npartition = "low"\nsignal_seconds = 30\n'
-    profile.write_text(text + '[default]\ndevice = "cpu"\ngpus = 2\nhours = "auto"\n')
-    words = [str(sweep), "--profile", str(profile), "--store", str(store)]
-    assert main(["plan", *words, "--json", "--calibrate"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    (kept,) = (tmp_path / "cache" / "calibrations").glob("*.json")
-    assert read_json(kept)["place"] == "slurm cpu partition=low"
-    assert (row["gpus"], row["tokens_per_second"]) == (2, read_json(kept)["tokens_per_second"])
-    assert not store.exists()
-    assert main(["submit", *words]) == 0
-    assert "the time limit of 25k is 0.5" in capsys.readouterr().err
-    job_id = read_json(store / row["run_id"] / "job.json")["job_id"]
-    minutes = round(60 * (1.5 * row["hours"] + 0.5))
-    assert ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%l").strip() == f"{minutes}:00"
-    assert main(["cancel", str(sweep), "--store", str(store)]) == 0
-
-
-def test_branches_begin_when_their_trunk_has_ended(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
-    sharing = _shared(tiny_run)
-    outcome = submit(sharing[::-1], tmp_path, wait=True)
-    assert outcome.unsuccessful == []
-    trunk, *branches = (read_json(tmp_path / run.run_id / "run.json") for run in sharing)
-    begun = [read_json(tmp_path / run["run_id"] / "attempt-0001.json")["started_at"] for run in branches]
-    assert min(begun) > trunk["finished_at"]
-
-
-def test_slurm_drops_the_branches_of_a_trunk_that_failed(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
-    trunk, *branches = [
-        replace(run, train=replace(run.train, learning_rate=1e30)) for run in _shared(replace(tiny_run, seed=4))
-    ]
-    branches = [replace(run, trunk=trunk.run_id) for run in branches]
-    outcome = submit([trunk, *branches], tmp_path, wait=True)
-    assert [state.state for state in outcome.ended] == ["failed", "lost", "lost"]
-    assert {state.cause for state in outcome.ended[1:]} == {f"its trunk {trunk.run_id} failed; retry that"}
 
 
 def test_variables_of_the_users_shell_change_nothing(

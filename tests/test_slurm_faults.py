@@ -10,18 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_slurm import (
+from clusters import (
     PROFILE,
-    Submit,
     ask,
     call,
     cluster_of,
     hasten,
     losses,
-    state_of,
     submit,
     wait_until,
 )
+from launches import Submit, state_of
 
 from analysis.logs.files import read_json
 from analysis.logs.reader import read_rows

@@ -9,20 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_slurm import (
+from clusters import (
     PROFILE,
     SCRIPTS,
-    Submit,
     ask,
     cluster,
     hasten,
     log_of,
-    long_run,
-    runs,
-    state_of,
     submit,
     wait_until,
 )
+from launches import Submit, state_of
 from texts import CHEAP_SWEEP
 
 from analysis.logs.files import read_json
@@ -32,7 +29,7 @@ from experiments.launching import sbatch
 from experiments.launching import submit as launch
 from experiments.launching.profile import Slurm
 
-__all__ = ["cluster", "long_run", "runs", "submit"]  # fixtures
+__all__ = ["cluster", "submit"]  # fixtures
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,

@@ -167,6 +167,16 @@ BAD = {
         f"tokens_per_parameter = 1{'0' * 400}",
         r"tokens_per_parameter: whole numbers must fit in 64 bits; got one of 401 digits",
     ),
+    "a head size that does not divide": (
+        "width = 2 }\n",
+        'width = 2 }\n[arm.rest]\nconv = { kind = "headwise", sites = ["q"], head_size = 7 }\n',
+        r"arm.rest at 25k: head_size must divide the 24 channels of 'q'; got 7; choose another",
+    ),
+    "more experts of a token than there are": (
+        "width = 2 }\n",
+        'width = 2 }\n[arm.rest]\nffn = { kind = "moe", experts = 4, top_k = 8 }\n',
+        r"arm.rest.ffn: top_k must be 1 to the number of experts; got 8 of 4; lower it",
+    ),
     "odd heads": ("kv_heads = 1", "heads = 8", r"even number of channels, .*; got 8 heads and width 24"),
     "two points that are one run": (
         "[data]",

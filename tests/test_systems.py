@@ -120,6 +120,23 @@ def test_it_learns_text_and_resumes_bit_for_bit(
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("saved", "read"),
+    [("mamba2", "gated deltanet"), ("gated deltanet lowrank", "gated deltanet"), ("moe", "moe lowrank")],
+)
+def test_a_checkpoint_of_another_part_is_refused(
+    saved: str, read: str, tiny_run: RunConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Were it under this run's name, as ids keep them apart otherwise."""
+    one, other = (assemble(replace(tiny_run, model=SYSTEMS[name]), dataset, CPU, ALONE) for name in (saved, read))
+    one.step()
+    checkpoints.save(tmp_path, one.state(), ALONE)
+    before = [parameter.clone() for parameter in other.model.parameters()]
+    with pytest.raises(ValueError, match=r"the checkpoint (lacks|has) model\..*; start the run anew"):
+        checkpoints.load_newest(tmp_path, one.state()[0]["run_id"], other, ALONE)
+    assert all(map(torch.equal, before, other.model.parameters()))
+
+
 @pytest.mark.parametrize("name", ["moe", "mamba2 lowrank", "gated deltanet"])
 def test_recomputed_activations_change_no_bit(name: str, tiny_run: RunConfig, dataset: Dataset) -> None:
     run = replace(tiny_run, model=SYSTEMS[name])

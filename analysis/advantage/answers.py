@@ -30,6 +30,8 @@ class Clock(Answer):
     m_at_cmax: float | None = None
     m_at_cmax_ci: Interval | None = None
     source: str = ""  # where the seconds were measured
+    family_ci: Interval | None = None  # as of Multiplier
+    interval_at: Callable[[float], Interval] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from analysis.advantage.changing import band, reported
 from analysis.advantage.joint import Interval, joint_interval
 from analysis.advantage.paired import Local, changing_multipliers, local_multipliers, ratio, seed_noise, trend
 from analysis.advantage.pairs import Pairs
+from analysis.advantage.seeds import noise_by_size
 from analysis.advantage.shifted import shifted_multipliers
 from analysis.laws.solver import Floats
 
@@ -51,8 +52,9 @@ def curve(pairs: Pairs, local: Local) -> Iterator[At]:
             yield At(float(compute), answer.m, answer.ci)
         return
     changing, shifted = changing_multipliers(local), shifted_multipliers(local)
+    seeds = noise_by_size(pairs.c0, pairs.differences)
     for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
-        ln_m, low, high = band(changing, shifted, float(compute))
+        ln_m, low, high = band(changing, shifted, float(compute), seeds)
         yield At(float(compute), ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
 
 

@@ -122,7 +122,7 @@ def rates_of_throughput(
     Each arm counts with the optimizer of its runs, and on as many GPUs if that was measured. Repeated measurements are
     averaged; the ratios at several batches and sequence lengths are combined by their geometric mean, those of several
     kinds (ONE_KIND), such as devices or commits, refused."""
-    found, reason, used = [], None, []
+    found, reason, used, averaged = [], None, [], []
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
         at_size = measured[measured["size"] == size]
@@ -135,8 +135,9 @@ def rates_of_throughput(
         found.append(np.nan if isinstance(value, str) or why else value * per_token[1] / per_token[0])
         reason = reason or (why and f"at {size} {why}")
         used += settings
+        averaged += [size] if len(settings) > 1 else []
     wall = np.array(found, dtype=float)
-    return Rates(wall, wall, _source(used), reason)
+    return Rates(wall, wall, _source(used, averaged) + _other_vocabulary(used, sizes), reason)
 
 
 def _of_its_runs(measured: pd.DataFrame, arm: str, runs: pd.DataFrame, end: str) -> pd.DataFrame:
@@ -172,8 +173,9 @@ def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> t
     return [dict(zip(SETTING, setting, strict=True)) for setting in common], ratio
 
 
-def _source(used: Settings) -> str:
-    """Where throughput was measured, and whatever about it differs from size to size, or was averaged over."""
+def _source(used: Settings, averaged: Sequence[str]) -> str:
+    """Where throughput was measured, and whatever about it differs from size to size, or was averaged over at the sizes
+    `averaged`."""
     values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
     text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
     text += ", not fused" if values["fused"] == ["False"] else ""
@@ -183,4 +185,17 @@ def _source(used: Settings) -> str:
     for name in ("gpus", "parallel"):
         if len(values[name]) > 1:
             text += f", {name} {some(values[name])}"
+    if averaged:
+        over = [name for name in ("batch", "sequence") if len(values[name]) > 1]
+        text += f", mean over several settings ({', '.join(over) or 'of parallelism'}) at {some(averaged)}"
     return text
+
+
+def _other_vocabulary(used: Settings, sizes: Sequence[pd.DataFrame]) -> str:
+    """What is said where throughput was measured at another vocabulary than that of the runs: the LM head, which all
+    arms have, takes another share of the time then."""
+    measured = {setting["vocabulary"] for setting in used} - {""}
+    runs = {f"{value:.0f}" for rows in sizes for side in ("_0", "_1") for value in rows[f"vocabulary{side}"].dropna()}
+    if not measured or not runs or measured == runs:
+        return ""
+    return f", of vocabulary {some(sorted(measured))} where the runs have {some(sorted(runs))}"

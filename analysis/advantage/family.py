@@ -15,23 +15,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from analysis.advantage.answers import Multiplier
+from analysis.advantage.answers import Clock, Multiplier
+from analysis.advantage.joint import Interval
 
 LEVEL = 0.05
 
 
 def at_once(found: Sequence[Multiplier]) -> list[Multiplier]:
-    """The arms with `family_ci` added. The status of an arm whose `family_ci` contains 1 begins "not resolved"."""
+    """The arms with `family_ci` added, and to their clocks. Where it contains 1, the status begins "not resolved"."""
     arms = sum(item.ci is not None for item in found)
-    return [item if item.ci is None else _with_interval(item, arms) for item in found]
+    return [item if item.ci is None else _of_arm(item, arms) for item in found]
 
 
-def _with_interval(item: Multiplier, arms: int) -> Multiplier:
-    assert item.interval_at is not None
-    ci = item.interval_at(LEVEL / arms) if arms > 1 else item.ci
+def _of_arm(item: Multiplier, arms: int) -> Multiplier:
+    ci, status = _together(item, arms)
+    wall, gpu = (_of_clock(clock, arms) for clock in (item.wall_clock, item.gpu_cost))
+    return replace(item, family_ci=ci, family=arms, status=status, wall_clock=wall, gpu_cost=gpu)
+
+
+def _of_clock(clock: Clock | None, arms: int) -> Clock | None:
+    if clock is None:
+        return None
+    ci, status = _together(clock, arms)
+    return replace(clock, family_ci=ci, status=status)
+
+
+def _together(item: Multiplier | Clock, arms: int) -> tuple[Interval, str]:
+    """The interval of one of `arms` arms at once, and the status by it."""
+    ci = item.interval_at(LEVEL / arms) if item.interval_at and arms > 1 else item.ci
     assert ci is not None
     status = item.status
     if ci[0] <= 1 <= ci[1] and not status.startswith("not resolved"):
         remark = f"not resolved: the interval of all {arms} arms at once holds 1"
         status = remark if status == "ok" else f"{remark}; {status}"
-    return replace(item, family_ci=ci, family=arms, status=status)
+    return ci, status

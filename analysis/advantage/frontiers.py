@@ -12,6 +12,7 @@ import numpy as np
 
 from analysis.advantage.answers import Multiplier
 from analysis.advantage.clocks import Rates
+from analysis.advantage.family import at_once
 from analysis.advantage.multiplier import compare
 from analysis.advantage.pairs import Pairs
 from analysis.laws.isoflop import SAME_BUDGET, Optimum
@@ -31,7 +32,7 @@ def frontier_multipliers(
             found.append(compare(_pairs(good, arm, baseline, convention), seed=seed))
         except ValueError as error:
             refused.append(f"{arm}: {error}")
-    return found, refused
+    return at_once(found), refused
 
 
 def _pairs(good: Sequence[Optimum], arm: str, baseline: str, convention: str) -> Pairs:

@@ -64,7 +64,7 @@ def multipliers(
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
-    """Every arm's multiplier against the baseline; and for each arm without one, a line that says why.
+    """Every arm's multiplier against the baseline; and lines that say which arms have none, and why.
 
     `irreducible_losses` are stated values of E (nats a token), used instead of fitting it: the first for the headline,
     all of them for the sensitivity. A table of points may state them in a column stated_E. With E stated, an arm with a
@@ -77,7 +77,7 @@ def multipliers(
     convention = choose_convention(runs, convention)
     irreducible_losses = tuple(irreducible_losses) or _stated_irreducible_losses(rows)
     found: list[Multiplier] = []
-    refused = []
+    refused: dict[str, list[str]] = {}  # by the reason
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
     if not arms:
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
@@ -101,10 +101,11 @@ def multipliers(
             answer = _with_warnings(answer, mixtures(both, arm, baseline))
             found.append(with_unlearned(answer, failures))
         except ValueError as error:
-            refused.append(f"{arm}: {refusal(error, (arm, baseline), failures)}")
+            refused.setdefault(refusal(error, (arm, baseline), failures), []).append(arm)
+    lines = [f"{', '.join(arms)}: {reason}" for reason, arms in refused.items()]
     if not found:
-        raise ValueError("; ".join(refused))
-    return at_once(found), refused
+        raise ValueError("; ".join(lines))
+    return at_once(found), lines
 
 
 def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
@@ -162,8 +163,7 @@ def compare(
     of_budgets, budget_p = by_budget(pairs.cells, *law)
 
     def interval_at(level: float) -> Interval:
-        ci = headline_answer(local, found.p, level).ci
-        assert ci is not None
+        ci = found.interval_at(level)
         if budget_p is None or budget_p >= SIGNIFICANCE:
             return ci
         return _over_budgets(ci, by_budget(pairs.cells, *law, level)[0])
@@ -268,6 +268,12 @@ class _Estimate:
     def varies(self) -> bool:
         return self.p is not None and self.p < SIGNIFICANCE
 
+    def interval_at(self, level: float) -> Interval:
+        """The headline's interval, which misses with probability `level`."""
+        ci = headline_answer(self.local, self.p, level).ci
+        assert ci is not None
+        return ci
+
     def under(self, other: Pairs, held: Sequence[float]) -> Answer:
         """The headline under another FLOP convention, with the same test of constancy."""
         return headline_answer(local_of(other, held[0] if held else None), self.p)
@@ -302,13 +308,22 @@ def _clock(pairs: Pairs, rates: Floats, irreducible_loss: float | None, resample
     if np.isnan(rates).any():
         return None
     found = _estimate(replace(pairs, c1=pairs.c1 / rates), irreducible_loss, resamples, seed)
-    ci = found.headline.ci
-    assert ci is not None
+    ci = found.interval_at(SIGNIFICANCE)
     remarks = ["not resolved: the interval holds 1"] if ci[0] <= 1 <= ci[1] else []
     if found.varies:
         remarks.append(f"not constant: m changes with compute (p = {found.p:.3f}), so this is m at the largest")
     status = "; ".join(remarks) or "ok"
-    return Clock(found.headline.m, ci, status, found.p, found.at_top.m, found.at_top.ci, pairs.rates.source)
+    at_top = found.at_top
+    return Clock(
+        m=found.headline.m,
+        ci=ci,
+        interval_at=found.interval_at,
+        status=status,
+        constant_m_p=found.p,
+        m_at_cmax=at_top.m,
+        m_at_cmax_ci=at_top.ci,
+        source=pairs.rates.source,
+    )
 
 
 def _stated_irreducible_losses(rows: pd.DataFrame) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
+from analysis.advantage.seeds import NoiseBySize
 from analysis.laws.solver import Floats
 
 EXPONENTS = (0.005, 2.0)  # bounds of g
@@ -225,9 +226,10 @@ class Trend:
         return self.at, self.at - half, self.at + half
 
 
-def trend(local: Local, at: float, least: Floats | None = None) -> Trend:
+def trend(local: Local, at: float, least: Floats | None = None, seeds: NoiseBySize | None = None) -> Trend:
     """The line, evaluated at compute `at` (FLOPs); S >= 3. `least` [K] is a lower bound for the variance of the loss
-    differences (nats squared), such as the part of it that repeated seeds show."""
+    differences (nats squared), such as the part of it that repeated seeds show; `seeds` for the variance of the height
+    at `at`, size by size."""
     x, sizes = np.log(local.c0), len(local.c0)
     middle = (local.weight * x).sum(axis=1, keepdims=True)
     lever = (local.weight * (x - middle) ** 2).sum(axis=1, keepdims=True)
@@ -245,7 +247,12 @@ def trend(local: Local, at: float, least: Floats | None = None) -> Trend:
         return spread * (part**2 / local.weight).sum(axis=1), law
 
     own, law = variances(for_height)
+    own_dof = np.full_like(own, sizes - 2)
+    if seeds is not None:
+        own, own_dof = seeds.at_least(own, own_dof, for_height / (local.law.g[:, None] * local.reducible))
     total = np.maximum(own + law, 1e-300)
-    dof = total**2 / np.maximum(own**2 / (sizes - 2) + law**2 / local.law_dof, 1e-300)
+    # Of the shares, since squares of small variances underflow; arms with equal losses have no variance at all.
+    by_share = (own / total) ** 2 / own_dof + (law / total) ** 2 / local.law_dof
+    dof = 1 / np.maximum(by_share, 1 / sizes)
     slope_error = np.sqrt(np.maximum(sum(variances(for_slope)), 1e-300))
-    return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), np.minimum(dof, sizes))
+    return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), dof)

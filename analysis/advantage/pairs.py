@@ -111,10 +111,10 @@ def pair(
     import pandas as pd
 
     column = CONVENTIONS[convention]
-    absent = [name for name in ("clock", "execution", RUNS_OPTIMIZER) if name not in runs]
+    absent = [name for name in ("clock", "execution", RUNS_OPTIMIZER, "vocabulary") if name not in runs]
     runs = runs.assign(**dict.fromkeys(absent, pd.Series(pd.NA, index=runs.index, dtype="string")))
     clock = ["device", "gpus", "execution", "clock", "train_seconds"]
-    used = runs[["run_id", "arm", *ON, "loss", "tokens", *clock, RUNS_OPTIMIZER, column]]
+    used = runs[["run_id", "arm", *ON, "loss", "tokens", *clock, RUNS_OPTIMIZER, "vocabulary", column]]
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
     if both.empty:

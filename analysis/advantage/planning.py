@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,12 @@ class Ladder:
     sizes: tuple[str, ...]
     compute: Floats  # [S]
     gpu_hours: Floats  # [S] of one run; NaN where unknown
+    seeds: tuple[int, ...] = ()  # of each size, as the design has them
+    seed_noise: tuple[float, ...] = ()  # of a run at each size, in place of World's
+
+    def smallest(self, sizes: int) -> Ladder:
+        """The design of these smallest sizes alone."""
+        return Ladder(*(getattr(self, item.name)[:sizes] for item in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,9 @@ class World:
     """The true law and the standard deviations of the errors in a simulation, all in nats a token."""
 
     irreducible_loss: float = 1.7
-    reducible_loss: float = 1.3  # at the geometric middle of the ladder's compute
+    reducible_loss: float = 1.3  # at the geometric middle of the compute of all the ladder's sizes
     exponent: float = 0.15
-    seed_noise: float = 0.002  # of each run
+    seed_noise: float | tuple[float, ...] = 0.002  # of each run, or of a run at each size
     arm_noise: float = 0.002  # of each arm at a size, which more seeds do not average out
     shared_noise: float = 0.005  # of a size, shared by the arms
     correlation: float = 0.0  # between neighbouring sizes, of the arm noise and of the shared noise; none of seed noise
@@ -61,7 +67,7 @@ class Prospect:
     """What a sweep over the smallest `sizes` of the ladder, with `seeds` seeds, would show of an arm of constant m."""
 
     sizes: int
-    seeds: int
+    seeds: int | tuple[int, ...]  # or those of each size
     power: float  # chance of resolving the requested m, by the interval of all arms at once
     smallest_m: float | None  # the least m resolved with 80% power, by interpolation; None beyond 2
     coverage: float  # how often the reported 95% interval contains the requested m
@@ -81,26 +87,38 @@ def cheapest(found: Sequence[Prospect]) -> Prospect | None:
 def prospects(
     ladder: Ladder,
     m: float,
-    seeds: Sequence[int],
+    seeds: Sequence[int | None],
     world: World,
     simulations: int = SIMULATIONS,
     seed: int = 0,
     arms: int = 1,
 ) -> Iterator[Prospect]:
     """Simulate each number of sizes from FEWEST_SIZES on, adding the next larger size each time, with each number of
-    seeds. One arm is simulated; it is resolved as one of `arms` that are compared with the baseline (family.py). Raises
-    ValueError for fewer sizes and for an m that is not positive, or is 1."""
+    seeds; None stands for the seeds that each size of the design has. One arm is simulated; it is resolved as one of
+    `arms` that are compared with the baseline (family.py). Raises ValueError for fewer sizes and for an m that is not
+    positive, or is 1."""
     if len(ladder.sizes) < FEWEST_SIZES:
         raise ValueError(f"a design needs {FEWEST_SIZES} sizes; got {len(ladder.sizes)}")
     if not 0 < m < np.inf or m == 1:
         raise ValueError(f"--m must be positive and not 1; got {m}")
     for sizes in range(FEWEST_SIZES, len(ladder.sizes) + 1):
         for repeats in seeds:
-            part = Ladder(ladder.sizes[:sizes], ladder.compute[:sizes], ladder.gpu_hours[:sizes])
-            yield _prospect(part, m, repeats, world, simulations, seed, arms)
+            part = ladder.smallest(sizes)
+            # By the same law: its reducible loss at the middle of all sizes is given, and is larger at that of fewer.
+            reducible = world.reducible_loss * (middle(part.compute) / middle(ladder.compute)) ** -world.exponent
+            yield _prospect(part, m, repeats, replace(world, reducible_loss=reducible), simulations, seed, arms)
 
 
-def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: int, seed: int, arms: int) -> Prospect:
+def middle(compute: Floats) -> float:
+    """The geometric middle of computes [S]."""
+    return float(np.exp(np.log(compute).mean()))
+
+
+def _prospect(
+    ladder: Ladder, m: float, repeats: int | None, world: World, simulations: int, seed: int, arms: int
+) -> Prospect:
+    seeds = ladder.seeds if repeats is None else (repeats,) * len(ladder.sizes)
+    world = replace(world, seed_noise=ladder.seed_noise or world.seed_noise)
     asked = Simulated(ladder.compute, np.log(m), seeds, world, simulations, seed)
     p = asked.constancy(np.ones(simulations, dtype=bool))
     _, low, high = reported(asked.local, p, asked.changing)
@@ -110,14 +128,14 @@ def _prospect(ladder: Ladder, m: float, seeds: int, world: World, simulations: i
 
     return Prospect(
         sizes=len(ladder.sizes),
-        seeds=seeds,
+        seeds=repeats or seeds,
         power=float(asked.resolved(p, arms).mean()),
         smallest_m=_smallest(power),
         coverage=float(((low < np.log(m)) & (np.log(m) < high)).mean()),
         half_width=float(np.median(high - low) / 2),
         called_varying=float((p < SIGNIFICANCE).mean()),
-        flops=float(2 * seeds * ladder.compute.sum()),
-        gpu_hours=float(2 * seeds * ladder.gpu_hours.sum()),
+        flops=float(2 * np.dot(seeds, ladder.compute)),
+        gpu_hours=float(2 * np.dot(seeds, ladder.gpu_hours)),
     )
 
 
@@ -138,26 +156,38 @@ def _smallest(power: Callable[[float], float]) -> float | None:
 class Simulated:
     """K simulated sweeps with a constant ln m, and the paired estimates from them."""
 
-    def __init__(self, compute: Floats, ln_m: float, seeds: int, world: World, simulations: int, seed: int) -> None:
+    def __init__(
+        self,
+        compute: Floats,
+        ln_m: float,
+        seeds: int | Sequence[int],  # of every size, or of each
+        world: World,
+        simulations: int,
+        seed: int,
+    ) -> None:
+        repeats, noise = (np.broadcast_to(each, len(compute)).astype(float) for each in (seeds, world.seed_noise))
         random = np.random.default_rng(seed)
         shape = (simulations, len(compute))
-        reducible = world.reducible_loss * (compute / np.exp(np.log(compute).mean())) ** -world.exponent
+        reducible = world.reducible_loss * (compute / middle(compute)) ** -world.exponent
         shared = world.shared_noise * in_order(random.standard_normal(shape), world.correlation)
         losses = []
         for factor in (1.0, np.exp(-world.exponent * ln_m)):
             own = world.arm_noise * in_order(random.standard_normal(shape), world.correlation)
-            own += world.seed_noise / np.sqrt(seeds) * random.standard_normal(shape)
+            own += noise / np.sqrt(repeats) * random.standard_normal(shape)
             losses.append(world.irreducible_loss + reducible * factor + shared + own)
         self.compute, self.losses, self.seed = compute, losses, seed
         self.local = local_multipliers(compute, compute, losses[0], losses[1])
         self.changing = changing_multipliers(self.local)
         self.noise_floor = np.zeros(simulations)  # the smallest |ln m| significant against seed noise
         self.seeds: SeedNoise | None = None
-        if seeds > 1:
-            dof = len(compute) * (seeds - 1)
-            variance = 2 * world.seed_noise**2 * random.chisquare(dof, simulations) / dof
-            self.noise_floor = seed_noise(self.local, variance, np.full(len(compute), seeds), dof)
-            self.seeds = SeedNoise(variance / seeds, dof)
+        dof = int((repeats - 1).sum())
+        if dof:
+            # As the analysis does: the squares of all sizes over all degrees of freedom, which it takes to be alike.
+            each = {sd: (repeats[noise == sd] - 1).sum() for sd in np.unique(noise)}
+            squares = [2 * sd**2 * random.chisquare(own_dof, simulations) for sd, own_dof in each.items() if own_dof]
+            variance = np.sum(squares, axis=0) / dof
+            self.noise_floor = seed_noise(self.local, variance, repeats, dof)
+            self.seeds = SeedNoise(variance * np.mean(1 / repeats), dof)
 
     def constancy(self, asked: Bools) -> Floats:
         """p-value [K] of the test that m is constant; 1 where the mask `asked` [K] is false. A p above SIGNIFICANCE is
@@ -221,9 +251,15 @@ def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float
         hours = rows["train_seconds"] / 3600 * rows["gpus"]
     else:
         hours = rows[column] * np.nan
-    sizes = rows.assign(_hours=hours, _size=size_key(rows)).groupby("_size")[[column, "_hours"]].mean()
+    groups = rows.assign(_hours=hours, _size=size_key(rows)).groupby("_size")
+    sizes = groups[[column, "_hours"]].mean().assign(_seeds=groups["seed"].nunique().clip(lower=1))
     sizes = sizes.sort_values(column)
-    return Ladder(tuple(map(str, sizes.index)), sizes[column].to_numpy(float), sizes["_hours"].astype(float).to_numpy())
+    return Ladder(
+        tuple(map(str, sizes.index)),
+        sizes[column].to_numpy(float),
+        sizes["_hours"].astype(float).to_numpy(),
+        tuple(map(int, sizes["_seeds"])),
+    )
 
 
 def _any(table: pd.DataFrame, name: str) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from analysis.advantage.averaging import Student, fit_gain
 from analysis.advantage.paired import REFITS, Local, SharedLaw, by_law, shared_law
+from analysis.advantage.seeds import NoiseBySize
 from analysis.laws.solver import Floats
 
 LARGEST_SHIFT = 0.5  # bound of the shift, as a share of the smallest loss
@@ -33,14 +34,18 @@ class Shifted:
     shift: Floats  # [K] nats a token; negative where the arm's irreducible loss is lower
     t: Floats  # [K] shift over its standard error
 
-    def at(self, compute: float) -> Student:
-        """The estimate of ln m at a compute (FLOPs), weighted by how much better the law fits with a shift."""
+    def at(self, compute: float, seeds: NoiseBySize | None = None) -> Student:
+        """The estimate of ln m at a compute (FLOPs), weighted by how much better a shift fits. Its variance
+        is at least that which the `seeds` of each size show."""
         law, sizes = self.local.law, self.difference.shape[1]
         ln_m, left, own = _height(self.local, self.difference, law.g, law.a0, compute)
+        own_dof = np.full_like(own, sizes - 2)
+        if seeds is not None:
+            own, own_dof = seeds.at_least(own, own_dof, _share_of_sizes(self.local, compute))
         own = own / (left * law.g) ** 2
         by_law = _law_variance(self.local, lambda g, a0: _height(self.local, self.difference, g, a0, compute)[0])
         total = np.maximum(own + by_law, 1e-300)
-        dof = total**2 / np.maximum(own**2 / (sizes - 2) + by_law**2 / self.local.law_dof, 1e-300)
+        dof = total**2 / np.maximum(own**2 / own_dof + by_law**2 / self.local.law_dof, 1e-300)
         return Student(ln_m, np.sqrt(total), np.minimum(dof, sizes), fit_gain(self.t, sizes))
 
 
@@ -72,6 +77,16 @@ def _line(local: Local, difference: Floats, law: SharedLaw, g: Floats, a0: Float
     residual = left - left.mean(axis=1, keepdims=True) - slope[:, None] * away
     spread = (residual**2).sum(axis=1) / (sizes - 2)
     return height, spread * (1 / sizes + (at - middle) ** 2 / lever)
+
+
+def _share_of_sizes(local: Local, compute: float) -> Floats:
+    """What each size's loss difference adds to the height of the line at a compute [K, S]."""
+    law = local.law
+    x, at = (law.a0[:, None] * (c / law.unit) ** -law.g[:, None] for c in (local.c1, np.array([compute])))
+    away = x - x.mean(axis=1, keepdims=True)
+    lever = np.maximum((away**2).sum(axis=1, keepdims=True), 1e-300)
+    found: Floats = 1 / x.shape[1] + (at - x.mean(axis=1, keepdims=True)) * away / lever
+    return found
 
 
 def _height(local: Local, difference: Floats, g: Floats, a0: Floats, compute: float) -> tuple[Floats, Floats, Floats]:

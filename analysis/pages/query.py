@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
 from analysis.logs.columns import SHORT_NAMES
-from analysis.logs.schema import CONVENTIONS
+from analysis.logs.schema import CONVENTIONS, axis_columns
 from analysis.pages.tables import multiplier_rows
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 VIEWS = ("runs", "steps", "evals", "multipliers")
 SUMMED = ("loss", "tokens_per_second")  # columns that `grouped` summarises, by which runs cannot be grouped
+MIXED = {"size": "sizes", "budget": "budgets", "task": "tasks"}  # what mean losses are not to be mixed over
 SEALED = {  # a query sees the views and nothing else: no file, no network, no variable of this program
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
@@ -132,7 +133,8 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
     column counts the others. Raises ValueError for a column that is missing or named twice."""
     for name in by:
         if name not in runs or name in SUMMED:
-            raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")
+            filled = [str(column) for column in runs if runs[column].notna().any() and column not in SUMMED]
+            raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(filled)}")
     repeated = [name for name in dict.fromkeys(by) if by.count(name) > 1]
     if repeated:
         raise ValueError(f"--by names {', '.join(repeated)} more than once; name each column once")
@@ -158,13 +160,33 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
     return [str(name) for name in table.columns], [tuple(row) for row in table.itertuples(index=False)]
 
 
-def unlike_sizes(runs: pd.DataFrame, by: Sequence[str]) -> str | None:
-    """A line for the reader where groups stand on runs of unlike sizes, so that their mean losses do not compare the
-    groups; else None. `by` are columns that `grouped` accepts."""
+def cautions(runs: pd.DataFrame, by: Sequence[str]) -> list[str]:
+    """Lines for the reader where the means of `grouped` do not compare the groups, as these stand on unlike runs, or on
+    clocks that do not count. `by` are columns that `grouped` accepts."""
     learned = runs[(runs["status"] == "complete") & runs["did_not_learn"].isna()]
-    if "size" in by or learned["size"].nunique() < 2:
-        return None
-    counts = learned.groupby(list(by), sort=False, dropna=False)["size"].value_counts(normalize=True).unstack()
-    if len(counts) < 2 or (counts.fillna(0).max() - counts.fillna(0).min()).max() < 1e-9:
-        return None
-    return "the groups hold unlike shares of sizes, whose losses differ: add size to --by, or choose one with --where"
+    found = [
+        f"the groups hold unlike shares of {name}, whose losses differ: add {column} to --by, or choose one by --where"
+        for column, name in MIXED.items()
+        if column not in by and _unlike_shares(learned, by, column)
+    ]
+    axes = [name for name in axis_columns(map(str, runs)) if name not in by and _unlike_shares(learned, by, name)]
+    if axes:
+        found.append(f"the groups hold unlike shares of the values of {', '.join(axes)}: add it to --by, or choose one")
+    timed = runs[(runs["status"] == "complete") & runs["tokens_per_second"].notna()]
+    clocks = timed["clock"].dropna()
+    if others := int((clocks != "alone").sum()):
+        found.append(
+            f"tokens_per_second and train_hours do not compare: {others} of {len(timed)} runs shared their device, "
+            "ran in several ways, or may have shared it"
+        )
+    return found
+
+
+def _unlike_shares(runs: pd.DataFrame, by: Sequence[str], column: str) -> bool:
+    """Whether the groups' runs are distributed differently over the values of a column."""
+    if column not in runs or runs[column].nunique(dropna=False) < 2:
+        return False
+    values = runs[column].astype("string").fillna("")
+    counts = runs.assign(_value=values).groupby(list(by), sort=False, dropna=False)["_value"]
+    shares = counts.value_counts(normalize=True).unstack().fillna(0)
+    return len(shares) > 1 and bool((shares.max() - shares.min()).max() >= 1e-9)

@@ -11,6 +11,7 @@ from experiments.cli.arguments import (
     Subparsers,
     add_reading_verb,
     columns_argument,
+    convention_argument,
     load_store,
     published_argument,
     reading_store,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.advantage.measured import Assumption
-    from analysis.advantage.planning import World
+    from analysis.advantage.planning import Ladder, World
     from analysis.logs.store import Store
 
 
@@ -49,7 +50,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "results/runs/mini-ablation-width --published",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help="how FLOPs are counted: exact, given, 6ND or '6N_nonemb D'")
+    convention_argument(parser)
     parser.add_argument(
         "--hold",
         action="append",
@@ -88,27 +89,40 @@ def _add_power(subparsers: Subparsers) -> None:
         "power",
         help="simulate which advantage a design's sizes and seeds could resolve",
         description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost, with the "
-        "estimator, the tests and the intervals that `dynconv table` reports. DESIGN is a sweep file, a plan "
-        "(dynconv plan SWEEP --profile P --format json; P for the hours), or stores and tables of points: their sizes "
-        "and their compute count.",
+        "estimator, the tests and the intervals that `dynconv table` reports.",
         epilog="examples:\n"
         "  dynconv power experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14\n"
         "  dynconv power plan.json --m 1.05\n"
-        "  dynconv power results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json",
+        "  dynconv power results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json\n"
+        "  dynconv power experiments/sweeps/demo.toml --seeds own --seed-noise 25k=.02,45k=.01,70k=.01,110k=.005",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stores", type=Path, metavar="DESIGN", nargs="+")
+    parser.add_argument(
+        "stores",
+        type=Path,
+        metavar="DESIGN",
+        nargs="+",
+        help="a sweep file; a plan (dynconv plan SWEEP --profile P --json; P for the hours); or stores and tables of "
+        "points, whose sizes and compute count",
+    )
     columns_argument(parser)
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
-    parser.add_argument("--seeds", default="1,2,3", help="numbers of seeds to try (default 1,2,3)")
+    parser.add_argument(
+        "--seeds", default="1,2,3", help="numbers of seeds to try, and `own` for those of each size (default 1,2,3)"
+    )
     parser.add_argument("--baseline", help="the arm whose sizes and compute make the design (default: the sweep's)")
     default = "(default: what DESIGN's finished runs show, else {})"
+    parser.add_argument(
+        "--seed-noise",
+        metavar="SD|SIZE=SD,...",
+        help="standard deviation between seeds, nats; or of each size, 1M=0.01,3M=0.004 (default: what DESIGN's "
+        "finished runs show, else 0.002)",
+    )
     for name, text, value in (
-        ("--seed-noise", "standard deviation between seeds, nats", 0.002),
         ("--arm-noise", "standard deviation of an arm at a size around its law, nats", 0.002),
         ("--shared-noise", "standard deviation of a size that all arms share, nats", 0.005),
         ("--exponent", "exponent of the law", 0.15),
-        ("--reducible", "loss above the irreducible loss at the middle compute, nats", 1.3),
+        ("--reducible", "loss above the irreducible loss at the middle compute of all sizes, nats", 1.3),
     ):
         parser.add_argument(name, type=float, help=f"{text} {default.format(value)}")
     parser.add_argument(
@@ -119,7 +133,8 @@ def _add_power(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--gpu-flops", type=float, help="sustained FLOPs per second of a GPU, for GPU hours (default: those of DESIGN)"
     )
-    parser.add_argument("--simulations", type=int, default=1000, metavar="N")
+    text = "simulated experiments of each number of sizes and seeds (default 1000)"
+    parser.add_argument("--simulations", type=int, default=1000, metavar="N", help=text)
     parser.set_defaults(run=_power)
     table_format_argument(parser)
 
@@ -127,7 +142,7 @@ def _add_power(subparsers: Subparsers) -> None:
 def _table(args: argparse.Namespace) -> int:
     from analysis.advantage.multiplier import multipliers
     from analysis.logs.throughput import read_throughput
-    from analysis.pages.query import grouped, unlike_sizes
+    from analysis.pages.query import cautions, grouped
     from analysis.pages.tables import multiplier_table, value_table
 
     with reading_store(args) as store:
@@ -140,7 +155,7 @@ def _table(args: argparse.Namespace) -> int:
     if args.by is not None:
         by = args.by.split(",")
         print(value_table(*grouped(runs, by), args.format))
-        warn(*filter(None, [unlike_sizes(runs, by)]))
+        warn(*cautions(runs, by))
         return 0
     found, refused = multipliers(
         runs,
@@ -206,12 +221,13 @@ def _power(args: argparse.Namespace) -> int:
     from analysis.pages.tables import value_table
 
     try:
-        seeds = [int(text) for text in args.seeds.split(",")]
+        seeds = [None if text.strip() == "own" else int(text) for text in args.seeds.split(",")]
     except ValueError:
-        raise ValueError(f"--seeds takes whole numbers, 1,2,3; got {args.seeds!r}") from None
-    if min(seeds) < 1 or args.simulations < 100:
+        raise ValueError(f"--seeds takes whole numbers, 1,2,3, and own; got {args.seeds!r}") from None
+    if any(count is not None and count < 1 for count in seeds) or args.simulations < 100:
         raise ValueError(f"--seeds must be at least 1 and --simulations 100; got {args.seeds}, {args.simulations}")
-    for name in ("seed_noise", "arm_noise", "shared_noise", "exponent", "reducible", "gpu_flops"):
+    noise = _seed_noise(args)
+    for name in ("arm_noise", "shared_noise", "exponent", "reducible", "gpu_flops"):
         value = getattr(args, name)
         may_be_zero = name.endswith("noise")
         if value is None or 0 < value < math.inf or (value == 0 and may_be_zero):
@@ -221,7 +237,7 @@ def _power(args: argparse.Namespace) -> int:
     if args.correlation is not None and not -1 < args.correlation < 1:
         raise ValueError(f"--correlation must be between -1 and 1; got {args.correlation:g}")
     design = _design(args)
-    ladder = ladder_of(design, args.baseline, args.gpu_flops)
+    ladder = _with_noise(ladder_of(design, args.baseline, args.gpu_flops), noise)
     world, assumptions = _world(args, design)
     total = max(len(ladder.sizes) - 2, 0) * len(seeds)
     arms = max(design["arm"].nunique() - 1, 1) if "arm" in design else 1
@@ -229,6 +245,10 @@ def _power(args: argparse.Namespace) -> int:
     found = list(tqdm(simulated, total=total, leave=False, delay=1))
     print(value_table([item.name for item in fields(Prospect)], [astuple(row) for row in found], args.format))
     lines = [f"the interval of all {arms} arms at once, by which an arm is resolved"] if arms > 1 else []
+    if noise:
+        at = ", ".join(f"{value:.3g} at {size}" for size, value in noise.items())
+        lines.append(f"seed noise {at} (asked)")
+        assumptions = [item for item in assumptions if item.name != "seed_noise"]
     lines += [f"{item.name.replace('_', ' ')} {item.value:.3g} ({item.source})" for item in assumptions]
     if args.format == "md":
         print("\nsimulated with " + ";\n  ".join(lines))
@@ -241,6 +261,35 @@ def _power(args: argparse.Namespace) -> int:
     elif args.format == "md":
         print(f"\nnone of these resolves {args.m:g} with {POWER:.0%} power")
     return 0
+
+
+def _seed_noise(args: argparse.Namespace) -> dict[str, float]:
+    """The noise of each size that --seed-noise gives; for one number nothing, and args.seed_noise becomes it."""
+    text, args.seed_noise = args.seed_noise, None
+    if text is None:
+        return {}
+    found = dict[str, float]()
+    for item in text.split(","):
+        size, _, value = item.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf or (not size and "," in text) or size.strip() in found:
+            raise ValueError(f"--seed-noise must be at least 0, as 0.004 or 1M=0.01,3M=0.004; got {text}")
+        found[size.strip()] = number
+    args.seed_noise = found.pop("", None)
+    return found
+
+
+def _with_noise(ladder: Ladder, noise: dict[str, float]) -> Ladder:
+    """The design with a noise of each size's own. Raises ValueError unless it is given for exactly its sizes."""
+    from dataclasses import replace
+
+    if noise and set(noise) != set(ladder.sizes):
+        wanted = ",".join(f"{size}=SD" for size in ladder.sizes)
+        raise ValueError(f"--seed-noise names {', '.join(noise)}; the design's sizes want {wanted}")
+    return replace(ladder, seed_noise=tuple(noise[size] for size in ladder.sizes)) if noise else ladder
 
 
 def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[Assumption]]:

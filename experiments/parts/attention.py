@@ -30,10 +30,10 @@ class Attention(Part):
         if heads < 1 or shape.width % heads or shape.width // heads % 2:
             raise ValueError(
                 f"heads must divide the width of the model into heads with an even number of channels, which RoPE "
-                f"rotates in pairs; got {heads} heads and width {shape.width}"
+                f"rotates in pairs; got {heads} heads and width {shape.width}; choose another number"
             )
         if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
+            raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}; choose others")
         return replace(self, heads=heads, kv_heads=kv_heads)
 
     def head_counts(self) -> tuple[int, int]:

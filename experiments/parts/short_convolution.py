@@ -86,7 +86,7 @@ class _PlacedConvolution(Convolution):
         if len(set(self.sites)) != len(self.sites):
             raise ValueError(f"sites must name each linear map once; got {list(self.sites)}; remove the repetition")
         if self.width < 1:
-            raise ValueError(f"width must be at least 1; got {self.width}")
+            raise ValueError(f"width must be at least 1; got {self.width}; raise it")
 
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:  # noqa: ARG002
         # Sites take the order of `maps`: ["v", "k"] and ["k", "v"] are the same model and must have the same run id.
@@ -182,7 +182,8 @@ class HeadwiseConvolution(_DynamicConvolution):
         for site in self.sites:
             if head_size < 1 or maps[site].outputs % head_size:
                 raise ValueError(
-                    f"head_size must divide the {maps[site].outputs} channels of {site!r}; got {head_size}"
+                    f"head_size must divide the {maps[site].outputs} channels of {site!r}; got {head_size}; "
+                    "choose another"
                 )
         return replace(super().fitted(shape, maps), head_size=head_size)
 
@@ -206,7 +207,7 @@ class LowRankConvolution(_DynamicConvolution):
     def fitted(self, shape: Shape, maps: Mapping[str, LinearMap]) -> Self:
         rank = shape.rank if self.rank is None else self.rank
         if rank < 1:
-            raise ValueError(f"rank must be at least 1; got {rank}")
+            raise ValueError(f"rank must be at least 1; got {rank}; raise it")
         return replace(super().fitted(shape, maps), rank=rank)
 
     def _generator_parameters(self, site: LinearMap) -> int:

@@ -18,7 +18,7 @@ class SwiGLU(Part):
     def fitted(self, shape: Shape) -> Self:
         hidden = shape.ffn if self.hidden is None else self.hidden
         if hidden < 1:
-            raise ValueError(f"hidden must be at least 1; got {hidden}")
+            raise ValueError(f"hidden must be at least 1; got {hidden}; raise it")
         return replace(self, hidden=hidden)
 
     def linear_maps(self, width: int) -> dict[str, LinearMap]:

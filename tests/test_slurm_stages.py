@@ -1,0 +1,124 @@
+"""What comes before runs on a Slurm, and between them: building data, calibrations, trunks before their branches."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from clusters import PROFILE, ask, cluster, submit, wait_until
+from launches import Submit
+from texts import CHEAP_SWEEP
+
+from analysis.errors import WorkFailed
+from analysis.logs.files import read_json
+from experiments.cli.main import main
+from experiments.data.build import build
+from experiments.data.dataset import Dataset
+from experiments.design.config import RunConfig
+from experiments.design.data import DataConfig
+from experiments.design.schedules import WarmupStableDecay
+from experiments.design.trunks import with_trunks
+from experiments.launching import data_jobs
+from experiments.launching.profile import DataJobs
+
+__all__ = ["cluster", "submit"]  # fixtures
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.xdist_group("slurm"),  # one worker, one cluster
+]
+
+
+def test_data_is_built_by_arrays_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while it reads, which ends all jobs, and again while it tokenizes; then the bytes of a build at once."""
+    monkeypatch.setattr(data_jobs, "POLL_SECONDS", 0.5)
+    (tmp_path / "text").mkdir()
+    base = "".join(f"line {number * number} of the text\n" for number in range(5000))
+    for part in range(2):  # of more than 64 MiB each: a part, that is a piece of work
+        with (tmp_path / "text" / f"{part}.jsonl").open("w") as file:
+            for number in range(3500):
+                start = (part * 3500 + number) * 11 % 100_000
+                file.write(json.dumps({"text": f"{part} {number}\n{base[start : start + 20_000]}"}) + "\n")
+    spec = DataConfig(source=str(tmp_path / "text"), vocabulary=300, train_tokens=4_000_000, validation_tokens=10_000)
+    profile = replace(PROFILE, data=DataJobs(cores=2, hours=0.5))
+    cache = tmp_path / "cache"
+
+    def kill(step: str, after: float) -> None:
+        """One of the array's two jobs, some seconds after it began."""
+        assert data_jobs.build(spec, profile, cache) is None
+        (submitted,) = [
+            job for job in json.loads(next(cache.glob(".*/jobs.json")).read_text())["jobs"] if job["step"] == step
+        ]
+        element = f"{submitted['id']}_1"
+        wait_until(lambda: "RUNNING" in ask("squeue", "--noheader", f"--jobs={element}", "--format=%T"))
+        time.sleep(after)
+        ask("scancel", "--signal=KILL", "--full", element)
+        with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
+            data_jobs.require_nothing_under_way([spec], cache)
+        with pytest.raises(WorkFailed, match="building the data failed: its jobs were killed"):
+            data_jobs.build(spec, profile, cache, wait=True)
+
+    kill("read", after=0.2)  # it takes a second
+    read = {path: path.stat().st_ino for path in cache.glob(".*/spill/part-*")}
+    kill("tokenize", after=1)
+    path = data_jobs.build(spec, profile, cache, wait=True)
+    assert path is not None
+    assert {path: path.stat().st_ino for path in read if path.exists()} in (read, {})
+    assert data_jobs.build(spec, profile, cache) == path
+    assert "2 of 2 parts read" in capsys.readouterr().err
+    data_jobs.require_nothing_under_way([spec], cache)
+    assert Dataset.open(path).sha256 == Dataset.open(build(spec, tmp_path / "at once")).sha256
+
+
+def _shared(run: RunConfig) -> list[RunConfig]:
+    """A trunk and its branches of 40 and 60 steps."""
+    train = replace(run.train, schedule=WarmupStableDecay(0.25))
+    budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
+    return with_trunks([replace(run, budget=budget, train=train) for budget, train in budgets])
+
+
+def test_a_calibration_is_a_job_whose_speed_sets_the_time_limit(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two processes, as the profile wants; the run that is submitted then has a limit of its own."""
+    monkeypatch.setenv("DYNCONV_CACHE", str(tmp_path / "cache"))
+    sweep, profile, store = tmp_path / "cheap.toml", tmp_path / "p.toml", tmp_path / "store"
+    sweep.write_text(CHEAP_SWEEP.format(source=text_folder))
+    text = 'executor = "slurm"\nmax_gpu_hours = 5\n[slurm]\npartition = "low"\nsignal_seconds = 30\n'
+    profile.write_text(text + '[default]\ndevice = "cpu"\ngpus = 2\nhours = "auto"\n')
+    words = [str(sweep), "--profile", str(profile), "--store", str(store)]
+    assert main(["plan", *words, "--json", "--calibrate"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (kept,) = (tmp_path / "cache" / "calibrations").glob("*.json")
+    assert read_json(kept)["place"] == "slurm cpu partition=low"
+    assert (row["gpus"], row["tokens_per_second"]) == (2, read_json(kept)["tokens_per_second"])
+    assert not store.exists()
+    assert main(["submit", *words]) == 0
+    assert "the time limit of 25k is 0.5" in capsys.readouterr().err
+    job_id = read_json(store / row["run_id"] / "job.json")["job_id"]
+    minutes = round(60 * (1.5 * row["hours"] + 0.5))
+    assert ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%l").strip() == f"{minutes}:00"
+    assert main(["cancel", str(sweep), "--store", str(store)]) == 0
+
+
+def test_branches_begin_when_their_trunk_has_ended(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    sharing = _shared(tiny_run)
+    outcome = submit(sharing[::-1], tmp_path, wait=True)
+    assert outcome.unsuccessful == []
+    trunk, *branches = (read_json(tmp_path / run.run_id / "run.json") for run in sharing)
+    begun = [read_json(tmp_path / run["run_id"] / "attempt-0001.json")["started_at"] for run in branches]
+    assert min(begun) > trunk["finished_at"]
+
+
+def test_slurm_drops_the_branches_of_a_trunk_that_failed(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
+    trunk, *branches = [
+        replace(run, train=replace(run.train, learning_rate=1e30)) for run in _shared(replace(tiny_run, seed=4))
+    ]
+    branches = [replace(run, trunk=trunk.run_id) for run in branches]
+    outcome = submit([trunk, *branches], tmp_path, wait=True)
+    assert [state.state for state in outcome.ended] == ["failed", "lost", "lost"]
+    assert {state.cause for state in outcome.ended[1:]} == {f"its trunk {trunk.run_id} failed; retry that"}
