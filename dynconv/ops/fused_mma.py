@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     longest: int  # slots of a run, at most
 
 
-# The first three are the fastest measured on an H100 (B=8, T=4096, D=1024 and 2752, Triton 3.6).
+# FORWARD_TILE and ROTATING_BACKWARD_TILE were the fastest of eight on an H100 (B=8, T=4096, D=1024, Triton 3.6).
 FORWARD_TILE = Tile(mma.SLOTS, 3, 24)
 BACKWARD_TILE = Tile(2, 4, 160)
 ROTATING_BACKWARD_TILE = Tile(1, 6, 160)  # with two slots at once, the angles' registers would spill
