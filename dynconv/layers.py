@@ -272,13 +272,12 @@ class _FusedConv(_ShortConv):
             ..., : self.channels + self.generator_columns
         ]
 
-    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the input into the channels to convolve and the generator's outputs."""
-        x, made = projected.split([self.channels, self.generator_columns], -1)
-        return x, made
+    def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
+        """The same of the input's channels and the generator's outputs behind them."""
+        return super()._inputs(*x.split([self.channels, self.generator_columns], -1))
 
 
-class FusedLowRankConv(_FusedConv):
+class FusedLowRankConv(_FusedConv, LowRankDynamicConv):
     """The low-rank convolutions of several branches (for example Q, K and V, concatenated) in one kernel launch."""
 
     def __init__(
@@ -297,7 +296,7 @@ class FusedLowRankConv(_FusedConv):
         for channels in branches:
             _check_positive("a branch", channels)
         function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
-        super().__init__(function, sum(branches), width, residual, activation)
+        _ShortConv.__init__(self, function, sum(branches), width, residual, activation)
         _check_positive("rank", rank)
         self.branches = tuple(branches)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -306,59 +305,16 @@ class FusedLowRankConv(_FusedConv):
         self.static_filter = nn.Parameter(torch.empty(width, self.channels, **place)) if static_filter else None
         self._reset_filters()
 
-    def _reset_filters(self) -> None:
-        nn.init.zeros_(self.up)
-        super()._reset_filters()
-
-    @property
-    def generator_map(self) -> nn.Linear:
-        return self.down
-
-    def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
-        x, z = self._split(x)
-        return x, z, self.up
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={len(self.up)}, branches={self.branches}"
+        return f"{super().extra_repr()}, branches={self.branches}"
 
 
-class FusedHeadwiseConv(_FusedConv):
+class FusedHeadwiseConv(_FusedConv, HeadwiseDynamicConv):
     """The head-wise convolution whose filters come with its input, from one product with the caller's projection.
 
     Several branches (for example Q, K and V) can be concatenated without further options, because each head has its
     own filter.
     """
-
-    def __init__(
-        self,
-        channels: int,
-        generator_width: int,
-        width: int = 4,
-        head_size: int = 16,
-        residual: bool = True,
-        static_filter: bool = True,
-        *,
-        activation: str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(headwise_dynamic_convolution, channels, width, residual, activation)
-        self.heads = _heads(channels, head_size)
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.generator = _ZeroLinear(generator_width, self.heads * width, bias=False, **place)
-        self.static_filter = nn.Parameter(torch.empty(width, channels, **place)) if static_filter else None
-        self._reset_filters()
-
-    @property
-    def generator_map(self) -> nn.Linear:
-        return self.generator
-
-    def _inputs(self, x: Tensor, _: Any) -> tuple[Tensor, ...]:
-        x, weight = self._split(x)
-        return x, weight.unflatten(2, (self.heads, self.width))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, heads={self.heads}"
 
 
 def optimizer_groups(
@@ -407,7 +363,8 @@ def project_together(
     module without a generator of its own, and for shapes that do not fit.
     """
     for convolution in convolutions:
-        if not isinstance(convolution, HeadwiseDynamicConv | LowRankDynamicConv):
+        own = isinstance(convolution, HeadwiseDynamicConv | LowRankDynamicConv)
+        if not own or isinstance(convolution, _FusedConv):
             got = type(convolution).__name__
             raise ValueError(f"convolutions must be HeadwiseDynamicConv or LowRankDynamicConv; got {got}; leave it out")
     generators = [convolution.generator_map for convolution in convolutions]

@@ -1,5 +1,6 @@
 """The command line as a person and a script meet it: results on standard output, one line for each mistake."""
 
+import argparse
 import fcntl
 import json
 import os
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from texts import CHEAP_SWEEP
 
+from analysis.logs.schema import CONVENTIONS
 from experiments.cli.main import main, parser
 from experiments.design.sweep import load_sweep
 from experiments.launching import states
@@ -46,6 +49,22 @@ def test_every_verb_explains_itself_with_examples(verb: str, capsys: pytest.Capt
     text = capsys.readouterr().out
     assert "examples:" in text
     assert f"dynconv {verb}" in text.partition("examples:")[2]
+
+
+def test_every_argument_says_what_it_is() -> None:
+    def arguments_of(verb: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+        for action in verb._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from arguments_of(inner)
+            else:
+                yield verb.prog, action
+
+    silent = [(verb, action.dest) for verb, action in arguments_of(parser()) if not action.help]
+    assert silent == []
+    helps = [action.help or "" for _, action in arguments_of(parser()) if action.dest == "convention"]
+    assert len(helps) == 7
+    assert all(name in text for text in helps for name in CONVENTIONS)
 
 
 def test_the_runs_in_examples_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +183,12 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("run ")
+
+
+def test_a_closed_standard_output_is_no_error() -> None:
+    command = f"{sys.executable} -m experiments.cli.main plan {DEMO} --profile {LOCAL} >&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ def test_runs_that_were_executed_in_several_ways_have_no_wall_clock(answer: Any)
     found = answer([1.5] * 5, ",device,clock,execution", cells)
     assert found["wall_clock"] is None
     assert found["no_clock"] == "runs to be compared were executed in several ways: compiled, compiled; fused"
+    assert "execution is not the same within 5 of 5 pairs (compiled, compiled and fused)" in found["status"]
     assert answer([1.5] * 5, ",device,clock,execution", lambda *_: ",gpu,alone,compiled")["wall_clock"] is not None
 
 

@@ -126,6 +126,20 @@ def test_a_store_with_clocks_and_evaluations_gets_all_its_figures(drawn: Drawn) 
     assert len(drawn[2]["loss-curves"].axes) == 4
 
 
+def test_lines_and_the_baseline_are_at_the_best_setting_not_at_the_mean_of_good_and_bad_ones() -> None:
+    """Of the pilot of rates on the H200, whose transformer has a loss of 1.9 at 3M, and 2.25 as a mean over rates."""
+    store = load(ROOT / "results" / "measured" / "h200" / "mini-rates")
+    drawn = draw(store, answers(store, None, None))
+    runs = store.runs[store.runs["arm"].eq("transformer") & store.runs["size"].eq("3M")]
+    best = runs.groupby("vary.learning_rate_factor")["loss"].mean().min()
+    assert best < runs["loss"].mean() - 0.3
+    for name in ("loss-against-compute", "loss-against-tokens", "wall-clock"):
+        line = drawn[name].axes[-1].lines[1]  # the transformer's dots come first
+        assert line.get_ydata()[-1] == pytest.approx(best)
+        assert drawn[name].axes[-1].get_title(loc="left").endswith("lines: each size's best setting")
+    assert drawn["ablations"].axes[0].lines[-1].get_ydata()[0] == pytest.approx(best)
+
+
 def test_wall_clock_is_drawn_against_compute_in_the_largest_unit_that_fits(drawn: Drawn) -> None:
     runs = drawn[0].runs.assign(train_seconds=np.geomspace(600, 7200, len(drawn[0].runs)), gpus=2)
     left, right = run_figures.wall_clock(runs, "flops_exact", "exact", "transformer").axes
@@ -224,6 +238,7 @@ def test_more_arms_than_can_be_told_apart_get_a_panel_each(tmp_path: Path) -> No
     for name in ("loss-against-compute", "loss-against-tokens", "wall-clock"):
         axes = drawn[name].axes
         assert [item.get_title(loc="left") for item in axes] == sorted(set(store.runs["arm"]) - {"base"})
+        assert drawn[name].texts[0].get_text().endswith("; black: base")
         for item in axes:
             mine = store.runs[store.runs["arm"] == item.get_title(loc="left")]
             assert sorted(item.lines[-1].get_ydata()) == sorted(mine["loss"])
@@ -233,6 +248,13 @@ def test_more_arms_than_can_be_told_apart_get_a_panel_each(tmp_path: Path) -> No
     )
     tall = [item.get_title(loc="left") for item in drawn["multiplier-against-compute"].axes]
     assert tall == [item.arm for item in answer.found]
+    low, high = drawn["multiplier-against-compute"].axes[0].get_ylim()
+    assert low > 0.8  # every m is between 1 and 1.55
+    assert high < 2
+
+
+def test_arms_are_in_the_order_of_the_numbers_in_their_names() -> None:
+    assert list(marks(["rank-16", "base", "rank-8", "a"], "base")) == ["base", "a", "rank-8", "rank-16"]
 
 
 def many_points(path: Path, arms: int) -> Path:

@@ -21,6 +21,7 @@ from analysis.advantage.joint import joint_interval, wild_cluster_interval
 from analysis.advantage.multiplier import compare
 from analysis.advantage.paired import changing_multipliers, local_multipliers, trend
 from analysis.laws.solver import Floats
+from analysis.pages.glance import compute_verdict, glance
 from experiments.cli.main import main
 
 TOP = 1e21
@@ -221,6 +222,18 @@ def test_equal_arms_are_not_resolved() -> None:
     assert 0.02 < apart.mean() < 0.07
     for k in np.flatnonzero(~apart & (p >= 0.05))[:5]:
         assert compare(pairs_of(compute, y0[k], y1[k]), resamples=19).status.startswith("not resolved: the interval")
+
+
+@pytest.mark.parametrize("sizes", [3, 5])
+def test_arms_with_the_same_losses_are_not_resolved(sizes: int) -> None:
+    """As of an arm that is a copy of the baseline: without any variance, the interval is m itself."""
+    compute, y0, _, _ = simulate(1, sizes, 1, 1.0)
+    found = compare(pairs_of(compute, y0[0], y0[0]), resamples=19)
+    assert (found.m, found.ci, found.m_at_cmax_ci) == (1.0, (1.0, 1.0), (1.0, 1.0))
+    assert found.status.startswith("not resolved: the interval holds 1")
+    assert compute_verdict(found).kind == "open"
+    remark = replace(found, status=f"{found.status}; m is not shown to be constant; errors go together")
+    assert "m is not shown to be constant. Errors go together. " in glance([remark], ["there"])
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

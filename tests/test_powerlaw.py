@@ -197,6 +197,8 @@ def test_a_held_amplitude_leaves_m_free() -> None:
         assert with_floor.certificate["resamples_failed"] < 5
     assert held.profile_ci is not None
     assert held.profile_ci["m[dyn]"][0] < 1.33 < held.profile_ci["m[dyn]"][1]
+    with pytest.raises(ValueError, match=r"E must be between 0 and 2.* to be held; got 100"):  # the least loss
+        fit(points, "c", hold={"E": 100.0})
     with pytest.raises(ValueError, match="no parameter 'gamma' to hold"):
         fit(points, "c", hold={"gamma": 1.0})
     with pytest.raises(ValueError, match="alpha must be between"):
@@ -272,6 +274,7 @@ def test_soft_failures_are_a_status() -> None:
     [
         ([3.0, 2.9, 2.8, 2.7], [1e15, 1e15, 1e16, 1e16], "needs 3 different C"),
         ([3.0, 2.9], [1e15, 1e16], "needs 3 different C"),
+        ([3.0, 2.9, 2.8, 2.7], [1e15, 1.0004e15, 0.9996e15, 1.001e15], "needs 3 different C"),  # matched arms
         ([3.0, 2.9, 2.8], [1e15, -1e16, 1e17], "C must be positive"),
         ([3.0, 2.9, 2.8], [1e15, math.nan, 1e17], "C must be positive"),
     ],

@@ -66,6 +66,37 @@ def test_the_best_size_is_that_of_the_closed_form() -> None:
     assert best.loss < min(beside)
 
 
+def rays() -> Points:
+    """Sizes that all get about 10 tokens for each parameter, in the second arm 8: as arms of equal compute do."""
+    N = np.geomspace(1e7, 1e9, 6)
+    n, d = np.tile(N, 2), np.concatenate([10 * N, 8 * N])
+    loss = np.concatenate([E + scale * (A * N**-ALPHA + B * (10 * N) ** -BETA) for scale in (1.0, 0.95)])
+    loss *= np.exp(1e-3 * np.random.default_rng(0).standard_normal(12))
+    return Points(loss, {"N": n, "D": d}, ("base",) * 6 + ("dyn",) * 6, tuple("012345") * 2, "base")
+
+
+def test_a_best_size_is_no_answer_where_every_size_gets_as_many_tokens_for_each_parameter() -> None:
+    law = bootstrap(fit(rays(), "nd"), 100)
+    assert law.status.startswith("N and D are collinear (D grows as N^1.00)")
+    assert not any(law.determines(f"{name}[dyn]") for name in ("m", "rho_N", "rho_D"))
+    for best in best_sizes(law, [1e21]):
+        assert (best.N, best.D, best.loss, best.N_ci, best.loss_ci, best.extrapolation) == (None,) * 6
+    at = {"N": np.array([1e9, 1e9, 1e9]), "D": np.array([1e10, 8e9, 1e11])}
+    found = predict(law, at)
+    assert [item.loss is None for item in found] == [False, True, True, True, False, True]
+    assert found[0].loss == pytest.approx(E + A * 1e9**-ALPHA + B * 1e10**-BETA, rel=5e-3)
+    assert (found[2].law_ci, found[2].ci, found[2].extrapolation) == (None, None, "10x above the largest D")
+
+
+def test_arms_at_a_compute_of_their_own_determine_no_multiplier_and_no_loss() -> None:
+    compute, arms = np.repeat([1e15, 1e16, 1e17], 4), ("base",) * 4 + ("dyn",) * 4 + ("static",) * 4
+    loss = np.repeat([3.0, 2.6, 2.3], 4) + np.tile([0.01, -0.01, 0.004, -0.004], 3)
+    law = fit(Points(loss, {"C": compute}, arms, tuple("0123") * 3, "base"), "c")
+    assert "the points do not determine all parameters" in law.status
+    assert not law.determines("m[dyn]")
+    assert {item.loss for item in predict(law, {"C": np.array([1e18])})} == {None}
+
+
 def test_a_law_that_breaks_fails_its_back_test() -> None:
     random = np.random.default_rng(0)
     good = ladder(random)

@@ -50,6 +50,11 @@ def test_a_size_differs_from_the_default_only_where_it_says_so(tmp_path: Path) -
             "[size.300M]\nhours = 0.1",
             r"signal_seconds must be above zero and shorter than the shortest hours = 0.1; got 360",
         ),
+        ('executor = "slurm"\n[slurm]\npartition = ""', r"slurm: partition must be one of the cluster's; got ''"),
+        (
+            'executor = "local"\n[size.3N]',
+            r"legal: 150M, 300M, 400M, 600M, 1B, 2B, 1M, 3M, 7M, .* 7B, 8M, 18M",
+        ),  # each once
         ('executor = "local"\nmax_parallel = -1', r"max_parallel must not be negative; got -1"),
     ],
 )

@@ -222,7 +222,7 @@ def test_files_that_share_a_text_share_its_dataset() -> None:
 def test_the_page_of_all_systems_has_what_plan_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The code of the page, run on every sweep at full scale; each has its row, with its sister and her runs."""
+    """The code of the page, run on every sweep at full scale; each has its row, with its sister."""
     page = (ROOT / "results" / "measured" / "systems.md").read_text()
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
@@ -239,10 +239,7 @@ def test_the_page_of_all_systems_has_what_plan_says(
         (row,) = [line for line in page.splitlines() if f"| [{sweep}](" in line]
         assert names["cells"](sweep) in row
         sister = "mini-scaling" if sweep == "paper-scaling" else f"mini-{sweep}"
-        assert (
-            f"| [{sister}](../../experiments/sweeps/{sister}.toml) | {len(load_sweep(FOLDER / f'{sister}.toml'))} |"
-            in row
-        )
+        assert f"| [{sister}](../../experiments/sweeps/{sister}.toml) |" in row
 
 
 def test_sweeps_on_recall_have_every_arm_five_seeds_and_the_suites_tasks() -> None:

@@ -192,6 +192,17 @@ def test_a_place_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == said
 
 
+def test_folders_that_are_no_store_say_what_they_are(
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted(tiny_run, tmp_path / "stores" / "mine")
+    assert main(["status", str(tmp_path / "stores")]) == 2
+    assert "is no store, but holds some (mine); give one of them" in capsys.readouterr().err
+    assert main(["freeze", str(tmp_path / "stores" / "mine"), "-o", str(tmp_path / "frozen")]) == 0
+    assert main(["status", str(tmp_path / "frozen")]) == 2
+    assert "is a frozen store, whose runs have no jobs; `dynconv table`" in capsys.readouterr().err
+
+
 def test_without_accounting_the_steps_say_how_an_attempt_ended(in_slurm: Callable[..., Path]) -> None:
     run_dir = in_slurm(None, [])
     made = [attempt(1, 10, 1000.0, 2000.0), attempt(11, 12, 3000.0, 3400.0), attempt(9, None, 4000.0, 4100.0)]

@@ -305,6 +305,17 @@ def test_what_is_legal_and_perhaps_not_meant_is_noted(tmp_path: Path) -> None:
     assert notes(read_sweep(write(tmp_path, TEXT))) == []
 
 
+def test_arms_that_are_alike_and_rates_at_which_nothing_learns_are_noted(tmp_path: Path) -> None:
+    """Two arms of one architecture have a multiplier of 1 by construction; 3e4 is a 3e-4 that lost its sign."""
+    copy = TEXT.replace('"mine"]', '"mine", "copy"]') + "[arm.copy]" + TEXT.partition("[arm.mine]")[2]
+    (alike,) = notes(read_sweep(write(tmp_path, copy)))
+    assert alike == "arms mine and copy differ in their names alone; change one, or remove it"
+    (high,) = notes(read_sweep(write(tmp_path, f"{TEXT}\n[train]\nlearning_rate = 3e4\n")))
+    assert high.startswith("no model learns at a learning rate above 1; got 30000 of transformer ")
+    assert high.endswith(" and 5 more")
+    assert not [note for path in SHIPPED for note in notes(read_sweep(path)) if "alone" in note or "no model" in note]
+
+
 def test_text_beside_the_sweep_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "elsewhere" / "more").mkdir(parents=True)

@@ -160,6 +160,26 @@ def test_a_table_that_supports_no_claim_is_refused_in_one_line(
     assert re.search(message, err)
 
 
+def test_what_arms_have_in_common_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of five arms at their own best rates, whose runs shared a GPU, the baseline's rate was printed five times."""
+    code, out, _ = run(capsys, "table", str(PUBLISHED.parent / "measured" / "h200" / "mini-rates"))
+    (rates,) = [line for line in out.splitlines() if line.startswith("Each arm at its own best learning rate: ")]
+    assert (code, rates.count("transformer at"), rates.count("x the ladder's rate")) == (0, 1, 6)
+    (clock,) = [line for line in out.splitlines() if line.startswith("No wall clock: ")]
+    _, losses, _ = run(capsys, "table", str(PUBLISHED.parent / "measured" / "h200" / "mini-rates"), "--metric", "loss")
+    assert rates.lower() in [f"{line}." for line in losses.splitlines()]
+    assert clock.endswith("shared their device; for 4 more reasons see --json.")
+
+
+def test_arms_that_are_refused_for_one_reason_are_named_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = write_points(tmp_path / "p.csv", [f"{arm},0,1e15,3" for arm in "abc"], "arm,size,C,loss")
+    code, _, err = run(capsys, "table", points, "--baseline", "a")
+    assert (code, err.count("an interval needs at least two")) == (2, 1)
+    assert err.startswith("dynconv table: b, c: 1 paired size with a;")
+
+
 def test_rows_without_a_partner_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"{row},complete" for row in GOOD]
     rows += ["a,9,1e19,2.0,complete", rows[5], "b,9,1e19,,unfinished", "c,0,1e15,3,complete"]

@@ -1,6 +1,6 @@
-"""Where the two runs of a pair do not share code, device, precision, version of torch or size of the vocabulary, and
-where arms differ in their recipe or seeds in what is known of them: what of a difference in loss may come from that, no
-statistic tells, so it is said."""
+"""Where the two runs of a pair do not share code, device, precision, execution (as fused), version of torch or size of
+the vocabulary, and where arms differ in their recipe or seeds in what is known of them: what of a difference in loss
+may come from that, no statistic tells, so it is said."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ON = ["_size", "_budget", "_seed"]  # what runs are paired on
 RECIPE = "train."  # prefix of the facts of training
-OF_ATTEMPTS = ("code", "torch", "dtype", "device")  # which the attempts of one run may differ in
+OF_ATTEMPTS = ("code", "torch", "dtype", "device", "execution")  # which the attempts of one run may differ in
 KINDS = (*OF_ATTEMPTS, "vocabulary")
 MIXED = "several in one run"  # whose attempts differ
 
@@ -89,7 +89,7 @@ def _values(runs: pd.DataFrame, kind: str) -> list[str] | None:
             found = found.where(sha256.isna() | found.str.contains(SEVERAL, regex=False), first)
     elif kind in OF_ATTEMPTS and "clock" in runs:
         found = found.mask(found.isna() & runs["clock"].eq("mixed").fillna(False), MIXED)
-    return [str(value) for value in found.fillna("")]
+    return [str(value).replace("; ", " and ") for value in found.fillna("")]  # "; " divides the remarks of a status
 
 
 def _name(key: tuple[str, str, float]) -> str:

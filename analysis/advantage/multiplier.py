@@ -64,7 +64,7 @@ def multipliers(
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
-    """Every arm's multiplier against the baseline; and for each arm without one, a line that says why.
+    """Every arm's multiplier against the baseline; and lines that say which arms have none, and why.
 
     `irreducible_losses` are stated values of E (nats a token), used instead of fitting it: the first for the headline,
     all of them for the sensitivity. A table of points may state them in a column stated_E. With E stated, an arm with a
@@ -77,7 +77,7 @@ def multipliers(
     convention = choose_convention(runs, convention)
     irreducible_losses = tuple(irreducible_losses) or _stated_irreducible_losses(rows)
     found: list[Multiplier] = []
-    refused = []
+    refused: dict[str, list[str]] = {}  # by the reason
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
     if not arms:
         raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
@@ -101,10 +101,11 @@ def multipliers(
             answer = _with_warnings(answer, mixtures(both, arm, baseline))
             found.append(with_unlearned(answer, failures))
         except ValueError as error:
-            refused.append(f"{arm}: {refusal(error, (arm, baseline), failures)}")
+            refused.setdefault(refusal(error, (arm, baseline), failures), []).append(arm)
+    lines = [f"{', '.join(arms)}: {reason}" for reason, arms in refused.items()]
     if not found:
-        raise ValueError("; ".join(refused))
-    return at_once(found), refused
+        raise ValueError("; ".join(lines))
+    return at_once(found), lines
 
 
 def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:

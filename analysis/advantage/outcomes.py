@@ -19,7 +19,8 @@ from analysis.advantage.multiplier import comparable
 from analysis.advantage.pairs import usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
 from analysis.advantage.unresolved import UNRESOLVED
-from analysis.laws.rates import rate_column
+from analysis.laws import rates
+from analysis.laws.rates import Tuned, rate_column
 from analysis.logs.learning import Unlearned, failed_runs, uncounted, unlearned
 from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import Excluded, choose_baseline, choose_convention, excluded_rows
@@ -165,6 +166,7 @@ def _of_task(
     done = done.drop(absent.index)
     rows: list[_Row] = []
     notes: list[str] = []
+    at_rates: dict[Tuned, None] = {}
     failures: dict[str, Unlearned] = {}
     for arm in [name for name in dict.fromkeys(done["arm"]) if name != baseline]:
         two = runs[runs["arm"].isin([baseline, arm])]
@@ -174,7 +176,9 @@ def _of_task(
         except ValueError as error:
             notes.append(f"no answer for {arm}: {error}")
             continue
-        notes += [*lines, *(f"{arm} and {baseline}: {remark}" for remark in mixtures(both, arm, baseline))]
+        at_rates |= dict.fromkeys(tuned)
+        notes += [line for line in lines if line not in rates.notes(tuned)]  # the baseline's rates are said once
+        notes += [f"{arm} and {baseline}: {remark}" for remark in mixtures(both, arm, baseline)]
         failed = unlearned(two, both, rate_column(both)) if tuned else unlearned(two)
         notes += uncounted(two, failed)
         failures |= failed
@@ -183,7 +187,7 @@ def _of_task(
         shown = {(row.outcome.size, row.outcome.budget) for row in rows if row.outcome.arm == baseline}
         rows += [_Row(_alone(sides[0], cell, names)) for cell in sides[0].cells if cell not in shown]
         rows += _against(sides[1], sides[0], names, [each.remark for each in failed.values()])
-    return _Part(rows, excluded, list(failures.values()), notes)
+    return _Part(rows, excluded, list(failures.values()), rates.notes(list(at_rates)) + notes)
 
 
 def _side(both: pd.DataFrame, measured: pd.DataFrame, arm: str) -> _Side:

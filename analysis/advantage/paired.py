@@ -251,6 +251,8 @@ def trend(local: Local, at: float, least: Floats | None = None, seeds: NoiseBySi
     if seeds is not None:
         own, own_dof = seeds.at_least(own, own_dof, for_height / (local.law.g[:, None] * local.reducible))
     total = np.maximum(own + law, 1e-300)
-    dof = total**2 / np.maximum(own**2 / own_dof + law**2 / local.law_dof, 1e-300)
+    # Of the shares, since squares of small variances underflow; arms with equal losses have no variance at all.
+    by_share = (own / total) ** 2 / own_dof + (law / total) ** 2 / local.law_dof
+    dof = 1 / np.maximum(by_share, 1 / sizes)
     slope_error = np.sqrt(np.maximum(sum(variances(for_slope)), 1e-300))
-    return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), np.minimum(dof, sizes))
+    return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), dof)

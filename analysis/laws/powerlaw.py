@@ -28,6 +28,8 @@ EXPONENTS = (0.01, 3.0)  # bounds of the exponents
 GRID = (0.02, 2.0)  # range of the exponents in the starts
 LOG_LEVELS = (-16.0, 6.0)  # bounds of log E and log(A C^-alpha) at the mean log C, with losses of geometric mean 1
 COLLINEAR = 0.05  # D within this share of a power of N does not tell the term of D from that of N
+EQUAL = 0.01  # N, D or C closer than this share of them are no different ones, such as of arms of matched compute
+SINGULAR = 1e10  # condition number of the curvature, beyond which the points do not determine all parameters
 SAME = 1e-6  # two solutions are the same optimum if their objectives differ by less than this share
 
 
@@ -42,6 +44,20 @@ class Points:
     baseline: str  # the arm whose amplitudes are reported first
     sizes: Floats | None = None  # [n] N, to test whether the residuals of form c depend on it (adequacy.py)
     missing: tuple[str, ...] = ()  # which runs are no points because they did not learn; the status repeats it
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of ln D on ln N."""
+
+    growth: float  # its slope
+    middle: Mapping[str, Floats]  # by arm: a point on it, ln N and ln D
+
+    def misses(self, x: Mapping[str, Floats], arm: str) -> Bools:
+        """Which of x ("N" and "D", each [n] in raw units) are not within COLLINEAR of the arm's line."""
+        N, D = (np.log(x[name]) - middle for name, middle in zip(("N", "D"), self.middle[arm], strict=True))
+        off: Bools = np.abs(D - self.growth * N) > COLLINEAR
+        return off
 
 
 @dataclass(frozen=True)
@@ -69,20 +85,27 @@ class Fit:
         return self.values[_key(name, arm, self.per_arm)]
 
     def determines(self, name: str) -> bool:
-        """Whether a multiplier, "m[arm]" or "rho_N[arm]", follows from the fit.
-
-        It does not where it rests on an exponent or amplitude that the search moved to a bound, or on terms of N and D
-        that the points cannot tell apart: it then says where the bounds are. True for all other parameters.
-        """
+        """Whether a multiplier, "m[arm]" or "rho_N[arm]", follows from the fit (see `separates`). True for all other
+        parameters."""
         kind, _, arm = name.removesuffix("]").partition("[")
-        terms = [law for law in FORMS[self.form] if kind in ("m", f"rho_{law[2]}")]
-        if not terms:
-            return True
-        behind = {
-            _key(part, of, self.per_arm) for *law, _ in terms for part in law for of in (arm, self.points.baseline)
-        }
-        at_bound = not behind.isdisjoint(self.certificate["bounds_hit"])
-        return not at_bound and not (self.form == "nd" and _collinear(self.points) is not None)
+        variables = [variable for _, _, variable in FORMS[self.form] if kind in ("m", f"rho_{variable}")]
+        return not variables or self.separates(variables, (arm, self.points.baseline))
+
+    def separates(self, variables: Sequence[str], arms: Sequence[str]) -> bool:
+        """Whether the fit determines these arms' terms of "C", or of "N" and "D".
+
+        It does not where the search moved an exponent or amplitude of theirs to a bound, which is then all that they
+        tell, nor where the points do not tell the parameters, or the terms of N and D, apart.
+        """
+        parts = [
+            (name, arm) for *law, variable in FORMS[self.form] if variable in variables for name in law for arm in arms
+        ]
+        at_bound = any(_key(name, arm, self.per_arm) in self.certificate["bounds_hit"] for name, arm in parts)
+        return not (at_bound or is_singular(self.certificate) or (self.form == "nd" and self.line() is not None))
+
+    def line(self) -> Line | None:
+        """The line of ln D on ln N that the points lie on, where they lie on one; of form nd only."""
+        return _line(self.points, self.per_arm)
 
     def predict(self, x: Mapping[str, Floats], arm: str) -> Floats:
         """The law's loss at x ("C", or "N" and "D", each [n] in raw units) for one arm."""
@@ -158,39 +181,53 @@ def _refuse_undetermined(points: Points, form: str, hold: Mapping[str, float]) -
         if not (np.isfinite(values) & (values > 0)).all():
             raise ValueError(f"{variable} must be positive in every row; got {values.min()}")
         needed = max(1, 3 - len({"E", amplitude, exponent} & set(hold)))
-        if len(np.unique(values)) < needed:
+        different = 1 + int((np.diff(np.log(np.sort(values))) > EQUAL).sum())
+        if different < needed:
             raise ValueError(
                 f"form {form} needs {needed} different {variable} to tell E, amplitude and exponent apart; "
-                f"got {len(np.unique(values))}"
+                f"got {different}"
             )
 
 
 def _status(certificate: Mapping[str, Any], points: Points, model: Model) -> str:
     faults = [*points.missing]
-    if model.form == "nd" and (growth := _collinear(points)) is not None:
+    if model.form == "nd" and (line := _line(points, model.per_arm)) is not None:
         faults.append(
-            f"N and D are collinear (D grows as N^{growth:.2f}), so their terms cannot be told apart: add runs with "
-            "other D at some of the N, or use --form c"
+            f"N and D are collinear (D grows as N^{line.growth:.2f}), so their terms cannot be told apart: add runs "
+            "with other D at some of the N, or use --form c"
         )
     faults += [f"{name} is at a bound" for name in certificate["bounds_hit"]]
     if not certificate["converged"]:
         faults.append("not converged")
     if certificate["starts_agree"] < 3:
         faults.append("fewer than 3 starts agree")
-    if (certificate["condition_number"] or 0) > 1e10:
+    if is_singular(certificate):
         faults.append("the points do not determine all parameters")
     if len(points.loss) <= model.free:
         faults.append("as many parameters as points")
     return "; ".join(faults) or "ok"
 
 
-def _collinear(points: Points) -> float | None:
-    """The exponent with which D grows with N, where all points lie within COLLINEAR of one line of ln D on ln N."""
-    N, D = (np.log(points.x[name]) for name in ("N", "D"))
-    line = np.polynomial.Polynomial.fit(N, D, 1)
-    if float(np.abs(D - line(N)).max()) > COLLINEAR:
+def is_singular(certificate: Mapping[str, Any]) -> bool:
+    """Whether the points do not determine all parameters, by a fit's certificate."""
+    return (certificate["condition_number"] or 0) > SINGULAR
+
+
+def _line(points: Points, per_arm: Sequence[str]) -> Line | None:
+    """The line of ln D on ln N, where all points lie within COLLINEAR of it.
+
+    Arms with amplitudes of their own have a height of their own: amplitudes absorb that an arm gets fewer tokens for
+    each parameter at every size, so that this tells nothing of the exponents.
+    """
+    own = {"A", "B"} <= set(per_arm)
+    arms = np.array(points.arm if own else (points.baseline,) * len(points.arm))
+    logs = np.log([points.x["N"], points.x["D"]])
+    middle = {str(arm): logs[:, arms == arm].mean(axis=1) for arm in np.unique(arms)}
+    N, D = logs - np.stack([middle[arm] for arm in arms], axis=1)
+    growth = float(N @ D / max(float(N @ N), 1e-300))
+    if float(np.abs(D - growth * N).max()) > COLLINEAR:
         return None
-    return float(line.convert().coef[1])
+    return Line(growth, {arm: middle[arm if own else points.baseline] for arm in dict.fromkeys(points.arm)})
 
 
 class Model:
@@ -240,7 +277,7 @@ class Model:
         self.problem = Problem(matrix, np.array(low), np.array(high), is_level, Loss(delta))
         self._conditions: list[tuple[int, Floats, float]] = []
         for name, value in (hold or {}).items():
-            self._hold(name, value, known)
+            self._hold(name, value, known, points)
 
     @property
     def free(self) -> int:
@@ -255,7 +292,7 @@ class Model:
         low, high = self.problem.low, self.problem.high
         return ((theta <= low) | (theta >= high)) & (low < high)
 
-    def _hold(self, name: str, value: float, known: Sequence[str]) -> None:
+    def _hold(self, name: str, value: float, known: Sequence[str], points: Points) -> None:
         """Hold a raw value in every fit of this model; for all arms where `name` does not name one. Raises ValueError
         for an unknown name, and for a value outside the bounds."""
         kind = name.partition("[")[0]
@@ -263,6 +300,10 @@ class Model:
             there_are = ", ".join(dict.fromkeys([*known, *self.names]))
             raise ValueError(f"no parameter {name!r} to hold; there are {there_are}")
         low, high = EXPONENTS if kind in ("alpha", "beta") else (0.0, math.inf)
+        if kind == "E":  # a term of the law is positive, so that E is below every loss
+            high = min(
+                float(loss) for loss, arm in zip(points.loss, points.arm, strict=True) if name in (kind, f"E[{arm}]")
+            )
         if not low < value < high:
             raise ValueError(f"{name} must be between {low:g} and {high:g} to be held; got {value:g}")
         for own in self.names:

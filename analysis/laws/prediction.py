@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval, bootstrap, error_levels
-from analysis.laws.powerlaw import FORMS, Fit, Model, Points, fit
+from analysis.laws.powerlaw import FORMS, Fit, Model, Points, fit, is_singular
 from analysis.laws.solver import Floats
 
 FEWEST_KEPT = 4  # sizes that a back-test keeps for its fit, at least
@@ -29,7 +29,7 @@ class Prediction:
 
     arm: str
     x: dict[str, float]
-    loss: float
+    loss: float | None  # None where the law does not determine it
     law_ci: Interval | None  # 95% interval of the law at x; None without resamples
     ci: Interval | None  # 95% interval of the loss of a single run at x
     extrapolation: str | None  # how far x is outside the range of the arm's runs; None inside
@@ -37,15 +37,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class BestSize:
-    """N* and D* of one arm at a compute C = 6 N D (arXiv 2203.15556, eq. 4), and the loss there."""
+    """N* and D* of one arm at a compute C = 6 N D (arXiv 2203.15556, eq. 4), and the loss there; None where the law
+    does not determine them."""
 
     arm: str
     C: float
-    N: float
+    N: float | None
     N_ci: Interval | None
-    D: float
+    D: float | None
     D_ci: Interval | None
-    loss: float
+    loss: float | None
     loss_ci: Interval | None  # 95%, of the law there
     extrapolation: str | None
 
@@ -64,21 +65,22 @@ class BackTest:
 
 
 def predict(law: Fit, x: Mapping[str, Floats], seed: int = 0) -> list[Prediction]:
-    """Every arm's loss at each of x: "C", or "N" and "D" [n]."""
+    """Every arm's loss at each of x: "C", or "N" and "D" [n]. A law whose points lie on a line of ln D on ln N
+    determines no loss beside that line, and one whose parameters its points do not determine none at all."""
     count = len(next(iter(x.values())))
-    return [
-        Prediction(
-            arm,
-            {name: float(values[i]) for name, values in x.items()},
-            float(law.predict(x, arm)[i]),
-            _pair(of_law, i),
-            _pair(of_run, i),
-            _outside(law.points, arm, {name: float(values[i]) for name, values in x.items()}),
-        )
-        for arm in dict.fromkeys(law.points.arm)
-        for of_law, of_run in [_bands(law, x, arm, seed)]
-        for i in range(count)
-    ]
+    line = law.line() if law.form == "nd" else None
+    singular = law.form == "c" and is_singular(law.certificate)
+    found = []
+    for arm in dict.fromkeys(law.points.arm):
+        of_law, of_run = _bands(law, x, arm, seed)
+        loss = law.predict(x, arm)
+        unknown = np.full(count, singular) if line is None else line.misses(x, arm)
+        for i in range(count):
+            at = {name: float(values[i]) for name, values in x.items()}
+            outside = _outside(law.points, arm, at)
+            known = Prediction(arm, at, float(loss[i]), _pair(of_law, i), _pair(of_run, i), outside)
+            found.append(Prediction(arm, at, None, None, None, outside) if unknown[i] else known)
+    return found
 
 
 def best_sizes(law: Fit, compute: Iterable[float]) -> list[BestSize]:
@@ -87,6 +89,9 @@ def best_sizes(law: Fit, compute: Iterable[float]) -> list[BestSize]:
     found = []
     for arm in dict.fromkeys(law.points.arm):
         for C in compute:
+            if not law.separates(("N", "D"), (arm,)):
+                found.append(BestSize(arm, C, None, None, None, None, None, None, None))
+                continue
             draws = [_best(replace(law, values=draw), arm, C) for draw in law.draws or ()]
             ends: list[Interval | None] = [_ends(np.array(column)) for column in zip(*draws, strict=True)]
             ends = ends or [None] * 3

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.laws.rates import rate_column
 from analysis.logs.schema import axis_columns, fact_columns
 from analysis.pages.tables import is_missing
 
@@ -36,9 +37,24 @@ def ablations(done: pd.DataFrame) -> pd.DataFrame:
 
 
 def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> float | None:
-    """The baseline's mean loss at the size of the ablated runs."""
-    same = done[(done["arm"] == baseline) & done["size"].isin(ablated["size"])]["loss"]
-    return float(np.mean(same)) if len(same) else None
+    """The baseline's mean loss at the size of the ablated runs, at its best setting of the axes."""
+    same = done[(done["arm"] == baseline) & done["size"].isin(ablated["size"])]
+    return float(np.mean(at_best_setting(same)["loss"])) if len(same) else None
+
+
+def at_best_setting(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each arm, size and budget, the runs at the setting of learning rate and [vary] axes whose mean loss is least.
+
+    A mean over settings, of which some are bad on purpose, is no property of an arm.
+    """
+    rate = rate_column(runs)
+    settings = list(dict.fromkeys([*axis_columns(runs), *([rate] if rate else [])]))
+    if not settings:
+        return runs
+    cell = [name for name in ("arm", "size", "budget") if name in runs]
+    means = runs.groupby([*cell, *settings], dropna=False)["loss"].transform("mean")
+    least = means.groupby([runs[name] for name in cell], dropna=False).transform("min")
+    return runs[means == least]
 
 
 def _ablations(rows: pd.DataFrame, facts: list[str]) -> pd.DataFrame:

@@ -82,7 +82,7 @@ def plot(x_label: str, y_label: str, x: str = "counts", y: str = "linear", heigh
     made.xgrid.visible = False
     for axis, kind in ((made.xaxis[0], x), (made.yaxis[0], y)):
         if kind in FORMATS:
-            axis.ticker = LogTicker(mantissas=[1, 2, 5], desired_num_ticks=4)
+            axis.ticker = LogTicker(mantissas=[1, 2, 5], desired_num_ticks=10)  # with few, none stand at the low end
             axis.formatter = BasicTickFormatter(**FORMATS[kind])
             axis.major_label_policy = NoOverlap()
     return made

@@ -125,10 +125,11 @@ def _local_by_arm(multipliers: Sequence[Multiplier]) -> Figure:
             axes.fill_between(line[:, 0], line[:, 2], line[:, 3], color=axes.lines[-1].get_color(), alpha=0.15, lw=0)
             axes.axvspan(measured, max(measured, *line[:, 0]), color="0.93", lw=0, zorder=0)
             axes.axhline(1, color=BLACK, lw=0.6)
-        highest = max(
-            1.0, *(row["m"] for rows in local.values() for row in rows), *(line[:, 1].max() for line in lines.values())
-        )
-        next(iter(panels.values())).set_ylim(0, 1.3 * highest)
+        drawn = [1.0, *(row["m"] for rows in local.values() for row in rows)]
+        drawn += [value for line in lines.values() for value in line[:, 1]]
+        least, most = min(drawn), max(drawn)
+        spare = max(most - least, 0.1)
+        next(iter(panels.values())).set_ylim(least - 0.2 * spare, most + 0.4 * spare)
     return settled(figure)
 
 

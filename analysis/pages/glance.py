@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from analysis.advantage.unresolved import UNRESOLVED
 from analysis.pages.style import MANY
-from analysis.pages.tables import interval_text, ratio_text
+from analysis.pages.tables import capitalised, interval_text, ratio_text
 
 if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier
@@ -50,7 +50,7 @@ def compute_verdict(item: Multiplier) -> Verdict:
         return Verdict("open", "One size gives no interval, so nothing is claimed.")
     low, high = item.family_ci or item.ci
     remarks = item.status.removeprefix(UNRESOLVED).split("; ")
-    if not item.status.startswith(UNRESOLVED) and not low <= 1 <= high:
+    if not item.status.startswith(UNRESOLVED) and (low > 1 or high < 1):
         scope = "" if "largest" not in item.method else ", at the largest compute measured"
         kind = "more" if low > 1 else "less"
         return Verdict(kind, f"{_claim(kind, item.baseline, low, high)}{scope}.")
@@ -181,7 +181,7 @@ def _more(item: Multiplier) -> str:
         shown = shown[1:]  # the sentence already gives this reason
     seeds = f"{item.n_seeds} seed{'' if item.n_seeds == 1 else 's'}"
     base = f"{item.n_sizes} size{'' if item.n_sizes == 1 else 's'} with {seeds} each"
-    return f"<small>{escape('. '.join([*(text[:1].upper() + text[1:] for text in shown), base]))}.</small>"
+    return f"<small>{escape('. '.join([*map(capitalised, shown), base]))}.</small>"
 
 
 def _holds_one(item: Multiplier) -> bool:

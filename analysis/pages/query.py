@@ -133,7 +133,8 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
     column counts the others. Raises ValueError for a column that is missing or named twice."""
     for name in by:
         if name not in runs or name in SUMMED:
-            raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(map(str, runs.columns))}")
+            filled = [str(column) for column in runs if runs[column].notna().any() and column not in SUMMED]
+            raise ValueError(f"--by: no column {name!r} to group by; there are {', '.join(filled)}")
     repeated = [name for name in dict.fromkeys(by) if by.count(name) > 1]
     if repeated:
         raise ValueError(f"--by names {', '.join(repeated)} more than once; name each column once")

@@ -11,8 +11,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from analysis.pages.ablations import at_best_setting
 from analysis.pages.style import (
     BLACK,
     BUDGETS,
@@ -53,6 +54,7 @@ def loss_curves(evals: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> Figur
                 mark = mark_of[arm]
                 axes.plot(rows["tokens"], rows["loss"], **mark.line(lw=0.9, marker=mark.marker, ms=3, mfc="none"))
             axes.set(title=printable(size))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         for axes in panels[len(sizes) :]:
             axes.remove()
@@ -81,7 +83,8 @@ def _curves_by_arm(curves: pd.DataFrame, sizes: Sequence[str], arms: Sequence[st
 
 
 def loss_against(runs: pd.DataFrame, column: str, label: str, baseline: str) -> Figure:
-    """Final loss of every run against its cost in `column` (compute, tokens or time); lines join the means of sizes.
+    """Final loss of every run against its cost in `column` (compute, tokens or time); lines join the means of sizes, at
+    the best setting of each where runs differ in learning rate or other axes.
 
     More than MANY arms have a panel each, with the baseline in black and the others pale in the background.
     """
@@ -92,6 +95,7 @@ def loss_against(runs: pd.DataFrame, column: str, label: str, baseline: str) -> 
         figure = Figure(figsize=(6.4, 3.6 + _legend_height(mark_of)), layout="constrained")
         axes, loss = figure.subplots(), loss_label(runs)
         _spent(axes, runs.assign(**{loss: runs["loss"], label: runs[column]}), label, loss, mark_of)
+        axes.set_title(_what_lines_join(runs), loc="left")
         _legend(figure, mark_of)
     return settled(figure)
 
@@ -125,7 +129,7 @@ def wall_clock(runs: pd.DataFrame, column: str, convention: str, baseline: str) 
         panels[0].set_yscale("log")
         devices = ", ".join(sorted(runs["device"].dropna().unique()))
         panels[0].set_title(f"on {printable(devices, 60)}" if devices else "", loc="left")
-        panels[1].set_title(_shared_clocks(runs), loc="left")
+        panels[1].set_title("\n".join(filter(None, [_shared_clocks(runs), _what_lines_join(runs)])), loc="left")
         _legend(figure, mark_of)
     return settled(figure)
 
@@ -137,25 +141,33 @@ def _shared_clocks(runs: pd.DataFrame) -> str:
 
 
 def _spent(axes: Axes, table: pd.DataFrame, x: str, y: str, mark_of: dict[str, Mark]) -> None:
+    best = at_best_setting(table)
     for arm, mark in mark_of.items():
         mine = table[table["arm"] == arm]
-        means = mine.groupby(["size", "parameters"], dropna=False)[[x, y]].mean().sort_values(x)
+        means = best[best["arm"] == arm].groupby(["size", "parameters"], dropna=False)[[x, y]].mean().sort_values(x)
         axes.plot(mine[x], mine[y], **mark.dots(ms=4, mfc="none"))
         axes.plot(means[x], means[y], **mark.line(lw=0.9))
     axes.set(xscale="log", xlabel=x, ylabel=y)
 
 
 def _spent_by_arm(runs: pd.DataFrame, column: str, label: str, baseline: str) -> Figure:
-    cells = runs.groupby(["arm", "size", "parameters"], dropna=False)[[column, "loss"]].mean().sort_values(column)
+    best = at_best_setting(runs).groupby(["arm", "size", "parameters"], dropna=False)
+    cells = best[[column, "loss"]].mean().sort_values(column)
     curves = {str(arm): (part[column], part["loss"]) for arm, part in cells.groupby(level="arm")}
     dots = {str(arm): (part[column], part["loss"]) for arm, part in runs.groupby("arm")}
-    return arm_panels(curves, dots, baseline, (label, loss_label(runs)), {})[0]
+    lines = _what_lines_join(runs)
+    return arm_panels(curves, dots, baseline, (f"{label}; {lines}" if lines else label, loss_label(runs)), {})[0]
+
+
+def _what_lines_join(runs: pd.DataFrame) -> str:
+    """A word on the lines where runs of one size differ in learning rate or other axes; else nothing."""
+    return "lines: each size's best setting" if len(at_best_setting(runs)) < len(runs) else ""
 
 
 def ablation_panels(rows: pd.DataFrame, baseline_loss: float | None) -> Figure:
     """A panel for each `factor`, a line for each `line` of it: loss by `setting`, in the order given.
 
-    Dots are runs, lines join their means; the baseline's loss is dotted.
+    Dots are runs, lines join their means; the baseline's loss, at its best learning rate, is dotted.
     """
     mark_of = marks(list(rows["line"]), "")
     with mpl.rc_context(STYLE):
@@ -182,7 +194,7 @@ def ablation_panels(rows: pd.DataFrame, baseline_loss: float | None) -> Figure:
         panels[0].set_ylabel(f"{loss_label(rows)}, {printable(rows['size'].iloc[0])}")
         if baseline_loss is not None:
             place: Any = {"xytext": (0, 2), "textcoords": "offset points", "fontsize": 7}
-            panels[0].annotate("baseline", (0, baseline_loss), **place)
+            panels[0].annotate("baseline at its best", (0, baseline_loss), **place)
     return settled(figure)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -102,10 +103,15 @@ def printable(name: object, longest: int = 28) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
+def by_name(arms: Iterable[str]) -> list[str]:
+    """Arms in the order of their names, rank-8 before rank-16."""
+    return sorted(arms, key=lambda arm: re.sub(r"\d+", lambda digits: digits[0].zfill(9), arm))
+
+
 def marks(arms: Sequence[str], baseline: str) -> dict[str, Mark]:
     """The mark of each arm: the baseline's first, then the others in the order of their names. Up to 56 arms have
     marks that all differ."""
-    others = enumerate(sorted(set(arms) - {baseline}))
+    others = enumerate(by_name(set(arms) - {baseline}))
     cycle = {arm: Mark(_of(COLOURS, i), _of(MARKERS, i), _of(DASHES, i)) for i, arm in others}
     return {baseline: Mark(BLACK, "o", "-"), **cycle}
 
@@ -200,8 +206,9 @@ def arm_panels(
 ) -> tuple[Figure, dict[str, Axes]]:
     """A panel for each arm but the baseline, with a logarithmic x axis: the arm in colour, the baseline in black, the
     other arms pale in the background. `advantages` are texts by arm, written into the arm's panel."""
-    arms = [arm for arm in sorted(curves) if arm != baseline]
-    figure, panels = grid_of_panels(arms, *labels)
+    arms = [arm for arm in by_name(curves) if arm != baseline]
+    black = f"; black: {printable(baseline)}" if baseline in curves else ""
+    figure, panels = grid_of_panels(arms, labels[0] + black, labels[1])
     panels[0].set_xscale("log")
     for at, (arm, axes) in enumerate(zip(arms, panels, strict=True)):
         others = [curves[other] for other in arms if other != arm]

@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from analysis.advantage.unresolved import UNRESOLVED
+from analysis.laws import rates
 from analysis.logs.schema import CONVENTIONS
 
 if TYPE_CHECKING:
@@ -219,16 +220,21 @@ def _at_irreducible_loss(item: Multiplier, irreducible_loss: float, convention: 
 
 
 def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
+    tuned = dict.fromkeys(each for item in found for each in item.rates)
+    of_pairs = {note for item in found for note in rates.notes(item.rates)}  # each repeats the baseline's rates
+    told = [note for item in found for note in item.notes if note not in of_pairs]
     lines = [
         f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
         f"paired by size{', budget' if any(item.budgets for item in found) else ''} and seed.",
-        *dict.fromkeys(f"{note[0].upper()}{note[1:]}." for item in found for note in item.notes),
+        *dict.fromkeys(f"{capitalised(note)}." for note in [*rates.notes(list(tuned)), *told]),
         *(f"[{number}] {remark}" for remark, number in notes.items()),
     ]
     sources = dict.fromkeys(item.wall_clock.source for item in found if item.wall_clock)
     lines += [f"Clock: {source}." for source in sources]
-    missing = dict.fromkeys(item.no_clock for item in found if item.no_clock)
-    lines += [f"No wall clock: {reason}." for reason in missing]
+    reasons = list(dict.fromkeys(item.no_clock for item in found if item.no_clock))
+    if reasons:
+        others = f"; for {len(reasons) - 1} more reasons see --json" if len(reasons) > 1 else ""
+        lines.append(f"No wall clock: {reasons[0]}{others}.")
     left_out = {item.run_id: item.reason for answer in found for item in answer.excluded}
     if left_out:
         shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out.items())[:5])
@@ -303,6 +309,11 @@ def short(value: Any) -> str:
 def is_missing(value: Any) -> bool:
     """Whether a value is missing: None, or what pandas and databases use in its place."""
     return value is None or (not isinstance(value, str) and str(value) in ("nan", "<NA>", "NaT"))
+
+
+def capitalised(text: str) -> str:
+    """The text as the beginning of a sentence; m, the multiplier, stays small."""
+    return text if text.startswith("m ") else text[:1].upper() + text[1:]
 
 
 def ratio_text(value: float) -> str:

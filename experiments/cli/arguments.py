@@ -19,7 +19,7 @@ PUBLISHED = Path("results/published")
 CONVENTIONS = "exact, given, 6ND, '6N_active D' or '6N_nonemb D'"  # of counting FLOPs, for help
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (
-    "STORE is a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "
+    "a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "
     "columns arm, size, seed, N, D, C, loss (others by --columns). Several stores are read as one; a run in several of "
     "them counts once."
 )
@@ -45,8 +45,7 @@ def add_reading_verb(
 ) -> argparse.ArgumentParser:
     """A verb that reads stores or tables of points."""
     result = add_verb(subparsers, verb, run, text, *examples)
-    result.description = f"{result.description} {STORE_LEGEND}"
-    result.add_argument("stores", type=Path, metavar="STORE", nargs="+")
+    result.add_argument("stores", type=Path, metavar="STORE", nargs="+", help=STORE_LEGEND)
     columns_argument(result)
     return result
 
@@ -91,8 +90,14 @@ def format_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
 
 
+def convention_argument(verb: argparse.ArgumentParser, text: str = "how FLOPs are counted") -> None:
+    text = f"{text}: {CONVENTIONS} (default: the first of them that the table has)"
+    verb.add_argument("--convention", help=text)
+
+
 def table_format_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md")
+    text = "how the table is printed (default md)"
+    parser.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md", help=text)
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
 
 

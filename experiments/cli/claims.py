@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
-    CONVENTIONS,
     Subparsers,
     add_reading_verb,
     columns_argument,
+    convention_argument,
     load_store,
     published_argument,
     reading_store,
@@ -50,7 +50,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "results/runs/mini-ablation-width --published",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
+    convention_argument(parser)
     parser.add_argument(
         "--hold",
         action="append",
@@ -89,9 +89,7 @@ def _add_power(subparsers: Subparsers) -> None:
         "power",
         help="simulate which advantage a design's sizes and seeds could resolve",
         description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost, with the "
-        "estimator, the tests and the intervals that `dynconv table` reports. DESIGN is a sweep file, a plan "
-        "(dynconv plan SWEEP --profile P --format json; P for the hours), or stores and tables of points: their sizes "
-        "and their compute count.",
+        "estimator, the tests and the intervals that `dynconv table` reports.",
         epilog="examples:\n"
         "  dynconv power experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14\n"
         "  dynconv power plan.json --m 1.05\n"
@@ -99,7 +97,14 @@ def _add_power(subparsers: Subparsers) -> None:
         "  dynconv power experiments/sweeps/demo.toml --seeds own --seed-noise 25k=.02,45k=.01,70k=.01,110k=.005",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stores", type=Path, metavar="DESIGN", nargs="+")
+    parser.add_argument(
+        "stores",
+        type=Path,
+        metavar="DESIGN",
+        nargs="+",
+        help="a sweep file; a plan (dynconv plan SWEEP --profile P --json; P for the hours); or stores and tables of "
+        "points, whose sizes and compute count",
+    )
     columns_argument(parser)
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
     parser.add_argument(
@@ -128,7 +133,8 @@ def _add_power(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--gpu-flops", type=float, help="sustained FLOPs per second of a GPU, for GPU hours (default: those of DESIGN)"
     )
-    parser.add_argument("--simulations", type=int, default=1000, metavar="N")
+    text = "simulated experiments of each number of sizes and seeds (default 1000)"
+    parser.add_argument("--simulations", type=int, default=1000, metavar="N", help=text)
     parser.set_defaults(run=_power)
     table_format_argument(parser)
 

@@ -21,7 +21,7 @@ def register(subparsers: Subparsers) -> None:
         "inspect ~/.cache/dynconv/data/python-512-0123456789abcdef --format json",
         "inspect ~/.cache/dynconv/data/python-512-0123456789abcdef --verify",
     )
-    verb.add_argument("action", choices=("fetch", "build", "inspect"))
+    verb.add_argument("action", choices=("fetch", "build", "inspect"), help="what to do with it")
     verb.add_argument(
         "what",
         metavar="LIST|SWEEP|DIR",

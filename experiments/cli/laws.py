@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.cli.arguments import (
-    CONVENTIONS,
     Subparsers,
     add_reading_verb,
+    convention_argument,
     load_store,
     table_format_argument,
     warn,
@@ -52,8 +52,11 @@ def _add_fit(subparsers: Subparsers) -> None:
     parser.add_argument("--factor", metavar="COLUMN", help="of form bilinear: a column such as the number of experts")
     where_argument(parser)
     _add_law_arguments(parser)
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0 for none")
-    parser.add_argument("--starts", type=int, default=4500, metavar="N")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals, or 0 (default 1000)"
+    )
+    text = "points from which the fit starts, on a grid of exponents (default 4500)"
+    parser.add_argument("--starts", type=int, default=4500, metavar="N", help=text)
     table_format_argument(parser)
 
 
@@ -73,7 +76,7 @@ def _add_predict(subparsers: Subparsers) -> None:
     parser.add_argument("--form", choices=("c", "nd"), help="default c with --C, nd with --N and --D")
     where_argument(parser)
     _add_law_arguments(parser)
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for bands")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for bands (default 1000)")
     table_format_argument(parser)
 
 
@@ -96,7 +99,7 @@ def _add_law_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameters to hold at given values instead of fitting them: E=1.6,alpha=.094",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help=f"how FLOPs are counted, for form c: {CONVENTIONS}")
+    convention_argument(parser, "how FLOPs are counted, for form c")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap's random numbers (default 0)")
 
 
@@ -124,7 +127,7 @@ def _add_isoflop(subparsers: Subparsers) -> None:
         "points.csv --convention 6ND --json",
         "points.csv --baseline transformer",
     )
-    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
+    convention_argument(parser)
     where_argument(parser)
     parser.add_argument(
         "--baseline", help="compare each arm with this one, each at its own best sizes (default: the sweep's)"

@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         exit_code: int = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where the shell closed it: `dynconv plan ... >&-`
+            sys.stdout.flush()
         return exit_code
     except (ValueError, WorkFailed) as error:
         if args.debug:

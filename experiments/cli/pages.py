@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
-    CONVENTIONS,
     Subparsers,
     add_reading_verb,
+    convention_argument,
     published_argument,
     reading_store,
     table_format_argument,
@@ -41,11 +41,11 @@ def _add_plot(subparsers: Subparsers) -> None:
         "results/measured/h200/kernels.parquet -o figures --type png",
         "results/measured/h200/training.parquet -o figures",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a folder for the figures")
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
+    convention_argument(parser)
     where_argument(parser)
-    parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg")
+    parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg", help="of the files (default svg)")
     published_argument(parser, "also draw the paper's ablations beside the runs that have the same facts")
 
 
@@ -57,7 +57,7 @@ def _add_freeze(subparsers: Subparsers) -> None:
         "write a store's runs.parquet and evals.parquet, for committing and sharing",
         "results/runs/demo -o results/measured/laptop/demo",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a folder for the files")
     parser.add_argument("--steps", action="store_true", help="write steps.parquet, too")
 
 
@@ -70,14 +70,11 @@ def _add_query(subparsers: Subparsers) -> None:
         """results/runs/demo "select arm, size, avg(loss) from runs group by all order by all" """,
         """results/runs/demo "select * from multipliers" --format csv""",
     )
-    parser.add_argument("sql", metavar="SQL")
+    parser.add_argument("sql", metavar="SQL", help="one statement, as in the examples")
     parser.add_argument(
         "--baseline", help="for multipliers, the arm that others are compared with (default: the sweep's)"
     )
-    parser.add_argument(
-        "--convention",
-        help=f"how FLOPs are counted, in multipliers and C: {CONVENTIONS}",
-    )
+    convention_argument(parser, "how FLOPs are counted, in multipliers and C")
     table_format_argument(parser)
 
 
@@ -89,10 +86,10 @@ def _add_report(subparsers: Subparsers) -> None:
         "write one self-contained HTML page: answers, figures, and where every number comes from",
         "results/runs/demo -o report.html",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the .html file to write")
     where_argument(parser)
     parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
-    parser.add_argument("--convention", help=f"how FLOPs are counted: {CONVENTIONS}")
+    convention_argument(parser)
 
 
 def _plot(args: argparse.Namespace) -> int:

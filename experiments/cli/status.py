@@ -109,12 +109,23 @@ def _rows(args: argparse.Namespace) -> "list[RunState]":
             raise ValueError(f"{args.what} is not there; give a sweep file, a store, or the folder of a run")
         return _of_sweep(args.what, store)
     if store is not None:
-        return states.read(store, states.find(store))
+        found = states.find(store)
+        if not found:
+            _refuse_other_folders(store)
+        return states.read(store, found)
     folder = stores_of(Path())
     stores = sorted(path for path in folder.glob("*") if path.is_dir())
     if not stores:
         raise ValueError(f"no store in {folder}; name a sweep file or a store, or submit a sweep first")
     return [state for store in stores for state in states.read(store, states.find(store))]
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """Raises ValueError for a frozen store, and for a folder of stores."""
+    if (folder / "runs.parquet").exists():
+        raise ValueError(f"{folder} is a frozen store, whose runs have no jobs; `dynconv table` and `query` read it")
+    if stores := sorted({path.parent.parent.name for path in folder.glob("*/*/config.json")}):
+        raise ValueError(f"{folder} is no store, but holds some ({', '.join(stores)}); give one of them")
 
 
 def _of_sweep(sweep: Path, store: Path | None) -> "list[RunState]":

@@ -73,7 +73,7 @@ def choose(value: str, options: Iterable[str], where: str) -> str:
 
 def legal(value: str, options: Iterable[str]) -> str:
     """A hint what to write instead of `value`: the nearest option, and all options if they are few."""
-    options = list(options)
+    options = list(dict.fromkeys(options))
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}legal: {', '.join(options)}" if len(options) <= 30 else f"{hint}{len(options)} values are legal"

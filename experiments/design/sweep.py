@@ -22,6 +22,7 @@ from experiments.tasks.registry import AnyTask
 
 FLOPS_TOLERANCE = 1e-3  # relative to the baseline's FLOPs, with match = "flops"
 LARGEST_SETTING = 1e9  # refuses numbers that would overflow later; no real sweep comes near it
+LARGEST_RATE = 1.0  # AdamW and Muon move each weight by about the learning rate in a step; weights begin below .1
 Values = tuple[float, ...]  # of an axis
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms: folders are named after them
 
@@ -177,6 +178,16 @@ def notes(sweep: Sweep) -> list[str]:
     """Messages about settings that are legal but perhaps not meant."""
     unused = [name for name in sweep.arm if name not in sweep.arms]
     found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
+    alike = dict[str, str]()
+    for arm in sweep.arms:
+        other = alike.setdefault(str([_outcome(sweep, size, arm) for size in sweep.sizes]), arm)
+        if other != arm:
+            found.append(f"arms {other} and {arm} differ in their names alone; change one, or remove it")
+    rates = {f"{arm} {size}": rate for arm in sweep.arms for size in sweep.sizes for rate in _rates(sweep, size, arm)}
+    high = [f"{rate:g} of {where}" for where, rate in rates.items() if rate > LARGEST_RATE]
+    if high:
+        others = f" and {len(high) - 1} more" if len(high) > 1 else ""
+        found.append(f"no model learns at a learning rate above {LARGEST_RATE:g}; got {high[0]}{others}")
     if sweep.data is None:
         return found
     for key, place in missing(sweep.data).items():
@@ -186,6 +197,19 @@ def notes(sweep: Sweep) -> list[str]:
             "packed: FLOPs hold attention over whole sequences, of which within_documents in config.json is real"
         )
     return found
+
+
+def _outcome(sweep: Sweep, size: str, arm: str) -> tuple[ModelConfig, Recipe, list[dict[str, float]]]:
+    """What of an arm decides the outcome of its runs: the model, the recipe, and the points of the axes."""
+    model = _model(sweep, next(iter(sweep.task), TEXT), size, arm)
+    return model, _arm(sweep, arm).train.over(sweep.train), list(sweep.points(arm, size))
+
+
+def _rates(sweep: Sweep, size: str, arm: str) -> list[float]:
+    """The peak learning rates of an arm at a size, one for each point of the axes."""
+    recipe = _arm(sweep, arm).train.over(sweep.train)
+    rung = LADDERS[sweep.ladder].sizes[size]
+    return [_peak_rate(rung, recipe.varied(point)) for point in sweep.points(arm, size)]
 
 
 def expand(sweep: Sweep) -> list[RunConfig]:
@@ -277,7 +301,8 @@ def _budget(sweep: Sweep, task: str, rung: Rung, baseline: ModelConfig, point: M
     return sequences, f"{tokens_per_parameter:g} tokens per {'' if sweep.count == 'total' else 'active '}parameter"
 
 
-def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
+def _peak_rate(rung: Rung, recipe: Recipe) -> float:
+    """The learning rate at its peak. Raises ValueError if it underflows or overflows."""
     rate = rung.learning_rate if recipe.learning_rate is None else recipe.learning_rate
     factor = 1.0 if recipe.learning_rate_factor is None else recipe.learning_rate_factor
     if not 0 < rate * factor < math.inf:
@@ -285,6 +310,10 @@ def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, 
             f"learning_rate times learning_rate_factor must be above zero and finite; got {rate:g} times {factor:g}; "
             "correct one of them"
         )
+    return rate * factor
+
+
+def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
     fraction = recipe.warmup_fraction
     if fraction is None:
         fraction = LADDERS[sweep.ladder].warmup_fraction
@@ -297,7 +326,7 @@ def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, 
         tokens=sequences * rung.sequence_length,
         sequence_length=rung.sequence_length,
         batch_sequences=batch,
-        learning_rate=rate * factor,
+        learning_rate=_peak_rate(rung, recipe),
         evaluate_every=0,
         held_out_sequences=held_out,
         warmup_steps=max(1, round(fraction * -(-sequences // batch))),

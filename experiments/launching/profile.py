@@ -71,6 +71,10 @@ class Slurm:
     srun_options: tuple[str, ...] = ()  # of the srun that starts the run's processes, as "--container-image=..."
     python: str | None = None  # shell words that start Python on the nodes; None: the interpreter that submits
 
+    def __post_init__(self) -> None:
+        if not self.partition.strip():
+            raise ValueError(f"partition must be one of the cluster's; got {self.partition!r}; `sinfo` lists them")
+
 
 @dataclass(frozen=True)
 class DataJobs:
