@@ -116,7 +116,8 @@ elif sys.argv[2] == "fused":
         run_fused(parts, channels)
 else:
     packed = sys.argv[2] == "packed"
-    shape = {"packed": (1, 4096, 2048), "unpacked": (4, 4096, 2048), "short": (128, 128, 2048), "few": (1, 512, 2048)}[sys.argv[2]]
+    shapes = {"unpacked": (4, 4096, 2048), "short": (128, 128, 2048), "few": (1, 512, 2048)}
+    shape = shapes.get(sys.argv[2], (1, 4096, 2048))
     x = made(math.prod(shape) + 3)[3:].view(shape)  # contiguous, but at no multiple of 16 bytes: cp.async needs a copy
     positions = made(4097, dtype=torch.int32) if packed else None
     for rank in (15, 16, 40, 96):
