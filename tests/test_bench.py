@@ -178,7 +178,7 @@ def test_what_is_kept_and_allocated_on_the_way_is_bounded(case: kernels.Case) ->
         (kernels.Case("static", dtype="float32"), 1.65),  # PyTorch's silu is in place, of a sum made again for backward
         (kernels.Case("headwise", H=128, static=True), 0.65),
         (kernels.Case("lowrank", R=16, static=True), 0.65),
-        (kernels.Case("lowrank", R=20), 1.65),
+        (kernels.Case("lowrank", R=20), 2),  # the sum again, in float32, until its gradient is in 16 bits
     ],
     ids=str,
 )

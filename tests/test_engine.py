@@ -94,7 +94,9 @@ def test_what_a_gpu_computes_follows_float32_on_a_cpu_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """bfloat16 residual stream, shared products, padded channels and the chunked loss, by torch instead of kernels."""
-    run = replace(tiny_run, model=replace(tiny_run.model, conv=conv))
+    # At a rate of 1e-2 rounding grows with the steps: to 1e-3 on one machine, and to 0.03 on another.
+    train = replace(tiny_run.train, learning_rate=1e-3)
+    run = replace(tiny_run, model=replace(tiny_run.model, conv=conv), train=train)
     checked = assemble(run, dataset, CPU, ALONE)
     expected = [checked.step() for _ in range(25)]
 
@@ -111,7 +113,8 @@ def test_what_a_gpu_computes_follows_float32_on_a_cpu_too(
     monkeypatch.setattr("experiments.models.short_convolution._shares_products", lambda _: True)
     got = [step for window in to_the_end(ahead(run, 4)) for step in window]
     differences = [abs(other.loss - one.loss) for one, other in zip(expected, got, strict=True)]
-    assert 1e-6 < max(differences) < 5e-3  # measured: 1.1e-3 and 1.5e-3
+    assert expected[-1].loss < expected[0].loss - 0.1
+    assert 1e-6 < max(differences) < 2e-3  # measured with AVX2, AVX-512 and without: 1.3e-4 to 2.0e-4
 
 
 def test_windows_end_where_something_is_due_and_change_no_bit(

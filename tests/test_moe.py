@@ -17,7 +17,6 @@ from torch import Tensor
 from analysis.logs.store import load
 from analysis.pages.drawing import Answers, draw, material
 from analysis.pages.expert_load import expert_load
-from analysis.pages.report import report
 from experiments.data.dataset import Dataset
 from experiments.design.arms import QKV
 from experiments.design.config import Execution, RunConfig
@@ -296,6 +295,9 @@ def test_bad_settings_are_refused(settings: dict[str, float], message: str) -> N
 
 
 def test_the_load_of_experts_is_drawn_from_the_last_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("bokeh")
+    from analysis.pages.report import report
+
     store = load(write_sweep(tmp_path, {"moe": 1.5}, sizes=3, seeds=1))
     assert len(material(store).loads) == 0
     rows = [

@@ -131,7 +131,8 @@ def test_the_tensor_core_kernels_agree_with_the_oracle(case: Case, dtype: torch.
 
     case = replace(case, dtype=dtype)
     inputs = case.inputs()
-    assert lowrank_mma.fits(inputs["x"], inputs["U"], case.segments or (case.channels,), silu=case.rank <= 16)
+    silu = case.rank <= 16 and case.width <= 6  # of more ranks or taps, PyTorch applies it
+    assert lowrank_mma.fits(inputs["x"], inputs["U"], case.segments or (case.channels,), silu=silu)
     assert_close_in_all_runs(case, lowrank_mma)
 
 

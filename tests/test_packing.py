@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,15 +158,38 @@ def test_attention_of_a_gpu_is_given_the_documents(
 ) -> None:
     model = randomised(MODELS[name], 0.2)
     masked = model(TOKENS, None, starts_of(LENGTHS)).logits
-    monkeypatch.setattr("experiments.models.attention._varlen_fits", lambda _: True)
+    monkeypatch.setattr(attention, "_varlen_fits", lambda _: True)
+    monkeypatch.setattr(attention, "_TOKENS_A_DOCUMENT", TIME // MOST)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     torch.testing.assert_close(model(TOKENS, None, starts_of(LENGTHS)).logits, masked, rtol=1e-11, atol=1e-12)
+
+
+def test_attention_of_many_documents_on_a_gpu_is_given_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for sequences of different lengths would have programs for every document, and most are empty."""
+    used = []
+
+    def varlen(*given: Any, **options: Any) -> Tensor:
+        used.append(len(given[3]) - 1)
+        return varlen_by_definition(*given, **options)
+
+    monkeypatch.setattr(attention, "_varlen_fits", lambda _: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    q = torch.randn(2, 1, 96, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for most in (2, 4, 5, 96):
+        starts = torch.full((2, most), 96)
+        starts[:, :2] = torch.tensor([[0, 30], [0, 95]])
+        found.append(attend(q, q, q, documents_of(starts, 96)))
+    assert used == [2 * 2, 2 * 4]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-11, atol=1e-12)
 
 
 def test_attention_of_a_gpu_compiles_into_one_graph_without_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values, for which torch's operator says shapes alone."""
     torch.compiler.reset()
     monkeypatch.setattr(attention, "_varlen_fits", lambda _: "window_size" in attention._varlen_keywords())
+    monkeypatch.setattr(attention, "_TOKENS_A_DOCUMENT", TIME // MOST)
     documents = Documents(*(part.to("meta") for part in documents_of(starts_of(LENGTHS), TIME)))
     shape, dtype = (len(LENGTHS), 4, TIME, 16), torch.bfloat16
     q = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
@@ -195,22 +219,24 @@ def test_a_fused_model_keeps_documents_apart(name: str) -> None:
 
 @on_a_gpu
 @pytest.mark.parametrize(
-    "name",
+    ("name", "tokens_a_document"),
     [
-        "attention, none",
-        "attention, static",
-        "attention, headwise",
-        "attention, lowrank",
-        "grouped queries, QK-norm",
-        "mamba2 lowrank",
-        "gated deltanet lowrank",
-        "moe lowrank",
+        ("attention, none", 0),
+        ("attention, static", 0),
+        ("attention, headwise", 0),
+        ("attention, lowrank", 0),
+        ("grouped queries, QK-norm", 0),
+        ("grouped queries, QK-norm", TIME),  # too few for kernels that take no mask
+        ("mamba2 lowrank", 0),
+        ("gated deltanet lowrank", 0),
+        ("moe lowrank", 0),
     ],
 )
 def test_packed_steps_on_a_gpu_are_captured_and_follow_float32(
-    name: str, packed_run: RunConfig, lines: Dataset
+    name: str, tokens_a_document: int, packed_run: RunConfig, lines: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of documents differs from step to step, and shapes do not."""
+    monkeypatch.setattr(attention, "_TOKENS_A_DOCUMENT", tokens_a_document)
     run = replace(packed_run, model=MODELS[name])
     torch.compiler.reset()
     checked, trainer = assemble(run, lines, CPU, ALONE), gpu_trainer(run, lines)
@@ -224,9 +250,13 @@ def test_packed_steps_on_a_gpu_are_captured_and_follow_float32(
 
 
 @on_a_gpu
+@pytest.mark.parametrize("tokens_a_document", [0, TIME])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_attention_of_a_gpu_is_that_of_a_mask(heads: tuple[int, int]) -> None:
-    """Forward and gradients in bfloat16, beside float32 with a mask of T x T."""
+def test_attention_of_a_gpu_is_that_of_a_mask(
+    heads: tuple[int, int], tokens_a_document: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and gradients in bfloat16, of few documents and many, beside float32 with a mask of T x T."""
+    monkeypatch.setattr(attention, "_TOKENS_A_DOCUMENT", tokens_a_document)
     generator = torch.Generator("cuda").manual_seed(1)
     wide = [torch.randn(4, count, TIME, 32, device="cuda", generator=generator) for count in (heads[0], *2 * heads[1:])]
     documents = documents_of(starts_of(LENGTHS).cuda(), TIME)

@@ -136,9 +136,11 @@ def _run_backward(
     assert x is not None
     # Recompute silu's input rather than save it in the forward pass: in float32 it takes at least x's memory.
     (inner,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
-    dinner = torch.ops.aten.silu_backward.grad_input(dy.float(), inner, grad_input=inner)
-    dinner = dinner if z is None else dinner.to(x.dtype)  # the low-rank kernels use it in 16-bit matrix products
-    dx, *others = repeated(_backward, (dinner, *inputs), (segments, False, False, needs))
+    # In place, and of a dy in 16 bits without a copy of it in float32.
+    inner = torch.ops.aten.silu_backward.grad_input(dy, inner, grad_input=inner)
+    if z is not None:
+        inner = inner.to(x.dtype)  # the low-rank kernels use it in 16-bit matrix products
+    dx, *others = repeated(_backward, (inner, *inputs), (segments, False, False, needs))
     return dx.add_(_without_padding(dy, positions)) if residual and needs[0] else dx, *others
 
 
