@@ -45,10 +45,10 @@ def test_zeros_are_written_after_the_sums() -> None:
     time=st.integers(1, 10_000),
     rows=st.sampled_from([1, 16]),
     programs_a_chunk=st.integers(1, 300),
-    at_once=st.integers(1, 2_000),
+    processors=st.integers(1, 200),
+    each=st.integers(1, 16),
     step=st.sampled_from([4, 8, 16]),
     longest=st.sampled_from([24, 32, 64, 128, 160]),
-    alone=st.booleans(),
 )
 def test_runs_are_what_the_kernels_take(**asked: int) -> None:
     assume(asked["longest"] % asked["step"] == 0)
@@ -60,25 +60,28 @@ def test_runs_are_what_the_kernels_take(**asked: int) -> None:
 @pytest.mark.parametrize(("time", "run"), [(1, 8), (3000, 96), (4096, 128), (4099, 132)])
 def test_runs_fill_the_device(time: int, run: int) -> None:
     """B=4 D=2048 on an H100, whose 132 multiprocessors run a low-rank backward program each: two chunks are 128."""
-    asked = {"rows": 16, "programs_a_chunk": 64, "at_once": 132, "step": 4, "longest": 160, "alone": True}
+    asked = {"rows": 16, "programs_a_chunk": 64, "processors": 132, "each": 1, "step": 4, "longest": 160}
     assert tiles.cheapest_run(time, **asked)[1] == run
 
 
 @pytest.mark.parametrize(
-    ("time", "programs", "at_once", "longest", "alone", "run"),
+    ("time", "programs", "each", "longest", "run"),
     [
-        (5000, 16, 132, 160, True, 40),
-        (5000, 16, 132, 160, False, 48),
-        (1024, 128, 396, 32, False, 32),
-        (1024, 128, 396, 32, True, 24),
-        (4096, 64, 396, 32, False, 24),
+        (5000, 16, 1, 160, 40),
+        (1024, 128, 3, 32, 32),
+        (4096, 64, 3, 32, 24),  # two waves
+        (
+            1024,
+            48,
+            3,
+            32,
+            8,
+        ),  # one: runs of 12 would give the fullest multiprocessors as many programs, and longer ones
     ],
 )
-def test_runs_reckon_with_programs_that_share(
-    time: int, programs: int, at_once: int, longest: int, alone: bool, run: int
-) -> None:
+def test_runs_reckon_with_programs_that_share(time: int, programs: int, each: int, longest: int, run: int) -> None:
     """On an H100: with fewer beside them the last programs are faster, if any were beside them at all."""
-    found = tiles.cheapest_run(time, 16, programs, at_once, step=4, longest=longest, alone=alone)
+    found = tiles.cheapest_run(time, 16, programs, 132, each, step=4, longest=longest)
     assert found[1] == run
 
 

@@ -142,8 +142,7 @@ def backward(
         ),
         {
             "dy_time": dys[0].stride(1), "x_time": x.stride(1), "z_time": z.stride(1), "dx_time": columns,
-            "SEGMENTS": (channels,) * parts, "PAIRS": _pairs(frequencies), "ALL_RANKS": rank,
-            "COLUMNS": rank, "R": rank,
+            "SEGMENTS": (channels,) * parts, "PAIRS": _pairs(frequencies), "ALL_RANKS": rank, "R": rank,
             "W": up.shape[1] // x.shape[2], "RESIDUAL": residual, "SILU": False, "ADD": False,
             "SLOTS": tile.slots, "STAGES": tile.stages, "WARPS": mma.BACKWARD_WARPS,
         },

@@ -17,7 +17,7 @@ from dynconv.ops.tiles import Place, aligned, cheapest_run, multiprocessors, new
 MAX_WIDTH, _MAX_SILU_WIDTH = 8, 6
 _TAPS_AT_ONCE = 4  # for which a backward launch has the registers to compute all gradients
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
-BLOCK = 16 * BACKWARD_WARPS  # channels of a backward program; segments must be a multiple
+BLOCK = 16 * BACKWARD_WARPS  # channels of a backward program, or of two; segments must be a multiple
 _FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # the most ranks of U in one launch; larger ranks take several launches
 _ROWS = 16  # of a warp, as in the matrix unit's instruction
 # Sequences are joined only if this makes the estimated time this many times shorter: where joining did not fill the
@@ -84,11 +84,6 @@ class Cut(NamedTuple):
     chunks: int  # into which the time is divided, one for each program
 
 
-def _of_device(tensor: Tensor, at_once: int, longest: int) -> tuple[int, int, int, bool]:
-    """The last arguments of `cheapest_run`."""
-    return at_once * multiprocessors(tensor), SLOTS, longest, at_once == 1
-
-
 def cut_apart(
     x: Tensor,  # [B, T, ...]
     blocks: int,  # of channels
@@ -97,7 +92,7 @@ def cut_apart(
 ) -> tuple[float, Cut]:
     """The estimated time, in slots, of treating the input as B sequences without documents, and how to cut them."""
     batch, time = x.shape[:2]
-    cost, run = cheapest_run(time, _ROWS, blocks * batch, *_of_device(x, at_once, longest))
+    cost, run = cheapest_run(time, _ROWS, blocks * batch, multiprocessors(x), at_once, SLOTS, longest)
     return cost, Cut(batch, time, (None,), (), run, triton.cdiv(time, _ROWS * run))
 
 
@@ -118,7 +113,7 @@ def _cut(
     apart = apart._replace(positions=(positions,))
     if positions is not None or any(t.stride(0) != time * t.stride(1) for t in inputs) or batch * time >= 2**31:
         return apart
-    cost_joined, run = cheapest_run(batch * time, _ROWS, blocks, *_of_device(inputs[0], at_once, longest))
+    cost_joined, run = cheapest_run(batch * time, _ROWS, blocks, multiprocessors(inputs[0]), at_once, SLOTS, longest)
     if cost <= _DOCUMENTS * cost_joined:
         return apart
     return Cut(1, batch * time, (), (time,), run, triton.cdiv(batch * time, _ROWS * run))
@@ -166,11 +161,6 @@ def forward(
     return y
 
 
-def _dz_columns(rank: int) -> int:
-    """Columns of the partial sums of dz, which all launches share: whole sectors of memory, for ranks above 8."""
-    return rank if rank <= 8 else 16
-
-
 def backward(
     dy: Tensor,  # [B, T, D]
     x: Tensor,  # [B, T, D]
@@ -187,14 +177,18 @@ def backward(
     batch, time, channels = x.shape
     rank, width = up.shape[0], up.shape[1] // channels
     dy, x = aligned(dy), aligned(x)
-    blocks = triton.cdiv(channels, BLOCK)
+    block, warps, blocks = BLOCK, BACKWARD_WARPS, triton.cdiv(channels, BLOCK)
     generators = padded(z, rank, x.dtype)
     cut = _cut((dy, x, generators), positions, blocks, at_once=1, longest=160)
+    if 4 * blocks * cut.batch * cut.chunks <= 3 * multiprocessors(x):
+        # Programs of half the channels, of which a multiprocessor runs two, reach those that would be idle. Where most
+        # work, that is slower, because dz has twice as many partial sums.
+        block, warps, blocks = BLOCK // 2, BACKWARD_WARPS // 2, triton.cdiv(channels, BLOCK // 2)
     dx = new_like(x) if needs[0] else None
-    dz_partial, dz, columns = None, None, _dz_columns(rank)
+    dz_partial, dz, columns = None, None, min(rank, 16)  # all launches share one dz_partial
     if needs[1]:
         # A segment with fewer blocks of channels than the widest one leaves parts of dz unwritten: start from zeros.
-        parts, uneven = triton.cdiv(max(segments), BLOCK), min(segments) != max(segments)
+        parts, uneven = triton.cdiv(max(segments), block), min(segments) != max(segments)
         dz_partial = new(z, (parts, batch, time, len(segments) * columns), torch.float32, zero=uneven)
         dz = new_like(z)
     up_partial, dup = new_sums(up if needs[2] else None, cut.batch * cut.chunks)
@@ -221,13 +215,12 @@ def backward(
                 ),
                 {
                     "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": generators.stride(1),
-                    "dx_time": channels, "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "COLUMNS": columns,
-                    "R": ranks, "W": width,
+                    "dx_time": channels, "SEGMENTS": segments, "PAIRS": 0, "ALL_RANKS": rank, "R": ranks, "W": width,
                     "RESIDUAL": residual and first == 0, "SILU": silu, "ADD": first > 0,
-                    "SLOTS": 1 if deep else 2, "STAGES": 8 if deep else 4, "WARPS": BACKWARD_WARPS,
+                    "SLOTS": 1 if deep else 2, "STAGES": 8 if deep else 4, "WARPS": warps,
                 },
-                num_warps=BACKWARD_WARPS,
+                num_warps=warps,
             )  # fmt: skip
         others = [(up_partial, dup), (static_partial, dstatic)] if first + ranks == rank else []
-        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if columns != rank else None)
+        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if rank > 16 else None)
     return dx, dz, dup, dstatic

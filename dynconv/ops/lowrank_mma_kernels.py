@@ -4,7 +4,7 @@ Legend: B batch, T time, D channels, W taps, R rank (padded in z to a multiple o
 
 A launch handles R of ALL_RANKS ranks, from first_rank on: at most 64 forward and 16 backward. Larger ranks take several
 launches; all but the first add to the y or dx that the launches before them rounded to its dtype. Forward, y is `added`
-then; this may also be any other tensor of its shape. Backward, ADD is set, and rows of dz have COLUMNS columns.
+then; this may also be any other tensor of its shape. Backward, ADD is set.
 If y_1 and y_2 are given, they are the results of segments 1 and 2, and y is that of segment 0 alone; so are dy_1, dy_2
 and dy. With `frequencies`, segments 0 and 1 are queries and keys, and RoPE rotates them.
 `positions` is a pointer to each token's index within its document, or the length that all documents have.
@@ -216,7 +216,7 @@ def backward_kernel(
     dy, dy_1, dy_2, x, z, up, static_w, frequencies, dx, dz, dup, dstatic, positions,
     time, channels, tokens, dy_batch, x_batch, z_batch, chunks, blocks, RUN, first_rank,
     dy_time: gl.constexpr, x_time: gl.constexpr, z_time: gl.constexpr, dx_time: gl.constexpr, SEGMENTS: gl.constexpr,
-    PAIRS: gl.constexpr, ALL_RANKS: gl.constexpr, COLUMNS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
+    PAIRS: gl.constexpr, ALL_RANKS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
     RESIDUAL: gl.constexpr, SILU: gl.constexpr, ADD: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -250,6 +250,7 @@ def backward_kernel(
     if dx is not None:
         dx += (batch * time + start + 1 - W) * dx_time  # dx is written W - 1 slots behind the slot that is read
     part = (first - begin) // (16 * WARPS)
+    COLUMNS: gl.constexpr = min(ALL_RANKS, 16)
     RANKS: gl.constexpr = COLUMNS * len(SEGMENTS)
     up += first_rank * (W * channels)
     if dz is not None:
@@ -393,7 +394,7 @@ def backward_kernel(
         if dz is not None:
             for slot in gl.static_range(SLOTS):
                 total = gl.sum(dz_shared[slot].load(SUM), 0)
-                dz_ok = (group + slot < dz_limit) & (dz_rank < COLUMNS)
+                dz_ok = (group + slot < dz_limit) & (dz_rank < R)
                 to = dz + slot * RANKS + dz_time * RANKS + dz_rank
                 gl.store(to, total.to(dz.dtype.element_ty), mask=dz_ok)
             dz += SLOTS * RANKS

@@ -86,7 +86,7 @@ def _plan(
     blocks = triton.cdiv(channels, warps * _WARP_CHANNELS)
     step = slots * stages
     longest = 128 // step * step
-    _, run = cheapest_run(time, 1, blocks * batch, at_once * multiprocessors(x) * 4 // warps, step, longest)
+    _, run = cheapest_run(time, 1, blocks * batch, multiprocessors(x), at_once * 4 // warps, step, longest)
     constants = {
         "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
         "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "WP": triton.next_power_of_2(width),

@@ -132,7 +132,9 @@ def forward(
         return ring.forward(x, None, weight, positions, weight.shape[0], residual, silu)
     batch, time, channels = x.shape
     y = new(x, x.shape, dtype)
-    rows, slots, columns = 2, 8, min(256, max(16, triton.next_power_of_2(channels)))
+    slots, columns = 8, min(256, max(16, triton.next_power_of_2(channels)))
+    programs = triton.cdiv(channels, columns) * batch * triton.cdiv(time, 2 * slots)
+    rows = 1 if programs < 8 * multiprocessors(x) else 2  # more programs, where they would not fill the device
     tiles = triton.cdiv(time, rows * slots)
     launch(
         _forward_kernel,

@@ -190,21 +190,24 @@ def cheapest_run(
     time: int,
     rows: int,
     programs_a_chunk: int,  # that work on one chunk of time: channel blocks times sequences
-    at_once: int,  # programs that run on the device at the same time
+    processors: int,  # multiprocessors of the device
+    each: int,  # programs that a multiprocessor runs at the same time
     step: int,  # run lengths differ by multiples of this
     longest: int,  # the longest run length to consider
-    alone: bool = False,  # whether a program has a multiprocessor to itself
 ) -> tuple[float, int]:
     """The estimated time of the fastest launch, in slots, and the run length (slots of a row) that gives it.
 
     A program's chunk of time is `rows` rows of one run each. Long runs repeat the set-up less often, which costs about
     as much time as 16 slots. Short runs give more programs, which fill the device better. Where the last wave of
     programs leaves multiprocessors partly empty, it takes at least 0.8 of a full wave's time (measured on an H100).
+    A wave that is the only one takes as long as the multiprocessor with the most programs.
     """
 
     def cost(run: int) -> float:
-        full, rest = divmod(programs_a_chunk * triton.cdiv(time, rows * run), at_once)
-        last = 0.0 if rest == 0 else 1.0 if alone else max(0.8, rest / at_once)
+        full, rest = divmod(programs_a_chunk * triton.cdiv(time, rows * run), processors * each)
+        if rest == 0 or each == 1:
+            return (full + (rest > 0)) * (run + 16)
+        last = max(0.8, rest / (processors * each) if full else triton.cdiv(rest, processors) / each)
         return (full + last) * (run + 16)
 
     run = min(range(longest, 7, -step), key=cost)
