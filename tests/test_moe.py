@@ -114,12 +114,15 @@ def test_torchs_grouped_product_makes_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 @on_a_gpu
-@pytest.mark.parametrize(("experts", "top_k", "hidden"), [(5, 2, 8), (32, 4, 32), (128, 8, 256)])
+@pytest.mark.parametrize(
+    ("width", "experts", "top_k", "hidden"), [(128, 5, 2, 8), (128, 32, 4, 32), (192, 32, 4, 48), (128, 128, 8, 256)]
+)
 def test_a_gpu_makes_the_same_and_never_waits(
-    experts: int, top_k: int, hidden: int, monkeypatch: pytest.MonkeyPatch
+    width: int, experts: int, top_k: int, hidden: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = randomised(MoE(experts, top_k, hidden=hidden), width=128, dtype=torch.float32).cuda()
-    x = torch.randn(3, 75, 128, generator=torch.Generator().manual_seed(2)).cuda().bfloat16()
+    """Torch has one kernel for products up to 128 wide and another for wider ones."""
+    made = randomised(MoE(experts, top_k, hidden=hidden), width, torch.float32).cuda()
+    x = torch.randn(3, 75, width, generator=torch.Generator().manual_seed(2)).cuda().bfloat16()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -133,6 +136,49 @@ def test_a_gpu_makes_the_same_and_never_waits(
     assert together[0].dtype == torch.bfloat16
     for one, other in zip(apart, together, strict=True):
         assert (one - other).float().norm() <= 1e-2 * one.float().norm()  # an H200 showed no difference
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+IDLE = [  # rows of each of 32 experts: some have none, as in the first steps of real training
+    [4 * 16 if expert in (3, 7, 20, 31) else 0 for expert in range(32)],
+    [130, 1, 3, 0, 122, *[0] * 27],
+    [0] * 31 + [256],
+]
+
+
+def grouped_outcomes(rows: list[int], width: int, hidden: int, device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of the experts' products in bfloat16 by `_grouped_product`, and in float64 by a loop."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device).bfloat16()
+
+    x, gradient = drawn(sum(rows), width), drawn(sum(rows), width)
+    matrices = [drawn(len(rows), width, hidden), drawn(len(rows), hidden, width)]
+    ends = torch.tensor(rows).cumsum(0).to(device, torch.int32)
+    given = [tensor.clone().requires_grad_() for tensor in (x, *matrices)]
+    exact = [tensor.double().requires_grad_() for tensor in (x, *matrices)]
+    # Memory that is not written must show: what is allocated next is likely to lie where these lay.
+    for size in (x.numel(), x.numel(), matrices[0].numel(), matrices[1].numel(), sum(rows) * hidden):
+        torch.full((size,), math.nan, dtype=torch.bfloat16, device=device)
+    y = module._grouped_product(module._grouped_product(given[0], given[1], ends), given[2], ends)
+    found = [y, *torch.autograd.grad(y, given, gradient)]
+    want = torch.cat([part @ exact[1][e] @ exact[2][e] for e, part in enumerate(exact[0].split(rows))])
+    return found, [want, *torch.autograd.grad(want, exact, gradient.double())]
+
+
+@pytest.mark.parametrize("rows", IDLE)
+@pytest.mark.parametrize(("width", "hidden"), [(128, 32), (192, 48)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_experts_without_tokens_get_no_gradient_and_leave_the_others_right(
+    rows: list[int], width: int, hidden: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_has_grouped_kernels", lambda _: True)
+    found, exact = grouped_outcomes(rows, width, hidden, device)
+    for one, other in zip(exact, found, strict=True):
+        assert (one - other.double()).norm() <= 1e-2 * one.norm()  # products are rounded to bfloat16: 2e-3 to 3e-3
+    idle = torch.tensor(rows) == 0
+    assert all(not gradient.cpu()[idle].any() for gradient in found[2:])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
