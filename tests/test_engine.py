@@ -1,18 +1,22 @@
 """Steps that are launched without a look at their losses: they follow the trainer's checked steps, stop where something
 is due, and leave the state alone once a loss is not finite. On a CPU the engine runs the same code, uncaptured."""
 
+import contextlib
 import gc
 import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
+from unittest import mock
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from company import meet, part
 
+from analysis.errors import WorkFailed
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
@@ -81,6 +85,37 @@ def test_windows_follow_checked_steps(
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3)
     torch.testing.assert_close(weights(trainer), weights(checked), rtol=0, atol=1e-4)
+
+
+class Recorded:
+    """In place of a CUDA graph: runs the step, whose loss or gradient norm is then `factor` times what it was."""
+
+    def __init__(self, trainer: Trainer, row: int, factor: float) -> None:
+        assert trainer._engine is not None
+        self.engine, self.row, self.factor = trainer._engine, row, factor
+
+    def replay(self) -> None:
+        at = int(self.engine._place)
+        self.engine._step()
+        self.engine._release_gradients()
+        self.engine._results[self.row, at] *= self.factor
+
+
+@pytest.mark.parametrize(("row", "factor"), [(0, 1.0), (1, 1.01), (0, 2.0), (1, 400.0), (1, 0.1), (1, math.nan)])
+def test_a_captured_step_that_computes_something_else_is_refused(
+    row: int, factor: float, tiny_run: RunConfig, ahead: Callable[..., Trainer]
+) -> None:
+    trainer, untouched = ahead(tiny_run), ahead(tiny_run)
+    engine = trainer._engine
+    assert engine is not None
+    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, row, factor))
+    wrong = not 0.9 < factor < 1.1
+    refused = pytest.raises(WorkFailed, match="set compile = false") if wrong else contextlib.nullcontext()
+    with mock.patch("torch.cuda.get_device_name", return_value="a card"), refused:
+        trainer._check_captured(engine)
+    engine._graph = None
+    assert torch.equal(weights(trainer), weights(untouched))
+    assert trainer.step().loss == untouched.step().loss  # and nothing of the check is left
 
 
 @pytest.mark.parametrize(

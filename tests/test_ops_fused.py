@@ -205,7 +205,6 @@ def test_tiles_are_a_matter_of_speed_alone(
     kernels = fused_operator.fused_mma
     monkeypatch.setattr(kernels, "FORWARD_TILE", kernels.Tile(*forward))
     monkeypatch.setattr(kernels, "BACKWARD_TILE", kernels.Tile(*backward))
-    monkeypatch.setattr(kernels, "ROTATING_BACKWARD_TILE", kernels.Tile(*backward))
     monkeypatch.setattr(kernels, "GATED_TILE", kernels.Tile(1, 9, 32))
     monkeypatch.setattr(launch, "_repeats", {})  # launches of these shapes with the usual tiles
     found = errors(Case(batch=1, time=150, segments=(128,) * 3, rank=16, dtype=torch.bfloat16), 2)

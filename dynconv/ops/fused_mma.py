@@ -23,10 +23,9 @@ class Tile(NamedTuple):
     longest: int  # slots of a run, at most
 
 
-# FORWARD_TILE and ROTATING_BACKWARD_TILE were the fastest of eight on an H100 (B=8, T=4096, D=1024, Triton 3.6).
+# The fastest of those tried on an H100 (B=8, T=4096, D=1024 and F=2752, Triton 3.6).
 FORWARD_TILE = Tile(mma.SLOTS, 3, 24)
 BACKWARD_TILE = Tile(2, 4, 160)
-ROTATING_BACKWARD_TILE = Tile(1, 6, 160)  # with two slots at once, the angles' registers would spill
 GATED_TILE = Tile(2, 4, 64)  # with more slots at once, the registers of both convolutions would spill
 _MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
 _MAX_PARTS = 3
@@ -122,8 +121,7 @@ def backward(
         dys = tuple(copied(dy) for dy in dys)
     x, z = aligned(x), mma.padded(z, rank, x.dtype)
     in_part = triton.cdiv(channels, mma.BLOCK)
-    tile = BACKWARD_TILE if frequencies is None else ROTATING_BACKWARD_TILE
-    _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=tile.longest)
+    _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=BACKWARD_TILE.longest)
     djoined = new(x, (batch, time, columns), x.dtype) if needs[0] else None
     # In 16 bits, as their total: rounding them adds about as much to its error as rounding it, and they are many bytes.
     dz_partial = new(x, (in_part, batch, time, parts * rank), x.dtype) if needs[0] else None
@@ -144,7 +142,7 @@ def backward(
             "dy_time": dys[0].stride(1), "x_time": x.stride(1), "z_time": z.stride(1), "dx_time": columns,
             "SEGMENTS": (channels,) * parts, "PAIRS": _pairs(frequencies), "ALL_RANKS": rank, "R": rank,
             "W": up.shape[1] // x.shape[2], "RESIDUAL": residual, "SILU": False, "ADD": False,
-            "SLOTS": tile.slots, "STAGES": tile.stages, "WARPS": mma.BACKWARD_WARPS,
+            "SLOTS": BACKWARD_TILE.slots, "STAGES": BACKWARD_TILE.stages, "WARPS": mma.BACKWARD_WARPS,
         },
         num_warps=mma.BACKWARD_WARPS,
     )  # fmt: skip

@@ -218,6 +218,19 @@ class Engine:
             self._release_gradients()  # Their memory belongs to the graph.
         self._stopped.zero_()
 
+    def rehearse(self) -> list[tuple[float, float]]:
+        """(Loss, gradient norm) of the first filled step, as the graph has them and uncompiled. Updates nothing."""
+        self._stopped.fill_(1.0)
+        self.launch(1)
+        outcomes = self.read(1)
+        self._place.zero_()
+        with torch.compiler.set_stance("force_eager"):
+            self._step()
+        self._release_gradients()
+        outcomes += [tuple(self._results[:, 0].tolist())]
+        self._stopped.zero_()
+        return outcomes
+
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:
         """Launch on the engine's stream, after all earlier work of the current stream and before all later work."""

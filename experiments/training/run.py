@@ -295,7 +295,8 @@ class _Attempt:
             checkpoints.load_branch_point(self._run_dir.parent / run.trunk, run.branch_step, trainer, world)
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
-            about = _provenance(world, self._place, self._execution, config["code_commit"])
+            execution = replace(self._execution, compile=trainer.compiled)
+            about = _provenance(world, self._place, execution, config["code_commit"])
             about["fused"] = "; ".join(trainer.fused) or "nothing"
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(
