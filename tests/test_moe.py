@@ -320,7 +320,7 @@ def test_tokens_are_counted_per_parameter_or_per_active_parameter(tmp_path: Path
         runs[name] = load_sweep(path)[0]
     for name, count in (("active", "parameters_active"), ("total", "parameters")):
         assert runs[name].train.tokens == pytest.approx(10 * getattr(runs[name].counts, count), abs=256)
-    assert runs["total"].budget == "20 tokens per parameter"
+    assert runs["total"].budget == "10 tokens per parameter"
     assert runs["total"].run_id != runs["active"].run_id
 
 
