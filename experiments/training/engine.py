@@ -221,15 +221,16 @@ class Engine:
     def rehearse(self) -> list[tuple[float, float]]:
         """(Loss, gradient norm) of the first filled step, as the graph has them and uncompiled. Updates nothing."""
         self._stopped.fill_(1.0)
-        self.launch(1)
-        outcomes = self.read(1)
-        self._place.zero_()
-        with torch.compiler.set_stance("force_eager"):
-            self._step()
-        self._release_gradients()
-        outcomes += [tuple(self._results[:, 0].tolist())]
-        self._stopped.zero_()
-        return outcomes
+        try:
+            self.launch(1)
+            outcomes = self.read(1)
+            self._place.zero_()
+            with torch.compiler.set_stance("force_eager"):
+                self._step()
+            return [*outcomes, tuple(self._results[:, 0].tolist())]
+        finally:  # memory may be too small for a step that is not compiled
+            self._release_gradients()
+            self._stopped.zero_()
 
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:
