@@ -70,13 +70,7 @@ def test_runs_fill_the_device(time: int, run: int) -> None:
         (5000, 16, 1, 160, 40),
         (1024, 128, 3, 32, 32),
         (4096, 64, 3, 32, 24),  # two waves
-        (
-            1024,
-            48,
-            3,
-            32,
-            8,
-        ),  # one: runs of 12 would give the fullest multiprocessors as many programs, and longer ones
+        (1024, 48, 3, 32, 12),  # less than one
     ],
 )
 def test_runs_reckon_with_programs_that_share(time: int, programs: int, each: int, longest: int, run: int) -> None:

@@ -200,15 +200,13 @@ def cheapest_run(
     A program's chunk of time is `rows` rows of one run each. Long runs repeat the set-up less often, which costs about
     as much time as 16 slots. Short runs give more programs, which fill the device better. Where the last wave of
     programs leaves multiprocessors partly empty, it takes at least 0.8 of a full wave's time (measured on an H100).
-    A wave that is the only one takes as long as the multiprocessor with the most programs.
     """
 
     def cost(run: int) -> float:
         full, rest = divmod(programs_a_chunk * triton.cdiv(time, rows * run), processors * each)
         if rest == 0 or each == 1:
             return (full + (rest > 0)) * (run + 16)
-        last = max(0.8, rest / (processors * each) if full else triton.cdiv(rest, processors) / each)
-        return (full + last) * (run + 16)
+        return (full + max(0.8, rest / (processors * each))) * (run + 16)
 
     run = min(range(longest, 7, -step), key=cost)
     return cost(run), run
