@@ -28,6 +28,7 @@ from experiments.parts.attention import Attention
 from experiments.parts.base import Shape
 from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import LowRankConvolution
+from experiments.parts.swiglu import SwiGLU
 from experiments.tasks.base import Examples
 from experiments.training.assembly import assemble
 from experiments.training.parallel import World
@@ -241,6 +242,20 @@ def run(tiny_run: RunConfig) -> RunConfig:
 def gradients(trainer: Trainer, index: int) -> list[Tensor]:
     trainer._backward(index)
     return [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+
+
+def test_a_model_with_experts_is_not_compiled() -> None:
+    """Its compiled gradients were wrong on an H100, and nothing but this says so to the trainer."""
+    assert not Decoder(SMALL, seed=0).compiles
+    assert Decoder(replace(SMALL, ffn=SwiGLU(hidden=16)), seed=0).compiles
+
+
+@on_a_gpu
+def test_a_model_with_experts_trains_uncompiled_on_a_gpu(run: RunConfig, dataset: Dataset) -> None:
+    trainer = assemble(run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
+    trainer.warm_up()
+    assert not trainer.compiled
+    assert not trainer.captured
 
 
 def test_micro_batches_change_rounding_only(run: RunConfig, dataset: Dataset) -> None:
