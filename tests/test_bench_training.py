@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from scipy import stats
 
 from analysis.logs.throughput import read_throughput
@@ -564,20 +566,68 @@ def test_the_figure_shows_utilisation_and_slowdowns_with_intervals() -> None:
     want = rows[rows["arm"] == "lowrank-qkv"]["mfu"] * 100
     assert heights["lowrank-qkv"] == pytest.approx(want.tolist())
     assert "transformer" not in {line.get_label() for line in right.lines}
-    (bars, _) = right.collections
+    (_, bars) = right.collections
     ends = [tuple(segment[:, 1]) for segment in bars.get_segments()]
     others = rows[rows["arm"] == "lowrank-all"]
     assert ends == [pytest.approx(pair) for pair in zip(others["slowdown_low"], others["slowdown_high"], strict=True)]
-    assert right.get_title(loc="left") == "aaaaaaaaaa: 1M; bbbbbbbbbb: 16M, 300M"
+    assert left.get_title(loc="left") == "A card, adamw\ncommits aaaaaaaaaa: 1M; bbbbbbbbbb: 16M, 300M"
     unknown = throughput_panels(rows.assign(mfu=np.nan)).axes[0]
     assert (unknown.get_ylabel(), unknown.get_yscale()) == ("thousand tokens a second", "log")
-    several = pd.concat([rows, rows.assign(gpus=2, parallel="ddp")])
-    assert [axes.get_title(loc="left") for axes in throughput_panels(several).axes[::2]] == [
+    several = throughput_panels(pd.concat([rows, rows.assign(gpus=2, parallel="ddp")])).axes
+    assert [axes.get_title(loc="left").split("\n")[0] for axes in several] == [
         "A card, adamw",
+        "",
         "A card, 2 GPUs (ddp), adamw",
+        "",
+        "transformer, A card",
     ]
     with pytest.raises(ValueError, match=r"transformer at 1M, .* was measured several times on A card, 1, none, adamw"):
         throughput_panels(pd.concat([rows, rows.assign(batch=3)]))
+
+
+def test_the_figure_names_every_arm_in_the_order_of_the_table() -> None:
+    rows = _drawn()
+    two = rows[(rows["size"] != "1M") & (rows["arm"] != "lowrank-all")]  # the first panel lacks an arm of the second
+    figure = throughput_panels(pd.concat([two.assign(fused=False), rows.assign(fused=True)]))
+    (legend,) = (legend for part in figure.subfigs for legend in part.legends)
+    assert [text.get_text() for text in legend.get_texts()] == ["transformer", "lowrank-qkv", "lowrank-all"]
+
+
+def test_what_is_compared_with_no_arm_has_a_line_beside_its_other_settings() -> None:
+    rows = _drawn()
+    alone = rows[(rows["arm"] == "transformer") & (rows["size"] == "300M")].assign(optimizer="muon", mfu=0.25)
+    (_, right, lines) = throughput_panels(pd.concat([rows, alone])).axes
+    assert right.collections
+    assert [text.get_text() for text in lines.get_yticklabels()] == ["300M: adamw", "300M: muon"]
+    drawn = [line.get_xdata()[0] for line in lines.lines if line.get_marker() == "o"]
+    assert drawn == pytest.approx([rows["mfu"][rows["size"] == "300M"].iloc[0] * 100, 25])
+
+    (single,) = throughput_panels(alone).axes
+    assert single.get_title(loc="left") == "transformer, A card\ncommit bbbbbbbbbb"
+    assert [text.get_text() for text in single.get_yticklabels()] == ["300M: muon"]
+
+    other = alone.assign(device="Another", commit=None)  # two devices and one commit of two known: both are named
+    (both,) = throughput_panels(pd.concat([alone, other])).axes
+    assert [text.get_text() for text in both.get_yticklabels()] == ["300M: A card, muon", "300M: Another, muon"]
+    texts = [text.get_text() for text in both.texts]
+    assert texts == ["25.0", "commit bbbbbbbbbb", "25.0", "commit unknown"]
+
+
+def test_no_text_of_the_figure_overlaps_another() -> None:
+    rows = _drawn()
+    settings = [
+        rows.assign(device=device, gpus=gpus, parallel="fsdp" if gpus > 1 else "none", fused=fused, commit=name * 40)
+        for device, gpus, fused, name in (("A card", 1, False, "c"), ("B card", 2, True, "d"))
+    ]
+    alone = rows[rows["arm"] == "transformer"].assign(optimizer="muon")
+    figure = throughput_panels(pd.concat([rows, *settings, alone]))
+    found = [text for part in (*figure.axes, *figure.subfigs[0].legends) for text in part.findobj(Text)]
+    # Numbers are left out: among them are labels of ticks beyond the axes, which are not drawn.
+    shown = [text for text in found if isinstance(text, Text) and text.get_visible()]
+    texts = [text for text in shown if text.get_text().strip("0123456789.")]
+    boxes = [text.get_window_extent() for text in texts]
+    pairs = itertools.combinations(zip(texts, boxes, strict=True), 2)
+    assert [(a.get_text(), b.get_text()) for (a, one), (b, two) in pairs if one.overlaps(two)] == []
 
 
 def test_plot_draws_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
