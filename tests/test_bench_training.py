@@ -545,7 +545,8 @@ def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: p
     slower = [row | {"gpus": 2, "tokens_per_second": 1.0} for row in rows[:6]]
     on_one = answer(rows[:6] + slower, ",gpus", ",1")["wall_clock"]
     assert (on_one["m"], on_one["source"]) == (pytest.approx(known["m"] / 1.5), "throughput measured on A card")
-    assert answer(rows[:6] + slower)["wall_clock"]["source"] == "throughput measured on A card, gpus 1, 2"
+    source = "throughput measured on A card, gpus 1, 2, mean over several settings (gpus) at 25k, 45k, 70k"
+    assert answer(rows[:6] + slower)["wall_clock"]["source"] == source
 
 
 def _drawn() -> pd.DataFrame:

@@ -6,7 +6,7 @@ states why they are not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -122,7 +122,8 @@ def rates_of_throughput(
     Each arm counts with the optimizer of its runs, and on as many GPUs if that was measured. Repeated measurements are
     averaged; the ratios at several batches and sequence lengths are combined by their geometric mean, those of several
     kinds (ONE_KIND), such as devices or commits, refused."""
-    found, reason, used, averaged = [], None, [], []
+    found, reason, used = [], None, []
+    averaged: dict[str, set[str]] = {}  # by size, what differs among the settings whose mean is taken
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
         at_size = measured[measured["size"] == size]
@@ -135,7 +136,8 @@ def rates_of_throughput(
         found.append(np.nan if isinstance(value, str) or why else value * per_token[1] / per_token[0])
         reason = reason or (why and f"at {size} {why}")
         used += settings
-        averaged += [size] if len(settings) > 1 else []
+        if len(settings) > 1:
+            averaged[size] = {name for name in SETTING if len({setting[name] for setting in settings}) > 1}
     wall = np.array(found, dtype=float)
     return Rates(wall, wall, _source(used, averaged) + _other_vocabulary(used, sizes), reason)
 
@@ -173,9 +175,8 @@ def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> t
     return [dict(zip(SETTING, setting, strict=True)) for setting in common], ratio
 
 
-def _source(used: Settings, averaged: Sequence[str]) -> str:
-    """Where throughput was measured, and whatever about it differs from size to size, or was averaged over at the sizes
-    `averaged`."""
+def _source(used: Settings, averaged: Mapping[str, set[str]]) -> str:
+    """Where throughput was measured, what about it differs from size to size, and what was averaged over at a size."""
     values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
     text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
     text += ", not fused" if values["fused"] == ["False"] else ""
@@ -186,8 +187,8 @@ def _source(used: Settings, averaged: Sequence[str]) -> str:
         if len(values[name]) > 1:
             text += f", {name} {some(values[name])}"
     if averaged:
-        over = [name for name in ("batch", "sequence") if len(values[name]) > 1]
-        text += f", mean over several settings ({', '.join(over) or 'of parallelism'}) at {some(averaged)}"
+        over = [name for name in SETTING if name in set().union(*averaged.values())]
+        text += f", mean over several settings ({', '.join(over)}) at {some(averaged)}"
     return text
 
 
