@@ -246,6 +246,9 @@ class _Runner:
         self._trainer = make_trainer(trial.run, model, task, trial.execution(world.device.type), world)
         if self._cuda:
             self._trainer.warm_up()
+            needed = torch.cuda.max_memory_allocated()
+            self._trainer.check_captured()  # by a step that is not compiled, whose memory is not the trial's
+            torch.cuda.reset_peak_memory_stats()
         self.outcome.captured = self._trainer.captured
         self._lendable = Lendable()
         lends = not alone and not self.outcome.captured
@@ -255,7 +258,7 @@ class _Runner:
         if lends:
             self._lendable.add(self._trainer.state().tensors.values())  # what the first steps added
         if self._cuda:
-            self.outcome.memory = torch.cuda.max_memory_allocated() - before
+            self.outcome.memory = max(needed, torch.cuda.max_memory_allocated()) - before
         self._lendable.lend()
 
     def turn(self) -> None:
