@@ -112,10 +112,40 @@ def test_a_captured_step_that_computes_something_else_is_refused(
     wrong = not 0.9 < factor < 1.1
     refused = pytest.raises(WorkFailed, match="set compile = false") if wrong else contextlib.nullcontext()
     with mock.patch("torch.cuda.get_device_name", return_value="a card"), refused:
-        trainer._check_captured(engine)
+        trainer.check_captured()
     engine._graph = None
     assert torch.equal(weights(trainer), weights(untouched))
     assert trainer.step().loss == untouched.step().loss  # and nothing of the check is left
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("Triton Error [CUDA]: out of memory")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_check_for_which_the_memory_is_too_small_is_left_out(
+    error: Exception, tiny_run: RunConfig, ahead: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, untouched = ahead(tiny_run), ahead(tiny_run)
+    engine = trainer._engine
+    assert engine is not None
+    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, 0, 1.0))
+    with mock.patch.object(torch.compiler, "set_stance", side_effect=error):  # between the graph and the model
+        trainer.check_captured()
+    assert "was not checked" in capsys.readouterr().out
+    engine._graph = None
+    assert trainer.step().loss == untouched.step().loss
+
+
+def test_only_a_captured_step_that_will_be_taken_is_checked(tiny_run: RunConfig, ahead: Callable[..., Trainer]) -> None:
+    trainer = ahead(tiny_run)
+    engine = trainer._engine
+    assert engine is not None
+    with mock.patch.object(engine, "rehearse", side_effect=AssertionError):
+        trainer.check_captured()
+        trainer.steps_done = tiny_run.train.steps
+        engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, 0, 1.0))
+        trainer.check_captured()
 
 
 @pytest.mark.parametrize(
@@ -260,6 +290,7 @@ def gpu_trainer(run: RunConfig, dataset: Dataset, **execution: object) -> Traine
     settings = Execution(**({"device": "cuda"} | execution))  # type: ignore[arg-type]  # checked by the class
     trainer = assemble(run, dataset, settings, World(0, 1, torch.device("cuda")))
     trainer.warm_up()
+    trainer.check_captured()
     return trainer
 
 
@@ -364,6 +395,7 @@ def test_a_gpu_checkpoint_goes_on_on_a_gpu_and_on_a_cpu(tiny_run: RunConfig, dat
     for resumed in (cpu, again):
         assert checkpoints.load_newest(tmp_path, tiny_run.run_id, resumed, ALONE) == []
     again.warm_up()
+    again.check_captured()
     for want in expected:
         assert again.step().loss == pytest.approx(want, rel=1e-3)
         assert cpu.step().loss == pytest.approx(want, rel=1e-2)

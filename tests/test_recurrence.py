@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def outcomes(function: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor
 def test_chunks_make_the_same_as_token_by_token(time: int, shared: bool, delta: bool) -> None:
     inputs = drawn(time, 3, shared, delta)
     for got, want in zip(outcomes(module.chunked, inputs), outcomes(token_by_token, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("shared", "delta"), [(True, False), (False, False), (False, True)])
+def test_documents_within_and_over_chunks_make_the_same_as_token_by_token(shared: bool, delta: bool) -> None:
+    """They begin at a chunk's first and last token, beside each other, and some cross chunks; each row has its own."""
+    begins = torch.zeros(2, 150, dtype=torch.int64)
+    begins[0, [0, 5, 63, 64, 65, 130]] = 1
+    begins[1, [0, 40, 149]] = 1
+    numbers = begins.flatten().cumsum(0).view(2, 150) - 1
+    packed, plain = (partial(function, numbers=numbers) for function in (module.chunked, token_by_token))
+    inputs = drawn(150, 3, shared, delta)
+    for got, want in zip(outcomes(packed, inputs), outcomes(plain, inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 

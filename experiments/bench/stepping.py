@@ -80,7 +80,8 @@ def measure(settings: Settings) -> list[Outcome]:
     """The outcomes of trials of one size, measured in turn, on as many GPUs as the largest of them has.
 
     Odd rounds take the trials in the opposite order, so that none always follows the one that heats the device most.
-    Raises DoesNotFit if a trial does not fit in memory, and WorkFailed if a loss is not finite.
+    Raises DoesNotFit if a trial does not fit in memory, and WorkFailed if a loss is not finite or a captured
+    step is not that of the model.
     """
     size = max(trial.gpus for trial in settings.trials)
     if size == 1:
@@ -246,6 +247,12 @@ class _Runner:
         self._trainer = make_trainer(trial.run, model, task, trial.execution(world.device.type), world)
         if self._cuda:
             self._trainer.warm_up()
+            needed = torch.cuda.max_memory_allocated()
+            try:
+                self._trainer.check_captured()  # by a step that is not compiled, whose memory is not the trial's
+            except WorkFailed as error:
+                raise WorkFailed(f"{trial.name}: {error}") from error
+            torch.cuda.reset_peak_memory_stats()
         self.outcome.captured = self._trainer.captured
         self._lendable = Lendable()
         lends = not alone and not self.outcome.captured
@@ -255,7 +262,7 @@ class _Runner:
         if lends:
             self._lendable.add(self._trainer.state().tensors.values())  # what the first steps added
         if self._cuda:
-            self.outcome.memory = torch.cuda.max_memory_allocated() - before
+            self.outcome.memory = max(needed, torch.cuda.max_memory_allocated()) - before
         self._lendable.lend()
 
     def turn(self) -> None:

@@ -312,6 +312,7 @@ class _Attempt:
         if world.device.type == "cuda":
             start = time.monotonic()
             trainer.warm_up()
+            trainer.check_captured()
             self._add_seconds("compile", start)
         self._saved_at = time.monotonic()
         return trainer

@@ -147,22 +147,26 @@ class Trainer:
         else:
             self._engine.warm_up(capture)
             self._evaluator.warm_up(self._engine.stream if capture else None)
-            if capture and not self.finished:
-                self._check_captured(self._engine)
         torch.cuda.synchronize()
 
-    def _check_captured(self, engine: Engine) -> None:
-        """Hold the captured step against the uncompiled model on the next batch, updating nothing.
+    def check_captured(self) -> None:
+        """Hold a captured step, if there is one, against the uncompiled model on the next batch, updating nothing.
 
         Raises WorkFailed if their loss or gradient differ by more than rounding can explain: a wrong program would
         train to a wrong number without a word.
         """
+        if self._engine is None or not self._engine.captured or self.finished:
+            return
         self._fill(self.steps_done, 1)
         try:
-            (loss, norm), (plain_loss, plain_norm) = engine.rehearse()
-        except torch.OutOfMemoryError:
+            (loss, norm), (plain_loss, plain_norm) = self._engine.rehearse()
+        except RuntimeError as error:
+            if "out of memory" not in str(error):  # of torch, or of Triton, which raises no torch.OutOfMemoryError
+                raise
             print("the compiled step was not checked: the memory is too small for one that is not compiled", flush=True)
             return
+        finally:  # The step that was not compiled needs more memory than training will: leave it to other processes.
+            torch.cuda.empty_cache()
         if not _agree(loss, plain_loss) or not _agree(norm, plain_norm):
             raise WorkFailed(
                 f"the compiled step has loss {loss:.4g} and gradient norm {norm:.4g} where the same model uncompiled "
