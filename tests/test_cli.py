@@ -65,6 +65,8 @@ def test_every_argument_says_what_it_is() -> None:
     helps = [action.help or "" for _, action in arguments_of(parser()) if action.dest == "convention"]
     assert len(helps) == 7
     assert all(name in text for text in helps for name in CONVENTIONS)
+    # choose_convention takes 6N_active D only where it is asked for.
+    assert all("6N_nonemb D' or '6N_active D' (default: the first of the first four" in text for text in helps)
 
 
 def test_the_runs_in_examples_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ import pytest
 from planted import pairs_of, write_sweep
 
 from analysis.advantage.changing import reported
-from analysis.advantage.measured import measured
+from analysis.advantage.measured import _noise_over_sizes, measured
 from analysis.advantage.multiplier import compare
+from analysis.advantage.paired import local_multipliers
 from analysis.advantage.planning import Ladder, Simulated, World, cheapest, in_order, ladder_of, prospects
 from analysis.logs.store import load
 from experiments.cli.main import main
@@ -119,6 +120,28 @@ def test_errors_that_go_together_over_sizes_cost_coverage() -> None:
         coverage.append(float(((low < math.log(1.33)) & (math.log(1.33) < high)).mean()))
     assert coverage[0] > 0.94
     assert coverage[1] < 0.9
+
+
+def test_seeds_that_scatter_more_at_small_sizes_leave_the_noise_of_the_arms() -> None:
+    """The seeds and noise of experiments/sweeps/mini-scaling.toml, arms that scatter by .0015 around their laws, 60
+    stores at once. With the seeds' noise of all sizes taken to be one, the arms' came out as 0."""
+    random = np.random.default_rng(0)
+    compute = np.array([2.5e14, 1.7e15, 7.5e15, 1.7e16, 3.3e16, 5.9e16])
+    seeds, noise = (16, 8, 5, 3, 3, 3), (0.01, 0.004, 0.003, 0.0025, 0.002, 0.002)
+    laws, squares = [], 0.0
+    for _ in range(60):
+        law = 1.2 + 0.39 * (compute / 7e15) ** -0.3
+        y0, y1 = (law + 0.0015 * random.standard_normal(6) for _ in range(2))
+        differences = tuple(
+            a - b + math.sqrt(2) * sd * random.standard_normal(n)
+            for a, b, sd, n in zip(y0, y1, noise, seeds, strict=True)
+        )
+        y1 = y0 - np.array([each.mean() for each in differences])
+        each = replace(pairs_of(compute, y0, y1), seeds=seeds, differences=differences)
+        laws.append((each, local_multipliers(compute, compute, y0[None], y1[None])))
+        squares += sum(float(((d - d.mean()) ** 2).sum()) / 2 for d in differences)
+    pooled = math.sqrt(squares / (60 * (sum(seeds) - 6)))
+    assert _noise_over_sizes(laws, pooled)["arm_noise"][0] == pytest.approx(0.0015, rel=0.25)
 
 
 def test_noise_is_taken_from_finished_runs_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from analysis.advantage.multiplier import comparable
 from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
 from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.planning import World
+from analysis.advantage.seeds import noise_by_size
 from analysis.laws.solver import Floats
 from analysis.logs.learning import failed_runs
 from analysis.logs.schema import CONVENTIONS, axis_columns, fact_columns
@@ -40,9 +41,9 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
 
     Seed noise is the standard deviation of paired seeds' loss differences over the square root of 2, pooled over arms
     and sizes; with one arm, the standard deviation over its seeds. The arms' noise is the part of the variance of the
-    differences about a constant m that seed noise does not explain. Shared noise is the part of the variance of the
-    arms' mean loss about the law that the other two do not explain. Estimates of variance below zero become zero. The
-    law is that of the baseline and the first arm with enough sizes.
+    differences about a constant m that the seed noise of each size does not explain. Shared noise is the part of the
+    variance of the arms' mean loss about the law that the other two do not explain. Estimates of variance below zero
+    become zero. The law is that of the baseline and the first arm with enough sizes.
     """
     found: dict[str, tuple[float, str]] = {}
     rows, _ = usable(runs)
@@ -103,7 +104,7 @@ def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dic
         differences = float(((scale * (local.ln_m[0] - local.mean[0])) ** 2).sum()) / (sizes - 1)
         means = (pairs.y0 + pairs.y1) / 2 - E
         means -= (local.reducible[0] + local.law.a1[0] * (pairs.c1 / local.law.unit) ** -g) / 2
-        of_seeds = seed_noise**2 * float(np.mean(1 / np.array(pairs.seeds)))
+        of_seeds = float(_of_seeds(pairs, seed_noise).mean())
         own += (sizes - 1) * (differences / 2 - of_seeds)
         shared += (sizes - 3) * (float((means**2).sum()) / (sizes - 3) - differences / 4)
         dof_own, dof_shared = dof_own + sizes - 1, dof_shared + sizes - 3
@@ -114,6 +115,15 @@ def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dic
             ("shared_noise", shared, dof_shared, "mean losses"),
         )
     }
+
+
+def _of_seeds(pairs: Pairs, seed_noise: float) -> Floats:
+    """The variance of an arm's mean loss at each size [S] that is due to seeds. Small models scatter more and have more
+    seeds, so that one `seed_noise` for all sizes would leave nothing for the noise of the arms; it stands for sizes
+    whose own noise is not known."""
+    pooled: Floats = seed_noise**2 / np.array(pairs.seeds, dtype=float)
+    own = noise_by_size(pairs.c0, pairs.differences)
+    return pooled if own is None else np.where(own.variance[0] > 0, own.variance[0] / 2, pooled)
 
 
 def _shape(pairs: Pairs, local: Local) -> dict[str, tuple[float, str]]:

@@ -3,7 +3,7 @@
 The spread of the local multipliers about their line gives one variance for all sizes. But small models scatter more:
 in results/measured/h200/mini-rates two seeds differ three times as much at 1M parameters as at 3M. The smallest size
 also decides the line at its own compute, so its error there is not in the spread: with noise that falls from .02 nats
-at the smallest of six sizes to .003 at the largest, the 95% band of m(C) at the smallest covers .74. So the variance of
+at the smallest of six sizes to .003 at the largest, the 95% band of m(C) at the smallest covers .76. So the variance of
 the line is held to be at least that which the seeds of each size show.
 
 Legend: K comparisons at once, S sizes.

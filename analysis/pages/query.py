@@ -171,7 +171,9 @@ def cautions(runs: pd.DataFrame, by: Sequence[str]) -> list[str]:
     ]
     axes = [name for name in axis_columns(map(str, runs)) if name not in by and _unlike_shares(learned, by, name)]
     if axes:
-        found.append(f"the groups hold unlike shares of the values of {', '.join(axes)}: add it to --by, or choose one")
+        found.append(
+            f"the groups hold unlike shares of the values of {', '.join(axes)}: add to --by, or choose by --where"
+        )
     timed = runs[(runs["status"] == "complete") & runs["tokens_per_second"].notna()]
     clocks = timed["clock"].dropna()
     if others := int((clocks != "alone").sum()):

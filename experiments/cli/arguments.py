@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 STORES = Path("results/runs")
 DEMO_RUN = "transformer-25k-s0-a0660ab020"  # one of `make demo`, for examples
 PUBLISHED = Path("results/published")
-CONVENTIONS = "exact, given, 6ND, '6N_active D' or '6N_nonemb D'"  # of counting FLOPs, for help
+CONVENTIONS = "exact, given, 6ND, '6N_nonemb D' or '6N_active D'"  # of counting FLOPs, for help
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 STORE_LEGEND = (
     "a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "
@@ -91,7 +91,7 @@ def format_argument(verb: argparse.ArgumentParser) -> None:
 
 
 def convention_argument(verb: argparse.ArgumentParser, text: str = "how FLOPs are counted") -> None:
-    text = f"{text}: {CONVENTIONS} (default: the first of them that the table has)"
+    text = f"{text}: {CONVENTIONS} (default: the first of the first four that the table has)"
     verb.add_argument("--convention", help=text)
 
 
