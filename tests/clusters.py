@@ -21,6 +21,12 @@ from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm
 
 SCRIPTS = Path(__file__).parent.parent / "slurm" / "cluster"
+ON_THE_CLUSTER = [  # the marks of a file whose tests share one cluster
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.xdist_group("slurm"),  # one worker, one cluster
+]
 PROFILE = Profile("slurm", slurm=Slurm("low", signal_seconds=30), default=Job(device="cpu", hours=0.5))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -13,21 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.text import Text
 from scipy import stats
 
-from analysis.logs.throughput import read_throughput
 from analysis.pages.throughput_figures import throughput_panels
 from experiments.bench import stepping
 from experiments.bench.stepping import Kernel, Outcome, Settings, measure, most_expensive
 from experiments.bench.throughput import COLUMNS, PEAKS, difference, machine, merge, ratio, rows_of, table
 from experiments.bench.training import render
 from experiments.bench.trials import DEFAULT_ARMS, Request, Trial, trials
-from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.cli.main import main
 from experiments.design.forecast import evaluated_tokens
 from experiments.design.sweep import load_sweep, read_sweep
-from experiments.models.decoder import Decoder
 from experiments.training.assembly import make_trainer
 from experiments.training.parallel import World
 from experiments.training.trainer import MICRO_BATCH_TOKENS, Trainer
@@ -310,58 +305,6 @@ def test_what_needs_more_memory_and_more_processes_is_prepared_first() -> None:
     assert order == [("lowrank-qkv", 2), ("lowrank-qkv", 1), ("transformer", 2), ("transformer", 1)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_arm_lends_its_memory_between_its_turns(optimizer: str) -> None:
-    (trial,) = chosen(arms=("lowrank-qkv",), optimizers=(optimizer,))
-    runner = stepping._Runner(trial, ALONE, 0.0, alone=False)
-    parameters = [parameter.detach() for parameter in runner._trainer.model.parameters()]
-    fresh = Decoder(trial.run.model, trial.run.seed)
-    for _ in range(2):
-        assert {parameter.untyped_storage().nbytes() for parameter in parameters} == {0}
-        runner._lendable.take_back()
-        for mine, theirs in zip(parameters, fresh.parameters(), strict=True):
-            assert float(mine.std()) == pytest.approx(float(theirs.detach().std()), rel=0.3)
-            assert theirs.min() <= mine.min()
-            assert mine.max() <= theirs.max()
-        runner._lendable.lend()
-        runner.turn()
-    assert len(runner.outcome.seconds) == 2
-
-
-def test_memory_that_was_lent_comes_back_with_the_same_spread() -> None:
-    state = {"weights": 0.02 * torch.randn(300, 400) + 0.1, "squares": torch.rand(5000) ** 8, "gains": torch.ones(9)}
-    state |= {"zeros": torch.zeros(2, 3), "step": torch.tensor(7.0), "tokens": torch.arange(4)}
-    kept = {name: tensor.clone() for name, tensor in state.items()}
-    lendable = Lendable()
-    lendable.add(state.values())
-    lendable.lend()
-    assert state["weights"].untyped_storage().nbytes() == 0
-    lendable.take_back()
-    for name in ("gains", "zeros", "step", "tokens"):
-        assert torch.equal(state[name], kept[name])
-    assert not torch.equal(state["weights"], kept["weights"])
-    assert float(state["weights"].mean()) == pytest.approx(0.1, abs=1e-3)
-    assert float(state["weights"].std()) == pytest.approx(0.02, rel=0.02)
-    assert state["squares"].min() >= 0
-
-
-def test_large_matrices_repeat_their_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.bench.weights._DRAWN", 64)
-    run = chosen(arms=("lowrank-all",))[0].run
-    plain = Decoder(run.model, 0)
-    with RepeatedDraws():
-        quick = Decoder(run.model, 0)
-    large = [p for p in quick.parameters() if p.dim() == 2 and p.numel() > 64]
-    assert large
-    for (name, mine), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
-        assert mine.shape == theirs.shape
-        assert float(mine.detach().std()) == pytest.approx(float(theirs.detach().std()), rel=0.5), name
-    rows = 64 // run.model.width
-    assert torch.equal(quick.embedding.weight[:rows], quick.embedding.weight[rows : 2 * rows])
-    with RepeatedDraws(), torch.device("meta"):
-        assert {parameter.device.type for parameter in Decoder(run.model, 0).parameters()} == {"meta"}
-
-
 def test_complete_rounds_are_kept_when_it_is_interrupted(
     bench: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -380,35 +323,6 @@ def test_complete_rounds_are_kept_when_it_is_interrupted(
     assert "25k: 2 rounds" in out
     assert "interrupted" in err
     assert pd.read_parquet(tmp_path / "t.parquet")["rounds"].tolist() == [2, 2]
-
-
-def fitting(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers of batches beyond `most` sequences run out of memory."""
-
-    def made(run: Any, *others: Any) -> Trainer:
-        if run.train.batch_sequences > most:
-            raise torch.OutOfMemoryError
-        return make_trainer(run, *others)
-
-    monkeypatch.setattr(stepping, "make_trainer", made)
-
-
-def test_a_batch_that_does_not_fit_is_halved_and_told(
-    bench: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fitting(3, monkeypatch)
-    code, out, err = bench("25k", "--arms", *TWO, "--rounds", "1", "--json")
-    assert code == 0
-    assert {row["batch"] for row in json.loads(out)} == {2}
-    assert "25k lowrank-qkv adamw: a batch of 8 sequences of 128 tokens does not fit" in err
-    assert "; 2 fit and are measured" in err
-    code, out, err = bench("25k", "--arms", *TWO, "--batch", "6", "--rounds", "1")
-    assert (code, out) == (2, "")
-    assert "a batch of 6 sequences of 128 tokens does not fit in 0 GiB; 3 fit: --batch 3" in err
-    fitting(0, monkeypatch)
-    code, _, err = bench("25k", "--arms", *TWO)
-    assert code == 1
-    assert "nor does any smaller one; give a shorter --sequence" in err
 
 
 @pytest.mark.parametrize(
@@ -510,144 +424,3 @@ def test_on_a_gpu_a_step_takes_what_events_around_it_say(captured: bool, monkeyp
     assert np.median(runner.outcome.seconds) == pytest.approx(begin.elapsed_time(end) / 1e3 / steps, rel=0.2)
     assert runner.outcome.memory is not None
     assert 0.2 < runner.outcome.memory / 2**30 < 2  # without that of the check
-
-
-def test_throughput_of_several_commits_is_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = [trial for size in ("25k", "45k", "70k") for trial in chosen(size)]
-    rows = [
-        row | {"commit": commit}
-        for commit in ("abc", "def")
-        for pair in (found[0:2], found[2:4], found[4:6])
-        for row in rows_of(pair, [Outcome([1.0]), Outcome([1.5])], None, WHERE)
-    ]
-    counts = {"25k": 1e3, "45k": 2e3, "70k": 4e3}
-    points = [f"{arm},{size},{count},1e6,{3 - count / 1e4}" for size, count in counts.items() for arm in TWO]
-
-    def answer(rows: list[dict[str, Any]], columns: str = "", cells: str = "") -> Any:
-        (tmp_path / "p.csv").write_text("\n".join([f"arm,size,N,D,loss{columns}", *(row + cells for row in points)]))
-        table(rows).to_parquet(tmp_path / "t.parquet")
-        command = ["table", str(tmp_path / "p.csv"), "--baseline", "transformer", "--json"]
-        assert main([*command, "--throughput", str(tmp_path / "t.parquet")]) == 0
-        return json.loads(capsys.readouterr().out)[0]
-
-    assert answer(rows)["no_clock"] == "at 25k the throughput is of several commits (abc, def)"
-    split = [row for row in rows if (row["commit"] == "abc") == (row["arm"] == "transformer")]
-    words = (
-        "is at no equal batch, sequence, gpus, parallel, micro_batches, recompute, fused, vocabulary, "
-        "device, versions, commit"
-    )
-    assert words in answer(split)["no_clock"]
-    by_size = [row for row in rows if (row["commit"] == "abc") == (row["size"] == "25k")]
-    found = answer(by_size)
-    assert found["wall_clock"]["source"] == "throughput measured on A card, of several commits (abc, def)"
-    muon = [row | {"optimizer": "muon"} for row in rows[:6]]
-    reason = "at 25k the throughput is of several optimizers, and the runs do not say which they used"
-    assert answer(rows[:6] + muon)["no_clock"] == reason
-    known = answer(rows[:6] + muon, ",train.optimizer", ",muon")
-    assert known["wall_clock"]["m"] == pytest.approx(known["m"] / 1.5)
-    unfused = [row | {"fused": False} for row in rows[:6]]
-    found = answer(rows[:6] + unfused)["no_clock"]
-    assert found == "at 25k the throughput is of several settings of fused (False, True)"
-    assert answer(unfused)["wall_clock"]["source"] == "throughput measured on A card, not fused"
-    slower = [row | {"gpus": 2, "tokens_per_second": 1.0} for row in rows[:6]]
-    on_one = answer(rows[:6] + slower, ",gpus", ",1")["wall_clock"]
-    assert (on_one["m"], on_one["source"]) == (pytest.approx(known["m"] / 1.5), "throughput measured on A card")
-    source = "throughput measured on A card, gpus 1, 2, mean over several settings (gpus) at 25k, 45k, 70k"
-    assert answer(rows[:6] + slower)["wall_clock"]["source"] == source
-
-
-def _drawn() -> pd.DataFrame:
-    """Rows of three sizes, the first without an MFU, at two commits."""
-    made = []
-    for size, peak in (("1M", 989e12), ("16M", 989e12), ("300M", 989e12)):
-        found = chosen(size, ("transformer", "lowrank-qkv", "lowrank-all"))
-        outcomes = [Outcome([f * 0.1, f * 0.102, f * 0.099]) for f in (1.0, 1.1, 1.4)]
-        made += rows_of(found, outcomes, peak, WHERE | {"commit": "a" * 40 if size == "1M" else "b" * 40})
-    return table(made)
-
-
-def test_the_figure_shows_utilisation_and_slowdowns_with_intervals() -> None:
-    rows = _drawn()
-    left, right = throughput_panels(rows).axes
-    assert [text.get_text() for text in left.get_xticklabels()] == ["1M", "16M", "300M"]
-    heights = {line.get_label(): line.get_ydata() for line in left.lines}
-    want = rows[rows["arm"] == "lowrank-qkv"]["mfu"] * 100
-    assert heights["lowrank-qkv"] == pytest.approx(want.tolist())
-    assert "transformer" not in {line.get_label() for line in right.lines}
-    (_, bars) = right.collections
-    ends = [tuple(segment[:, 1]) for segment in bars.get_segments()]
-    others = rows[rows["arm"] == "lowrank-all"]
-    assert ends == [pytest.approx(pair) for pair in zip(others["slowdown_low"], others["slowdown_high"], strict=True)]
-    assert left.get_title(loc="left") == "A card, adamw\ncommits aaaaaaaaaa: 1M; bbbbbbbbbb: 16M, 300M"
-    unknown = throughput_panels(rows.assign(mfu=np.nan)).axes[0]
-    assert (unknown.get_ylabel(), unknown.get_yscale()) == ("thousand tokens a second", "log")
-    several = throughput_panels(pd.concat([rows, rows.assign(gpus=2, parallel="ddp")])).axes
-    assert [axes.get_title(loc="left").split("\n")[0] for axes in several] == [
-        "A card, adamw",
-        "",
-        "A card, 2 GPUs (ddp), adamw",
-        "",
-        "transformer, A card",
-    ]
-    with pytest.raises(ValueError, match=r"transformer at 1M, .* was measured several times on A card, 1, none, adamw"):
-        throughput_panels(pd.concat([rows, rows.assign(batch=3)]))
-
-
-def test_the_figure_names_every_arm_in_the_order_of_the_table() -> None:
-    rows = _drawn()
-    two = rows[(rows["size"] != "1M") & (rows["arm"] != "lowrank-all")]  # the first panel lacks an arm of the second
-    figure = throughput_panels(pd.concat([two.assign(fused=False), rows.assign(fused=True)]))
-    (legend,) = (legend for part in figure.subfigs for legend in part.legends)
-    assert [text.get_text() for text in legend.get_texts()] == ["transformer", "lowrank-qkv", "lowrank-all"]
-
-
-def test_what_is_compared_with_no_arm_has_a_line_beside_its_other_settings() -> None:
-    rows = _drawn()
-    alone = rows[(rows["arm"] == "transformer") & (rows["size"] == "300M")].assign(optimizer="muon", mfu=0.25)
-    (_, right, lines) = throughput_panels(pd.concat([rows, alone])).axes
-    assert right.collections
-    assert [text.get_text() for text in lines.get_yticklabels()] == ["300M: adamw", "300M: muon"]
-    drawn = [line.get_xdata()[0] for line in lines.lines if line.get_marker() == "o"]
-    assert drawn == pytest.approx([rows["mfu"][rows["size"] == "300M"].iloc[0] * 100, 25])
-
-    (single,) = throughput_panels(alone).axes
-    assert single.get_title(loc="left") == "transformer, A card\ncommit bbbbbbbbbb"
-    assert [text.get_text() for text in single.get_yticklabels()] == ["300M: muon"]
-
-    other = alone.assign(device="Another", commit=None)  # two devices and one commit of two known: both are named
-    (both,) = throughput_panels(pd.concat([alone, other])).axes
-    assert [text.get_text() for text in both.get_yticklabels()] == ["300M: A card, muon", "300M: Another, muon"]
-    texts = [text.get_text() for text in both.texts]
-    assert texts == ["25.0", "commit bbbbbbbbbb", "25.0", "commit unknown"]
-
-
-def test_no_text_of_the_figure_overlaps_another() -> None:
-    rows = _drawn()
-    settings = [
-        rows.assign(device=device, gpus=gpus, parallel="fsdp" if gpus > 1 else "none", fused=fused, commit=name * 40)
-        for device, gpus, fused, name in (("A card", 1, False, "c"), ("B card", 2, True, "d"))
-    ]
-    alone = rows[rows["arm"] == "transformer"].assign(optimizer="muon")
-    figure = throughput_panels(pd.concat([rows, *settings, alone]))
-    found = [text for part in (*figure.axes, *figure.subfigs[0].legends) for text in part.findobj(Text)]
-    # Numbers are left out: among them are labels of ticks beyond the axes, which are not drawn.
-    shown = [text for text in found if isinstance(text, Text) and text.get_visible()]
-    texts = [text for text in shown if text.get_text().strip("0123456789.")]
-    boxes = [text.get_window_extent() for text in texts]
-    pairs = itertools.combinations(zip(texts, boxes, strict=True), 2)
-    assert [(a.get_text(), b.get_text()) for (a, one), (b, two) in pairs if one.overlaps(two)] == []
-
-
-def test_plot_draws_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _drawn().to_parquet(tmp_path / "t.parquet")
-    assert main(["plot", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "figures")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'figures' / 'training.svg'}\n"
-
-
-def test_the_measured_file_is_one_that_bench_train_merges_with_and_plot_draws() -> None:
-    path = SWEEPS.parents[1] / "results" / "measured" / "h200" / "training.parquet"
-    rows = pd.read_parquet(path)
-    assert list(rows.columns) == list(COLUMNS)
-    assert rows["commit"].notna().all()
-    throughput_panels(rows)
-    assert len(read_throughput(path)) == len(rows)

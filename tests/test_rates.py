@@ -108,16 +108,19 @@ def test_rates_that_were_chosen_elsewhere_are_told(answer: Any) -> None:
     assert answer(sweep(lambda *_: np.zeros(1), {"base": 0.5, "new": 0.0}), HEADER)["notes"] == []
 
 
+def unlike(rest: Callable[[str, int], str] = lambda *_: "") -> Iterator[str]:
+    """Two arms, two seeds of each size; 4096 in one arm and 8192 in the other; `rest` of arm and seed."""
+    for arm, m, value in (("base", 1.0, 4096), ("new", M, 8192)):
+        for i, compute in enumerate(COMPUTE):
+            for seed in range(2):
+                yield f"{arm},s{i},{seed},{compute},{law(m, compute)},{value}{rest(arm, seed)}"
+
+
 def test_recipes_that_differ_and_facts_that_some_seeds_lack_are_told(answer: Any) -> None:
     """Another batch in one arm is a note, since an arm may have a recipe of its own; a fact that seeds of one arm and
     size lack is a warning, since they may be of another configuration."""
-    rows = [
-        f"{arm},s{i},{seed},{compute},{law(m, compute)},{batch},{'' if arm == 'new' and seed else 8}"
-        for arm, m, batch in (("base", 1.0, 4096), ("new", M, 8192))
-        for i, compute in enumerate(COMPUTE)
-        for seed in range(2)
-    ]
-    found = answer(iter(rows), "arm,size,seed,C,loss,train.batch_tokens,conv.rank")
+    rows = unlike(lambda arm, seed: "," if arm == "new" and seed else ",8")
+    found = answer(rows, "arm,size,seed,C,loss,train.batch_tokens,conv.rank")
     assert found["notes"] == ["the arms differ in train.batch_tokens: 4096 in base, 8192 in new"]
     assert "conv.rank is recorded of some runs of one arm and size, and not of row 12, row 14" in found["status"]
 
@@ -125,13 +128,7 @@ def test_recipes_that_differ_and_facts_that_some_seeds_lack_are_told(answer: Any
 def test_losses_over_unlike_vocabularies_are_told(answer: Any) -> None:
     """A loss a token of 8192 tokens is another quantity than one of 4096. Where a table has no hash of the tokenizer,
     the sizes of the vocabularies tell."""
-    rows = [
-        f"{arm},s{i},{seed},{compute},{law(m, compute)},{vocabulary}"
-        for arm, m, vocabulary in (("base", 1.0, 4096), ("new", M, 8192))
-        for i, compute in enumerate(COMPUTE)
-        for seed in range(2)
-    ]
-    found = answer(iter(rows), "arm,size,seed,C,loss,vocabulary")
+    found = answer(unlike(), "arm,size,seed,C,loss,vocabulary")
     assert "vocabulary is not the same within 10 of 10 pairs (4096, 8192)" in found["status"]
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from clusters import PROFILE, SCRIPTS, ask, call, cluster, hasten, log_of, losses, submit, wait_until
+from clusters import ON_THE_CLUSTER, PROFILE, SCRIPTS, ask, call, cluster, hasten, log_of, losses, submit, wait_until
 from launches import Submit, state_of
 from texts import CHEAP_SWEEP
 
@@ -27,12 +27,7 @@ from experiments.launching.profile import Job, Slurm
 from experiments.training.run import Run
 
 __all__ = ["cluster", "submit"]  # fixtures
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.usefixtures("cluster"),
-    pytest.mark.xdist_group("slurm"),  # one worker, one cluster
-]
+pytestmark = ON_THE_CLUSTER
 
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from clusters import (
+    ON_THE_CLUSTER,
     PROFILE,
     SCRIPTS,
     ask,
@@ -30,12 +31,7 @@ from experiments.launching import submit as launch
 from experiments.launching.profile import Slurm
 
 __all__ = ["cluster", "submit"]  # fixtures
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.usefixtures("cluster"),
-    pytest.mark.xdist_group("slurm"),  # one worker, one cluster
-]
+pytestmark = ON_THE_CLUSTER
 
 REAL = shutil.which("sbatch")
 HELD = replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""}))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from clusters import PROFILE, ask, cluster, submit, wait_until
+from clusters import ON_THE_CLUSTER, PROFILE, ask, cluster, submit, wait_until
 from launches import Submit
 from texts import CHEAP_SWEEP
 
@@ -23,12 +23,7 @@ from experiments.launching import data_jobs
 from experiments.launching.profile import DataJobs
 
 __all__ = ["cluster", "submit"]  # fixtures
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.usefixtures("cluster"),
-    pytest.mark.xdist_group("slurm"),  # one worker, one cluster
-]
+pytestmark = ON_THE_CLUSTER
 
 
 def test_data_is_built_by_arrays_and_resumed(
