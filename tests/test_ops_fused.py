@@ -257,11 +257,10 @@ def test_the_operator_is_what_torch_wants() -> None:
     )
     one = inputs_of(replace(case, segments=(128,)), 7)
     two = inputs_of(replace(case, segments=(16, 16)), 7)
-    torch.library.opcheck(
-        torch.ops.dynconv.lowrank_gated.default,
-        (*two.values(), 16, True),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    torch.library.opcheck(torch.ops.dynconv.lowrank_gated.default, (*two.values(), 16, True))
+    dy = torch.randn(1, 9, 16, dtype=torch.bfloat16, device=DEVICE)
+    inputs = [tensor.detach() for tensor in two.values()]
+    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, True))
     added = torch.randn(1, 9, 128, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.dynconv.lowrank_joined.default, (*one.values(), None, added, 128, 1, True))
     q, k, v = lowrank_rotary_convolution(*arguments)

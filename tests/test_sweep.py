@@ -313,6 +313,9 @@ def test_arms_that_are_alike_and_rates_at_which_nothing_learns_are_noted(tmp_pat
     (high,) = notes(read_sweep(write(tmp_path, f"{TEXT}\n[train]\nlearning_rate = 3e4\n")))
     assert high.startswith("no model learns at a learning rate above 1; got 30000 of transformer ")
     assert high.endswith(" and 5 more")
+    for rates in ("[3e4, 1e-3]", "[1e-3, 3e4]"):
+        (high,) = notes(read_sweep(write(tmp_path, f"{TEXT}\n[vary]\nlearning_rate = {rates}\n")))
+        assert high.endswith(" and 5 more")
     assert not [note for path in SHIPPED for note in notes(read_sweep(path)) if "alone" in note or "no model" in note]
 
 

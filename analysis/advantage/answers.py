@@ -31,7 +31,9 @@ class Clock(Answer):
     m_at_cmax_ci: Interval | None = None
     source: str = ""  # where the seconds were measured
     family_ci: Interval | None = None  # as of Multiplier
-    interval_at: Callable[[float], Interval] | None = field(default=None, repr=False, compare=False)
+    interval_at: Callable[[float], Interval] | None = field(
+        default=None, repr=False, compare=False, metadata={"json": False}
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Multiplier:
     family_ci: Interval | None = None  # simultaneous over all arms at 95% (family.py); equals `ci` for a single arm
     family: int = 1  # how many arms have an interval
     # The interval that misses m with a given probability; None without an interval.
-    interval_at: Callable[[float], Interval] | None = field(default=None, repr=False, compare=False)
+    interval_at: Callable[[float], Interval] | None = field(
+        default=None, repr=False, compare=False, metadata={"json": False}
+    )
     method: str
     constant_m_p: float | None = None  # p-value of the test that m is constant; None below three sizes
     m_at_cmax: float  # at the largest compute, read off the line of local ln m under the law in which m changes

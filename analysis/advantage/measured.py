@@ -55,7 +55,7 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
         for arm in arms:
             with contextlib.suppress(ValueError):  # an arm that cannot be compared contributes nothing to the estimates
                 two = rows[rows["arm"].isin([baseline, arm])]
-                both, _, _ = comparable(two, baseline, CONVENTIONS[convention], failed_runs(runs))
+                both, _, _ = comparable(two, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
                 paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
         paired = [each for each in paired if len(each.sizes) > 1]
     seeds = _seed_noise(paired, rows, CONVENTIONS[convention])

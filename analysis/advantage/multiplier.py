@@ -87,7 +87,7 @@ def multipliers(
         try:
             _require_learned(rows, (arm, baseline))
             mine = rows[rows["arm"].isin([baseline, arm])]
-            both, tuned, lines = comparable(mine, baseline, CONVENTIONS[convention], failed_runs(runs))
+            both, tuned, lines = comparable(mine, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
             if tuned:
                 failures = unlearned(two, both, rate_column(both))
                 lines += uncounted(two, failures)
@@ -116,7 +116,7 @@ def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
 
 
 def comparable(
-    rows: pd.DataFrame, baseline: str, column: str, failed: pd.DataFrame | None = None
+    rows: pd.DataFrame, arm: str, baseline: str, column: str, failed: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
     """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
     and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
@@ -126,7 +126,6 @@ def comparable(
     require_one_configuration(rows)
     rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
     lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
-    (arm,) = set(rows["arm"]) - {baseline} or {baseline}
     lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
     return rows, tuned, lines + recipes(rows, arm, baseline)
 

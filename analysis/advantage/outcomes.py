@@ -172,7 +172,7 @@ def _of_task(
         two = runs[runs["arm"].isin([baseline, arm])]
         try:
             pair = done[done["arm"].isin([baseline, arm])]
-            both, tuned, lines = comparable(pair, baseline, column, failed_runs(runs))
+            both, tuned, lines = comparable(pair, arm, baseline, column, failed_runs(runs))
         except ValueError as error:
             notes.append(f"no answer for {arm}: {error}")
             continue

@@ -45,8 +45,11 @@ def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> f
 def at_best_setting(runs: pd.DataFrame) -> pd.DataFrame:
     """Of each arm, size and budget, the runs at the setting of learning rate and [vary] axes whose mean loss is least.
 
-    A mean over settings, of which some are bad on purpose, is no property of an arm.
+    A mean over settings, of which some are bad on purpose, is no property of an arm. These are the losses as they are:
+    what is claimed goes by `laws.rates.at_best_rates`, which gives back what choosing the least of noisy losses took,
+    and refuses unstable rates.
     """
+    runs = runs[runs["loss"].notna()]
     rate = rate_column(runs)
     settings = list(dict.fromkeys([*axis_columns(runs), *([rate] if rate else [])]))
     if not settings:

@@ -161,7 +161,7 @@ def _spent_by_arm(runs: pd.DataFrame, column: str, label: str, baseline: str) ->
 
 def _what_lines_join(runs: pd.DataFrame) -> str:
     """A word on the lines where runs of one size differ in learning rate or other axes; else nothing."""
-    return "lines: each size's best setting" if len(at_best_setting(runs)) < len(runs) else ""
+    return "lines: each size's best setting" if len(at_best_setting(runs)) < runs["loss"].count() else ""
 
 
 def ablation_panels(rows: pd.DataFrame, baseline_loss: float | None) -> Figure:

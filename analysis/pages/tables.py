@@ -33,7 +33,8 @@ def to_json(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value) if item.repr}
+        named = {item.name: getattr(value, item.name) for item in fields(value) if item.metadata.get("json", True)}
+        return {name: _plain(own) for name, own in named.items()}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if value is None or isinstance(value, str | int):

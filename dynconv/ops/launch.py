@@ -71,8 +71,10 @@ class _Record:
         ]
         returned = [None if r is None else index[id(r)] for r in results]
 
+        quick, filled = _allocations(device)
+
         def repeat_pass(*inputs: Tensor | None) -> tuple[Any, ...]:  # each result is a Tensor or None
-            allocate = _allocation(device)
+            allocate = filled if torch.are_deterministic_algorithms_enabled() else quick
             tensors: list[Any] = [*inputs]
             for shape, strides, dtype, zero, source in allocations:
                 tensor = allocate(shape, strides, dtype)
@@ -103,16 +105,20 @@ class _Record:
         return repeat_pass
 
 
-def _allocation(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
-    """A function that allocates an uninitialised tensor of a shape, strides and dtype on the current device.
+_Allocate = Callable[[Any, Any, torch.dtype], Tensor]  # of a shape, strides and dtype, on the current device
 
-    It is the one that torch's compiled code calls, and takes a third of torch.empty's host time. It does not fill new
-    memory, which PyTorch does where algorithms must be deterministic: torch.empty_strided is for that.
+
+def _allocations(device: torch.device) -> tuple[_Allocate, _Allocate]:
+    """Two functions that allocate an uninitialised tensor: a quick one, and one for deterministic algorithms.
+
+    The first is the one that torch's compiled code calls, and takes a third of torch.empty's host time. It does not
+    fill new memory, which PyTorch does where algorithms must be deterministic: torch.empty_strided is for that.
     """
-    quick: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
-    if quick is not None and not torch.are_deterministic_algorithms_enabled():
-        return quick
-    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    def filled(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    return getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", filled), filled
 
 
 def _hooked() -> bool:

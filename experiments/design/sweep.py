@@ -183,8 +183,13 @@ def notes(sweep: Sweep) -> list[str]:
         other = alike.setdefault(str([_outcome(sweep, size, arm) for size in sweep.sizes]), arm)
         if other != arm:
             found.append(f"arms {other} and {arm} differ in their names alone; change one, or remove it")
-    rates = {f"{arm} {size}": rate for arm in sweep.arms for size in sweep.sizes for rate in _rates(sweep, size, arm)}
-    high = [f"{rate:g} of {where}" for where, rate in rates.items() if rate > LARGEST_RATE]
+    high = [
+        f"{rate:g} of {arm} {size}"
+        for arm in sweep.arms
+        for size in sweep.sizes
+        for rate in _rates(sweep, size, arm)
+        if rate > LARGEST_RATE
+    ]
     if high:
         others = f" and {len(high) - 1} more" if len(high) > 1 else ""
         found.append(f"no model learns at a learning rate above {LARGEST_RATE:g}; got {high[0]}{others}")

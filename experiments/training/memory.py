@@ -1,7 +1,8 @@
-"""The search for a micro-batch that fits into the memory of a GPU, once one did not."""
+"""Missing memory of a GPU: how it is told, and the search for a micro-batch that fits once one did not."""
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -11,6 +12,21 @@ class WarmsUp(Protocol):
     """What needs the memory of a whole step in its `warm_up`: the trainer."""
 
     def warm_up(self) -> None: ...
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that memory is missing. Triton says so by a RuntimeError that is no torch.OutOfMemoryError."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+@contextlib.contextmanager
+def missing_memory_passed_over() -> Iterator[None]:
+    """End the block, without an error, where memory is missing. The frames that hold tensors are gone after it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def micro_batch_that_fits(
@@ -23,9 +39,7 @@ def micro_batch_that_fits(
     while (count := count // 2 // group * group) > 0:
         gc.collect()
         torch.cuda.empty_cache()
-        try:
+        with missing_memory_passed_over():
             make(count).warm_up()
-        except torch.OutOfMemoryError:
-            continue
-        return count
+            return count
     return None

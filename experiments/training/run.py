@@ -145,7 +145,7 @@ class _Attempt:
 
     def _execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
-        import torch
+        from experiments.training.memory import missing_memory_passed_over
 
         if self._place.size == 1:
             self._remove_failure()
@@ -158,7 +158,7 @@ class _Attempt:
                 self._remove_failure()
             # Waits for all: one that fails from here on writes failure.json, which must not be deleted.
             self._require_attempts_left(world)
-            with contextlib.suppress(torch.OutOfMemoryError):
+            with missing_memory_passed_over():
                 return self._work(config, run, world)
             # Here the trainer, which the error's traceback held, is gone, and its memory is free for a smaller one.
             raise self._does_not_fit(config, run, world)

@@ -4,6 +4,7 @@ Shapes: B sequences of a batch or micro-batch, T sequence length, V vocabulary.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from experiments.training.checkpoints import State
 from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
 from experiments.training.loss import IGNORED, linear_cross_entropy, means_over_sequences
+from experiments.training.memory import is_out_of_memory
 from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
@@ -161,13 +163,15 @@ class Trainer:
         try:
             (loss, norm), (plain_loss, plain_norm) = self._engine.rehearse()
         except RuntimeError as error:
-            if "out of memory" not in str(error):  # of torch, or of Triton, which raises no torch.OutOfMemoryError
+            if not is_out_of_memory(error):
                 raise
-            print("the compiled step was not checked: the memory is too small for one that is not compiled", flush=True)
+            print(
+                "the compiled step was not checked: memory is too small for one that is not compiled", file=sys.stderr
+            )
             return
         finally:  # The step that was not compiled needs more memory than training will: leave it to other processes.
             torch.cuda.empty_cache()
-        if not _agree(loss, plain_loss) or not _agree(norm, plain_norm):
+        if not (_agree(loss, plain_loss, 0.02) and _agree(norm, plain_norm, 0.2)):
             raise WorkFailed(
                 f"the compiled step has loss {loss:.4g} and gradient norm {norm:.4g} where the same model uncompiled "
                 f"has {plain_loss:.4g} and {plain_norm:.4g}, so its program is wrong on "
@@ -429,9 +433,10 @@ def runs_ahead(world: World, optimizers: Optimizers) -> bool:
     return world.device.type == "cuda" and able
 
 
-def _agree(captured: float, plain: float) -> bool:
+def _agree(captured: float, plain: float, share: float) -> bool:
     """Whether two evaluations of a loss or gradient norm in bfloat16 can be of the same function.
 
-    Right programs were seen to differ by .3%, wrong ones by factors above 400; gradients near zero are mostly rounding.
+    On an H100 the norms of right programs differed by .3% before the first step, and in a diverged run by 11%; wrong
+    ones by factors above 400 (results/measured/h100/README.md). Gradients near zero are mostly rounding.
     """
-    return abs(captured - plain) <= 0.5 * abs(plain) + 1e-2 or not math.isfinite(plain)
+    return abs(captured - plain) <= share * abs(plain) + 1e-2 or not math.isfinite(plain)
