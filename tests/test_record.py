@@ -13,7 +13,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.evaluation.load import load_run
 from experiments.parts.short_convolution import StaticConvolution
-from experiments.training.record import check_store, read_record
+from experiments.training.record import check_store, read_record, trained_on_other_text
 from experiments.training.run import Run
 
 Submitted = Callable[..., Path]
@@ -93,6 +93,18 @@ def test_a_store_takes_one_dataset(tiny_run: RunConfig, submitted: Submitted, tm
         ValueError, match=r"was submitted with data \w{12}; the data is now 000000000000; restore it, or"
     ):
         check_store([tiny_run], tmp_path, "0" * 64)
+
+
+def test_runs_of_text_from_another_place_are_told(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+    """Their ids are the same, and nothing else would say so where all of them are complete."""
+    assert tiny_run.data is not None
+    submitted(tiny_run, tmp_path)
+    assert trained_on_other_text([tiny_run, replace(tiny_run, seed=9)], tmp_path) == []
+    moved = replace(tiny_run, data=replace(tiny_run.data, source="/elsewhere"))
+    assert moved.run_id == tiny_run.run_id
+    (note,) = trained_on_other_text([moved], tmp_path)
+    was = f"1 runs in {tmp_path} were submitted with data.source = {tiny_run.data.source!r}, which is '/elsewhere' in"
+    assert note.startswith(was)
 
 
 @pytest.mark.parametrize("foreign", ['{"arm": []}', '{"arm": "a", "size": "b", "budget": "c", "seed": 0, "vary": {}}'])

@@ -15,7 +15,7 @@ _PROJECT_FILES = ("pyproject.toml", ".git")
 
 def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
     """The runs of the sweep, or those that --where chooses, and their store. `plan` and `submit` also print notes on
-    settings that may be mistakes."""
+    settings that may be mistakes, and on runs of the store that were trained on text of another place."""
     from experiments.design.sweep import load_sweep, notes, read_sweep
 
     runs = load_sweep(args.sweep)
@@ -23,6 +23,10 @@ def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
         for note in notes(read_sweep(args.sweep)):
             warn(f"{args.sweep}: {note}")
     store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
+    if args.verb in ("plan", "submit"):
+        from experiments.training.record import trained_on_other_text
+
+        warn(*trained_on_other_text(runs, store))
     return chosen_runs(runs, getattr(args, "where", None)), store
 
 

@@ -158,5 +158,31 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str, tokeni
             )
 
 
+def trained_on_other_text(runs: Iterable[RunConfig], store: Path) -> list[str]:
+    """Notes on runs that are in the store already, and whose record names other text than the sweep does now.
+
+    Where text lies is not in a run's id, so such runs have the same ids. `check_store` compares contents, but only once
+    there is a run to submit.
+    """
+    found: dict[str, int] = {}
+    for run in runs:
+        if run.data is None:
+            continue
+        try:
+            its = read_json(store / run.run_id / "config.json")["config"]["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not submitted yet, or no record of ours; `status` names the latter
+        for key in ("source", "validation_source", "tokenizer"):
+            now = getattr(run.data, key)
+            if its.get(key) != now:
+                unlike = f"data.{key} = {its.get(key)!r}, which is {now!r} in the sweep now"
+                found[unlike] = found.get(unlike, 0) + 1
+    return [
+        f"{count} runs in {store} were submitted with {unlike}: their text is compared with it only when a run is "
+        "submitted; if it is other text, use another --store"
+        for unlike, count in found.items()
+    ]
+
+
 def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
     return (record.get("task", TEXT), *(record[name] for name in CELL), *sorted(record["vary"].items()))
