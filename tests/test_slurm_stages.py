@@ -42,24 +42,29 @@ def test_data_is_built_by_arrays_and_resumed(
     profile = replace(PROFILE, data=DataJobs(cores=2, hours=0.5))
     cache = tmp_path / "cache"
 
-    def kill(step: str, after: float) -> None:
-        """One of the array's two jobs, some seconds after it began."""
-        assert data_jobs.build(spec, profile, cache) is None
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 4)\n")
+
+    def kill(step: str) -> None:
+        """One of the two jobs of the array, soon after it began. Its process outlives its work, so that it is there."""
+        with monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(tmp_path / "slow"))
+            assert data_jobs.build(spec, profile, cache) is None
         (submitted,) = [
             job for job in json.loads(next(cache.glob(".*/jobs.json")).read_text())["jobs"] if job["step"] == step
         ]
         element = f"{submitted['id']}_1"
         wait_until(lambda: "RUNNING" in ask("squeue", "--noheader", f"--jobs={element}", "--format=%T"))
-        time.sleep(after)
+        time.sleep(0.2)
         ask("scancel", "--signal=KILL", "--full", element)
         with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
             data_jobs.require_nothing_under_way([spec], cache)
         with pytest.raises(WorkFailed, match="building the data failed: its jobs were killed"):
             data_jobs.build(spec, profile, cache, wait=True)
 
-    kill("read", after=0.2)  # it takes a second
+    kill("read")
     read = {path: path.stat().st_ino for path in cache.glob(".*/spill/part-*")}
-    kill("tokenize", after=1)
+    kill("tokenize")
     path = data_jobs.build(spec, profile, cache, wait=True)
     assert path is not None
     assert {path: path.stat().st_ino for path in read if path.exists()} in (read, {})
