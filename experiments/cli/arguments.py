@@ -113,7 +113,11 @@ def load_store(args: argparse.Namespace) -> Store:
     standard error."""
     from analysis.logs.columns import parse_columns
     from analysis.logs.merge import load_all
+    from experiments.cli.stores import stores_of
 
+    for path in args.stores:
+        if not path.exists() and path.name and (named := stores_of(Path()) / path.name).is_dir():
+            raise ValueError(f"no store at {path}; did you mean {named}?")
     store = load_all(args.stores, parse_columns(args.columns))
     warn(*store.problems)
     if getattr(args, "where", None) is not None:

@@ -97,6 +97,7 @@ def _width() -> int:
 
 def _rows(args: argparse.Namespace) -> "list[RunState]":
     """The runs of a sweep, all runs of one store, or all runs of all stores."""
+    from experiments.design.sweep import near_sweep
     from experiments.launching import states
 
     store = args.store
@@ -106,7 +107,9 @@ def _rows(args: argparse.Namespace) -> "list[RunState]":
         store = args.what
     elif args.what is not None:
         if not args.what.exists():
-            raise ValueError(f"{args.what} is not there; give a sweep file, a store, or the folder of a run")
+            meant = near_sweep(args.what)
+            remedy = f"did you mean {meant}?" if meant else "give a sweep file, a store, or the folder of a run"
+            raise ValueError(f"{args.what} is not there; {remedy}")
         return _of_sweep(args.what, store)
     if store is not None:
         found = states.find(store)

@@ -1,5 +1,6 @@
 """Expand a sweep file to a list of frozen runs whose compute is matched."""
 
+import difflib
 import itertools
 import math
 import re
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from experiments import source
 from experiments.design import strict
 from experiments.design.arms import ARMS, Arm
 from experiments.design.config import TEXT, RunConfig
@@ -170,8 +172,19 @@ def read_sweep(path: Path) -> Sweep:
 
     Raises ValueError for anything illegal in it.
     """
+    if not path.is_file() and (meant := near_sweep(path)):
+        raise ValueError(f"{path}: no sweep file; did you mean {meant}?")
     sweep = strict.load(path, Sweep)
     return sweep if sweep.data is None else replace(sweep, data=relative_to(sweep.data, path.resolve().parent))
+
+
+def near_sweep(path: Path) -> Path | None:
+    """The sweep file that may be meant by a path that is none, as `demo`: one beside it, or one of those shipped."""
+    beside = path.parent / f"{path.name}.toml"
+    shipped = {each.stem: each for each in (source.root() / "experiments" / "sweeps").glob("*.toml")}
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    found = beside if beside.is_file() else shipped[near[0]] if near else None
+    return found.relative_to(Path.cwd()) if found and found.is_relative_to(Path.cwd()) else found
 
 
 def notes(sweep: Sweep) -> list[str]:
