@@ -97,7 +97,7 @@ def _width() -> int:
 
 def _rows(args: argparse.Namespace) -> "list[RunState]":
     """The runs of a sweep, all runs of one store, or all runs of all stores."""
-    from experiments.design.sweep import near_sweep
+    from experiments.design.sweep_file import near_sweep
     from experiments.launching import states
 
     store = args.store
