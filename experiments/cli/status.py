@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.cli.arguments import DEMO_RUN, STORES, Subparsers, add_verb, format_argument, store_argument, warn
+from experiments.cli.arguments import DEMO_RUN, STORES, Subparsers, add_verb, format_argument, store_argument
 from experiments.cli.stores import default_store, stores_of
 from experiments.design import strict
+from experiments.terminal import warn
 
 if TYPE_CHECKING:
     from experiments.launching.states import RunState
@@ -202,5 +203,5 @@ def _logs(args: argparse.Namespace) -> int:
         time.sleep(FOLLOW_SECONDS)
     if place == 0:
         where = f"; its output goes to {log}" if log else ", as no job was given it"
-        print(f"dynconv: {run_dir.name} is {state.state} and has written nothing yet{where}", file=sys.stderr)
+        warn(f"{run_dir.name} is {state.state} and has written nothing yet{where}")
     return 0

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import source
-from experiments.cli.arguments import STORES, warn
+from experiments.cli.arguments import STORES
 from experiments.design.config import RunConfig
+from experiments.terminal import warn
 
 VARIABLE = "DYNCONV_STORES"
 _PROJECT_FILES = ("pyproject.toml", ".git")
