@@ -105,10 +105,10 @@ def _add_cancel(subparsers: Subparsers) -> None:
 
 
 def _cancel(args: argparse.Namespace) -> int:
-    from experiments.launching import submit as launch
+    from experiments.launching.cancel import cancel
 
     runs, store = runs_of(args)
-    cancelled = launch.cancel(store, [run.run_id for run in _chosen(args, runs)])
+    cancelled = cancel(store, [run.run_id for run in _chosen(args, runs)])
     print(f"{store}: {len(cancelled)} runs cancelled", file=sys.stderr)
     return 0
 
