@@ -18,7 +18,7 @@ import submitit
 from experiments.launching import slurm, worker
 from experiments.launching.profile import Job, Slurm
 from experiments.terminal import warn
-from experiments.training.run import SHARING_VARIABLE
+from experiments.training.provenance import SHARING_VARIABLE
 
 LOOK_SECONDS = 30.0  # how long a submission is looked for if sbatch could not say what became of it
 _PAUSE = 2.0  # seconds between two looks
