@@ -1,5 +1,6 @@
 """torch.compile's kernels wait for what they read back (experiments/models/barriers.py)."""
 
+import importlib.util
 import json
 import platform
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from test_engine import on_a_gpu
 
 from experiments.models.barriers import add_barriers, with_barriers
 
@@ -118,3 +121,26 @@ def test_torch_compiles_the_changed_source_of_what_it_generated_only(monkeypatch
     for source in (KERNEL, by_hand):
         AsyncCompile().triton("kernel", source)
     assert sources == [with_barriers(KERNEL), by_hand]
+
+
+@on_a_gpu
+def test_a_gpu_reads_back_only_what_was_stored(tmp_path: Path) -> None:
+    """What a warp reads before another has stored it is not a number here."""
+    path = tmp_path / "changed.py"
+    path.write_text(with_barriers(KERNEL))
+    specification = importlib.util.spec_from_file_location("changed", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    x = torch.randn(16384, 192, device="cuda").bfloat16()
+    between, y = torch.empty(x.shape, device="cuda"), torch.empty_like(x)
+    half = x.double() / 2
+    right = half * half.sum(1, keepdim=True) + x
+    busy, factor = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for _ in range(100):
+        between.fill_(float("nan"))
+        with torch.cuda.stream(busy):  # Its products delay warps of the kernel.
+            factor @ factor
+        module.kernel[(len(x) // 2,)](x, between, y, 192, XBLOCK=2, R0_BLOCK=256, num_warps=2, num_stages=1)
+        torch.testing.assert_close(y.double(), right, rtol=1e-2, atol=1e-3)
