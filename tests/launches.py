@@ -47,7 +47,11 @@ def slowly(look: Callable[[Any], bool], file: str, after: int) -> Callable[[Any]
 def slow_down(store: Path, after: int = 0) -> Path:
     """Let runs that are submitted to `store` take their steps as in `slowly`, until the file that this returns goes."""
     store.mkdir(exist_ok=True)
-    code = snapshot.take(store)
+    return slow_down_code(snapshot.take(store), after)
+
+
+def slow_down_code(code: Path, after: int = 0) -> Path:
+    """`slow_down` for what runs the copy of the packages in the folder `code`."""
     file = code / "slowly"
     file.touch()
     added = f"_Attempt._folder_taken = slowly(_Attempt._folder_taken, {str(file)!r}, {after})"
