@@ -22,7 +22,8 @@ from experiments.bench.training import render
 from experiments.bench.trials import DEFAULT_ARMS, Request, Trial, trials
 from experiments.cli.main import main
 from experiments.design.forecast import evaluated_tokens
-from experiments.design.sweep import load_sweep, read_sweep
+from experiments.design.sweep import load_sweep
+from experiments.design.sweep_file import read_sweep
 from experiments.training.assembly import make_trainer
 from experiments.training.parallel import World
 from experiments.training.trainer import MICRO_BATCH_TOKENS, Trainer

@@ -80,6 +80,25 @@ def test_the_runs_in_examples_are_those_of_the_demo(capsys: pytest.CaptureFixtur
     assert named <= {run.run_id for run in load_sweep(DEMO)}
 
 
+def test_names_and_paths_of_the_wrong_kind_are_answered_with_those_that_are_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "results" / "runs" / "demo" / "run-1"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text("{}")
+    (tmp_path / "mine.toml").write_bytes(DEMO.read_bytes())
+    monkeypatch.delenv("DYNCONV_STORES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for verb in ("plan", "submit", "status"):
+        for wrong in ("demo", "demmo.toml", "experiments/sweeps/demo"):
+            assert refused(capsys, verb, wrong).endswith(f"; did you mean {DEMO}?\n")
+        assert refused(capsys, verb, "mine").endswith("; did you mean mine.toml?\n")
+    assert refused(capsys, "plan", "results/runs/demo").endswith(f"; did you mean {DEMO}?\n")
+    assert refused(capsys, "table", "demo").endswith("no store at demo; did you mean results/runs/demo?\n")
+    line = refused(capsys, "table", run_dir.relative_to(tmp_path))
+    assert "results/runs/demo/run-1 is one run; give its store, results/runs/demo" in line
+
+
 def test_plan_for_scripts_and_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEMO), "--profile", str(LOCAL), "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)

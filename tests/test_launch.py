@@ -21,6 +21,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.launching import jobs, local, local_loop, progress, snapshot, states
 from experiments.launching import submit as launch
+from experiments.launching.cancel import cancel
 from experiments.launching.locks import signals_deferred, termination_as_interrupt
 from experiments.launching.profile import Job, Profile
 
@@ -184,7 +185,7 @@ def test_cancelled_runs_stay_cancelled_until_they_are_retried(
     launcher = in_another_process(everything, tmp_path)
     wait_until(lambda: all("step 100/" in log_of(tmp_path / run.run_id) for run in (long_run, others[0])))
     assert state_of(tmp_path, others[1]).state == "pending"
-    cancelled = launch.cancel(tmp_path, [run.run_id for run in everything])
+    cancelled = cancel(tmp_path, [run.run_id for run in everything])
     assert cancelled == [run.run_id for run in everything[1:]]
     assert launcher.wait(PATIENCE) == 3
     slow.unlink()

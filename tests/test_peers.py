@@ -211,7 +211,7 @@ def preempted_at(where: str, times: int, run_dir: Path) -> None:
             "the imports": ("experiments.training.run", "read_record"),
             "the trainer": ("experiments.training.assembly", "assemble"),
             "the checkpoint": ("experiments.training.checkpoints", "load_newest"),
-            "the log": ("experiments.training.run", "_provenance"),
+            "the log": ("experiments.training.run", "provenance"),
             "the loop": ("experiments.training.trainer", "Trainer.evaluation_due"),
         }[where]
         module = __import__(target, fromlist=["x"])

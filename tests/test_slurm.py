@@ -23,6 +23,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.launching import jobs, sbatch, slurm, states
 from experiments.launching import submit as launch
+from experiments.launching.cancel import cancel
 from experiments.launching.profile import Job, Slurm
 from experiments.training.presence import process_started
 from experiments.training.run import Run
@@ -163,7 +164,7 @@ def test_cancelled_runs_leave_the_queue_for_good(
     submit(both, tmp_path, replace(PROFILE, max_parallel=1))
     wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
     assert state_of(tmp_path, both[1]).state == "queued"
-    assert launch.cancel(tmp_path, [run.run_id for run in both]) == [run.run_id for run in both]
+    assert cancel(tmp_path, [run.run_id for run in both]) == [run.run_id for run in both]
     wait_until(lambda: states.busy(tmp_path, [run.run_id for run in both]) == {})
     time.sleep(3)  # a requeue would show by now: the scheduler looks every second
     assert states.busy(tmp_path, [run.run_id for run in both]) == {}
@@ -207,7 +208,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
     told = capsys.readouterr().err
     assert told.index("3 runs submitted") < told.index("the jobs go on; `dynconv status --store")
     assert {state_of(tmp_path, run).state for run in runs} == {"held"}
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
@@ -248,7 +249,7 @@ def test_status_says_what_a_job_waits_for(long_run: RunConfig, submit: Submit, t
     assert state_of(tmp_path, long_run).nodes == "node1"
     ask("scontrol", "suspend", job)
     wait_until(lambda: state_of(tmp_path, long_run).state == "suspended")
-    launch.cancel(tmp_path, [long_run.run_id])
+    cancel(tmp_path, [long_run.run_id])
 
 
 def test_refusals_leave_nothing_behind(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_a_controller_that_does_not_answer(
         with pytest.raises(ValueError, match="controller does not answer"):
             submit([tiny_run], tmp_path)
     assert state_of(tmp_path, tiny_run).state == "held"
-    launch.cancel(tmp_path, [tiny_run.run_id])
+    cancel(tmp_path, [tiny_run.run_id])
 
 
 def test_what_was_accepted_before_a_refusal_is_kept(
@@ -298,7 +299,7 @@ def test_what_was_accepted_before_a_refusal_is_kept(
             submit(runs, tmp_path, held)
     assert [state_of(tmp_path, run).state for run in runs] == ["held", "held", "pending"]
     assert submit(runs, tmp_path, held).submitted == [runs[2].run_id]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 def test_jobs_that_cannot_be_noted_are_not_submitted(
@@ -360,7 +361,7 @@ def test_variables_of_the_users_shell_change_nothing(
     assert "Requeue=1" in said
     assert "TimeLimit=00:30:00" in said
     assert "WCKey=submitit" not in said
-    launch.cancel(tmp_path / "store", [run.run_id for run in both])
+    cancel(tmp_path / "store", [run.run_id for run in both])
 
 
 def test_a_colleagues_job_that_cannot_be_seen_is_not_lost(
@@ -383,7 +384,7 @@ def test_what_was_cancelled_while_its_job_goes_on_is_cancelled_again(
     store = tmp_path / "store"
     submit([long_run], store)
     (store / long_run.run_id / "cancelled").touch()  # as an interrupted cancel leaves it
-    assert launch.cancel(store, [long_run.run_id]) == [long_run.run_id]
+    assert cancel(store, [long_run.run_id]) == [long_run.run_id]
     wait_until(lambda: not states.busy(store, [long_run.run_id]))
     assert state_of(store, long_run).state == "cancelled"
 
@@ -400,7 +401,7 @@ def test_what_was_cancelled_while_its_job_goes_on_is_cancelled_again(
         return done
 
     monkeypatch.setattr(slurm.subprocess, "run", cancels_and_fails)
-    assert launch.cancel(store, [long_run.run_id]) == [long_run.run_id]
+    assert cancel(store, [long_run.run_id]) == [long_run.run_id]
     assert state_of(store, long_run).state == "cancelled"
 
 

@@ -28,6 +28,7 @@ from experiments.cli.main import main
 from experiments.design.config import RunConfig
 from experiments.launching import sbatch
 from experiments.launching import submit as launch
+from experiments.launching.cancel import cancel
 from experiments.launching.profile import Slurm
 
 __all__ = ["cluster", "submit"]  # fixtures
@@ -72,7 +73,7 @@ def test_jobs_that_sbatch_denies_are_found(
     assert [state_of(tmp_path, run).job_id for run in runs] == [f"{array}_{index}" for index in range(3)]
     assert submit(runs, tmp_path, HELD).submitted == []
     assert arrays_of(tmp_path) == [array]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 def test_a_submission_that_is_interrupted_is_taken_up(
@@ -99,7 +100,7 @@ def test_a_submission_that_is_interrupted_is_taken_up(
     told = "sbatch had left the submission of 3 runs unanswered; Slurm has it, as job"
     assert f"{tmp_path}: {told} {array}\n" in capsys.readouterr().err
     assert arrays_of(tmp_path) == [array]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 NOTICE = "echo 'maintenance: job 1 of 2 is done'"  # sites print such things on standard output
@@ -142,7 +143,7 @@ def test_cancel_finds_the_jobs_of_an_unanswered_submission(
     with pytest.raises(KeyboardInterrupt):
         submit(runs, tmp_path, HELD)
     assert len(arrays_of(tmp_path)) == 1
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
     assert arrays_of(tmp_path) == []
 
 
@@ -201,10 +202,10 @@ def test_what_the_limit_on_jobs_allows_is_submitted(
     with pytest.raises(ValueError, match=r"AssocMaxSubmitJobLimit; none of 1 runs is queued; submit again when"):
         submit(runs, tmp_path, HELD)
     assert state_of(tmp_path, runs[2]).state == "pending"
-    launch.cancel(tmp_path, first.submitted)
+    cancel(tmp_path, first.submitted)
     wait_until(lambda: arrays_of(tmp_path) == [])
     assert submit(runs, tmp_path, HELD).submitted == [runs[2].run_id]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 def preempt(job_id: str, slow: Path) -> None:
@@ -329,4 +330,4 @@ def test_the_limit_on_jobs_that_run_at_once_can_be_changed(
     submit(runs, tmp_path, replace(HELD, max_parallel=2))
     assert "ArrayTaskThrottle=2" in ask("scontrol", "show", "job", array)
     assert f"2 of the runs of array {array} may run at once; before, 1\n" in capsys.readouterr().err
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])

@@ -195,8 +195,8 @@ def test_the_attempts_at_a_run(in_slurm: Callable[..., Path], capsys: pytest.Cap
 
 
 def test_a_place_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(tmp_path / "demmo")]) == 2
-    said = f"dynconv status: {tmp_path}/demmo is not there; give a sweep file, a store, or the folder of a run\n"
+    assert main(["status", str(tmp_path / "xyz")]) == 2
+    said = f"dynconv status: {tmp_path}/xyz is not there; give a sweep file, a store, or the folder of a run\n"
     assert capsys.readouterr().err == said
 
 
