@@ -268,6 +268,7 @@ def test_a_killed_builder_leaves_nothing_to_trip_on(corpus: Path, tmp_path: Path
         time.sleep(rng.uniform(0, window))
         builder.kill()
         builder.communicate(timeout=PATIENCE)
+        assert builder.returncode in (0, -signal.SIGKILL)
         killed = builder.returncode == -signal.SIGKILL
         kills += killed
         window *= 1.2 if killed else 0.5  # so that at any speed about four are killed to one that ends
