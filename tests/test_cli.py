@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launches import wait_until
 from texts import CHEAP_SWEEP
 
 from analysis.logs.schema import CONVENTIONS
@@ -305,12 +305,10 @@ def test_ctrl_c_is_exit_code_130(cheap: list[str], tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, "-m", "experiments.cli.main", "submit", *cheap]
         with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen(command, stderr=stderr, cwd=ROOT) as submit:
-            end = time.monotonic() + 60
-            while not (told := (tmp_path / "stderr").read_text()) and time.monotonic() < end:
-                time.sleep(0.1)
+            told = f"waiting for another submit to {tmp_path / 'store'}\n"
+            wait_until(lambda: (tmp_path / "stderr").read_text() == told)
             submit.send_signal(signal.SIGINT)
             assert submit.wait() == 130
-    assert told == f"waiting for another submit to {tmp_path / 'store'}\n"
     assert (tmp_path / "stderr").read_text() == f"{told}dynconv submit: interrupted\n"
 
 

@@ -130,18 +130,34 @@ def _results(run: "TrainedRun", args: argparse.Namespace) -> Mapping[str, Mappin
 
 
 def _finished_runs(paths: list[Path]) -> list[Path]:
-    """The folders of the runs that are named, and of the finished ones in the stores that are."""
+    """The folders of the runs that are named, and of the finished ones in the stores that are.
+
+    Runs of a store that cannot score a text, such as controls, are left out with a line on standard error. Raises
+    ValueError for one that is named, before any other is evaluated.
+    """
+    from experiments.evaluation.load import check_usable
+
     found: list[Path] = []
     for path in paths:
         if (path / "config.json").exists():
+            check_usable(path)
             found.append(path)
             continue
         finished = sorted(each.parent for each in path.glob("*/run.json"))
-        if not finished:
-            raise ValueError(f"{path} must be a run's folder or a store with finished runs; it has none; name another")
         if waiting := [each for each in path.glob("*/config.json") if not (each.parent / "run.json").exists()]:
             terminal.warn(f"{len(waiting)} runs of {path} are not finished and are left out")
-        found += finished
+        before = len(found)
+        for run_dir in finished:
+            try:
+                check_usable(run_dir)
+            except ValueError as error:
+                terminal.warn(f"left out: {error}")
+            else:
+                found.append(run_dir)
+        if len(found) == before:
+            raise ValueError(
+                f"{path} must be a run's folder or a store with finished runs on text; it has none; name another"
+            )
     return found
 
 
