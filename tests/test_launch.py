@@ -74,16 +74,6 @@ def test_jobs_run_the_code_that_was_submitted_on_the_gpu_of_their_slot(
     assert read_json(tmp_path / tiny_run.run_id / "job.json")["code"] == code.name
 
 
-@pytest.mark.slow
-def test_a_profile_spreads_a_run_over_processes(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
-    profile = Profile("local", default=Job(device="cpu", gpus=2, parallel="fsdp"))
-    assert submit([tiny_run], tmp_path, profile).unsuccessful == []
-    run = read_json(tmp_path / tiny_run.run_id / "run.json")
-    assert (run["gpus"], run["steps"]) == (2, 25)
-    assert [attempt["parallel"] for attempt in run["attempts_made"]] == ["fsdp"]
-    assert not list((tmp_path / tiny_run.run_id).glob(".rendezvous*"))
-
-
 @pytest.mark.parametrize("profile", [HERE, Profile("debug", default=Job(device="cpu"))], ids=["local", "debug"])
 def test_a_failed_run_is_named_with_its_cause_and_waits_for_retry(
     profile: Profile, diverging_run: RunConfig, tiny_run: RunConfig, submit: Submit, dataset: Dataset, tmp_path: Path
