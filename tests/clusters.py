@@ -96,8 +96,8 @@ def log_of(store: Path, run: RunConfig) -> str:
     return log.read_text() if log.exists() else ""
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    launches.wait_until(condition, seconds, lambda: f"; queue:\n{ask('squeue', '--array')}")
+def wait_until(condition: Callable[[], bool]) -> None:
+    launches.wait_until(condition, said=lambda: f"; queue:\n{ask('squeue', '--array')}")
 
 
 def hasten(job_id: str) -> None:

@@ -15,7 +15,7 @@ from experiments.design.arms import Arm
 from experiments.design.data import DataConfig
 from experiments.design.recipe import Recipe
 from experiments.design.schedules import SCHEDULES
-from experiments.design.sweep import Sweep
+from experiments.design.sweep_file import Sweep
 from experiments.design.train import OPTIMIZERS
 from experiments.launching.profile import DataJobs, Job, Profile, Slurm
 from experiments.parts.registry import CONVOLUTIONS, FEED_FORWARDS, MIXERS

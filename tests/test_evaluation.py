@@ -260,7 +260,7 @@ def test_a_task_whose_answers_leave_no_room_for_the_question_is_refused(finished
         (["eval", "RUN"], "neither --text nor --tasks"),
         (["eval", "RUN", "--text", "nowhere"], "must be a folder of text"),
         (["eval", "RUN", "--text", "EMPTY"], "the corpus must hold"),
-        (["eval", "EMPTY", "--text", "EMPTY"], "a run's folder or a store with finished runs"),
+        (["eval", "EMPTY", "--text", "EMPTY"], "a run's folder or a store with finished runs on text; it has none"),
         (["eval", "RUN", "--tasks", "no-such-task"], "knows no such task"),
         (["generate", "EMPTY"], "must be the folder of a run"),
         (["generate", "RUN", "--tokens", "0"], "--tokens must be at least 1"),
@@ -303,6 +303,26 @@ def test_an_unfinished_run_is_not_used(
     for arguments in (["generate", str(run_dir)], ["eval", str(run_dir), "--text", str(tmp_path)]):
         assert main(arguments) == 2
         assert "is not finished" in capsys.readouterr().err
+
+
+def test_a_store_with_a_control_is_evaluated_without_it(
+    finished: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_txt(tmp_path / "text", ["x = 1\n" * 9])
+    store = tmp_path / "store"
+    arms = finished(), finished(conv=LowRankConvolution(QKV, rank=2, mismatched=True))
+    run_dir, control = (Path(shutil.copytree(arm, store / arm.name)) for arm in arms)
+    capsys.readouterr()  # what the training printed
+    assert main(["eval", str(store), "--text", str(tmp_path / "text"), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert {row["run_id"] for row in json.loads(shown.out)} == {run_dir.name}
+    assert f"left out: {control} is a control whose sequences read one another; use a run of its arm" in shown.err
+    # A control that is named is refused before others are evaluated, and so is a store that holds nothing else.
+    assert main(["eval", str(run_dir), str(control), "--text", str(tmp_path / "text")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    shutil.rmtree(run_dir)
+    assert main(["eval", str(store), "--text", str(tmp_path / "text")]) == 2
+    assert "it has none; name another" in capsys.readouterr().err
 
 
 def test_text_of_a_run_goes_to_standard_output(

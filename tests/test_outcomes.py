@@ -17,7 +17,7 @@ from analysis.advantage.shares import difference_interval, over_sizes, share_int
 from analysis.logs.learning import DIVERGED
 from analysis.logs.metrics import final_metrics, values_of
 from analysis.logs.store import Store, freeze, load
-from analysis.logs.writer import RunLog
+from analysis.logs.writer import RunLog, add_evaluations
 from analysis.pages.metric_figures import accuracy_panels, accuracy_rows
 from experiments.cli.main import main
 
@@ -192,6 +192,18 @@ def test_several_tasks_are_compared_apart(tmp_path: Path, capsys: pytest.Capture
     assert table["ci_low"].notna().tolist() == [False, True]
     assert main([*command, "--format", "latex"]) == 0
     assert r"\toprule" in capsys.readouterr().out
+
+
+def test_a_domain_of_text_is_a_task_whose_name_has_a_slash(tmp_path: Path) -> None:
+    """`eval --text` writes the results of the folder NAME as the task text/NAME."""
+    write_task_run(tmp_path, "static", 1, 0, 0.4, "text")
+    results = {"text/code": {"accuracy": 0.5}, "text/prose": {"accuracy": 0.6}}
+    add_evaluations(tmp_path / "static-1-text-0", results, 0.1)
+    for task, value in (("text/code", 0.5), ("text/prose", 0.6), ("text", 0.4)):
+        found = values_of(load(tmp_path), f"{task}/accuracy")
+        assert found[["task", "value"]].to_numpy().tolist() == [[task, value]]
+    with pytest.raises(ValueError, match="no metric 'text/code/loss'"):
+        values_of(load(tmp_path), "text/code/loss")
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,13 +124,15 @@ def test_a_row_that_is_not_measured_shows_as_missing(tmp_path: Path) -> None:
 
 
 def test_other_settings_than_the_papers_do_not_match(tmp_path: Path) -> None:
-    """An activation makes another arm. Where free facts differ, the arms count that make up most of the ablation."""
+    """An activation or an optimizer makes another arm. Where free facts differ, the arms count that make up most of the
+    ablation."""
     arms = {"transformer": 3.0, "width-2": 2.9, "lowrank-qkv": 2.8}
     mini(tmp_path, "width", arms)
     for run in load_sweep(SWEEPS / "mini-ablation-width.toml"):
         if run.arm == "lowrank-qkv" and run.seed == 0:
             write_planned(tmp_path, run, 1.0, "a silu arm", **{"conv.activation": "silu"})
             write_planned(tmp_path, run, 1.0, "a rank arm", **{"conv.rank": 16})
+            write_planned(tmp_path, run, 1.0, "a muon arm", **{"train.optimizer": "muon"})
     rows = of(beside_published(load(tmp_path).runs, ROWS), "width")
     assert [row.arm for row in rows if row.arm] == ["transformer", "width-2", "lowrank-qkv"]
 
@@ -149,20 +151,20 @@ def test_other_initial_filters_and_inputs_of_generators_do_not_match(
 
 
 def test_of_two_arms_with_the_same_published_facts_neither_is_taken(tmp_path: Path) -> None:
-    """Such as another optimizer. The reference is the baseline of the sweep, where that is one of them."""
+    """Such as another batch. The reference is the baseline of the sweep, where that is one of them."""
     for run in load_sweep(SWEEPS / "mini-ablation-width.toml"):
         if run.arm in ("transformer", "width-2", "width-6"):
             write_planned(tmp_path, run, 3.0 - 0.1 * len(run.model.conv.sites) + 0.01 * run.seed)
             if run.arm != "width-6":
-                write_planned(tmp_path, run, 1.0, f"a {run.arm} with Muon")
+                write_planned(tmp_path, run, 1.0, f"a {run.arm} with small batches")
     runs = load(tmp_path).runs
     rows = {row.setting: row for row in of(beside_published(runs.assign(baseline="transformer"), ROWS), "width")}
     assert (rows["none"].arm, rows["none"].status) == ("transformer", "reference")
     assert (rows["W = 6"].arm, rows["W = 6"].difference) == ("width-6", pytest.approx(-0.3))
-    several = "several arms have its facts (a width-2 with Muon, width-2); choose one with --where"
+    several = "several arms have its facts (a width-2 with small batches, width-2); choose one with --where"
     assert (rows["W = 2"].arm, rows["W = 2"].loss, rows["W = 2"].status) == (None, None, several)
     rows = {row.setting: row for row in of(beside_published(runs.assign(baseline="width-2"), ROWS), "width")}
-    assert rows["none"].status.startswith("several arms have its facts (a transformer with Muon, transformer)")
+    assert rows["none"].status.startswith("several arms have its facts (a transformer with small batches, transformer)")
     assert (rows["W = 6"].loss, rows["W = 6"].difference) == (None, None)
     assert rows["W = 6"].status.startswith("the reference: several arms")
 

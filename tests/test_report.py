@@ -80,7 +80,7 @@ def test_the_page_is_self_contained_and_says_where_it_comes_from(page: Path) -> 
     assert "dyn<b>" not in text
     for provenance in ("--convention exact", "c" * 40, "d" * 64, "2.13.0", "static-s9-0: unfinished", "12 of 13"):
         assert provenance in text
-    assert text.count("<figure ") == text.count("<noscript><img ") == 5
+    assert text.count("<figure ") == text.count('<div class="still"><img ') == 5
     assert "dyn&lt;b&gt;" in text
     charts = json.loads(unpacked(page.read_text(), "charts"))
     assert len(charts["document"]["roots"]) == len(charts["places"]) == 7
@@ -169,6 +169,7 @@ def test_it_opens_without_errors_or_requests_in_any_width_and_mode(
     assert sum(request.startswith("file:") for request in browser.requests) == 1
     assert browser.value("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     assert browser.value("document.querySelectorAll('.plots > div > *').length") == 7
+    assert browser.value("[...document.querySelectorAll('.still')].every(still => still.offsetHeight === 0)")
     paper, ink = browser.value(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     )
@@ -240,12 +241,29 @@ def test_without_scripts_still_figures_stand_in(page: Path, browser: Browser) ->
         limit = 100
         while browser.value("document.readyState") != "complete" and (limit := limit - 1):
             browser.ask("Page.bringToFront")
-        sizes = browser.value("[...document.querySelectorAll('figure img')].map(item => item.naturalWidth)")
-        assert len(sizes) == 5
-        assert min(sizes) > 100
-        assert browser.value("getComputedStyle(document.querySelector('.plots')).display") == "none"
+        _require_stills(browser)
     finally:
         browser.ask("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@in_browser
+def test_still_figures_are_seen_until_the_charts_are_drawn_and_where_they_cannot_be(
+    page: Path, browser: Browser, tmp_path: Path
+) -> None:
+    """The library is unpacked and run before the first chart: a reader must not look at empty boxes meanwhile."""
+    damaged = re.sub(r'(id="charts">)[^<]*', r"\1AAAA", page.read_text())
+    (tmp_path / "damaged.html").write_text(damaged)
+    browser.ask("Page.navigate", url=(tmp_path / "damaged.html").as_uri())
+    browser.wait("document.readyState === 'complete' && typeof Bokeh === 'object'")
+    _require_stills(browser)
+
+
+def _require_stills(browser: Browser) -> None:
+    shown = "[...document.querySelectorAll('figure img')].map(item => Math.min(item.naturalWidth, item.offsetWidth))"
+    sizes = browser.value(shown)
+    assert len(sizes) == 5
+    assert min(sizes) > 100
+    assert browser.value("getComputedStyle(document.querySelector('.plots')).display") == "none"
 
 
 @in_browser

@@ -27,10 +27,9 @@ def values_of(store: Store, wanted: str) -> pd.DataFrame:
     import pandas as pd
 
     found = final_metrics(store)
-    task, slash, metric = wanted.partition("/")
-    if slash and found["task"].eq(task).any():
-        chosen = found[(found["task"] == task) & (found["metric"] == metric)]
-    else:
+    # Compared whole, because names of tasks hold slashes, too: domains of text are text/NAME.
+    chosen = found[found["task"] + "/" + found["metric"] == wanted]
+    if chosen.empty:
         chosen = found[found["metric"] == wanted]
     if chosen.empty and wanted in store.runs and pd.api.types.is_numeric_dtype(store.runs[wanted]):
         column = store.runs[["run_id", "task"]].assign(metric=wanted, value=store.runs[wanted].astype(float))

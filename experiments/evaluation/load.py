@@ -48,18 +48,26 @@ class TrainedRun(NamedTuple):
         return bpe.load(self.tokenizer.to_str().encode(), self.data.vocabulary, self.data.end_of_text)
 
 
-def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
-    """The run in this folder. Raises ValueError if it is not finished, or if the folder holds no run."""
-    run_dir = Path(run_dir)
+def check_usable(run_dir: Path) -> RunConfig:
+    """The configuration of the run in this folder. Raises ValueError if it is not finished, or cannot score a text."""
     if not (run_dir / "config.json").exists():
         raise ValueError(f"{run_dir} must be the folder of a run, STORE/RUN_ID; it has no config.json; name another")
     _, config, _ = read_record(run_dir)
     if config.model.sequence_group > 1:
-        raise ValueError(f"{run_dir.name} is a control whose sequences read one another; it has no use by itself")
+        raise ValueError(
+            f"{run_dir} is a control whose sequences read one another; use a run of its arm without mismatched"
+        )
     if not (run_dir / "run.json").exists():
         raise ValueError(f"{run_dir} is not finished; `dynconv status` says where it stands")
     if config.task is not None:
         raise ValueError(f"{run_dir} has no tokenizer, as it was trained on {config.task_name}; give a run on text")
+    return config
+
+
+def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
+    """The run in this folder. Raises ValueError as `check_usable` does, and if its weights are damaged."""
+    run_dir = Path(run_dir)
+    config = check_usable(run_dir)
     model = Decoder(config.model, config.seed)
     model.load_state_dict(_weights(run_dir / "model.pt"))
     tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))

@@ -12,7 +12,6 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.errors import WorkFailed
@@ -24,13 +23,13 @@ from experiments.tasks.base import Examples, Task
 from experiments.training.checkpoints import State
 from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
-from experiments.training.loss import IGNORED, linear_cross_entropy, means_over_sequences
+from experiments.training.loss import losses_of
 from experiments.training.memory import is_out_of_memory
 from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
-from experiments.training.precision import mixed_precision
 from experiments.training.rehearsal import disagreement, held_out_disagreement
+from experiments.training.state import take_over, tensors_for, tensors_of
 
 MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
 # Steps of models up to this size are captured as CUDA graphs, since a GPU runs their kernels faster than the host can
@@ -178,15 +177,14 @@ class Trainer:
 
     def _disagreement(self) -> str | None:
         """What captured programs compute otherwise than the model uncompiled, if anything."""
-        if self._engine is not None and self._engine.captured and not self.finished:
-            self._fill(self.steps_done, 1)
-            names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-            step = self._engine.rehearse()
-            found = disagreement(step, [names[each] for each in self._engine.parameters], self.steps_done == 0)
-            if found is not None:
-                return found
-        losses = self._evaluator.rehearse()
-        return None if losses is None else held_out_disagreement(*losses)
+        losses = self._evaluator.rehearse()  # first, as it takes less memory than a step
+        found = None if losses is None else held_out_disagreement(*losses)
+        if found is not None or self._engine is None or not self._engine.captured or self.finished:
+            return found
+        self._fill(self.steps_done, 1)
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        step = self._engine.rehearse()
+        return disagreement(step, [names[each] for each in self._engine.parameters], first=self.steps_done == 0)
 
     def step(self) -> Step:
         """One optimizer step on the next global batch. Raises NonFiniteLoss, and then updates nothing."""
@@ -304,36 +302,12 @@ class Trainer:
         """Everything that is needed to resume the run. All processes must call this."""
         about: dict[str, str | int] = {**self._identity}
         about |= {"steps_done": self.steps_done, "evaluated_at": self.evaluated_at}
-        tensors = {f"model.{name}": tensor for name, tensor in self._model_tensors().items()}
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        for optimizer in self._optimizers:
-            for parameter, own in optimizer.state.items():
-                tensors.update({f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in own.items()})
-        return State(about, tensors)
+        return State(about, tensors_of(self.model, self._optimizers))
 
     def tensors_for(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-        """The tensors into which those of a checkpoint are read, by name: the model's own, and new ones.
-
-        What belongs to a parameter and has its size is sharded as it is. Raises ValueError if the model and the
-        checkpoint have not the same parameters.
-        """
-        own = self._model_tensors()
-        missing = sorted({f"model.{name}" for name in own} - set(saved))
-        if missing:
-            raise ValueError(f"the checkpoint lacks {missing[0]}, which this model has; start the run anew")
-        tensors = {}
-        for name, (size, dtype) in saved.items():
-            kind, _, rest = name.partition(".")
-            owner = own.get(rest if kind == "model" else rest.rpartition(".")[0])
-            if owner is None or (kind == "model" and owner.shape != size):
-                raise ValueError(f"the checkpoint has {name} {list(size)}, which this model lacks; start the run anew")
-            if kind == "model":
-                tensors[name] = owner.detach()
-            elif owner.shape == size:
-                tensors[name] = torch.empty_like(owner, dtype=dtype)
-            else:
-                tensors[name] = torch.empty(size, dtype=dtype, device=owner.device)
-        return tensors
+        """The tensors into which those of a checkpoint are read, by name. Raises ValueError if the model and the
+        checkpoint have not the same parameters."""
+        return tensors_for(self.model, saved)
 
     def resume(self, state: State) -> None:
         """Continue from a state that was read into the tensors of `tensors_for`.
@@ -349,26 +323,12 @@ class Trainer:
         assert self._engine is None or not self._engine.captured, (
             "load the state before warm_up: a captured step uses the tensors that it was captured with"
         )
-        states: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.tensors.items():
-            if name.startswith("optimizer."):
-                parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
-                states.setdefault(parameter, {})[key] = tensor
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                optimizer.state.update({p: states[names[p]] for p in group["params"] if names[p] in states})
+        take_over(state.tensors, self.model, self._optimizers)
         self.steps_done, self.evaluated_at = int(state.about["steps_done"]), int(state.about["evaluated_at"])
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's state_dict, gathered from all processes, which must all call this."""
         return {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
-
-    def _model_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, shared ones once; after a pass in which FSDP gathered them, sharded again."""
-        tensors: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        once: dict[int, str] = {}
-        return {name: tensor for name, tensor in tensors.items() if once.setdefault(id(tensor), name) == name}
 
     def _tokens(self, steps: int) -> int:
         sequences = min(steps * self.config.batch_sequences, self.config.sequences)
@@ -405,33 +365,6 @@ class Trainer:
         where = f", first in {broken[0]} ({len(broken)} of {len(names)} parameters)" if broken else ""
         rate = self.config.learning_rate_at(self.steps_done)
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
-
-
-def losses_of(
-    model: nn.Module,
-    device: torch.device,
-    inputs: Tensor,  # [B, T]
-    targets: Tensor,  # [B, T]
-    starts: Tensor | None = None,  # [B, K]: of packed documents
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
-
-    Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
-    Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
-    """
-    packing = {} if starts is None else {"starts": starts}
-    if device.type == "cuda":
-        with mixed_precision(device):
-            loss, auxiliary, measures = model(
-                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten()), **packing
-            )
-    else:
-        logits, auxiliary, measures = model(inputs, **packing)
-        logits = logits.float().flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    if not torch.is_grad_enabled():
-        auxiliary = auxiliary | measures
-    return loss, means_over_sequences(auxiliary, targets)
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
