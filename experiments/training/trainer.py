@@ -99,7 +99,7 @@ class Trainer:
             # The kernels know no documents: the convolutions of packed sequences stay apart from their neighbours.
             kernels = has_fused_kernels(world.device) and task.held_out.starts is None
             self.fused = cast(Decoder, model).fuse(kernels)
-        self.compiled = execution.compile and self._cuda and cast(Decoder, model).compiles
+        self.compiled = execution.compile and self._cuda
         if self.compiled:
             model.compile(dynamic=False)
         self._replicas = world.replicate(model)
