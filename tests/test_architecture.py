@@ -77,7 +77,7 @@ def test_files_are_whole_and_shallow() -> None:
 @pytest.mark.parametrize(
     "page",
     ["README.md", "AGENTS.md"]
-    + [f"{room}/README.md" for room in ("analysis", "dynconv", "experiments", "slurm", "results")]
+    + [f"{room}/README.md" for room in ("analysis", "dynconv", "experiments", "experiments/cli", "slurm", "results")]
     + [f"results/measured/{machine}/README.md" for machine in ("corpora", "cpu", "h100", "h200")]
     + ["results/measured/README.md"],
 )

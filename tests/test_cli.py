@@ -221,8 +221,10 @@ def cheap(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return [str(sweep), "--store", str(tmp_path / "store")]
 
 
-def test_cancel_retry_and_watch(cheap: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancel_retry_and_watch(cheap: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run is made, fails, is retried; what is told to whoever asks for it at the wrong moment."""
+    here = tmp_path / "here.toml"
+    here.write_text('executor = "debug"\n[default]\ndevice = "cpu"\n')
     store = Path(cheap[-1])
     (run,) = load_sweep(Path(cheap[0]))
     run_dir = store / run.run_id
@@ -239,7 +241,7 @@ def test_cancel_retry_and_watch(cheap: list[str], capsys: pytest.CaptureFixture[
     (run_dir / "cancelled").unlink()
     assert main(["submit", *cheap]) == 1
     assert "1 failed already (see to them with `dynconv retry`)" in capsys.readouterr().err
-    assert main(["retry", *cheap]) == 0
+    assert main(["retry", *cheap, "--profile", str(here)]) == 0
     assert f"{store}: 1 runs submitted\n" in capsys.readouterr().err
     assert main(["retry", *cheap]) == 0
     assert capsys.readouterr().err == f"{store}: 0 runs submitted; 1 complete already\n"

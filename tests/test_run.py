@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from launches import PATIENCE, slow_down
-from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor, LocalJob
 
 from analysis.logs.reader import read_rows, status
@@ -102,6 +101,7 @@ def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(
             child.kill()
             child.join()
             kills += next_attempt(run_dir) > begun  # others came while it started
+        assert child.exitcode in (0, -signal.SIGKILL)
         # So that at any speed about half of the attempts are killed before they have saved a state, and all get on.
         window *= 1.25 if newest_checkpoint(run_dir) == saved else 0.8
         for kind in ("steps", "evals"):  # readable at any instant
@@ -166,9 +166,10 @@ def test_a_preempted_run_saves_requeues_and_resumes(
     start: Callable[..., LocalJob],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The signal arrives in the middle of training, in every process."""
+    """The signal arrives in the middle of training, in every process. An earlier attempt's failure is gone then."""
     long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * steps, evaluate_every=16 * 8 * 100))
     run_dir = submitted(long, tmp_path / "store", checkpoint_minutes=0.005, parallel="fsdp")
+    record_failure(run_dir, attempt=1, step=0, cause="an earlier attempt's", time=1.0)
     slow = slow_down(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(slow.parent))
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
@@ -182,22 +183,7 @@ def test_a_preempted_run_saves_requeues_and_resumes(
     assert (run["attempts"], run["gpus"]) == (2, processes)
     assert pq.read_table(run_dir / "steps.parquet")["step"].to_pylist() == list(range(1, steps + 1))
     assert run["seconds"]["lost"] == 0  # saved at the step where the signal arrived
-
-
-def test_of_several_processes_the_cause_of_a_failure_is_recorded(
-    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, start: Callable[..., LocalJob]
-) -> None:
-    run_dir = submitted(replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e36)), tmp_path / "store")
-    with pytest.raises(FailedJobError, match="gradient norm nan"):
-        start(run_dir, 2).result()
-    failure = json.loads((run_dir / "failure.json").read_text())
-    assert failure["step"] == 2
-    assert failure["cause"].startswith("NonFiniteLoss: loss")
-
-    spent = submitted(tiny_run, tmp_path / "store", max_attempts=0)
-    with pytest.raises(FailedJobError, match="max_attempts"):
-        start(spent, 2).result()
-    assert "raise it in the profile, then retry" in json.loads((spent / "failure.json").read_text())["cause"]
+    assert not (run_dir / "failure.json").exists()
 
 
 def test_a_failure_of_a_faster_process_is_kept(
@@ -218,17 +204,6 @@ def test_a_failure_of_a_faster_process_is_kept(
         Run(run_dir)()
     assert json.loads((run_dir / "failure.json").read_text())["cause"] == "ValueError: no data on this node"
     assert status(run_dir) == "failed"
-
-
-def test_an_earlier_failure_is_gone_once_the_run_is_complete(
-    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, start: Callable[..., LocalJob]
-) -> None:
-    for processes in (1, 2):
-        run_dir = submitted(tiny_run, tmp_path / str(processes))
-        record_failure(run_dir, attempt=1, step=0, cause="an earlier attempt's", time=1.0)
-        start(run_dir, processes).results()
-        assert (run_dir / "run.json").exists()
-        assert not (run_dir / "failure.json").exists()
 
 
 def test_two_processes_do_not_train_one_run(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Link:
         return f"<a href=#{self.to}>{escape(self.text)}</a>"
 
 
-def page(title: str, parts: Sequence[str], charts: str | None = None) -> str:
+def page(title: str, parts: Sequence[str], charts: str | None) -> str:
     """The whole document; `parts` are HTML, `charts` JSON for Bokeh.
 
     A content security policy allows only the page's own scripts, by their hashes, and no network access. So a name in
@@ -127,7 +127,7 @@ def _shape(mark: Mark) -> str:
     return f'<svg viewBox="-6 -6 12 12" aria-hidden="true">{path}</svg>'
 
 
-def figure(name: str, title: str, caption: str, still: Figure, places: Sequence[str], extra: str = "") -> str:
+def figure(name: str, title: str, caption: str, still: Figure, places: Sequence[str], extra: str) -> str:
     """A still figure, which the charts at `places` replace once a script has drawn them; `extra` is HTML above them.
 
     What has the class "still" is hidden then, what belongs to the charts before (page.css).

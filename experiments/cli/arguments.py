@@ -72,9 +72,8 @@ def published_argument(verb: argparse.ArgumentParser, text: str) -> None:
     verb.add_argument("--published", type=Path, nargs="?", const=PUBLISHED, metavar="DIR", help=text)
 
 
-def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    text = "a sweep file, e.g. experiments/sweeps/demo.toml"
-    verb.add_argument("sweep", type=Path, metavar="SWEEP", nargs=nargs, help=text)
+def sweep_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("sweep", type=Path, metavar="SWEEP", help="a sweep file, e.g. experiments/sweeps/demo.toml")
 
 
 def store_argument(verb: argparse.ArgumentParser) -> None:
