@@ -1,7 +1,6 @@
 """What tests of launching share: a profile of this machine, how to see where runs stand, and runs that last."""
 
 import inspect
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,12 @@ from experiments.launching.profile import Job, Profile
 HERE = Profile("local", max_parallel=2, default=Job(device="cpu"))
 PATIENCE = 300.0  # seconds for what takes one or ten on a machine that is not loaded
 Submit = Callable[..., launch.Outcome]
+IMPORTS = """
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+"""  # of `slowly`
 
 
 def state_of(store: Path, run: RunConfig) -> states.RunState:
@@ -37,7 +42,7 @@ def slowly(look: Callable[[Any], bool], file: str, after: int) -> Callable[[Any]
     """
 
     def look_slowly(attempt: Any) -> bool:
-        if attempt._step > after and os.path.exists(file):  # noqa: PTH110  # its text is added to a module
+        if attempt._step > after and Path(file).exists():
             time.sleep(0.1)
         return look(attempt)
 
@@ -47,10 +52,14 @@ def slowly(look: Callable[[Any], bool], file: str, after: int) -> Callable[[Any]
 def slow_down(store: Path, after: int = 0) -> Path:
     """Let runs that are submitted to `store` take their steps as in `slowly`, until the file that this returns goes."""
     store.mkdir(exist_ok=True)
-    code = snapshot.take(store)
+    return slow_down_code(snapshot.take(store), after)
+
+
+def slow_down_code(code: Path, after: int = 0) -> Path:
+    """`slow_down` for what runs the copy of the packages in the folder `code`."""
     file = code / "slowly"
     file.touch()
     added = f"_Attempt._folder_taken = slowly(_Attempt._folder_taken, {str(file)!r}, {after})"
     with (code / "experiments" / "training" / "run.py").open("a") as module:
-        module.write(f"\nfrom collections.abc import Callable\n\n\n{inspect.getsource(slowly)}\n\n{added}\n")
+        module.write(f"\n{IMPORTS}\n\n{inspect.getsource(slowly)}\n\n{added}\n")
     return file

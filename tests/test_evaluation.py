@@ -95,6 +95,27 @@ def test_damaged_weights_are_refused(finished: Callable[..., Path], tmp_path: Pa
         load_run(run_dir)
 
 
+def test_weights_of_another_model_are_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(finished(), tmp_path / finished().name))
+    shutil.copyfile(finished(mixer=Attention(4, 2, qk_norm=True)) / "model.pt", run_dir / "model.pt")
+    with pytest.raises(ValueError, match=r"weights of another model: 4 are .* blocks\.0\.mixer\.q_norm"):
+        load_run(run_dir)
+
+
+@pytest.mark.parametrize("damage", ["a merge left out", "gone"])
+def test_another_tokenizer_is_refused(damage: str, finished: Callable[..., Path], tmp_path: Path) -> None:
+    """It would give bits a byte and tasks of the harness other values, without a word."""
+    run_dir = Path(shutil.copytree(finished(), tmp_path / finished().name))
+    path = run_dir / "tokenizer.json"
+    content = json.loads(path.read_text())
+    path.unlink()  # it may be a link to the store's
+    if damage != "gone":
+        content["model"]["merges"].pop()
+        path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is (missing|not the tokenizer) .*; copy it again"):
+        load_run(run_dir)
+
+
 def log_probabilities(run: TrainedRun, tokens: list[int]) -> torch.Tensor:  # [T - 1]
     """Of each token after the first, without batches, caches or padding."""
     with torch.no_grad():
@@ -258,12 +279,15 @@ def test_a_task_whose_answers_leave_no_room_for_the_question_is_refused(finished
     ("arguments", "said"),
     [
         (["eval", "RUN"], "neither --text nor --tasks"),
+        (["eval", "RUN", "--tasks", ","], "neither --text nor --tasks"),
+        (["eval", "RUN", "--text", "EMPTY", "--limit", "3"], "--limit belongs to --tasks"),
         (["eval", "RUN", "--text", "nowhere"], "must be a folder of text"),
         (["eval", "RUN", "--text", "EMPTY"], "the corpus must hold"),
         (["eval", "EMPTY", "--text", "EMPTY"], "a run's folder or a store with finished runs on text; it has none"),
         (["eval", "RUN", "--tasks", "no-such-task"], "knows no such task"),
         (["generate", "EMPTY"], "must be the folder of a run"),
         (["generate", "RUN", "--tokens", "0"], "--tokens must be at least 1"),
+        (["generate", "RUN", "--seed", str(2**64)], "--seed must be 0 to 2^63 - 1"),
         (["generate", "RUN", "--top-p", "2"], "top_p must be above 0"),
         (["export", "EMPTY", "-o", "x"], "must be the folder of a run"),
     ],

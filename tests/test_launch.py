@@ -38,6 +38,7 @@ def test_runs_end_side_by_side_and_are_not_submitted_twice(
     runs: list[RunConfig], submit: Submit, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
+    slow_down(store, after=20)  # so that the first has not ended before the second begins
     outcome = submit(runs, store)
     ids = [run.run_id for run in runs]
     assert (outcome.submitted, outcome.skipped, outcome.unsuccessful) == (ids, {}, [])

@@ -195,13 +195,13 @@ def test_pointing_at_a_run_shows_it_and_a_click_leads_to_its_row(page: Path, bro
     for plot in (0, 5):  # loss against compute, and against the clock: by their place among the plots
         x, y, row = browser.value(f"{PLACE}({json.dumps([plot, run])})")
         browser.pause()
-        browser.point(x, y)
+        browser.hover(x, y, f"{TOOLTIPS}.includes({json.dumps(f'run: {run}')})")
         shown = browser.value(TOOLTIPS)
         for told in (f"run: {run}", f"size: {runs['size']}", "seed: 0", f"loss: {runs['loss']:.4f}"):
             assert told in shown
         assert f"budget: {runs['flops_exact']:.3e} FLOPs" in shown
         browser.point(x, y, click=True)
-        assert browser.value("location.hash") == f"#run-{row}"
+        browser.wait(f"location.hash === '#run-{row}'")
         assert browser.value("document.querySelector(':target').cells[0].textContent") == run
         browser.point(5, 5)
         browser.value("history.replaceState(null, '', '#')")
@@ -238,9 +238,7 @@ def test_without_scripts_still_figures_stand_in(page: Path, browser: Browser) ->
     browser.ask("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.ask("Page.navigate", url=page.as_uri())
-        limit = 100
-        while browser.value("document.readyState") != "complete" and (limit := limit - 1):
-            browser.ask("Page.bringToFront")
+        browser.wait("document.readyState === 'complete'")
         _require_stills(browser)
     finally:
         browser.ask("Emulation.setScriptExecutionDisabled", value=False)
@@ -286,8 +284,7 @@ def test_names_in_the_data_do_no_harm(browser: Browser, tmp_path: Path) -> None:
     browser.open(page)
     x, y, _ = browser.value(f"{PLACE}({json.dumps([0, f'{HOSTILE}3'])})")
     browser.pause()
-    browser.point(x, y)
-    assert f"arm: {HOSTILE}" in browser.value(TOOLTIPS)
+    browser.hover(x, y, f"{TOOLTIPS}.includes({json.dumps(f'arm: {HOSTILE}')})")
     assert browser.value("window.harmed ?? null") is None
     assert browser.errors == []
     assert {request.partition(":")[0] for request in browser.requests} <= {"file", "data", "blob"}

@@ -75,10 +75,11 @@ def _eval(args: argparse.Namespace) -> int:
     from experiments.evaluation.domains import beside_domains, passed_over
     from experiments.evaluation.load import load_run
 
-    if args.text is None and args.tasks is None:
+    if args.text is None and not (args.tasks or "").strip(" ,"):
         raise ValueError("eval needs something to evaluate on; got neither --text nor --tasks; name one")
-    if args.include is not None and args.tasks is None:
-        raise ValueError("--include adds task files, and no --tasks are named; name those to evaluate")
+    for name in ("include", "shots", "limit"):
+        if getattr(args, name) is not None and args.tasks is None:
+            raise ValueError(f"--{name} belongs to --tasks, of which none are named; name those to evaluate")
     beside = [] if args.text is None else beside_domains(args.text)  # refuses wrong folders before a model is loaded
     if beside:
         told = f"{beside[0]}{f' and {len(beside) - 1} more' * (len(beside) > 1)} in {args.text}"
@@ -187,6 +188,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     if args.tokens < 1:
         raise ValueError(f"--tokens must be at least 1; got {args.tokens}; raise it")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be 0 to 2^63 - 1; got {args.seed}; choose another")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     pieces = continue_text(load_run(args.run_dir, _device(args)), args.prompt, args.tokens, sampling, args.seed)
     if args.format == "json":

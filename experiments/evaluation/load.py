@@ -1,6 +1,8 @@
 """Load a trained run as a torch module, with its tokenizer."""
 
 import contextlib
+import hashlib
+import pickle
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,6 +18,8 @@ from experiments.design.data import DataConfig
 from experiments.models.decoder import Decoder
 from experiments.training.precision import mixed_precision
 from experiments.training.record import TOKENIZER, read_record
+
+_REMEDY = "copy it again, or train the run again in another store"
 
 
 class TrainedRun(NamedTuple):
@@ -65,14 +69,35 @@ def check_usable(run_dir: Path) -> RunConfig:
 
 
 def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
-    """The run in this folder. Raises ValueError as `check_usable` does, and if its weights are damaged."""
+    """The run in this folder. Raises ValueError as `check_usable` does, and if its weights or tokenizer are damaged."""
     run_dir = Path(run_dir)
     config = check_usable(run_dir)
+    tokenizer = _tokenizer(run_dir)
     model = Decoder(config.model, config.seed)
-    model.load_state_dict(_weights(run_dir / "model.pt"))
-    tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))
-    tokenizer.encode_special_tokens = True  # as in training: the end of text, where it is spelt out, is text
+    weights = _weights(run_dir / "model.pt")
+    shapes, wanted = ({name: each.shape for name, each in of.items()} for of in (weights, model.state_dict()))
+    if shapes != wanted:
+        unlike = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
+        raise ValueError(
+            f"{run_dir / 'model.pt'} holds the weights of another model: {len(unlike)} are not as config.json has "
+            f"them, the first {unlike[0]}; {_REMEDY}"
+        )
+    model.load_state_dict(weights)
     return TrainedRun(config, model.to(device).eval(), tokenizer)
+
+
+def _tokenizer(run_dir: Path) -> Tokenizer:
+    """The tokenizer that the run was trained with. Raises ValueError if it is missing, or is another one now."""
+    path = run_dir / TOKENIZER
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} is missing ({error.strerror}); {_REMEDY}") from None
+    if hashlib.sha256(content).hexdigest() != read_record(run_dir)[0]["tokenizer_sha256"]:
+        raise ValueError(f"{path} is not the tokenizer that the run was trained with: its checksum differs; {_REMEDY}")
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.encode_special_tokens = True  # as in training: the end of text, where it is spelt out, is text
+    return tokenizer
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
@@ -80,14 +105,13 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
 
     The file is a zip archive with a checksum of each tensor, which torch.load does not compare.
     """
-    remedy = "copy it again, or train the run again in another store"
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"{path} is damaged (the checksum of {damaged} differs); {remedy}")
+                raise ValueError(f"{path} is damaged (the checksum of {damaged} differs); {_REMEDY}")
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); {remedy}") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); {_REMEDY}") from None
     return weights
 
 
