@@ -5,28 +5,49 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_decoder import CONVS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from experiments.cli.main import main
-from experiments.design.arms import QKV
+from experiments.design.arms import ALL_LINEAR, QKV
 from experiments.evaluation.export import export
 from experiments.evaluation.generate import Sampling, generate
 from experiments.evaluation.load import load_run
 from experiments.parts.attention import Attention
-from experiments.parts.short_convolution import LowRankConvolution, StaticConvolution
+from experiments.parts.gated_deltanet import GatedDeltaNet
+from experiments.parts.mamba2 import Mamba2
+from experiments.parts.moe import MoE
+from experiments.parts.short_convolution import (
+    HeadwiseConvolution,
+    LowRankConvolution,
+    NoConvolution,
+    StaticConvolution,
+)
+from experiments.parts.swiglu import SwiGLU
 
+MAMBA, DELTA = Mamba2(heads=3, head_size=6, state=8), GatedDeltaNet(heads=2, key=6, value=8)
 EXPORTED: dict[str, dict[str, Any]] = {
-    **{name: {"conv": conv} for name, conv in CONVS.items() if "part input" not in name},
+    **{name: {"conv": conv} for name, conv in CONVS.items()},
     "qk-norm": {"mixer": Attention(4, 2, qk_norm=True)},
     "untied": {"tied": False},
     "static, no residual": {"conv": StaticConvolution(("q", "down"), residual=False)},
     "no static filter": {"conv": LowRankConvolution(QKV, rank=2, static_filter=False)},
+    "mamba2": {"mixer": MAMBA, "conv": NoConvolution()},
+    "mamba2, static, silu": {"mixer": MAMBA, "conv": StaticConvolution(("x", "b"), residual=False, activation="silu")},
+    "mamba2, lowrank": {"mixer": MAMBA, "conv": LowRankConvolution(("x", "c", "dt", "o", "up"), rank=2)},
+    "gated deltanet": {"mixer": DELTA, "conv": NoConvolution()},
+    "gated deltanet, headwise": {
+        "mixer": DELTA,
+        "conv": HeadwiseConvolution((*QKV, "mixer_input"), head_size=2, generator_init="linear"),
+    },
+    "experts": {"ffn": MoE(experts=5, top_k=2, shared=1, hidden=8), "conv": LowRankConvolution(ALL_LINEAR, rank=2)},
+    "one expert": {"mixer": MAMBA, "ffn": MoE(experts=3, top_k=1, shared=2, hidden=8), "conv": NoConvolution()},
 }
 
 
@@ -44,10 +65,28 @@ def exported(request: pytest.FixtureRequest, finished: Callable[..., Path], tmp_
 
 
 def test_what_the_exported_code_cannot_express_is_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
-    run = load_run(finished(conv=CONVS["part input"]))
-    with pytest.raises(ValueError, match="no convolution with generator_input = 'part'"):
-        export(run, tmp_path / "model")
+    class Other(SwiGLU):
+        kind = "other"
+
+    run = load_run(finished())
+    config = replace(run.config, model=replace(run.config.model, ffn=Other(24)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="export knows swiglu, moe here; an-arm has other"):
+        export(run._replace(config=config), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated deltanet", "experts"])
+def test_new_weights_of_the_exported_architecture_are_initialised(
+    name: str, finished: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As somebody who trains it from scratch draws them."""
+    export(load_run(finished(**EXPORTED[name])), tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    for parameter in model.parameters():
+        assert 0 <= parameter.abs().max() < 10
+    logits = model(torch.arange(12)[None]).logits
+    assert 0 < logits.std() < 1
 
 
 def test_the_exported_model_gives_the_same_logits_and_survives_its_own_saving(
@@ -89,11 +128,12 @@ def test_the_exported_model_generates_with_caches_what_it_generates_without(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["lowrank", "one expert"])
 def test_an_exported_model_needs_only_transformers_torch_and_dynconv(
-    finished: Callable[..., Path], tmp_path: Path
+    name: str, finished: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    assert main(["export", str(finished()), "--format", "hf", "-o", str(folder)]) == 0
+    folder, run_dir = tmp_path / "model", finished(**EXPORTED[name])
+    assert main(["export", str(run_dir), "--format", "hf", "-o", str(folder)]) == 0
     program = f"""
 import sys
 sys.modules["experiments"] = sys.modules["analysis"] = None  # importing them fails
@@ -105,7 +145,7 @@ made = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=
 print(made[0, -4:].tolist())
 """
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    run = load_run(finished())
+    run = load_run(run_dir)
     prompt = torch.tensor([run.tokenizer.encode("def f(").ids])
     wanted = [int(t) for t in itertools.islice(generate(run.model, prompt, Sampling(temperature=0), seed=0), 4)]
     assert json.loads(printed) == wanted

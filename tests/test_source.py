@@ -72,7 +72,7 @@ def test_comments_docstrings_and_layout_are_no_other_version(copy: Path) -> None
     ("name", "old", "new"),
     [
         ("experiments/models/swiglu.py", "F.silu(gate) * up", "F.silu(up) * gate"),
-        ("experiments/models/recurrence.py", "CHUNK = 64", "CHUNK = 32"),
+        ("experiments/models/chunks.py", "CHUNK = 64", "CHUNK = 32"),
         ("dynconv/ops/reference.py", "0.0", "0.5"),
         ("experiments/training/loss.py", "IGNORED = -100", "IGNORED = -101"),
     ],

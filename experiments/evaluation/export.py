@@ -15,17 +15,27 @@ from experiments.design.config import RunConfig
 from experiments.evaluation.load import TrainedRun
 from experiments.parts.attention import Attention
 from experiments.parts.base import INPUT_SITES
+from experiments.parts.gated_deltanet import GatedDeltaNet
+from experiments.parts.mamba2 import Mamba2
+from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import Convolution, NoConvolution
 from experiments.parts.swiglu import SwiGLU
 
-CODE = Path(__file__).parent / "modeling_dynconv.py"
-_OPTIONS = ("sites", "width", "residual", "static_filter", "head_size", "rank", "activation")
+_HERE = Path(__file__).parent
+CODE = (  # the first imports the others
+    _HERE / "modeling_dynconv.py",
+    _HERE / "modeling_parts.py",
+    _HERE.parent / "models" / "chunks.py",
+)
+_OPTIONS = ("sites", "width", "residual", "static_filter", "head_size", "rank", "activation", "generator_input")
+_MIXERS = (Attention, Mamba2, GatedDeltaNet)
 _OF_TRAINING = ("static_init", "generator_init")
-# Names of our parameters in a layer -> theirs in transformers' Qwen3
+# Names of our parameters in a layer -> theirs in transformers' Qwen3; what is not among them keeps its own
 _NAMES = {
-    r"mixer\.maps\.(q|k|v|o)": r"self_attn.\1_proj",
-    r"ffn\.maps\.(gate|up|down)": r"mlp.\1_proj",
-    r"mixer\.(q_norm|k_norm)": r"self_attn.\1",
+    r"mixer\.maps\.(\w+)": r"self_attn.\1_proj",
+    r"ffn\.maps\.(\w+)": r"mlp.\1_proj",
+    r"mixer": "self_attn",
+    r"ffn": "mlp",
     r"mixer_norm": "input_layernorm",
     r"ffn_norm": "post_attention_layernorm",
     r"mixer_input\.conv": "input_layernorm.conv",
@@ -36,7 +46,7 @@ _NAMES = {
 def export(run: TrainedRun, folder: Path) -> None:
     """Fill a new folder with the weights (safetensors), the configuration, the model's code and the tokenizer.
 
-    Raises ValueError if the model has a part that the code in modeling_dynconv.py does not have.
+    Raises ValueError if the model has a part that CODE does not have.
     """
     settings = configuration(run.config)
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -44,8 +54,11 @@ def export(run: TrainedRun, folder: Path) -> None:
     temporary.mkdir(parents=True)
     try:
         save_file(_weights(run), temporary / "model.safetensors", metadata={"format": "pt"})
-        shutil.copyfile(CODE, temporary / CODE.name)
-        shutil.copymode(temporary / CODE.name, temporary / "model.safetensors")  # safetensors hides it from all others
+        for code in CODE:
+            shutil.copyfile(code, temporary / code.name)
+        shutil.copymode(
+            temporary / CODE[0].name, temporary / "model.safetensors"
+        )  # safetensors hides it from all others
         run.tokenizer.save(str(temporary / "tokenizer.json"))
         end = run.end_of_text
         files = {
@@ -68,15 +81,21 @@ def export(run: TrainedRun, folder: Path) -> None:
 
 
 def configuration(run: RunConfig) -> dict[str, Any]:
-    """The content of config.json. Raises ValueError for a model that transformers' Qwen3 layers cannot express."""
+    """The content of config.json. Raises ValueError for a model that CODE cannot express."""
     model = run.model
-    for part, wanted in ((model.mixer, Attention), (model.ffn, SwiGLU)):
-        if type(part) is not wanted:
-            raise ValueError(f"export knows attention and swiglu; {run.arm} has {part.kind}; export another run")
-    assert isinstance(model.mixer, Attention)
-    assert isinstance(model.ffn, SwiGLU)
-    heads, kv_heads = model.mixer.head_counts()
+    for part, known in ((model.mixer, _MIXERS), (model.ffn, (SwiGLU, MoE))):
+        if type(part) not in known:
+            kinds = ", ".join(kind.kind for kind in known)
+            raise ValueError(f"export knows {kinds} here; {run.arm} has {part.kind}; export another run")
+    mixer, ffn = model.mixer, model.ffn
     conv = None if isinstance(model.conv, NoConvolution) else _convolution(model.conv)
+    attention = isinstance(mixer, Attention)
+    # Without attention Qwen3's table of RoPE is of any size, and not used.
+    heads, kv_heads, head_size, theta, qk_norm = (
+        (*mixer.head_counts(), mixer.head_size(model.width), mixer.rope_theta, mixer.qk_norm)
+        if isinstance(mixer, Attention)
+        else (1, 1, 2, 10_000.0, False)
+    )
     return {
         "architectures": ["DynconvForCausalLM"],
         "auto_map": {
@@ -87,20 +106,22 @@ def configuration(run: RunConfig) -> dict[str, Any]:
         "dtype": "float32",
         "vocab_size": model.vocabulary,
         "hidden_size": model.width,
-        "intermediate_size": model.ffn.linear_maps(model.width)["up"].outputs,
+        "intermediate_size": ffn.linear_maps(model.width)["up"].outputs,
         "num_hidden_layers": model.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": model.mixer.head_size(model.width),
+        "head_dim": head_size,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.mixer.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "max_position_embeddings": run.train.sequence_length,
         "tie_word_embeddings": model.tied,
         "initializer_range": model.init_std,
         "attention_bias": False,
         "hidden_act": "silu",
-        "qk_norm": model.mixer.qk_norm,
+        "qk_norm": qk_norm,
         "conv": conv,
+        "mixer": None if attention else {"kind": mixer.kind, **mixer.facts()},
+        "moe": {"experts": ffn.experts, "top_k": ffn.top_k, "hidden": ffn.hidden} if isinstance(ffn, MoE) else None,
     }
 
 

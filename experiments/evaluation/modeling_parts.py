@@ -1,0 +1,214 @@
+"""What exported models have in place of Qwen3's attention and MLP: Mamba-2, Gated DeltaNet, a mixture of experts.
+
+This file travels with exported models, beside chunks.py. Their modules have the names and the arithmetic of
+experiments/models, which tests/test_export.py holds them to.
+Shapes: B batch, T time, D width, H heads.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, PretrainedConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+
+# Exported models have the file beside this one; here it is in experiments/models.
+from .chunks import chunked  # type: ignore[import-not-found]
+
+
+class ShortConvCache(DynamicCache):
+    """Keys and values, and by name what else a layer keeps of the tokens before, [B, ...] each.
+
+    These are the inputs that a convolution's next outputs still need, [B, W-1, channels], and recurrences' states.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def _select(self, indices: torch.Tensor) -> None:
+        self.kept = {name: kept.index_select(0, indices.to(kept.device)) for name, kept in self.kept.items()}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.kept = {name: kept.repeat_interleave(repeats, 0) for name, kept in self.kept.items()}
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept = {}
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        raise ValueError("this cache cannot be shortened; generate without an assistant model")
+
+
+class Pass:
+    """What modules need to know of the forward pass that is under way."""
+
+    cache: ShortConvCache | None = None
+    unpadded: torch.Tensor | None = None  # [B, T, 1]: 0 at padding, else 1; None: no padding
+    part_input: torch.Tensor | None = None  # [B, T, D]: the normed input of the part that is computed
+
+
+class RecurrentMixer(nn.Module):
+    """Base of the mixers around a recurrence."""
+
+    sites: tuple[str, ...]  # of the linear maps of its input
+    lowest_a: float  # of the initial decays
+    # From the outputs [B, T, channels] of the linear maps: what `_output` takes besides the recurrence's outputs, and
+    # the arguments of `chunked`.
+    _inputs: Callable[..., tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
+    o_proj: nn.Linear
+    _output: Callable[..., torch.Tensor]  # the input [B, T, H*V] of the map o
+
+    def __init__(self, config: PretrainedConfig, heads: int, shapes: dict[str, int], layer: int, current: Pass) -> None:
+        super().__init__()
+        for site, outputs in shapes.items():
+            setattr(self, f"{site}_proj", nn.Linear(config.hidden_size, outputs, bias=False))
+        conv = config.conv or {}
+        self._activated = conv.get("sites", ()) if conv.get("activation") else ()  # by their own convolutions
+        self._layer, self._current = layer, current
+        self.log_a = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        with torch.no_grad():
+            self.log_a.uniform_(self.lowest_a, 16.0).log_()
+            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+            step.copy_(step + (-(-step).expm1()).log())  # the inverse of softplus
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        x, current = hidden_states, self._current
+        if current.unpadded is not None:  # No map has a bias: where the input is zero, nothing enters the state.
+            x = x * current.unpadded.to(x.dtype)
+        outputs = {site: getattr(self, f"{site}_proj")(x) for site in self.sites}
+        kept, inputs = self._inputs(**outputs)
+        if current.cache is None:
+            y, _ = chunked(*inputs)
+        else:
+            name, place = f"{self._layer}.state", x.new_zeros(x.shape[0], 1, x.shape[1], 1)
+            y, current.cache.kept[name] = chunked(*inputs, state=current.cache.kept.get(name))
+            current.cache.update(place, place, self._layer)  # counts the tokens, which `generate` asks for
+        return self.o_proj(self._output(y, *kept)), None
+
+    def _silu(self, site: str, y: torch.Tensor) -> torch.Tensor:
+        return y if site in self._activated else F.silu(y)
+
+    def _wide(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _log_decay(self, step: torch.Tensor) -> torch.Tensor:
+        return -self._wide(self.log_a).exp() * step
+
+    def _step(self, x: torch.Tensor) -> torch.Tensor:
+        return F.softplus(self._wide(x) + self._wide(self.dt_bias))
+
+
+class Mamba2(RecurrentMixer):
+    """arXiv 2405.21060, section 7."""
+
+    sites = ("z", "x", "b", "c", "dt")
+    lowest_a = 1.0
+
+    def __init__(
+        self, config: PretrainedConfig, layer: int, current: Pass, heads: int, head_size: int, state: int
+    ) -> None:
+        inner = heads * head_size
+        super().__init__(config, heads, {"z": inner, "x": inner, "b": state, "c": state, "dt": heads}, layer, current)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.head_size = head_size
+        self.skip = nn.Parameter(torch.ones(heads))
+        self.norm = Qwen3RMSNorm(inner, eps=config.rms_norm_eps)
+
+    def _inputs(
+        self, z: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, dt: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        values = self._silu("x", x).unflatten(2, (-1, self.head_size))
+        keys, queries = self._silu("b", b), self._silu("c", c)
+        step = self._step(dt)  # [B, T, H]
+        scaled = (values * step[..., None]).to(values.dtype)
+        return (values, z), (queries[:, :, None], keys[:, :, None], scaled, self._log_decay(step))
+
+    def _output(self, y: torch.Tensor, values: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        y = y + self.skip[:, None].to(y.dtype) * values
+        normed: torch.Tensor = self.norm(y.flatten(2) * F.silu(z))
+        return normed
+
+
+class GatedDeltaNet(RecurrentMixer):
+    """arXiv 2412.06464, section 3."""
+
+    sites = ("q", "k", "v", "a", "b", "g")
+    lowest_a = 0.0
+
+    def __init__(self, config: PretrainedConfig, layer: int, current: Pass, heads: int, key: int, value: int) -> None:
+        keys, values = heads * key, heads * value
+        shapes = {"q": keys, "k": keys, "v": values, "a": heads, "b": heads, "g": values}
+        super().__init__(config, heads, shapes, layer, current)
+        self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
+        self.key, self.value = key, value
+        self.norm = Qwen3RMSNorm(value, eps=config.rms_norm_eps)
+
+    def _inputs(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        g: torch.Tensor,
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        queries, keys = (self._unit(self._silu(site, y)) for site, y in (("q", q), ("k", k)))
+        values = self._silu("v", v).unflatten(2, (-1, self.value))
+        return (g,), (queries * self.key**-0.5, keys, values, self._log_decay(self._step(a)), b.sigmoid())
+
+    def _output(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm(y)
+        return normed.flatten(2) * F.silu(gate)
+
+    def _unit(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self._wide(x.unflatten(2, (-1, self.key)))
+        return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+class Experts(Qwen3MLP):
+    """The MLP as the shared expert, plus the experts that the router chooses for each token.
+
+    The auxiliary losses of training are not computed here.
+    """
+
+    def __init__(self, config: PretrainedConfig, experts: int, top_k: int, hidden: int) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.top_k = top_k
+        self.router = nn.Linear(width, experts, bias=False)
+        self.gate = nn.Parameter(torch.empty(experts, width, hidden))
+        self.up = nn.Parameter(torch.empty(experts, width, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+        for weight in (self.gate, self.up, self.down):
+            nn.init.normal_(weight, std=config.initializer_range)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared: torch.Tensor = super().forward(x)
+        rows = x.flatten(0, 1)
+        wide = torch.promote_types(x.dtype, torch.float32)  # close logits would choose other experts
+        weights, chosen = F.linear(rows.to(wide), self.router.weight.to(wide)).softmax(-1).topk(self.top_k)
+        if self.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        routed = torch.zeros_like(rows, dtype=wide)
+        for expert in chosen.unique().tolist():
+            row, place = (chosen == expert).nonzero(as_tuple=True)
+            y = (F.silu(rows[row] @ self.gate[expert]) * (rows[row] @ self.up[expert])) @ self.down[expert]
+            routed.index_add_(0, row, y.to(wide) * weights[row, place, None])
+        return shared + routed.to(x.dtype).view_as(x)
+
+
+MIXERS = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
