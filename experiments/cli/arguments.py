@@ -109,6 +109,13 @@ def profile_of(args: argparse.Namespace) -> Profile:
     return Profile("local") if args.profile is None else load_profile(args.profile)
 
 
+def require_folder(path: Path) -> Path:
+    """The path, which may not exist yet. Raises ValueError if it is a file."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give a directory")
+    return path
+
+
 def load_store(args: argparse.Namespace) -> Store:
     """The stores of the command line as one, with the runs that fulfil --where; what could not be read is named on
     standard error."""

@@ -15,6 +15,7 @@ from experiments.cli.arguments import (
     format_argument,
     published_argument,
     reading_store,
+    require_folder,
     where_argument,
 )
 from experiments.terminal import warn
@@ -100,7 +101,7 @@ def _plot(args: argparse.Namespace) -> int:
     from analysis.pages.style import save
     from analysis.pages.throughput_figures import read_training, throughput_panels
 
-    _folder(args.out)
+    require_folder(args.out)
     kernels = read_kernels(args.stores[0]) if len(args.stores) == 1 else None
     training = read_training(args.stores[0]) if len(args.stores) == 1 else None
     if kernels is not None:
@@ -165,13 +166,6 @@ def _freeze(args: argparse.Namespace) -> int:
     from analysis.logs.store import freeze
 
     with reading_store(args) as store:
-        written = freeze(store, _folder(args.out), args.steps)
+        written = freeze(store, require_folder(args.out), args.steps)
     print(*written, sep="\n")
     return 0
-
-
-def _folder(path: Path) -> Path:
-    """The path, which may not exist yet. Raises ValueError if it is a file."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; give a directory")
-    return path

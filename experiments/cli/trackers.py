@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from experiments.cli.arguments import Subparsers, add_verb
+from experiments.cli.arguments import Subparsers, add_verb, require_folder
 from experiments.terminal import warn
 
 FOLLOW_SECONDS = 10.0
@@ -34,8 +34,7 @@ def _track(args: argparse.Namespace) -> int:
     from experiments.launching import overview, states
     from experiments.launching.trackers import export
 
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"{args.out} is a file; give a folder")
+    require_folder(args.out)
     told: set[str] = set()
     while True:
         run_ids = states.find(args.store)
