@@ -260,6 +260,24 @@ def test_budgets_of_a_size_are_one_replicate_and_the_interval_covers(sizes: int,
             assert np.mean(dependent) <= 0.16  # of 25; of 300, .04 at most
 
 
+def test_a_budget_weights_its_sizes_by_their_noise() -> None:
+    """Two sizes, of m = 1.2 and 1.4 where the law is known: the one with a hundredfold variance hardly counts, and a
+    size of unknown noise has the mean of the others."""
+    law = [1.3 * (c / 1e20) ** -0.15 for c in (1e18, 1e20)]
+    cells = [
+        Cell(size, "b", c, c, 1.7 + r, 1.7 + r * m**-0.15)
+        for size, c, r, m in zip("sl", (1e18, 1e20), law, (1.2, 1.4), strict=True)
+    ]
+
+    def m(variance: dict[str, float]) -> float:
+        return by_budget(cells, 1.7, 0.15, variance)[0][0].m
+
+    w = [r * r for r in law]
+    assert m({}) == m({"s": 3.0, "l": 3.0}) == pytest.approx(1.2 ** (w[0] / sum(w)) * 1.4 ** (w[1] / sum(w)), rel=1e-9)
+    assert m({"s": 100.0, "l": 1.0}) == pytest.approx(1.4, abs=0.01)
+    assert m({"s": 5.0}) == m({})
+
+
 def test_sizes_of_one_compute_are_no_ladder(answer: Any) -> None:
     rows = [
         f"{arm},{size},1e18,{loss}" for arm in ("base", "new") for size, loss in (("S", 3.1), ("M", 3.0), ("L", 3.2))

@@ -29,6 +29,7 @@ def joint_interval(pairs: Pairs, level: float = SIGNIFICANCE) -> tuple[float, In
     misses with probability `level` (None below three sizes). Values beyond LN_M are returned as 0 or infinity. The
     result is None if every m fits equally well, as happens when losses do not fall with compute.
 
+    All points count alike, also where the noise differs from size to size and the paired estimator weights by it.
     The law of both arms is E + a (k C)^-g, with k = m for the arm and 1 for the baseline. The interval contains every m
     at which the smallest residual sum of squares is at most RSS (1 + F / (n - 4)), n = 2 S.
     """
