@@ -1,5 +1,6 @@
-"""Numbers, tables and progress bars as a person reads them in a terminal."""
+"""Numbers, tables, warnings and progress bars as a person reads them in a terminal."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ def bar(name: str, total: int | None, unit: str, progress: bool, items: Iterable
     from tqdm import tqdm
 
     return tqdm(items, desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, disable=not progress)
+
+
+def warn(*lines: str) -> None:
+    """Say lines on standard error, each as the command's own."""
+    for line in lines:
+        print(f"dynconv: {line}", file=sys.stderr)
 
 
 def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -103,6 +103,14 @@ class Browser:
             self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
         self.pause()
 
+    def hover(self, x: float, y: float, expression: str) -> None:
+        """Move the pointer there until an expression is true."""
+        limit = time.monotonic() + PATIENCE
+        self.point(x, y)
+        while not self.value(expression):
+            assert time.monotonic() < limit, f"never true: {expression}; {self.errors}"
+            self.point(x, y)
+
     def picture(self, path: Path, whole: bool = False) -> None:
         data = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))

@@ -55,7 +55,7 @@ def cluster_of(nodes: int) -> Iterator[dict[str, str]]:
     # Not pytest's folder: only its owner may enter that, and MUNGE wants a socket that everybody can reach.
     state = Path(tempfile.mkdtemp(prefix="dynconv-test-", dir="/var/tmp"))
     environment = {"DYNCONV_SLURM_STATE": str(state), "DYNCONV_SLURM_NODES": str(nodes)}
-    environment["DYNCONV_SLURM_PORT"] = str(three_free_ports() + (1000 if nodes > 1 else 0))
+    environment["DYNCONV_SLURM_PORT"] = str(free_ports(2 + nodes))
     up = call("up", environment)
     try:
         if up.returncode == 2:
@@ -71,16 +71,14 @@ def cluster_of(nodes: int) -> Iterator[dict[str, str]]:
     assert not state.exists()
 
 
-def three_free_ports() -> int:
-    for first in range(20_000 + os.getpid() % 3_000 * 3, 30_000, 3):
-        with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-            try:
-                for offset, s in enumerate((a, b, c)):
-                    s.bind(("127.0.0.1", first + offset))
-            except OSError:
-                continue
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row, below those that the system gives to whoever asks for any."""
+    for first in range(20_000 + os.getpid() % 3_000 * 3, 32_000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
-    raise AssertionError("no three free ports in a row")
+    raise AssertionError(f"no {count} free ports in a row")
 
 
 @pytest.fixture
@@ -96,8 +94,8 @@ def log_of(store: Path, run: RunConfig) -> str:
     return log.read_text() if log.exists() else ""
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    launches.wait_until(condition, seconds, lambda: f"; queue:\n{ask('squeue', '--array')}")
+def wait_until(condition: Callable[[], bool]) -> None:
+    launches.wait_until(condition, said=lambda: f"; queue:\n{ask('squeue', '--array')}")
 
 
 def hasten(job_id: str) -> None:

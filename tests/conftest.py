@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each starts as many that compile as there are cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of evaluation and export read local files only
 
+import random
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from convolutions import kernels
@@ -44,8 +46,11 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     importlib.import_module("dynconv.ops.operator")
     del os.environ["TRITON_INTERPRET"]
 
-hypothesis.settings.register_profile("shared machine", deadline=None)  # its examples take what they take
+# Its examples take what they take. They are the same each time; `pytest --hypothesis-profile=search` looks for others.
+hypothesis.settings.register_profile("shared machine", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+torch.manual_seed(0)  # for tensors that modules of tests make when they are imported
 
 LOWRANK = LowRankConvolution(("q", "k", "v"), rank=2)
 
@@ -54,6 +59,14 @@ LOWRANK = LowRankConvolution(("q", "k", "v"), rank=2)
 def presence(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Runs of other tests, and of this machine's user, do not count among those that share the machine."""
     os.environ["DYNCONV_PRESENCE"] = str(tmp_path_factory.mktemp("presence"))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """What a test draws without a generator of its own depends neither on the tests before it nor on chance."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.advantage.changing import band, reported
-from analysis.advantage.constancy import SeedNoise, constancy_p, correlation_p, shown_constant
+from analysis.advantage.constancy import constancy_p, correlation_p, shown_constant
 from analysis.advantage.paired import Local, changing_multipliers, local_multipliers
 from analysis.advantage.planning import World, in_order
+from analysis.advantage.seeds import NoiseBySize, by_power
 from analysis.advantage.shifted import shifted_multipliers
 from analysis.laws.solver import Floats
 
@@ -37,15 +38,15 @@ class Sweeps:
     compute: Floats  # [S]
     y0: Floats  # [K, S]
     y1: Floats  # [K, S]
-    seeds: SeedNoise | None
+    noise: NoiseBySize | None  # what the repeated seeds show
     ln_m: float  # at the largest compute
     beyond: float  # ln m at REACH times it
 
     def local(self) -> Local:
-        return local_multipliers(self.compute, self.compute, self.y0, self.y1)
+        return local_multipliers(self.compute, self.compute, self.y0, self.y1, noise=self.noise)
 
-    def p(self, seeds: SeedNoise | None) -> Floats:
-        return constancy_p(self.compute, self.compute, self.y0, self.y1, RESAMPLES, 0, until=0.05, seeds=seeds)
+    def p(self, noise: NoiseBySize | None) -> Floats:
+        return constancy_p(self.compute, self.compute, self.y0, self.y1, RESAMPLES, 0, until=0.05, noise=noise)
 
 
 def sweeps(
@@ -80,9 +81,8 @@ def sweeps(
     noise = None
     if seeds > 1:
         differences = runs[0] - runs[1]
-        dof = sizes * (seeds - 1)
-        squares = ((differences - differences.mean(axis=2, keepdims=True)) ** 2).sum(axis=(1, 2))
-        noise = SeedNoise(squares / dof / seeds, dof)
+        squares = ((differences - differences.mean(axis=2, keepdims=True)) ** 2).sum(axis=2)
+        noise = by_power(compute, squares, np.full(sizes, float(seeds)), np.full(sizes, seeds - 1.0))
     return Sweeps(compute, losses[0], losses[1], noise, true_ln_m(TOP), true_ln_m(REACH * TOP))
 
 
@@ -107,7 +107,7 @@ class Cell:
 def cell(designs: Sweeps) -> Cell:
     local = designs.local()
     changing, shifted = changing_multipliers(local), shifted_multipliers(local)
-    p = designs.p(designs.seeds)
+    p = designs.p(designs.noise)
     _, low, high = reported(local, p, changing)
     _, band_low, band_high = band(changing, shifted, REACH * TOP)
     constant_low, constant_high = local.interval()
@@ -171,7 +171,7 @@ def power_of_constancy(count: int) -> Iterator[str]:
     for sizes, seeds in ((4, 2), *DESIGNS[1:]):
         for shift in SHIFTS:
             designs = sweeps(count, sizes, seeds, shift)
-            without, with_seeds = ((designs.p(noise) < 0.05).mean() for noise in (None, designs.seeds))
+            without, with_seeds = ((designs.p(noise) < 0.05).mean() for noise in (None, designs.noise))
             yield f"| {sizes} x {seeds} | {shift:g} | {without:.3f} | {with_seeds:.3f} |"
 
 

@@ -20,7 +20,7 @@ import triton.experimental
 
 import dynconv.ops
 
-_LAUNCHING = ("lowrank_mma", "fused_mma", "ring")
+_LAUNCHING = ("lowrank_mma", "fused_mma", "ring", "fused_ring")
 _MODULES = (
     "gluon_pieces",
     "mma",
@@ -186,6 +186,9 @@ def _inline_assembly(asm: str, _: str, args: list[_Value], dtype: _DType, **__: 
         warps = len(values[0])
         blocks = values[0].reshape(warps, 2, 4, 2, 4, 2, 2)
         return _Value(blocks.permute(0, 1, 4, 6, 2, 5, 3).reshape(warps, 16, 16))
+    if "shfl" in asm:  # a lane has four channels
+        partner = torch.arange(len(values[0])) ^ 4 * int(asm.split(", ")[2])
+        return _Value(values[0][partner])
     for part, function in (
         ("xor.b32", lambda a, _: a),
         ("ex2.approx", torch.sigmoid),
@@ -253,7 +256,7 @@ def _jit(function: Any = None, **_: Any) -> Any:
 
 @contextmanager
 def interpreted() -> Iterator[Any]:
-    """The modules dynconv.ops.lowrank_mma, fused_mma and ring, whose kernels run in this process."""
+    """The modules dynconv.ops.lowrank_mma, fused_mma, ring and fused_ring, whose kernels run in this process."""
     gluon: Any = types.ModuleType("triton.experimental.gluon")
     gl: Any = _language()
     gluon.language, gluon.jit, gluon.constexpr_function = gl, _jit, lambda function: function
@@ -325,5 +328,6 @@ def fused_kernels() -> Iterator[None]:
     with interpreted() as modules, pytest.MonkeyPatch.context() as patch:
         patch.setattr(functions, "_INTERPRET", True)
         patch.setattr(fused_operator, "fused_mma", modules.fused_mma)
+        patch.setattr(fused_operator, "fused_ring", modules.fused_ring)
         patch.setattr(fused_operator, "runs_gluon", lambda _: True)
         yield

@@ -15,7 +15,7 @@ from experiments.design.arms import Arm
 from experiments.design.data import DataConfig
 from experiments.design.recipe import Recipe
 from experiments.design.schedules import SCHEDULES
-from experiments.design.sweep import Sweep
+from experiments.design.sweep_file import Sweep
 from experiments.design.train import OPTIMIZERS
 from experiments.launching.profile import DataJobs, Job, Profile, Slurm
 from experiments.parts.registry import CONVOLUTIONS, FEED_FORWARDS, MIXERS
@@ -77,7 +77,7 @@ def test_files_are_whole_and_shallow() -> None:
 @pytest.mark.parametrize(
     "page",
     ["README.md", "AGENTS.md"]
-    + [f"{room}/README.md" for room in ("analysis", "dynconv", "experiments", "slurm", "results")]
+    + [f"{room}/README.md" for room in ("analysis", "dynconv", "experiments", "experiments/cli", "slurm", "results")]
     + [f"results/measured/{machine}/README.md" for machine in ("corpora", "cpu", "h100", "h200")]
     + ["results/measured/README.md"],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from experiments.bench.training import render
 from experiments.bench.trials import DEFAULT_ARMS, Request, Trial, trials
 from experiments.cli.main import main
 from experiments.design.forecast import evaluated_tokens
-from experiments.design.sweep import load_sweep, read_sweep
+from experiments.design.sweep import load_sweep
+from experiments.design.sweep_file import read_sweep
 from experiments.training.assembly import make_trainer
 from experiments.training.parallel import World
 from experiments.training.trainer import MICRO_BATCH_TOKENS, Trainer
@@ -286,17 +287,26 @@ def test_what_it_writes_makes_a_multiplier_in_seconds(
 
 
 def test_another_arm_s_slowness_is_found_as_it_was_planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the models' forward passes move, so that the machine's other work does not count."""
+    now = 0.0
+
     def slow(run: Any, *others: Any) -> Trainer:
         trainer = make_trainer(run, *others)
-        if run.arm == "static-qkv":
-            trainer.model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+
+        def pass_time(*_: object) -> None:
+            nonlocal now
+            now += 0.3 if run.arm == "static-qkv" else 0.1
+
+        trainer.model.register_forward_pre_hook(pass_time)
         return trainer
 
+    monkeypatch.setattr("experiments.training.trainer.time", types.SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(stepping, "make_trainer", slow)
     found = chosen(arms=("transformer", "static-qkv"))
     outcomes = measure(Settings(tuple(found), "cpu", 3, 0.0, False, False))
-    _, slower = rows_of(found, outcomes, None, WHERE)
-    assert 190 < slower["added_ms"] < 400  # the machine's other work may add to it
+    faster, slower = rows_of(found, outcomes, None, WHERE)
+    assert faster["step_ms"] == pytest.approx(100)
+    assert (slower["added_ms"], slower["slowdown"]) == pytest.approx((200, 3))
 
 
 def test_what_needs_more_memory_and_more_processes_is_prepared_first() -> None:

@@ -164,6 +164,13 @@ def test_a_disk_that_is_full_is_named_and_the_copy_before_stays(tmp_path: Path) 
     assert loaded(tmp_path) == (1, [])
 
 
+def test_a_run_that_was_removed_is_not_made_again(tmp_path: Path) -> None:
+    """Its folder may be another's by now, which would go on from the state of this one."""
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / "removed", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, Toy(2, "somebody-elses").state(), ALONE)
     with pytest.raises(ValueError, match="step-0000000002 is a checkpoint of run somebody-elses; wanted x; move it"):
@@ -203,6 +210,8 @@ def test_a_state_of_other_parameters_or_data_is_refused(tiny_run: RunConfig, dat
     trainer = assemble(tiny_run, dataset, CPU, ALONE)
     trainer.step()
     about, tensors = trainer.state()
+    for name in ("data", "less", "more"):
+        (tmp_path / name).mkdir()
     checkpoints.save(tmp_path / "data", State({**about, "data_sha256": "0" * 64}, tensors), ALONE)
     less = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
     checkpoints.save(tmp_path / "less", State(about, less), ALONE)

@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launches import wait_until
 from texts import CHEAP_SWEEP
 
 from analysis.logs.schema import CONVENTIONS
@@ -78,6 +78,25 @@ def test_the_runs_in_examples_are_those_of_the_demo(capsys: pytest.CaptureFixtur
     named = set(re.findall(r"[\w-]+-s\d+-[0-9a-f]{10}\b", text))
     assert len(named) == 2
     assert named <= {run.run_id for run in load_sweep(DEMO)}
+
+
+def test_names_and_paths_of_the_wrong_kind_are_answered_with_those_that_are_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "results" / "runs" / "demo" / "run-1"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text("{}")
+    (tmp_path / "mine.toml").write_bytes(DEMO.read_bytes())
+    monkeypatch.delenv("DYNCONV_STORES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for verb in ("plan", "submit", "status"):
+        for wrong in ("demo", "demmo.toml", "experiments/sweeps/demo"):
+            assert refused(capsys, verb, wrong).endswith(f"; did you mean {DEMO}?\n")
+        assert refused(capsys, verb, "mine").endswith("; did you mean mine.toml?\n")
+    assert refused(capsys, "plan", "results/runs/demo").endswith(f"; did you mean {DEMO}?\n")
+    assert refused(capsys, "table", "demo").endswith("no store at demo; did you mean results/runs/demo?\n")
+    line = refused(capsys, "table", run_dir.relative_to(tmp_path))
+    assert "results/runs/demo/run-1 is one run; give its store, results/runs/demo" in line
 
 
 def test_plan_for_scripts_and_for_people(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,8 +221,10 @@ def cheap(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return [str(sweep), "--store", str(tmp_path / "store")]
 
 
-def test_cancel_retry_and_watch(cheap: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancel_retry_and_watch(cheap: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run is made, fails, is retried; what is told to whoever asks for it at the wrong moment."""
+    here = tmp_path / "here.toml"
+    here.write_text('executor = "debug"\n[default]\ndevice = "cpu"\n')
     store = Path(cheap[-1])
     (run,) = load_sweep(Path(cheap[0]))
     run_dir = store / run.run_id
@@ -220,7 +241,7 @@ def test_cancel_retry_and_watch(cheap: list[str], capsys: pytest.CaptureFixture[
     (run_dir / "cancelled").unlink()
     assert main(["submit", *cheap]) == 1
     assert "1 failed already (see to them with `dynconv retry`)" in capsys.readouterr().err
-    assert main(["retry", *cheap]) == 0
+    assert main(["retry", *cheap, "--profile", str(here)]) == 0
     assert f"{store}: 1 runs submitted\n" in capsys.readouterr().err
     assert main(["retry", *cheap]) == 0
     assert capsys.readouterr().err == f"{store}: 0 runs submitted; 1 complete already\n"
@@ -284,12 +305,10 @@ def test_ctrl_c_is_exit_code_130(cheap: list[str], tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, "-m", "experiments.cli.main", "submit", *cheap]
         with (tmp_path / "stderr").open("w") as stderr, subprocess.Popen(command, stderr=stderr, cwd=ROOT) as submit:
-            end = time.monotonic() + 60
-            while not (told := (tmp_path / "stderr").read_text()) and time.monotonic() < end:
-                time.sleep(0.1)
+            told = f"waiting for another submit to {tmp_path / 'store'}\n"
+            wait_until(lambda: (tmp_path / "stderr").read_text() == told)
             submit.send_signal(signal.SIGINT)
             assert submit.wait() == 130
-    assert told == f"waiting for another submit to {tmp_path / 'store'}\n"
     assert (tmp_path / "stderr").read_text() == f"{told}dynconv submit: interrupted\n"
 
 

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 
 from analysis.advantage.averaging import Student, averaged
 from analysis.advantage.changing import band
-from analysis.advantage.constancy import constancy_p, correlation_p, seed_noise_of, shown_constant
+from analysis.advantage.constancy import constancy_p, correlation_p, shown_constant
 from analysis.advantage.multiplier import compare
 from analysis.advantage.paired import changing_multipliers, local_multipliers
 from analysis.advantage.planning import in_order
@@ -102,19 +102,10 @@ def test_repeated_seeds_lend_the_test_of_constancy_power_and_keep_its_size() -> 
     """400 designs of 4 sizes with 2 seeds, whose spread has two degrees of freedom. 1,000 gave analysis/README.md's."""
     for shift, least, most in ((0.0, 0.0, 0.075), (-0.03, 0.4, 1.0)):
         designs = sweeps(400, 4, 2, shift)
-        without, with_seeds = (float((designs.p(noise) < 0.05).mean()) for noise in (None, designs.seeds))
+        without, with_seeds = (float((designs.p(noise) < 0.05).mean()) for noise in (None, designs.noise))
         print(f"dE {shift}: {without:.3f} without the seeds' noise, {with_seeds:.3f} with it")
         assert least <= with_seeds <= most
         assert with_seeds >= without - 0.03
-
-
-def test_seed_noise_is_that_of_a_size_s_mean() -> None:
-    differences = [np.array([0.01, 0.03]), np.array([0.02, 0.02, 0.02, 0.06])]
-    found = seed_noise_of(differences)
-    assert found is not None
-    assert found.dof == 4
-    assert found.variance[0] == pytest.approx((2e-4 + 1.2e-3) / 4 * (1 / 2 + 1 / 4) / 2)
-    assert seed_noise_of([np.array([0.01])] * 3) is None
 
 
 def test_constancy_is_shown_in_at_most_a_twentieth_where_m_ends_five_percent_away() -> None:

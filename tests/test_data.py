@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launches import PATIENCE
 from pyarrow import parquet
 from texts import END_OF_TEXT, all_tokens, expected_documents, make_texts, specify, visible, write_txt
 from tokenizers import Tokenizer
@@ -135,7 +137,7 @@ def test_train_and_validation_share_no_document_and_one_in_twenty_is_held_out(da
 def test_another_process_with_one_thread_builds_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     here = Dataset.open(build(specify(corpus), tmp_path / "a"))
     there = start_builder(specify(corpus), tmp_path / "b", RAYON_NUM_THREADS="1", PYTHONHASHSEED="7")
-    output, _ = there.communicate(timeout=60)
+    output, _ = there.communicate(timeout=PATIENCE)
     assert Dataset.open(output.strip()).sha256 == here.sha256
 
 
@@ -216,7 +218,7 @@ def test_another_specification_or_other_text_is_another_dataset(tmp_path: Path) 
 
 def test_concurrent_builders_agree(corpus: Path, tmp_path: Path) -> None:
     builders = [start_builder(specify(corpus), tmp_path) for _ in range(3)]
-    paths = {builder.communicate(timeout=60)[0].strip() for builder in builders}
+    paths = {builder.communicate(timeout=PATIENCE)[0].strip() for builder in builders}
     assert [builder.returncode for builder in builders] == [0, 0, 0]
     assert paths == {str(path) for path in visible(tmp_path)}
     Dataset.open(paths.pop()).verify()
@@ -231,7 +233,7 @@ def test_a_builder_that_waits_says_so(corpus: Path, tmp_path: Path) -> None:
         assert builder.stderr is not None
         assert builder.stderr.readline() == f"{path}: another process builds it; waiting for that\n"
         assert not path.exists()
-    output, _ = builder.communicate(timeout=60)
+    output, _ = builder.communicate(timeout=PATIENCE)
     assert output.strip() == str(path)
     Dataset.open(path).verify()
 
@@ -254,23 +256,25 @@ def test_without_locks_the_faster_builder_wins(corpus: Path, tmp_path: Path, mon
 
 
 def test_a_killed_builder_leaves_nothing_to_trip_on(corpus: Path, tmp_path: Path) -> None:
-    def at_work() -> bool:
-        return any(path.is_dir() for path in tmp_path.glob(".text-*"))
+    def folders() -> set[Path]:
+        return {path for path in tmp_path.glob(".text-*") if path.is_dir()}
 
-    killed = 0
-    rng = random.Random(0)
-    for _ in range(8):
+    rng, kills, window = random.Random(0), 0, 0.06
+    while kills < 6:
+        left = folders()
         builder = start_builder(specify(corpus), tmp_path)
-        while not at_work() and builder.poll() is None:
+        while folders() <= left and builder.poll() is None:  # until it is at work, in a folder of its own
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.06))
+        time.sleep(rng.uniform(0, window))
         builder.kill()
-        builder.communicate(timeout=60)
-        killed += at_work()
+        builder.communicate(timeout=PATIENCE)
+        assert builder.returncode in (0, -signal.SIGKILL)
+        killed = builder.returncode == -signal.SIGKILL
+        kills += killed
+        window *= 1.2 if killed else 0.5  # so that at any speed about four are killed to one that ends
         for path in tmp_path.glob("text-*"):
             Dataset.open(path).verify()
             shutil.rmtree(path)
-    assert killed, "no builder was killed at work, so this shows nothing"
     path = build(specify(corpus), tmp_path)
     assert visible(tmp_path) == [path]
     Dataset.open(path).verify()

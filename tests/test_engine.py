@@ -88,36 +88,93 @@ def test_windows_follow_checked_steps(
 
 
 class Recorded:
-    """In place of a CUDA graph: runs the step, whose loss or gradient norm is then `factor` times what it was."""
+    """In place of a CUDA graph: runs the step, and multiplies its results by row, and its gradients by name."""
 
-    def __init__(self, trainer: Trainer, row: int, factor: float) -> None:
+    def __init__(self, trainer: Trainer, factors: dict[int | str, float]) -> None:
         assert trainer._engine is not None
-        self.engine, self.row, self.factor = trainer._engine, row, factor
+        self.parameters, self.engine, self.factors = dict(trainer.model.named_parameters()), trainer._engine, factors
 
     def replay(self) -> None:
         at = int(self.engine._place)
         self.engine._step()
+        for key, factor in self.factors.items():
+            changed = self.engine._results[key, at] if isinstance(key, int) else self.parameters[key].grad
+            assert changed is not None
+            changed *= factor
+        self.engine._captured_gradients = [parameter.grad for parameter in self.engine.parameters]
         self.engine._release_gradients()
-        self.engine._results[self.row, at] *= self.factor
+
+
+SMALL = "blocks.1.ffn_norm.weight"  # its gradient is 1e-4 of the norm of all
 
 
 @pytest.mark.parametrize(
-    ("row", "factor"), [(0, 1.0), (1, 1.1), (0, 0.95), (0, 1.05), (1, 0.7), (1, 1.3), (1, 400.0), (1, math.nan)]
+    ("factors", "message"),
+    [({}, None), ({1: 1.1}, None), ({SMALL: 1.2}, None)]
+    + [({0: factor}, "has loss") for factor in (0.95, 1.05)]
+    + [({1: factor}, "and gradient norm") for factor in (0.7, 1.3, 400.0, math.nan)]
+    + [({SMALL: factor}, f"the gradient of {SMALL} differs by") for factor in (0.0, 0.5, -1.0, math.nan, math.inf)],
+    ids=str,
 )
 def test_a_captured_step_that_computes_something_else_is_refused(
-    row: int, factor: float, tiny_run: RunConfig, ahead: Callable[..., Trainer]
+    factors: dict[int | str, float], message: str | None, tiny_run: RunConfig, ahead: Callable[..., Trainer]
 ) -> None:
     trainer, untouched = ahead(tiny_run), ahead(tiny_run)
     engine = trainer._engine
     assert engine is not None
-    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, row, factor))
-    wrong = (row, factor) not in ((0, 1.0), (1, 1.1))
-    refused = pytest.raises(WorkFailed, match="set compile = false") if wrong else contextlib.nullcontext()
+    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, factors))
+    refused = contextlib.nullcontext() if message is None else pytest.raises(WorkFailed, match=f"{message}.*false")
     with mock.patch("torch.cuda.get_device_name", return_value="a card"), refused:
         trainer.check_captured()
     engine._graph = None
     assert torch.equal(weights(trainer), weights(untouched))
     assert trainer.step().loss == untouched.step().loss  # and nothing of the check is left
+
+
+def test_after_a_step_only_large_parts_of_the_gradient_are_judged(
+    tiny_run: RunConfig, ahead: Callable[..., Trainer]
+) -> None:
+    """Small ones are then mostly rounding."""
+    trainer = ahead(tiny_run)
+    engine = trainer._engine
+    assert engine is not None
+    trainer.step()
+    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, {SMALL: 0.0}))
+    trainer.check_captured()
+    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, {"embedding.weight": 0.0}))
+    with (
+        mock.patch("torch.cuda.get_device_name", return_value="a card"),
+        pytest.raises(WorkFailed, match="the gradient of embedding"),
+    ):
+        trainer.check_captured()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 0.98, 1.02, math.nan])
+def test_a_captured_evaluation_that_computes_something_else_is_refused(
+    factor: float, tiny_run: RunConfig, ahead: Callable[..., Trainer]
+) -> None:
+    trainer, untouched = ahead(tiny_run), ahead(tiny_run)
+    loss = trainer._evaluator._loss
+    assert loss is not None
+
+    def replay() -> None:
+        assert loss is not None
+        loss._pass()
+        loss._total *= factor
+
+    refused = (
+        contextlib.nullcontext()
+        if abs(factor - 1) < 2e-3
+        else pytest.raises(WorkFailed, match="the compiled evaluation")
+    )
+    with mock.patch("torch.cuda.get_device_name", return_value="a card"), refused:
+        loss._graph = cast(torch.cuda.CUDAGraph, mock.Mock(replay=replay))
+        trainer.check_captured()
+    loss._graph = None
+    evaluations = [each.evaluate(lambda: False) for each in (trainer, untouched)]
+    assert evaluations[0] is not None
+    assert evaluations[1] is not None
+    assert evaluations[0].metrics == evaluations[1].metrics  # nothing of the check is left
 
 
 @pytest.mark.parametrize(
@@ -131,7 +188,7 @@ def test_a_check_for_which_the_memory_is_too_small_is_left_out(
     trainer, untouched = ahead(tiny_run), ahead(tiny_run)
     engine = trainer._engine
     assert engine is not None
-    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, 0, 1.0))
+    engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, {}))
     with mock.patch.object(torch.compiler, "set_stance", side_effect=error):  # between the graph and the model
         trainer.check_captured()
     assert "was not checked" in capsys.readouterr().err
@@ -146,7 +203,7 @@ def test_only_a_captured_step_that_will_be_taken_is_checked(tiny_run: RunConfig,
     with mock.patch.object(engine, "rehearse", side_effect=AssertionError):
         trainer.check_captured()
         trainer.steps_done = tiny_run.train.steps
-        engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, 0, 1.0))
+        engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, {}))
         trainer.check_captured()
 
 
@@ -185,12 +242,13 @@ def test_what_a_gpu_computes_follows_float32_on_a_cpu_too(
 
 
 def test_windows_end_where_something_is_due_and_change_no_bit(
-    tiny_run: RunConfig, ahead: Callable[..., Trainer]
+    tiny_run: RunConfig, ahead: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = replace(tiny_run, train=replace(tiny_run.train, branch_steps=(11,)))
     by_one = ahead(run)
     expected = [by_one.step() for _ in range(25)]
     trainer = ahead(run, 1000)
+    monkeypatch.setattr("experiments.training.trainer.WINDOW_SECONDS", 1000.0)  # however slow the machine is
     windows = to_the_end(trainer)
     assert {8, 11, 16, 24, 25} <= {window[-1].step for window in windows}
     assert max(map(len, windows)) > 1

@@ -21,7 +21,7 @@ from planted import write_budgets, write_config, write_run, write_sweep
 from analysis.laws.isoflop import Allocation, Optimum
 from analysis.logs.store import Store, load
 from analysis.pages import isoflop_figures, kernel_figures, run_figures
-from analysis.pages.ablations import ablations
+from analysis.pages.ablations import ablations, at_best_setting
 from analysis.pages.drawing import Answers, answers, material
 from analysis.pages.drawing import draw as draw_material
 from analysis.pages.style import BLACK, PALE, Mark, marks, save, settled
@@ -138,6 +138,22 @@ def test_lines_and_the_baseline_are_at_the_best_setting_not_at_the_mean_of_good_
         assert line.get_ydata()[-1] == pytest.approx(best)
         assert drawn[name].axes[-1].get_title(loc="left").endswith("lines: each size's best setting")
     assert drawn["ablations"].axes[0].lines[-1].get_ydata()[0] == pytest.approx(best)
+
+
+def test_figures_choose_the_rate_that_the_law_is_fitted_at_though_a_lucky_seed_makes_another_the_least() -> None:
+    """Seeds at rate 4 scatter far more than at the others: training is unstable there, and no law goes through it."""
+    losses = {1: (3.02, 3.01, 3.03), 2: (3.0, 2.99, 3.01), 4: (2.0, 3.3, 3.4)}
+    rows = [
+        {"run_id": f"{rate}-{seed}", "arm": "all", "size": "s", "budget": "b", "seed": seed, "loss": loss}
+        | {"parameters": 1e6, "tokens": tokens, "train.learning_rate": rate, "vary.learning_rate": rate}
+        for tokens in (1e8, pd.NA)  # a table of points may lack D
+        for rate, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    for runs in (pd.DataFrame(rows[:9]), pd.DataFrame(rows[9:]).astype({"tokens": "Int64"})):
+        assert set(at_best_setting(runs)["run_id"]) == {"2-0", "2-1", "2-2"}
+        unrated = runs.assign(**{"train.learning_rate": runs["train.learning_rate"].where(runs["seed"] > 0)})
+        assert set(at_best_setting(unrated)["run_id"]) == {"1-0", "2-0", "4-0", "2-1", "2-2"}
 
 
 def test_wall_clock_is_drawn_against_compute_in_the_largest_unit_that_fits(drawn: Drawn) -> None:
@@ -406,26 +422,25 @@ def test_any_name_of_an_arm_can_be_drawn(tmp_path: Path) -> None:
     assert labels == {" _hidden", r"\$x_{", "??", "b" * 27 + "…"}
 
 
-@pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
-def test_equal_figures_are_equal_files(drawn: Drawn, tmp_path: Path, kind: str) -> None:
-    store, answer, by_name = drawn
-    again = draw(store, answer)
-    for name, figure in by_name.items():
-        save(figure, tmp_path / f"{name}-1.{kind}")
-        save(again[name], tmp_path / f"{name}-2.{kind}")
-        assert (tmp_path / f"{name}-1.{kind}").read_bytes() == (tmp_path / f"{name}-2.{kind}").read_bytes()
-
-
 def test_another_process_draws_the_same_bytes(drawn: Drawn, tmp_path: Path) -> None:
-    script = "import sys; from experiments.cli.main import main; plot = ['plot', *sys.argv[1:], '--type']; "
-    script += "sys.exit(main([*plot, 'svg']) or main([*plot, 'png']))"
-    for seed in ("1", "2"):
-        command = [sys.executable, "-c", script, str(drawn[0].path), "-o", str(tmp_path / seed)]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert names == sorted(f"{name}.{kind}" for name in drawn[2] for kind in ("png", "svg"))
-    for name in names:
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    """In every kind of file, where strings have other hashes."""
+    script = """
+import sys
+from pathlib import Path
+from analysis.logs.store import load
+from analysis.pages.drawing import answers, draw, material
+from analysis.pages.style import save
+store = load(Path(sys.argv[1]))
+for name, figure in draw(material(store), answers(store, None, None)).items():
+    for kind in ("svg", "png", "pdf"):
+        save(figure, Path(sys.argv[2]) / f"{name}.{kind}")
+"""
+    command = [sys.executable, "-c", script, str(drawn[0].path), str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "1"}, capture_output=True)
+    assert {path.stem for path in tmp_path.iterdir()} == set(drawn[2])
+    for path in list(tmp_path.iterdir()):
+        save(drawn[2][path.stem], again := tmp_path / f"again{path.suffix}")
+        assert path.read_bytes() == again.read_bytes(), path.name
 
 
 def test_unknown_kinds_of_file_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,13 @@ from experiments.models.attention import AttentionModule
 from experiments.models.decoder import Decoder
 from experiments.models.short_convolution import Maps
 from experiments.parts.attention import Attention
-from experiments.parts.short_convolution import Convolution, LowRankConvolution, NoConvolution, StaticConvolution
+from experiments.parts.short_convolution import (
+    Convolution,
+    HeadwiseConvolution,
+    LowRankConvolution,
+    NoConvolution,
+    StaticConvolution,
+)
 from experiments.parts.swiglu import SwiGLU
 from experiments.training.assembly import assemble
 from experiments.training.parallel import World
@@ -32,8 +38,9 @@ def model_of(conv: Convolution, attention: Attention | None = None, layers: int 
     model = Decoder(ModelConfig(layers, 128, 97, mixer=attention, ffn=SwiGLU(hidden=48), conv=conv), seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("conv.up"):  # zero at first, so that the generators would have no effect
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+            if name.endswith(("conv.up", "conv.generator.weight")):  # zero at first, so that there would be no effect
+                # Filters of a third or so: a head-wise one is a sum over 128 inputs, and larger ones amplify rounding.
+                parameter.normal_(std=0.3 if name.endswith("up") else 0.03, generator=torch.Generator().manual_seed(0))
     return model.to(DEVICE)
 
 
@@ -66,6 +73,11 @@ def gaps(conv: Convolution, dtype: torch.dtype | None = None, sequences: int = 2
         LowRankConvolution(ALL, rank=3, static_filter=False),
         LowRankConvolution(ALL, rank=3, generator_input="part"),  # o and down are not fused, and are added after it
         LowRankConvolution((*QKV, "gate", "o", "down"), rank=2, residual=False),  # without up, gate is by itself
+        StaticConvolution(QKV, width=3),
+        StaticConvolution(ALL, residual=False),
+        HeadwiseConvolution(QKV, head_size=16),
+        HeadwiseConvolution(ALL, head_size=8, static_filter=False),
+        HeadwiseConvolution(ALL, head_size=4, width=2, generator_input="part"),
     ],
     ids=str,
 )
@@ -83,9 +95,14 @@ def by_tensor_cores() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [LowRankConvolution(ALL, rank=3), StaticConvolution(ALL), HeadwiseConvolution(ALL, head_size=8)],
+    ids=lambda conv: conv.kind,
+)
 @pytest.mark.usefixtures("by_tensor_cores")
-def test_a_model_fused_by_the_kernels_differs_by_rounding() -> None:
-    found = gaps(LowRankConvolution(ALL, rank=3), torch.bfloat16, sequences=1, layers=1)
+def test_a_model_fused_by_the_kernels_differs_by_rounding(conv: Convolution) -> None:
+    found = gaps(conv, torch.bfloat16, sequences=1, layers=1)
     assert found["logits"] < 0.01
     assert all(gap < 0.05 for gap in found.values()), found  # of gradients of few tokens in 16 bits
 
@@ -99,7 +116,15 @@ def test_only_what_fits_is_fused() -> None:
         (LowRankConvolution(QKV, rank=3, width=6), Attention(heads=2, kv_heads=2), False),
         (LowRankConvolution(QKV, rank=3, activation="silu"), Attention(heads=2, kv_heads=2), False),
         (LowRankConvolution(QKV, rank=3, mismatched=True), Attention(heads=2, kv_heads=2), False),
-        (StaticConvolution(QKV), Attention(heads=2, kv_heads=2), False),
+        (StaticConvolution(QKV), Attention(heads=2, kv_heads=2), True),
+        (StaticConvolution(QKV, width=5), Attention(heads=2, kv_heads=2), False),
+        (StaticConvolution(QKV, activation="silu"), Attention(heads=2, kv_heads=2), False),
+        (StaticConvolution(QKV), Attention(heads=2, kv_heads=1), False),
+        (HeadwiseConvolution(QKV, head_size=16), Attention(heads=2, kv_heads=2), True),
+        (HeadwiseConvolution(QKV, head_size=32), Attention(heads=2, kv_heads=2), False),
+        (HeadwiseConvolution(QKV, head_size=16, width=3), Attention(heads=2, kv_heads=2), False),
+        (HeadwiseConvolution(QKV, head_size=16, mismatched=True), Attention(heads=2, kv_heads=2), False),
+        (HeadwiseConvolution(QKV, head_size=4), Attention(heads=32, kv_heads=32), False),  # of 4 channels each
         (NoConvolution(), Attention(heads=2, kv_heads=2), False),
         (lowrank, Attention(heads=2, kv_heads=1), False),
         (lowrank, Attention(heads=2, kv_heads=2, qk_norm=True), False),
@@ -123,6 +148,14 @@ def test_a_model_says_what_is_one_kernel() -> None:
     # Generators of o and down that read the part's input have columns in no product of o and down.
     assert model_of(LowRankConvolution(ALL, rank=3, generator_input="part")).fuse() == (kernels[0], kernels[2])
     assert model_of(NoConvolution()).fuse() == ()
+    assert model_of(StaticConvolution(ALL)).fuse() == kernels
+    assert model_of(StaticConvolution(QKV), Attention(heads=2, kv_heads=2, qk_norm=True)).fuse() == ("q, k, v",)
+    # SwiGLU is in no kernel with head-wise filters, nor is RoPE on heads that a lane's four channels hold.
+    headwise = HeadwiseConvolution(ALL, head_size=8)
+    assert model_of(headwise).fuse() == (*kernels[:2], "gate, up", kernels[3])
+    assert model_of(headwise, Attention(heads=32, kv_heads=32)).fuse()[0] == "q, k, v"
+    assert model_of(HeadwiseConvolution(("gate", "up"), head_size=16)).fuse() == ()  # 24 columns of filters
+    assert model_of(headwise).fuse(kernels=False) == ()
 
 
 def test_a_cpu_fuses_nothing_although_that_is_the_default(tiny_run: RunConfig, dataset: Dataset) -> None:
@@ -144,10 +177,14 @@ def test_records_from_before_this_setting_are_of_runs_that_were_not_fused() -> N
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler raises its own
+@pytest.mark.parametrize(
+    "conv",
+    [LowRankConvolution(ALL, rank=3), StaticConvolution((*QKV, "gate", "up")), HeadwiseConvolution(QKV, head_size=16)],
+    ids=lambda conv: conv.kind,
+)
 @pytest.mark.usefixtures("by_tensor_cores")
-def test_a_fused_model_compiles_into_one_graph_a_block() -> None:
+def test_a_fused_model_compiles_into_one_graph_a_block(conv: Convolution) -> None:
     torch.compiler.reset()
-    conv = LowRankConvolution(ALL, rank=3)
     plain, compiled = (model_of(conv, layers=1) for _ in range(2))
     for model in (plain, compiled):
         model.fuse()

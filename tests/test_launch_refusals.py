@@ -18,6 +18,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.launching import jobs, local_loop, sbatch, slurm
 from experiments.launching import submit as launch
+from experiments.launching.cancel import cancel
 from experiments.launching.locks import store_lock
 from experiments.launching.profile import Job, Profile, Slurm
 
@@ -47,7 +48,7 @@ def test_a_cancel_while_runs_are_being_submitted_is_heeded(
     """To freeze thousands of runs takes minutes, after which the markers of earlier launches are deleted."""
     submitted(runs[0], tmp_path)
     freeze, cancelled = launch._freeze, list[str]()
-    canceller = threading.Thread(target=lambda: cancelled.extend(launch.cancel(tmp_path, [runs[0].run_id])))
+    canceller = threading.Thread(target=lambda: cancelled.extend(cancel(tmp_path, [runs[0].run_id])))
 
     def freeze_slowly(*arguments: Any) -> None:
         freeze(*arguments)
@@ -159,7 +160,7 @@ def test_a_job_out_of_reach_is_not_called_cancelled(
 
     monkeypatch.setattr(os, "kill", kill)
     with pytest.raises(ValueError, match=f"1 of 2 runs cancelled; 1 go on: .*{message}"):
-        launch.cancel(tmp_path, [run.run_id for run in runs])
+        cancel(tmp_path, [run.run_id for run in runs])
     assert state_of(tmp_path, runs[0]).state in ("running", "unknown")
     assert state_of(tmp_path, runs[1]).state == "cancelled"
 

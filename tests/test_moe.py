@@ -31,8 +31,9 @@ from experiments.parts.short_convolution import LowRankConvolution
 from experiments.parts.swiglu import SwiGLU
 from experiments.tasks.base import Examples
 from experiments.training.assembly import assemble
+from experiments.training.loss import losses_of
 from experiments.training.parallel import World
-from experiments.training.trainer import Trainer, losses_of
+from experiments.training.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 CPU = Execution(device="cpu")

@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from launches import wait_until
 
 from experiments.launching import mps
 from experiments.launching.local import Slots
@@ -95,13 +95,17 @@ def test_a_service_where_processes_look_by_themselves_is_left_alone(
 
 
 def test_the_service_may_keep_its_output_open(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes on in the background, where a program of its name that sleeps goes on, too."""
-    program = told.parent / "bin" / "nvidia-cuda-mps-control"
-    program.write_text(f"{program.read_text()}sleep 3 &\n")
+    """It goes on in the background, where a program of its name that sleeps goes on, too: longer than is waited."""
+    program, sleeping = told.parent / "bin" / "nvidia-cuda-mps-control", told.parent / "sleeping"
+    program.write_text(f"{program.read_text()}sleep 1000 &\necho $! >> {sleeping}\n")
     monkeypatch.setattr(mps, "_PROBE", "")
-    monkeypatch.setattr(mps, "_PATIENCE", 1.5)
-    with mps.multi_process_service([4, 6]) as variables:
-        assert variables
+    try:
+        with mps.multi_process_service([4, 6]) as variables:
+            assert variables
+        assert told.read_text() == "-d 4,6\nquit 4,6\n"
+    finally:
+        for process in sleeping.read_text().split():
+            os.kill(int(process), signal.SIGKILL)
 
 
 def test_a_control_program_that_cannot_run_is_no_service(told: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,8 +126,5 @@ def test_the_service_ends_with_a_launcher_that_was_killed(told: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert done.returncode == -signal.SIGKILL
-    end = time.monotonic() + 20
-    while Path(done.stdout.strip()).parent.exists() and time.monotonic() < end:
-        time.sleep(0.02)
+    wait_until(lambda: not Path(done.stdout.strip()).parent.exists())
     assert told.read_text() == "-d 4,6\nquit 4,6\n"
-    assert not Path(done.stdout.strip()).parent.exists()

@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launches import PATIENCE, slow_down_code, wait_until
 
 ROOT = Path(__file__).parent.parent
 PART = '''
@@ -122,7 +122,7 @@ def dynconv(house: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=2 * PATIENCE)
     assert process.returncode == 0, err
     return out
 
@@ -137,13 +137,12 @@ def test_a_new_part_is_two_files_and_a_line(
     assert {row["arm"] for row in planned} == {"toy", "toy-static"}
     assert planned[0]["parameters"] == 300 * 24 + 2 * (24 * 24 + 3 * 24 * 56 + 2 * 24) + 24
 
+    slow = slow_down_code(house)
     interrupted = dynconv("submit", sweep, "--store", store)
-    end = time.monotonic() + 120
-    while not list(store.glob("*/attempt-0001.json")):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_until(lambda: bool(list(store.glob("*/attempt-0001.json"))))
     interrupted.send_signal(signal.SIGTERM)
-    interrupted.communicate(timeout=120)
+    interrupted.communicate(timeout=PATIENCE)
+    slow.unlink()
     assert len(list(store.glob("*/run.json"))) < len(planned)
     finish(dynconv("submit", sweep, "--store", store))
     runs = [json.loads(path.read_text()) for path in store.glob("*/run.json")]

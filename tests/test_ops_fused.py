@@ -253,16 +253,16 @@ def test_the_operator_is_what_torch_wants() -> None:
     tensors = inputs_of(case, 7)
     arguments = (*tensors.values(), frequencies_of(64), heads, True)
     torch.library.opcheck(
-        torch.ops.dynconv.lowrank_joined.default, (*tensors.values(), frequencies_of(64), None, 128, 3, True)
+        torch.ops.dynconv.joined.default, (*tensors.values(), frequencies_of(64), None, 128, 3, 4, 0, True, False)
     )
     one = inputs_of(replace(case, segments=(128,)), 7)
     two = inputs_of(replace(case, segments=(16, 16)), 7)
-    torch.library.opcheck(torch.ops.dynconv.lowrank_gated.default, (*two.values(), 16, True))
+    torch.library.opcheck(torch.ops.dynconv.gated.default, (*two.values(), 16, 4, True))
     dy = torch.randn(1, 9, 16, dtype=torch.bfloat16, device=DEVICE)
     inputs = [tensor.detach() for tensor in two.values()]
-    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, True))
+    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, 4, True))
     added = torch.randn(1, 9, 128, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(torch.ops.dynconv.lowrank_joined.default, (*one.values(), None, added, 128, 1, True))
+    torch.library.opcheck(torch.ops.dynconv.joined.default, (*one.values(), None, added, 128, 1, 4, 0, True, False))
     q, k, v = lowrank_rotary_convolution(*arguments)
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), tensors["U"], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from launches import PATIENCE, slowly
 from test_run import expect_whole, losses, result, wait_for
 
 from analysis.logs import ownership
@@ -22,7 +23,7 @@ from experiments.design.config import RunConfig
 from experiments.launching import jobs, sbatch, slurm, submissions, worker
 from experiments.launching import submit as launch
 from experiments.launching.profile import Job, Profile, Slurm
-from experiments.training.run import Run, RunFailed
+from experiments.training.run import Run, RunFailed, _Attempt
 from experiments.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork beside threads
@@ -47,7 +48,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    monkeypatch.setattr(ownership, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(ownership, "LEASE_SECONDS", 5.0)  # fifteen beats, some of which come late on a loaded machine
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.3)
 
 
@@ -83,6 +84,15 @@ def long_run(tiny_run: RunConfig) -> RunConfig:
 
 
 @pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs that begin after this take a tenth of a second a step, as long as this file is there."""
+    file = tmp_path / "slowly"
+    file.touch()
+    monkeypatch.setattr(_Attempt, "_folder_taken", slowly(_Attempt._folder_taken, str(file), after=0))
+    return file
+
+
+@pytest.fixture
 def reference(long_run: RunConfig, submitted: Submitted, tmp_path: Path) -> Path:
     run_dir = submitted(long_run, tmp_path / "reference")
     Run(run_dir)()
@@ -92,7 +102,7 @@ def reference(long_run: RunConfig, submitted: Submitted, tmp_path: Path) -> Path
 @pytest.mark.slow
 @pytest.mark.usefixtures("locks")
 def test_a_job_stops_when_the_run_is_given_to_another_which_waits_for_that(
-    long_run: RunConfig, submitted: Submitted, reference: Path, tmp_path: Path
+    long_run: RunConfig, submitted: Submitted, reference: Path, slow: Path, tmp_path: Path
 ) -> None:
     """The first job began before it was noted; its submitter was killed, and the next one submitted the run again."""
     run_dir = submitted(long_run, tmp_path / "store", checkpoint_minutes=0.002)
@@ -104,8 +114,9 @@ def test_a_job_stops_when_the_run_is_given_to_another_which_waits_for_that(
     time.sleep(0.5)
     assert attempts(run_dir) == ["attempt-0001.json"]
     os.kill(first.pid or 0, signal.SIGCONT)
-    first.join(180)
-    second.join(180)
+    first.join(PATIENCE)
+    slow.unlink()
+    second.join(PATIENCE)
     assert (first.exitcode, second.exitcode) == (3, 0)
     expect_whole(run_dir, reference)
     assert [attempt["job_id"] for attempt in result(run_dir)["attempts_made"]] == ["7", "8"]
@@ -141,7 +152,7 @@ def test_a_job_that_comes_late_leaves_the_run_to_the_job_that_has_it(
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_locks")
 def test_two_jobs_of_one_run_without_locks_train_it_once(
-    long_run: RunConfig, submitted: Submitted, reference: Path, tmp_path: Path
+    long_run: RunConfig, submitted: Submitted, reference: Path, slow: Path, tmp_path: Path
 ) -> None:
     """Neither is noted, as where a person starts a run twice: the second gives up as the lease is kept alive, and the
     third takes it over when the first was killed."""
@@ -149,13 +160,14 @@ def test_two_jobs_of_one_run_without_locks_train_it_once(
     first = started(run_as, "7", run_dir)
     wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
     second = started(run_as, "8", run_dir)
-    second.join(180)
+    second.join(PATIENCE)
     assert second.exitcode == 3
     assert attempts(run_dir) == ["attempt-0001.json"]
     first.kill()
     first.join()
+    slow.unlink()
     third = started(run_as, "9", run_dir)
-    third.join(180)
+    third.join(PATIENCE)
     assert third.exitcode == 0
     expect_whole(run_dir, reference)
     assert result(run_dir)["attempts"] == 2
@@ -165,7 +177,7 @@ def test_two_jobs_of_one_run_without_locks_train_it_once(
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_locks")
 def test_a_job_that_slept_through_its_lease_writes_nothing_more(
-    long_run: RunConfig, submitted: Submitted, reference: Path, tmp_path: Path
+    long_run: RunConfig, submitted: Submitted, reference: Path, slow: Path, tmp_path: Path
 ) -> None:
     run_dir = submitted(long_run, tmp_path / "store", checkpoint_minutes=0.002)
     first = started(run_as, "7", run_dir)
@@ -174,8 +186,9 @@ def test_a_job_that_slept_through_its_lease_writes_nothing_more(
     second = started(run_as, "8", run_dir)
     wait_for(lambda: len(attempts(run_dir)) == 2)
     os.kill(first.pid or 0, signal.SIGCONT)
-    first.join(180)
-    second.join(180)
+    first.join(PATIENCE)
+    slow.unlink()
+    second.join(PATIENCE)
     assert (first.exitcode, second.exitcode) == (3, 0)
     expect_whole(run_dir, reference)
     assert not (run_dir / "failure.json").exists()
@@ -197,7 +210,7 @@ def test_a_lease_that_changes_hands_while_it_is_taken_away_stays(tmp_path: Path)
 
 def inside(folder: Path, journal: Path, times: int) -> None:
     for _ in range(times):
-        with held(folder, patience=60.0), journal.open("a") as file:
+        with held(folder, patience=PATIENCE), journal.open("a") as file:
             for word in ("in", "out"):
                 file.write(f"{word} {os.getpid()}\n")
                 file.flush()
@@ -210,7 +223,7 @@ def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
     folder.mkdir()
     processes = [started(inside, folder, journal, 3) for _ in range(4)]
     for process in processes:
-        process.join(180)
+        process.join(PATIENCE)
     lines = journal.read_text().splitlines()
     assert len(lines) == 2 * 3 * 4
     for entered, left in zip(lines[::2], lines[1::2], strict=True):
@@ -297,7 +310,7 @@ def test_two_submits_at_once_submit_each_run_once(
         started(submit_and_count, runs, profile, tmp_path / "store", dataset.path.parent, answer) for answer in answers
     ]
     for process in processes:
-        process.join(180)
+        process.join(PATIENCE)
     submitted_runs = [run_id for answer in answers for run_id in read_json(answer)["submitted"]]
     assert sorted(submitted_runs) == sorted(run.run_id for run in runs)
 
@@ -326,7 +339,7 @@ def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
     with monkeypatch.context() as patch:
         patch.setattr(submissions, "accepted", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         submitter = started(submit_and_count, runs, profile, store, dataset.path.parent, tmp_path / "never")
-        submitter.join(180)
+        submitter.join(PATIENCE)
     assert submitter.exitcode == -signal.SIGKILL
     (first,) = (store / jobs.FOLDER).iterdir()
     assert launch.submit(runs, profile, store, cache=dataset.path.parent).submitted == [run.run_id for run in runs]
@@ -334,7 +347,7 @@ def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
     array = read_json(store / runs[1].run_id / "job.json")["job_id"].partition("_")[0]
     processes = [started(job_of_array, first, "999", 1), started(job_of_array, second, array, 1)]
     for process in processes:
-        process.join(180)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     run_dir = store / runs[1].run_id
     expect_whole(run_dir, reference)

@@ -116,7 +116,7 @@ def test_a_model_whose_sequences_read_one_another_takes_no_documents() -> None:
         model(TOKENS, None, starts_of(LENGTHS))
 
 
-@pytest.mark.parametrize("name", ["attention, none", "attention, lowrank", "attention, lowrank everywhere"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("attention")])
 def test_a_fused_model_keeps_documents_apart(name: str) -> None:
     """Kernels that compute convolutions with their neighbours know no documents, and are left out."""
     model = randomised(MODELS[name], 0.2)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from launches import PATIENCE
 
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
@@ -56,7 +57,7 @@ def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(PATIENCE)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * size
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launches import PATIENCE, slow_down
 from test_ownership import FORK
 from test_presence import submit_in_a_process
 from test_run import result, wait_for
@@ -70,7 +71,7 @@ def started(size: int, run_dir: Path, fault: Callable[[int, Trainer], None] = la
 
 def codes(processes: list[BaseProcess]) -> list[int | None]:
     for process in processes:
-        process.join(180)
+        process.join(PATIENCE)
         process.kill()
     return [process.exitcode for process in processes]
 
@@ -210,7 +211,7 @@ def preempted_at(where: str, times: int, run_dir: Path) -> None:
             "the imports": ("experiments.training.run", "read_record"),
             "the trainer": ("experiments.training.assembly", "assemble"),
             "the checkpoint": ("experiments.training.checkpoints", "load_newest"),
-            "the log": ("experiments.training.run", "_provenance"),
+            "the log": ("experiments.training.run", "provenance"),
             "the loop": ("experiments.training.trainer", "Trainer.evaluation_due"),
         }[where]
         module = __import__(target, fromlist=["x"])
@@ -282,13 +283,15 @@ def test_a_process_killed_on_this_machine_is_named(run: RunConfig, dataset: Data
     long = replace(run, train=replace(run.train, tokens=16 * 8 * 300, evaluate_every=16 * 8 * 100))
     profile = Profile("local", default=Job(device="cpu", gpus=2, checkpoint_minutes=0.005))
     cache, store = dataset.path.parent, tmp_path / "store"
+    slow = slow_down(store)
     launcher = submit_in_a_process([long], store, cache, tmp_path / "said", profile)
     run_dir = store / long.run_id
     wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
     controller = json.loads((run_dir / "job.json").read_text())["job_id"]
-    _, second = sorted(map(int, Path(f"/proc/{controller}/task/{controller}/children").read_text().split()))
+    _, second = map(int, Path(f"/proc/{controller}/task/{controller}/children").read_text().split())  # as they began
     os.kill(second, signal.SIGKILL)
-    assert launcher.wait(180) == 1
+    assert launcher.wait(PATIENCE) == 1
+    slow.unlink()
     (state,) = states.read(store, [long.run_id])
     assert (state.state, state.cause) == ("lost", "process 1 was ended by SIGKILL")
     assert launch.submit([long], profile, store, cache=cache).unsuccessful == []

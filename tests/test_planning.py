@@ -13,9 +13,9 @@ import pytest
 from planted import pairs_of, write_sweep
 
 from analysis.advantage.changing import reported
+from analysis.advantage.checks import local_of
 from analysis.advantage.measured import _noise_over_sizes, measured
 from analysis.advantage.multiplier import compare
-from analysis.advantage.paired import local_multipliers
 from analysis.advantage.planning import Ladder, Simulated, World, cheapest, in_order, ladder_of, prospects
 from analysis.logs.store import load
 from experiments.cli.main import main
@@ -50,7 +50,11 @@ def test_what_is_simulated_is_what_is_reported(seeds: int) -> None:
     ln_m, low, high = reported(sweeps.local, p, sweeps.changing)
     agreed = 0
     for k, (y0, y1) in enumerate(zip(*sweeps.losses, strict=True)):
-        found = compare(pairs_of(LADDER.compute, y0, y1))
+        pairs = pairs_of(LADDER.compute, y0, y1)
+        if sweeps.noise is not None:  # two seeds whose spread is what the simulation took for their noise
+            apart = np.sqrt(sweeps.noise.variance[k])[:, None] * [-1.0, 1.0]
+            pairs = replace(pairs, seeds=(2,) * 5, differences=tuple((y0 - y1)[:, None] + apart))
+        found = compare(pairs)
         assert found.constant_m_p is not None
         assert found.ci is not None
         if (found.constant_m_p < 0.05) == (p[k] < 0.05):
@@ -138,7 +142,7 @@ def test_seeds_that_scatter_more_at_small_sizes_leave_the_noise_of_the_arms() ->
         )
         y1 = y0 - np.array([each.mean() for each in differences])
         each = replace(pairs_of(compute, y0, y1), seeds=seeds, differences=differences)
-        laws.append((each, local_multipliers(compute, compute, y0[None], y1[None])))
+        laws.append((each, local_of(each, None)))
         squares += sum(float(((d - d.mean()) ** 2).sum()) / 2 for d in differences)
     pooled = math.sqrt(squares / (60 * (sum(seeds) - 6)))
     assert _noise_over_sizes(laws, pooled)["arm_noise"][0] == pytest.approx(0.0015, rel=0.25)
@@ -236,9 +240,9 @@ def test_a_design_has_seeds_and_noise_of_each_size() -> None:
     one = Simulated(LADDER.compute, math.log(1.05), 3, world, 50, seed=0)
     np.testing.assert_array_equal(alike.losses, one.losses)
     np.testing.assert_allclose(alike.noise_floor, one.noise_floor)
-    assert alike.seeds is not None
-    assert one.seeds is not None
-    np.testing.assert_allclose(alike.seeds.variance, one.seeds.variance)
+    assert alike.noise is not None
+    assert one.noise is not None
+    np.testing.assert_allclose(alike.noise.variance, one.noise.variance)
     falling = replace(LADDER, seeds=(25, 1, 1, 1, 1), seed_noise=(0.02, 0.004, 0.004, 0.004, 0.004))
     few, own = list(prospects(falling, 1.1, [1, None], World(), simulations=300))[-2:]
     assert (few.seeds, own.seeds) == (1, falling.seeds)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launches import PATIENCE, slow_down
 from test_run import wait_for
 
 from analysis.logs.files import read_json
@@ -163,7 +164,7 @@ def test_a_submit_waits_while_the_runs_of_others_leave_no_room(
     assert {state.state for state in states.read(store, [run.run_id for run in runs])} == {"pending"}
     others[1].kill()
     others[1].wait()
-    assert launcher.wait(180) == 0
+    assert launcher.wait(PATIENCE) == 0
     finished = [read_json(store / run.run_id / "run.json") for run in runs]
     spans = [(run["attempts_made"][0]["started_at"], run["finished_at"]) for run in finished]
     assert max(start for start, _ in spans) > min(end for _, end in spans)  # one after the other
@@ -205,6 +206,7 @@ def test_branches_wait_for_a_trunk_that_another_submit_trains(
     budgets = [(f"{steps} steps", replace(train, tokens=16 * 8 * steps)) for steps in (40, 60)]
     runs = with_trunks([replace(tiny_run, budget=budget, train=train) for budget, train in budgets])
     store, cache = tmp_path / "store", dataset.path.parent
+    slow = slow_down(store)
     first = submit_in_a_process(runs, store, cache, tmp_path / "said-a")
     wait_for(lambda: bool(list((store / runs[0].run_id).glob("attempt-*"))))
     controller = read_json(store / runs[0].run_id / "job.json")["job_id"]
@@ -213,8 +215,9 @@ def test_branches_wait_for_a_trunk_that_another_submit_trains(
     second = submit_in_a_process(runs, store, cache, tmp_path / "said-b")
     wait_for(lambda: "2 runs submitted; 1 running already" in (tmp_path / "said-b").read_text())
     time.sleep(2.0)
+    slow.unlink()
     os.kill(trunk, signal.SIGCONT)
-    assert [launcher.wait(180) for launcher in (first, second)] == [0, 0]
+    assert [launcher.wait(PATIENCE) for launcher in (first, second)] == [0, 0]
     found = states.read(store, [run.run_id for run in runs])
     assert {(state.state, state.attempts) for state in found} == {("complete", 1)}
 

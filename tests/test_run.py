@@ -5,7 +5,6 @@ import errno
 import fcntl
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -18,12 +17,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from submitit.core.utils import FailedJobError
+from launches import PATIENCE, slow_down
 from submitit.local.local import LocalExecutor, LocalJob
 
 from analysis.logs.reader import read_rows, status
 from analysis.logs.record import read_run, record_sha256
-from analysis.logs.writer import record_failure
+from analysis.logs.writer import next_attempt, record_failure
 from experiments.design.config import RunConfig
 from experiments.training.checkpoints import State, save
 from experiments.training.job import Place
@@ -78,6 +77,10 @@ def test_a_run_goes_to_its_end_and_is_not_run_again(reference: Path, tiny_run: R
     assert sorted((path.name, path.stat().st_mtime_ns) for path in reference.iterdir()) == before
 
 
+def newest_checkpoint(run_dir: Path) -> str:
+    return max((path.name for path in run_dir.glob("checkpoint/step-*")), default="")
+
+
 def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(
     tiny_run: RunConfig, submitted: Submitted, tmp_path: Path
 ) -> None:
@@ -88,16 +91,19 @@ def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(
     run_dir = submitted(long, tmp_path / "killed", checkpoint_minutes=0.0, max_attempts=1000)
     context = multiprocessing.get_context("fork")
     moments = random.Random(0)
-    kills = 0
+    kills, window = 0, 0.02
     while not (run_dir / "run.json").exists():
+        begun, saved = next_attempt(run_dir), newest_checkpoint(run_dir)
         child = context.Process(target=Run(run_dir))
         child.start()
-        child.join(0.05 + 0.3 * moments.random() if kills < 15 else 60)
+        child.join(window * moments.random() if kills < 15 else PATIENCE)
         if child.is_alive():
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGKILL)
-            kills += 1
-        child.join()
+            child.kill()
+            child.join()
+            kills += next_attempt(run_dir) > begun  # others came while it started
+        assert child.exitcode in (0, -signal.SIGKILL)
+        # So that at any speed about half of the attempts are killed before they have saved a state, and all get on.
+        window *= 1.25 if newest_checkpoint(run_dir) == saved else 0.8
         for kind in ("steps", "evals"):  # readable at any instant
             rows = read_rows(run_dir, kind)
             logged = rows.table["step"].to_pylist()[:: 1 if kind == "steps" else 2]  # an evaluation has two metrics
@@ -158,34 +164,26 @@ def test_a_preempted_run_saves_requeues_and_resumes(
     submitted: Submitted,
     tmp_path: Path,
     start: Callable[..., LocalJob],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The signal arrives in the middle of training, in every process."""
+    """The signal arrives in the middle of training, in every process. An earlier attempt's failure is gone then."""
     long = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * steps, evaluate_every=16 * 8 * 100))
     run_dir = submitted(long, tmp_path / "store", checkpoint_minutes=0.005, parallel="fsdp")
+    record_failure(run_dir, attempt=1, step=0, cause="an earlier attempt's", time=1.0)
+    slow = slow_down(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(slow.parent))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     job = start(run_dir, processes)
     wait_for(lambda: bool(list(run_dir.glob("checkpoint/step-*"))))
     job._process.send_signal(signal.SIGTERM)
+    wait_for((run_dir / "attempt-0002.json").exists)
+    slow.unlink()
     job.results()
     run = result(run_dir)
     assert (run["attempts"], run["gpus"]) == (2, processes)
     assert pq.read_table(run_dir / "steps.parquet")["step"].to_pylist() == list(range(1, steps + 1))
     assert run["seconds"]["lost"] == 0  # saved at the step where the signal arrived
-
-
-def test_of_several_processes_the_cause_of_a_failure_is_recorded(
-    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, start: Callable[..., LocalJob]
-) -> None:
-    run_dir = submitted(replace(tiny_run, train=replace(tiny_run.train, learning_rate=1e36)), tmp_path / "store")
-    with pytest.raises(FailedJobError, match="gradient norm nan"):
-        start(run_dir, 2).result()
-    failure = json.loads((run_dir / "failure.json").read_text())
-    assert failure["step"] == 2
-    assert failure["cause"].startswith("NonFiniteLoss: loss")
-
-    spent = submitted(tiny_run, tmp_path / "store", max_attempts=0)
-    with pytest.raises(FailedJobError, match="max_attempts"):
-        start(spent, 2).result()
-    assert "raise it in the profile, then retry" in json.loads((spent / "failure.json").read_text())["cause"]
+    assert not (run_dir / "failure.json").exists()
 
 
 def test_a_failure_of_a_faster_process_is_kept(
@@ -206,17 +204,6 @@ def test_a_failure_of_a_faster_process_is_kept(
         Run(run_dir)()
     assert json.loads((run_dir / "failure.json").read_text())["cause"] == "ValueError: no data on this node"
     assert status(run_dir) == "failed"
-
-
-def test_an_earlier_failure_is_gone_once_the_run_is_complete(
-    tiny_run: RunConfig, submitted: Submitted, tmp_path: Path, start: Callable[..., LocalJob]
-) -> None:
-    for processes in (1, 2):
-        run_dir = submitted(tiny_run, tmp_path / str(processes))
-        record_failure(run_dir, attempt=1, step=0, cause="an earlier attempt's", time=1.0)
-        start(run_dir, processes).results()
-        assert (run_dir / "run.json").exists()
-        assert not (run_dir / "failure.json").exists()
 
 
 def test_two_processes_do_not_train_one_run(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
@@ -245,8 +232,8 @@ def test_a_failure_on_a_full_disk_names_the_failure(
     assert not (run_dir / "run.json").exists()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
@@ -391,7 +378,7 @@ def test_no_process_of_a_run_whose_folder_was_removed_writes_a_failure_into_its_
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
         process.kill()
     assert {path.name for path in run_dir.iterdir()} == {"config.json", "tokenizer.json"}
     assert [process.exitcode for process in processes] == [0, 0]

@@ -13,7 +13,8 @@ from experiments.design import strict
 from experiments.design.arms import ARMS
 from experiments.design.config import RunConfig
 from experiments.design.model import ModelConfig
-from experiments.design.sweep import Sweep, expand, load_sweep, read_sweep
+from experiments.design.sweep import expand, load_sweep
+from experiments.design.sweep_file import Sweep, read_sweep
 from experiments.tasks.registry import generators
 
 ROOT = Path(__file__).parent.parent

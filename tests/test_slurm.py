@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from clusters import ON_THE_CLUSTER, PROFILE, SCRIPTS, ask, call, cluster, hasten, log_of, losses, submit, wait_until
-from launches import Submit, state_of
+from launches import Submit, slow_down, state_of
 from texts import CHEAP_SWEEP
 
 from analysis.logs.files import read_json
@@ -23,7 +23,9 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.launching import jobs, sbatch, slurm, states
 from experiments.launching import submit as launch
+from experiments.launching.cancel import cancel
 from experiments.launching.profile import Job, Slurm
+from experiments.training.presence import process_started
 from experiments.training.run import Run
 
 __all__ = ["cluster", "submit"]  # fixtures
@@ -39,7 +41,7 @@ def pids(cluster: dict[str, str]) -> dict[str, int]:
 
 def test_nothing_listens_beyond_loopback(cluster: dict[str, str]) -> None:
     """Also not srun, while a job step runs."""
-    ask("sbatch", "--ntasks=2", "--output=/dev/null", "--wrap=srun sleep 15")
+    ask("sbatch", "--ntasks=2", "--output=/dev/null", "--wrap=srun sleep 300")
     daemons = set(pids(cluster).values())
 
     def listening() -> list[tuple[str, str, int]]:
@@ -59,6 +61,7 @@ def test_up_and_down_can_be_called_again_and_mend(cluster: dict[str, str]) -> No
     assert call("up", cluster).returncode == 0
     assert pids(cluster) == before
     os.kill(before["slurmd"], 9)
+    wait_until(lambda: process_started(str(before["slurmd"])) is None)
     again = call("up", cluster)
     assert again.returncode == 0
     assert "up: slurmd\n" in again.stderr
@@ -106,10 +109,12 @@ def test_a_preempted_run_is_requeued_and_loses_no_step(
     long_run: RunConfig, submit: Submit, submitted: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
+    slow = slow_down(store, after=100)
     submit([long_run], store)
     wait_until(lambda: "step 100/" in log_of(store, long_run))
     ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     wait_until(lambda: state_of(store, long_run).state == "requeued")
+    slow.unlink()
     requeued = state_of(store, long_run)
     assert 0.0 < requeued.progress < 1.0
     assert submit([long_run], store).skipped == {"requeued": [long_run.run_id]}
@@ -136,10 +141,12 @@ def test_a_preempted_run_of_two_tasks_goes_on_where_all_of_them_stopped(
     """Every task gets the signal and writes its part of the checkpoint."""
     run = replace(tiny_run, train=replace(tiny_run.train, tokens=16 * 8 * 400, evaluate_every=16 * 8 * 100))
     sharded = replace(PROFILE, default=Job(device="cpu", hours=0.5, gpus=2, parallel="fsdp"))
+    slow = slow_down(tmp_path, after=100)
     submit([run], tmp_path, sharded)
     wait_until(lambda: "step 100/" in log_of(tmp_path, run))
     ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     wait_until(lambda: state_of(tmp_path, run).state == "requeued")
+    slow.unlink()
     (checkpoint,) = (tmp_path / run.run_id / "checkpoint").iterdir()
     assert read_json(checkpoint / "manifest.json")["processes"] == 2
     hasten(str(state_of(tmp_path, run).job_id))
@@ -153,15 +160,17 @@ def test_cancelled_runs_leave_the_queue_for_good(
 ) -> None:
     """One running, one pending. To the first, scancel looks like a preemption."""
     both = [long_run, replace(long_run, seed=9)]
+    slow = slow_down(tmp_path, after=100)
     submit(both, tmp_path, replace(PROFILE, max_parallel=1))
     wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
     assert state_of(tmp_path, both[1]).state == "queued"
-    assert launch.cancel(tmp_path, [run.run_id for run in both]) == [run.run_id for run in both]
+    assert cancel(tmp_path, [run.run_id for run in both]) == [run.run_id for run in both]
     wait_until(lambda: states.busy(tmp_path, [run.run_id for run in both]) == {})
     time.sleep(3)  # a requeue would show by now: the scheduler looks every second
     assert states.busy(tmp_path, [run.run_id for run in both]) == {}
     assert {state_of(tmp_path, run).state for run in both} == {"cancelled"}
     assert submit(both, tmp_path).skipped == {"cancelled": [run.run_id for run in both]}
+    slow.unlink()
     again = launch.retry([long_run], PROFILE, tmp_path, cache=dataset.path.parent)
     assert again.submitted == [long_run.run_id]
     wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
@@ -199,19 +208,21 @@ def test_ctrl_c_while_waiting_leaves_the_jobs_alone(
     told = capsys.readouterr().err
     assert told.index("3 runs submitted") < told.index("the jobs go on; `dynconv status --store")
     assert {state_of(tmp_path, run).state for run in runs} == {"held"}
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
     tiny_run: RunConfig, long_run: RunConfig, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     diverging = replace(tiny_run, seed=99, train=replace(tiny_run.train, learning_rate=1e30))
+    slow = slow_down(tmp_path, after=100)
     submit([diverging, long_run], tmp_path)
     wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
     ask("scancel", "--signal=ABRT", str(state_of(tmp_path, long_run).job_id))
     wait_until(lambda: {state_of(tmp_path, run).state for run in (diverging, long_run)} == {"failed", "lost"})
     assert str(state_of(tmp_path, diverging).cause).startswith("NonFiniteLoss: ")
     wait_until(lambda: "Slurm says FAILED: process 0 on node1: Aborted" in str(state_of(tmp_path, long_run).cause))
+    slow.unlink()
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
     again = submit([diverging, long_run], tmp_path, wait=True)
     assert (again.submitted, again.skipped) == ([long_run.run_id], {"failed": [diverging.run_id]})
@@ -221,6 +232,7 @@ def test_a_failed_and_a_killed_run_are_reported_with_their_causes(
 def test_status_says_what_a_job_waits_for(long_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
     """Held, released to wait for room, running, suspended."""
     blocker = ask("sbatch", "--parsable", "--exclusive", "--time=7", "--output=/dev/null", "--wrap=sleep 300")
+    slow_down(tmp_path)
     submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, options={"hold": ""})))
     held = state_of(tmp_path, long_run)
     assert (held.state, held.reason) == ("held", "JobHeldUser")
@@ -237,7 +249,7 @@ def test_status_says_what_a_job_waits_for(long_run: RunConfig, submit: Submit, t
     assert state_of(tmp_path, long_run).nodes == "node1"
     ask("scontrol", "suspend", job)
     wait_until(lambda: state_of(tmp_path, long_run).state == "suspended")
-    launch.cancel(tmp_path, [long_run.run_id])
+    cancel(tmp_path, [long_run.run_id])
 
 
 def test_refusals_leave_nothing_behind(tiny_run: RunConfig, submit: Submit, tmp_path: Path) -> None:
@@ -265,7 +277,7 @@ def test_a_controller_that_does_not_answer(
         with pytest.raises(ValueError, match="controller does not answer"):
             submit([tiny_run], tmp_path)
     assert state_of(tmp_path, tiny_run).state == "held"
-    launch.cancel(tmp_path, [tiny_run.run_id])
+    cancel(tmp_path, [tiny_run.run_id])
 
 
 def test_what_was_accepted_before_a_refusal_is_kept(
@@ -287,7 +299,7 @@ def test_what_was_accepted_before_a_refusal_is_kept(
             submit(runs, tmp_path, held)
     assert [state_of(tmp_path, run).state for run in runs] == ["held", "held", "pending"]
     assert submit(runs, tmp_path, held).submitted == [runs[2].run_id]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 def test_jobs_that_cannot_be_noted_are_not_submitted(
@@ -336,6 +348,7 @@ def test_variables_of_the_users_shell_change_nothing(
     for name, value in hostile.items():
         monkeypatch.setenv(name, value)
     both = [long_run, replace(long_run, seed=9)]
+    slow_down(tmp_path / "store")
     submit(both, tmp_path / "store")
     assert "SBATCH_ARRAY_INX, SBATCH_NO_REQUEUE" in capsys.readouterr().err
     found = states.read(tmp_path / "store", [run.run_id for run in both])
@@ -348,7 +361,7 @@ def test_variables_of_the_users_shell_change_nothing(
     assert "Requeue=1" in said
     assert "TimeLimit=00:30:00" in said
     assert "WCKey=submitit" not in said
-    launch.cancel(tmp_path / "store", [run.run_id for run in both])
+    cancel(tmp_path / "store", [run.run_id for run in both])
 
 
 def test_a_colleagues_job_that_cannot_be_seen_is_not_lost(
@@ -371,7 +384,7 @@ def test_what_was_cancelled_while_its_job_goes_on_is_cancelled_again(
     store = tmp_path / "store"
     submit([long_run], store)
     (store / long_run.run_id / "cancelled").touch()  # as an interrupted cancel leaves it
-    assert launch.cancel(store, [long_run.run_id]) == [long_run.run_id]
+    assert cancel(store, [long_run.run_id]) == [long_run.run_id]
     wait_until(lambda: not states.busy(store, [long_run.run_id]))
     assert state_of(store, long_run).state == "cancelled"
 
@@ -388,7 +401,7 @@ def test_what_was_cancelled_while_its_job_goes_on_is_cancelled_again(
         return done
 
     monkeypatch.setattr(slurm.subprocess, "run", cancels_and_fails)
-    assert launch.cancel(store, [long_run.run_id]) == [long_run.run_id]
+    assert cancel(store, [long_run.run_id]) == [long_run.run_id]
     assert state_of(store, long_run).state == "cancelled"
 
 

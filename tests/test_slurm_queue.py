@@ -20,7 +20,7 @@ from clusters import (
     submit,
     wait_until,
 )
-from launches import Submit, state_of
+from launches import Submit, slow_down, state_of
 from texts import CHEAP_SWEEP
 
 from analysis.logs.files import read_json
@@ -28,6 +28,7 @@ from experiments.cli.main import main
 from experiments.design.config import RunConfig
 from experiments.launching import sbatch
 from experiments.launching import submit as launch
+from experiments.launching.cancel import cancel
 from experiments.launching.profile import Slurm
 
 __all__ = ["cluster", "submit"]  # fixtures
@@ -72,7 +73,7 @@ def test_jobs_that_sbatch_denies_are_found(
     assert [state_of(tmp_path, run).job_id for run in runs] == [f"{array}_{index}" for index in range(3)]
     assert submit(runs, tmp_path, HELD).submitted == []
     assert arrays_of(tmp_path) == [array]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 def test_a_submission_that_is_interrupted_is_taken_up(
@@ -99,7 +100,7 @@ def test_a_submission_that_is_interrupted_is_taken_up(
     told = "sbatch had left the submission of 3 runs unanswered; Slurm has it, as job"
     assert f"{tmp_path}: {told} {array}\n" in capsys.readouterr().err
     assert arrays_of(tmp_path) == [array]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
 NOTICE = "echo 'maintenance: job 1 of 2 is done'"  # sites print such things on standard output
@@ -142,7 +143,7 @@ def test_cancel_finds_the_jobs_of_an_unanswered_submission(
     with pytest.raises(KeyboardInterrupt):
         submit(runs, tmp_path, HELD)
     assert len(arrays_of(tmp_path)) == 1
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
     assert arrays_of(tmp_path) == []
 
 
@@ -201,16 +202,17 @@ def test_what_the_limit_on_jobs_allows_is_submitted(
     with pytest.raises(ValueError, match=r"AssocMaxSubmitJobLimit; none of 1 runs is queued; submit again when"):
         submit(runs, tmp_path, HELD)
     assert state_of(tmp_path, runs[2]).state == "pending"
-    launch.cancel(tmp_path, first.submitted)
+    cancel(tmp_path, first.submitted)
     wait_until(lambda: arrays_of(tmp_path) == [])
     assert submit(runs, tmp_path, HELD).submitted == [runs[2].run_id]
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])
 
 
-def preempt(job_id: str) -> None:
-    """Have a job of the higher partition, which ends soon, and let the preempted one start again."""
+def preempt(job_id: str, slow: Path) -> None:
+    """Have a job of the higher partition, which ends soon, and let the preempted one start again: not slow any more."""
     ask("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     wait_until(lambda: "Restarts=1" in ask("scontrol", "show", "job", job_id))
+    slow.unlink()
     hasten(job_id)
 
 
@@ -219,11 +221,18 @@ def test_a_run_is_queued_again_where_nodes_have_no_scontrol(
 ) -> None:
     """Its state is saved, and the job lives on until Slurm, whose grace time is over, queues it again."""
     missing = "scontrol() { echo 'scontrol: command not found' >&2; return 127; }"
+    without = replace(
+        PROFILE,
+        slurm=Slurm("low", signal_seconds=30, setup=(missing,)),
+        default=replace(PROFILE.default, checkpoint_minutes=0.02),  # the first save takes long
+    )
+    slow = slow_down(tmp_path, after=100)
     ask("scontrol", "update", "partition=low", "gracetime=8")
     try:
-        submit([long_run], tmp_path, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, setup=(missing,))))
+        submit([long_run], tmp_path, without)
         wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
-        preempt(str(state_of(tmp_path, long_run).job_id))
+        wait_until(lambda: bool(list((tmp_path / long_run.run_id).glob("checkpoint/step-*"))))
+        preempt(str(state_of(tmp_path, long_run).job_id), slow)
         assert "scontrol: command not found" in log_of(tmp_path, long_run)
         wait_until(lambda: state_of(tmp_path, long_run).state == "complete")
     finally:
@@ -237,14 +246,15 @@ def test_a_job_that_is_preempted_before_python_runs_is_queued_again(
     tiny_run: RunConfig, submit: Submit, tmp_path: Path
 ) -> None:
     """TERM ends what would start Python; Slurm by itself would call that a failure. It costs no attempt."""
-    slow = tmp_path / "slow-python"
-    begun = tmp_path / "begun"
-    slow.write_text(f'#!/bin/bash\nif [ ! -e {begun} ]; then touch {begun}; sleep 60; fi\nexec {sys.executable} "$@"\n')
-    slow.chmod(0o755)
+    python, begun, slow = (tmp_path / name for name in ("slow-python", "begun", "slow"))
+    slow.touch()
+    wait = f"if [ -e {slow} ]; then touch {begun}; while [ -e {slow} ]; do sleep 0.1; done; fi"
+    python.write_text(f'#!/bin/bash\n{wait}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     store = tmp_path / "store"
-    submit([tiny_run], store, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, python=str(slow))))
+    submit([tiny_run], store, replace(PROFILE, slurm=Slurm("low", signal_seconds=30, python=str(python))))
     wait_until(begun.exists)
-    preempt(str(state_of(store, tiny_run).job_id))
+    preempt(str(state_of(store, tiny_run).job_id), slow)
     wait_until(lambda: state_of(store, tiny_run).state == "complete")
     wait_until(lambda: arrays_of(store) == [])
     assert read_json(store / tiny_run.run_id / "run.json")["attempts"] == 1
@@ -254,6 +264,7 @@ def test_a_running_job_that_is_cancelled_by_scancel_stays_so(
     long_run: RunConfig, submit: Submit, tmp_path: Path
 ) -> None:
     """scancel's signal looks like a preemption; the batch script asks Slurm which it is."""
+    slow_down(tmp_path, after=100)
     submit([long_run], tmp_path)
     wait_until(lambda: "step 100/" in log_of(tmp_path, long_run))
     ask("scancel", str(state_of(tmp_path, long_run).job_id))
@@ -319,4 +330,4 @@ def test_the_limit_on_jobs_that_run_at_once_can_be_changed(
     submit(runs, tmp_path, replace(HELD, max_parallel=2))
     assert "ArrayTaskThrottle=2" in ask("scontrol", "show", "job", array)
     assert f"2 of the runs of array {array} may run at once; before, 1\n" in capsys.readouterr().err
-    launch.cancel(tmp_path, [run.run_id for run in runs])
+    cancel(tmp_path, [run.run_id for run in runs])

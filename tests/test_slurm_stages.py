@@ -1,7 +1,6 @@
 """What comes before runs on a Slurm, and between them: building data, calibrations, trunks before their branches."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,19 @@ __all__ = ["cluster", "submit"]  # fixtures
 pytestmark = ON_THE_CLUSTER
 
 
+OUTLIVE = """
+import atexit, os, sys, time
+
+def outlive():
+    while set(sys.orig_argv) & set(os.listdir({slow!r})):
+        time.sleep(0.1)
+
+if set(sys.orig_argv) & set(os.listdir({slow!r})):
+    atexit.register(outlive)
+    open({slow!r} + "/begun-" + os.environ["SLURM_ARRAY_TASK_ID"], "w").close()
+"""  # sitecustomize.py: a process of a step outlives its work as long as a file of the step's name is there
+
+
 def test_data_is_built_by_arrays_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,23 +54,26 @@ def test_data_is_built_by_arrays_and_resumed(
     profile = replace(PROFILE, data=DataJobs(cores=2, hours=0.5))
     cache = tmp_path / "cache"
 
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 4)\n")
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(OUTLIVE.format(slow=str(slow)))
 
     def kill(step: str) -> None:
-        """One of the two jobs of the array, soon after it began. Its process outlives its work, so that it is there."""
+        """One of the two jobs of the array, once it has begun. The processes of both outlive their work until then."""
+        (slow / step).touch()
         with monkeypatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(tmp_path / "slow"))
+            patch.setenv("PYTHONPATH", str(slow))
             assert data_jobs.build(spec, profile, cache) is None
         (submitted,) = [
             job for job in json.loads(next(cache.glob(".*/jobs.json")).read_text())["jobs"] if job["step"] == step
         ]
         element = f"{submitted['id']}_1"
-        wait_until(lambda: "RUNNING" in ask("squeue", "--noheader", f"--jobs={element}", "--format=%T"))
-        time.sleep(0.2)
+        wait_until((slow / "begun-1").exists)
         ask("scancel", "--signal=KILL", "--full", element)
         with pytest.raises(ValueError, match=r"the data are being built by Slurm \(\d of 2 parts read"):
             data_jobs.require_nothing_under_way([spec], cache)
+        for path in (slow / step, *slow.glob("begun-*")):
+            path.unlink()
         with pytest.raises(WorkFailed, match="building the data failed: its jobs were killed"):
             data_jobs.build(spec, profile, cache, wait=True)
 
@@ -101,7 +116,8 @@ def test_a_calibration_is_a_job_whose_speed_sets_the_time_limit(
     assert "the time limit of 25k is 0.5" in capsys.readouterr().err
     job_id = read_json(store / row["run_id"] / "job.json")["job_id"]
     minutes = round(60 * (1.5 * row["hours"] + 0.5))
-    assert ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%l").strip() == f"{minutes}:00"
+    limit = ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%l")  # it may have ended
+    assert limit.strip() == f"{minutes}:00"
     assert main(["cancel", str(sweep), "--store", str(store)]) == 0
 
 

@@ -105,11 +105,12 @@ def test_array_elements_that_never_started_are_told_apart(ids: str, single: list
 
 
 def test_a_running_run_that_logs_nothing_any_more_is_said_to_be_silent(
-    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path
+    tiny_run: RunConfig, submitted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = submitted(tiny_run, tmp_path)
     jobs.write_job(run_dir, "local", str(os.getpid()), None, tmp_path / "code")
     now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     job = json.loads((run_dir / "job.json").read_text())
     (run_dir / "job.json").write_text(json.dumps(job | {"submitted_at": now - 1000}))
     for silent, said in ((60.0, None), (840.0, "no step for 14m00s")):

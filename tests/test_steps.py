@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launches import PATIENCE
 from texts import make_texts, specify, visible, write_txt
 
 from experiments.data import documents, encode, reading, steps, writing
@@ -155,9 +156,9 @@ def test_workers_killed_at_random_and_started_twice_do_no_harm(spec: DataConfig,
             process.send_signal(signal.SIGKILL)
             process.wait()
         for process in working:
-            process.wait(timeout=120)
+            process.wait(PATIENCE)
         for worker in range(workers):  # the two may have been in each other's way: once more, alone
-            assert start(shared, step, worker, workers).wait(timeout=120) == 0
+            assert start(shared, step, worker, workers).wait(PATIENCE) == 0
     (path,) = visible(tmp_path / "cache")
     data = Dataset.open(path)
     data.verify()

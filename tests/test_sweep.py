@@ -16,7 +16,8 @@ from experiments.design.config import TRUNK, RunConfig
 from experiments.design.identity import content, to_dict
 from experiments.design.model import ModelConfig
 from experiments.design.schedules import Linear
-from experiments.design.sweep import Sweep, expand, load_sweep, notes, read_sweep
+from experiments.design.sweep import expand, load_sweep, notes
+from experiments.design.sweep_file import Sweep, read_sweep
 from experiments.design.train import AdamW, Muon
 from experiments.parts.attention import Attention
 from experiments.parts.swiglu import SwiGLU

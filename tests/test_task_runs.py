@@ -252,7 +252,7 @@ def test_three_processes_score_as_one(runs: dict[str, RunConfig], tmp_path: Path
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
         assert process.exitcode == 0
     alone = assemble(run, None, CPU, ALONE)
     while not alone.finished:

@@ -10,7 +10,7 @@ its degrees of freedom count sizes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -145,7 +145,7 @@ class OfBudget:
 
 
 def by_budget(
-    cells: Sequence[Cell], E: float, g: float, level: float = 0.05
+    cells: Sequence[Cell], E: float, g: float, variance: Mapping[str, float] | None = None, level: float = 0.05
 ) -> tuple[tuple[OfBudget, ...], float | None]:
     """m of every budget that has at least two sizes, with an interval that misses it with probability `level`; and the
     p-value of the test that all budgets have the same m (None where fewer than two budgets have two sizes in common).
@@ -153,11 +153,14 @@ def by_budget(
     The baseline's amplitude at each budget is fitted by least squares, given the E and exponent g of the law over all
     budgets. For each budget the test takes, size by size, the deviation of ln m from its mean over budgets, and asks by
     a t test over sizes whether these deviations average to zero; p-values are Bonferroni-corrected over the budgets.
-    Sizes are weighted by (g r)^2 as in the paired estimator. Where budgets are 4- to 16-fold apart, the shared law's
+    Sizes are weighted as in the paired estimator, by (g r)^2 / v; `variance` holds v by size, in any unit, and a size
+    without one gets their mean. Where budgets are 4- to 16-fold apart, the shared law's
     slope at one budget is wrong by some hundredths, which scales all ln m of that budget; so deviations up to
     SLOPE_ERROR times ln m are tolerated. In simulation the test then rejects 0% to 4% of sweeps whose m does not depend
     on the budget (tests/test_budgets.py); without the tolerance, up to three quarters of those with m = 2.
     """
+    variance = variance or {}
+    typical = float(np.mean(list(variance.values()))) if variance else 1.0
     found = []
     values: dict[str, dict[str, tuple[float, float]]] = {}  # budget -> size -> ln m, weight
     for name in _budgets(cells):
@@ -168,7 +171,7 @@ def by_budget(
         x = (c0 / c0[0]) ** -g
         r = max(((y0 - E) * x).sum() / (x * x).sum(), 1e-300) * x
         ln_m = -np.log1p(-np.minimum((y0 - y1) / r, MOST_SHARE)) / g + np.log(c0 / c1)
-        weight = (g * r) ** 2
+        weight = (g * r) ** 2 / np.array([variance.get(cell.size, typical) for cell in mine])
         values[name] = {cell.size: (at, w) for cell, at, w in zip(mine, ln_m, weight, strict=True)}
         mean, error = _mean(ln_m, weight)
         half = stdtrit(len(mine) - 1, 1 - level / 2) * error

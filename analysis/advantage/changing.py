@@ -15,7 +15,6 @@ import numpy as np
 from analysis.advantage.averaging import Student, averaged, fit_gain
 from analysis.advantage.constancy import SIGNIFICANCE
 from analysis.advantage.paired import Local, trend
-from analysis.advantage.seeds import NoiseBySize
 from analysis.advantage.shifted import Shifted
 from analysis.laws.solver import Floats
 
@@ -46,16 +45,14 @@ def reported(
     return ln_m, np.minimum(low, ln_m), np.maximum(high, ln_m)
 
 
-def band(
-    changing: Local, shifted: Shifted, compute: float, seeds: NoiseBySize | None = None
-) -> tuple[Floats, Floats, Floats]:
+def band(changing: Local, shifted: Shifted, compute: float) -> tuple[Floats, Floats, Floats]:
     """ln m at a compute (FLOPs), averaged over the two laws in which it changes, and the ends of its 95% interval, [K]
-    each. Its variance is at least that which the `seeds` of each size show (seeds.py).
+    each. Its variance is at least that which the seeds of each size show (seeds.py).
 
     The two laws extrapolate differently. At 10x the largest compute, the nominal 95% interval of the law with its own
     exponent covers .69 to .98 of the simulated truths over the grid of analysis/README.md; the average covers .87 to
     .98.
     """
-    line = trend(changing, compute, seeds=seeds)
+    line = trend(changing, compute, at_least_seeds=True)
     own_exponent = Student(line.at, line.error, line.dof, fit_gain(line.t, changing.ln_m.shape[1]))
-    return averaged([own_exponent, shifted.at(compute, seeds)])
+    return averaged([own_exponent, shifted.at(compute)])

@@ -12,7 +12,6 @@ from analysis.advantage.changing import band, reported
 from analysis.advantage.joint import Interval, joint_interval
 from analysis.advantage.paired import Local, changing_multipliers, local_multipliers, ratio, seed_noise, trend
 from analysis.advantage.pairs import Pairs
-from analysis.advantage.seeds import noise_by_size
 from analysis.advantage.shifted import shifted_multipliers
 from analysis.laws.solver import Floats
 
@@ -21,7 +20,7 @@ IRREDUCIBLE_LOSS_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # multiples of the fitted E
 
 
 def local_of(pairs: Pairs, irreducible_loss: float | None) -> Local:
-    return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], irreducible_loss)
+    return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], irreducible_loss, pairs.noise)
 
 
 def headline_answer(local: Local, p: float | None, level: float = 0.05) -> Answer:
@@ -52,9 +51,8 @@ def curve(pairs: Pairs, local: Local) -> Iterator[At]:
             yield At(float(compute), answer.m, answer.ci)
         return
     changing, shifted = changing_multipliers(local), shifted_multipliers(local)
-    seeds = noise_by_size(pairs.c0, pairs.differences)
     for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
-        ln_m, low, high = band(changing, shifted, float(compute), seeds)
+        ln_m, low, high = band(changing, shifted, float(compute))
         yield At(float(compute), ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
 
 
@@ -63,18 +61,20 @@ def headline(local: Local, varies: bool, top: float) -> float:
     return ratio((trend(changing_multipliers(local), top).at if varies else local.mean)[0])
 
 
-def leave_one_out(pairs: Pairs, stated: float | None, fitted: float, varies: bool) -> Interval | None:
+def leave_one_out(pairs: Pairs, stated: float | None, local: Local, varies: bool) -> Interval | None:
     """The range of the headline's m with each size left out in turn. E is refitted as long as three sizes remain, else
-    it is held at `fitted`. None if fewer than two sizes would remain, or fewer than three where m varies."""
+    it is held at that of all sizes (`local`). None if fewer than two sizes would remain, or fewer than three where m
+    varies."""
     sizes = len(pairs.sizes)
     if sizes < (4 if varies else 3):
         return None
-    irreducible_loss = fitted if stated is None and sizes == 3 else stated
+    irreducible_loss = float(local.law.E[0]) if stated is None and sizes == 3 else stated
     values = []
     for out in range(sizes):
         keep = np.arange(sizes) != out
         part = (pairs.c0[keep], pairs.c1[keep], pairs.y0[None, keep], pairs.y1[None, keep])
-        values.append(headline(local_multipliers(*part, irreducible_loss), varies, pairs.c0[-1]))
+        noise = local.noise and local.noise.of_sizes(keep)
+        values.append(headline(local_multipliers(*part, irreducible_loss, noise), varies, pairs.c0[-1]))
     return min(values), max(values)
 
 
@@ -100,15 +100,10 @@ def at_other_irreducible_losses(
     )
 
 
-def noise_floor(pairs: Pairs, local: Local) -> float | None:
+def noise_floor(local: Local) -> float | None:
     """The smallest m above 1 that is significant at 95% against seed noise alone; None without repeated seeds."""
-    dof = sum(len(group) - 1 for group in (*pairs.differences, *pairs.replicates))
-    if dof < 1:
-        return None
-    squares = sum(((d - d.mean()) ** 2).sum() for d in pairs.differences)
-    squares += 2 * sum(((y - y.mean()) ** 2).sum() for y in pairs.replicates)  # a difference has the noise of two runs
-    variance = squares / dof
-    return ratio(seed_noise(local, np.array([variance]), np.array(pairs.seeds), dof)[0])
+    least = seed_noise(local)
+    return None if least is None else ratio(least[0])
 
 
 def local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.advantage.constancy import seed_noise_of
 from analysis.advantage.multiplier import comparable
 from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
 from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.planning import World
-from analysis.advantage.seeds import noise_by_size
-from analysis.laws.solver import Floats
+from analysis.advantage.seeds import scatter
 from analysis.logs.learning import failed_runs
 from analysis.logs.schema import CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import choose_baseline, choose_convention
@@ -77,10 +75,8 @@ def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[f
     """The standard deviation of one run's loss over seeds, and its source in words; None without repeated seeds."""
     squares, dof, what = 0.0, 0, "paired seeds"
     for each in paired:
-        noise = seed_noise_of(each.differences)
-        if noise is not None:
-            squares += sum(float(((d - d.mean()) ** 2).sum()) for d in each.differences) / 2
-            dof += noise.dof
+        squares += sum(float(((d - d.mean()) ** 2).sum()) for d in each.differences) / 2
+        dof += sum(len(d) - 1 for d in each.differences)
     if not dof:
         # Group by everything but the seed: runs that also differ in, say, the learning rate do not show seed noise.
         made = [name for name in [*axis_columns(rows), *fact_columns(rows)] if not name.endswith("seed")]
@@ -91,22 +87,24 @@ def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[f
 
 
 def _law(pairs: Pairs) -> Local:
-    return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None])
+    return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], noise=pairs.noise)
 
 
 def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dict[str, tuple[float, str]]:
     """Standard deviations of the arms' noise and of the shared noise, each with its source in words. Variances are
-    pooled over the arms by degrees of freedom; `seed_noise` is subtracted from the former."""
+    pooled over the arms by degrees of freedom. What seeds explain is subtracted: the noise of each size's own, since
+    small models scatter more and have more seeds, or `seed_noise` of arms whose paired seeds show none."""
     own, shared, dof_own, dof_shared = 0.0, 0.0, 0, 0
     for pairs, local in laws:
         sizes, g, E = len(pairs.sizes), local.law.g[0], local.law.E[0]
-        scale: Floats = g * local.reducible[0]
-        differences = float(((scale * (local.ln_m[0] - local.mean[0])) ** 2).sum()) / (sizes - 1)
+        scale = g * local.reducible[0]
+        # The variance of a loss difference that is due to seeds; a difference has the noise of two runs.
+        by_seeds = 2 * seed_noise**2 / np.array(pairs.seeds) if local.noise is None else local.noise.variance[0]
+        by_sizes = float(scatter(scale[None], local.ln_m, by_seeds[None])[0])
         means = (pairs.y0 + pairs.y1) / 2 - E
         means -= (local.reducible[0] + local.law.a1[0] * (pairs.c1 / local.law.unit) ** -g) / 2
-        of_seeds = float(_of_seeds(pairs, seed_noise).mean())
-        own += (sizes - 1) * (differences / 2 - of_seeds)
-        shared += (sizes - 3) * (float((means**2).sum()) / (sizes - 3) - differences / 4)
+        own += (sizes - 1) * by_sizes / 2
+        shared += float((means**2).sum()) - (sizes - 3) * (by_sizes + float(by_seeds.mean())) / 4
         dof_own, dof_shared = dof_own + sizes - 1, dof_shared + sizes - 3
     return {
         name: (math.sqrt(max(total / dof, 0.0)), f"measured: {what} over sizes, {dof} degrees of freedom")
@@ -115,15 +113,6 @@ def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dic
             ("shared_noise", shared, dof_shared, "mean losses"),
         )
     }
-
-
-def _of_seeds(pairs: Pairs, seed_noise: float) -> Floats:
-    """The variance of an arm's mean loss at each size [S] that is due to seeds. Small models scatter more and have more
-    seeds, so that one `seed_noise` for all sizes would leave nothing for the noise of the arms; it stands for sizes
-    whose own noise is not known."""
-    pooled: Floats = seed_noise**2 / np.array(pairs.seeds, dtype=float)
-    own = noise_by_size(pairs.c0, pairs.differences)
-    return pooled if own is None else np.where(own.variance[0] > 0, own.variance[0] / 2, pooled)
 
 
 def _shape(pairs: Pairs, local: Local) -> dict[str, tuple[float, str]]:

@@ -29,7 +29,7 @@ from analysis.advantage.checks import (
     local_rows,
     noise_floor,
 )
-from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE, seed_noise_of
+from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE
 from analysis.advantage.family import at_once
 from analysis.advantage.joint import Interval, aicc, wild_cluster_interval
 from analysis.advantage.mixtures import mixtures, recipes
@@ -159,17 +159,18 @@ def compare(
     shown = found.changing if found.varies else local
 
     law = float(local.law.E[0]), float(local.law.g[0])
-    of_budgets, budget_p = by_budget(pairs.cells, *law)
+    variance = dict(zip(pairs.sizes, local.variance[0] / local.variance[0].max(), strict=True))
+    of_budgets, budget_p = by_budget(pairs.cells, *law, variance)
 
     def interval_at(level: float) -> Interval:
         ci = found.interval_at(level)
         if budget_p is None or budget_p >= SIGNIFICANCE:
             return ci
-        return _over_budgets(ci, by_budget(pairs.cells, *law, level)[0])
+        return _over_budgets(ci, by_budget(pairs.cells, *law, variance, level)[0])
 
     headline = replace(found.headline, ci=interval_at(SIGNIFICANCE))
     conventions = {name: found.under(other, held) for name, other in (others or {}).items()}
-    least_m = noise_floor(pairs, local)
+    least_m = noise_floor(local)
     status = (
         *_remarks(pairs, local, headline, least_m, found.p, stated, conventions),
         *_budget_remarks(of_budgets, budget_p),
@@ -231,7 +232,7 @@ def _with_checks(
     shown = found.changing if found.varies else found.local
     return replace(
         item,
-        loso=leave_one_out(pairs, held[0] if stated else None, float(found.local.law.E[0]), found.varies),
+        loso=leave_one_out(pairs, held[0] if stated else None, found.local, found.varies),
         joint=by_joint_fit(pairs) if several else None,
         aicc=aicc(pairs),
         wild_cluster=wild_cluster_interval(found.local) if several else None,
@@ -279,14 +280,13 @@ class _Estimate:
 
 
 def _estimate(pairs: Pairs, irreducible_loss: float | None, resamples: int, seed: int) -> _Estimate:
-    seeds = seed_noise_of(pairs.differences)
     verdict = judge(
         pairs.c0,
         pairs.c1,
         pairs.y0,
         pairs.y1,
         irreducible_loss=irreducible_loss,
-        seeds=seeds,
+        noise=pairs.noise,
         resamples=resamples,
         seed=seed,
     )

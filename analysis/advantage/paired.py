@@ -3,10 +3,11 @@
 Both arms follow L = E + a C^-g with E and g shared; at size i the baseline's loss is y0, the arm's y1, the baseline's
 reducible loss r = a0 c0^-g, and
     local ln m_i = -ln(1 - (y0 - y1) / r) / g + ln(c0 / c1),
-averaged with weights (g r)^2: noise of equal variance on y0 - y1 gives the local values variances in proportion to
-1 / (g r)^2, so these are inverse-variance weights. Errors that the arms share (data order, seeds, the deviation of a
-size from the law) cancel in the difference. The interval is t's at S - 1 degrees of freedom, from the weighted spread
-over sizes. Only sizes count as replicates; seeds are averaged within a size.
+averaged with weights (g r)^2 / v, where v is the variance of y0 - y1 at that size (seeds.py): these are the inverse
+variances of the local values. Errors that the arms share (data order, seeds, the deviation of a size from the law)
+cancel in the difference. The interval is t's at S - 1 degrees of freedom, from the weighted spread over sizes, as for
+random effects in Hartung and Knapp (Statistics in Medicine 20, 2001, 3875) and Sidik and Jonkman (ibid. 21, 2002,
+3153); only the ratios of the variances enter. Only sizes count as replicates; seeds are averaged within a size.
 
 Legend: K comparisons solved at once, S sizes, G values of log g.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from analysis.advantage.seeds import NoiseBySize
+from analysis.advantage.seeds import NoiseBySize, difference_variance
 from analysis.laws.solver import Floats
 
 EXPONENTS = (0.005, 2.0)  # bounds of g
@@ -123,6 +124,8 @@ class Local:
     reducible: Floats  # [K, S] r, nats a token
     ln_m: Floats  # [K, S]
     sensitivity: Floats  # [K, S, 2] derivatives of ln_m in ln g and ln a0
+    noise: NoiseBySize | None  # what repeated seeds show; None where there are none
+    variance: Floats  # [K, S] of the loss differences, nats squared, about a constant m
     weight: Floats  # [K, S], summing to 1 over S
     mean: Floats  # [K]
     error: Floats  # [K] standard error of the mean
@@ -141,9 +144,17 @@ class Local:
         return self.mean - half, self.mean + half
 
 
-def local_multipliers(c0: Floats, c1: Floats, y0: Floats, y1: Floats, irreducible_loss: float | None = None) -> Local:
-    """The paired estimator of losses y0, y1 [K, S] at computes c0, c1 [S], S >= 2, by a law with a constant m."""
-    return by_law(shared_law(c0, c1, y0, y1, irreducible_loss), c0, c1, (y0, y1), irreducible_loss)
+def local_multipliers(
+    c0: Floats,
+    c1: Floats,
+    y0: Floats,
+    y1: Floats,
+    irreducible_loss: float | None = None,
+    noise: NoiseBySize | None = None,
+) -> Local:
+    """The paired estimator of losses y0, y1 [K, S] at computes c0, c1 [S], S >= 2, by a law with a constant m. Without
+    `noise` all sizes' loss differences are taken to be equally noisy."""
+    return by_law(shared_law(c0, c1, y0, y1, irreducible_loss), c0, c1, (y0, y1), irreducible_loss, noise)
 
 
 def changing_multipliers(local: Local) -> Local:
@@ -158,14 +169,28 @@ def changing_multipliers(local: Local) -> Local:
     for _ in range(REFITS):
         tilt = np.clip(trend(local, local.c0[-1]).slope, *TILTS)
         law = shared_law(local.c0, local.c1, *local.losses, local.irreducible_loss, tilt)
-        local = by_law(law, local.c0, local.c1, local.losses, local.irreducible_loss)
+        local = of_law(law, local)
     return local
 
 
+def of_law(law: SharedLaw, like: Local, losses: tuple[Floats, Floats] | None = None) -> Local:
+    """The paired estimator of the same points (or of other `losses` there) by another law. The variances stay those
+    about a constant m: a change of m counts as scatter, which only brings the weights nearer those for equal noise."""
+    points = like.c0, like.c1, losses or like.losses, like.irreducible_loss
+    return by_law(law, *points, like.noise, like.variance)
+
+
 def by_law(
-    law: SharedLaw, c0: Floats, c1: Floats, losses: tuple[Floats, Floats], irreducible_loss: float | None
+    law: SharedLaw,
+    c0: Floats,
+    c1: Floats,
+    losses: tuple[Floats, Floats],
+    irreducible_loss: float | None,
+    noise: NoiseBySize | None,
+    variance: Floats | None = None,
 ) -> Local:
-    """The paired estimator given a fitted law; `irreducible_loss` is its E if that was stated, else None."""
+    """The paired estimator given a fitted law; `irreducible_loss` is its E if that was stated, else None. `variance` is
+    estimated from the local values if it is not given."""
     y0, y1 = losses
     g, log_c0 = law.g[:, None], np.log(c0 / law.unit)
     log_c1 = (1 + law.tilt[:, None]) * np.log(c1 / law.unit)
@@ -174,7 +199,9 @@ def by_law(
     share = np.minimum((y0 - y1) / r0, MOST_SHARE)
     at_equal_compute = -np.log1p(-share) / g
     ln_m = at_equal_compute + np.log(c0 / c1)
-    weight = (g * r0) ** 2
+    if variance is None:
+        variance = difference_variance(g * r0, ln_m, noise)
+    weight = (g * r0) ** 2 / (variance / variance.max(axis=1, keepdims=True))
     weight /= weight.sum(axis=1, keepdims=True)
     mean = (weight * ln_m).sum(axis=1)
     spread = (weight * (ln_m - mean[:, None]) ** 2).sum(axis=1)
@@ -184,7 +211,23 @@ def by_law(
     slopes = [np.ones_like(r0), -g * (r0 * log_c0 + r1 * log_c1) / 2, (r0 + r1) / 2]
     law_error, law_dof = _law_error(slopes[irreducible_loss is not None :], residual)
     error = np.sqrt(spread / (len(c0) - 1))
-    return Local(c0, c1, losses, irreducible_loss, law, law_error, law_dof, r0, ln_m, sensitivity, weight, mean, error)
+    return Local(
+        c0=c0,
+        c1=c1,
+        losses=losses,
+        irreducible_loss=irreducible_loss,
+        law=law,
+        law_error=law_error,
+        law_dof=law_dof,
+        reducible=r0,
+        ln_m=ln_m,
+        sensitivity=sensitivity,
+        noise=noise,
+        variance=variance,
+        weight=weight,
+        mean=mean,
+        error=error,
+    )
 
 
 def _law_error(slopes: list[Floats], residual: Floats) -> tuple[Floats, int]:
@@ -201,12 +244,13 @@ def _law_error(slopes: list[Floats], residual: Floats) -> tuple[Floats, int]:
     return inverse[:, -2:, -2:] * variance[:, None, None], dof
 
 
-def seed_noise(local: Local, variance: Floats, seeds: Floats, dof: int) -> Floats:
-    """The smallest |ln m| [K] that is significant at 95% against seed noise alone. `variance` [K] is that of one seed's
-    loss difference, estimated with `dof` degrees of freedom; `seeds` [S] are the paired seeds at each size."""
+def seed_noise(local: Local) -> Floats | None:
+    """The smallest |ln m| [K] that is significant at 95% against seed noise alone; None without repeated seeds."""
+    if local.noise is None:
+        return None
     slope = local.law.g[:, None] * local.reducible  # derivative of the loss difference in ln m
-    error = np.sqrt((local.weight**2 * variance[:, None] / seeds / slope**2).sum(axis=1))
-    return stdtrit(dof, 0.975) * error
+    error = np.sqrt((local.weight**2 * local.noise.variance / slope**2).sum(axis=1))
+    return stdtrit(local.noise.dof, 0.975) * error
 
 
 @dataclass(frozen=True)
@@ -226,10 +270,9 @@ class Trend:
         return self.at, self.at - half, self.at + half
 
 
-def trend(local: Local, at: float, least: Floats | None = None, seeds: NoiseBySize | None = None) -> Trend:
-    """The line, evaluated at compute `at` (FLOPs); S >= 3. `least` [K] is a lower bound for the variance of the loss
-    differences (nats squared), such as the part of it that repeated seeds show; `seeds` for the variance of the height
-    at `at`, size by size."""
+def trend(local: Local, at: float, at_least_seeds: bool = False) -> Trend:
+    """The line, evaluated at compute `at` (FLOPs); S >= 3. With `at_least_seeds`, the variances of slope and height are
+    held to be at least those that repeated seeds show."""
     x, sizes = np.log(local.c0), len(local.c0)
     middle = (local.weight * x).sum(axis=1, keepdims=True)
     lever = (local.weight * (x - middle) ** 2).sum(axis=1, keepdims=True)
@@ -238,21 +281,19 @@ def trend(local: Local, at: float, least: Floats | None = None, seeds: NoiseBySi
     slope, height = ((part * local.ln_m).sum(axis=1) for part in (for_slope, for_height))
     line = local.mean[:, None] + slope[:, None] * (x - middle)
     spread = (local.weight * (local.ln_m - line) ** 2).sum(axis=1) / (sizes - 2)
-    if least is not None:
-        spread = np.maximum(spread, least / ((local.law.g[:, None] * local.reducible) ** 2).sum(axis=1))
 
-    def variances(part: Floats) -> tuple[Floats, Floats]:
+    def variances(part: Floats) -> tuple[Floats, Floats, Floats]:
         by_law = np.einsum("ks,ksi->ki", part, local.sensitivity)
         law = np.einsum("ki,kij,kj->k", by_law, local.law_error, by_law)
-        return spread * (part**2 / local.weight).sum(axis=1), law
+        own, dof = spread * (part**2 / local.weight).sum(axis=1), np.full_like(spread, sizes - 2)
+        if at_least_seeds and local.noise is not None:
+            own, dof = local.noise.at_least(own, dof, part / (local.law.g[:, None] * local.reducible))
+        return own, law, dof
 
-    own, law = variances(for_height)
-    own_dof = np.full_like(own, sizes - 2)
-    if seeds is not None:
-        own, own_dof = seeds.at_least(own, own_dof, for_height / (local.law.g[:, None] * local.reducible))
+    own, law, own_dof = variances(for_height)
     total = np.maximum(own + law, 1e-300)
     # Of the shares, since squares of small variances underflow; arms with equal losses have no variance at all.
     by_share = (own / total) ** 2 / own_dof + (law / total) ** 2 / local.law_dof
     dof = 1 / np.maximum(by_share, 1 / sizes)
-    slope_error = np.sqrt(np.maximum(sum(variances(for_slope)), 1e-300))
+    slope_error = np.sqrt(np.maximum(sum(variances(for_slope)[:2]), 1e-300))
     return Trend(slope, slope_error, slope / slope_error, height, np.sqrt(total), dof)

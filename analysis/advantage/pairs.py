@@ -16,6 +16,7 @@ import numpy as np
 
 from analysis.advantage.budgets import Cell, full_grid
 from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
+from analysis.advantage.seeds import NoiseBySize, noise_by_size
 from analysis.laws.solver import Floats
 from analysis.logs.schema import AXIS_PREFIX, CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import ALIKE, Excluded, excluded_rows, finished, is_rate, some
@@ -46,7 +47,13 @@ class Pairs:
     excluded: tuple[Excluded, ...]
     cells: tuple[Cell, ...] = ()  # every paired size and budget; empty where each size has one budget
     budgets: tuple[str, ...] = ()  # the budgets averaged over, which every size has; empty where each size has one
-    replicates: tuple[Floats, ...] = ()  # losses of replicates (equal arm, size, budget and seed), one array a cell
+    # For each size: losses of replicates (equal arm, size, budget and seed), one array for each group of them.
+    replicates: tuple[tuple[Floats, ...], ...] = ()
+
+    @property
+    def noise(self) -> NoiseBySize | None:
+        """What repeated seeds and replicates show of the noise of each size; None where nothing was repeated."""
+        return noise_by_size(self.c0, self.differences, self.seeds, self.replicates)
 
 
 def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
@@ -157,7 +164,7 @@ def pair(
         ),
         cells=tuple(cells) if several else (),
         budgets=tuple(budgets) if several else (),
-        replicates=tuple(_replicates(sides, matched)),
+        replicates=_replicates(sides, matched, [str(rows["_size"].iloc[0]) for rows in groups]),
     )
     _require_a_ladder(pairs)
     return pairs
@@ -212,13 +219,17 @@ def _keys(rows: pd.DataFrame) -> list[tuple[str, str, float]]:
     return list(zip(rows["_size"], rows["_budget"], rows["_seed"], strict=True))
 
 
-def _replicates(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Floats]:
-    """For each arm and each paired size, budget and seed with several runs: their losses, sorted."""
+def _replicates(
+    sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]], sizes: list[str]
+) -> tuple[tuple[Floats, ...], ...]:
+    """At each of `sizes`, for each arm and each paired budget and seed with several runs: their losses, sorted."""
+    found: dict[str, list[Floats]] = {size: [] for size in sizes}
     for side in sides.values():
         repeated = side[side.duplicated(ON, keep=False)]
         for key, rows in repeated.groupby(ON):
-            if key in matched:
-                yield np.sort(rows["loss"].to_numpy(float))
+            if key in matched and str(key[0]) in found:
+                found[str(key[0])].append(np.sort(rows["loss"].to_numpy(float)))
+    return tuple(map(tuple, found.values()))
 
 
 def _without_partner(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Excluded]:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.advantage.changing import reported
-from analysis.advantage.constancy import SIGNIFICANCE, SeedNoise, constancy_p
+from analysis.advantage.constancy import SIGNIFICANCE, constancy_p
 from analysis.advantage.family import LEVEL
 from analysis.advantage.paired import changing_multipliers, local_multipliers, seed_noise
 from analysis.advantage.pairs import size_key
+from analysis.advantage.seeds import by_power
 from analysis.laws.solver import Bools, Floats
 from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS, TRUNK
 from analysis.logs.selection import choose_convention
@@ -176,27 +177,22 @@ class Simulated:
             own += noise / np.sqrt(repeats) * random.standard_normal(shape)
             losses.append(world.irreducible_loss + reducible * factor + shared + own)
         self.compute, self.losses, self.seed = compute, losses, seed
-        self.local = local_multipliers(compute, compute, losses[0], losses[1])
+        dof = repeats - 1
+        squares = 2 * noise**2 * 2 * random.standard_gamma(dof / 2, shape)  # chi-squared; 0 without repeated seeds
+        self.noise = by_power(compute, squares, repeats, dof)
+        self.local = local_multipliers(compute, compute, losses[0], losses[1], noise=self.noise)
         self.changing = changing_multipliers(self.local)
-        self.noise_floor = np.zeros(simulations)  # the smallest |ln m| significant against seed noise
-        self.seeds: SeedNoise | None = None
-        dof = int((repeats - 1).sum())
-        if dof:
-            # As the analysis does: the squares of all sizes over all degrees of freedom, which it takes to be alike.
-            each = {sd: (repeats[noise == sd] - 1).sum() for sd in np.unique(noise)}
-            squares = [2 * sd**2 * random.chisquare(own_dof, simulations) for sd, own_dof in each.items() if own_dof]
-            variance = np.sum(squares, axis=0) / dof
-            self.noise_floor = seed_noise(self.local, variance, repeats, dof)
-            self.seeds = SeedNoise(variance * np.mean(1 / repeats), dof)
+        least = seed_noise(self.local)
+        self.noise_floor = np.zeros(simulations) if least is None else least  # the smallest |ln m| that counts
 
     def constancy(self, asked: Bools) -> Floats:
         """p-value [K] of the test that m is constant; 1 where the mask `asked` [K] is false. A p above SIGNIFICANCE is
         only a lower bound, since resampling stops once the test cannot reject any more."""
         y0, y1 = (losses[asked] for losses in self.losses)
         p = np.ones(len(asked))
-        seeds = self.seeds and SeedNoise(self.seeds.variance[asked], self.seeds.dof)
+        noise = self.noise and self.noise.of_rows(asked)
         p[asked] = constancy_p(
-            self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE, seeds=seeds
+            self.compute, self.compute, y0, y1, RESAMPLES, self.seed, until=SIGNIFICANCE, noise=noise
         )
         return p
 

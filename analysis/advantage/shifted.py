@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.advantage.averaging import Student, fit_gain
-from analysis.advantage.paired import REFITS, Local, SharedLaw, by_law, shared_law
-from analysis.advantage.seeds import NoiseBySize
+from analysis.advantage.paired import REFITS, Local, SharedLaw, of_law, shared_law
 from analysis.laws.solver import Floats
 
 LARGEST_SHIFT = 0.5  # bound of the shift, as a share of the smallest loss
@@ -34,14 +33,14 @@ class Shifted:
     shift: Floats  # [K] nats a token; negative where the arm's irreducible loss is lower
     t: Floats  # [K] shift over its standard error
 
-    def at(self, compute: float, seeds: NoiseBySize | None = None) -> Student:
+    def at(self, compute: float) -> Student:
         """The estimate of ln m at a compute (FLOPs), weighted by how much better a shift fits. Its variance
-        is at least that which the `seeds` of each size show."""
+        is at least that which the seeds of each size show."""
         law, sizes = self.local.law, self.difference.shape[1]
         ln_m, left, own = _height(self.local, self.difference, law.g, law.a0, compute)
         own_dof = np.full_like(own, sizes - 2)
-        if seeds is not None:
-            own, own_dof = seeds.at_least(own, own_dof, _share_of_sizes(self.local, compute))
+        if self.local.noise is not None:
+            own, own_dof = self.local.noise.at_least(own, own_dof, _share_of_sizes(self.local, compute))
         own = own / (left * law.g) ** 2
         by_law = _law_variance(self.local, lambda g, a0: _height(self.local, self.difference, g, a0, compute)[0])
         total = np.maximum(own + by_law, 1e-300)
@@ -58,7 +57,7 @@ def shifted_multipliers(local: Local) -> Shifted:
     for _ in range(REFITS):
         shift = np.clip(_line(local, difference, law, law.g, law.a0, np.zeros_like(law.g))[0], -largest, largest)
         law = shared_law(local.c0, local.c1, y0, y1 - shift[:, None], local.irreducible_loss)
-    unshifted = by_law(law, local.c0, local.c1, (y0, y1 - shift[:, None]), local.irreducible_loss)
+    unshifted = of_law(law, local, (y0, y1 - shift[:, None]))
     none = np.zeros_like(shift)
     shift, own = _line(local, difference, law, law.g, law.a0, none)
     by_law_ = _law_variance(unshifted, lambda g, a0: _line(local, difference, law, g, a0, none)[0])
@@ -69,23 +68,30 @@ def _line(local: Local, difference: Floats, law: SharedLaw, g: Floats, a0: Float
     """The value [K] of the fitted line at x = `at` [K], and its variance [K], for a law's g and a0 [K]."""
     r, x = (a0[:, None] * (c / law.unit) ** -g[:, None] for c in (local.c0, local.c1))
     left, sizes = r - difference, len(local.c0)
-    middle = x.mean(axis=1)
+    share, middle, away, lever = _around_the_middle(local, x)
+    mean = (share * left).sum(axis=1)
+    slope = (share * away * left).sum(axis=1) / lever
+    residual = left - mean[:, None] - slope[:, None] * away
+    spread = (share * residual**2).sum(axis=1) / (sizes - 2)
+    return mean + slope * (at - middle), spread * (1 + (at - middle) ** 2 / lever)
+
+
+def _around_the_middle(local: Local, x: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """The sizes' shares in the fit of the line [K, S], by their inverse variances; the weighted mean of x [K]; the
+    distances of the x [K, S] from it; and their weighted mean square [K]."""
+    share = 1 / (local.variance / local.variance.max(axis=1, keepdims=True))
+    share /= share.sum(axis=1, keepdims=True)
+    middle = (share * x).sum(axis=1)
     away = x - middle[:, None]
-    lever = np.maximum((away**2).sum(axis=1), 1e-300)
-    slope = (away * left).sum(axis=1) / lever
-    height = left.mean(axis=1) + slope * (at - middle)
-    residual = left - left.mean(axis=1, keepdims=True) - slope[:, None] * away
-    spread = (residual**2).sum(axis=1) / (sizes - 2)
-    return height, spread * (1 / sizes + (at - middle) ** 2 / lever)
+    return share, middle, away, np.maximum((share * away**2).sum(axis=1), 1e-300)
 
 
 def _share_of_sizes(local: Local, compute: float) -> Floats:
     """What each size's loss difference adds to the height of the line at a compute [K, S]."""
     law = local.law
     x, at = (law.a0[:, None] * (c / law.unit) ** -law.g[:, None] for c in (local.c1, np.array([compute])))
-    away = x - x.mean(axis=1, keepdims=True)
-    lever = np.maximum((away**2).sum(axis=1, keepdims=True), 1e-300)
-    found: Floats = 1 / x.shape[1] + (at - x.mean(axis=1, keepdims=True)) * away / lever
+    share, middle, away, lever = _around_the_middle(local, x)
+    found: Floats = share * (1 + ((at[:, 0] - middle) / lever)[:, None] * away)
     return found
 
 

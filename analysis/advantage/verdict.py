@@ -15,7 +15,6 @@ from analysis.advantage.constancy import (
     NEGLIGIBLE,
     ROUNDING,
     SIGNIFICANCE,
-    SeedNoise,
     change_bounds,
     constancy_p,
     correlation_p,
@@ -23,6 +22,7 @@ from analysis.advantage.constancy import (
 )
 from analysis.advantage.joint import Interval
 from analysis.advantage.paired import Local, changing_multipliers, local_multipliers, ratio
+from analysis.advantage.seeds import NoiseBySize
 from analysis.laws.solver import Floats
 
 
@@ -55,18 +55,18 @@ def judge(
     y1: Floats,
     *,
     irreducible_loss: float | None = None,
-    seeds: SeedNoise | None = None,
+    noise: NoiseBySize | None = None,
     resamples: int = 999,
     seed: int = 0,
 ) -> Verdict:
     """Compare losses y0, y1 [S] at computes c0, c1 [S], seeds averaged within a size, and test the assumptions.
-    `irreducible_loss` is a stated E, which is then not fitted."""
-    local = local_multipliers(c0, c1, y0[None], y1[None], irreducible_loss)
+    `irreducible_loss` is a stated E, which is then not fitted; `noise` is what repeated seeds show."""
+    local = local_multipliers(c0, c1, y0[None], y1[None], irreducible_loss, noise)
     if len(c0) < 3:
         return Verdict(local, local, None, None, None, None)
     changing = changing_multipliers(local)
     p = float(
-        constancy_p(c0, c1, y0[None], y1[None], resamples, seed, irreducible_loss=irreducible_loss, seeds=seeds)[0]
+        constancy_p(c0, c1, y0[None], y1[None], resamples, seed, irreducible_loss=irreducible_loss, noise=noise)[0]
     )
     low, high = change_bounds(changing)
     # The residuals of losses without noise are rounding errors, which are far from independent.

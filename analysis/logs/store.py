@@ -113,6 +113,8 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
         raise ValueError(f"--columns renames the columns of a table in a file; {path} is a directory")
     if not path.is_dir():
         raise ValueError(f"no store at {path}; give a store's directory or a table of points")
+    if (path / "config.json").is_file():
+        raise ValueError(f"{path} is one run; give its store, {path.parent} (`dynconv status {path}` shows the run)")
     if (path / "runs.parquet").is_file():
         runs, absent = _read_frozen(path / "runs.parquet")
         return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if absent else [], absent=absent)

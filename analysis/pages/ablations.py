@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.laws.rates import rate_column
+from analysis.laws.rates import for_a_law, rate_column
 from analysis.logs.schema import axis_columns, fact_columns
+from analysis.logs.selection import is_rate
 from analysis.pages.tables import is_missing
 
 KIND = "kind"  # never a factor of an ablation, since arms of two kinds differ in more than one fact
@@ -43,15 +44,18 @@ def baseline_loss(done: pd.DataFrame, ablated: pd.DataFrame, baseline: str) -> f
 
 
 def at_best_setting(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of each arm, size and budget, the runs at the setting of learning rate and [vary] axes whose mean loss is least.
+    """Of each arm, size and budget, the runs at one setting, with their losses as measured.
 
-    A mean over settings, of which some are bad on purpose, is no property of an arm. These are the losses as they are:
-    what is claimed goes by `laws.rates.at_best_rates`, which gives back what choosing the least of noisy losses took,
-    and refuses unstable rates.
+    A mean over settings, of which some are bad on purpose, is no property of an arm. The learning rate is the one that
+    a law is fitted at (`laws.rates.for_a_law`): the best at which training is stable. Runs without a rate stay. Of
+    the other [vary] axes, whose values `dynconv table` pairs and does not choose, it is the point of least mean loss.
     """
     runs = runs[runs["loss"].notna()]
-    rate = rate_column(runs)
-    settings = list(dict.fromkeys([*axis_columns(runs), *([rate] if rate else [])]))
+    if rate := rate_column(runs):
+        rated = pd.to_numeric(runs[rate], errors="coerce").gt(0).fillna(False)
+        best, _, _ = for_a_law(runs[rated].assign(tokens=runs["tokens"].astype(float)), "tokens")
+        runs = runs[~rated | runs.index.isin(best.index)]
+    settings = [name for name in axis_columns(runs) if not is_rate(name)]
     if not settings:
         return runs
     cell = [name for name in ("arm", "size", "budget") if name in runs]

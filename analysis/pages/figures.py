@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from analysis.laws.intervals import band
 from analysis.laws.powerlaw import Fit
-from analysis.pages.style import BLACK, LOSS, MANY, STYLE, Mark, arm_panels, label_ends, marks, printable, settled
+from analysis.pages.style import BLACK, MANY, STYLE, Mark, arm_panels, label_ends, marks, printable, settled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TALLEST = 2.5  # the axis of m ends at most at this multiple of the largest m, since intervals may be infinite
 
 
-def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str, loss_axis: str = LOSS) -> Figure:
+def loss_against_compute(law: Fit, multipliers: Sequence[Multiplier], convention: str, loss_axis: str) -> Figure:
     """Loss of every run against training FLOPs, the law of each arm with its 68% band, and the residuals below.
 
     The band is 68% because four sizes leave a law one degree of freedom, at which a 95% band is seven times as wide and

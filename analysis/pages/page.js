@@ -27,6 +27,7 @@ async function showCharts() {
   library.textContent = await unpacked("library");
   document.head.append(library);
   const { document: doc, places } = JSON.parse(await unpacked("charts"));
+  document.body.dataset.charts = "drawing"; // The still figures make room: Bokeh draws only what has a width.
   const [views] = await Bokeh.embed.embed_items({ doc }, [{ docid: "doc", roots: places, root_ids: Object.keys(places) }]);
   const models = [...Bokeh.documents.at(-1).all_models];
   const tagged = tag => models.filter(model => model.tags.includes(tag));
@@ -62,4 +63,8 @@ async function showCharts() {
   document.body.dataset.charts = "shown";
 }
 
-if (document.getElementById("charts") !== null) showCharts();
+if (document.getElementById("charts") !== null)
+  showCharts().catch(error => {
+    delete document.body.dataset.charts; // The still figures come back.
+    throw error;
+  });

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LONG = 40  # characters, from which a cell's text is broken into lines
 LARGEST_SVG = 250_000  # bytes; a larger figure is embedded as PNG, so that the page stays small
-SHOWN_BY_SCRIPTS = ("isoflop-growth",)  # figures without charts whose content the charts of another figure show
+SHOWN_BY_CHARTS = ("isoflop-growth",)  # figures without charts whose content the charts of another figure show
 SCREEN = 110  # dots per inch of such a PNG
 SHAPES = {  # markers of style.MARKERS as SVG paths around the origin
     "o": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
@@ -46,7 +46,7 @@ class Link:
         return f"<a href=#{self.to}>{escape(self.text)}</a>"
 
 
-def page(title: str, parts: Sequence[str], charts: str | None = None) -> str:
+def page(title: str, parts: Sequence[str], charts: str | None) -> str:
     """The whole document; `parts` are HTML, `charts` JSON for Bokeh.
 
     A content security policy allows only the page's own scripts, by their hashes, and no network access. So a name in
@@ -61,7 +61,6 @@ def page(title: str, parts: Sequence[str], charts: str | None = None) -> str:
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}; form-action \'none\'">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{own.joinpath('page.css').read_text(encoding='utf-8')}</style>"
-        "<noscript><style>.plots, .chips, figure label { display: none; }</style></noscript>"
     )
     data = [f'<script type="text/plain" id="{name}">{_packed(text)}</script>' for name, text in packed.items()]
     body = "\n".join([*parts, *data, f"<script>{script}</script>"])
@@ -128,21 +127,19 @@ def _shape(mark: Mark) -> str:
     return f'<svg viewBox="-6 -6 12 12" aria-hidden="true">{path}</svg>'
 
 
-def figure(name: str, title: str, caption: str, still: Figure, places: Sequence[str], extra: str = "") -> str:
-    """Charts at `places`, and a still figure for readers without scripts; `extra` is HTML above them.
+def figure(name: str, title: str, caption: str, still: Figure, places: Sequence[str], extra: str) -> str:
+    """A still figure, which the charts at `places` replace once a script has drawn them; `extra` is HTML above them.
 
-    Without charts the still figure is for all readers, unless scripts show its content elsewhere.
+    What has the class "still" is hidden then, what belongs to the charts before (page.css).
     """
+    head = f"<h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>"
     if not places:
-        head = f"<h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>"
-        whole = f'<figure id="{name}">{head}{image(still, caption)}</figure>'
-        return f"<noscript>{whole}</noscript>" if name in SHOWN_BY_SCRIPTS else whole
+        replaced = ' class="still"' if name in SHOWN_BY_CHARTS else ""
+        return f'<figure id="{name}"{replaced}>{head}{image(still, caption)}</figure>'
     plots = "".join(f'<div id="{place}"></div>' for place in places)
     wide = ' class="wide"' if len(places) > 1 and name != "loss-against-compute" else ""
-    return (
-        f'<figure id="{name}"{wide}><h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>{extra}'
-        f'<div class="plots">{plots}</div><noscript>{image(still, caption)}</noscript></figure>'
-    )
+    replaced = f'<div class="still">{image(still, caption)}</div>'
+    return f'<figure id="{name}"{wide}>{head}{extra}{replaced}<div class="plots">{plots}</div></figure>'
 
 
 def image(still: Figure, caption: str) -> str:

@@ -82,7 +82,7 @@ def _check_kept(store: Store, view: str, rows: pa.Table) -> None:
     store.problems.append(f"{view} lack {len(lacking)} of {len(complete)} finished runs, as {lacking[0]}: {where}")
 
 
-def with_short_names(runs: pd.DataFrame, convention: str | None = None) -> pd.DataFrame:
+def with_short_names(runs: pd.DataFrame, convention: str | None) -> pd.DataFrame:
     """The run table with added columns N, N_nonemb, D and C, unless it already has one of that name (in upper or lower
     case).
 

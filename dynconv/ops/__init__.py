@@ -11,10 +11,15 @@ from dynconv.ops.functions import (
 )
 from dynconv.ops.fused import (
     has_fused_kernels,
+    headwise_joined_convolution,
+    headwise_rotary_convolution,
     interleaved,
     lowrank_gated_convolution,
     lowrank_joined_convolution,
     lowrank_rotary_convolution,
+    static_gated_convolution,
+    static_joined_convolution,
+    static_rotary_convolution,
 )
 
 __all__ = [
@@ -22,6 +27,8 @@ __all__ = [
     "has_fused_kernels",
     "headwise_dynamic_convolution",
     "headwise_dynamic_convolution_step",
+    "headwise_joined_convolution",
+    "headwise_rotary_convolution",
     "interleaved",
     "lowrank_dynamic_convolution",
     "lowrank_dynamic_convolution_step",
@@ -30,4 +37,7 @@ __all__ = [
     "lowrank_rotary_convolution",
     "static_convolution",
     "static_convolution_step",
+    "static_gated_convolution",
+    "static_joined_convolution",
+    "static_rotary_convolution",
 ]

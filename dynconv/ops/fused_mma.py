@@ -12,7 +12,7 @@ from dynconv.ops import gated_kernels
 from dynconv.ops import lowrank_mma as mma
 from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
-from dynconv.ops.tiles import Place, aligned, new_sums, sum_parts
+from dynconv.ops.tiles import Place, aligned, new_sums, sum_parts, three
 
 
 class Tile(NamedTuple):
@@ -59,7 +59,7 @@ def forward(
     launch(
         kernels.forward_kernel,
         blocks * cut.batch * cut.chunks,
-        (x, z, up, static_w, *_three(results), frequencies, added, None),
+        (x, z, up, static_w, *three(results), frequencies, added, None),
         (cut.time, parts * channels, x.stride(0), z.stride(0), cut.chunks, blocks, cut.run, 0),
         {
             "x_time": x.stride(1), "z_time": z.stride(1), "y_time": channels, "SEGMENTS": (channels,) * parts,
@@ -74,27 +74,29 @@ def forward(
 
 def gated(
     x: Tensor,  # [B, T, 2*D]
-    z: Tensor,  # [B, T, 2*R]
-    up: Tensor,  # [R, W*2*D]
+    z: Tensor | None,  # [B, T, 2*R]; without it and U, filters are static
+    up: Tensor | None,  # [R, W*2*D]
     static_w: Tensor | None,  # [W, 2*D]
     dy: Tensor | None,  # [B, T, D], contiguous
+    width: int,  # W
     residual: bool,
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """silu of the first part after convolution times the second; or, with its gradient dy, the gradients of these."""
-    rank, channels = up.shape[0], x.shape[2] // 2
-    x, z = aligned(x), mma.padded(z, rank, x.dtype)
+    rank, channels = 0 if up is None else up.shape[0], x.shape[2] // 2
+    x, z = aligned(x), None if z is None else mma.padded(z, rank, x.dtype)
     dy = None if dy is None else aligned(dy)
     results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(1 if dy is None else 2))
     blocks = triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
-    _, cut = mma.cut_apart(x, blocks, at_once=2, longest=GATED_TILE.longest)
+    # Registers limit the programs of a multiprocessor; static filters take about half as many.
+    _, cut = mma.cut_apart(x, blocks, at_once=2 if rank else 3, longest=GATED_TILE.longest)
     launch(
         gated_kernels.gated_kernel,
         blocks * cut.batch * cut.chunks,
         (x, z, up, static_w, dy, *((None, None, *results) if dy is None else (*results, None))),
-        (cut.time, x.stride(0), z.stride(0), cut.chunks, blocks, cut.run),
+        (cut.time, x.stride(0), 0 if z is None else z.stride(0), cut.chunks, blocks, cut.run),
         {
-            "x_time": x.stride(1), "z_time": z.stride(1), "CHANNELS": channels, "R": rank,
-            "W": up.shape[1] // x.shape[2], "RESIDUAL": residual,
+            "x_time": x.stride(1), "z_time": 0 if z is None else z.stride(1), "CHANNELS": channels, "R": rank,
+            "W": width, "RESIDUAL": residual,
             "SLOTS": GATED_TILE.slots, "STAGES": GATED_TILE.stages, "WARPS": mma.FORWARD_WARPS,
         },
         num_warps=mma.FORWARD_WARPS,
@@ -131,7 +133,7 @@ def backward(
         kernels.backward_kernel,
         parts * in_part * cut.batch * cut.chunks,
         (
-            *_three(dys), x, z, up, static_w, frequencies,
+            *three(dys), x, z, up, static_w, frequencies,
             djoined, dz_partial, up_partial, static_partial, None,
         ),
         (
@@ -150,11 +152,6 @@ def backward(
     place = Place(parts * rank, columns, first, columns - first - parts * rank)
     sum_parts((dz_partial, djoined), (up_partial, dup), (static_partial, dstatic), place=place)
     return djoined, dup, dstatic
-
-
-def _three(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The tensor of each segment, as the kernels take them. Of two segments none is the third; any tensor will do."""
-    return (tensors[0], None, None) if len(tensors) == 1 else (*tensors[:2], tensors[-1])
 
 
 def _pairs(frequencies: Tensor | None) -> int:

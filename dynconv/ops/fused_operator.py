@@ -1,6 +1,8 @@
-"""The operator of `fused`, for torch.compile, autograd and CUDA graphs.
+"""The operators of `fused`, for torch.compile, autograd and CUDA graphs.
 
 Shapes: B batch, T time, W taps, R rank, P parts, D channels of a part, C columns of `joined`.
+`weight` is U [R, W*P*D] of low-rank filters. Without it filters are head-wise, one for each `head_size` channels, or,
+if that is 0, static.
 """
 
 from collections.abc import Sequence
@@ -13,11 +15,11 @@ from torch.utils.flop_counter import register_flop_formula
 from dynconv.ops import flops, tiles
 from dynconv.ops.launch import repeated
 from dynconv.ops.operator import STRIDE_LIMIT
-from dynconv.ops.optional import fused_mma
+from dynconv.ops.optional import fused_mma, fused_ring
 
 _INPUTS = (
-    "Tensor joined, Tensor weight, Tensor? static_w, Tensor? frequencies, Tensor? added, "
-    "int channels, int parts, bool residual"
+    "Tensor joined, Tensor? weight, Tensor? static_w, Tensor? frequencies, Tensor? added, "
+    "int channels, int parts, int width, int head_size, bool residual, bool halves"
 )
 
 
@@ -29,7 +31,7 @@ def _device_runs_gluon(index: int) -> bool:
 
 def runs_on(device: torch.device) -> bool:
     """Whether there are kernels for tensors of 16 bits on this GPU."""
-    return fused_mma is not None and tiles.has_async_copies(device)
+    return fused_mma is not None and fused_ring is not None and tiles.has_async_copies(device)
 
 
 def runs_gluon(tensor: Tensor) -> bool:
@@ -37,34 +39,56 @@ def runs_gluon(tensor: Tensor) -> bool:
     return tensor.is_cuda and _device_runs_gluon(tensor.device.index)
 
 
-def fits(joined: Tensor, up: Tensor, channels: int, parts: int) -> bool:
+def fits(
+    joined: Tensor,  # [B, T, C]
+    up: Tensor | None,  # [R, W*P*D]
+    frequencies: Tensor | None,  # [E/2]
+    channels: int,  # D
+    parts: int,  # P
+    width: int,  # W
+    head_size: int,
+    halves: bool,
+) -> bool:
     """Whether the kernels support these inputs."""
-    return fused_mma is not None and runs_gluon(joined) and fused_mma.fits(joined, up, channels, parts)
+    if fused_mma is None or fused_ring is None or not runs_gluon(joined):
+        return False
+    if up is not None:
+        return not halves and bool(fused_mma.fits(joined, up, channels, parts))
+    pairs = 0 if frequencies is None else len(frequencies)
+    return bool(fused_ring.fits(joined, channels, parts, width, head_size, pairs, halves))
 
 
 def convolve(
     joined: Tensor,  # [B, T, C]
-    up: Tensor,  # [R, W*P*D]
+    up: Tensor | None,  # [R, W*P*D]
     static_w: Tensor | None,  # [W, P*D]
     frequencies: Tensor | None,  # [E/2]
     added: Tensor | None,  # [B, T, D]
     channels: int,  # D
     parts: int,  # P
+    width: int,  # W
+    head_size: int,
     residual: bool,
+    halves: bool,  # RoPE's pairs are channels i and i + E/2 of a head, not 2i and 2i + 1
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The convolution by the kernels. The arguments have been checked, and they `fits`."""
-    return tuple(_op(joined, up, static_w, frequencies, added, channels, parts, residual))
+    options = (channels, parts, width, head_size, residual, halves)
+    return tuple(_op(joined, up, static_w, frequencies, added, *options))
 
 
 def convolve_gated(
     joined: Tensor,  # [B, T, C]
-    up: Tensor,  # [R, W*2*D]
+    up: Tensor | None,  # [R, W*2*D]
     static_w: Tensor | None,  # [W, 2*D]
     channels: int,  # D
+    width: int,  # W
     residual: bool,
 ) -> Tensor:  # [B, T, D]
-    """silu of the first part times the second, by the kernels. The arguments have been checked, and they `fits`."""
-    y: Tensor = _gated_op(joined, up, static_w, channels, residual)
+    """silu of the first part times the second, by the kernels. The arguments have been checked, and they `fits`.
+
+    Filters are low-rank or static.
+    """
+    y: Tensor = _gated_op(joined, up, static_w, channels, width, residual)
     return y
 
 
@@ -73,44 +97,91 @@ def _gated(*inputs: Any) -> tuple[Tensor, ...]:
     return results
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = fused_mma.forward(*inputs)
+def _forward(
+    x: Tensor, generated: Tensor | None, up: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:  # [B, T, D] each
+    """As `repeated` takes it: first all tensors, then the options."""
+    static_w, frequencies, added, parts, width, residual, halves = rest
+    results: tuple[Tensor, ...]
+    if up is not None:
+        results = fused_mma.forward(x, generated, up, static_w, frequencies, added, parts, residual)
+    else:
+        results = fused_ring.forward(x, generated, static_w, frequencies, added, parts, width, residual, halves)
     return results
 
 
 def _backward(*inputs: Any) -> tuple[Tensor | None, ...]:
     """As `repeated` takes it: first all tensors, of which those of the parts are the first, then the options."""
     parts = inputs[-1]
-    gradients: tuple[Tensor | None, ...] = fused_mma.backward(inputs[:parts], *inputs[parts:-1])
+    dys, (x, generated, up, static_w, frequencies, *options) = inputs[:parts], inputs[parts:-1]
+    width, residual, halves, columns, needs = options
+    gradients: tuple[Tensor | None, ...]
+    if up is not None:
+        gradients = fused_mma.backward(dys, x, generated, up, static_w, frequencies, residual, columns, needs)
+    else:
+        wanted = (needs[0], needs[2])
+        dx, dstatic = fused_ring.backward(
+            dys, x, generated, static_w, frequencies, width, residual, halves, columns, wanted
+        )
+        gradients = (dx, None, dstatic)
     return gradients
 
 
+def _views(
+    joined: Tensor,  # [B, T, C]
+    up: Tensor | None,  # [R, W*P*D]
+    channels: int,
+    parts: int,
+    width: int,
+    head_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """What is convolved [B, T, P*D], and the generators' outputs: z [B, T, P*R], or filters [B, T, H, W], or None."""
+    end = channels * parts
+    x = joined[..., :end]
+    if up is not None:
+        return x, joined[..., end : end + parts * len(up)]
+    if not head_size:
+        return x, None
+    return x, joined[..., end : end + end // head_size * width].unflatten(2, (-1, width))
+
+
 def _prepared(
-    joined: Tensor, up: Tensor, static_w: Tensor | None, frequencies: Tensor | None, channels: int, parts: int
+    joined: Tensor,
+    up: Tensor | None,
+    static_w: Tensor | None,
+    frequencies: Tensor | None,
+    channels: int,
+    parts: int,
+    width: int,
+    head_size: int,
 ) -> tuple[Tensor | None, ...]:
-    """Views of what is convolved and of the generators' outputs, and the other tensors as the kernels take them."""
-    joined, end = _rows(joined), channels * parts
+    """`_views`, and the other tensors as the kernels take them."""
+    x, generated = _views(_rows(joined), up, channels, parts, width, head_size)
+    up = None if up is None else up.contiguous()
     static_w = None if static_w is None else static_w.contiguous()
     frequencies = None if frequencies is None else frequencies.float().contiguous()
-    return joined[..., :end], joined[..., end : end + parts * len(up)], up.contiguous(), static_w, frequencies
+    return x, generated, up, static_w, frequencies
 
 
-@torch.library.custom_op("dynconv::lowrank_joined", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
+@torch.library.custom_op("dynconv::joined", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
 def _op(
     joined: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     static_w: Tensor | None,
     frequencies: Tensor | None,
     added: Tensor | None,
     channels: int,
     parts: int,
+    width: int,
+    head_size: int,
     residual: bool,
+    halves: bool,
 ) -> list[Tensor]:
     if joined.numel() == 0:
         return [joined.new_empty(*joined.shape[:2], channels) for _ in range(parts)]
-    tensors = _prepared(joined, up, static_w, frequencies, channels, parts)
+    tensors = _prepared(joined, up, static_w, frequencies, channels, parts, width, head_size)
     added = None if added is None else added.contiguous()
-    return list(repeated(_forward, (*tensors, added), (parts, residual)))
+    return list(repeated(_forward, (*tensors, added), (parts, width, residual, halves)))
 
 
 @_op.register_fake
@@ -119,20 +190,23 @@ def _(joined: Tensor, up: Any, static_w: Any, frequencies: Any, added: Any, chan
 
 
 @torch.library.custom_op(
-    "dynconv::lowrank_joined_backward",
+    "dynconv::joined_backward",
     mutates_args=(),
     schema=(
-        "(Tensor[] dys, Tensor joined, Tensor weight, Tensor? static_w, Tensor? frequencies, bool residual, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor)"
+        "(Tensor[] dys, Tensor joined, Tensor? weight, Tensor? static_w, Tensor? frequencies, "
+        "int width, int head_size, bool residual, bool halves, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _backward_op(
     dys: Sequence[Tensor],  # [B, T, D] each
     joined: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     static_w: Tensor | None,
     frequencies: Tensor | None,
+    width: int,
+    head_size: int,
     residual: bool,
+    halves: bool,
     needs: Sequence[bool],  # whether `joined`, U and the static filter want gradients
 ) -> tuple[Tensor, ...]:
     gradients: tuple[Tensor | None, ...]
@@ -141,28 +215,28 @@ def _backward_op(
         gradients = tuple(torch.zeros_like(t) if wanted and t is not None else None for t, wanted in like)
     else:
         parts = len(dys)
-        tensors = _prepared(joined, up, static_w, frequencies, dys[0].shape[2], parts)
-        options = (residual, joined.shape[2], tuple(needs), parts)
+        tensors = _prepared(joined, up, static_w, frequencies, dys[0].shape[2], parts, width, head_size)
+        options = (width, residual, halves, joined.shape[2], tuple(needs), parts)
         gradients = repeated(_backward, (*map(_rows, dys), *tensors), options)
     return tuple(joined.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @_backward_op.register_fake
-def _(dys: Any, joined: Tensor, up: Tensor, static_w: Tensor | None, *rest: Any) -> Any:  # noqa: ARG001
+def _(dys: Any, joined: Tensor, up: Tensor | None, static_w: Tensor | None, *rest: Any) -> Any:  # noqa: ARG001
     wanted = zip((joined, up, static_w), rest[-1], strict=True)
     return tuple(t.new_empty(t.shape) if need and t is not None else joined.new_empty(0) for t, need in wanted)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - the protocol's signature
     ctx.save_for_backward(*inputs[:4])
-    ctx.residual = inputs[7]
+    ctx.options = inputs[7:]
 
 
 def _differentiate(ctx: Any, dys: list[Tensor]) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(dys, *ctx.saved_tensors, ctx.residual, needs)
+    gradients = _backward_op(dys, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, dys[0] if ctx.needs_input_grad[4] else None, None, None, None)
+    return (*wanted, None, dys[0] if ctx.needs_input_grad[4] else None, *[None] * 6)
 
 
 def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
@@ -172,15 +246,17 @@ def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - t
     )
 
 
-_GATED_INPUTS = "Tensor joined, Tensor weight, Tensor? static_w, int channels, bool residual"
+_GATED_INPUTS = "Tensor joined, Tensor? weight, Tensor? static_w, int channels, int width, bool residual"
 
 
-@torch.library.custom_op("dynconv::lowrank_gated", mutates_args=(), schema=f"({_GATED_INPUTS}) -> Tensor")
-def _gated_op(joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int, residual: bool) -> Tensor:
+@torch.library.custom_op("dynconv::gated", mutates_args=(), schema=f"({_GATED_INPUTS}) -> Tensor")
+def _gated_op(
+    joined: Tensor, up: Tensor | None, static_w: Tensor | None, channels: int, width: int, residual: bool
+) -> Tensor:
     if joined.numel() == 0:
         return joined.new_empty(*joined.shape[:2], channels)
-    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2)
-    (y,) = repeated(_gated, (*tensors, None), (residual,))
+    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0)
+    (y,) = repeated(_gated, (*tensors, None), (width, residual))
     return y
 
 
@@ -195,15 +271,16 @@ def _(joined: Tensor, up: Any, static_w: Any, channels: int, *_: Any) -> Any:  #
 def _swiglu_backward_op(
     dy: Tensor,  # [B, T, D]
     joined: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     static_w: Tensor | None,
     channels: int,
+    width: int,
     residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D] each: the gradients of gate and up after their convolutions
     if joined.numel() == 0:
         return torch.zeros_like(dy), torch.zeros_like(dy)
-    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2)
-    dgate, dother = repeated(_gated, (*tensors, dy.contiguous()), (residual,))
+    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0)
+    dgate, dother = repeated(_gated, (*tensors, dy.contiguous()), (width, residual))
     return dgate, dother
 
 
@@ -220,8 +297,9 @@ def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa
 def _differentiate_gated(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     dys = list(_swiglu_backward_op(dy, *ctx.saved_tensors, *ctx.options))
-    gradients = _backward_op(dys, *ctx.saved_tensors, None, ctx.options[1], needs)
-    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None)
+    _, width, residual = ctx.options
+    gradients = _backward_op(dys, *ctx.saved_tensors, None, width, 0, residual, False, needs)
+    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -236,14 +314,20 @@ def _rows(tensor: Tensor) -> Tensor:  # [B, T, ...]
     return tensor if near else tensor.contiguous()
 
 
+def _flops_shapes(joined: Any, weight: Any, channels: int, parts: int, width: int, head_size: int) -> tuple[Any, ...]:
+    """The shapes of x, z and weight, as those of `flops` take them."""
+    x = [*joined[:2], channels * parts]
+    filters = [*x[:2], x[2] // head_size, width] if head_size else None
+    return (x, joined, weight) if weight is not None else (x, None, filters)
+
+
 def _forward_flops(joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
     """Those of the convolution; RoPE and sums count as nothing."""
-    channels, parts = rest[2:4]
-    return flops.forward([*joined[:2], channels * parts], joined, weight, static_w)
+    return flops.forward(*_flops_shapes(joined, weight, *rest[2:6]), static_w)
 
 
-def _gated_flops(joined: Any, weight: Any, static_w: Any, channels: int, *_: Any, **__: Any) -> int:
-    return flops.forward([*joined[:2], 2 * channels], joined, weight, static_w)
+def _gated_flops(joined: Any, weight: Any, static_w: Any, channels: int, width: int, *_: Any, **__: Any) -> int:
+    return flops.forward(*_flops_shapes(joined, weight, channels, 2, width, 0), static_w)
 
 
 def _swiglu_backward_flops(dy: Any, *inputs: Any, **__: Any) -> int:  # noqa: ARG001 - the operator's signature
@@ -251,11 +335,13 @@ def _swiglu_backward_flops(dy: Any, *inputs: Any, **__: Any) -> int:  # noqa: AR
 
 
 def _backward_flops(dys: Any, joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
-    x, needs = [*joined[:2], len(dys) * dys[0][2]], rest[-1]
-    return flops.backward(x, x, joined, weight, static_w, None, (), False, False, (needs[0], *needs))
+    width, head_size, needs = rest[1], rest[2], rest[-1]
+    x, z, filters = _flops_shapes(joined, weight, dys[0][2], len(dys), width, head_size)
+    wanted = (needs[0], needs[0] and z is not None, needs[1] if z is not None else needs[0] and head_size > 0, needs[2])
+    return flops.backward(x, x, z, filters, static_w, None, (), False, False, wanted)
 
 
-register_flop_formula(torch.ops.dynconv.lowrank_joined)(_forward_flops)
-register_flop_formula(torch.ops.dynconv.lowrank_gated)(_gated_flops)
+register_flop_formula(torch.ops.dynconv.joined)(_forward_flops)
+register_flop_formula(torch.ops.dynconv.gated)(_gated_flops)
 register_flop_formula(torch.ops.dynconv.swiglu_backward)(_swiglu_backward_flops)
-register_flop_formula(torch.ops.dynconv.lowrank_joined_backward)(_backward_flops)
+register_flop_formula(torch.ops.dynconv.joined_backward)(_backward_flops)

@@ -1,8 +1,11 @@
-"""Rotations by RoPE in the tensor-core kernels, in Gluon.
+"""Rotations by RoPE in the convolutions' kernels, in Gluon.
 
 A thread owns four adjacent channels, so pairs of adjacent channels are rotated without moving data between threads. It
 also owns consecutive times, so the angle's cosine and sine follow from those of the time before by one rotation: they
 need neither memory nor special functions. After RUN steps this has an error of about RUN roundings of float32.
+
+The tensor-core kernels keep one angle a pair. In the ring kernels a pair may also be channels i and i + E/2 of a head
+of E channels, which lie in two lanes of a warp; so each channel has an angle there, negative for the first of a pair.
 """
 
 from triton.experimental import gluon
@@ -69,3 +72,35 @@ def rotate(value, cosine, sine, WARPS: gl.constexpr, PAIR: gl.constexpr, OWN: gl
     first, second = gl.convert_layout(first, PAIR), gl.convert_layout(second, PAIR)
     rotated = gl.join(first * cosine - second * sine, second * cosine + first * sine)
     return gl.convert_layout(rotated.reshape([WARPS, 16, 16]), OWN)
+
+
+@gluon.jit
+def start_angles(frequencies, channel, segment, start, PAIRS: gl.constexpr, APART: gl.constexpr):
+    """Cosines and sines of each channel's angle at the time `start`, and those of one time step.
+
+    `channel` is its number within its segment. Segments 0 and 1 (queries and keys) are rotated; the angle of the others
+    stays zero. PAIRS is the number of pairs in a head, whose two channels are APART: 1, or PAIRS.
+    """
+    pair = channel // 2 % PAIRS if APART == 1 else channel % PAIRS
+    frequency = gl.load(frequencies + pair, mask=(channel >= 0) & (segment < 2), other=0.0)
+    frequency = gl.where(channel // APART % 2 == 0, -frequency, frequency)
+    cosine, sine = _cosine_and_sine(start.to(gl.float32) * frequency)
+    step_cosine, step_sine = _cosine_and_sine(frequency)
+    return cosine, sine, step_cosine, step_sine
+
+
+@gluon.constexpr_function
+def _exchange(lanes):
+    return f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, 0xffffffff;"
+
+
+@gluon.jit
+def turned(value, cosine, sine, APART: gl.constexpr, BLOCK: gl.constexpr, OWN: gl.constexpr):
+    """The channels [BLOCK], each with the one that lies APART from it rotated as a point of the plane."""
+    if APART == 1:
+        first, second = gl.split(value.reshape([BLOCK // 2, 2]))
+        partner = gl.convert_layout(gl.join(second, first).reshape([BLOCK]), OWN)
+    else:
+        asm: gl.constexpr = _exchange(APART // 4)  # a lane owns four channels
+        partner = gl.inline_asm_elementwise(asm, "=f,f", [value], dtype=gl.float32, is_pure=False, pack=1)
+    return value * cosine + partner * sine

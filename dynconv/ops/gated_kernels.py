@@ -1,10 +1,11 @@
-"""The low-rank convolutions of SwiGLU's two inputs and SwiGLU itself (arXiv 2002.05202), in Gluon, for tensor cores.
+"""Low-rank or static convolutions of SwiGLU's two inputs and SwiGLU itself (arXiv 2002.05202), in Gluon.
 
 A program computes the same channels of gate and up, so that a thread has both of a pair. `lowrank_mma_kernels` explains
 how a warp's 16 rows and 16 channels lie in registers; the convolutions are those of its forward kernel. What they give
 is not kept: the backward pass computes it again, and so moves as many bytes as SwiGLU's alone would.
 
-Legend: B batch, T time, D channels of gate and of up, W taps, R rank (16 columns of z for each).
+Legend: B batch, T time, D channels of gate and of up, W taps, R rank (16 columns of z for each). Without z and U,
+filters are static.
 """
 
 from triton.experimental import gluon
@@ -36,7 +37,10 @@ def _convolved(
     if RESIDUAL:
         result = xs[W - 1].to(gl.float32)
     for tap in gl.static_range(W):
-        filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
+        filters = starts[tap]
+        if generator is not None:
+            filters = mma_v2(generator, basis[tap], filters)
+        filters = to_channels(filters, WARPS, OWN)
         result += filters * xs[W - 1 - tap].to(gl.float32)
     return result
 
@@ -67,7 +71,8 @@ def gated_kernel(
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
-    z += batch * z_batch + start.to(gl.int64) * z_time
+    if z is not None:
+        z += batch * z_batch + start.to(gl.int64) * z_time
     tokens = (batch * time + start) * CHANNELS
     if dy is not None:
         dy += tokens
@@ -90,7 +95,8 @@ def gated_kernel(
     z_limit = time - start - z_row + z_column * 0
     gate_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
     up_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
-    z_ring = allocate_ring(SLOTS, [STAGES, 16, 32], Z_ROWS, dtype)
+    if z is not None:
+        z_ring = allocate_ring(SLOTS, [STAGES, 16, 32], Z_ROWS, dtype)
     if dy is not None:
         dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
         dy += copy_row * CHANNELS + copy_d
@@ -98,23 +104,28 @@ def gated_kernel(
         x_ok = (slot < copy_limit) & copy_ok
         async_load(gate_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
         async_load(up_ring[slot % SLOTS].index(slot // SLOTS), x + CHANNELS + x_from + slot * x_time, mask=x_ok)
-        async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
+        if z is not None:
+            async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
         if dy is not None:
             async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + slot * CHANNELS, mask=x_ok)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     gates = load_history(x + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
     ups = load_history(x + CHANNELS + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
-    gate_basis = load_basis(up, first, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
-    gate_basis = right_operands(gate_basis, WARPS, RIGHT)
-    up_basis = load_basis(up, first + CHANNELS, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
-    up_basis = right_operands(up_basis, WARPS, RIGHT)
+    gate_basis = ()
+    up_basis = ()
+    if z is not None:
+        gate_basis = load_basis(up, first, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
+        gate_basis = right_operands(gate_basis, WARPS, RIGHT)
+        up_basis = load_basis(up, first + CHANNELS, 2 * CHANNELS, 0, R, W, WARPS, OWN, dtype)
+        up_basis = right_operands(up_basis, WARPS, RIGHT)
     gate_starts = load_starts(static_w, first, 2 * CHANNELS, W, WARPS, OWN, MMA)
     up_starts = load_starts(static_w, first + CHANNELS, 2 * CHANNELS, W, WARPS, OWN, MMA)
 
     out = row * CHANNELS + d
     x_ahead = x + (STAGES - 1) * SLOTS * x_time
-    z_ahead = z + (STAGES - 1) * SLOTS * z_time
+    if z is not None:
+        z_ahead = z + (STAGES - 1) * SLOTS * z_time
     if dy is not None:
         dy_ahead = dy + (STAGES - 1) * SLOTS * CHANNELS
     for group in range(0, RUN, SLOTS):
@@ -125,13 +136,15 @@ def gated_kernel(
             inside = (ahead + slot < copy_limit) & copy_ok & (ahead < RUN)
             async_load(gate_ring[slot].index(place), x_ahead + x_from + slot * x_time, mask=inside)
             async_load(up_ring[slot].index(place), x_ahead + CHANNELS + x_from + slot * x_time, mask=inside)
-            z_inside = (ahead + slot < z_limit) & (ahead < RUN)
-            async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
+            if z is not None:
+                z_inside = (ahead + slot < z_limit) & (ahead < RUN)
+                async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
             if dy is not None:
                 async_load(dy_ring[slot].index(place), dy_ahead + slot * CHANNELS, mask=inside)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
-        z_ahead += SLOTS * z_time
+        if z is not None:
+            z_ahead += SLOTS * z_time
         if dy is not None:
             dy_ahead += SLOTS * CHANNELS
         place = group // SLOTS % STAGES
@@ -139,10 +152,13 @@ def gated_kernel(
             ok = (group + slot < limit) & d_ok
             gates = gates + (read_slot(gate_ring[slot].index(place), WARPS, READ, OWN),)
             ups = ups + (read_slot(up_ring[slot].index(place), WARPS, READ, OWN),)
-            generator = load_generator(z_ring[slot].index(place).slice(0, 16, 1), WARPS, LEFT)
-            gate = _convolved(gates, generator, gate_basis, gate_starts, RESIDUAL, W, WARPS, OWN)
-            generator = load_generator(z_ring[slot].index(place).slice(16, 16, 1), WARPS, LEFT)
-            raised = _convolved(ups, generator, up_basis, up_starts, RESIDUAL, W, WARPS, OWN)
+            gate_z = None
+            up_z = None
+            if z is not None:
+                gate_z = load_generator(z_ring[slot].index(place).slice(0, 16, 1), WARPS, LEFT)
+                up_z = load_generator(z_ring[slot].index(place).slice(16, 16, 1), WARPS, LEFT)
+            gate = _convolved(gates, gate_z, gate_basis, gate_starts, RESIDUAL, W, WARPS, OWN)
+            raised = _convolved(ups, up_z, up_basis, up_starts, RESIDUAL, W, WARPS, OWN)
             share = sigmoid(gate)
             if dy is not None:
                 gradient = read_slot(dy_ring[slot].index(place), WARPS, READ, OWN).to(gl.float32)

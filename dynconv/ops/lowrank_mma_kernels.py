@@ -47,6 +47,7 @@ from dynconv.ops.mma import (
     load_starts,
     mma_layout,
     multiply,
+    of_segment,
     own_layout,
     read_layout,
     read_position,
@@ -71,16 +72,6 @@ def _gradient_of_sum(gradient, xs, generator, basis, starts, W: gl.constexpr, WA
         filters = to_channels(mma_v2(generator, basis[tap], starts[tap]), WARPS, OWN)
         inner += filters * xs[W - 1 - tap].to(gl.float32)
     return through_silu(gradient, inner)
-
-
-@gluon.jit
-def _of_segment(first, second, third, segment):
-    """The pointer that belongs to the segment."""
-    if segment == 1:
-        first = second
-    if segment == 2:
-        first = third
-    return first
 
 
 @gluon.jit(do_not_specialize=["positions", "time", "chunks", "blocks", "RUN"])
@@ -112,7 +103,7 @@ def forward_kernel(
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
     if y_1 is not None:  # the segments' results are tensors of their own
-        y = _of_segment(y, y_1, y_2, segment) - begin
+        y = of_segment(y, y_1, y_2, segment) - begin
     if frequencies is not None:
         cosine, sine, step_cosine, step_sine = start_rotation(
             frequencies, first - begin, segment, start, RUN, PAIRS, WARPS, PAIR
@@ -240,7 +231,7 @@ def backward_kernel(
     start = (program % chunks) * (16 * RUN)
     x += batch * x_batch + start.to(gl.int64) * x_time
     if dy_1 is not None:
-        dy = _of_segment(dy, dy_1, dy_2, segment) - begin
+        dy = of_segment(dy, dy_1, dy_2, segment) - begin
     if frequencies is not None:
         cosine, sine, step_cosine, step_sine = start_rotation(
             frequencies, first - begin, segment, start, RUN, PAIRS, WARPS, PAIR

@@ -225,6 +225,16 @@ def load_before(pointers, first, stride: gl.constexpr, lowest, limit, d_ok, SLOT
 
 
 @gluon.jit
+def of_segment(first, second, third, segment):
+    """The pointer that belongs to the segment."""
+    if segment == 1:
+        first = second
+    if segment == 2:
+        first = third
+    return first
+
+
+@gluon.jit
 def find_block(block, SEGMENTS: gl.constexpr, SIZE: gl.constexpr):
     """A block's first channel, and its segment: which one it is, its own first channel, and its end.
 

@@ -19,6 +19,7 @@ def _module(name: str) -> Any:
 
 
 fused_mma = _module("fused_mma")
+fused_ring = _module("fused_ring")
 lowrank_mma = _module("lowrank_mma")
 ring = _module("ring")
 

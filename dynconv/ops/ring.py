@@ -66,11 +66,11 @@ def _with_taps(
     return out
 
 
-def _prepared(weight: Tensor | None) -> Tensor | None:  # [B, T, H, W] -> [B, T, H, WP]
+def prepared(weight: Tensor | None) -> Tensor | None:  # [B, T, H, W] -> [B, T, H, WP]
     return None if weight is None else aligned(_with_taps(weight, triton.next_power_of_2(weight.shape[3])))
 
 
-def _plan(
+def plan(
     x: Tensor,  # [B, T, D]
     weight: Tensor | None,  # [B, T, H, WP]
     width: int,
@@ -79,17 +79,22 @@ def _plan(
     slots: int,
     stages: int,
     at_once: int,  # programs of four warps that a multiprocessor holds
+    parts: int | None = None,  # segments of equal width, each with a result of its own; None: all of x is one
+    pairs: int = 0,  # of channels in a head, which RoPE rotates
+    apart: int = 1,  # from the first channel of a pair to the second
 ) -> tuple[int, int, int, dict[str, Any]]:
     """The number of chunks of time, of blocks of channels, RUN, and the constants that both passes share."""
     batch, time, channels = x.shape
+    channels //= parts or 1
     warps = 4 if channels % (4 * _WARP_CHANNELS) == 0 else 2 if channels % (2 * _WARP_CHANNELS) == 0 else 1
-    blocks = triton.cdiv(channels, warps * _WARP_CHANNELS)
+    blocks = (parts or 1) * triton.cdiv(channels, warps * _WARP_CHANNELS)
     step = slots * stages
     longest = 128 // step * step
     _, run = cheapest_run(time, 1, blocks * batch, multiprocessors(x), at_once * 4 // warps, step, longest)
     constants = {
         "x_time": x.stride(1), "weight_time": 0 if weight is None else weight.stride(1),
-        "HP": 1 if weight is None else channels // weight.shape[2], "W": width, "WP": triton.next_power_of_2(width),
+        "SEGMENTS": parts and (channels,) * parts, "PAIRS": pairs, "APART": apart,
+        "HP": 1 if weight is None else x.shape[2] // weight.shape[2], "W": width, "WP": triton.next_power_of_2(width),
         "RESIDUAL": residual, "SILU": silu,
         "SLOTS": slots, "STAGES": stages, "WARPS": warps,
     }  # fmt: skip
@@ -108,14 +113,14 @@ def forward(
 ) -> Tensor:  # [B, T, D]
     """The result, in x's dtype."""
     batch, time, channels = x.shape
-    x, weight = aligned(x), _prepared(weight)
+    x, weight = aligned(x), prepared(weight)
     y = new_like(x)
     at_once = 8 if width <= 5 else 4  # as registers allow
-    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, 2, 4, at_once)
+    chunks, blocks, run, constants = plan(x, weight, width, residual, silu, 2, 4, at_once)
     launch(
         kernels.forward_kernel,
         blocks * batch * chunks,
-        (x, weight, static_w, y, positions),
+        (x, weight, static_w, y, None, None, None, None, positions),
         (time, channels, x.stride(0), 0 if weight is None else weight.stride(0), chunks, blocks, run),
         constants | {"y_time": channels},
         num_warps=constants["WARPS"],
@@ -136,7 +141,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # [B, T, D], [B, T, H, W], [W, D]
     """The gradients of x, weight and static_w, in their dtypes."""
     batch, time, channels = x.shape
-    dy, x, weight = aligned(dy), aligned(x), _prepared(weight)
+    dy, x, weight = aligned(dy), aligned(x), prepared(weight)
     stages = 2
     if weight is not None and channels < 4 * weight.shape[2]:  # heads of under 4 channels: a lane holds several filters
         slots, registers, at_once = 8, None, 2  # shared memory allows two programs
@@ -147,18 +152,22 @@ def backward(
         slots, registers, at_once = 4, 168, 3
     else:
         slots, registers, at_once = 4, 128, 4
-    chunks, blocks, run, constants = _plan(x, weight, width, residual, silu, slots, stages, at_once)
+    chunks, blocks, run, constants = plan(x, weight, width, residual, silu, slots, stages, at_once)
     dx = new_like(x) if needs[0] else None
     dweight = None if weight is None or not needs[1] else new_like(weight)
     partial, dstatic = new_sums(static_w if needs[2] else None, batch * chunks)
     launch(
         kernels.backward_kernel,
         blocks * batch * chunks,
-        (dy, x, weight, static_w, dx, dweight, partial, positions),
+        (dy, None, None, x, weight, static_w, None, dx, dweight, partial, positions),
         (
             time, channels, dy.stride(0), x.stride(0), 0 if weight is None else weight.stride(0), chunks, blocks, run,
         ),
-        constants | {"dy_time": dy.stride(1), "dx_time": channels},
+        constants
+        | {
+            "dy_time": dy.stride(1), "dx_time": channels,
+            "dweight_time": 0 if weight is None else weight.shape[2] * weight.shape[3], "dweight_first": 0,
+        },
         num_warps=constants["WARPS"],
         maxnreg=registers,
     )  # fmt: skip

@@ -7,12 +7,18 @@ A program computes 128 * WARPS channels of RUN time steps (slots), one step afte
 neighbouring channels, and the WP coefficients of the head or heads they belong to, so only the sums over a head's
 channels need an exchange between lanes. Registers hold the static filter and the sums of its gradient. Asynchronous
 copies (cp.async) bring the inputs of later steps into the ring buffer while the current step is computed.
+
+Neighbours that may be computed, too: x and dx are columns of a projection, in which the channels of up to three
+segments of equal width lie side by side (SEGMENTS; None: there is one). If y_1 and y_2 are given, they are the results
+of segments 1 and 2, and y is that of segment 0 alone; so are dy_1, dy_2 and dy. With `frequencies`, segments 0 and 1
+are queries and keys, and RoPE rotates them. `added` is a tensor to add to y, such as the residual stream.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from dynconv.ops.fused_pieces import next_rotation, start_angles, turned
 from dynconv.ops.gluon_pieces import (
     allocate_ring,
     async_load,
@@ -25,6 +31,7 @@ from dynconv.ops.gluon_pieces import (
     sigmoid,
     through_silu,
 )
+from dynconv.ops.mma import find_block, of_segment
 from dynconv.ops.ring_layouts import (
     channel_layout,
     coefficient_layout,
@@ -80,11 +87,22 @@ def _load_static(static_w, d, channels, W: gl.constexpr):
     return static
 
 
+@gluon.jit
+def _find_place(block, channels, SEGMENTS: gl.constexpr, BLOCK: gl.constexpr):
+    """A block's first channel, and its segment: which one it is, its own first channel, and its end."""
+    if SEGMENTS is None:
+        place = (block * BLOCK, 0, 0, channels)
+    else:
+        place = find_block(block, SEGMENTS, BLOCK)
+    return place
+
+
 @gluon.jit(do_not_specialize=["time", "chunks", "blocks", "RUN"])
 def forward_kernel(
-    x, weight, static_w, y, positions,
+    x, weight, static_w, y, y_1, y_2, frequencies, added, positions,
     time, channels, x_batch, weight_batch, chunks, blocks, RUN,
     x_time: gl.constexpr, weight_time: gl.constexpr, y_time: gl.constexpr,
+    SEGMENTS: gl.constexpr, PAIRS: gl.constexpr, APART: gl.constexpr,
     HP: gl.constexpr, W: gl.constexpr, WP: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -95,26 +113,36 @@ def forward_kernel(
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
     dtype: gl.constexpr = x.dtype.element_ty
-    first = (gl.program_id(0) % blocks) * BLOCK
+    first, segment, base, stop = _find_place(gl.program_id(0) % blocks, channels, SEGMENTS, BLOCK)
     program = gl.program_id(0) // blocks
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * RUN
     limit = time - start
     reach = end_of_documents(positions, time) - start
     d = first + gl.arange(0, BLOCK, OWN)
-    d_ok = d < channels
+    d_ok = d < stop
     x_at = x + batch * x_batch + start.to(gl.int64) * x_time + d
+    if y_1 is not None:  # the segments' results are tensors of their own
+        y = of_segment(y, y_1, y_2, segment) - base
     y_at = y + (batch * time + start) * y_time + d
+    if frequencies is not None:
+        cosine, sine, step_cosine, step_sine = start_angles(frequencies, d - base, segment, start, PAIRS, APART)
+    if added is not None:
+        added_at = added + (batch * time + start) * y_time + d
+        added_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     x_ring = allocate_ring(SLOTS, [STAGES, BLOCK], SHARED, dtype)
     if weight is not None:
         FILTER: gl.constexpr = coefficient_layout(WARPS, HP, WP)
         COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
         column = first // HP * WP + gl.arange(0, COLUMNS, COPY)
-        column_ok = column < channels // HP * WP
+        column_ok = column < stop // HP * WP
         weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
         weight_ring = allocate_ring(SLOTS, [STAGES, COLUMNS], SHARED, dtype)
     for slot in gl.static_range(AHEAD):
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x_at + slot * x_time, mask=(slot < reach) & d_ok)
+        if added is not None:
+            early = (slot < reach) & d_ok
+            async_load(added_ring[slot % SLOTS].index(slot // SLOTS), added_at + slot * y_time, mask=early)
         if weight is not None:
             copied = (slot < reach) & column_ok
             async_load(weight_ring[slot % SLOTS].index(slot // SLOTS), weight_at + slot * weight_time, mask=copied)
@@ -135,6 +163,8 @@ def forward_kernel(
                 place = (stage + STAGES - 1) % STAGES
                 inside = (begin + far < reach) & d_ok & (begin + far < RUN)
                 async_load(x_ring[slot].index(place), x_at + far * x_time, mask=inside)
+                if added is not None:
+                    async_load(added_ring[slot].index(place), added_at + far * y_time, mask=inside)
                 if weight is not None:
                     copied = (begin + far < reach) & column_ok & (begin + far < RUN)
                     async_load(weight_ring[slot].index(place), weight_at + far * weight_time, mask=copied)
@@ -156,19 +186,28 @@ def forward_kernel(
                     result = result * sigmoid(result)
                     if RESIDUAL:
                         result += xs[W - 1].to(gl.float32)
+                if added is not None:
+                    result += added_ring[slot].index(stage).load(OWN).to(gl.float32)
+                if frequencies is not None:
+                    result = turned(result, cosine, sine, APART, BLOCK, OWN)
+                    cosine, sine = next_rotation(cosine, sine, step_cosine, step_sine)
                 gl.store(y_at + now * y_time, result.to(dtype), mask=(begin + now < limit) & d_ok)
                 xs = drop_first(xs)
         x_at += SLOTS * STAGES * x_time
         y_at += SLOTS * STAGES * y_time
+        if added is not None:
+            added_at += SLOTS * STAGES * y_time
         if weight is not None:
             weight_at += SLOTS * STAGES * weight_time
 
 
 @gluon.jit(do_not_specialize=["time", "chunks", "blocks", "RUN"])
 def backward_kernel(
-    dy, x, weight, static_w, dx, dweight, dstatic, positions,
+    dy, dy_1, dy_2, x, weight, static_w, frequencies, dx, dweight, dstatic, positions,
     time, channels, dy_batch, x_batch, weight_batch, chunks, blocks, RUN,
     dy_time: gl.constexpr, x_time: gl.constexpr, weight_time: gl.constexpr, dx_time: gl.constexpr,
+    dweight_time: gl.constexpr, dweight_first: gl.constexpr,
+    SEGMENTS: gl.constexpr, PAIRS: gl.constexpr, APART: gl.constexpr,
     HP: gl.constexpr, W: gl.constexpr, WP: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -178,17 +217,20 @@ def backward_kernel(
     OWN: gl.constexpr = channel_layout(WARPS)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     AHEAD: gl.constexpr = (STAGES - 1) * SLOTS
-    dweight_time: gl.constexpr = dx_time // HP * WP
     dtype: gl.constexpr = x.dtype.element_ty
-    first = (gl.program_id(0) % blocks) * BLOCK
+    first, segment, base, stop = _find_place(gl.program_id(0) % blocks, channels, SEGMENTS, BLOCK)
     program = gl.program_id(0) // blocks
     batch = (program // chunks).to(gl.int64)
     start = (program % chunks) * RUN
     limit = time - start
     reach = end_of_documents(positions, time) - start
     d = first + gl.arange(0, BLOCK, OWN)
-    d_ok = d < channels
+    d_ok = d < stop
     x_at = x + batch * x_batch + start.to(gl.int64) * x_time + d
+    if dy_1 is not None:
+        dy = of_segment(dy, dy_1, dy_2, segment) - base
+    if frequencies is not None:
+        cosine, sine, step_cosine, step_sine = start_angles(frequencies, d - base, segment, start, PAIRS, APART)
     dy_at = dy + batch * dy_batch + start.to(gl.int64) * dy_time + d
     if dx is not None:
         dx_at = dx + (batch * time + start) * dx_time + d
@@ -198,13 +240,13 @@ def backward_kernel(
         FILTER: gl.constexpr = coefficient_layout(WARPS, HP, WP)
         COPY: gl.constexpr = copy_layout(WARPS, COLUMNS)
         column = first // HP * WP + gl.arange(0, COLUMNS, COPY)
-        column_ok = column < channels // HP * WP
+        column_ok = column < stop // HP * WP
         weight_at = weight + batch * weight_batch + start.to(gl.int64) * weight_time + column
         weight_ring = allocate_ring(SLOTS, [STAGES, COLUMNS], SHARED, dtype)
     if dweight is not None:
         filter_column = first // HP * WP + gl.arange(0, COLUMNS, FILTER)
-        filter_ok = filter_column < channels // HP * WP
-        dweight_at = dweight + (batch * time + start) * dweight_time + filter_column
+        filter_ok = filter_column < stop // HP * WP
+        dweight_at = dweight + (batch * time + start) * dweight_time + dweight_first + filter_column
     for slot in gl.static_range(AHEAD):
         early = (slot < reach) & d_ok
         async_load(x_ring[slot % SLOTS].index(slot // SLOTS), x_at + slot * x_time, mask=early)
@@ -247,6 +289,9 @@ def backward_kernel(
                     xs = forget(xs, position[slot], W)
                 xs = xs + (x_ring[slot].index(stage).load(OWN),)
                 gradient = dy_ring[slot].index(stage).load(OWN).to(gl.float32)
+                if frequencies is not None:
+                    gradient = turned(gradient, cosine, -sine, APART, BLOCK, OWN)
+                    cosine, sine = next_rotation(cosine, sine, step_cosine, step_sine)
                 taps = ()
                 if weight is not None:
                     taps = split_taps(weight_ring[slot].index(stage).load(FILTER), HEADS, WP)
@@ -298,6 +343,9 @@ def backward_kernel(
     async_copy.wait_group(0)
     for slot in gl.static_range(W - 1):
         gradient = dy_ring[slot % SLOTS].index(slot // SLOTS).load(OWN).to(gl.float32)
+        if frequencies is not None:
+            gradient = turned(gradient, cosine, -sine, APART, BLOCK, OWN)
+            cosine, sine = next_rotation(cosine, sine, step_cosine, step_sine)
         taps = ()
         if weight is not None:
             taps = split_taps(weight_ring[slot % SLOTS].index(slot // SLOTS).load(FILTER), HEADS, WP)

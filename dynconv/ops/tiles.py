@@ -186,6 +186,11 @@ def aligned(tensor: Tensor) -> Tensor:
     return copied(tensor)
 
 
+def three(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The tensor of each segment, as the kernels take them. Of two segments none is the third; any tensor will do."""
+    return (tensors[0], None, None) if len(tensors) == 1 else (*tensors[:2], tensors[-1])
+
+
 def cheapest_run(
     time: int,
     rows: int,

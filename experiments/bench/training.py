@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from analysis.errors import WorkFailed
 from experiments import source
 from experiments.bench.kernels import check_target
 from experiments.bench.trials import Request, Trial, trials
-from experiments.terminal import align
+from experiments.terminal import align, warn
 
 if TYPE_CHECKING:
     from experiments.bench.stepping import Outcome
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             raise KeyboardInterrupt
     if args.format == "json":
         print(json.dumps(rows, indent=1, allow_nan=False))
-    print(f"dynconv: {output} has these rows", file=sys.stderr)
+    warn(f"{output} has these rows")
     if args.figure:
         from analysis.pages.style import save
         from analysis.pages.throughput_figures import throughput_panels
@@ -155,7 +154,7 @@ def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[li
     if wanted and request.batch:
         raise ValueError(f"{wanted}; {batch} fit: --batch {batch}")
     if wanted:
-        print(f"dynconv: {wanted}; {batch} fit and are measured", file=sys.stderr)
+        warn(f"{wanted}; {batch} fit and are measured")
     return chosen, outcomes
 
 

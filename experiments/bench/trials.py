@@ -16,7 +16,8 @@ from experiments.design.ladder import LADDERS
 from experiments.design.model import BACKWARD_OVER_FORWARD, ModelConfig
 from experiments.design.recipe import Recipe
 from experiments.design.schedules import Constant
-from experiments.design.sweep import Sweep, expand, read_sweep
+from experiments.design.sweep import expand
+from experiments.design.sweep_file import Sweep, read_sweep
 from experiments.design.train import OPTIMIZERS, Optimizer, TrainConfig
 
 Recompute = Literal["none", "block", "attention-kept"]

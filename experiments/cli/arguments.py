@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from experiments.terminal import warn
 
 if TYPE_CHECKING:
     from analysis.logs.store import Store
@@ -18,6 +19,7 @@ DEMO_RUN = "transformer-25k-s0-a0660ab020"  # one of `make demo`, for examples
 PUBLISHED = Path("results/published")
 CONVENTIONS = "exact, given, 6ND, '6N_nonemb D' or '6N_active D'"  # of counting FLOPs, for help
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
+TABLE_FORMATS = ("md", "csv", "latex", "json")
 STORE_LEGEND = (
     "a live store, a frozen one (dynconv freeze), or a table of points (.csv, .tsv, .jsonl, .parquet) with "
     "columns arm, size, seed, N, D, C, loss (others by --columns). Several stores are read as one; a run in several of "
@@ -70,9 +72,8 @@ def published_argument(verb: argparse.ArgumentParser, text: str) -> None:
     verb.add_argument("--published", type=Path, nargs="?", const=PUBLISHED, metavar="DIR", help=text)
 
 
-def sweep_argument(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    text = "a sweep file, e.g. experiments/sweeps/demo.toml"
-    verb.add_argument("sweep", type=Path, metavar="SWEEP", nargs=nargs, help=text)
+def sweep_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("sweep", type=Path, metavar="SWEEP", help="a sweep file, e.g. experiments/sweeps/demo.toml")
 
 
 def store_argument(verb: argparse.ArgumentParser) -> None:
@@ -85,20 +86,20 @@ def profile_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--profile", type=Path, metavar="FILE", help=text)
 
 
-def format_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--format", choices=("text", "json"), default="text", help="json for scripts (default text)")
+def format_argument(verb: argparse.ArgumentParser, formats: tuple[str, ...] = ("text", "json")) -> None:
+    """--format, by default the first of `formats`, and --json."""
+    text = f"how the answer is printed; json is for scripts (default {formats[0]})"
+    verb.add_argument("--format", choices=formats, default=formats[0], help=text)
     verb.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+
+
+def baseline_argument(verb: argparse.ArgumentParser, text: str = "the arm that others are compared with") -> None:
+    verb.add_argument("--baseline", metavar="ARM", help=f"{text} (default: the sweep's)")
 
 
 def convention_argument(verb: argparse.ArgumentParser, text: str = "how FLOPs are counted") -> None:
     text = f"{text}: {CONVENTIONS} (default: the first of the first four that the table has)"
     verb.add_argument("--convention", help=text)
-
-
-def table_format_argument(parser: argparse.ArgumentParser) -> None:
-    text = "how the table is printed (default md)"
-    parser.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md", help=text)
-    parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
 
 
 def profile_of(args: argparse.Namespace) -> Profile:
@@ -113,7 +114,11 @@ def load_store(args: argparse.Namespace) -> Store:
     standard error."""
     from analysis.logs.columns import parse_columns
     from analysis.logs.merge import load_all
+    from experiments.cli.stores import stores_of
 
+    for path in args.stores:
+        if not path.exists() and path.name and (named := stores_of(Path()) / path.name).is_dir():
+            raise ValueError(f"no store at {path}; did you mean {named}?")
     store = load_all(args.stores, parse_columns(args.columns))
     warn(*store.problems)
     if getattr(args, "where", None) is not None:
@@ -130,8 +135,3 @@ def reading_store(args: argparse.Namespace) -> Iterator[Store]:
     already_named = len(store.problems)
     yield store
     warn(*store.problems[already_named:])
-
-
-def warn(*lines: str) -> None:
-    for line in lines:
-        print(f"dynconv: {line}", file=sys.stderr)

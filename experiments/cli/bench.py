@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from experiments.bench import kernels, training
-from experiments.cli.arguments import Subparsers
+from experiments.cli.arguments import Subparsers, format_argument
 
 
 def register(subparsers: Subparsers) -> None:
@@ -49,10 +49,7 @@ def _add_kernels(what: Subparsers) -> None:
         "--against", action="append", default=[], metavar="MODULE:FUNCTION",
         help="also time this function, which takes our arguments and has static, headwise or lowrank in its name",
     )  # fmt: skip
-    parser.add_argument(
-        "--format", choices=("text", "csv", "json"), default="text", help="how to print the rows (default text)"
-    )
-    parser.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+    format_argument(parser, ("text", "csv", "json"))
     parser.add_argument(
         "-o", dest="output", type=Path, metavar="FILE", help="write the rows to a .parquet or .csv file"
     )
@@ -122,8 +119,7 @@ def _add_train(what: Subparsers) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="json for scripts (default text)")
-    parser.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+    format_argument(parser)
     parser.add_argument(
         "-o", dest="output", type=Path, metavar="FILE",
         help="a .parquet file for the rows, which replace those of the same settings (default: above)",

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
+    TABLE_FORMATS,
     Subparsers,
     add_reading_verb,
+    add_verb,
+    baseline_argument,
     columns_argument,
     convention_argument,
+    format_argument,
     load_store,
     published_argument,
     reading_store,
-    table_format_argument,
-    warn,
     where_argument,
 )
 from experiments.cli.plan import planned
+from experiments.terminal import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +52,7 @@ def _add_table(subparsers: Subparsers) -> None:
         "results/runs/mini-mqar --metric accuracy",
         "results/runs/mini-ablation-width --published",
     )
-    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    baseline_argument(parser)
     convention_argument(parser)
     parser.add_argument(
         "--hold",
@@ -81,21 +84,19 @@ def _add_table(subparsers: Subparsers) -> None:
         "perplexity there, and of the loss here",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of bootstrapped tests (default 0)")
-    table_format_argument(parser)
+    format_argument(parser, TABLE_FORMATS)
 
 
 def _add_power(subparsers: Subparsers) -> None:
-    parser: argparse.ArgumentParser = subparsers.add_parser(
+    parser = add_verb(
+        subparsers,
         "power",
-        help="simulate which advantage a design's sizes and seeds could resolve",
-        description="Simulate which advantage a design's sizes and seeds could resolve, and at which cost, with the "
-        "estimator, the tests and the intervals that `dynconv table` reports.",
-        epilog="examples:\n"
-        "  dynconv power experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14\n"
-        "  dynconv power plan.json --m 1.05\n"
-        "  dynconv power results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json\n"
-        "  dynconv power experiments/sweeps/demo.toml --seeds own --seed-noise 25k=.02,45k=.01,70k=.01,110k=.005",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _power,
+        "simulate which advantage a design's sizes and seeds could resolve as `table` reports it, and at which cost",
+        "experiments/sweeps/paper-scaling.toml --m 1.05 --gpu-flops 4e14",
+        "plan.json --m 1.05",
+        "results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json",
+        "experiments/sweeps/demo.toml --seeds own --seed-noise 25k=.02,45k=.01,70k=.01,110k=.005",
     )
     parser.add_argument(
         "stores",
@@ -110,7 +111,7 @@ def _add_power(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--seeds", default="1,2,3", help="numbers of seeds to try, and `own` for those of each size (default 1,2,3)"
     )
-    parser.add_argument("--baseline", help="the arm whose sizes and compute make the design (default: the sweep's)")
+    baseline_argument(parser, "the arm whose sizes and compute make the design")
     default = "(default: what DESIGN's finished runs show, else {})"
     parser.add_argument(
         "--seed-noise",
@@ -135,8 +136,7 @@ def _add_power(subparsers: Subparsers) -> None:
     )
     text = "simulated experiments of each number of sizes and seeds (default 1000)"
     parser.add_argument("--simulations", type=int, default=1000, metavar="N", help=text)
-    parser.set_defaults(run=_power)
-    table_format_argument(parser)
+    format_argument(parser, TABLE_FORMATS)
 
 
 def _table(args: argparse.Namespace) -> int:
@@ -220,22 +220,8 @@ def _power(args: argparse.Namespace) -> int:
     from analysis.advantage.planning import POWER, Prospect, cheapest, ladder_of, prospects
     from analysis.pages.tables import value_table
 
-    try:
-        seeds = [None if text.strip() == "own" else int(text) for text in args.seeds.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds takes whole numbers, 1,2,3, and own; got {args.seeds!r}") from None
-    if any(count is not None and count < 1 for count in seeds) or args.simulations < 100:
-        raise ValueError(f"--seeds must be at least 1 and --simulations 100; got {args.seeds}, {args.simulations}")
-    noise = _seed_noise(args)
-    for name in ("arm_noise", "shared_noise", "exponent", "reducible", "gpu_flops"):
-        value = getattr(args, name)
-        may_be_zero = name.endswith("noise")
-        if value is None or 0 < value < math.inf or (value == 0 and may_be_zero):
-            continue
-        wanted = "at least 0" if may_be_zero else "positive"
-        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
-    if args.correlation is not None and not -1 < args.correlation < 1:
-        raise ValueError(f"--correlation must be between -1 and 1; got {args.correlation:g}")
+    seeds, noise = _seeds(args), _seed_noise(args)
+    _check_world(args)
     design = _design(args)
     ladder = _with_noise(ladder_of(design, args.baseline, args.gpu_flops), noise)
     world, assumptions = _world(args, design)
@@ -261,6 +247,30 @@ def _power(args: argparse.Namespace) -> int:
     elif args.format == "md":
         print(f"\nnone of these resolves {args.m:g} with {POWER:.0%} power")
     return 0
+
+
+def _seeds(args: argparse.Namespace) -> list[int | None]:
+    """The numbers of seeds to try; None stands for those of each size. Raises ValueError for what is no such number."""
+    try:
+        seeds = [None if text.strip() == "own" else int(text) for text in args.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds takes whole numbers, 1,2,3, and own; got {args.seeds!r}") from None
+    if any(count is not None and count < 1 for count in seeds) or args.simulations < 100:
+        raise ValueError(f"--seeds must be at least 1 and --simulations 100; got {args.seeds}, {args.simulations}")
+    return seeds
+
+
+def _check_world(args: argparse.Namespace) -> None:
+    """Raises ValueError for settings of the simulation that are out of range."""
+    for name in ("arm_noise", "shared_noise", "exponent", "reducible", "gpu_flops"):
+        value = getattr(args, name)
+        may_be_zero = name.endswith("noise")
+        if value is None or 0 < value < math.inf or (value == 0 and may_be_zero):
+            continue
+        wanted = "at least 0" if may_be_zero else "positive"
+        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value:g}")
+    if args.correlation is not None and not -1 < args.correlation < 1:
+        raise ValueError(f"--correlation must be between -1 and 1; got {args.correlation:g}")
 
 
 def _seed_noise(args: argparse.Namespace) -> dict[str, float]:

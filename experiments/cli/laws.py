@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.cli.arguments import (
+    TABLE_FORMATS,
     Subparsers,
     add_reading_verb,
+    baseline_argument,
     convention_argument,
+    format_argument,
     load_store,
-    table_format_argument,
-    warn,
     where_argument,
 )
+from experiments.terminal import warn
 
 if TYPE_CHECKING:
     from analysis.advantage.answers import Multiplier
@@ -57,7 +59,7 @@ def _add_fit(subparsers: Subparsers) -> None:
     )
     text = "points from which the fit starts, on a grid of exponents (default 4500)"
     parser.add_argument("--starts", type=int, default=4500, metavar="N", help=text)
-    table_format_argument(parser)
+    format_argument(parser, TABLE_FORMATS)
 
 
 def _add_predict(subparsers: Subparsers) -> None:
@@ -77,7 +79,7 @@ def _add_predict(subparsers: Subparsers) -> None:
     where_argument(parser)
     _add_law_arguments(parser)
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for bands (default 1000)")
-    table_format_argument(parser)
+    format_argument(parser, TABLE_FORMATS)
 
 
 def _add_law_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +100,7 @@ def _add_law_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE,...",
         help="parameters to hold at given values instead of fitting them: E=1.6,alpha=.094",
     )
-    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    baseline_argument(parser)
     convention_argument(parser, "how FLOPs are counted, for form c")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap's random numbers (default 0)")
 
@@ -129,10 +131,8 @@ def _add_isoflop(subparsers: Subparsers) -> None:
     )
     convention_argument(parser)
     where_argument(parser)
-    parser.add_argument(
-        "--baseline", help="compare each arm with this one, each at its own best sizes (default: the sweep's)"
-    )
-    table_format_argument(parser)
+    baseline_argument(parser, "compare each arm with this one, each at its own best sizes")
+    format_argument(parser, TABLE_FORMATS)
 
 
 def _fit(args: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,10 +83,9 @@ def _eval(args: argparse.Namespace) -> int:
     beside = [] if args.text is None else beside_domains(args.text)  # refuses wrong folders before a model is loaded
     if beside:
         told = f"{beside[0]}{f' and {len(beside) - 1} more' * (len(beside) > 1)} in {args.text}"
-        print(f"dynconv: {told} left out: with folders inside, only these are evaluated", file=sys.stderr)
+        terminal.warn(f"{told} left out: with folders inside, only these are evaluated")
     run_dirs = _finished_runs(args.runs)
-    for line in [] if args.text is None else passed_over(args.text):
-        print(f"dynconv: {line}", file=sys.stderr)
+    terminal.warn(*([] if args.text is None else passed_over(args.text)))
     rows = []
     for run_dir in run_dirs:
         run = load_run(run_dir, _device(args))
@@ -126,10 +124,7 @@ def _results(run: "TrainedRun", args: argparse.Namespace) -> Mapping[str, Mappin
         results |= metrics
         if truncated:
             length = run.config.train.sequence_length
-            print(
-                f"dynconv: {truncated} contexts were cut on the left, to at most {length} tokens with their answers",
-                file=sys.stderr,
-            )
+            terminal.warn(f"{truncated} contexts were cut on the left, to at most {length} tokens with their answers")
     if args.text is not None:
         results |= {f"text/{name}": evaluate_domain(run, path) for name, path in find_domains(args.text).items()}
     return results
@@ -151,13 +146,13 @@ def _finished_runs(paths: list[Path]) -> list[Path]:
             continue
         finished = sorted(each.parent for each in path.glob("*/run.json"))
         if waiting := [each for each in path.glob("*/config.json") if not (each.parent / "run.json").exists()]:
-            print(f"dynconv: {len(waiting)} runs of {path} are not finished and are left out", file=sys.stderr)
+            terminal.warn(f"{len(waiting)} runs of {path} are not finished and are left out")
         before = len(found)
         for run_dir in finished:
             try:
                 check_usable(run_dir)
             except ValueError as error:
-                print(f"dynconv: left out: {error}", file=sys.stderr)
+                terminal.warn(f"left out: {error}")
             else:
                 found.append(run_dir)
         if len(found) == before:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.arguments import (
+    TABLE_FORMATS,
     Subparsers,
     add_reading_verb,
+    baseline_argument,
     convention_argument,
+    format_argument,
     published_argument,
     reading_store,
-    table_format_argument,
-    warn,
     where_argument,
 )
+from experiments.terminal import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +44,7 @@ def _add_plot(subparsers: Subparsers) -> None:
         "results/measured/h200/training.parquet -o figures",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a folder for the figures")
-    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    baseline_argument(parser)
     convention_argument(parser)
     where_argument(parser)
     parser.add_argument("--type", choices=("svg", "png", "pdf"), default="svg", help="of the files (default svg)")
@@ -71,11 +73,9 @@ def _add_query(subparsers: Subparsers) -> None:
         """results/runs/demo "select * from multipliers" --format csv""",
     )
     parser.add_argument("sql", metavar="SQL", help="one statement, as in the examples")
-    parser.add_argument(
-        "--baseline", help="for multipliers, the arm that others are compared with (default: the sweep's)"
-    )
+    baseline_argument(parser, "for multipliers, the arm that others are compared with")
     convention_argument(parser, "how FLOPs are counted, in multipliers and C")
-    table_format_argument(parser)
+    format_argument(parser, TABLE_FORMATS)
 
 
 def _add_report(subparsers: Subparsers) -> None:
@@ -88,7 +88,7 @@ def _add_report(subparsers: Subparsers) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the .html file to write")
     where_argument(parser)
-    parser.add_argument("--baseline", help="the arm that others are compared with (default: the sweep's)")
+    baseline_argument(parser)
     convention_argument(parser)
 
 

@@ -19,9 +19,9 @@ from experiments.cli.arguments import (
     profile_of,
     store_argument,
     sweep_argument,
-    warn,
 )
 from experiments.cli.stores import runs_of
+from experiments.terminal import warn
 
 if TYPE_CHECKING:
     from experiments.bench.calibration import Request

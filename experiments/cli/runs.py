@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from experiments.cli.arguments import (
     DEMO_RUN,
@@ -30,7 +29,7 @@ def _add_submit(subparsers: Subparsers) -> None:
     verb = add_verb(
         subparsers,
         "submit",
-        _submit,
+        _launch,
         "build the data if it is missing and submit the runs of a sweep that are not done or under way",
         "experiments/sweeps/demo.toml",
         "experiments/sweeps/paper-scaling.toml --profile slurm/profiles/my-cluster.toml",
@@ -39,45 +38,36 @@ def _add_submit(subparsers: Subparsers) -> None:
     )
     sweep_argument(verb)
     part_argument(verb)
-    profile_argument(verb)
-    store_argument(verb)
-    verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
-    _accept_argument(verb)
-
-
-def _accept_argument(verb: argparse.ArgumentParser) -> None:
-    text = "go on in a store whose runs were made by another version of the modules that decide an outcome"
-    verb.add_argument("--accept", action="append", choices=["code"], default=[], help=text)
-
-
-def _submit(args: argparse.Namespace) -> int:
-    runs, store = runs_of(args)
-    return _launch(args, runs, store, "submit")
+    _launch_arguments(verb)
 
 
 def _add_retry(subparsers: Subparsers) -> None:
     verb = add_verb(
         subparsers,
         "retry",
-        _retry,
+        _launch,
         "submit failed, cancelled and lost runs again, from their last checkpoint",
         "experiments/sweeps/demo.toml",
         f"experiments/sweeps/demo.toml {DEMO_RUN} --profile slurm/profiles/my-cluster.toml",
     )
     sweep_argument(verb)
-    verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
+    _run_ids_argument(verb)
+    _launch_arguments(verb)
+
+
+def _launch_arguments(verb: argparse.ArgumentParser) -> None:
     profile_argument(verb)
     store_argument(verb)
     verb.add_argument("--wait", action="store_true", help="stay until the runs have ended (local runs: always)")
-    _accept_argument(verb)
+    text = "go on in a store whose runs were made by another version of the modules that decide an outcome"
+    verb.add_argument("--accept", action="append", choices=["code"], default=[], help=text)
 
 
-def _retry(args: argparse.Namespace) -> int:
-    runs, store = runs_of(args)
-    return _launch(args, _chosen(args, runs), store, "retry")
+def _run_ids_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
 
 
-def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: str) -> int:
+def _launch(args: argparse.Namespace) -> int:
     """Submit or retry runs, and name each that did not complete on standard error.
 
     The exit code is 1 if a run did not complete. If the command waits for the runs, this includes runs that were
@@ -86,7 +76,11 @@ def _launch(args: argparse.Namespace, runs: list[RunConfig], store: Path, verb: 
     from experiments.design.data import default_cache
     from experiments.launching import submit as launch
 
-    launcher = {"submit": launch.submit, "retry": launch.retry}[verb]
+    runs, store = runs_of(args)
+    if args.verb == "retry":
+        launcher, runs = launch.retry, _chosen(args, runs)
+    else:
+        launcher = launch.submit
     profile = profile_of(args)
     outcome = launcher(runs, profile, store, cache=default_cache(), wait=args.wait, accept=args.accept)
     for state in outcome.unsuccessful:
@@ -106,15 +100,15 @@ def _add_cancel(subparsers: Subparsers) -> None:
         f"experiments/sweeps/demo.toml {DEMO_RUN}",
     )
     sweep_argument(verb)
-    verb.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="these runs only (default: all of the sweep)")
+    _run_ids_argument(verb)
     store_argument(verb)
 
 
 def _cancel(args: argparse.Namespace) -> int:
-    from experiments.launching import submit as launch
+    from experiments.launching.cancel import cancel
 
     runs, store = runs_of(args)
-    cancelled = launch.cancel(store, [run.run_id for run in _chosen(args, runs)])
+    cancelled = cancel(store, [run.run_id for run in _chosen(args, runs)])
     print(f"{store}: {len(cancelled)} runs cancelled", file=sys.stderr)
     return 0
 

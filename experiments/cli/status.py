@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.cli.arguments import DEMO_RUN, STORES, Subparsers, add_verb, format_argument, store_argument, warn
+from experiments.cli.arguments import DEMO_RUN, STORES, Subparsers, add_verb, format_argument, store_argument
 from experiments.cli.stores import default_store, stores_of
 from experiments.design import strict
+from experiments.terminal import warn
 
 if TYPE_CHECKING:
     from experiments.launching.states import RunState
@@ -97,6 +98,7 @@ def _width() -> int:
 
 def _rows(args: argparse.Namespace) -> "list[RunState]":
     """The runs of a sweep, all runs of one store, or all runs of all stores."""
+    from experiments.design.sweep_file import near_sweep
     from experiments.launching import states
 
     store = args.store
@@ -106,7 +108,9 @@ def _rows(args: argparse.Namespace) -> "list[RunState]":
         store = args.what
     elif args.what is not None:
         if not args.what.exists():
-            raise ValueError(f"{args.what} is not there; give a sweep file, a store, or the folder of a run")
+            meant = near_sweep(args.what)
+            remedy = f"did you mean {meant}?" if meant else "give a sweep file, a store, or the folder of a run"
+            raise ValueError(f"{args.what} is not there; {remedy}")
         return _of_sweep(args.what, store)
     if store is not None:
         found = states.find(store)
@@ -199,5 +203,5 @@ def _logs(args: argparse.Namespace) -> int:
         time.sleep(FOLLOW_SECONDS)
     if place == 0:
         where = f"; its output goes to {log}" if log else ", as no job was given it"
-        print(f"dynconv: {run_dir.name} is {state.state} and has written nothing yet{where}", file=sys.stderr)
+        warn(f"{run_dir.name} is {state.state} and has written nothing yet{where}")
     return 0

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import source
-from experiments.cli.arguments import STORES, warn
+from experiments.cli.arguments import STORES
 from experiments.design.config import RunConfig
+from experiments.terminal import warn
 
 VARIABLE = "DYNCONV_STORES"
 _PROJECT_FILES = ("pyproject.toml", ".git")
@@ -16,7 +17,8 @@ _PROJECT_FILES = ("pyproject.toml", ".git")
 def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
     """The runs of the sweep, or those that --where chooses, and their store. `plan` and `submit` also print notes on
     settings that may be mistakes, and on runs of the store that were trained on text of another place."""
-    from experiments.design.sweep import load_sweep, notes, read_sweep
+    from experiments.design.sweep import load_sweep, notes
+    from experiments.design.sweep_file import read_sweep
 
     runs = load_sweep(args.sweep)
     if args.verb in ("plan", "submit"):

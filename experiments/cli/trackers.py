@@ -4,7 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from experiments.cli.arguments import Subparsers, add_verb, warn
+from experiments.cli.arguments import Subparsers, add_verb
+from experiments.terminal import warn
 
 FOLLOW_SECONDS = 10.0
 

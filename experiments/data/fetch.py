@@ -109,7 +109,7 @@ def find_list(name: str) -> Path:
     return LISTS / f"{name}.toml"
 
 
-def fetch(name: str, target: Path, *, progress: bool = True) -> str:
+def fetch(name: str, target: Path) -> str:
     """Make the folder `target` with the text of a list and a note of whose it is; returns the note.
 
     The folder appears whole or not at all. Raises ValueError for a bad list or target, WorkFailed if the network fails
@@ -125,12 +125,8 @@ def fetch(name: str, target: Path, *, progress: bool = True) -> str:
     try:
         corpus = _Corpus()
         for package in _packages(sources):
-            corpus.kept.append(_write(package, sources, corpus, working))
-            if progress:
-                last = corpus.kept[-1]
-                print(
-                    f"{last.name} {last.version}: {last.documents:,} documents, {last.bytes:,} bytes", file=sys.stderr
-                )
+            corpus.kept.append(last := _write(package, sources, corpus, working))
+            print(f"{last.name} {last.version}: {last.documents:,} documents, {last.bytes:,} bytes", file=sys.stderr)
         if sources.documents_sha256 not in (None, corpus.sha256):
             raise ValueError(
                 f"the documents of {path} must have SHA-256 {sources.documents_sha256}; got {corpus.sha256}; remove "

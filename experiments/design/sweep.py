@@ -2,154 +2,24 @@
 
 import itertools
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from experiments.design import strict
 from experiments.design.arms import ARMS, Arm
 from experiments.design.config import TEXT, RunConfig
-from experiments.design.data import DataConfig, missing, relative_to
+from experiments.design.data import DataConfig, missing
 from experiments.design.ladder import LADDERS, Rung
 from experiments.design.model import ModelConfig
-from experiments.design.recipe import BUDGET_AXIS, Recipe, check_axes
+from experiments.design.recipe import BUDGET_AXIS, Recipe
 from experiments.design.schedules import Cosine
+from experiments.design.sweep_file import Sweep, read_sweep
 from experiments.design.train import AdamW, TrainConfig
 from experiments.design.trunks import with_trunks
-from experiments.tasks.registry import AnyTask
 
 FLOPS_TOLERANCE = 1e-3  # relative to the baseline's FLOPs, with match = "flops"
-LARGEST_SETTING = 1e9  # refuses numbers that would overflow later; no real sweep comes near it
 LARGEST_RATE = 1.0  # AdamW and Muon move each weight by about the learning rate in a step; weights begin below .1
-Values = tuple[float, ...]  # of an axis
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms: folders are named after them
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The content of a sweep file."""
-
-    name: str
-    ladder: str
-    sizes: tuple[str, ...]
-    arms: tuple[str, ...]
-    baseline: str
-    seeds: tuple[int, ...]
-    match: Literal["tokens", "flops"]
-    data: DataConfig | None = None  # a sweep trains on this text or on the tasks below
-    task: Mapping[str, AnyTask] = field(default_factory=dict)  # generated tasks: [task.NAME]; each is trained alone
-    # The budget is one of the next two: tokens for each parameter (N) of the baseline, given here or in [vary], or the
-    # number of the baseline's optimizer steps, which is the same at all sizes.
-    tokens_per_parameter: float | None = None
-    count: Literal["total", "active"] = "total"  # parameters that tokens_per_parameter counts: N or N_active
-    steps: int | None = None
-    # task -> its steps, where they are not `steps`, such as those of a smaller training set
-    steps_by_task: Mapping[str, int] = field(default_factory=dict)
-    packed: bool = False  # keep the documents of a sequence of text apart: data/packing.py
-    evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
-    max_epochs: float = 4.0  # passes over the training data; a run with more is refused
-    train: Recipe = field(default_factory=Recipe)
-    # size -> its seeds, where they are not `seeds`: more where noise is larger, or fewer where a run is dear
-    seeds_by_size: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    # axis -> its values; every combination is a run
-    vary: Mapping[str, Values] = field(default_factory=dict)
-    # arm -> axis of `vary` -> the arm's own values, such as other learning rates, or size -> its values at that size
-    vary_by_arm: Mapping[str, Mapping[str, Values | Mapping[str, Values]]] = field(default_factory=dict)
-    arm: Mapping[str, Arm] = field(default_factory=dict)  # arms that the file defines: [arm.NAME]
-
-    def __post_init__(self) -> None:
-        seeds = {"seeds": self.seeds, **{f"seeds_by_size.{size}": own for size, own in self.seeds_by_size.items()}}
-        for name, values in {"sizes": self.sizes, "arms": self.arms, **seeds}.items():
-            if not values:
-                raise ValueError(f"{name} is empty; name at least one")
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} must not list a value twice; got {list(values)}; remove the repetition")
-        for name, own in seeds.items():
-            for seed in own:
-                if not 0 <= seed < 2**63:
-                    raise ValueError(f"{name} must be 0 to 2**63 - 1; got {seed}; choose another")
-        named = [("name", self.name), *(("arm", name) for name in self.arm), *(("task", name) for name in self.task)]
-        for key, name in named:
-            if not NAME_PATTERN.fullmatch(name):
-                raise ValueError(
-                    f"{key} must be letters, digits, '_', '.' and '-', the first a letter or a digit, "
-                    f"as a folder is named after it; got {name!r}; rename it"
-                )
-        self._check_names()
-        self._check_axes()
-
-    def _check_names(self) -> None:
-        strict.choose(self.ladder, LADDERS, "ladder")
-        for size in self.sizes:
-            strict.choose(size, LADDERS[self.ladder].sizes, f"sizes of ladder {self.ladder!r}")
-        known = ARMS | dict(self.arm)
-        for arm in self.arms:
-            strict.choose(arm, known, "arms")
-        strict.choose(self.baseline, self.arms, "baseline: one of this sweep's arms is wanted")
-        for size in self.seeds_by_size:
-            strict.choose(size, self.sizes, "seeds_by_size: one of this sweep's sizes is wanted")
-        for arm in self.vary_by_arm:
-            strict.choose(arm, self.arms, "vary_by_arm: one of this sweep's arms is wanted")
-        for task in self.steps_by_task:
-            strict.choose(task, self.task, "steps_by_task: one of this sweep's tasks is wanted")
-        redefined = sorted(set(self.arm) & set(ARMS))
-        if redefined:
-            raise ValueError(f"arm {redefined[0]!r} is built in; give your variant another name")
-        if (self.data is None) == (not self.task):
-            given = "neither is there" if self.data is None else "both are there"
-            raise ValueError(f"a sweep trains on text, [data], or on generated tasks, [task.NAME]; {given}; give one")
-        if TEXT in self.task:
-            raise ValueError(f"task {TEXT!r} is the name of language modelling; give the task another name")
-
-    def _check_axes(self) -> None:
-        check_axes(self.vary, "vary")
-        for arm, own in self.vary_by_arm.items():
-            for axis, values in own.items():
-                by_size = values if isinstance(values, Mapping) else dict.fromkeys(self.sizes, values)
-                for size, at_size in by_size.items():
-                    where = f"vary_by_arm.{arm}"
-                    strict.choose(size, self.sizes, f"{where}.{axis}: one of this sweep's sizes is wanted")
-                    check_axes({axis: at_size}, where)
-                if axis not in self.vary:
-                    raise ValueError(
-                        f"vary_by_arm.{arm}.{axis} gives one arm's values of an axis, which [vary] must have for the "
-                        f"others; add {axis} there"
-                    )
-        given = [self.tokens_per_parameter is not None, BUDGET_AXIS in self.vary, self.steps is not None]
-        if self.steps is not None and sum(given) > 1:
-            raise ValueError("steps and tokens_per_parameter are both given; give one of them")
-        if self.steps is not None and self.count != "total":
-            raise ValueError(f"count needs tokens_per_parameter; got {self.count!r} beside steps; remove it")
-        if sum(given) != 1:
-            often = "twice" if any(given) else "nowhere"
-            raise ValueError(f"tokens_per_parameter is given {often}; give a number, or a list of them in [vary]")
-        for name in ("tokens_per_parameter", "steps", "evaluations", "max_epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= LARGEST_SETTING:  # also false for nan
-                raise ValueError(f"{name} must be above zero, at most {LARGEST_SETTING:g}; got {value}; correct it")
-        for task, steps in self.steps_by_task.items():
-            if self.steps is None or not 0 < steps <= LARGEST_SETTING:
-                raise ValueError(
-                    f"steps_by_task.{task} must be a number above zero, beside steps for the other tasks; got {steps} "
-                    f"and steps = {self.steps}; correct it"
-                )
-        for where, recipe in [
-            ("train", self.train),
-            *((f"arm.{name}.train", arm.train) for name, arm in self.arm.items()),
-        ]:
-            for axis in self.vary:
-                if getattr(recipe, axis, None) is not None:
-                    raise ValueError(f"{axis} is in [vary] and in [{where}]; remove one of the two")
-
-    def points(self, arm: str, size: str) -> Iterator[dict[str, float]]:
-        """Every combination of an arm's values of the axes, as axis -> value; one empty point if there are no axes."""
-        axes = dict(self.vary)
-        for axis, values in self.vary_by_arm.get(arm, {}).items():
-            axes[axis] = values.get(size, self.vary[axis]) if isinstance(values, Mapping) else values
-        for values in itertools.product(*axes.values()):
-            yield dict(zip(axes, values, strict=True))
 
 
 def load_sweep(path: Path) -> list[RunConfig]:
@@ -163,15 +33,6 @@ def load_sweep(path: Path) -> list[RunConfig]:
         return expand(sweep)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def read_sweep(path: Path) -> Sweep:
-    """The content of a sweep file; what of its data lies beside it is found there.
-
-    Raises ValueError for anything illegal in it.
-    """
-    sweep = strict.load(path, Sweep)
-    return sweep if sweep.data is None else replace(sweep, data=relative_to(sweep.data, path.resolve().parent))
 
 
 def notes(sweep: Sweep) -> list[str]:
@@ -207,14 +68,13 @@ def notes(sweep: Sweep) -> list[str]:
 def _outcome(sweep: Sweep, size: str, arm: str) -> tuple[ModelConfig, Recipe, list[dict[str, float]]]:
     """What of an arm decides the outcome of its runs: the model, the recipe, and the points of the axes."""
     model = _model(sweep, next(iter(sweep.task), TEXT), size, arm)
-    return model, _arm(sweep, arm).train.over(sweep.train), list(sweep.points(arm, size))
+    return model, _recipe(sweep, arm), list(sweep.points(arm, size))
 
 
 def _rates(sweep: Sweep, size: str, arm: str) -> list[float]:
     """The peak learning rates of an arm at a size, one for each point of the axes."""
-    recipe = _arm(sweep, arm).train.over(sweep.train)
     rung = LADDERS[sweep.ladder].sizes[size]
-    return [_peak_rate(rung, recipe.varied(point)) for point in sweep.points(arm, size)]
+    return [_peak_rate(rung, _recipe(sweep, arm, point)) for point in sweep.points(arm, size)]
 
 
 def expand(sweep: Sweep) -> list[RunConfig]:
@@ -259,7 +119,7 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
     rung = _rung(sweep, task, size)
     baseline = _model(sweep, task, size, sweep.baseline)
     model = _model(sweep, task, size, arm)
-    recipe = _arm(sweep, arm).train.over(sweep.train).varied(point)
+    recipe = _recipe(sweep, arm, point)
     batch = rung.batch_sequences if recipe.batch_sequences is None else recipe.batch_sequences
     baseline_sequences, budget = _budget(sweep, task, rung, baseline, point)
     if baseline_sequences < batch:
@@ -267,8 +127,6 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
     sequences = baseline_sequences
     if sweep.match == "flops":
         sequences = _matched_sequences(baseline, model, baseline_sequences, rung.sequence_length, f"{arm} {size}")
-    train = _train(sweep, task, rung, recipe, sequences, batch)
-    train = replace(train, evaluate_every=_evaluation_interval(sweep, rung, baseline_sequences))
     run = RunConfig(
         sweep=sweep.name,
         arm=arm,
@@ -278,7 +136,7 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
         budget=budget,
         seed=seed,
         model=model,
-        train=train,
+        train=_train(sweep, task, rung, recipe, batch, sequences, baseline_sequences),
         data=sweep.data,
         vary=point,
         task=sweep.task.get(task),
@@ -297,8 +155,8 @@ def _budget(sweep: Sweep, task: str, rung: Rung, baseline: ModelConfig, point: M
     """The number of the baseline's training sequences, and the budget in words."""
     steps = sweep.steps_by_task.get(task, sweep.steps)
     if steps is not None:
-        recipe = _arm(sweep, sweep.baseline).train.over(sweep.train).varied(point)
-        return steps * (recipe.batch_sequences or rung.batch_sequences), f"{steps} steps"
+        batch = _recipe(sweep, sweep.baseline, point).batch_sequences
+        return steps * (batch or rung.batch_sequences), f"{steps} steps"
     tokens_per_parameter = point.get(BUDGET_AXIS, sweep.tokens_per_parameter)
     assert tokens_per_parameter is not None
     counted = baseline.parameters() if sweep.count == "total" else baseline.parameters_active()
@@ -318,7 +176,16 @@ def _peak_rate(rung: Rung, recipe: Recipe) -> float:
     return rate * factor
 
 
-def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, batch: int) -> TrainConfig:
+def _train(
+    sweep: Sweep,
+    task: str,
+    rung: Rung,
+    recipe: Recipe,
+    batch: int,  # sequences
+    sequences: int,  # of the run
+    baseline_sequences: int,  # of the baseline's, so that all arms of a size are evaluated after as many tokens
+) -> TrainConfig:
+    batches = max(1, baseline_sequences // rung.batch_sequences // sweep.evaluations)  # between two evaluations
     fraction = recipe.warmup_fraction
     if fraction is None:
         fraction = LADDERS[sweep.ladder].warmup_fraction
@@ -332,7 +199,7 @@ def _train(sweep: Sweep, task: str, rung: Rung, recipe: Recipe, sequences: int, 
         sequence_length=rung.sequence_length,
         batch_sequences=batch,
         learning_rate=_peak_rate(rung, recipe),
-        evaluate_every=0,
+        evaluate_every=batches * rung.batch_sequences * rung.sequence_length,
         held_out_sequences=held_out,
         warmup_steps=max(1, round(fraction * -(-sequences // batch))),
         schedule=recipe.schedule or Cosine(),
@@ -374,16 +241,18 @@ def _arm(sweep: Sweep, name: str) -> Arm:
     return sweep.arm[name] if name in sweep.arm else ARMS[name]
 
 
+def _recipe(sweep: Sweep, arm: str, point: Mapping[str, float] | None = None) -> Recipe:
+    """The training settings of an arm, at a point of the axes."""
+    return _arm(sweep, arm).train.over(sweep.train).varied(point or {})
+
+
 def _model(sweep: Sweep, task: str, size: str, name: str) -> ModelConfig:
+    vocabulary = sweep.task[task].vocabulary if sweep.data is None else sweep.data.vocabulary
     try:
-        model = _build_model(sweep, _vocabulary(sweep, task), size, _arm(sweep, name))
+        model = _build_model(sweep, vocabulary, size, _arm(sweep, name))
         return replace(model, reads_last_token=task in sweep.task and sweep.task[task].reads_last_token)
     except ValueError as error:
         raise ValueError(f"arm.{name} at {size}: {error}") from None
-
-
-def _vocabulary(sweep: Sweep, task: str) -> int:
-    return sweep.task[task].vocabulary if sweep.data is None else sweep.data.vocabulary
 
 
 def _build_model(sweep: Sweep, vocabulary: int, size: str, arm: Arm) -> ModelConfig:
@@ -402,9 +271,3 @@ def _build_model(sweep: Sweep, vocabulary: int, size: str, arm: Arm) -> ModelCon
     for site in arm.conv.sites:
         strict.choose(site, sites, "conv.sites")
     return replace(plain, conv=arm.conv.fitted(shape, sites))
-
-
-def _evaluation_interval(sweep: Sweep, rung: Rung, baseline_sequences: int) -> int:
-    """Tokens between evaluations: a multiple of the ladder's batch, the same for every arm of a size."""
-    batches = max(1, baseline_sequences // rung.batch_sequences // sweep.evaluations)
-    return batches * rung.batch_sequences * rung.sequence_length

@@ -1,6 +1,5 @@
 """What runs will take under a profile, what a store has used already, and whether that is within the profile's cap."""
 
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from experiments.design.forecast import Rate, stated_rate
 from experiments.launching import attempts, local, states
 from experiments.launching.jobs import errors_naming
 from experiments.launching.profile import LONGEST_ATTEMPT, Job, Profile
+from experiments.terminal import warn
 from experiments.training.record import read_record, recorded_execution
 
 CLOCKS = ("train", "eval", "checkpoint", "lost")  # of a finished run: what grows with its tokens
@@ -215,8 +215,7 @@ def with_time_limits(profile: Profile, todo: Sequence[RunConfig], found: Speeds)
     wanted = sorted({run.size for run in todo if profile.job(run.size).hours is None})
     if profile.slurm is None or not wanted:
         return profile
-    for note in found.notes:
-        print(f"dynconv: {note}", file=sys.stderr)
+    warn(*found.notes)
     rates = found.rates
     sizes = dict(profile.size)
     for size in wanted:
@@ -224,7 +223,7 @@ def with_time_limits(profile: Profile, todo: Sequence[RunConfig], found: Speeds)
         known = [rates[run.run_id] for run in own if run.run_id in rates and rates[run.run_id].measured]
         if len(known) < len(own):
             unknown = f"the speed of {len(own) - len(known)} of its {len(own)} runs was not measured"
-            print(f"dynconv: the time limit of {size} is {LONGEST_ATTEMPT:g} h: {unknown}", file=sys.stderr)
+            warn(f"the time limit of {size} is {LONGEST_ATTEMPT:g} h: {unknown}")
             continue
         longest, by = max((rate.hours(run), rate.source) for rate, run in zip(known, own, strict=True))
         limit = min(LONGEST_ATTEMPT, max(MARGIN * longest + START_HOURS, profile.slurm.signal_seconds / 1800))
@@ -232,7 +231,7 @@ def with_time_limits(profile: Profile, todo: Sequence[RunConfig], found: Speeds)
         forecast = f"forecast of {longest:.3g} h, by {by},"
         words = f"{MARGIN:g} times the longest run's {forecast} and {START_HOURS:g} h for the start"
         how = words if limit < LONGEST_ATTEMPT else "the most"
-        print(f"dynconv: the time limit of {size} is {limit:.3g} h: {how}", file=sys.stderr)
+        warn(f"the time limit of {size} is {limit:.3g} h: {how}")
     return replace(profile, size=sizes)
 
 

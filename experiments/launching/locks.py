@@ -28,6 +28,12 @@ def store_lock(store: Path) -> Iterator[None]:
                 store.rmdir()
 
 
+def require_store(store: Path) -> None:
+    """Raises ValueError where there is no store."""
+    if not store.is_dir():
+        raise ValueError(f"{store} is not a store, so it has no runs; name another with --store")
+
+
 def _hold(store: Path, stack: contextlib.ExitStack) -> None:
     while True:
         try:

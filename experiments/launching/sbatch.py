@@ -17,7 +17,8 @@ import submitit
 
 from experiments.launching import slurm, worker
 from experiments.launching.profile import Job, Slurm
-from experiments.training.run import SHARING_VARIABLE
+from experiments.terminal import warn
+from experiments.training.provenance import SHARING_VARIABLE
 
 LOOK_SECONDS = 30.0  # how long a submission is looked for if sbatch could not say what became of it
 _PAUSE = 2.0  # seconds between two looks
@@ -69,7 +70,7 @@ def submit(script: str, folder: Path, name: str) -> str:
     reasons = "\n".join(line for line in errors.splitlines() if "error" in line.lower())  # without the site's notices
     known = sbatch.returncode > 0 and reasons != "" and not _NO_ANSWER.search(reasons)
     if found := _look(name, since, 0.0 if known else LOOK_SECONDS):
-        print(f"dynconv: sbatch said: {said}; Slurm has the jobs all the same, as {found}", file=sys.stderr)
+        warn(f"sbatch said: {said}; Slurm has the jobs all the same, as {found}")
         return found
     if not known:
         raise Unanswered(f"sbatch said: {said}; whether Slurm has the jobs is not known yet: submit again to find out")
@@ -159,7 +160,7 @@ def script(
 def name_ignored_variables() -> None:
     """Tell the user which variables of the shell sbatch would take options from, if it were given them."""
     if ignored := sorted(key for key in os.environ if key.startswith("SBATCH_")):
-        print(f"dynconv: {', '.join(ignored)} of this shell: ignored, since the profile decides", file=sys.stderr)
+        warn(f"{', '.join(ignored)} of this shell: ignored, since the profile decides")
 
 
 def _sharing(job: Job, profile: Slurm) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from analysis.logs.files import read_json, write_json
 from experiments.launching import jobs, slurm
+from experiments.terminal import warn
 
 _WRITERS = 16  # files that are written side by side, as each waits for the disk
 
@@ -78,7 +79,7 @@ def limit_running(store: Path, run_ids: Iterable[str], max_parallel: int) -> Non
         try:
             slurm.limit_running(array, max_parallel)
         except ValueError as error:
-            print(f"dynconv: {error}", file=sys.stderr)
+            warn(str(error))
             continue
         write_json(folder / "submission.json", record | {"max_parallel": max_parallel})
         now, before = (str(limit or "any number") for limit in (max_parallel, record["max_parallel"]))

@@ -1,15 +1,13 @@
-"""Submit, retry and cancel runs: pending ones only, their config and their code frozen first."""
+"""Submit runs, and those that failed again: pending ones only, their config and their code frozen first."""
 
 import functools
-import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis.logs.files import write_atomically
 from analysis.logs.record import schema_of
@@ -22,7 +20,6 @@ from experiments.launching import (
     account,
     arrays,
     branches,
-    jobs,
     local,
     local_loop,
     sbatch,
@@ -31,7 +28,7 @@ from experiments.launching import (
     states,
     submissions,
 )
-from experiments.launching.locks import store_lock
+from experiments.launching.locks import require_store, store_lock
 from experiments.launching.profile import Profile
 from experiments.launching.progress import Progress
 from experiments.launching.versions import check_code
@@ -86,7 +83,7 @@ def submit(
     anything is written, where the cluster does not answer, the store takes no files, or it holds runs of another
     schema, on other data or, unless `accept` has "code", by other code.
     """
-    return _launch(states.SUBMITTABLE, runs, profile, store.absolute(), cache, wait, accept)
+    return _launch(_Request(states.SUBMITTABLE, runs, profile, store.absolute(), cache, accept), wait)
 
 
 def retry(
@@ -103,23 +100,27 @@ def retry(
     Raises ValueError as `submit` does, and where a job of one of them has not ended yet. A run that cannot be
     submitted stays as it was.
     """
-    return _launch(states.RETRYABLE, runs, profile, store.absolute(), cache, wait, accept)
+    require_store(store)
+    return _launch(_Request(states.RETRYABLE, runs, profile, store.absolute(), cache, accept), wait)
 
 
-def _launch(
-    wanted: Sequence[str],
-    runs: Sequence[RunConfig],
-    profile: Profile,
-    store: Path,
-    cache: Path,
-    wait: bool,
-    accept: Sequence[str],
-) -> Outcome:
-    if wanted == states.RETRYABLE:
-        _require_store(store)
+@dataclass(frozen=True)
+class _Request:
+    """What `submit` or `retry` was asked for."""
+
+    wanted: Sequence[str]  # the states in which a run is submitted
+    runs: Sequence[RunConfig]
+    profile: Profile
+    store: Path
+    cache: Path
+    accept: Sequence[str]
+
+
+def _launch(request: _Request, wait: bool) -> Outcome:
+    runs, profile, store = request.runs, request.profile, request.store
     _check(runs, profile)
     _check_schema(store)
-    outcome, code = _submit_now(wanted, runs, profile, store, cache, accept)
+    outcome, code = _submit_now(request)
     chosen = _named(outcome.submitted, runs)
     if profile.executor != "slurm":
         begin = {"local": local_loop.run_in_slots, "debug": local_loop.run_in_this_process}[profile.executor]
@@ -135,41 +136,29 @@ def _launch(
     outcome = replace(outcome, ended=states.read(store, [run.run_id for run in watched]))
     if not outcome.waiting:
         return outcome
-    more = _launch_when_possible(wanted, _named(outcome.waiting, runs), profile, store, cache, accept)
+    more = _launch_when_possible(replace(request, runs=_named(outcome.waiting, runs)))
     submitted, ended = outcome.submitted + more.submitted, outcome.ended + more.ended
     return replace(more, submitted=submitted, skipped=outcome.skipped | more.skipped, ended=ended)
 
 
-def _launch_when_possible(
-    wanted: Sequence[str],
-    runs: Sequence[RunConfig],
-    profile: Profile,
-    store: Path,
-    cache: Path,
-    accept: Sequence[str],
-) -> Outcome:
+def _launch_when_possible(request: _Request) -> Outcome:
     """Submit the runs as soon as there is room for one more job, and wait for them."""
     while True:
         try:
-            return _launch(wanted, runs, profile, store, cache, wait=True, accept=accept)
+            return _launch(request, wait=True)
         except sbatch.TooMany:  # jobs that have ended count for a while, and others' may count, too
             time.sleep(ROOM_SECONDS)
 
 
-def _submit_now(
-    wanted: Sequence[str],
-    runs: Sequence[RunConfig],
-    profile: Profile,
-    store: Path,
-    cache: Path,
-    accept: Sequence[str],
-) -> tuple[Outcome, Path]:
+def _submit_now(request: _Request) -> tuple[Outcome, Path]:
     """Submit what can be submitted now. Returns the folder of the code, too."""
+    wanted, runs, profile = request.wanted, request.runs, request.profile
+    store, cache = request.store, request.cache
     with store_lock(store):  # asked before the data is built, which may take hours: the store may take no files
         if profile.executor == "slurm":
             submissions.settle(store, [run.run_id for run in runs])
         todo, skipped = _choose(wanted, runs, store)
-        check_code(todo, store, accept)
+        check_code(todo, store, request.accept)
         checked = source.module_hashes(source.root())
     waiting, reason, code = list[RunConfig](), "", Path()
     if todo:
@@ -220,77 +209,6 @@ def _say(
         remedy = f" (see to them with `dynconv {REMEDIES[state]}`)" if state in REMEDIES else ""
         parts.append(f"{len(run_ids)} {state} already{remedy}")
     print(f"{store}: {'; '.join(parts)}", file=sys.stderr)
-
-
-def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
-    """Cancel the named runs that have not ended, and return their ids. They stay cancelled until they are retried.
-
-    The marker is written first, because scancel's signal looks like a preemption to a running job. Raises ValueError,
-    and takes the markers back, for the runs whose jobs cannot be reached from here; the others are cancelled. A run
-    that was cancelled before and whose job has not ended is cancelled again.
-    """
-    _require_store(store)
-    run_ids = list(run_ids)
-    with store_lock(store):  # a submit may be about to delete the markers, or be waiting for sbatch
-        if submissions.unanswered(store, run_ids):
-            submissions.settle(store, run_ids)
-        here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
-        marked = [state.run_id for state in here if state.state == "cancelled"]
-        ids = [state.run_id for state in here if state.state in ("pending", "stopped", "lost", *states.ACTIVE)]
-        ids += sorted(states.busy(store, marked))
-        _mark_cancelled(store, ids)
-    job_by_run = {run_id: jobs.job_of(store / run_id) for run_id in states.busy(store, ids)}
-    on_slurm = {run_id: job["job_id"] for run_id, job in job_by_run.items() if job and job["executor"] == "slurm"}
-    in_slurm = {run_id: job_id for run_id, job_id in on_slurm.items() if job_id is not None}
-    # run id -> why its job cannot be stopped from here
-    out_of_reach = dict.fromkeys(on_slurm.keys() - in_slurm, "a colleague's submission that sbatch left unanswered")
-    try:
-        if in_slurm:
-            slurm.cancel(list(in_slurm.values()))
-    except ValueError as error:  # scancel may have cancelled some of them, or all
-        out_of_reach |= dict.fromkeys(states.busy(store, list(in_slurm)), str(error))
-    for run_id, job in job_by_run.items():
-        if job and job["executor"] != "slurm" and (why := _stop_here(job)):
-            out_of_reach[run_id] = why
-    for run_id in out_of_reach:
-        (store / run_id / "cancelled").unlink(missing_ok=True)
-    if out_of_reach:
-        reasons = [f"{count} go on: {why}" for why, count in Counter(out_of_reach.values()).items()]
-        raise ValueError(f"{len(ids) - len(out_of_reach)} of {len(ids)} runs cancelled; {'; '.join(reasons)}")
-    return ids
-
-
-def _mark_cancelled(store: Path, run_ids: Sequence[str]) -> None:
-    """Write the marker of each run. Raises OSError, and takes all of them back, where one cannot be written."""
-    written = []
-    try:
-        for run_id in run_ids:
-            marker = store / run_id / "cancelled"
-            if not marker.exists():
-                marker.touch()
-                written.append(marker)
-    except OSError:
-        for marker in written:
-            marker.unlink(missing_ok=True)
-        raise
-
-
-def _stop_here(job: Mapping[str, Any]) -> str | None:
-    """Stop a job of this machine. Returns the reason where that is not possible, else None."""
-    if job["host"] != socket.gethostname():
-        return f"they run on {job['host']}; cancel there"
-    if job["executor"] == "debug":
-        return f"they run in process {job['job_id']}; press Ctrl-C there"
-    try:
-        local.stop(job["job_id"])
-    except PermissionError:
-        return f"process {job['job_id']} is another user's, who can cancel it"
-    return None
-
-
-def _require_store(store: Path) -> None:
-    if not store.is_dir():
-        raise ValueError(f"{store} is not a store, so it has no runs; name another with --store")
 
 
 def _check(runs: Sequence[RunConfig], profile: Profile) -> None:

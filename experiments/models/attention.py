@@ -62,11 +62,10 @@ class AttentionModule(nn.Module):
         plain = heads == kv_heads and not self.qk_norm
         self.maps.fused = kernels
         self.adds_stream = self.maps.fits(("o",), not self.maps.reads_part_input)
-        self.rotates_convolved = plain and self.maps.fits(_QKV)
+        self.rotates_convolved = plain and self.maps.takes_rope(_QKV, self.head_size)
         convolved = [site for site in _QKV if cast(ConvLinear, self.maps[site]).conv is not None]
         self.maps.in_one_product = plain and not convolved
-        together = self.rotates_convolved or (not plain and self.maps.fits(_QKV))
-        first = ["q, k, v, RoPE"] if self.rotates_convolved else ["q, k, v"] * together
+        first = ["q, k, v, RoPE"] if self.rotates_convolved else ["q, k, v"] * self.maps.fits(_QKV)
         return first + ["o, residual stream"] * self.adds_stream
 
     def forward(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
+from experiments.models.barriers import add_barriers
 from experiments.models.norm import RMSNorm
 from experiments.models.packing import Documents, documents_of
 from experiments.models.readout import LastTokenReadout
@@ -95,6 +96,7 @@ class Decoder(nn.Module):
         """
         import torch._dynamo  # takes seconds to import
 
+        add_barriers()
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)

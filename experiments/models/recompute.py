@@ -28,8 +28,8 @@ _KEPT = {
     "aten::_scaled_dot_product_efficient_attention",
     "torch_attn::_varlen_attn",
     "dynconv::convolve",
-    "dynconv::lowrank_joined",
-    "dynconv::lowrank_gated",
+    "dynconv::joined",
+    "dynconv::gated",
 }
 
 

@@ -15,6 +15,7 @@ from dynconv import headwise_dynamic_convolution, lowrank_dynamic_convolution, s
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv, project_together
 from experiments.design.model import ModelConfig
 from experiments.models import fused
+from experiments.models.fused import ShortConv
 from experiments.models.packing import Documents, apart
 from experiments.parts.base import LinearMap, Part
 from experiments.parts.short_convolution import (
@@ -30,9 +31,6 @@ ONE_PRODUCT_WIDTH = 512  # maps of wider inputs share no product: it costs a 2B 
 # of the second for one launch that takes several maps.
 _CHANNEL_MULTIPLE = 16
 _SEGMENT_MULTIPLE = 128
-
-
-_ShortConv = StaticShortConv | HeadwiseDynamicConv | LowRankDynamicConv
 
 
 class ConvLinear(nn.Module):
@@ -66,7 +64,7 @@ class ConvLinear(nn.Module):
     ) -> Tensor:  # [B, T, outputs]
         if self.conv is None:
             return y
-        conv = cast(_ShortConv, self.conv)
+        conv = cast(ShortConv, self.conv)
         if y.shape[-1] == self.linear.out_features:
             return apart(partial(_from_generated, conv), documents, y, generated)
         return apart(partial(_convolve_together, [conv], [y.shape[-1]]), documents, y, generated)[..., : conv.channels]
@@ -137,7 +135,7 @@ class Maps(nn.ModuleDict):
             generated |= dict(zip(joined, columns, strict=True))
         if self._mismatched:
             generated = {site: partners(made) for site, made in generated.items()}  # A generator maps token by token.
-        convolved = {site: cast(_ShortConv, linear.conv) for site, linear in maps.items() if linear.conv is not None}
+        convolved = {site: cast(ShortConv, linear.conv) for site, linear in maps.items() if linear.conv is not None}
         if sharing == list(maps) and not convolved:
             return Outputs(list(products.values()), y)
         if sharing == list(convolved) and _fit_one_launch(list(convolved.values()), widths):
@@ -174,10 +172,18 @@ class Maps(nn.ModuleDict):
         convolutions = [cast(ConvLinear, self[site]).conv for site in sites]
         return self.fused and reads_input and not self._mismatched and fused.fit(convolutions)
 
-    def weights_and_convolutions(self, sites: Sequence[str]) -> tuple[list[Tensor], list[LowRankDynamicConv]]:
-        """What the functions of `fused` take first. The convolutions must be low-rank."""
+    def takes_swiglu(self, sites: Sequence[str]) -> bool:
+        """Whether SwiGLU is part of the kernel of these sites' convolutions."""
+        return self.fits(sites) and fused.takes_swiglu(self.weights_and_convolutions(sites)[1])
+
+    def takes_rope(self, sites: Sequence[str], head_size: int) -> bool:
+        """Whether RoPE on heads of so many channels is part of the kernel of these sites' convolutions."""
+        return self.fits(sites) and fused.takes_rope(self.weights_and_convolutions(sites)[1], head_size)
+
+    def weights_and_convolutions(self, sites: Sequence[str]) -> tuple[list[Tensor], list[ShortConv]]:
+        """What the functions of `fused` take first. The sites must have convolutions."""
         linears = [cast(ConvLinear, self[site]) for site in sites]
-        return [one.linear.weight for one in linears], [cast(LowRankDynamicConv, one.conv) for one in linears]
+        return [one.linear.weight for one in linears], [cast(ShortConv, one.conv) for one in linears]
 
     def decode(
         self,
@@ -230,26 +236,16 @@ def partners(
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def _fit_one_launch(convolutions: Sequence[_ShortConv], widths: Sequence[int]) -> bool:
+def _fit_one_launch(convolutions: Sequence[ShortConv], widths: Sequence[int]) -> bool:
     """Whether one launch can compute these convolutions, `widths` channels each: they must be alike but for those."""
-
-    def settings(convolution: _ShortConv) -> tuple[object, ...]:
-        shape: int | None = None
-        if isinstance(convolution, LowRankDynamicConv):
-            shape = len(convolution.up)  # the rank
-        if isinstance(convolution, HeadwiseDynamicConv):
-            shape = convolution.channels // convolution.heads
-        static = convolution.static_filter is not None
-        return type(convolution), convolution.width, convolution.residual, static, convolution.activation, shape
-
     lowrank = any(isinstance(convolution, LowRankDynamicConv) for convolution in convolutions)
     fitting = not (lowrank and any(width % _SEGMENT_MULTIPLE for width in widths))
-    kinds = [settings(convolution) for convolution in convolutions]
+    kinds = [fused.settings(convolution) for convolution in convolutions]
     return len(convolutions) > 1 and fitting and all(kind == kinds[0] for kind in kinds)
 
 
 def _convolve_together(
-    convolutions: Sequence[_ShortConv],  # equal in all settings but their channels
+    convolutions: Sequence[ShortConv],  # equal in all settings but their channels
     widths: Sequence[int],  # channels of each in y, including padding
     y: Tensor,  # [B, T, sum of widths]
     generated: Tensor | None,  # [B, T, columns of all generators]; None for static convolutions
@@ -278,7 +274,7 @@ def _convolve_together(
     return static_convolution(y, static, **options)
 
 
-def _from_generated(conv: _ShortConv, y: Tensor, generated: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+def _from_generated(conv: ShortConv, y: Tensor, generated: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
     return cast(Tensor, conv(y, generated=generated, cu_seqlens=cu_seqlens))
 
 

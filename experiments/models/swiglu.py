@@ -36,7 +36,8 @@ class SwiGLUModule(nn.Module):
         """
         self.maps.fused = kernels
         self.adds_stream = self.maps.fits(("down",), not self.maps.reads_part_input)
-        return ["gate, up, SwiGLU"] * self.maps.fits(_GATED) + ["down, residual stream"] * self.adds_stream
+        inner = ["gate, up, SwiGLU"] if self.maps.takes_swiglu(_GATED) else ["gate, up"] * self.maps.fits(_GATED)
+        return inner + ["down, residual stream"] * self.adds_stream
 
     def forward(
         self,
@@ -45,7 +46,7 @@ class SwiGLUModule(nn.Module):
         stream: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
         """SwiGLU, added to `stream` if it is given."""
-        if documents is None and self.maps.fits(_GATED):
+        if documents is None and self.maps.takes_swiglu(_GATED):
             y = gated(*self.maps.weights_and_convolutions(_GATED), x)
         else:
             gate, up = self.maps.apply_to(x, _GATED, x, documents)

@@ -137,7 +137,8 @@ def _write(folder: Path, state: State, world: World) -> Path:
     temporary = folder / f".{path.name}.tmp"
     if world.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # The run's own folder is not made again, if it was removed just now.
+        temporary.mkdir()
     world.wait_for_all()
     written = [temporary / name for name in _write_tensors(temporary, state.tensors, world)]
     checksums: dict[str, Any] = {}

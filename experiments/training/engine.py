@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from experiments.tasks.base import Examples
 from experiments.training.loss import IGNORED
 from experiments.training.parallel import World
+from experiments.training.rehearsal import Rehearsal
 
 LONGEST_WINDOW = 64  # steps; with steps of 1.6 ms the host reads results ten times a second
 WINDOW_TOKENS = 2**21  # of one process; each takes 16 bytes on the device
@@ -148,6 +149,7 @@ class Engine:
         for group in groups:
             group["lr"] = self._rate
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured_gradients: list[Tensor | None] = []  # what the graph writes, until it was rehearsed
         self.stream = torch.cuda.Stream() if cuda else None  # for captures
         self._uploaded = torch.cuda.Event() if cuda else None
         # A process that waits for this one sleeps. With many runs on a machine, cores that wait busily are missed.
@@ -215,22 +217,38 @@ class Engine:
             # stream would share it, and corrupt each other's products if they are replayed at the same time.
             with torch.cuda.graph(self._graph, stream=self.stream):
                 self._step()
+            self._captured_gradients = [parameter.grad for parameter in self._parameters]
             self._release_gradients()  # Their memory belongs to the graph.
         self._stopped.zero_()
 
-    def rehearse(self) -> list[tuple[float, float]]:
-        """(Loss, gradient norm) of the first filled step, as the graph has them and uncompiled. Updates nothing."""
+    def rehearse(self) -> Rehearsal:
+        """The first filled step, as the graph has it and uncompiled. Updates nothing. Call it once a capture."""
         self._stopped.fill_(1.0)
         try:
             self.launch(1)
-            outcomes = self.read(1)
+            ((loss, norm),) = self.read(1)
             self._place.zero_()
             with torch.compiler.set_stance("force_eager"):
                 self._step()
-            return [*outcomes, tuple(self._results[:, 0].tolist())]
+            plain_loss, plain_norm = self._results[:, 0].tolist()
+            captured, plain = (
+                [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, gradients, strict=True)]
+                for gradients in (self._captured_gradients, [p.grad for p in self._parameters])
+            )
+            norms = torch.stack(torch._foreach_norm(plain)).tolist()
+            torch._foreach_sub_(plain, captured)
+            return Rehearsal(
+                loss, norm, plain_loss, plain_norm, norms, torch.stack(torch._foreach_norm(plain)).tolist()
+            )
         finally:  # memory may be too small for a step that is not compiled
+            self._captured_gradients = []
             self._release_gradients()
             self._stopped.zero_()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters in the order of a rehearsal's gradients."""
+        return self._parameters
 
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:

@@ -48,6 +48,10 @@ class Evaluator:
         else:
             self._loss.warm_up(stream)
 
+    def rehearse(self) -> tuple[float, float] | None:
+        """As that of `HeldOutLoss`; None if no pass was recorded."""
+        return self._loss.rehearse() if self._loss is not None and self._loss.captured else None
+
     @torch.no_grad()
     def metrics(self, finished: bool, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Metrics by name: the task's, and auxiliary losses of the model.

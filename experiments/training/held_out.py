@@ -28,6 +28,7 @@ class HeldOutLoss:
         self._losses, self._device, self._passes = losses, device, len(bounds)
         self.positions = examples.positions  # that count, in the whole set
         parts = [examples.rows(low, high) for low, high in bounds]
+        self._first_positions = parts[0].positions
         self._batches = [  # [P, B, ...] each: what `padded` gives for each micro-batch
             torch.stack([torch.from_numpy(array) for array in arrays]).to(device)
             for arrays in zip(*(padded(part, sequences) for part in parts), strict=True)
@@ -50,6 +51,26 @@ class HeldOutLoss:
             with torch.cuda.graph(graph, stream=stream):
                 self._pass()
             self._graph = graph
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    @torch.no_grad()
+    def rehearse(self) -> tuple[float, float]:
+        """The mean loss per target of the first micro-batch, as the graph has it and uncompiled."""
+        assert self._graph is not None
+        found = []
+        for replays in (True, False):
+            self._place.zero_()
+            self._total.zero_()
+            if replays:
+                self._graph.replay()
+            else:
+                with torch.compiler.set_stance("force_eager"):
+                    self._pass()
+            found.append(self._total.item() / max(1, self._first_positions))
+        return found[0], found[1]
 
     @torch.no_grad()
     def sums(self, interrupted: Callable[[], bool]) -> tuple[Tensor, dict[str, Tensor]] | None:

@@ -1,6 +1,6 @@
-"""Cross-entropy of an LM head, computed for a few thousand tokens at a time so that not all logits are in memory.
+"""The losses of a model; cross-entropy for a few thousand tokens at a time, so that not all logits are in memory.
 
-Shapes: N tokens, D width, V vocabulary.
+Shapes: B sequences, T sequence length, K packed documents; N tokens, D width, V vocabulary.
 """
 
 import importlib.util
@@ -9,13 +9,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from experiments.training.precision import mixed_precision
 
 IGNORED = -100  # the target of positions that are left out of the loss
 # Tokens whose logits are computed at a time. From 4096 to 32768 a 300M model's step took the same time within noise;
 # with 32768 it took 5 GiB more than with 4096.
 CHUNK = 8192
+
+
+def losses_of(
+    model: nn.Module,
+    device: torch.device,
+    inputs: Tensor,  # [B, T]
+    targets: Tensor,  # [B, T]
+    starts: Tensor | None = None,  # [B, K]: of packed documents
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
+
+    Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
+    Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
+    """
+    packing = {} if starts is None else {"starts": starts}
+    if device.type == "cuda":
+        with mixed_precision(device):
+            loss, auxiliary, measures = model(
+                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten()), **packing
+            )
+    else:
+        logits, auxiliary, measures = model(inputs, **packing)
+        logits = logits.float().flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    if not torch.is_grad_enabled():
+        auxiliary = auxiliary | measures
+    return loss, means_over_sequences(auxiliary, targets)
 
 
 def means_over_sequences(

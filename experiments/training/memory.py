@@ -7,6 +7,9 @@ from typing import Protocol
 
 import torch
 
+from experiments.design.config import RunConfig
+from experiments.training.parallel import World
+
 
 class WarmsUp(Protocol):
     """What needs the memory of a whole step in its `warm_up`: the trainer."""
@@ -27,6 +30,26 @@ def missing_memory_passed_over() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+
+
+def does_not_fit(make: Callable[[int], WarmsUp], tried: int, run: RunConfig, world: World) -> str:
+    """What is too large for the GPU's memory, and what to set instead.
+
+    `make` gives a trainer of so many sequences in a micro-batch; `tried` did not fit: 0 if the model itself did not.
+    """
+    gigabytes = f"{torch.cuda.get_device_properties(world.device).total_memory / 2**30:.0f} GiB"
+    if tried == 0:
+        return f"the model does not fit into the GPU's {gigabytes}; set parallel = 'fsdp' on more GPUs"
+    if world.sharded:  # One process alone cannot try, and the others may be waiting for it already.
+        advice = f"try micro_batch = {max(1, tried // 2)} in the profile, or more GPUs"
+    elif fits := micro_batch_that_fits(make, tried, run.model.sequence_group):
+        advice = f"{fits} do: set micro_batch = {fits} in the profile"
+    else:
+        advice = "nor do fewer: set parallel = 'fsdp' in the profile, on more GPUs"
+    return (
+        f"micro_batch = {tried} sequences of {run.train.sequence_length} tokens do not fit into the GPU's {gigabytes}; "
+        f"{advice}"
+    )
 
 
 def micro_batch_that_fits(

@@ -5,10 +5,6 @@ a node, finds the newest complete checkpoint in the directory; if the run is com
 """
 
 import contextlib
-import importlib.metadata
-import os
-import platform
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -24,11 +20,10 @@ from analysis.logs.files import read_json, write_atomically
 from analysis.logs.provenance import count_attempts, last_interruption
 from analysis.logs.reader import progress, read_attempts
 from analysis.logs.writer import RunLog, next_attempt, record_failure
-from experiments import source
-from experiments.design.config import Execution, RunConfig
+from experiments.design.config import RunConfig
 from experiments.training.folder import FolderTaken, RunFolder
-from experiments.training.job import Place, joined, this_place
-from experiments.training.presence import sharing
+from experiments.training.job import joined, this_place
+from experiments.training.provenance import provenance, runs_on_device
 from experiments.training.record import data_sha256, read_record
 from experiments.training.stopping import PREEMPTED, STOPPED, Preempted, StopSignal
 
@@ -40,8 +35,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this 
 SHOWN = ("loss", "accuracy")  # the metrics that an evaluation prints; the log has all
 CAUSE_SECONDS = 5.0  # for another process of the job to record why it failed
 LEAVE_SECONDS = 20.0  # for rank 0 to have the job started again, before the end of another process ends it
-# Slurm's jobs have it: the number of runs on their device; empty: unknown. On this machine runs are counted.
-SHARING_VARIABLE = "DYNCONV_SHARING"
 
 
 class RunFailed(RuntimeError):
@@ -141,7 +134,7 @@ class _Attempt:
     def _count_runs(self) -> None:
         """Note how many runs share the device now."""
         if self._log is not None:
-            self._log.sharing(_sharing(self._place))
+            self._log.sharing(runs_on_device(self._place))
 
     def _execute(self) -> bool:
         """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
@@ -223,11 +216,9 @@ class _Attempt:
 
     def _does_not_fit(self, config: dict[str, Any], run: RunConfig, world: "World") -> ValueError:
         """The error of a batch that does not fit into the GPU's memory."""
-        import torch
-
         from experiments.data.dataset import Dataset
         from experiments.training.assembly import assemble
-        from experiments.training.memory import micro_batch_that_fits
+        from experiments.training.memory import does_not_fit
         from experiments.training.parallel import World
 
         def make(micro_batch: int) -> "Trainer":
@@ -235,21 +226,7 @@ class _Attempt:
             dataset = None if run.data is None else Dataset.open(config["data_dir"])
             return assemble(run, dataset, execution, World(0, 1, world.device))
 
-        tried = self._micro_batch
-        gigabytes = f"{torch.cuda.get_device_properties(world.device).total_memory / 2**30:.0f} GiB"
-        if tried == 0:
-            return ValueError(f"the model does not fit into the GPU's {gigabytes}; set parallel = 'fsdp' on more GPUs")
-        if world.sharded:  # One process alone cannot try, and the others may be waiting for it already.
-            advice = f"try micro_batch = {max(1, tried // 2)} in the profile, or more GPUs"
-        else:
-            fits = micro_batch_that_fits(make, tried, run.model.sequence_group)
-            advice = f"{fits} do: set micro_batch = {fits} in the profile"
-            if fits is None:
-                advice = "nor do fewer: set parallel = 'fsdp' in the profile, on more GPUs"
-        return ValueError(
-            f"micro_batch = {tried} sequences of {run.train.sequence_length} tokens do not fit into the GPU's "
-            f"{gigabytes}; {advice}"
-        )
+        return ValueError(does_not_fit(make, self._micro_batch, run, world))
 
     def _remove_failure(self) -> None:
         """Delete the failure.json of an earlier attempt.
@@ -296,7 +273,7 @@ class _Attempt:
         self._step, self._micro_batch = trainer.steps_done + 1, trainer.micro_batch
         if world.rank == 0:
             execution = replace(self._execution, compile=trainer.compiled)
-            about = _provenance(world, self._place, execution, config["code_commit"])
+            about = provenance(world, self._place, execution, config["code_commit"])
             about["fused"] = "; ".join(trainer.fused) or "nothing"
             about["damaged_checkpoints"] = skipped or []
             self._log = RunLog(
@@ -387,42 +364,6 @@ def _lost_peer(error: Exception) -> bool:
     from experiments.training.parallel import lost_peer
 
     return lost_peer(error)
-
-
-def _sharing(place: Place) -> int | None:
-    """How many runs use this run's device now; None where it is not known."""
-    if (said := os.environ.get(SHARING_VARIABLE)) is not None:
-        return int(said) if said.isdigit() else None
-    return sharing(int(place.job) if place.job.isdigit() else os.getpid())
-
-
-def _provenance(world: "World", place: Place, execution: Execution, code_commit: str | None) -> dict[str, Any]:
-    """The provenance of this attempt, for its log."""
-    import torch
-
-    cuda = world.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
-        "gpus": world.size,
-        "parallel": world.parallel if world.size > 1 else None,
-        "dtype": "bfloat16" if cuda else "float32",
-        "execution": execution.in_words(cuda),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "job_id": place.job or None,
-        "hosts": list(place.hosts) or [socket.gethostname()],
-        "code_commit": source.recorded_commit() or code_commit,  # of the copy that this process runs
-        "code_sha256": source.code_sha256(),
-        "sharing": _sharing(place),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _waiting_since(run_dir: Path, config: dict[str, Any]) -> float:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.errors import WorkFailed
@@ -24,12 +23,13 @@ from experiments.tasks.base import Examples, Task
 from experiments.training.checkpoints import State
 from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
-from experiments.training.loss import IGNORED, linear_cross_entropy, means_over_sequences
+from experiments.training.loss import losses_of
 from experiments.training.memory import is_out_of_memory
 from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
-from experiments.training.precision import mixed_precision
+from experiments.training.rehearsal import disagreement, held_out_disagreement
+from experiments.training.state import take_over, tensors_for, tensors_of
 
 MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
 # Steps of models up to this size are captured as CUDA graphs, since a GPU runs their kernels faster than the host can
@@ -152,16 +152,13 @@ class Trainer:
         torch.cuda.synchronize()
 
     def check_captured(self) -> None:
-        """Hold a captured step, if there is one, against the uncompiled model on the next batch, updating nothing.
+        """Hold a captured step and evaluation, if there are any, against the uncompiled model, updating nothing.
 
-        Raises WorkFailed if their loss or gradient differ by more than rounding can explain: a wrong program would
-        train to a wrong number without a word.
+        The step is the next. Raises WorkFailed if a loss or a parameter's gradient differs by more than rounding can
+        explain: a wrong program would train to a wrong number without a word.
         """
-        if self._engine is None or not self._engine.captured or self.finished:
-            return
-        self._fill(self.steps_done, 1)
         try:
-            (loss, norm), (plain_loss, plain_norm) = self._engine.rehearse()
+            found = self._disagreement()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -169,14 +166,26 @@ class Trainer:
                 "the compiled step was not checked: memory is too small for one that is not compiled", file=sys.stderr
             )
             return
-        finally:  # The step that was not compiled needs more memory than training will: leave it to other processes.
-            torch.cuda.empty_cache()
-        if not (_agree(loss, plain_loss, 0.02) and _agree(norm, plain_norm, 0.2)):
+        finally:  # What is not compiled needs more memory than training will: leave it to other processes.
+            if self.captured:
+                torch.cuda.empty_cache()
+        if found is not None:
             raise WorkFailed(
-                f"the compiled step has loss {loss:.4g} and gradient norm {norm:.4g} where the same model uncompiled "
-                f"has {plain_loss:.4g} and {plain_norm:.4g}, so its program is wrong on "
-                f"{torch.cuda.get_device_name()} with torch {torch.__version__}; set compile = false in the profile"
+                f"{found}, so its program is wrong on {torch.cuda.get_device_name()} with torch {torch.__version__}; "
+                "set compile = false in the profile"
             )
+
+    def _disagreement(self) -> str | None:
+        """What captured programs compute otherwise than the model uncompiled, if anything."""
+        if self._engine is not None and self._engine.captured and not self.finished:
+            self._fill(self.steps_done, 1)
+            names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+            step = self._engine.rehearse()
+            found = disagreement(step, [names[each] for each in self._engine.parameters], self.steps_done == 0)
+            if found is not None:
+                return found
+        losses = self._evaluator.rehearse()
+        return None if losses is None else held_out_disagreement(*losses)
 
     def step(self) -> Step:
         """One optimizer step on the next global batch. Raises NonFiniteLoss, and then updates nothing."""
@@ -294,36 +303,12 @@ class Trainer:
         """Everything that is needed to resume the run. All processes must call this."""
         about: dict[str, str | int] = {**self._identity}
         about |= {"steps_done": self.steps_done, "evaluated_at": self.evaluated_at}
-        tensors = {f"model.{name}": tensor for name, tensor in self._model_tensors().items()}
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        for optimizer in self._optimizers:
-            for parameter, own in optimizer.state.items():
-                tensors.update({f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in own.items()})
-        return State(about, tensors)
+        return State(about, tensors_of(self.model, self._optimizers))
 
     def tensors_for(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-        """The tensors into which those of a checkpoint are read, by name: the model's own, and new ones.
-
-        What belongs to a parameter and has its size is sharded as it is. Raises ValueError if the model and the
-        checkpoint have not the same parameters.
-        """
-        own = self._model_tensors()
-        missing = sorted({f"model.{name}" for name in own} - set(saved))
-        if missing:
-            raise ValueError(f"the checkpoint lacks {missing[0]}, which this model has; start the run anew")
-        tensors = {}
-        for name, (size, dtype) in saved.items():
-            kind, _, rest = name.partition(".")
-            owner = own.get(rest if kind == "model" else rest.rpartition(".")[0])
-            if owner is None or (kind == "model" and owner.shape != size):
-                raise ValueError(f"the checkpoint has {name} {list(size)}, which this model lacks; start the run anew")
-            if kind == "model":
-                tensors[name] = owner.detach()
-            elif owner.shape == size:
-                tensors[name] = torch.empty_like(owner, dtype=dtype)
-            else:
-                tensors[name] = torch.empty(size, dtype=dtype, device=owner.device)
-        return tensors
+        """The tensors into which those of a checkpoint are read, by name. Raises ValueError if the model and the
+        checkpoint have not the same parameters."""
+        return tensors_for(self.model, saved)
 
     def resume(self, state: State) -> None:
         """Continue from a state that was read into the tensors of `tensors_for`.
@@ -339,26 +324,12 @@ class Trainer:
         assert self._engine is None or not self._engine.captured, (
             "load the state before warm_up: a captured step uses the tensors that it was captured with"
         )
-        states: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.tensors.items():
-            if name.startswith("optimizer."):
-                parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
-                states.setdefault(parameter, {})[key] = tensor
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                optimizer.state.update({p: states[names[p]] for p in group["params"] if names[p] in states})
+        take_over(state.tensors, self.model, self._optimizers)
         self.steps_done, self.evaluated_at = int(state.about["steps_done"]), int(state.about["evaluated_at"])
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's state_dict, gathered from all processes, which must all call this."""
         return {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
-
-    def _model_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, shared ones once; after a pass in which FSDP gathered them, sharded again."""
-        tensors: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        once: dict[int, str] = {}
-        return {name: tensor for name, tensor in tensors.items() if once.setdefault(id(tensor), name) == name}
 
     def _tokens(self, steps: int) -> int:
         sequences = min(steps * self.config.batch_sequences, self.config.sequences)
@@ -397,33 +368,6 @@ class Trainer:
         return f"loss {loss}, gradient norm {norm}{where}, learning rate {rate:.3g}"
 
 
-def losses_of(
-    model: nn.Module,
-    device: torch.device,
-    inputs: Tensor,  # [B, T]
-    targets: Tensor,  # [B, T]
-    starts: Tensor | None = None,  # [B, K]: of packed documents
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
-
-    Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
-    Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
-    """
-    packing = {} if starts is None else {"starts": starts}
-    if device.type == "cuda":
-        with mixed_precision(device):
-            loss, auxiliary, measures = model(
-                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten()), **packing
-            )
-    else:
-        logits, auxiliary, measures = model(inputs, **packing)
-        logits = logits.float().flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    if not torch.is_grad_enabled():
-        auxiliary = auxiliary | measures
-    return loss, means_over_sequences(auxiliary, targets)
-
-
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
     """Whether steps are launched before the losses of earlier ones are read: on a GPU, where it saves time.
 
@@ -431,12 +375,3 @@ def runs_ahead(world: World, optimizers: Optimizers) -> bool:
     """
     able = all(isinstance(optimizer, torch.optim.AdamW | Muon) for optimizer in optimizers)
     return world.device.type == "cuda" and able
-
-
-def _agree(captured: float, plain: float, share: float) -> bool:
-    """Whether two evaluations of a loss or gradient norm in bfloat16 can be of the same function.
-
-    On an H100 the norms of right programs differed by .3% before the first step, and in a diverged run by 11%; wrong
-    ones by factors above 400 (results/measured/h100/README.md). Gradients near zero are mostly rounding.
-    """
-    return abs(captured - plain) <= share * abs(plain) + 1e-2 or not math.isfinite(plain)
