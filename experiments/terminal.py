@@ -8,13 +8,15 @@ if TYPE_CHECKING:  # `plan` and `status` draw no bar, and start faster without i
     from tqdm import tqdm
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
+FILE_SECONDS = 30.0  # between two states of a bar that goes to a file
 
 
-def bar(name: str, total: int | None, unit: str, progress: bool, items: Iterable[bytes] | None = None) -> "tqdm[bytes]":
-    """A bar on standard error, for `items` or to be updated by hand; none where `progress` is false."""
+def bar(name: str, total: int | None, unit: str, items: Iterable[bytes] | None = None) -> "tqdm[bytes]":
+    """A bar on standard error, for `items` or to be updated by hand. In a file it is a line now and then."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, disable=not progress)
+    often = 0.1 if sys.stderr.isatty() else FILE_SECONDS
+    return tqdm(items, desc=name, total=total, unit=unit, unit_scale=True, delay=QUIET_SECONDS, mininterval=often)
 
 
 def warn(*lines: str) -> None:

@@ -87,7 +87,7 @@ def tiny_data(text_folder: Path) -> DataConfig:
 
 @pytest.fixture(scope="session")
 def dataset(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return Dataset.open(build(tiny_data, tmp_path_factory.mktemp("cache"), progress=False))
+    return Dataset.open(build(tiny_data, tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_jobs_run_the_code_that_was_submitted_on_the_gpu_of_their_slot(
     code = snapshot.take(tmp_path)
     assert snapshot.take(tmp_path) == code
     with (code / "experiments" / "training" / "run.py").open("a") as file:
-        file.write('\nprint("from the snapshot, with GPUs", os.environ["CUDA_VISIBLE_DEVICES"])\n')
+        file.write('\nimport os\n\nprint("from the snapshot, with GPUs", os.environ["CUDA_VISIBLE_DEVICES"])\n')
     outcome = submit([tiny_run], tmp_path, Profile("local"))
     assert outcome.unsuccessful == []
     assert "from the snapshot, with GPUs 6\n" in Path(str(outcome.ended[0].log)).read_text()

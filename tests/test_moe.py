@@ -28,7 +28,6 @@ from experiments.parts.attention import Attention
 from experiments.parts.base import Shape
 from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import LowRankConvolution
-from experiments.parts.swiglu import SwiGLU
 from experiments.tasks.base import Examples
 from experiments.training.assembly import assemble
 from experiments.training.loss import losses_of
@@ -245,18 +244,26 @@ def gradients(trainer: Trainer, index: int) -> list[Tensor]:
     return [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
 
 
-def test_a_model_with_experts_is_not_compiled() -> None:
-    """Its compiled gradients were wrong on an H100, and nothing but this says so to the trainer."""
-    assert not Decoder(SMALL, seed=0).compiles
-    assert Decoder(replace(SMALL, ffn=SwiGLU(hidden=16)), seed=0).compiles
-
-
 @on_a_gpu
-def test_a_model_with_experts_trains_uncompiled_on_a_gpu(run: RunConfig, dataset: Dataset) -> None:
-    trainer = assemble(run, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
+def test_compiled_experts_have_the_gradients_of_uncompiled_ones_whatever_the_memory_held(
+    run: RunConfig, dataset: Dataset
+) -> None:
+    """Of this width, torch's kernel of a norm reads back what other warps store: see experiments/models/barriers.py."""
+    torch.compiler.reset()
+    wide = replace(run, model=replace(run.model, width=192, mixer=Attention(3, 3)))
+    trainer = assemble(wide, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
     trainer.warm_up()
-    assert not trainer.compiled
-    assert not trainer.captured
+    assert trainer.captured
+    trainer.check_captured()
+    with torch.compiler.set_stance("force_eager"):
+        expected = gradients(trainer, 0)
+    trainer._zero_grad()
+    for _ in range(20):
+        stale = [torch.full((2**power,), math.nan, device="cuda") for power in range(8, 25) for _ in range(4)]
+        del stale
+        for got, want in zip(gradients(trainer, 0), expected, strict=True):
+            assert (got - want).norm() <= 0.4 * want.norm()
+        trainer._zero_grad()
 
 
 def test_micro_batches_change_rounding_only(run: RunConfig, dataset: Dataset) -> None:

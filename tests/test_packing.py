@@ -65,7 +65,7 @@ def lines(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Datase
     data = DataConfig(
         source=str(text_folder), separator="\n", vocabulary=300, train_tokens=40_000, validation_tokens=2_000
     )
-    return Dataset.open(build(data, tmp_path_factory.mktemp("cache"), progress=False))
+    return Dataset.open(build(data, tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_text_that_is_one_document_is_refused(tiny_run: RunConfig, tmp_path: Pat
         (tmp_path / split / "one.txt").write_text(" ".join(map(str, words)))
     places = {"source": str(tmp_path / "train"), "validation_source": str(tmp_path / "validation")}
     data = DataConfig(**places, vocabulary=300, train_tokens=5_000, validation_tokens=2_000)
-    dataset = Dataset.open(build(data, tmp_path / "cache", progress=False))
+    dataset = Dataset.open(build(data, tmp_path / "cache"))
     assemble(tiny_run, dataset, CPU, ALONE)
     with pytest.raises(ValueError, match="packed keeps documents apart, and these data are one document; give sep"):
         assemble(replace(tiny_run, packed=True), dataset, CPU, ALONE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from planted import pairs_of, write_sweep
 
 from analysis.advantage.changing import reported
 from analysis.advantage.checks import local_of
-from analysis.advantage.measured import _noise_over_sizes, measured
+from analysis.advantage.measured import _noise_over_sizes, measured, seed_noise_by_size
 from analysis.advantage.multiplier import compare
 from analysis.advantage.planning import Ladder, Simulated, World, cheapest, in_order, ladder_of, prospects
+from analysis.logs.schema import RUN_COLUMNS
 from analysis.logs.store import load
 from experiments.cli.main import main
 
@@ -160,11 +162,35 @@ def test_noise_is_taken_from_finished_runs_and_said(tmp_path: Path, capsys: pyte
     asked = ["power", str(store), "--m", "1.3", "--seeds", "2", "--simulations", "100", "--exponent", "0.1"]
     assert main(asked) == 0
     text = capsys.readouterr().out
-    assert f"seed noise {world.seed_noise:.3g} (measured: paired seeds, 12 degrees of freedom)" in text
+    said = re.search(r"seed noise (.*) \(measured: paired seeds, a power of compute, 12 degrees of freedom\)", text)
+    assert said is not None
+    by_size = [float(value) for value in re.findall(r"([\d.]+) at s\d", said[1])]
+    assert len(by_size) == 6
+    assert math.exp(np.log(by_size).mean()) == pytest.approx(world.seed_noise, rel=0.15)
     assert "exponent 0.1 (asked)" in text
     assert "correlation 0 (assumed, not measured)" in text
     assert main([*asked, "--json"]) == 0
     assert "simulated with seed noise" in capsys.readouterr().err
+
+
+def test_seeds_of_a_store_show_the_noise_of_each_size() -> None:
+    """40 seeds of sizes whose noise is a power of compute, two arms; the largest size has one seed, and gets the noise
+    of its neighbour. One number for all sizes would be off by a factor of 3 at either end."""
+    random = np.random.default_rng(0)
+    rows = [
+        {"arm": arm, "size": str(i), "seed": seed, "loss": 3 - i / 10 + 0.01 * (c / 1e15) ** -0.25 * noise}
+        | {"run_id": f"{arm}{i}{seed}", "flops_exact": c, "status": "complete"}
+        for arm in "ab"
+        for i, c in enumerate((1e15, 1e16, 1e17, 1e18))
+        for seed, noise in enumerate(random.standard_normal(40 if i < 3 else 1))
+    ]
+    runs = pd.DataFrame(rows)
+    runs = runs.assign(**{name: None for name in RUN_COLUMNS if name not in runs})
+    found, source = seed_noise_by_size(runs, ladder_of(runs, "a"), "a")
+    assert list(found) == ["0", "1", "2", "3"]
+    assert list(found.values()) == pytest.approx([0.01, 0.0056, 0.0032, 0.0032], rel=0.2)
+    assert found["3"] == found["2"]
+    assert "117 degrees of freedom" in source
 
 
 def test_every_kind_of_design_gives_its_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

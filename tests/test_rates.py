@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from noise_tables import STUDY, THE_STUDY, TUNINGS, tune
 
-from analysis.advantage.paired import local_multipliers
+from analysis.advantage.changing import reported
+from analysis.advantage.paired import changing_multipliers, local_multipliers
 from analysis.laws import rates
 from analysis.laws.rates import best_of, excess
 from analysis.laws.solver import Floats
@@ -267,6 +269,22 @@ def test_the_interval_of_tuned_arms_covers(
     assert bias[0] == pytest.approx(plain_bias, abs=0.007)
     assert abs(bias[1]) < 0.006
     assert 0.9 <= covered[1] <= 0.99
+
+
+def test_choosing_among_rates_costs_little_and_a_rate_off_the_best_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 designs of mini-scaling; tests/noise_tables.py has the whole table."""
+    monkeypatch.setattr(rates, "DRAWS", 200)
+    found = []
+    for tuning in (TUNINGS[0], TUNINGS[1], TUNINGS[2], TUNINGS[7]):
+        y0, y1, noise = tune(THE_STUDY, tuning, 300, corrected=True)
+        local = local_multipliers(STUDY, STUDY, y0, y1, noise=noise)
+        assert abs(float(local.mean.mean()) - THE_STUDY.ln_m) < 4 * float(local.mean.std()) / math.sqrt(300)
+        _, low, high = reported(local, np.ones(300), changing_multipliers(local))
+        found.append(float(np.median(high - low)))
+    best, tuned, uneven, off = found
+    assert tuned == pytest.approx(best, rel=0.1)
+    assert uneven == pytest.approx(best, rel=0.1)
+    assert off > 1.8 * best
 
 
 def rate_table(path: Path, sizes: int = 1) -> Path:

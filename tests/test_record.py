@@ -125,9 +125,9 @@ def test_two_folders_with_equal_text_are_the_same_data(
         (copy / path.name).write_bytes(path.read_bytes())
     moved = replace(tiny_run.data, source=str(copy))
     assert replace(tiny_run, data=moved).run_id == tiny_run.run_id
-    assert Dataset.open(build(moved, tmp_path / "cache", progress=False)).sha256 == dataset.sha256
+    assert Dataset.open(build(moved, tmp_path / "cache")).sha256 == dataset.sha256
     (copy / path.name).write_text("changed")
-    assert Dataset.open(build(moved, tmp_path / "cache", progress=False)).sha256 != dataset.sha256
+    assert Dataset.open(build(moved, tmp_path / "cache")).sha256 != dataset.sha256
 
 
 def test_a_trained_run_is_a_model_with_its_tokenizer(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_equal_stores_give_equal_pages(page: Path, tmp_path: Path) -> None:
 
 
 @in_browser
-@pytest.mark.parametrize(("width", "dark"), [(1400, False), (1400, True), (390, False), (390, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (390, True)])
 def test_it_opens_without_errors_or_requests_in_any_width_and_mode(
     page: Path, browser: Browser, tmp_path: Path, width: int, dark: bool
 ) -> None:

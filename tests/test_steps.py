@@ -198,7 +198,7 @@ def test_counting_a_bucket_reads_none(spec: DataConfig, tmp_path: Path) -> None:
     for step in ("read", "collect", "tokenize"):
         steps.run(shared, step, 0, 1)
     source = shared.source()
-    prepared = writing.prepare(shared.folder, source.spec, source.found, None, False)
+    prepared = writing.prepare(shared.folder, source.spec, source.found, None)
     (first, *_) = writing.jobs(prepared, source.spec, "validation")
     assert encode.count(first) == first.path.with_suffix(".ids").stat().st_size // 2
     assert encode.count(first._replace(bucket=99)) == 0

@@ -12,8 +12,8 @@ import numpy as np
 from analysis.advantage.multiplier import comparable
 from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
 from analysis.advantage.pairs import Pairs, pair, usable
-from analysis.advantage.planning import World
-from analysis.advantage.seeds import scatter
+from analysis.advantage.planning import Ladder, World
+from analysis.advantage.seeds import by_power, scatter
 from analysis.logs.learning import failed_runs
 from analysis.logs.schema import CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import choose_baseline, choose_convention
@@ -44,19 +44,8 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
     become zero. The law is that of the baseline and the first arm with enough sizes.
     """
     found: dict[str, tuple[float, str]] = {}
-    rows, _ = usable(runs)
-    convention = choose_convention(runs)
-    arms = list(dict.fromkeys(rows["arm"]))
-    paired: list[Pairs] = []
-    if len(arms) > 1:
-        baseline = choose_baseline(runs, baseline)
-        for arm in arms:
-            with contextlib.suppress(ValueError):  # an arm that cannot be compared contributes nothing to the estimates
-                two = rows[rows["arm"].isin([baseline, arm])]
-                both, _, _ = comparable(two, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
-                paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
-        paired = [each for each in paired if len(each.sizes) > 1]
-    seeds = _seed_noise(paired, rows, CONVENTIONS[convention])
+    rows, paired = _paired(runs, baseline)
+    seeds = _seed_noise(paired, rows, CONVENTIONS[choose_convention(runs)])
     if seeds is not None:
         found["seed_noise"] = seeds
     laws = [(each, _law(each)) for each in paired if len(each.sizes) >= FEWEST_SIZES]
@@ -69,6 +58,40 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
         Assumption(name, value, found[name][1] if name in found else "assumed, not measured")
         for name, value in vars(world).items()
     ]
+
+
+def seed_noise_by_size(runs: pd.DataFrame, ladder: Ladder, baseline: str | None = None) -> tuple[dict[str, float], str]:
+    """The standard deviation of a run's loss over seeds at each size of the ladder, a power of compute as in the
+    analysis (seeds.py), from the paired seeds of all arms; and its source in words. Empty where paired seeds are too
+    few to show how it changes with size."""
+    squares, dof = np.zeros(len(ladder.sizes)), np.zeros(len(ladder.sizes))
+    for each in _paired(runs, baseline)[1]:
+        for size, d in zip(each.sizes, each.differences, strict=True):
+            if size in ladder.sizes:
+                squares[ladder.sizes.index(size)] += float(((d - d.mean()) ** 2).sum()) / 2
+                dof[ladder.sizes.index(size)] += len(d) - 1
+    found = by_power(ladder.compute, squares[None], np.ones(len(dof)), dof)
+    if found is None or not found.differs_by_size:
+        return {}, ""
+    source = f"measured: paired seeds, a power of compute, {dof.sum():.0f} degrees of freedom"
+    return dict(zip(ladder.sizes, map(float, np.sqrt(found.variance[0])), strict=True)), source
+
+
+def _paired(runs: pd.DataFrame, baseline: str | None) -> tuple[pd.DataFrame, list[Pairs]]:
+    """The finished runs, and the pairs of every arm that can be compared over two sizes or more."""
+    rows, _ = usable(runs)
+    convention = choose_convention(runs)
+    arms = list(dict.fromkeys(rows["arm"]))
+    if len(arms) < 2:
+        return rows, []
+    baseline = choose_baseline(runs, baseline)
+    paired: list[Pairs] = []
+    for arm in arms:
+        with contextlib.suppress(ValueError):  # an arm that cannot be compared contributes nothing to the estimates
+            two = rows[rows["arm"].isin([baseline, arm])]
+            both, _, _ = comparable(two, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
+            paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
+    return rows, [each for each in paired if len(each.sizes) > 1]
 
 
 def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[float, str] | None:

@@ -35,9 +35,14 @@ class NoiseBySize:
 
     @property
     def dof(self) -> int:
-        """Degrees of freedom of the variances, less one where their steepness was fitted. With it, t's bound of seed
-        noise alone is exceeded in .03 to .06 of simulated designs instead of .05 (analysis/README.md)."""
-        return int(self.dof_by_size.sum()) - int(_has_steepness(self.dof_by_size))
+        """Degrees of freedom of the variances, less one where their steepness was fitted. With it, t's bound
+        of the seeds' noise is exceeded by that alone in .06 to .12 of simulated designs (analysis/README.md)."""
+        return int(self.dof_by_size.sum()) - int(self.differs_by_size)
+
+    @property
+    def differs_by_size(self) -> bool:
+        """Whether there was enough to fit how the noise of a seed changes with compute."""
+        return _has_steepness(self.dof_by_size)
 
     def at_least(self, variance: Floats, dof: Floats, part: Floats) -> tuple[Floats, Floats]:
         """The larger of `variance` [K], which has `dof` [K] degrees of freedom, and that of the sum over sizes of

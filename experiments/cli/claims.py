@@ -120,7 +120,13 @@ def _add_power(subparsers: Subparsers) -> None:
         "finished runs show, else 0.002)",
     )
     for name, text, value in (
-        ("--arm-noise", "standard deviation of an arm at a size around its law, nats", 0.002),
+        (
+            "--arm-noise",
+            "standard deviation of an arm at a size around its law, nats; one learning rate is simulated, so add in "
+            "quadrature what rates that are not the best cost: 1.4 b s^2, for b nats a squared e-fold and rates that "
+            "are off the best by s (standard deviation of ln rate)",
+            0.002,
+        ),
         ("--shared-noise", "standard deviation of a size that all arms share, nats", 0.005),
         ("--exponent", "exponent of the law", 0.15),
         ("--reducible", "loss above the irreducible loss at the middle compute of all sizes, nats", 1.3),
@@ -217,13 +223,18 @@ def _power(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from analysis.advantage.measured import seed_noise_by_size
     from analysis.advantage.planning import POWER, Prospect, cheapest, ladder_of, prospects
     from analysis.pages.tables import value_table
 
     seeds, noise = _seeds(args), _seed_noise(args)
     _check_world(args)
     design = _design(args)
-    ladder = _with_noise(ladder_of(design, args.baseline, args.gpu_flops), noise)
+    ladder = ladder_of(design, args.baseline, args.gpu_flops)
+    source = "asked"
+    if not noise and args.seed_noise is None and _has_losses(design):
+        noise, source = seed_noise_by_size(design, ladder, args.baseline)
+    ladder = _with_noise(ladder, noise)
     world, assumptions = _world(args, design)
     total = max(len(ladder.sizes) - 2, 0) * len(seeds)
     arms = max(design["arm"].nunique() - 1, 1) if "arm" in design else 1
@@ -233,7 +244,7 @@ def _power(args: argparse.Namespace) -> int:
     lines = [f"the interval of all {arms} arms at once, by which an arm is resolved"] if arms > 1 else []
     if noise:
         at = ", ".join(f"{value:.3g} at {size}" for size, value in noise.items())
-        lines.append(f"seed noise {at} (asked)")
+        lines.append(f"seed noise {at} ({source})")
         assumptions = [item for item in assumptions if item.name != "seed_noise"]
     lines += [f"{item.name.replace('_', ' ')} {item.value:.3g} ({item.source})" for item in assumptions]
     if args.format == "md":
@@ -292,6 +303,10 @@ def _seed_noise(args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def _has_losses(design: pd.DataFrame) -> bool:
+    return "loss" in design and bool(design["loss"].notna().any())
+
+
 def _with_noise(ladder: Ladder, noise: dict[str, float]) -> Ladder:
     """The design with a noise of each size's own. Raises ValueError unless it is given for exactly its sizes."""
     from dataclasses import replace
@@ -311,7 +326,7 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
     from analysis.logs.learning import unlearned
 
     world, assumptions = World(), [Assumption(name, value, "assumed") for name, value in vars(World()).items()]
-    if "loss" in design and design["loss"].notna().any():
+    if _has_losses(design):
         warn(*(f"{each.remark}, and are not in these estimates" for each in unlearned(design).values()))
         world, assumptions = measured(design, args.baseline)
     names = {"reducible": "reducible_loss"}

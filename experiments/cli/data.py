@@ -50,7 +50,7 @@ def _data(args: argparse.Namespace) -> int:
         return 0  # jobs build it
     path = built
     if args.verify:
-        Dataset.open(path).verify(progress=True)
+        Dataset.open(path).verify()
         print(f"{path}: every file has its checksum", file=sys.stderr)
     print(json.dumps(to_dict(path), indent=1) if args.format == "json" else inspect(path))
     return 0

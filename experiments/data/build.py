@@ -31,7 +31,7 @@ ABANDONED_SECONDS = 7 * 24 * 3600
 DATASET = "dataset"
 
 
-def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
+def build(spec: DataConfig, cache: Path) -> Path:
     """The folder in `cache` that holds the dataset of `spec`; it is built unless it is there already.
 
     Its name is a hash of the specification and the content of the corpus's files, wherever they lie and whatever their
@@ -41,7 +41,7 @@ def build(spec: DataConfig, cache: Path, *, progress: bool = True) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         spec = hub.localise(spec, cache)
-        target = (_build_text if spec.pretokenized is None else pretokenized.index)(spec, cache, progress)
+        target = (_build_text if spec.pretokenized is None else pretokenized.index)(spec, cache)
     except OSError as error:
         raise ValueError(
             f"the data cache must be a folder that takes files; "
@@ -68,9 +68,9 @@ def look(spec: DataConfig, cache: Path) -> Source:
     return Source(spec, found, tokenizer_json)
 
 
-def target_of(source: Source, cache: Path, progress: bool) -> Path:
+def target_of(source: Source, cache: Path) -> Path:
     """The folder of the dataset in the cache, whether it is there or not. Reads the corpus, if it is new."""
-    _hash_files(source.found.files, cache, progress)
+    _hash_files(source.found.files, cache)
     known = known_target(source, cache)
     assert known is not None, "the files' hash has just been noted"
     return known
@@ -101,14 +101,14 @@ def specification_key(source: Source) -> list[Any]:
     return [SCHEMA, settings, raw and hashlib.sha256(raw).hexdigest()]
 
 
-def _build_text(spec: DataConfig, cache: Path, progress: bool) -> Path:
+def _build_text(spec: DataConfig, cache: Path) -> Path:
     source = look(spec, cache)
-    target = target_of(source, cache, progress)
+    target = target_of(source, cache)
     if not target.exists():
         _remove_abandoned(cache)
-        with _build_lock(target, progress) as left_over:
+        with _build_lock(target) as left_over:
             if not target.exists():
-                _build_in_a_folder_of_its_own(target, source, progress, left_over)
+                _build_in_a_folder_of_its_own(target, source, left_over)
     return target
 
 
@@ -118,13 +118,13 @@ def _hash_of(files: list[CorpusFile], cache: Path) -> Path:
     return cache / f".{hashlib.sha256(json.dumps([places, fingerprint(files)]).encode()).hexdigest()[:16]}.content"
 
 
-def _hash_files(files: list[CorpusFile], cache: Path, progress: bool) -> None:
+def _hash_files(files: list[CorpusFile], cache: Path) -> None:
     """Keep a hash of the content of all files, in any order, unless it is there."""
     known = _hash_of(files, cache)
     if known.exists():
         return
     digests = []
-    with bar("hashing the corpus", sum(file.bytes for file in files), "B", progress) as done:
+    with bar("hashing the corpus", sum(file.bytes for file in files), "B") as done:
         for file in files:
             try:
                 digests.append(f"{file.split} {suffix_of(file.name)} {file_sha256(file.path)}")
@@ -136,7 +136,7 @@ def _hash_files(files: list[CorpusFile], cache: Path, progress: bool) -> None:
 
 
 @contextlib.contextmanager
-def _build_lock(target: Path, progress: bool) -> Iterator[Path | None]:
+def _build_lock(target: Path) -> Iterator[Path | None]:
     """Wait for another process that builds `target`; gives the folder of a builder killed on this machine, if any.
 
     The lock only saves work. Correctness rests on unique working folders and an atomic rename, because some cluster
@@ -144,7 +144,7 @@ def _build_lock(target: Path, progress: bool) -> Iterator[Path | None]:
     """
     with (target.parent / f".{target.name}.lock").open("wb") as lock:
         try:
-            _wait_for(lock, target, progress)
+            _wait_for(lock, target)
         except OSError:
             yield None
             return
@@ -166,12 +166,11 @@ def _remove_abandoned(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for(lock: BinaryIO, target: Path, progress: bool) -> None:
+def _wait_for(lock: BinaryIO, target: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if progress:
-            print(f"{target}: another process builds it; waiting for that", file=sys.stderr)
+        print(f"{target}: another process builds it; waiting for that", file=sys.stderr)
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
@@ -179,7 +178,7 @@ def _working_prefix(target: Path) -> str:
     return f".{target.name}.{socket.gethostname()}."
 
 
-def _build_in_a_folder_of_its_own(target: Path, source: Source, progress: bool, left_over: Path | None) -> None:
+def _build_in_a_folder_of_its_own(target: Path, source: Source, left_over: Path | None) -> None:
     """Build where nobody else does, and go on where a killed builder left off.
 
     The folder stays if this process is killed or interrupted, and goes if the build fails.
@@ -188,14 +187,14 @@ def _build_in_a_folder_of_its_own(target: Path, source: Source, progress: bool, 
     if left_over is not None:
         left_over.replace(working)  # another name, under which processes of the killed builder can write no more
     try:
-        make(target, working, source, progress)
+        make(target, working, source)
     except (ValueError, OSError):
         shutil.rmtree(working, ignore_errors=True)
         raise
     shutil.rmtree(working, ignore_errors=True)
 
 
-def make(target: Path, working: Path, source: Source, progress: bool) -> None:
+def make(target: Path, working: Path, source: Source) -> None:
     """Build in `working`, with what is there already, and rename the dataset to `target`."""
     spec, found, tokenizer_json = source
     if found.not_read:
@@ -205,8 +204,8 @@ def make(target: Path, working: Path, source: Source, progress: bool) -> None:
     # Of this process alone: Slurm may start a job again while a lost node still runs it.
     dataset = working / f"{DATASET}-{socket.gethostname()}-{os.getpid()}"
     dataset.mkdir()
-    prepared = writing.prepare(working, spec, found, tokenizer_json, progress)
-    manifest = writing.write(dataset, prepared, spec, found, progress)
+    prepared = writing.prepare(working, spec, found, tokenizer_json)
+    manifest = writing.write(dataset, prepared, spec, found)
     now = [file for file in find_files(spec).files if spec.read_all or file[:2] in {each[:2] for each in found.files}]
     if fingerprint(now) != fingerprint(found.files):
         raise ValueError(

@@ -141,10 +141,10 @@ class Dataset:
                 )
         return dataset
 
-    def verify(self, *, progress: bool = False) -> None:
+    def verify(self) -> None:
         """Read every file and compare it with its checksum. Raises ValueError naming the first that differs."""
         files = self.manifest["files"]
-        with bar("verifying", sum(entry["bytes"] for entry in files.values()), "B", progress) as done:
+        with bar("verifying", sum(entry["bytes"] for entry in files.values()), "B") as done:
             for name, entry in files.items():
                 path, offset = self._place(name)
                 _check_length(path, entry.get("file_bytes", entry["bytes"]))

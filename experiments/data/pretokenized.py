@@ -83,7 +83,7 @@ def find_tokens(spec: DataConfig) -> dict[str, list[Tokens]]:
     return {"train": _take(train, 0, spec.train_tokens), "validation": taken}
 
 
-def index(spec: DataConfig, cache: Path, progress: bool) -> Path:
+def index(spec: DataConfig, cache: Path) -> Path:
     """The folder in `cache` with the index of the tokens of `spec`, made unless it is there already: every token is
     compared with the vocabulary, and hashed. Raises ValueError naming a file that holds others."""
     tokenizer_json = bpe.read(spec)
@@ -99,7 +99,7 @@ def index(spec: DataConfig, cache: Path, progress: bool) -> Path:
     try:
         dataset = working / "dataset"  # not as private as a temporary folder is
         dataset.mkdir()
-        manifest = _write(dataset, spec, found, tokenizer_json, progress)
+        manifest = _write(dataset, spec, found, tokenizer_json)
         if _state(paths) != as_they_are:
             raise ValueError(
                 f"the tokens must stay as they are while they are read; got changes under {spec.source}; "
@@ -245,16 +245,14 @@ def _take(found: list[Tokens], skip: int, wanted: int) -> list[Tokens]:
     return taken
 
 
-def _write(
-    folder: Path, spec: DataConfig, found: dict[str, list[Tokens]], tokenizer_json: bytes, progress: bool
-) -> dict[str, Any]:
+def _write(folder: Path, spec: DataConfig, found: dict[str, list[Tokens]], tokenizer_json: bytes) -> dict[str, Any]:
     """Write what the tokens lack for a dataset; returns the manifest."""
     coder = bpe.load(tokenizer_json, spec.vocabulary, spec.end_of_text)
     (folder / TOKENIZER).write_bytes(tokenizer_json)
     (folder / TOKEN_BYTES).write_bytes(coder.token_bytes.astype("<u2").tobytes())
     files, splits = {}, {}
     total = sum(tokens.shard.tokens * tokens.shard.type.itemsize for split in SPLITS for tokens in found[split])
-    with bar("checking the tokens", total, "B", progress) as done:
+    with bar("checking the tokens", total, "B") as done:
         for split in SPLITS:
             checked = []
             for number, tokens in enumerate(found[split]):

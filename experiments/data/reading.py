@@ -30,9 +30,7 @@ class Job(NamedTuple):
     buckets: int
 
 
-def read_corpus(
-    spill: Path, spec: DataConfig, files: list[CorpusFile], progress: bool
-) -> tuple[Documents, dict[str, int]]:
+def read_corpus(spill: Path, spec: DataConfig, files: list[CorpusFile]) -> tuple[Documents, dict[str, int]]:
     """The documents, and counts of what was read and left out; with the parts that an earlier process finished.
 
     Raises ValueError if there is no text, or none for one of the splits.
@@ -41,7 +39,7 @@ def read_corpus(
     for begun in spill.glob(".part-*"):  # by processes that were killed
         shutil.rmtree(begun, ignore_errors=True)
     counts = Counter(files=len(files), documents=0, bytes=0, empty=0, undecodable=0)
-    with bar("reading the corpus", sum(file.bytes for file in files), "B", progress) as done:
+    with bar("reading the corpus", sum(file.bytes for file in files), "B") as done:
         if (workers := processes.count(len(todo), text_bytes)) > 1:
             for job, part in zip(todo, processes.in_order(read, todo, workers), strict=True):
                 counts.update(part)

@@ -131,19 +131,19 @@ def run(shared: Shared, step: str, worker: int, workers: int) -> None:
             reading.read(part)
         return
     if step == "collect":
-        name = build.target_of(source, shared.cache, False).name
+        name = build.target_of(source, shared.cache).name
         write_json(shared.folder / TARGET, {"name": name})
     if shared.done:
         return
     if step == "publish":
         assert shared.target is not None, "collect has noted it"
-        build.make(shared.target, shared.folder, source, False)
+        build.make(shared.target, shared.folder, source)
         ended = shared.folder.with_suffix(".ended")  # another name, under which nobody writes any more
         shutil.rmtree(ended, ignore_errors=True)
         shared.folder.replace(ended)
         shutil.rmtree(ended, ignore_errors=True)
         return
-    prepared = writing.prepare(shared.folder, source.spec, source.found, source.tokenizer_json, False)
+    prepared = writing.prepare(shared.folder, source.spec, source.found, source.tokenizer_json)
     if step == "tokenize":
         for job in _share([writing.jobs(prepared, source.spec, split) for split in SPLITS], worker, workers):
             encode.encode_one(job)

@@ -34,19 +34,19 @@ class Prepared(NamedTuple):
     tokens: Path  # the folder with the tokenizer, where the tokens go
 
 
-def prepare(working: Path, spec: DataConfig, found: Found, tokenizer_json: bytes | None, progress: bool) -> Prepared:
+def prepare(working: Path, spec: DataConfig, found: Found, tokenizer_json: bytes | None) -> Prepared:
     """Read the corpus, leave out near copies and train the tokenizer, as far as the specification asks for it and an
     earlier process has not done it."""
-    documents, corpus = read_corpus(working / "spill", spec, found.files, progress)
+    documents, corpus = read_corpus(working / "spill", spec, found.files)
     try:
         noted = json.loads((working / PREPARED).read_text())
         return Prepared(documents, noted["corpus"], working / noted["tokens"])
     except (OSError, ValueError, LookupError):
         pass
     if spec.drop_near_copies:
-        corpus["near_copies"] = _leave_out_near_copies(documents, spec, progress)
+        corpus["near_copies"] = _leave_out_near_copies(documents, spec)
     if tokenizer_json is None:
-        with bar("training the tokenizer", None, "document", progress, documents.distinct("train")) as texts:
+        with bar("training the tokenizer", None, "document", documents.distinct("train")) as texts:
             tokenizer_json = bpe.train(texts, spec.vocabulary, spec.end_of_text)
     # The tokens of an earlier process are of the same tokenizer: training on the same text gives the same one.
     tokens = working / f"tokens-{hashlib.sha256(tokenizer_json).hexdigest()[:16]}"
@@ -65,13 +65,13 @@ def jobs(prepared: Prepared, spec: DataConfig, split: str) -> list[encode.Job]:
     ]
 
 
-def write(folder: Path, prepared: Prepared, spec: DataConfig, found: Found, progress: bool) -> dict[str, Any]:
+def write(folder: Path, prepared: Prepared, spec: DataConfig, found: Found) -> dict[str, Any]:
     """Write every file of the dataset but the manifest; returns the manifest's content."""
     tokenizer_json = (prepared.tokens / TOKENIZER).read_bytes()
     (folder / TOKENIZER).write_bytes(tokenizer_json)
     coder = bpe.load(tokenizer_json, spec.vocabulary, spec.end_of_text)
     (folder / TOKEN_BYTES).write_bytes(coder.token_bytes.astype("<u2").tobytes())
-    splits = {split: _write_split(folder, prepared, split, spec, found, coder, progress) for split in SPLITS}
+    splits = {split: _write_split(folder, prepared, split, spec, found, coder) for split in SPLITS}
     corpus = dict(prepared.corpus)
     if spec.validation_source is not None:
         corpus["held_out"] = prepared.documents.count_held_out()
@@ -90,7 +90,7 @@ def write(folder: Path, prepared: Prepared, spec: DataConfig, found: Found, prog
     }
 
 
-def _leave_out_near_copies(documents: Documents, spec: DataConfig, progress: bool) -> int:
+def _leave_out_near_copies(documents: Documents, spec: DataConfig) -> int:
     """Leave out what of the held-out text stands, for the most part, in training documents; returns how many."""
 
     def candidates() -> Iterator[bytes]:
@@ -101,19 +101,19 @@ def _leave_out_near_copies(documents: Documents, spec: DataConfig, progress: boo
             if size > CHECKED_BYTES * spec.validation_tokens:
                 return
 
-    with bar("looking for near copies", None, "document", progress, documents.distinct("train")) as texts:
+    with bar("looking for near copies", None, "document", documents.distinct("train")) as texts:
         digests = find_near_copies(candidates(), texts)
     documents.leave_out(digests)
     return len(digests)
 
 
 def _write_split(
-    folder: Path, prepared: Prepared, split: str, spec: DataConfig, found: Found, coder: bpe.Coder, progress: bool
+    folder: Path, prepared: Prepared, split: str, spec: DataConfig, found: Found, coder: bpe.Coder
 ) -> dict[str, int]:
     """Write documents until the split has its tokens; returns counts, of which `distinct` includes the rest."""
     wanted = spec.train_tokens if split == "train" else spec.validation_tokens
     documents, writer = prepared.documents, shards.SplitWriter(folder, split, wanted, coder.token_bytes)
-    with writer, bar(f"tokenizing {split}", wanted, "token", progress) as done:
+    with writer, bar(f"tokenizing {split}", wanted, "token") as done:
         todo = jobs(prepared, spec, split)
         for bucket in encode.encode(todo, documents.text_bytes(split), lambda n: done.update(min(n, wanted - done.n))):
             writer.add(bucket.ids, bucket.starts)

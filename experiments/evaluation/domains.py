@@ -58,7 +58,7 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
     loss, tokens, text_bytes = 0.0, 0, 0
     lengths = run.coder.token_bytes
     windows: list[Request] = []
-    with bar(f"scoring {folder.name}", None, " tokens", progress=True) as progress:
+    with bar(f"scoring {folder.name}", None, " tokens") as progress:
         for window in _windows(run, folder):
             windows.append(window)
             tokens += len(window.continuation)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from experiments.design.config import RunConfig
 from experiments.launching import states
-from experiments.terminal import QUIET_SECONDS
+from experiments.terminal import FILE_SECONDS, QUIET_SECONDS
 
 LOG_SECONDS = 10.0  # between two entries of a run's log, which are further apart in a long attempt:
 LOG_SHARE = 0.01  # of its duration
@@ -31,7 +31,7 @@ class Progress:
             initial=share,
             delay=QUIET_SECONDS,
             smoothing=0.0,  # the ETA comes from the mean speed so far, since runs differ in theirs
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            mininterval=0.5 if sys.stderr.isatty() else FILE_SECONDS,
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} to go; {desc}",
         )
         return self

@@ -83,12 +83,6 @@ class Decoder(nn.Module):
                     found += part.fuse(kernels)
         return tuple(dict.fromkeys(found))
 
-    @property
-    def compiles(self) -> bool:
-        """Whether compiled programs of its blocks are known to be right: false of what a part's module says so of."""
-        parts = [part for block in self.blocks for part in (cast(Block, block).mixer, cast(Block, block).ffn)]
-        return all(getattr(part, "compiles", True) for part in parts)
-
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
 
@@ -273,8 +267,7 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     them, where there is one, and returns in words what is one kernel then; if it then has a true `adds_stream`, its
     `forward(x, documents, stream)` gives its sum with the residual stream. If it has a method
     `initialise(generator, std, residual_std)`, this draws the parameters that are not of `maps`; the second standard
-    deviation is that of weights into the residual stream. A model of a part whose module has a false `compiles` runs
-    uncompiled. A part that can generate text has `decode(x, state)`, which
+    deviation is that of weights into the residual stream. A part that can generate text has `decode(x, state)`, which
     continues a sequence: `state`, a dictionary of tensors that is empty at the start, is updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]

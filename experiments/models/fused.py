@@ -156,10 +156,14 @@ def _product(
     convolutions: Sequence[ShortConv],
     x: Tensor,  # [B, T, inputs]
 ) -> Tensor:  # [B, T, P*D + columns of the generators + padding]
-    """The outputs of the maps and of their generators, with zeros up to a whole cache line."""
+    """The outputs of the maps and of their generators, with zeros up to a whole cache line.
+
+    Without the few columns of low-rank generators rows are long enough, and the kernels would not write the zeros.
+    """
     generators = (conv.generator_map for conv in convolutions)
     weights = [*weights, *(generator.weight for generator in generators if generator is not None)]
-    padding = -sum(len(weight) for weight in weights) % _ROW_MULTIPLE
+    lowrank = isinstance(convolutions[0], LowRankDynamicConv)
+    padding = -sum(len(weight) for weight in weights) % _ROW_MULTIPLE if lowrank else 0
     return F.linear(x, torch.cat([*weights, weights[0].new_zeros(padding, x.shape[-1])]))
 
 

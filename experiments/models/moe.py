@@ -27,9 +27,6 @@ class MoEModule(nn.Module):
     """The shared expert on the linear maps gate, up and down, plus the experts that the router chose."""
 
     into_residual = ("down",)
-    # Compiled and captured, a model of 8M parameters had gradients of 400 to 1,100 times their norm on an H100 (torch
-    # 2.11), and the right ones uncompiled. The cause is not known: results/measured/h100/README.md.
-    compiles = False
 
     def __init__(self, part: MoE, model: ModelConfig) -> None:
         super().__init__()

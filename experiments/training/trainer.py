@@ -99,7 +99,7 @@ class Trainer:
             # The kernels know no documents: the convolutions of packed sequences stay apart from their neighbours.
             kernels = has_fused_kernels(world.device) and task.held_out.starts is None
             self.fused = cast(Decoder, model).fuse(kernels)
-        self.compiled = execution.compile and self._cuda and cast(Decoder, model).compiles
+        self.compiled = execution.compile and self._cuda
         if self.compiled:
             model.compile(dynamic=False)
         self._replicas = world.replicate(model)
@@ -177,15 +177,14 @@ class Trainer:
 
     def _disagreement(self) -> str | None:
         """What captured programs compute otherwise than the model uncompiled, if anything."""
-        if self._engine is not None and self._engine.captured and not self.finished:
-            self._fill(self.steps_done, 1)
-            names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-            step = self._engine.rehearse()
-            found = disagreement(step, [names[each] for each in self._engine.parameters], self.steps_done == 0)
-            if found is not None:
-                return found
-        losses = self._evaluator.rehearse()
-        return None if losses is None else held_out_disagreement(*losses)
+        losses = self._evaluator.rehearse()  # first, as it takes less memory than a step
+        found = None if losses is None else held_out_disagreement(*losses)
+        if found is not None or self._engine is None or not self._engine.captured or self.finished:
+            return found
+        self._fill(self.steps_done, 1)
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        step = self._engine.rehearse()
+        return disagreement(step, [names[each] for each in self._engine.parameters], first=self.steps_done == 0)
 
     def step(self) -> Step:
         """One optimizer step on the next global batch. Raises NonFiniteLoss, and then updates nothing."""
