@@ -78,6 +78,27 @@ def test_runs_that_were_executed_in_several_ways_have_no_wall_clock(answer: Any)
     assert answer([1.5] * 5, ",device,clock,execution", lambda *_: ",gpu,alone,compiled")["wall_clock"] is not None
 
 
+@pytest.mark.parametrize("fused", [("q k v", "q k v"), (None, "q k v")])
+def test_seeds_of_one_arm_that_were_fused_differently_have_no_wall_clock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fused: Sequence[str | None]
+) -> None:
+    """A newer version may fuse more, and seeds trained before it and after then have two speeds."""
+    rows = [
+        {"arm": arm, "size": f"s{i}", "seed": seed, "C": compute, "train_seconds": compute * 1e-15}
+        | {"loss": 1.7 + (m * compute / 1e19) ** -0.15 + 1e-4 * seed * (1 + i * (arm == "new"))}
+        | {"device": "gpu", "clock": "alone", "execution": "compiled", "fused": parts if arm == "new" else None}
+        for i, compute in enumerate(COMPUTE)
+        for arm, m in (("base", 1.0), ("new", M))
+        for seed, parts in enumerate(fused)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "p.csv", index=False)
+    assert main(["table", str(tmp_path / "p.csv"), "--baseline", "base", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    one = len(set(fused)) == 1
+    assert (found["wall_clock"] is not None) == one
+    assert found["no_clock"] == (None if one else "runs of one arm had different parts fused: nothing, q k v")
+
+
 def test_points_with_seconds_and_no_exact_flops_have_a_wall_clock(answer: Any) -> None:
     found = answer([1.5] * 5)
     assert found["convention"] == "6ND"

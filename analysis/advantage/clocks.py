@@ -91,6 +91,9 @@ def _unusable(rows: pd.DataFrame) -> str | None:
         return f"runs to be compared were on {some(sorted(devices.dropna().unique()))}"
     if executed.nunique() > 1:
         return f"runs to be compared were executed in several ways: {some(sorted(executed.dropna().unique()))}"
+    for fused in (rows["fused_0"], rows["fused_1"]):  # arms differ in what one kernel does, runs of one arm must not
+        if (sets := fused.fillna("nothing")).nunique() > 1:
+            return f"runs of one arm had different parts fused: {some(sorted(map(str, sets.unique())))}"
     for values, what in (
         (devices, "on which device"),
         (executed, "how, compiled or fused or not,"),  # stores of older versions do not say

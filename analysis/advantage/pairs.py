@@ -118,9 +118,9 @@ def pair(
     import pandas as pd
 
     column = CONVENTIONS[convention]
-    absent = [name for name in ("clock", "execution", RUNS_OPTIMIZER, "vocabulary") if name not in runs]
+    absent = [name for name in ("clock", "execution", "fused", RUNS_OPTIMIZER, "vocabulary") if name not in runs]
     runs = runs.assign(**dict.fromkeys(absent, pd.Series(pd.NA, index=runs.index, dtype="string")))
-    clock = ["device", "gpus", "execution", "clock", "train_seconds"]
+    clock = ["device", "gpus", "execution", "fused", "clock", "train_seconds"]
     used = runs[["run_id", "arm", *ON, "loss", "tokens", *clock, RUNS_OPTIMIZER, "vocabulary", column]]
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
@@ -196,7 +196,7 @@ def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
     groups = side.groupby(ON, sort=False)
     averaged = groups.first().assign(_count=groups.size())
     averaged[means] = groups[means].mean()
-    for name in ("device", "execution", "clock", "gpus"):
+    for name in ("device", "execution", "fused", "clock", "gpus"):
         averaged.loc[groups[name].nunique(dropna=False) > 1, "clock"] = "mixed"
     averaged.loc[groups["train_seconds"].count() < groups.size(), "train_seconds"] = np.nan
     return averaged.reset_index()
