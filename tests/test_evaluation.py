@@ -169,6 +169,7 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
         loss = -sum(float(log_probabilities(run, stream[start : start + 17]).sum()) for start in starts)
         size = sum(len(document.encode()) for document in documents)
         assert got[f"text/{domain}", "tokens"] == len(stream) - 1
+        assert got[f"text/{domain}", "bytes"] == size
         assert got[f"text/{domain}", "loss"] == pytest.approx(loss / (len(stream) - 1), rel=1e-5)
         assert got[f"text/{domain}", "bits_per_byte"] == pytest.approx(loss / math.log(2) / size, rel=1e-5)
     logged = pq.read_table(run_dir / "evals.parquet").to_pylist()
@@ -257,7 +258,12 @@ def test_tasks_of_the_harness_join_the_log_of_a_run(
     end = run.tokenizer.token_to_id("<|endoftext|>")
     total = sum(float(log_probabilities(run, [end, *run.tokenizer.encode(q).ids]).sum()) for q in questions)
     assert got["perplexity", "byte_perplexity"] == pytest.approx(math.exp(-total / sum(map(len, questions))), rel=1e-4)
-    assert {row["task"] for row in pq.read_table(run_dir / "evals.parquet").to_pylist()} >= set(TASKS)
+    assert main([*arguments, "--limit", "1"]) == 0  # A part of the questions is a task of another name.
+    tried = {row["task"] for row in json.loads(capsys.readouterr().out)}
+    assert tried == {f"{task}@limit=1" for task in TASKS}
+    kept = {(row["task"], row["metric"]): row["value"] for row in pq.read_table(run_dir / "evals.parquet").to_pylist()}
+    assert kept.items() >= got.items()
+    assert {task for task, _ in kept} >= tried
 
 
 @pytest.mark.slow  # importing the harness takes seconds

@@ -206,6 +206,15 @@ def test_a_domain_of_text_is_a_task_whose_name_has_a_slash(tmp_path: Path) -> No
         values_of(load(tmp_path), "text/code/loss")
 
 
+def test_a_domain_that_was_another_text_for_some_runs_is_refused(tmp_path: Path) -> None:
+    for seed, size in ((0, 1000.0), (1, 1000.0), (2, 900.0)):
+        write_task_run(tmp_path, "static", 1, seed, 0.4, "text")
+        add_evaluations(tmp_path / f"static-1-text-{seed}", {"text/code": {"loss": 2.0, "bytes": size}}, 0.1)
+    with pytest.raises(ValueError, match=r"not the same text in all runs \(1000 bytes: 2, 900 bytes: 1\); run"):
+        values_of(load(tmp_path), "text/code/loss")
+    assert len(values_of(load(tmp_path), "text/accuracy")) == 3
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recall(tmp_path, static=[0.1, 0.2], dyn=[0.5, 0.7])
     for arguments, message in (

@@ -37,4 +37,13 @@ def values_of(store: Store, wanted: str) -> pd.DataFrame:
     if chosen.empty:
         known = some(dict.fromkeys(found["task"] + "/" + found["metric"]), 12) or "none, as it has no evaluations"
         raise ValueError(f"no metric {wanted!r} in {store.name}; there are {known}")
+    _require_same_texts(found[found["task"].isin(chosen["task"])])
     return chosen
+
+
+def _require_same_texts(found: pd.DataFrame) -> None:
+    """Raises ValueError where runs were scored on different texts under one name, as their numbers of bytes tell."""
+    for task, sizes in found[found["metric"] == "bytes"].groupby("task")["value"]:
+        if sizes.nunique() > 1:
+            counts = ", ".join(f"{size:.0f} bytes: {n}" for size, n in sizes.value_counts().items())
+            raise ValueError(f"{task} is not the same text in all runs ({counts}); run `dynconv eval` on all again")

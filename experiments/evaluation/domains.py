@@ -48,7 +48,7 @@ def passed_over(folder: Path) -> list[str]:
 
 
 def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
-    """The mean loss in nats a token, bits per UTF-8 byte, and the number of tokens, over all documents of a folder.
+    """The mean loss in nats a token, bits per UTF-8 byte, and the numbers of both, over all documents of a folder.
 
     As in the held-out text of the training, the documents follow one another, each ended by the end-of-text token, and
     are cut into windows of the training's sequence length; unlike there, the text begins after an end of text. For a
@@ -70,7 +70,12 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
         loss -= sum(each.log_probability for each in score(run, windows))
     if not text_bytes:
         raise ValueError(f"{folder} must hold text; its documents are empty; name another folder")
-    return {"loss": loss / tokens, "bits_per_byte": loss / (math.log(2) * text_bytes), "tokens": float(tokens)}
+    return {
+        "loss": loss / tokens,
+        "bits_per_byte": loss / (math.log(2) * text_bytes),
+        "tokens": float(tokens),
+        "bytes": float(text_bytes),
+    }
 
 
 def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:

@@ -102,7 +102,9 @@ def evaluate(
 ) -> tuple[dict[str, dict[str, float]], int]:
     """The harness's metrics by task, and how many contexts were too long and cut.
 
-    `include` is a folder with the user's own task files. Raises ValueError if a task is not known.
+    A task that `shots` or `limit` change has them in its name, as "mine@limit=10", since its values cannot be compared
+    with those of the task itself. `include` is a folder with the user's own task files. Raises ValueError if a task is
+    not known.
     """
     folder = None if include is None else str(include)
     manager = TaskManager(include_path=folder, include_defaults=include is None)
@@ -124,7 +126,9 @@ def evaluate(
         model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
     )
     results = {task: _metrics(values) for task, values in answer["results"].items()}
-    return {task: metrics for task, metrics in results.items() if metrics}, model.truncated
+    changed = {"shots": shots, "limit": limit}
+    suffix = "".join(f"@{name}={value}" for name, value in changed.items() if value is not None)
+    return {f"{task}{suffix}": metrics for task, metrics in results.items() if metrics}, model.truncated
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
