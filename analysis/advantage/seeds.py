@@ -88,7 +88,7 @@ class NoiseBySize:
 def noise_by_size(
     compute: Floats, differences: Sequence[Floats], seeds: Sequence[int], replicates: Sequence[Sequence[Floats]] = ()
 ) -> NoiseBySize | None:
-    """From the loss differences of each size's paired seeds, and from the losses of runs that agree in their seed, too
+    """From the loss differences of each size's paired seeds, and from the losses of runs whose seeds are not known
     (`replicates`, groups of them at each size); None where nothing was repeated. `compute` [S] and `seeds` [S]."""
     groups = [[each] for each in differences]
     squares, dof = _squares(groups)
