@@ -176,6 +176,10 @@ def test_a_seed_that_was_run_twice_is_averaged(answer: Any) -> None:
     ]
     (found,) = answer(rows, "arm,size,seed,N,D,loss")
     assert found["m"] == pytest.approx(1.33, rel=0.01)
+    said = (
+        "runs of base with the same size and seed but another loss are averaged (row 1, row 2, row 4, row 5 and 4 more)"
+    )
+    assert said in found["notes"]
     assert answer(rows[::-1], "arm,size,seed,N,D,loss")[0]["m"] == pytest.approx(found["m"], rel=1e-9)
 
 

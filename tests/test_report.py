@@ -345,6 +345,9 @@ def test_a_report_that_cannot_be_written_is_refused(
 ) -> None:
     assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "no" / "r.html")]) == 2
     assert "give a file in a folder that exists" in capsys.readouterr().err
+    assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "r.pdf")]) == 2
+    assert "r.pdf; name a file that ends in .html" in capsys.readouterr().err
+    assert not (tmp_path / "r.pdf").exists()
 
 
 @pytest.mark.parametrize("arms", [{}, {"dyn": 1.5}], ids=["one arm", "two arms"])

@@ -104,6 +104,17 @@ def require_one_configuration(runs: pd.DataFrame) -> None:
                 )
 
 
+def averaged(runs: pd.DataFrame) -> list[str]:
+    """For the reader, the replicates of each arm: runs that `pair` averages, since a size, a budget and a seed are the
+    same. Rows without a seed are no such runs: each counts as a seed, and their number is told."""
+    seeded = runs[runs["_seed"] != UNSEEDED]
+    repeated = seeded[seeded.duplicated(["arm", *ON], keep=False)]
+    return [
+        f"runs of {arm} with the same size and seed but another loss are averaged ({some(rows['run_id'])})"
+        for arm, rows in repeated.groupby("arm")
+    ]
+
+
 def pair(
     runs: pd.DataFrame,
     arm: str,

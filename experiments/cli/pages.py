@@ -155,6 +155,8 @@ def _report(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir() or args.out.is_dir():
         got = "is a folder" if args.out.is_dir() else "is in no folder"
         raise ValueError(f"{args.out} {got}; give a file in a folder that exists")
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"a report is a page for a browser; got {args.out}; name a file that ends in .html")
     with reading_store(args) as store:
         page = report(store, args.baseline, args.convention)
     write_atomically(args.out, lambda temporary: temporary.write_text(page))
