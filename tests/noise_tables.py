@@ -64,6 +64,7 @@ FALL = Design(
     "6 sizes, 5 5 3 3 3 3 seeds, noise .02 to .003", STUDY, (5, 5, 3, 3, 3, 3), FALLING, 0.002, 1.33, 0, 1.2, 0.8
 )
 FEW = np.array([0.01, 0.006, 0.004, 0.003, 0.002])
+ALONE = np.array([0.02, 0.01, 0.006, 0.003, 0.002])
 RISING = np.array([0.002, 0.003, 0.004, 0.006, 0.008])
 STEEP = np.array([0.02, 0.007, 0.002])
 EQUAL = evenly("5 x 3, equal noise", 5, 3)
@@ -81,6 +82,9 @@ DESIGNS = (
     evenly("3 x 3, noise .006 to .002", 3, 3, np.array([0.006, 0.0035, 0.002])),
     evenly("3 x 3, noise .02 to .002", 3, 3, STEEP),
     replace(evenly("5 sizes, 5 2 2 1 1 seeds, noise .01 to .002", 5, 1, FEW), seeds=(5, 2, 2, 1, 1)),
+    replace(evenly("5 sizes, 5 1 1 1 1 seeds, noise .01 to .002", 5, 1, FEW), seeds=(5, 1, 1, 1, 1)),
+    replace(evenly("5 sizes, 10 1 1 1 1 seeds, noise .02 to .002", 5, 1, ALONE), seeds=(10, 1, 1, 1, 1)),
+    replace(evenly("5 sizes, 5 1 1 1 1 seeds, equal noise", 5, 1, 0.004), seeds=(5, 1, 1, 1, 1)),
     EQUAL,
     replace(EQUAL, name="the same, t(2)", t=2.0),
     replace(EQUAL, name="the same, scatter 0", scatter=0.0),

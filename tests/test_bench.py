@@ -204,8 +204,8 @@ def test_the_verb_times_what_it_finds(capsys: pytest.CaptureFixture[str], monkey
     [
         ("-o", "kernels.xlsx", "-o wants a file .parquet, .csv; got .*kernels.xlsx"),
         ("-o", "folder.csv", "got a folder"),
-        ("-o", "taken/kernels.csv", "taken/kernels.csv: File exists; give a file in a folder"),
-        ("-o", "/proc/kernels.csv", "-o /proc/kernels.csv: .*; give a file in a folder that you can write to"),
+        ("-o", "taken/kernels.csv", "taken/kernels.csv cannot be written .Not a directory.; name a place"),
+        ("-o", "/proc/kernels.csv", "/proc/kernels.csv cannot be written .*; name a place that you can write to"),
         ("--figure", "kernels.jpg", "--figure wants a file .svg, .pdf, .png; got"),
     ],
 )

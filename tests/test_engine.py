@@ -21,6 +21,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR
 from experiments.design.config import Execution, RunConfig
 from experiments.design.train import AdamW, Muon, Optimizer
+from experiments.parts.moe import MoE
 from experiments.parts.short_convolution import (
     Convolution,
     HeadwiseConvolution,
@@ -175,6 +176,27 @@ def test_a_captured_evaluation_that_computes_something_else_is_refused(
     assert evaluations[0] is not None
     assert evaluations[1] is not None
     assert evaluations[0].metrics == evaluations[1].metrics  # nothing of the check is left
+
+
+@pytest.mark.parametrize(
+    ("capability", "experts", "captured"),
+    [((8, 0), False, True), ((8, 0), True, False), ((9, 0), True, True), ((10, 3), True, True), ((12, 0), True, False)],
+)
+def test_what_makes_the_host_wait_is_not_captured(
+    capability: tuple[int, int], experts: bool, captured: bool, tiny_run: RunConfig, ahead: Callable[..., Trainer]
+) -> None:
+    """torch has the experts' products in one kernel on some GPUs only; a capture on others would end with an error."""
+    ffn = MoE(experts=4, top_k=2, shared=1, hidden=16) if experts else tiny_run.model.ffn
+    trainer = ahead(replace(tiny_run, model=replace(tiny_run.model, ffn=ffn)))
+    trainer.compiled = True
+    assert trainer._engine is not None
+    with (
+        mock.patch.object(trainer._engine, "warm_up") as warm_up,
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
+        mock.patch("torch.cuda.synchronize"),
+    ):
+        trainer.warm_up()
+    warm_up.assert_called_once_with(captured)
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,24 @@ def test_the_two_orders_of_pairs_are_one_function() -> None:
     torch.testing.assert_close(found[2], v)
 
 
+def test_frequencies_that_are_learned_or_rounded_give_the_same_function(launched: list[str]) -> None:
+    what = Neighbours("static", "rope", 3, 16, 8, batch=1, time=600)
+    tensors = {name: value.detach() for name, value in what.tensors().items()}
+    joined, static = tensors["joined"], tensors["static_w"]
+    rounded = what.frequencies.bfloat16()
+    fast = static_rotary_convolution(joined, static, rounded, 2)
+    assert launched
+    launched.clear()
+    learned = rounded.clone().requires_grad_()
+    composed = static_rotary_convolution(joined, static, learned, 2)
+    assert not launched
+    for got, want in zip(composed, fast, strict=True):
+        assert relative_error(got.detach(), want.double()) < 2 * BOUND[BFLOAT16]
+    (gradient,) = torch.autograd.grad(composed[0].float().sum(), learned)
+    assert gradient.isfinite().all()
+    assert gradient.any()
+
+
 @pytest.mark.usefixtures("launched")
 @pytest.mark.parametrize("kind", ["static", "headwise"])
 def test_the_operator_is_what_torch_wants(kind: str) -> None:

@@ -340,11 +340,34 @@ def test_a_torn_log_is_named_on_the_page_and_by_every_verb_that_reads_it(
         assert "is a file; give a directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("plot",),
+        ("freeze",),
+        ("report",),
+        ("track", "--to", "tensorboard"),
+    ],
+    ids=lambda verb: verb[0],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    verb: tuple[str, ...], page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = "/proc/there.html"  # where even root makes no files
+    assert main([*verb, str(page.parent / "sweep"), "-o", target]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dynconv {verb[0]}: {target} cannot be written (")
+    assert error.endswith("; name a place that you can write to\n")
+
+
 def test_a_report_that_cannot_be_written_is_refused(
     page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "no" / "r.html")]) == 2
     assert "give a file in a folder that exists" in capsys.readouterr().err
+    assert main(["report", str(page.parent / "sweep"), "-o", str(tmp_path / "r.pdf")]) == 2
+    assert "r.pdf; name a file that ends in .html" in capsys.readouterr().err
+    assert not (tmp_path / "r.pdf").exists()
 
 
 @pytest.mark.parametrize("arms", [{}, {"dyn": 1.5}], ids=["one arm", "two arms"])

@@ -315,3 +315,18 @@ def test_filters(
     assert "did you mean 'other'?" in capsys.readouterr().err
     assert main(["status", str(tmp_path), "--store", str(tmp_path)]) == 2
     assert "both name a store" in capsys.readouterr().err
+    (tmp_path / tiny_run.run_id / "run.json").write_text('{"torn')  # of which arm it is is not known then
+    assert shown("--arm", "other", "--size", "tiny") == [None, "other"]
+    assert main(["status", str(tmp_path), "--arm", "thr"]) == 2
+    assert "None" not in capsys.readouterr().err
+
+
+def test_the_loss_of_a_training_step_is_called_so() -> None:
+    """Of one step of a stopped run it was 3.48 in the column where the same run, complete, had 4.25 held out."""
+    stopped = RunState("a", "stopped", 0.71, 3.4827)
+    done = RunState("b", "complete", 1.0, 4.25)
+    assert [line.split()[3:] for line in overview.render([stopped, done], 80).splitlines()[1:3]] == [
+        ["train", "3.4827"],
+        ["4.2500"],
+    ]
+    assert "71%, loss train 3.4827" in overview.render_run(stopped, [], 80)

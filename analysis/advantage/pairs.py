@@ -47,7 +47,7 @@ class Pairs:
     excluded: tuple[Excluded, ...]
     cells: tuple[Cell, ...] = ()  # every paired size and budget; empty where each size has one budget
     budgets: tuple[str, ...] = ()  # the budgets averaged over, which every size has; empty where each size has one
-    # For each size: losses of replicates (equal arm, size, budget and seed), one array for each group of them.
+    # For each size: losses of replicates without a seed (equal arm, size and budget), one array for each group of them.
     replicates: tuple[tuple[Floats, ...], ...] = ()
 
     @property
@@ -102,6 +102,17 @@ def require_one_configuration(runs: pd.DataFrame) -> None:
                     f"runs of {arm} at {size} differ in {name} ({values}); name them as different arms, choose one "
                     "with --where, or declare the axis in the sweep's [vary]"
                 )
+
+
+def averaged(runs: pd.DataFrame) -> list[str]:
+    """For the reader, the replicates of each arm: runs that `pair` averages, since a size, a budget and a seed are the
+    same. Rows without a seed are no such runs: each counts as a seed, and their number is told."""
+    seeded = runs[runs["_seed"] != UNSEEDED]
+    repeated = seeded[seeded.duplicated(["arm", *ON], keep=False)]
+    return [
+        f"runs of {arm} with the same size and seed but another loss are averaged ({some(rows['run_id'])})"
+        for arm, rows in repeated.groupby("arm")
+    ]
 
 
 def pair(
@@ -204,8 +215,9 @@ def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def _fewest_seeds(rows: pd.DataFrame) -> int:
     """The number of paired seeds at one size, at the budget that has fewest. Replicates without a seed count as seeds;
-    where the arms have different numbers of them, the smaller counts."""
-    return int(rows[["_count_0", "_count_1"]].min(axis=1).groupby(rows["_budget"]).sum().min())
+    where the arms have different numbers of them, the smaller counts. Those of a seed that has a number count once."""
+    counts = rows[["_count_0", "_count_1"]].min(axis=1).where(rows["_seed"].eq(UNSEEDED), 1)
+    return int(counts.groupby(rows["_budget"]).sum().min())
 
 
 def _differences(rows: pd.DataFrame) -> Floats:
@@ -222,10 +234,11 @@ def _keys(rows: pd.DataFrame) -> list[tuple[str, str, float]]:
 def _replicates(
     sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]], sizes: list[str]
 ) -> tuple[tuple[Floats, ...], ...]:
-    """At each of `sizes`, for each arm and each paired budget and seed with several runs: their losses, sorted."""
+    """At each of `sizes`, for each arm and each paired budget with several runs without a seed: their losses, sorted.
+    Runs that repeat a seed by its number have its noise in common, and do not show it."""
     found: dict[str, list[Floats]] = {size: [] for size in sizes}
     for side in sides.values():
-        repeated = side[side.duplicated(ON, keep=False)]
+        repeated = side[side.duplicated(ON, keep=False) & side["_seed"].eq(UNSEEDED)]
         for key, rows in repeated.groupby(ON):
             if key in matched and str(key[0]) in found:
                 found[str(key[0])].append(np.sort(rows["loss"].to_numpy(float)))

@@ -4,8 +4,9 @@ scatter of the sizes about the law, which more seeds do not lower.
 Small models scatter more: in results/measured/h200/mini-rates two seeds differ three times as much at 1M parameters as
 at 3M, and a design may have more seeds of small sizes. The paired estimator therefore weights a size by the inverse of
 its own variance, as in a meta-analysis with random effects. The variance of seeds is smoothed over sizes, since three
-seeds alone give a poor one; the scatter is estimated by the method of moments (DerSimonian and Kacker, Contemporary
-Clinical Trials 28, 2007, 105, eq. 6, with the weights for equal noise). Simulations: analysis/README.md.
+seeds alone give a poor one; a size without repeated seeds weighs as if it had the mean of the others. The scatter is
+estimated by the method of moments (DerSimonian and Kacker, Contemporary Clinical Trials 28, 2007, 105, eq. 6, with the
+weights for equal noise). Simulations: analysis/README.md.
 
 Legend: K comparisons at once, S sizes.
 """
@@ -36,7 +37,7 @@ class NoiseBySize:
     @property
     def dof(self) -> int:
         """Degrees of freedom of the variances, less one where their steepness was fitted. With it, t's bound
-        of the seeds' noise is exceeded by that alone in .06 to .12 of simulated designs (analysis/README.md)."""
+        of the seeds' noise is exceeded by that alone in .05 to .16 of simulated designs (analysis/README.md)."""
         return int(self.dof_by_size.sum()) - int(self.differs_by_size)
 
     @property
@@ -44,10 +45,26 @@ class NoiseBySize:
         """Whether there was enough to fit how the noise of a seed changes with compute."""
         return _has_steepness(self.dof_by_size)
 
+    @property
+    def repeated(self) -> Bools:
+        """Which sizes [S] had seeds repeated; the noise of the others is taken from their neighbours."""
+        return self.dof_by_size > 0
+
+    @property
+    def for_weights(self) -> Floats:
+        """The variance [K, S], in which a size without repeated seeds has the mean of those with. By the noise of its
+        neighbour's seeds it would count for less the more seeds the neighbour has. But designs give more seeds to the
+        small models that scatter more, and these would then decide m (analysis/README.md)."""
+        repeated = self.repeated
+        if not repeated.any():
+            return self.variance
+        return np.where(repeated, self.variance, self.variance[:, repeated].mean(axis=1, keepdims=True))
+
     def at_least(self, variance: Floats, dof: Floats, part: Floats) -> tuple[Floats, Floats]:
         """The larger of `variance` [K], which has `dof` [K] degrees of freedom, and that of the sum over sizes of
-        `part` [K, S] times the size's loss difference; and the degrees of freedom of the larger one."""
-        by_seeds = (part**2 * self.variance).sum(axis=1)
+        `part` [K, S] times the size's loss difference, as far as its own seeds were repeated; and the degrees of
+        freedom of the larger one."""
+        by_seeds = (part**2 * np.where(self.repeated, self.variance, 0.0)).sum(axis=1)
         return np.maximum(variance, by_seeds), np.where(by_seeds > variance, self.dof, dof)
 
     def of_rows(self, rows: Bools | Indices) -> NoiseBySize:
@@ -71,7 +88,7 @@ class NoiseBySize:
 def noise_by_size(
     compute: Floats, differences: Sequence[Floats], seeds: Sequence[int], replicates: Sequence[Sequence[Floats]] = ()
 ) -> NoiseBySize | None:
-    """From the loss differences of each size's paired seeds, and from the losses of runs that agree in their seed, too
+    """From the loss differences of each size's paired seeds, and from the losses of runs whose seeds are not known
     (`replicates`, groups of them at each size); None where nothing was repeated. `compute` [S] and `seeds` [S]."""
     groups = [[each] for each in differences]
     squares, dof = _squares(groups)
@@ -128,7 +145,7 @@ def difference_variance(steepness: Floats, ln_m: Floats, noise: NoiseBySize | No
     """The variance [K, S] of the sizes' loss differences: scatter, and where seeds were repeated theirs. The scatter is
     taken to be at least LEAST_SCATTER of the seeds' mean variance: few sizes often agree by chance, and weights by
     seeds alone would then leave all to one size. Arguments as of `scatter`."""
-    by_seeds = np.zeros_like(ln_m) if noise is None else noise.variance
+    by_seeds = np.zeros_like(ln_m) if noise is None else noise.for_weights
     least = np.maximum(LEAST_SCATTER * by_seeds.mean(axis=1), 1e-300)  # arms with equal losses have no variance at all
     found: Floats = by_seeds + np.maximum(scatter(steepness, ln_m, by_seeds), least)[:, None]
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise ValueError if no file or folder can be made at `path`, of which folders may be missing. Makes nothing."""
+    try:
+        places = (*(() if path.is_file() else (path,)), *path.absolute().parents)
+        tempfile.TemporaryFile(dir=next(each for each in places if each.exists())).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); name a place that you can write to") from None
 
 
 def sync_folder(folder: Path) -> None:

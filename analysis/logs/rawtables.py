@@ -50,7 +50,7 @@ def read_raw(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
     raw = read(path, content)
     if raw.empty:
-        raise ValueError(f"{path} has no rows")
+        raise ValueError(f"{path} has no rows; give a table with a row for each run")
     return raw
 
 

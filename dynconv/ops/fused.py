@@ -275,7 +275,9 @@ def _convolve(
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The convolution by the fused kernels if they support the inputs, else composed."""
     up, static_w, width, head_size = filters
-    if _may_launch(joined, up, static_w, added):
+    # The kernels have no gradient of frequencies.
+    learned = frequencies is not None and frequencies.requires_grad and torch.is_grad_enabled()
+    if not learned and _may_launch(joined, up, static_w, added):
         # Imported here, so that a CPU user pays for neither Triton's import nor the operator's registration.
         from dynconv.ops import fused_operator
 
@@ -320,6 +322,8 @@ def _composed(
     if added is not None:
         results[0] = results[0] + added
     if frequencies is not None:
+        # 16 bits, as of a model that was rounded whole, hold no large times.
+        frequencies = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
         angle = torch.arange(x.shape[1], device=x.device, dtype=frequencies.dtype)[:, None] * frequencies
         results[:2] = (_rotated(result, angle, halves) for result in results[:2])
     return tuple(results)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import WorkFailed, first_line
-from analysis.logs.files import write_atomically
+from analysis.logs.files import require_writable, write_atomically
 from experiments import source
 from experiments.bench.cases import Case, Provider, cases, providers
 from experiments.terminal import align
@@ -199,11 +198,8 @@ def check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None
     if path.suffix not in kinds or path.is_dir():
         what = "a folder" if path.is_dir() else path
         raise ValueError(f"{option} wants a file {', '.join(kinds)}; got {what}; give it such a name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ValueError(f"{option} {path}: {error.strerror}; give a file in a folder that you can write to") from None
+    require_writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _save(rows: pd.DataFrame, path: Path | None) -> None:

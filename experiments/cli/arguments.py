@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.logs.files import require_writable
 from experiments.terminal import warn
 
 if TYPE_CHECKING:
@@ -110,9 +111,10 @@ def profile_of(args: argparse.Namespace) -> Profile:
 
 
 def require_folder(path: Path) -> Path:
-    """The path, which may not exist yet. Raises ValueError if it is a file."""
-    if path.exists() and not path.is_dir():
+    """The path of a folder to write to, which may not exist yet. Raises ValueError if it cannot be one."""
+    if path.is_file():
         raise ValueError(f"{path} is a file; give a directory")
+    require_writable(path)
     return path
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.cli.arguments import Subparsers, add_verb, format_argument
+from experiments.cli.arguments import Subparsers, add_verb, format_argument, require_folder
 
 
 def register(subparsers: Subparsers) -> None:
@@ -79,5 +79,5 @@ def _fetch(args: argparse.Namespace) -> int:
 
     if args.verify or args.format == "json":
         raise ValueError("fetch takes neither --verify nor --format: it checks all it fetches; remove them")
-    print(fetch(args.what, args.output))
+    print(fetch(args.what, require_folder(args.output)))
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.errors import WorkFailed
+from analysis.logs.files import require_writable
 from experiments import terminal
 from experiments.cli.arguments import Subparsers, add_verb, format_argument
 
@@ -223,7 +223,8 @@ def _export(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(f"export needs safetensors ({error}); pip install 'dynconv[hf]'") from error
     if args.output.exists():
-        raise WorkFailed(f"{args.output} exists; remove it, or name another folder")
+        raise ValueError(f"{args.output} exists; remove it, or name another folder")
+    require_writable(args.output)
     export(load_run(args.run_dir), args.output)
     print(args.output)
     return 0

@@ -149,12 +149,15 @@ def _query(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from analysis.logs.files import write_atomically
+    from analysis.logs.files import require_writable, write_atomically
     from analysis.pages.report import report
 
     if not args.out.parent.is_dir() or args.out.is_dir():
         got = "is a folder" if args.out.is_dir() else "is in no folder"
         raise ValueError(f"{args.out} {got}; give a file in a folder that exists")
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"a report is a page for a browser; got {args.out}; name a file that ends in .html")
+    require_writable(args.out)
     with reading_store(args) as store:
         page = report(store, args.baseline, args.convention)
     write_atomically(args.out, lambda temporary: temporary.write_text(page))
@@ -165,7 +168,8 @@ def _report(args: argparse.Namespace) -> int:
 def _freeze(args: argparse.Namespace) -> int:
     from analysis.logs.store import freeze
 
+    require_folder(args.out)
     with reading_store(args) as store:
-        written = freeze(store, require_folder(args.out), args.steps)
+        written = freeze(store, args.out, args.steps)
     print(*written, sep="\n")
     return 0

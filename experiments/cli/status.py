@@ -153,15 +153,18 @@ def _of_sweep(sweep: Path, store: Path | None) -> "list[RunState]":
 
 
 def _chosen(args: argparse.Namespace, rows: "list[RunState]") -> "list[RunState]":
-    """The runs that --state, --arm and --size let pass. Raises ValueError for a name that no run can have."""
+    """The runs that --state, --arm and --size let pass, and of unreadable ones those whose arm and size are not known.
+    Raises ValueError for a name that no run can have."""
     from experiments.launching.states import STATES
 
     wanted = {name: _names(getattr(args, name)) for name in ("state", "arm", "size")}
     for name, values in wanted.items():
-        legal = STATES if name == "state" else sorted({str(getattr(row, name)) for row in rows})
+        legal = STATES if name == "state" else sorted({value for row in rows if (value := getattr(row, name))})
         for value in values:
             strict.choose(value, legal, f"--{name}")
-    return [row for row in rows if all(not names or getattr(row, key) in names for key, names in wanted.items())]
+    return [
+        row for row in rows if all(not names or getattr(row, key) in (None, *names) for key, names in wanted.items())
+    ]
 
 
 def _names(given: Iterable[str]) -> list[str]:

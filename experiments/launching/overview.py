@@ -36,11 +36,18 @@ def render(states: Sequence[RunState], width: int, *, every: bool = False) -> st
     return "\n".join([table, *hint, "", *_causes(states, width), *(_fit(line, width) for line in _summary(states))])
 
 
+def _loss(run: RunState) -> str:
+    """The held-out loss of a complete run. Before, the loss of one training step, which is not compared with it."""
+    if run.loss is None:
+        return ""
+    return f"{run.loss:.4f}" if run.state == "complete" else f"train {run.loss:.4f}"
+
+
 COLUMNS = (
     _Column("run", lambda run: run.run_id, 9),
     _Column("state", lambda run: run.state, 9),
     _Column("done", lambda run: f"{run.progress:.0%}", 9),
-    _Column("loss", lambda run: "" if run.loss is None else f"{run.loss:.4f}", 6),
+    _Column("loss", _loss, 6),
     _Column("to go", lambda run: duration(run.eta), 8),
     _Column("waits for", lambda run: ", ".join(filter(None, (run.reason, _when(run.expected_start, "%H:%M")))), 7),
     _Column("last step", lambda run: f"{ago} ago" if (ago := _since(run.last_logged)) else "", 4),
@@ -156,7 +163,7 @@ def render_run(state: RunState, attempts: Sequence[Attempt], width: int) -> str:
     """One run: where it stands and why, what it cost, where its output is, and its attempts."""
     why = state.cause or state.reason
     start = f"; Slurm expects it to start at {_when(state.expected_start)}" if state.expected_start else ""
-    loss = "" if state.loss is None else f", loss {state.loss:.4f}"
+    loss = f", loss {_loss(state)}" if state.loss is not None else ""
     logged = f"; last step logged {_since(state.last_logged)} ago" if state.last_logged else ""
     forecast = f" of {_hours(state.forecast_gpu_hours)} forecast" if state.forecast_gpu_hours is not None else ""
     facts = {

@@ -83,6 +83,11 @@ class Decoder(nn.Module):
                     found += part.fuse(kernels)
         return tuple(dict.fromkeys(found))
 
+    def waits_for_host(self, device: torch.device) -> bool:
+        """Whether a part of it makes the host wait for the GPU, so that no CUDA graph can hold a pass."""
+        parts = [part for block in self.blocks for part in (cast(Block, block).mixer, cast(Block, block).ffn)]
+        return any(part.waits_for_host(device) for part in parts if hasattr(part, "waits_for_host"))
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block by itself, with the arguments of torch.compile.
 
@@ -270,8 +275,10 @@ def build(part: Part, model: ModelConfig) -> nn.Module:
     them, where there is one, and returns in words what is one kernel then; if it then has a true `adds_stream`, its
     `forward(x, documents, stream)` gives its sum with the residual stream. If it has a method
     `initialise(generator, std, residual_std)`, this draws the parameters that are not of `maps`; the second standard
-    deviation is that of weights into the residual stream. A part that can generate text has `decode(x, state)`, which
-    continues a sequence: `state`, a dictionary of tensors that is empty at the start, is updated in place.
+    deviation is that of weights into the residual stream. If it has a method
+    `waits_for_host(device)` that is true, steps are not captured as CUDA graphs. A part that can generate text has
+    `decode(x, state)`, which continues a sequence: `state`, a dictionary of tensors that is empty at the start, is
+    updated in place.
     """
     name = type(part).__module__.rpartition(".")[2]
     module: nn.Module = importlib.import_module(f"experiments.models.{name}").build(part, model)

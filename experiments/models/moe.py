@@ -45,6 +45,14 @@ class MoEModule(nn.Module):
             nn.init.normal_(weight, std=std, generator=generator)
         nn.init.normal_(self.down, std=residual_std, generator=generator)
 
+    def waits_for_host(self, device: torch.device) -> bool:
+        """Whether the host has to know how many tokens chose each expert, which a CUDA graph cannot tell it.
+
+        torch has one kernel for all experts on NVIDIA GPUs of compute capability 9.x and 10.x. On others its
+        `_grouped_mm_cuda` copies the ends of the experts' rows to the host, and launches a product for each expert.
+        """
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] not in (9, 10)
+
     def in_float32(self) -> list[nn.Parameter]:
         """The parameters that must not be rounded to 16 bits, as sharding rounds matrices."""
         return list(self.router.parameters())
@@ -161,5 +169,5 @@ def _grouped_product(
 
 
 def _has_grouped_kernels(x: Tensor) -> bool:
-    """Whether torch has a kernel for all groups at once, which never waits for the host: in bfloat16 on a GPU."""
+    """Whether torch has a product of all groups: in bfloat16 on a GPU. It may wait for the host: `waits_for_host`."""
     return x.is_cuda and x.dtype == torch.bfloat16

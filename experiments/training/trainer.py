@@ -138,10 +138,11 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile the model and load kernels by a training and an evaluation pass whose results are discarded.
 
-        A small model's passes are also captured as CUDA graphs.
+        A small model's passes are also captured as CUDA graphs, unless the host has to wait for results in them.
         """
         small = sum(parameter.numel() for parameter in self.model.parameters()) <= CAPTURED_PARAMETERS
         capture = self.compiled and small and self.world.size == 1
+        capture = capture and not cast(Decoder, self.model).waits_for_host(self.world.device)
         if self._engine is None:
             self._backward(0)
             self._zero_grad()
