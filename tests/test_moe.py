@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from planted import write_sweep
-from test_engine import on_a_gpu
+from stepping import on_a_gpu
 from torch import Tensor
 
 from analysis.logs.store import load

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stepping import gpu_trainer, on_a_gpu, to_the_end
 from test_decoder import CONVS, randomised
-from test_engine import gpu_trainer, on_a_gpu, to_the_end
 from test_systems import SYSTEMS
 from torch import Tensor
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import gpu_trainer, on_a_gpu, to_the_end
 from test_decoder import randomised
-from test_engine import gpu_trainer, on_a_gpu, to_the_end
 from test_parallel import KINDS, STEPS, Job, course, in_processes
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
