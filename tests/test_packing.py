@@ -148,7 +148,7 @@ def test_packed_steps_on_a_gpu_are_captured_and_follow_float32(
     run = replace(packed_run, model=MODELS[name])
     torch.compiler.reset()
     checked, trainer = assemble(run, lines, CPU, ALONE), gpu_trainer(run, lines)
-    assert trainer.captured == (name != "moe lowrank")
+    assert trainer.captured != trainer.model.waits_for_host(torch.device("cuda"))
     for step in [step for window in to_the_end(trainer) for step in window]:
         assert step.loss == pytest.approx(checked.step().loss, abs=4e-2)
     one, other = checked.evaluate(lambda: False), trainer.evaluate(lambda: False)
