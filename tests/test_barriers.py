@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import on_a_gpu
+from stepping import on_a_gpu
 
 from experiments.models.barriers import add_barriers, with_barriers
 

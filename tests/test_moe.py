@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from planted import write_sweep
-from test_engine import on_a_gpu
+from stepping import on_a_gpu
 from torch import Tensor
 
 from analysis.logs.store import load
@@ -253,7 +253,7 @@ def test_compiled_experts_have_the_gradients_of_uncompiled_ones_whatever_the_mem
     wide = replace(run, model=replace(run.model, width=192, mixer=Attention(3, 3)))
     trainer = assemble(wide, dataset, Execution(device="cuda"), World(0, 1, torch.device("cuda")))
     trainer.warm_up()
-    assert trainer.captured
+    assert trainer.captured != trainer.model.waits_for_host(torch.device("cuda"))
     trainer.check_captured()
     with torch.compiler.set_stance("force_eager"):
         expected = gradients(trainer, 0)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import on_a_gpu
 from test_decoder import randomised
-from test_engine import on_a_gpu
 from test_packing import LENGTHS, MODELS, MOST, TIME, TOKENS, starts_of
 from torch import Tensor
 

@@ -49,8 +49,8 @@ def constancy_p(
 
     With few sizes the residuals about the trend often have a small variance by chance, so the critical t is large.
     Repeated seeds bound this variance from below, in the data as in the resamples, in which the `noise` of each size is
-    estimated anew. With one noise for all sizes, as in earlier versions, the test rejected a constant m in .00 to .12
-    of designs whose small models scatter more; it now does so in .00 to .08 (analysis/README.md).
+    estimated anew. Where small models scatter more, the test rejects a constant m in .00 to .08 of designs, and in up
+    to .17 without the seeds' noise (analysis/README.md).
     """
     random = np.random.default_rng(seed)
     seen = local_multipliers(c0, c1, y0, y1, irreducible_loss, noise)

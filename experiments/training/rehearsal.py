@@ -12,7 +12,7 @@ LOSS = 0.02  # of the loss of a training batch
 NORM = 0.2  # of the norm of all gradients together
 # Of each parameter's gradient, and, below which a parameter's own is not judged, of the norm of all gradients together.
 # Before the first step, gradients in bfloat16 were off by at most .047 of their norm on an H100 (models with experts;
-# dense ones .009, results/measured/h100/README.md), and by .10 on a CPU in batches of 512 tokens, in any parameter of
+# dense ones .009; a session of which no table was kept), by .10 on a CPU in batches of 512 tokens, in any parameter of
 # 30 arms of the mini sweeps, down to shares of 2e-5 in all gradients. After 12 steps they were off by up to 1.7 in
 # shares below 1e-4, and in the warm-up of models with experts, where experts are empty, by .5.
 FIRST_STEP = (0.4, 1e-6)
@@ -71,7 +71,7 @@ def held_out_disagreement(loss: float, plain_loss: float) -> str | None:
 def _agree(captured: float, plain: float, share: float) -> bool:
     """Whether two losses or norms can be of the same function. Gradients near zero are mostly rounding.
 
-    The norms of right programs differed by .3% before the first step, and in a diverged run by 11%; wrong ones by
-    factors above 400 (results/measured/h100/README.md).
+    The norms of right programs differed by .3% before the first step, and in a diverged run by 11% (no table was kept);
+    wrong ones by factors above 400 (results/measured/h100/README.md).
     """
     return abs(captured - plain) <= share * abs(plain) + 1e-2
