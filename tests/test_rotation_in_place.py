@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from experiments.models.attention import _rotation
+from experiments.models.attention import _rotation, attend
 from experiments.models.joined import rotate, rotate_joined
 from experiments.models.rotation_in_place import rotate_in_place
+from experiments.training.precision import mixed_precision
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 TIME, WIDTH, SIZE = 7, 12, 4
@@ -86,6 +87,33 @@ def test_a_product_with_another_reader_is_left_alone(heads: int, kv_heads: int) 
     got = compiled_with_product(*at, table(), heads, kv_heads)
     assert len({part.untyped_storage().data_ptr() for part in got}) == 4
     agree(got, [*composed(*at, heads, kv_heads), F.linear(*at)], at)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_attention_reads_such_views_on_a_gpu() -> None:
+    """With its gradients in bfloat16, against float64 of the same rounded numbers. A result is rounded a few times."""
+
+    @torch.compile(dynamic=False)
+    def attention(x: Tensor, weight: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        q, k, v = rotate_joined(F.linear(x, weight), turn, 2, 2)
+        return attend(q, k, v, None), v
+
+    cuda = torch.device("cuda")
+    at = [drawn(2, 256, 128).to(cuda, torch.bfloat16), 0.1 * drawn(384, 128).to(cuda, torch.bfloat16)]
+    turn = _rotation(256, 64, 10_000.0, cuda)
+    found, expected = ([each.detach().to(dtype).requires_grad_() for each in at] for dtype in (torch.bfloat16, torch.float64))
+    with mixed_precision(cuda):
+        y, v = attention(*found, turn)
+    assert v.untyped_storage().nbytes() == 2 * 2 * 256 * 384
+    parts = [part.unflatten(2, (2, 64)).transpose(1, 2) for part in F.linear(*expected).chunk(3, 2)]
+    wide = (turn[0].double(), turn[1].double())
+    exact = F.scaled_dot_product_attention(rotate(parts[0], wide), rotate(parts[1], wide), parts[2], is_causal=True)
+    dy = drawn(*exact.shape).to(cuda)
+    y.backward(dy.to(torch.bfloat16))
+    exact.backward(dy.to(torch.bfloat16).double())
+    for got, want in ((y, exact), *zip([x.grad for x in found], [x.grad for x in expected], strict=True)):
+        assert ((got.double() - want).norm() / want.norm()).item() < 2e-2
 
 
 def test_a_second_process_would_find_the_program_compiled() -> None:
