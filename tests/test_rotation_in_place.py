@@ -102,7 +102,9 @@ def test_attention_reads_such_views_on_a_gpu() -> None:
     cuda = torch.device("cuda")
     at = [drawn(2, 256, 128).to(cuda, torch.bfloat16), 0.1 * drawn(384, 128).to(cuda, torch.bfloat16)]
     turn = _rotation(256, 64, 10_000.0, cuda)
-    found, expected = ([each.detach().to(dtype).requires_grad_() for each in at] for dtype in (torch.bfloat16, torch.float64))
+    found, expected = (
+        [each.detach().to(dtype).requires_grad_() for each in at] for dtype in (torch.bfloat16, torch.float64)
+    )
     with mixed_precision(cuda):
         y, v = attention(*found, turn)
     assert v.untyped_storage().nbytes() == 2 * 2 * 256 * 384

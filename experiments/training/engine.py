@@ -29,7 +29,7 @@ class Losses(Protocol):
     """
 
     def __call__(
-        self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None, divisor: Tensor | None = None
+        self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None, *, divisor: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 

@@ -27,6 +27,7 @@ def losses_of(
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
     starts: Tensor | None = None,  # [B, K]: of packed documents
+    *,
     divisor: Tensor | None = None,  # []: of the sum; None: 1
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
