@@ -56,7 +56,7 @@ def _start_worker(parent: Connection) -> None:
     """One core a worker; and leave at once when the parent closes its end of a pipe, or is killed, which closes it.
 
     A pipe needs no lock. Workers that shared an Event could wait for ever for its lock, and the parent for them, if one
-    of them left while it held that lock: a build of 16 processes did.
+    of them left while it held that lock. A build of 16 processes did wait so, by what its threads waited for.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells the workers
