@@ -180,7 +180,8 @@ def _by_size(axes: Axes, rows: pd.DataFrame, mark_of: dict[str, Mark]) -> None:
 
 def _setting(row: pd.Series[Any], with_device: bool = True) -> str:
     device = [str(row["device"])] if with_device else []
-    gpus = [f"{row['gpus']} GPUs ({row['parallel']})"] if int(row["gpus"]) > 1 else []
+    devices = "processes" if row["device"] == "cpu" else "GPUs"
+    gpus = [f"{row['gpus']} {devices} ({row['parallel']})"] if int(row["gpus"]) > 1 else []
     fused = [] if row["fused"] else ["not fused"]
     return printable(", ".join([*device, *gpus, str(row["optimizer"]), *fused]), 60)
 

@@ -95,7 +95,8 @@ def _add_train(what: Subparsers) -> None:
         help="micro-batches of a step on each GPU, over which gradients are accumulated (default 1)",
     )  # fmt: skip
     parser.add_argument("--sequence", type=int, metavar="T", help="tokens of a sequence (default: the ladder's)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also time N GPUs together (default 1)")
+    text = "also time N GPUs together, or N processes on the CPU (default 1)"
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help=text)
     parser.add_argument(
         "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how several GPUs train (default ddp)"
     )
