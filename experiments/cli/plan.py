@@ -74,6 +74,8 @@ def _plan(args: argparse.Namespace) -> int:
             warn(f"{args.sweep}: {cost}")
     gpus = {run.size: profile.job(run.size).gpus for run in runs}
     rates = _rates(runs, gpus, profile, store, cache, args.throughput)
+    if args.calibrate:
+        warn(*_by_finished_runs(runs, rates, store))
     rows = plan.rows(runs, gpus, rates)
     if args.format == "json":
         print(json.dumps(rows, indent=1))
@@ -120,6 +122,19 @@ def _rates(
         if run.run_id not in rates and stated is not None:
             rates[run.run_id] = stated_rate(run, gpus[run.size], stated)
     return rates
+
+
+def _by_finished_runs(runs: Sequence[RunConfig], rates: dict[str, Rate], store: Path) -> list[str]:
+    """A line on the arms and sizes whose calibration is not in the forecast, as finished runs go before it."""
+    from analysis.logs.selection import some
+
+    names = dict.fromkeys(f"{run.arm} at {run.size}" for run in runs if run.run_id in rates and rates[run.run_id].whole)
+    if not names:
+        return []
+    return [
+        f"the forecast of {some(names)} is by the clocks of finished runs in {store}, which go before the calibration "
+        "that was just made; name an empty --store to see what that gives"
+    ]
 
 
 def _end(runs: Sequence[RunConfig], rates: dict[str, Rate], profile: Profile, store: Path) -> str:
