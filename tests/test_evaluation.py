@@ -1,5 +1,6 @@
 """Trained runs in use: decoding with caches, sampling, evaluation."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -17,6 +18,8 @@ import torch
 from test_decoder import CONVS, SMALL, randomised
 from texts import write_txt
 
+from analysis.logs.files import read_json, write_json
+from analysis.logs.record import sealed
 from experiments import evaluation
 from experiments.cli.main import main
 from experiments.design.arms import QKV
@@ -99,6 +102,23 @@ def test_weights_of_another_model_are_refused(finished: Callable[..., Path], tmp
     run_dir = Path(shutil.copytree(finished(), tmp_path / finished().name))
     shutil.copyfile(finished(mixer=Attention(4, 2, qk_norm=True)) / "model.pt", run_dir / "model.pt")
     with pytest.raises(ValueError, match=r"weights of another model: 4 are .* blocks\.0\.mixer\.q_norm"):
+        load_run(run_dir)
+
+
+def test_weights_of_another_seed_are_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
+    """Their names and shapes are the same, so that nothing else tells them from the run's own."""
+    run_dir = Path(shutil.copytree(finished(), tmp_path / finished().name))
+    run = read_json(run_dir / "run.json")
+    assert run["weights_sha256"] == hashlib.sha256((run_dir / "model.pt").read_bytes()).hexdigest()
+    weights = {name: each + 1 for name, each in torch.load(run_dir / "model.pt").items()}
+    torch.save(weights, run_dir / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt is not what this run wrote, by weights_sha256 in run\.json"):
+        load_run(run_dir)
+    del run["weights_sha256"]  # as in runs of older versions, whose weights may be anyone's
+    write_json(run_dir / "run.json", sealed(run))
+    assert torch.equal(load_run(run_dir).model.embedding.weight, weights["embedding.weight"])
+    write_json(run_dir / "run.json", sealed(run | {"run_id": "another"}))
+    with pytest.raises(ValueError, match=r"run\.json is of run another; wanted "):
         load_run(run_dir)
 
 
