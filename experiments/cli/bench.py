@@ -50,9 +50,7 @@ def _add_kernels(what: Subparsers) -> None:
         help="also time this function, which takes our arguments and has static, headwise or lowrank in its name",
     )  # fmt: skip
     format_argument(parser, ("text", "csv", "json"))
-    parser.add_argument(
-        "-o", dest="output", type=Path, metavar="FILE", help="write the rows to a .parquet or .csv file"
-    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows to a .parquet or .csv file")
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help="draw the times as bars to a .svg, .pdf or .png file"
     )
@@ -122,7 +120,7 @@ def _add_train(what: Subparsers) -> None:
     )
     format_argument(parser)
     parser.add_argument(
-        "-o", dest="output", type=Path, metavar="FILE",
+        "-o", "--output", type=Path, metavar="FILE",
         help="a .parquet file for the rows, which replace those of the same settings (default: above)",
     )  # fmt: skip
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rows to a .svg, .pdf or .png file")
