@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.text import Text
 from scipy import stats
 
 from analysis.pages.throughput_figures import throughput_panels
@@ -336,6 +335,17 @@ def test_complete_rounds_are_kept_when_it_is_interrupted(
     assert pd.read_parquet(tmp_path / "t.parquet")["rounds"].tolist() == [2, 2]
 
 
+def test_a_damaged_file_is_refused_before_anything_is_measured(
+    bench: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"torn")
+    monkeypatch.setattr(stepping, "measure", lambda _: pytest.fail("it was measured"))
+    code, _, err = bench("25k", "--arms", "transformer")
+    assert code == 2
+    assert "t.parquet is unreadable (" in err
+    assert err.endswith("); move it away, or give -o another file\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -392,22 +402,6 @@ def test_the_text_says_what_was_measured() -> None:
     assert line.split()[:4] == ["lowrank-qkv", "adamw", "2.625", "+0.525"]
     assert "muon against adamw, transformer: +2.1 ms [" in text
     assert "lowrank-qkv muon\nkernel  ms a step  share\ngemm          0.5  25.0%" in text
-
-
-def test_processes_on_a_cpu_are_not_called_gpus() -> None:
-    found = chosen("25k", optimizers=("adamw", "muon"), gpus=2)
-    outcomes = [Outcome([1.0, 1.1, 1.2])] * len(found)
-    rows = rows_of(found, outcomes, None, WHERE | {"device": "cpu"})
-    text = render([row | {"kernels": [{"name": "gemm", "milliseconds": 0.5, "share": 0.25}]} for row in rows])
-    assert "gpu" not in text.lower()
-    assert "batch 8 in each process" in text
-    assert "muon against adamw, lowrank-qkv in 2 processes: " in text
-    (heading,) = {line for line in text.splitlines() if line.startswith("arm ")}
-    assert heading.split()[:3] == ["arm", "optimizer", "processes"]
-    assert "on 2 GPUs" in render(rows_of(found, outcomes, None, WHERE))
-    labels = [each.get_text() for each in throughput_panels(table(rows)).findobj(Text)]
-    assert any("2 processes (ddp)" in label for label in labels)
-    assert not any("GPU" in label for label in labels)
 
 
 @pytest.mark.slow

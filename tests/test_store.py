@@ -69,7 +69,7 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(frozen.steps(), live.steps())
     pd.testing.assert_frame_equal(frozen.evals(), live.evals())
     (tmp_path / "frozen" / "runs.parquet").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="unreadable"):
+    with pytest.raises(ValueError, match=r"runs\.parquet is unreadable .*; freeze the store again"):
         load(tmp_path / "frozen")
 
 
@@ -81,7 +81,8 @@ def test_a_changed_bit_is_named_and_gives_no_number(tmp_path: Path) -> None:
         content[content.index(struct.pack("<2d", 3.0, 1.0)) + 6] ^= 1  # the loss, which would read as 2.5 or so
         path.write_bytes(content)
     assert live.evals().empty
-    assert any("evals.parquet is unreadable" in problem for problem in live.problems)
+    (problem,) = [problem for problem in live.problems if "evals.parquet is unreadable" in problem]
+    assert problem.endswith("left out: copy it again, or remove the run's folder and submit the sweep again")
     with pytest.raises(ValueError, match=r"evals\.parquet is unreadable .*; freeze the store again"):
         load(tmp_path / "frozen").evals()
 
@@ -187,14 +188,14 @@ def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "columns", "message"),
     [
-        ("points.csv", "", {}, "unreadable"),
+        ("points.csv", "", {}, "is empty; copy it again, or export it again"),
         ("points.csv", "arm,C,loss\n", {}, "no rows"),
         ("points.csv", "arm,C,loss\na,1,much\n", {}, "column loss must hold numbers"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"C": "flop"}, "no column 'flop'; it has arm, C, loss"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"Q": "C"}, "no column 'Q' is known"),
         ("points.csv", "arm,C,loss,N\na,1,2,3\n", {"loss": "N", "C": "N"}, "gives column 'N' two names"),
         ("points.csv", "arm,C,loss,convention\na,1,2,guess\n", {}, "no FLOP convention 'guess'"),
-        ("points.parquet", "not parquet", {}, "unreadable"),
+        ("points.parquet", "not parquet", {}, r"unreadable .*; copy it again, or export it again"),
         ("points.txt", "arm,C,loss\n", {}, r"no table that is read here \(\.csv, \.tsv"),
     ],
 )

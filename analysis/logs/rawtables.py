@@ -47,7 +47,7 @@ def read_raw(path: Path) -> pd.DataFrame:
     try:
         content = OPENERS[packing](path) if packing else path.read_bytes()
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
+        raise ValueError(f"{path} is unreadable ({first_line(error)}); copy it again, or export it again") from None
     raw = read(path, content)
     if raw.empty:
         raise ValueError(f"{path} has no rows; give a table with a row for each run")
@@ -132,7 +132,7 @@ def _rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
             if any(cells):
                 yield cells
     except csv.Error as error:
-        raise ValueError(f"{path} is unreadable: line {reader.line_num}: {error}") from None
+        raise ValueError(f"{path} is unreadable: line {reader.line_num}: {error}; correct it") from None
 
 
 def _lined_up(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -142,7 +142,7 @@ def _lined_up(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], list[li
     """
     names = next(rows, [])
     if not names:
-        raise ValueError(f"{path} is unreadable: it is empty")
+        raise ValueError(f"{path} is unreadable: it is empty; copy it again, or export it again")
     while names and not names[-1]:
         names.pop()
     kept = []
@@ -199,7 +199,7 @@ def _read_json_lines(path: Path, content: bytes) -> pd.DataFrame:
             if not isinstance(record, dict):
                 raise ValueError(f"it holds a {type(record).__name__}, not an object")
         except ValueError as error:
-            raise ValueError(f"{path} is unreadable: line {number}: {first_line(error)}") from None
+            raise ValueError(f"{path} is unreadable: line {number}: {first_line(error)}; correct it") from None
         records.append(_flat(record))
     return _plain(pd.DataFrame.from_records(records).astype(object))
 
@@ -228,7 +228,7 @@ def _read_parquet(path: Path, content: bytes) -> pd.DataFrame:
     try:
         frame = parquet.read_table(pa.BufferReader(content)).to_pandas()
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
+        raise ValueError(f"{path} is unreadable ({first_line(error)}); copy it again, or export it again") from None
     frame.columns = [str(name).strip() for name in frame.columns]
     repeated = frame.columns[frame.columns.duplicated()]
     if len(repeated):

@@ -96,7 +96,7 @@ def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float
     """
     import torch
 
-    from experiments.bench.throughput import PEAKS, machine
+    from experiments.bench.throughput import PEAKS, earlier, machine
 
     seen = torch.cuda.device_count() if args.device != "cpu" else 0
     if args.device == "auto":
@@ -113,6 +113,7 @@ def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float
         raise ValueError(f"--gpus {args.gpus} are of several kinds ({', '.join(sorted(others))}); choose equal ones")
     output = args.output or Path("results/measured") / machine(device) / "training.parquet"
     check_target("-o", output, (".parquet",))
+    earlier(output)  # now, as what is measured goes into the file with it
     check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
     packages = [f"torch {torch.__version__}"]
     for package in importlib.metadata.packages_distributions().get("triton", []):
