@@ -16,7 +16,7 @@ _PROJECT_FILES = ("pyproject.toml", ".git")
 
 def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
     """The runs of the sweep, or those that --where chooses, and their store. `plan` and `submit` also print notes on
-    settings that may be mistakes, and on runs of the store that were trained on text of another place."""
+    settings that may be mistakes, and on runs of the store that were submitted otherwise."""
     from experiments.design.sweep import load_sweep, notes
     from experiments.design.sweep_file import read_sweep
 
@@ -26,9 +26,9 @@ def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
             warn(f"{args.sweep}: {note}")
     store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
     if args.verb in ("plan", "submit"):
-        from experiments.training.record import trained_on_other_text
+        from experiments.training.record import submitted_otherwise
 
-        warn(*trained_on_other_text(runs, store))
+        warn(*submitted_otherwise(runs, store))
     return chosen_runs(runs, getattr(args, "where", None)), store
 
 
