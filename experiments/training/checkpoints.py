@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from analysis.logs.files import file_sha256, read_json, sync_folder, write_json
+from analysis.logs.files import read_json, sync_folder, write_json
 from experiments.training.parallel import World
 
 if TYPE_CHECKING:
@@ -249,5 +249,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _checksums(paths: list[Path]) -> dict[str, str]:
     """The SHA-256 of files by their names."""
+
+    def checksum(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return dict(zip([path.name for path in paths], pool.map(file_sha256, paths), strict=True))
+        return dict(zip([path.name for path in paths], pool.map(checksum, paths), strict=True))

@@ -161,9 +161,9 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str, tokeni
 def submitted_otherwise(runs: Iterable[RunConfig], store: Path) -> list[str]:
     """Notes on runs that are in the store already, and whose record differs from the sweep in what no run's id covers.
 
-    Where text lies is not in a run's id, nor are the baseline, the words for a budget, axes that change nothing and when
-    to evaluate. A complete run stays as it was submitted. `check_store` compares contents of text, but only once there
-    is a run to submit.
+    Where text lies is not in a run's id, nor are the baseline, the words for a budget, the axes and when to evaluate. A
+    complete run stays as it was submitted. `check_store` compares contents of text, but only once there is a run to
+    submit.
     """
     found: dict[str, list[str]] = {}  # by key, what each run was submitted with
     for run in runs:
