@@ -60,6 +60,17 @@ def test_n_d_and_c_stand_for_their_columns_in_conditions_and_queries(store: Stor
     assert sql(points, "select N, C from runs")[1] == [(7, 1e15)], "the table's own n stays"
 
 
+def test_arms_without_a_multiplier_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a query would read as if there were no such arm."""
+    rows = [f"{arm},{size},{c:g},{5 - c / 1e16}" for arm in ARMS for size, c in (("1M", 1e15), ("3M", 4e15))]
+    (tmp_path / "points.csv").write_text("\n".join(["arm,size,C,loss", *rows, "apart,9M,1e16,3"]))
+    query = ["query", str(tmp_path / "points.csv"), "select arm from multipliers", "--baseline", "base", "--json"]
+    assert main(query) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [{"arm": "new"}]
+    assert err.startswith("dynconv: no multiplier for apart: pairs are made on size, and none is in both arms")
+
+
 def test_multipliers_are_of_the_baseline_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"{arm},s{i},{10.0**i},{2 * (m * 10.0**i) ** -0.1 + 1.7}" for i in range(15, 19) for arm, m in ARMS.items()]
     (tmp_path / "points.csv").write_text("arm,size,C,loss\n" + "\n".join(rows))

@@ -65,7 +65,9 @@ def _view(store: Store, view: str, baseline: str | None, convention: str | None)
         return pa.Table.from_pandas(with_short_names(store.runs, convention), preserve_index=False)
     from analysis.advantage.multiplier import multipliers
 
-    columns, rows = multiplier_rows(multipliers(store.runs, baseline=baseline, convention=convention)[0])
+    found, refused = multipliers(store.runs, baseline=baseline, convention=convention)
+    store.problems += [f"no multiplier for {line}" for line in refused]
+    columns, rows = multiplier_rows(found)
     return pa.table({name: [row[place] for row in rows] for place, name in enumerate(columns)})
 
 
