@@ -244,7 +244,7 @@ def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
 
 
 def _paired_at(found: Sequence[Multiplier]) -> list[str]:
-    """A line on the sizes behind each m, and the paired seeds at each; arms of which these are the same are together."""
+    """A line on the sizes behind each m, and the paired seeds at each; arms with the same stand together."""
     arms: dict[str, list[str]] = {}
     for item in found:
         sizes, seeds = [str(row["size"]) for row in item.local], [int(row["seeds"]) for row in item.local]
