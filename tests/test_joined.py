@@ -1,4 +1,4 @@
-"""RoPE on queries, keys and values side by side: kernels and operators against plain torch in float64."""
+"""RoPE and SwiGLU on maps side by side: kernels and operators against plain torch in float64."""
 
 import pytest
 import torch
@@ -75,6 +75,42 @@ def test_the_operators_agree_with_autograd() -> None:
     assert torch.autograd.gradcheck(lambda x: operators.rotate_joined(x, table, 2, 1), joined)
     arguments = (joined.detach(), *table, 2, 1)
     torch.library.opcheck(torch.ops.experiments.rotate.default, arguments)
+
+
+def swiglu(joined: Tensor) -> Tensor:
+    gate, other = joined.chunk(2, 2)
+    return gate / (1 + (-gate).exp()) * other
+
+
+@DTYPES
+@pytest.mark.parametrize("hidden", [8, 24, 129])
+def test_swiglu_by_kernels(hidden: int, dtype: torch.dtype) -> None:
+    """Rows of a wider tensor, written into rows of wider ones, of which nothing else may be touched."""
+    with kernels():
+        from experiments.models import joined_kernels
+
+        joined = inputs(2, 13, 2 * hidden + 8, dtype=dtype)[..., : 2 * hidden]
+        exact = joined.double().requires_grad_()
+        want = swiglu(exact)
+        wide = torch.full((2, 13, hidden + 8), 7.0, dtype=dtype, device=DEVICE)
+        joined_kernels.swiglu(joined, wide[..., :hidden])
+        assert relative(wide[..., :hidden], want) < BOUND[dtype]
+        assert (wide[..., hidden:] == 7).all()
+        dy = inputs(2, 13, hidden + 16, dtype=dtype, seed=1)[..., :hidden]
+        (expected,) = torch.autograd.grad(want, exact, dy.double())
+        wide = torch.full((2, 13, 2 * hidden + 8), 7.0, dtype=dtype, device=DEVICE)
+        joined_kernels.swiglu_backward(dy, joined, wide[..., : 2 * hidden])
+        for got, part in zip(wide[..., : 2 * hidden].chunk(2, 2), expected.chunk(2, 2), strict=True):
+            assert relative(got, part) < BOUND[dtype]
+        assert (wide[..., 2 * hidden :] == 7).all()
+
+
+def test_the_operator_of_swiglu_agrees_with_autograd() -> None:
+    joined = inputs(2, 5, 24, dtype=torch.float64).cpu().requires_grad_()
+    assert relative(operators.swiglu_joined(joined), swiglu(joined)) < 1e-15
+    assert torch.autograd.gradcheck(operators.swiglu_joined, joined)
+    torch.library.opcheck(torch.ops.experiments.swiglu.default, (joined.detach(),))
+    torch.library.opcheck(torch.ops.experiments.swiglu_backward.default, (joined.detach()[..., :12], joined.detach()))
 
 
 @pytest.mark.parametrize("conv", [NoConvolution(), LowRankConvolution(("q", "k", "v", "gate", "up"), rank=2)])

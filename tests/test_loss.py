@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from convolutions import DEVICE, kernels
 from torch import Tensor
 
-from experiments.training.loss import IGNORED, linear_cross_entropy
+from experiments.training.loss import IGNORED, _chunk, linear_cross_entropy
 
 GPU = pytest.param(
     "cuda",
@@ -32,6 +32,11 @@ def outcome(loss: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
 
 def errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
     return [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
+
+
+def test_small_vocabularies_take_more_tokens_at_a_time() -> None:
+    """At most as many logits as of the paper's vocabulary, in chunks of a multiple of 8192 tokens."""
+    assert [_chunk(v) // 8192 for v in (4096, 32_000, 50_304, 100_352, 262_144)] == [24, 3, 1, 1, 1]
 
 
 @devices

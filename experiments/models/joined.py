@@ -1,17 +1,21 @@
-"""RoPE, also on queries, keys and values that one matrix product has put side by side in one tensor.
+"""RoPE and SwiGLU on the outputs of several linear maps that one matrix product has put side by side in one tensor.
 
 torch.compile would write the gradients of q, k and v side by side in a kernel that takes seven times as long as its
-memory traffic: a sixth of a 16M model's step. On a GPU both directions are kernels of ours.
+memory traffic: a sixth of a 16M model's step. SwiGLU's gradients it would write in one that computes both for every
+channel and keeps one: 59 instructions a number, so that these take longer than memory does. On a GPU both directions
+of either are kernels of ours.
 
-Shapes: B batch, T time, H heads of queries, K heads of keys and values, E head size.
+Shapes: B batch, T time, H heads of queries, K heads of keys and values, E head size, F hidden width.
 """
 
 import importlib.util
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+_ROW_MULTIPLE = 64  # 16-bit values in a cache line, where each token's row should start
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of RoPE, [T, E] each
 
 
@@ -36,6 +40,14 @@ def rotate(
     half = x.shape[-1] // 2
     c, s = cosine[..., :half], sine[..., :half]
     return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+
+def swiglu_joined(
+    joined: Tensor,  # [B, T, 2 F]: the gate and the other factor
+) -> Tensor:  # [B, T, F]
+    """silu(gate) * other, computed in float32 or wider and rounded once."""
+    y: Tensor = _swiglu(joined)
+    return y
 
 
 def kernels_fit(head_size: int) -> bool:
@@ -101,3 +113,59 @@ def _rotate_back(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor |
 
 
 _rotate.register_autograd(_rotate_back, setup_context=_save_table)
+
+
+# Any layout is taken as it is: torch.compile pads the rows of products, and would copy them for other operators.
+@torch.library.custom_op("experiments::swiglu", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def _swiglu(joined: Tensor) -> Tensor:  # [B, T, F], with padded rows
+    y = _padded(joined, joined.shape[2] // 2)
+    if _by_kernels(joined):
+        from experiments.models import joined_kernels
+
+        joined_kernels.swiglu(joined, y)
+        return y
+    gate, other = joined.to(torch.promote_types(joined.dtype, torch.float32)).chunk(2, 2)
+    return y.copy_(F.silu(gate) * other)
+
+
+@_swiglu.register_fake
+def _(joined: Tensor) -> Tensor:
+    return _padded(joined, joined.shape[2] // 2)
+
+
+@torch.library.custom_op("experiments::swiglu_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def _swiglu_backward(dy: Tensor, joined: Tensor) -> Tensor:  # [B, T, 2 F], with padded rows
+    djoined = _padded(joined, joined.shape[2])
+    if _by_kernels(joined):
+        from experiments.models import joined_kernels
+
+        joined_kernels.swiglu_backward(dy, joined, djoined)
+        return djoined
+    wide = torch.promote_types(joined.dtype, torch.float32)
+    gate, other = joined.to(wide).chunk(2, 2)
+    dgate = torch.ops.aten.silu_backward(dy.to(wide) * other, gate)
+    return djoined.copy_(torch.cat([dgate, dy.to(wide) * F.silu(gate)], 2))
+
+
+@_swiglu_backward.register_fake
+def _(dy: Tensor, joined: Tensor) -> Tensor:  # noqa: ARG001
+    return _padded(joined, joined.shape[2])
+
+
+def _padded(like: Tensor, channels: int) -> Tensor:  # [B, T, channels]
+    """An empty tensor of the tokens of `like`, whose rows begin at cache lines."""
+    batch, time, _ = like.shape
+    stride = -(-channels // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return like.new_empty_strided((batch, time, channels), (time * stride, stride, 1))
+
+
+def _save_joined(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_back(ctx: Any, dy: Tensor) -> Tensor:
+    gradient: Tensor = _swiglu_backward(dy, *ctx.saved_tensors)
+    return gradient
+
+
+_swiglu.register_autograd(_swiglu_back, setup_context=_save_joined)

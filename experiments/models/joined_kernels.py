@@ -1,15 +1,16 @@
-"""RoPE in Triton, on queries, keys and values side by side in one tensor.
+"""RoPE and SwiGLU in Triton, on the outputs of several linear maps side by side in one tensor.
 
 Their gradients are written side by side, too, as the matrix product that computed them wants them.
 
-Shapes: B batch, T time, H heads of queries, K heads of keys and values, E head size (a power of two).
+Shapes: B batch, T time, H heads of queries, K heads of keys and values, E head size (a power of two), F hidden width.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_HEADS = 64  # of one program
+_HEADS = 64  # of one program of RoPE
+_BLOCK = 1024  # channels of one program of SwiGLU: eight a thread, one access to memory of 16-bit numbers
 
 
 @triton.jit
@@ -81,6 +82,67 @@ def rotate_backward(
         H=heads, K=kv_heads, HALF=size // 2, BACKWARD=True, BLOCK=_HEADS,
     )  # fmt: skip
     return joined
+
+
+# Sizes are constants of the kernels: divisions by them are then multiplications, and Triton sees that eight
+# neighbouring channels are of one token where F is a multiple of eight.
+@triton.jit
+def _swiglu(joined, y, size, F: tl.constexpr, FROM: tl.constexpr, INTO: tl.constexpr, BLOCK: tl.constexpr):
+    """FROM and INTO are the distances of rows in `joined` and in y."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = index < size
+    token, channel = (index // F).to(tl.int64), index % F
+    at = token * FROM + channel
+    gate = tl.load(joined + at, mask=ok, other=0.0).to(tl.float32)
+    other = tl.load(joined + F + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y + token * INTO + channel, (gate * tl.sigmoid(gate) * other).to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _swiglu_backward(
+    dy, joined, djoined, size,
+    F: tl.constexpr, RESULT: tl.constexpr, FROM: tl.constexpr, INTO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """RESULT, FROM and INTO are the distances of rows in dy, `joined` and `djoined`."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = index < size
+    token, channel = (index // F).to(tl.int64), index % F
+    at = token * FROM + channel
+    gate = tl.load(joined + at, mask=ok, other=0.0).to(tl.float32)
+    other = tl.load(joined + F + at, mask=ok, other=0.0).to(tl.float32)
+    gradient = tl.load(dy + token * RESULT + channel, mask=ok, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    into = djoined + token * INTO + channel
+    dtype = djoined.dtype.element_ty
+    tl.store(into, (gradient * other * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=ok)
+    tl.store(into + F, (gradient * silu).to(dtype), mask=ok)
+
+
+def swiglu(
+    joined: Tensor,  # [B, T, 2 F]: the gate and the other factor
+    y: Tensor,  # [B, T, F]; written
+) -> None:
+    joined = _rows(joined)
+    tokens, hidden = y.shape[0] * y.shape[1], y.shape[2]
+    assert tokens * hidden < 2**31, "index would overflow"
+    _swiglu[(triton.cdiv(tokens * hidden, _BLOCK),)](
+        joined, y, tokens * hidden, F=hidden, FROM=joined.stride(1), INTO=y.stride(1), BLOCK=_BLOCK
+    )
+
+
+def swiglu_backward(
+    dy: Tensor,  # [B, T, F]
+    joined: Tensor,  # [B, T, 2 F]
+    djoined: Tensor,  # [B, T, 2 F]; written
+) -> None:
+    dy, joined = _rows(dy), _rows(joined)
+    tokens, hidden = dy.shape[0] * dy.shape[1], dy.shape[2]
+    assert tokens * hidden < 2**31, "index would overflow"
+    _swiglu_backward[(triton.cdiv(tokens * hidden, _BLOCK),)](
+        dy, joined, djoined, tokens * hidden,
+        F=hidden, RESULT=dy.stride(1), FROM=joined.stride(1), INTO=djoined.stride(1), BLOCK=_BLOCK,
+    )  # fmt: skip
 
 
 def _rows(joined: Tensor) -> Tensor:

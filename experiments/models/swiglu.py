@@ -3,11 +3,14 @@
 Shapes: B batch, T time, D width.
 """
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.design.model import ModelConfig
 from experiments.models.fused import gated
+from experiments.models.joined import swiglu_joined
 from experiments.models.packing import Documents
 from experiments.models.short_convolution import Maps
 from experiments.parts.swiglu import SwiGLU
@@ -49,8 +52,11 @@ class SwiGLUModule(nn.Module):
         if documents is None and self.maps.takes_swiglu(_GATED):
             y = gated(*self.maps.weights_and_convolutions(_GATED), x)
         else:
-            gate, up = self.maps.apply_to(x, _GATED, x, documents)
-            y = F.silu(gate) * up
+            outputs = self.maps.outputs(x, _GATED, x, documents)
+            gate, up = outputs.apart
+            # without padding
+            whole = outputs.joined is not None and outputs.joined.shape[-1] == gate.shape[-1] + up.shape[-1]
+            y = swiglu_joined(cast(Tensor, outputs.joined)) if whole else F.silu(gate) * up
         if stream is not None:
             return self.maps.add_to(stream, y, "down", x, documents)
         (y,) = self.maps.apply_to(y, ("down",), x, documents)
