@@ -150,6 +150,27 @@ def test_groups_of_unlike_sizes_are_said(store: Store, capsys: pytest.CaptureFix
     assert "unlike shares of sizes" in capsys.readouterr().err
 
 
+def test_runs_that_are_in_no_mean_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["base,1M,0,3.0,9,complete,a", "base,1M,1,nan,9,complete,a", "base,1M,2,inf,-7200,complete,a"]
+    rows += ["new,1M,0,2.0,9,complete,b", "new,1M,0,2.0,9,complete,b", "new,1M,1,,9,running,b"]
+    header = "arm,size,seed,loss,train_seconds,status,tokenizer,C"
+    (tmp_path / "points.csv").write_text("\n".join([header, *(f"{row},1e15" for row in rows)]))
+    assert main(["table", str(tmp_path / "points.csv"), "--by", "arm", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [(row["runs"], row["loss"], row["train_hours"]) for row in json.loads(out)] == [
+        (3, 3.0, pytest.approx(18 / 3600)),
+        (2, 2.0, pytest.approx(18 / 3600)),
+    ]
+    for line in (
+        "row 6 left out (unfinished)",
+        "the loss of row 2, row 3 is in no mean, as it is no positive number",
+        "the train_seconds of row 3 are in no sum, as they are no positive number",
+        "row 5 repeat a run and count as another: remove them from the table",
+        "the groups hold unlike shares of tokenizers, whose losses differ: add tokenizer_sha256 to --by",
+    ):
+        assert f"dynconv: {line}" in err
+
+
 def test_groups_of_unlike_budgets_rates_and_clocks_are_said(store: Store) -> None:
     """Speeds of runs that shared a device were averaged without a word, as were losses over unlike learning rates."""
     runs = store.runs
