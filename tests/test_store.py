@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from planted import ABOUT, write_config, write_run
 
+from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.merge import load_all
 from analysis.logs.record import sealed
 from analysis.logs.schema import OF_LEARNING, RUN_COLUMNS, fact_columns
@@ -71,6 +75,38 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     (tmp_path / "frozen" / "runs.parquet").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"runs\.parquet is unreadable .*; freeze the store again"):
         load(tmp_path / "frozen")
+
+
+def test_logs_of_other_runs_are_named_and_give_no_number(tmp_path: Path) -> None:
+    """A file that was copied from another run's folder, or edited, reads as the run's own."""
+    for seed in range(3):
+        write_run(write_config(tmp_path / "live", seed=seed), 3.0 + seed, gradient_norm=1.0 + seed)
+    live = load(tmp_path / "live")
+    whole = {kind: live.rows(kind) for kind in ("steps", "evals")}
+    freeze(live, tmp_path / "frozen", steps=True)
+    assert live.problems == []
+    for kind, table in whole.items():
+        shutil.copy(*(tmp_path / "live" / f"transformer-1M-{seed}" / f"{kind}.parquet" for seed in (0, 1)))
+        at = [place for place, run_id in enumerate(table["run_id"].to_pylist()) if run_id.endswith("-0")]
+        copied = table.take(at).set_column(0, "run_id", pa.array(["transformer-1M-1"] * len(at)))
+        others = table.filter(pc.not_equal(table["run_id"], "transformer-1M-1"))
+        write_parquet(tmp_path / "frozen" / f"{kind}.parquet", pa.concat_tables([copied, others]))
+    for store in (load(tmp_path / "live"), load(tmp_path / "frozen")):
+        assert set(store.steps()["run_id"]) == set(store.evals()["run_id"]) == {"transformer-1M-0", "transformer-1M-2"}
+        of_steps, of_evals = store.problems
+        assert of_steps.startswith("the steps of transformer-1M-1 are left out: they end at another gradient_norm than")
+        assert of_evals.startswith("the evals of transformer-1M-1 are left out: they end at another loss than run.json")
+        assert "(3, and 4), so they were edited, or are of another run" in of_evals
+
+
+def test_a_finished_run_without_evaluations_is_named(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path)
+    write_run(run_dir, 3.0)
+    write_parquet(run_dir / "evals.parquet", read_parquet(run_dir / "evals.parquet").slice(0, 0))
+    store = load(tmp_path)
+    assert store.evals().empty
+    (problem,) = store.problems
+    assert problem.startswith(f"{run_dir / 'evals.parquet'} has no rows, and its run is complete: copy it again, or")
 
 
 def test_a_changed_bit_is_named_and_gives_no_number(tmp_path: Path) -> None:

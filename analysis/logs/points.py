@@ -36,6 +36,7 @@ SIX_N_D = {  # column of a convention that follows from N and D -> the column of
     "flops_6n_nonemb_d": "parameters_nonembedding",
     "flops_6nactive_d": "parameters_active",
 }
+GUESSING = 13.9  # nats a token: ln of a million tokens, of which no tokenizer has more
 UNLIKE = 1000.0  # times 6 N D: no convention of FLOPs is so far from it
 
 
@@ -72,7 +73,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
     for flops, count in SIX_N_D.items():
         if {count, "tokens"} <= set(points) and flops not in points:
             points[flops] = 6.0 * points[count] * points["tokens"]
-    return run_types(points), [*notes, *_unlike_compute(path, points)]
+    return run_types(points), [*notes, *_unlike_compute(path, points), *_unlike_losses(path, points)]
 
 
 def run_types(runs: pd.DataFrame) -> pd.DataFrame:
@@ -123,6 +124,23 @@ def _unlike_compute(path: Path, points: pd.DataFrame) -> list[str]:
     return [
         f"{path}: C is {wrong.iloc[0]:.2g} times 6 N D in {len(wrong)} of {len(points)} rows: is one of N, D and C in "
         "another unit? N counts parameters, D tokens, C floating-point operations"
+    ]
+
+
+def _unlike_losses(path: Path, points: pd.DataFrame) -> list[str]:
+    """A line where losses in nats a token are worse than guessing. Laws would be wrong, and of perplexities
+    multipliers, too."""
+    if "loss" not in points or "loss_unit" in points:
+        return []
+    counted = points[points["status"].eq("complete").fillna(False) & points["did_not_learn"].isna()]
+    losses = counted["loss"].astype("float64")
+    wrong = losses[(losses > GUESSING) & (losses < float("inf"))]
+    if wrong.empty:
+        return []
+    return [
+        f"{path}: loss is {wrong.iloc[0]:.3g} in {len(wrong)} of {len(points)} rows, and guessing among a million "
+        f"tokens is {GUESSING} nats a token: is it a perplexity or in another unit, or did these runs diverge (column "
+        "status)?"
     ]
 
 

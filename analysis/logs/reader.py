@@ -138,6 +138,8 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
             table = schema1.upgrade_evals(table)
         if table.schema.equals(schema):
             tables.append(table)
+            if complete and not table.num_rows:
+                problems.append(f"{path} has no rows, and its run is complete: {REMEDY}")
         else:
             problems.append(f"{path} has columns {table.schema.names}, not {schema.names}; left out")
     table = pa.concat_tables(tables) if tables else schema.empty_table()

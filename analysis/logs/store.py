@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
 from analysis.logs import schema1
+from analysis.logs.agreement import without_foreign_rows
 from analysis.logs.columns import format_columns
 from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
@@ -81,7 +82,13 @@ class Store:
         return losses[["run_id", "step", "tokens", "loss"]]
 
     def rows(self, kind: str) -> pa.Table:
-        """The steps or the evals, as Arrow: a thousand runs have ten million steps, which pandas would copy."""
+        """The steps or the evals, as Arrow: a thousand runs have ten million steps, which pandas would copy. Those that
+        do not end as the results of their run say are left out, and named in `problems`."""
+        table, foreign = without_foreign_rows(self.runs, kind, self._rows(kind))
+        self.problems += [line for line in foreign if line not in self.problems]
+        return table
+
+    def _rows(self, kind: str) -> pa.Table:
         import pyarrow as pa
         from tqdm import tqdm
 
