@@ -21,6 +21,7 @@ from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
 from analysis.logs.schema import COLUMNS, LATER_COLUMNS, OF_LEARNING, RUN_COLUMNS
+from analysis.logs.selection import some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,6 +181,8 @@ def _read_frozen(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]
     if needed := [name for name in missing if name not in LATER_COLUMNS]:
         raise ValueError(f"{path} lacks the columns {', '.join(needed)}; freeze the store again")
+    if len(again := runs.loc[runs["run_id"].duplicated(), "run_id"]):
+        raise ValueError(f"{path} has {some(again)} more than once, and a store has each run once; freeze it again")
     return run_types(runs), tuple(name for name in missing if name in OF_LEARNING)
 
 
