@@ -72,6 +72,9 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(frozen.runs, live.runs)
     pd.testing.assert_frame_equal(frozen.steps(), live.steps())
     pd.testing.assert_frame_equal(frozen.evals(), live.evals())
+    write_config(tmp_path / "frozen", seed=9)
+    (problem,) = load(tmp_path / "frozen").problems
+    assert problem.endswith("is read from its runs.parquet alone: move that away to read its 1 folders")
     twice = pd.concat([live.runs, live.runs.iloc[:1].assign(loss=2.0)])
     twice.to_parquet(tmp_path / "frozen" / "runs.parquet", index=False)
     with pytest.raises(ValueError, match=r"runs\.parquet has transformer-1M-0 more than once, .*; freeze it again"):

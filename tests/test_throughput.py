@@ -151,6 +151,15 @@ def test_plot_draws_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     _drawn().to_parquet(tmp_path / "t.parquet")
     assert main(["plot", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "figures")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'figures' / 'training.svg'}\n"
+    for verb in (["table"], ["freeze", "-o", str(tmp_path / "frozen")]):
+        assert main([*verb, str(tmp_path / "t.parquet")]) == 2
+        assert "t.parquet holds throughput of training, not runs; `dynconv plot` draws it" in capsys.readouterr().err
+    rows = _drawn()
+    rows.assign(tokens_per_second=rows["tokens_per_second"].where(rows.index != 0, np.nan)).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    assert main(["plot", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "figures")]) == 2
+    assert "t.parquet: tokens_per_second must be positive; got nan in " in capsys.readouterr().err
 
 
 def test_the_measured_file_is_one_that_bench_train_merges_with_and_plot_draws() -> None:

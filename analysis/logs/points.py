@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KERNEL_COLUMNS = {"op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "us", "provider"}
+TRAINING_COLUMNS = {"size", "arm", "gpus", "tokens_per_second", "step_ms", "slowdown", "against"}  # of `bench train`
 # Our name of a run's status -> the names that W&B, MLflow, Optuna, ClearML and Slurm use. Ray Tune's "terminated" is
 # left out, because it is also used for a trial that a scheduler stopped early.
 STATES = {
@@ -52,6 +53,11 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
     if set(raw.columns) >= KERNEL_COLUMNS:  # here D is the number of channels, not of tokens
         raise ValueError(
             f"{path} holds times of kernels, not runs; `dynconv plot` draws them, pandas and DuckDB read them"
+        )
+    if set(raw.columns) >= TRAINING_COLUMNS:
+        raise ValueError(
+            f"{path} holds throughput of training, not runs; `dynconv plot` draws it alone, `dynconv table STORE "
+            "--throughput` takes it"
         )
     if any(str(name).endswith("__MIN") for name in raw.columns):
         raise ValueError(f"{path} is a chart's export, with a column for each run; export the table of runs instead")
@@ -99,7 +105,8 @@ def is_whole(column: pd.Series) -> bool:
 
 
 def read_kernels(path: Path) -> pd.DataFrame | None:
-    """The table that `dynconv bench kernels` writes, or None if the path holds something else."""
+    """The table that `dynconv bench kernels` writes, or None if the path holds something else. Raises ValueError for
+    times that are not positive."""
     import pandas as pd
 
     if not path.is_file() or path.suffix not in (".csv", ".parquet"):
@@ -108,7 +115,11 @@ def read_kernels(path: Path) -> pd.DataFrame | None:
         rows = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError):
         return None  # the caller then calls `load`, which reports the error
-    return rows if set(rows.columns) >= KERNEL_COLUMNS else None
+    if not set(rows.columns) >= KERNEL_COLUMNS:
+        return None
+    if len(wrong := rows[~(rows["us"] > 0)]):
+        raise ValueError(f"{path}: us must be positive; got {wrong['us'].iloc[0]} in {len(wrong)} rows; remove these")
+    return rows
 
 
 def _unlike_compute(path: Path, points: pd.DataFrame) -> list[str]:

@@ -125,7 +125,10 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
         raise ValueError(f"{path} is one run; give its store, {path.parent} (`dynconv status {path}` shows the run)")
     if (path / "runs.parquet").is_file():
         runs, absent = _read_frozen(path / "runs.parquet")
-        return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if absent else [], absent=absent)
+        problems = [f"{path / 'runs.parquet'} {OLDER}"] if absent else []
+        if hidden := sum(1 for _ in path.glob("*/config.json")):
+            problems.append(f"{path} is read from its runs.parquet alone: move that away to read its {hidden} folders")
+        return Store(path, runs, problems, absent=absent)
     return _read_live(path)
 
 
