@@ -72,6 +72,9 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(frozen.runs, live.runs)
     pd.testing.assert_frame_equal(frozen.steps(), live.steps())
     pd.testing.assert_frame_equal(frozen.evals(), live.evals())
+    write_run(write_config(tmp_path / "other", seed=8), 3.0)
+    with pytest.raises(ValueError, match=r"frozen holds 4 other runs, as transformer-1M-0, and none of these; remove"):
+        freeze(load(tmp_path / "other"), tmp_path / "frozen", steps=True)
     write_config(tmp_path / "frozen", seed=9)
     (problem,) = load(tmp_path / "frozen").problems
     assert problem.endswith("is read from its runs.parquet alone: move that away to read its 1 folders")

@@ -135,7 +135,8 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
 def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths.
 
-    Raises ValueError where `out` is the live store itself, or would keep the steps of an earlier freeze."""
+    Raises ValueError where `out` is the live store itself, would keep the steps of an earlier freeze, or holds other
+    runs."""
     import pyarrow as pa
 
     if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
@@ -144,6 +145,7 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
         raise ValueError(
             f"{out} has steps.parquet of an earlier freeze; freeze with --steps, remove it, or give another -o"
         )
+    _refuse_other_runs(store, out / "runs.parquet")
     out.mkdir(parents=True, exist_ok=True)
     # A column without a value would say that all runs learned, where it is not known.
     runs = store.runs.drop(columns=list(store.never_recorded()))
@@ -152,6 +154,19 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     for name, table in tables.items():
         write_parquet(out / f"{name}.parquet", table)
     return [out / f"{name}.parquet" for name in sorted(tables)]
+
+
+def _refuse_other_runs(store: Store, frozen: Path) -> None:
+    """Raises ValueError where an earlier freeze is of other runs alone, and so of another store."""
+    try:
+        there = read_parquet(frozen, ["run_id"])["run_id"].to_pylist() if frozen.exists() else []
+    except (OSError, ValueError):
+        return  # it is damaged, and is to be frozen again
+    if there and not set(there) & set(store.runs["run_id"]):
+        raise ValueError(
+            f"{frozen.parent} holds {len(there)} other runs, as {there[0]}, and none of these; remove its {frozen.name} "
+            "to write these in their place, or give another -o"
+        )
 
 
 def _read_live(path: Path) -> Store:
