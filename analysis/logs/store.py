@@ -164,8 +164,8 @@ def _refuse_other_runs(store: Store, frozen: Path) -> None:
         return  # it is damaged, and is to be frozen again
     if there and not set(there) & set(store.runs["run_id"]):
         raise ValueError(
-            f"{frozen.parent} holds {len(there)} other runs, as {there[0]}, and none of these; remove its {frozen.name} "
-            "to write these in their place, or give another -o"
+            f"{frozen.parent} holds {len(there)} other runs, as {there[0]}, and none of these; remove {frozen.name} "
+            "there to write these in its place, or give another -o"
         )
 
 
