@@ -397,3 +397,18 @@ def test_losses_worse_than_guessing_are_named(loss: float, more: str, told: bool
     assert [f"loss is {loss:g} in 2 of 2 rows, and guessing among a million" in each for each in problems] == [
         True
     ] * told
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_names_that_look_the_same_are_the_same(suffix: str, tmp_path: Path) -> None:
+    """Composed and decomposed letters, a zero-width space, and what would colour a terminal."""
+    arms = ["caf\u00e9", "cafe\u0301", "caf\u00e9\u200b", "\x1bcaf\u00e9", " caf\u00e9\u00a0"]
+    table = pd.DataFrame({"arm": arms, "size": "1M", "C": 1e15, "loss": [3.0 + i / 10 for i in range(len(arms))]})
+    path = tmp_path / f"points.{suffix}"
+    if suffix == "csv":
+        table.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_parquet(path)
+    assert load(path).runs["arm"].tolist() == ["caf\u00e9"] * len(arms)

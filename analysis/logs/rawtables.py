@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import lzma
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,12 +124,21 @@ def _read_tsv(path: Path, content: bytes) -> pd.DataFrame:
     return _frame(path, *_lined_up(path, _rows(path, _decoded(path, content), "\t")))
 
 
+def _shown(text: str) -> str:
+    """A cell as it is seen: composed letters, without spaces around them and without signs that take no place, such as
+    zero-width spaces. Two spellings of a name that look the same would be two arms, or sizes without partners."""
+    if not text.isascii() or not text.isprintable():
+        text = unicodedata.normalize("NFC", text)
+        text = "".join(sign for sign in text if sign.isspace() or unicodedata.category(sign) not in ("Cc", "Cf"))
+    return text.strip()
+
+
 def _rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
     """The rows with anything in them, their cells stripped."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:
-            cells = [cell.strip() for cell in row]
+            cells = [_shown(cell) for cell in row]
             if any(cells):
                 yield cells
     except csv.Error as error:
@@ -267,7 +277,7 @@ def _cell(value: Any) -> Any:
     import pandas as pd
 
     if isinstance(value, str):
-        text = value.strip()
+        text = _shown(value)
         return None if text in TEXT_MISSING else text
     if pd.api.types.is_list_like(value):
         return json.dumps(value.tolist() if hasattr(value, "tolist") else list(value), default=str)
