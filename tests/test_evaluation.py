@@ -197,6 +197,19 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     assert any(row["task"] == "text" for row in logged)
 
 
+def test_a_run_that_takes_no_results_is_refused_before_it_is_evaluated(
+    finished: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise ValueError(f"{path} cannot be written")
+
+    monkeypatch.setattr("experiments.cli.models.require_writable", refuse)
+    monkeypatch.setattr("experiments.evaluation.load.load_run", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "a.txt").write_text("x = 1\n")
+    assert main(["eval", str(finished()), "--text", str(tmp_path)]) == 2
+    assert f"{finished() / 'evals.parquet'} cannot be written" in capsys.readouterr().err
+
+
 def test_a_folder_is_scored_whole_where_training_held_out_text_of_its_own(
     finished: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.errors import WorkFailed
+from analysis.logs.files import require_writable
 from experiments.cli.arguments import (
     Subparsers,
     add_verb,
@@ -176,9 +177,16 @@ def _end(runs: Sequence[RunConfig], rates: dict[str, Rate], profile: Profile, st
 
 
 def _calibrate(runs: Sequence[RunConfig], profile: Profile, cache: Path) -> None:
-    """Measure the speed of each kind of run. Raises WorkFailed, once all sizes had their turn, if one had none."""
+    """Measure the speed of each kind of run. Raises WorkFailed, once all sizes had their turn, if one had none, and
+    ValueError, before any has, if the cache takes no files."""
     from experiments.bench import calibration
+    from experiments.design.calibrations import FOLDER
     from experiments.launching import account
+
+    try:
+        require_writable(cache / FOLDER)
+    except ValueError as error:
+        raise ValueError(f"{error}, by the variable DYNCONV_CACHE") from None
 
     sizes = dict.fromkeys(run.size for run in runs)
     executions = {size: profile.job(size).execution for size in sizes}
