@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,13 @@ from texts import CHEAP_SWEEP
 
 from analysis.logs.files import read_json, write_json
 from analysis.logs.reader import read_rows
+from analysis.logs.schema import SCHEMA
 from experiments import source
 from experiments.cli.main import main
 from experiments.data.dataset import Dataset
 from experiments.design import calibrations
 from experiments.design.calibrations import Calibration, Work
-from experiments.design.config import RunConfig
+from experiments.design.config import Execution, RunConfig
 from experiments.design.forecast import Rate, evaluated_tokens, stated_rate
 from experiments.design.sweep import load_sweep
 from experiments.design.timeline import Piece, hours_until_done
@@ -163,6 +164,28 @@ def test_a_real_calibration_is_used_until_it_is_stale(
     assert main([*plan, "--calibrate", "--throughput", "x.csv"]) == 2
 
 
+def test_a_calibration_that_finished_runs_go_before_says_so(
+    cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.bench.calibration.calibrate", lambda _: None)
+    profile = tmp_path / "p.toml"
+    profile.write_text('executor = "local"\n[default]\ndevice = "cpu"\n')
+    plan = ["plan", str(cheap), "--profile", str(profile)]
+    run, *_ = load_sweep(cheap)
+    run_dir = tmp_path / "results" / "runs" / "cheap" / run.run_id
+    run_dir.mkdir(parents=True)
+    write_json(run_dir / "config.json", {"schema": SCHEMA, "execution": asdict(Execution("cpu"))})
+    clocks = {"train": 30.0, "eval": 6.0}
+    write_json(run_dir / "run.json", {"device": "cpu", "dtype": "float32", "torch": "2", "seconds": clocks})
+    assert main([*plan, "--calibrate"]) == 0
+    told = "the forecast of transformer at 25k is by the clocks of finished runs in results/runs/cheap, which go before"
+    assert told in capsys.readouterr().err
+    assert main(plan) == 0
+    assert told not in capsys.readouterr().err  # nothing was measured that could have been meant
+    assert main([*plan, "--calibrate", "--store", str(tmp_path / "none")]) == 0
+    assert told not in capsys.readouterr().err
+
+
 def test_packed_runs_are_not_forecast_by_speeds_of_whole_sequences(
     tiny_run: RunConfig, cheap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +209,9 @@ def test_speeds_are_not_measured_beside_other_runs(
     assert main(["plan", str(cheap), "--calibrate"]) == 2
     assert f"got 1 that train on this machine, as a-run (process {os.getpid()}): wait" in capsys.readouterr().err
     assert not (tmp_path / "cache" / calibrations.FOLDER).exists()
+    monkeypatch.setenv("DYNCONV_CACHE", "/proc/cache")  # where even root makes no files: said before it measures, too
+    assert main(["plan", str(cheap), "--calibrate"]) == 2
+    assert "name a place that you can write to, by the variable DYNCONV_CACHE" in capsys.readouterr().err
 
 
 def test_containers_have_calibrations_of_their_own() -> None:

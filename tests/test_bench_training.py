@@ -335,6 +335,17 @@ def test_complete_rounds_are_kept_when_it_is_interrupted(
     assert pd.read_parquet(tmp_path / "t.parquet")["rounds"].tolist() == [2, 2]
 
 
+def test_a_damaged_file_is_refused_before_anything_is_measured(
+    bench: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"torn")
+    monkeypatch.setattr(stepping, "measure", lambda _: pytest.fail("it was measured"))
+    code, _, err = bench("25k", "--arms", "transformer")
+    assert code == 2
+    assert "t.parquet is unreadable (" in err
+    assert err.endswith("); move it away, or give -o another file\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,6 @@
 """Warm-up-stable-decay: branches take their trunk's state up, wait for it, and are the runs they would have been."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_a_branch_is_not_submitted_behind_a_job_that_nobody_knows(sharing: list[
     jobs.write_job(tmp_path / trunk.run_id, "slurm", None, None, Path("code"), "a-submission")
     with pytest.raises(ValueError, match=f"{branch.run_id} waits for its trunk {trunk.run_id}, which has no job here"):
         branches.dependency(branch, tmp_path)
+
+
+def test_a_branch_takes_no_state_of_another_trunk(
+    sharing: list[RunConfig], submitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """That of another seed has the same shapes, and was trained on the same data."""
+    trunk, branch, _ = sharing
+    other = replace(trunk, seed=trunk.seed + 1)
+    Run(submitted(other, tmp_path))()
+    submitted(trunk, tmp_path)
+    shutil.copytree(tmp_path / other.run_id / "branch-points", tmp_path / trunk.run_id / "branch-points")
+    with pytest.raises(RunFailed, match=rf"is a state of run {other.run_id}; wanted one of {trunk.run_id}; train the"):
+        Run(submitted(branch, tmp_path))()
 
 
 def test_a_branch_without_its_trunks_state_fails_with_the_reason(

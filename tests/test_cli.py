@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,15 +52,34 @@ def test_every_verb_explains_itself_with_examples(verb: str, capsys: pytest.Capt
     assert f"dynconv {verb}" in text.partition("examples:")[2]
 
 
-def test_every_argument_says_what_it_is() -> None:
-    def arguments_of(verb: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
-        for action in verb._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for inner in action.choices.values():
-                    yield from arguments_of(inner)
-            else:
-                yield verb.prog, action
+def arguments_of(verb: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    """Those of the verbs in it, too."""
+    for action in verb._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from arguments_of(inner)
+        else:
+            yield verb.prog, action
 
+
+def test_every_example_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = ""
+    for words in (*([verb] for verb in VERBS), ["bench", "kernels"], ["bench", "train"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        text += capsys.readouterr().out.partition("examples:")[2]
+    examples = [line.strip() for line in text.splitlines() if line.startswith("  dynconv ")]
+    assert len(examples) > len(VERBS)
+    for example in examples:
+        parser().parse_args(shlex.split(example.partition("   ")[0])[1:])  # leaves where it is none
+
+
+def test_what_a_verb_writes_has_one_name() -> None:
+    named = {tuple(action.option_strings) for _, action in arguments_of(parser()) if "-o" in action.option_strings}
+    assert named == {("-o", "--output")}
+
+
+def test_every_argument_says_what_it_is() -> None:
     silent = [(verb, action.dest) for verb, action in arguments_of(parser()) if not action.help]
     assert silent == []
     helps = [action.help or "" for _, action in arguments_of(parser()) if action.dest == "convention"]

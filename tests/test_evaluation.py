@@ -1,5 +1,6 @@
 """Trained runs in use: decoding with caches, sampling, evaluation."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -17,6 +18,8 @@ import torch
 from test_decoder import CONVS, SMALL, randomised
 from texts import write_txt
 
+from analysis.logs.files import read_json, write_json
+from analysis.logs.record import sealed
 from experiments import evaluation
 from experiments.cli.main import main
 from experiments.design.arms import QKV
@@ -102,6 +105,23 @@ def test_weights_of_another_model_are_refused(finished: Callable[..., Path], tmp
         load_run(run_dir)
 
 
+def test_weights_of_another_seed_are_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
+    """Their names and shapes are the same, so that nothing else tells them from the run's own."""
+    run_dir = Path(shutil.copytree(finished(), tmp_path / finished().name))
+    run = read_json(run_dir / "run.json")
+    assert run["weights_sha256"] == hashlib.sha256((run_dir / "model.pt").read_bytes()).hexdigest()
+    weights = {name: each + 1 for name, each in torch.load(run_dir / "model.pt").items()}
+    torch.save(weights, run_dir / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt is not what this run wrote, by weights_sha256 in run\.json"):
+        load_run(run_dir)
+    del run["weights_sha256"]  # as in runs of older versions, whose weights may be anyone's
+    write_json(run_dir / "run.json", sealed(run))
+    assert torch.equal(load_run(run_dir).model.embedding.weight, weights["embedding.weight"])
+    write_json(run_dir / "run.json", sealed(run | {"run_id": "another"}))
+    with pytest.raises(ValueError, match=r"run\.json is of run another; wanted "):
+        load_run(run_dir)
+
+
 @pytest.mark.parametrize("damage", ["a merge left out", "gone"])
 def test_another_tokenizer_is_refused(damage: str, finished: Callable[..., Path], tmp_path: Path) -> None:
     """It would give bits a byte and tasks of the harness other values, without a word."""
@@ -175,6 +195,19 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     logged = pq.read_table(run_dir / "evals.parquet").to_pylist()
     assert {(r["task"], r["metric"]): r["value"] for r in logged if r["task"] != "text"} == got
     assert any(row["task"] == "text" for row in logged)
+
+
+def test_a_run_that_takes_no_results_is_refused_before_it_is_evaluated(
+    finished: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise ValueError(f"{path} cannot be written")
+
+    monkeypatch.setattr("experiments.cli.models.require_writable", refuse)
+    monkeypatch.setattr("experiments.evaluation.load.load_run", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "a.txt").write_text("x = 1\n")
+    assert main(["eval", str(finished()), "--text", str(tmp_path)]) == 2
+    assert f"{finished() / 'evals.parquet'} cannot be written" in capsys.readouterr().err
 
 
 def test_a_folder_is_scored_whole_where_training_held_out_text_of_its_own(

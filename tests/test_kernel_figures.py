@@ -35,6 +35,9 @@ def test_kernel_bars_are_one_a_kernel_and_provider_with_the_floor_where_it_is_kn
     assert capsys.readouterr().out == f"{tmp_path / 'kernels.svg'}\n"
     with pytest.raises(ValueError, match="holds times of kernels, not runs; `dynconv plot` draws them"):
         load(measured)
+    rows.assign(us=rows["us"].where(rows.index != 0, -1.0)).to_parquet(tmp_path / "k.parquet")
+    assert main(["plot", str(tmp_path / "k.parquet"), "-o", str(tmp_path)]) == 2
+    assert "k.parquet: us must be positive; got -1.0 in 1 rows; remove these" in capsys.readouterr().err
     with pytest.raises(ValueError, match="need rows with pass fwd"):
         kernel_figures.kernel_bars(pd.read_csv(paper).assign(**{"pass": "fwd"}))
 

@@ -144,6 +144,19 @@ def test_values_that_are_no_shares_and_do_not_vary_have_no_interval() -> None:
     assert over_sizes(np.array([0.5, 0.5, 0.5])) == (None, None)
 
 
+@pytest.mark.parametrize("endless", [math.nan, math.inf])
+def test_a_value_that_is_no_number_is_left_out_by_name(endless: float, tmp_path: Path) -> None:
+    """A mean over it would be no number either, with the status "ok"."""
+    store = recall(tmp_path, static=[0.3, 0.5, 0.2], dyn=[0.42, 0.58, 0.35])
+    values = values_of(store, "accuracy")
+    wrong = values["run_id"].eq("dyn-1-mqar-2")
+    found = compare_metric(store.runs, values.assign(value=values["value"].mask(wrong, endless)))
+    reasons = [(item.run_id, item.reason) for item in found.excluded]
+    assert reasons == [("dyn-1-mqar-2", "its mqar/accuracy is no finite number")]
+    assert row(found, "dyn", "w1").difference == pytest.approx(0.1)
+    assert row(found, "dyn", "w1").seeds == 2
+
+
 def test_over_three_sizes_the_sizes_are_the_replicates(tmp_path: Path) -> None:
     gains = (0.08, 0.12, 0.09)
     for size, gain in zip((1, 2, 4), gains, strict=True):

@@ -383,3 +383,32 @@ def test_compute_in_another_unit_is_said(tmp_path: Path, column: str, unit: floa
     path.write_text("arm,size,N,D,C,loss\n" + "\n".join(f"a,s{i},{','.join(row)},3" for i, row in enumerate(cells)))
     told = [problem for problem in load(path).problems if "times 6 N D" in problem]
     assert [f"C is {said} times 6 N D in 2 of 2 rows" in problem for problem in told] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("loss", "more", "told"),
+    [(250.0, "", True), (13.0, "", False), (250.0, ",status", False), (250.0, ",loss_unit", False)],
+)
+def test_losses_worse_than_guessing_are_named(loss: float, more: str, told: bool, tmp_path: Path) -> None:
+    cell = {"": "", ",status": ",diverged", ",loss_unit": ",percent"}[more]
+    path = tmp_path / "points.csv"
+    path.write_text(f"arm,C,loss{more}\na,1e15,{loss}{cell}\na,2e15,{loss}{cell}\n")
+    problems = load(path).problems
+    assert [f"loss is {loss:g} in 2 of 2 rows, and guessing among a million" in each for each in problems] == [
+        True
+    ] * told
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_names_that_look_the_same_are_the_same(suffix: str, tmp_path: Path) -> None:
+    """Composed and decomposed letters, a zero-width space, and what would colour a terminal."""
+    arms = ["caf\u00e9", "cafe\u0301", "caf\u00e9\u200b", "\x1bcaf\u00e9", " caf\u00e9\u00a0"]
+    table = pd.DataFrame({"arm": arms, "size": "1M", "C": 1e15, "loss": [3.0 + i / 10 for i in range(len(arms))]})
+    path = tmp_path / f"points.{suffix}"
+    if suffix == "csv":
+        table.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_parquet(path)
+    assert load(path).runs["arm"].tolist() == ["caf\u00e9"] * len(arms)

@@ -125,9 +125,12 @@ def test_the_verb_predicts_marks_and_refuses(tmp_path: Path, capsys: pytest.Capt
         (["--C", "-1"], "takes positive numbers"),
         (["--N", "1e9,2e9,3e9", "--D", "1e9,2e9"], "one value each, or as many"),
         (["--C", "1e21", "--hold", "E"], "--hold takes NAME=VALUE"),
+        (["--C", "1e21", "--hold", "E=1,E=2"], "--hold gives E two values; got 'E=1,E=2'"),
     ):
         assert main(["predict", str(path), *wrong, *few]) == 2
         assert message in capsys.readouterr().err
+    assert main(["fit", str(path), "--bootstrap", "5"]) == 2  # whose ends are the least and the most of five
+    assert "--bootstrap must be 0, or at least 100 for an interval of 95%; got 5" in capsys.readouterr().err
     path.write_text("size,C,loss\n" + "\n".join(f"{k},1e{18 + k},{2 + 0.6**k}" for k in range(4)))
     assert main(["predict", str(path), "--C", "1e23", *few]) == 0
     assert "no back-test: too few sizes" in capsys.readouterr().err

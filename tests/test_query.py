@@ -60,6 +60,17 @@ def test_n_d_and_c_stand_for_their_columns_in_conditions_and_queries(store: Stor
     assert sql(points, "select N, C from runs")[1] == [(7, 1e15)], "the table's own n stays"
 
 
+def test_arms_without_a_multiplier_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a query would read as if there were no such arm."""
+    rows = [f"{arm},{size},{c:g},{5 - c / 1e16}" for arm in ARMS for size, c in (("1M", 1e15), ("3M", 4e15))]
+    (tmp_path / "points.csv").write_text("\n".join(["arm,size,C,loss", *rows, "apart,9M,1e16,3"]))
+    query = ["query", str(tmp_path / "points.csv"), "select arm from multipliers", "--baseline", "base", "--json"]
+    assert main(query) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [{"arm": "new"}]
+    assert err.startswith("dynconv: no multiplier for apart: pairs are made on size, and none is in both arms")
+
+
 def test_multipliers_are_of_the_baseline_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"{arm},s{i},{10.0**i},{2 * (m * 10.0**i) ** -0.1 + 1.7}" for i in range(15, 19) for arm, m in ARMS.items()]
     (tmp_path / "points.csv").write_text("arm,size,C,loss\n" + "\n".join(rows))
@@ -137,6 +148,27 @@ def test_groups_of_unlike_sizes_are_said(store: Store, capsys: pytest.CaptureFix
     assert cautions(lacking.query("size == 's1'"), ["arm"]) == []
     assert main(["table", str(store.path), "--by", "seed", "--where", "arm == 'dyn' or size == 's1' or seed == 0"]) == 0
     assert "unlike shares of sizes" in capsys.readouterr().err
+
+
+def test_runs_that_are_in_no_mean_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["base,1M,0,3.0,9,complete,a", "base,1M,1,nan,9,complete,a", "base,1M,2,inf,-7200,complete,a"]
+    rows += ["new,1M,0,2.0,9,complete,b", "new,1M,0,2.0,9,complete,b", "new,1M,1,,9,running,b"]
+    header = "arm,size,seed,loss,train_seconds,status,tokenizer,C"
+    (tmp_path / "points.csv").write_text("\n".join([header, *(f"{row},1e15" for row in rows)]))
+    assert main(["table", str(tmp_path / "points.csv"), "--by", "arm", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [(row["runs"], row["loss"], row["train_hours"]) for row in json.loads(out)] == [
+        (3, 3.0, pytest.approx(18 / 3600)),
+        (2, 2.0, pytest.approx(18 / 3600)),
+    ]
+    for line in (
+        "row 6 left out (unfinished)",
+        "the loss of row 2, row 3 is in no mean, as it is no positive number",
+        "the train_seconds of row 3 are in no sum, as they are no positive number",
+        "row 5 repeat a run and count as another: remove them from the table",
+        "the groups hold unlike shares of tokenizers, whose losses differ: add tokenizer_sha256 to --by",
+    ):
+        assert f"dynconv: {line}" in err
 
 
 def test_groups_of_unlike_budgets_rates_and_clocks_are_said(store: Store) -> None:

@@ -122,6 +122,19 @@ def unlike(rest: Callable[[str, int], str] = lambda *_: "") -> Iterator[str]:
                 yield f"{arm},s{i},{seed},{compute},{law(m, compute)},{value}{rest(arm, seed)}"
 
 
+def test_settings_of_an_arm_that_change_with_size_are_told(answer: Any) -> None:
+    """As where two stores call two convolutions by one name. What changes alike in both arms is the ladder's."""
+    rows = []
+    for arm, m in (("base", 1.0), ("new", M)):
+        for i, compute in enumerate(COMPUTE):
+            facts = f"{4096 << i},{'none' if arm == 'base' else 'static' if i < 2 else 'lowrank'}"
+            rows.append(f"{arm},s{i},{compute},{law(m, compute)},{facts}")
+    found = answer(rows, "arm,size,C,loss,train.batch_tokens,conv.kind")
+    sizes = [f"s{i}" for i in range(2, len(COMPUTE))]
+    shown = ", ".join(sizes[:4]) + (f" and {len(sizes) - 4} more" if len(sizes) > 4 else "")
+    assert found["notes"] == [f"not the same at all sizes of new: conv.kind is static (s0, s1), lowrank ({shown})"]
+
+
 def test_recipes_that_differ_and_facts_that_some_seeds_lack_are_told(answer: Any) -> None:
     """Another batch in one arm is a note, since an arm may have a recipe of its own; a fact that seeds of one arm and
     size lack is a warning, since they may be of another configuration."""

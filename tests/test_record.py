@@ -13,7 +13,7 @@ from experiments.data.dataset import Dataset
 from experiments.design.config import RunConfig
 from experiments.evaluation.load import load_run
 from experiments.parts.short_convolution import StaticConvolution
-from experiments.training.record import check_store, read_record, trained_on_other_text
+from experiments.training.record import check_store, read_record, submitted_otherwise
 from experiments.training.run import Run
 
 Submitted = Callable[..., Path]
@@ -95,16 +95,26 @@ def test_a_store_takes_one_dataset(tiny_run: RunConfig, submitted: Submitted, tm
         check_store([tiny_run], tmp_path, "0" * 64)
 
 
-def test_runs_of_text_from_another_place_are_told(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
+def test_runs_that_were_submitted_otherwise_are_told(tiny_run: RunConfig, submitted: Submitted, tmp_path: Path) -> None:
     """Their ids are the same, and nothing else would say so where all of them are complete."""
     assert tiny_run.data is not None
     submitted(tiny_run, tmp_path)
-    assert trained_on_other_text([tiny_run, replace(tiny_run, seed=9)], tmp_path) == []
+    assert submitted_otherwise([tiny_run, replace(tiny_run, seed=9)], tmp_path) == []
     moved = replace(tiny_run, data=replace(tiny_run.data, source="/elsewhere"))
     assert moved.run_id == tiny_run.run_id
-    (note,) = trained_on_other_text([moved], tmp_path)
+    (note,) = submitted_otherwise([moved], tmp_path)
     was = f"1 runs in {tmp_path} were submitted with data.source = {tiny_run.data.source!r}, which is '/elsewhere' in"
     assert note.startswith(was)
+    raw = replace(tiny_run, data=replace(tiny_run.data, pretokenized="uint16", tokenizer="/t.json"))
+    said = [note.partition(" with ")[2].split(" = ")[0] for note in submitted_otherwise([raw], tmp_path)]
+    assert said == ["data.pretokenized", "data.tokenizer"]
+    often = replace(tiny_run, baseline="lowrank-qkv", train=replace(tiny_run.train, evaluate_every=16))
+    assert often.run_id == tiny_run.run_id
+    assert submitted_otherwise([often], tmp_path) == []  # when it is submitted again its record is written again
+    (tmp_path / tiny_run.run_id / "run.json").touch()
+    first, second = submitted_otherwise([often], tmp_path)
+    assert f"baseline = {tiny_run.baseline!r}, which is 'lowrank-qkv' in the sweep now: they stay as they" in first
+    assert "train.evaluate_every = 1024, which is 16 in the sweep now: they stay as they were submitted" in second
 
 
 @pytest.mark.parametrize("foreign", ['{"arm": []}', '{"arm": "a", "size": "b", "budget": "c", "seed": 0, "vary": {}}'])

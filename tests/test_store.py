@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from planted import ABOUT, write_config, write_run
 
+from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.merge import load_all
 from analysis.logs.record import sealed
 from analysis.logs.schema import OF_LEARNING, RUN_COLUMNS, fact_columns
@@ -68,9 +72,51 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(frozen.runs, live.runs)
     pd.testing.assert_frame_equal(frozen.steps(), live.steps())
     pd.testing.assert_frame_equal(frozen.evals(), live.evals())
-    (tmp_path / "frozen" / "runs.parquet").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="unreadable"):
+    write_run(write_config(tmp_path / "other", seed=8), 3.0)
+    with pytest.raises(ValueError, match=r"frozen holds 4 other runs, as transformer-1M-0, and none of these; remove"):
+        freeze(load(tmp_path / "other"), tmp_path / "frozen", steps=True)
+    write_config(tmp_path / "frozen", seed=9)
+    (problem,) = load(tmp_path / "frozen").problems
+    assert problem.endswith("is read from its runs.parquet alone: move that away to read its 1 folders")
+    twice = pd.concat([live.runs, live.runs.iloc[:1].assign(loss=2.0)])
+    twice.to_parquet(tmp_path / "frozen" / "runs.parquet", index=False)
+    with pytest.raises(ValueError, match=r"runs\.parquet has transformer-1M-0 more than once, .*; freeze it again"):
         load(tmp_path / "frozen")
+    (tmp_path / "frozen" / "runs.parquet").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"runs\.parquet is unreadable .*; freeze the store again"):
+        load(tmp_path / "frozen")
+
+
+def test_logs_of_other_runs_are_named_and_give_no_number(tmp_path: Path) -> None:
+    """A file that was copied from another run's folder, or edited, reads as the run's own."""
+    for seed in range(3):
+        write_run(write_config(tmp_path / "live", seed=seed), 3.0 + seed, gradient_norm=1.0 + seed)
+    live = load(tmp_path / "live")
+    whole = {kind: live.rows(kind) for kind in ("steps", "evals")}
+    freeze(live, tmp_path / "frozen", steps=True)
+    assert live.problems == []
+    for kind, table in whole.items():
+        shutil.copy(*(tmp_path / "live" / f"transformer-1M-{seed}" / f"{kind}.parquet" for seed in (0, 1)))
+        at = [place for place, run_id in enumerate(table["run_id"].to_pylist()) if run_id.endswith("-0")]
+        copied = table.take(at).set_column(0, "run_id", pa.array(["transformer-1M-1"] * len(at)))
+        others = table.filter(pc.not_equal(table["run_id"], "transformer-1M-1"))
+        write_parquet(tmp_path / "frozen" / f"{kind}.parquet", pa.concat_tables([copied, others]))
+    for store in (load(tmp_path / "live"), load(tmp_path / "frozen")):
+        assert set(store.steps()["run_id"]) == set(store.evals()["run_id"]) == {"transformer-1M-0", "transformer-1M-2"}
+        of_steps, of_evals = store.problems
+        assert of_steps.startswith("the steps of transformer-1M-1 are left out: they end at another gradient_norm than")
+        assert of_evals.startswith("the evals of transformer-1M-1 are left out: they end at another loss than run.json")
+        assert "(3, and 4), so they were edited, or are of another run" in of_evals
+
+
+def test_a_finished_run_without_evaluations_is_named(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path)
+    write_run(run_dir, 3.0)
+    write_parquet(run_dir / "evals.parquet", read_parquet(run_dir / "evals.parquet").slice(0, 0))
+    store = load(tmp_path)
+    assert store.evals().empty
+    (problem,) = store.problems
+    assert problem.startswith(f"{run_dir / 'evals.parquet'} has no rows, and its run is complete: copy it again, or")
 
 
 def test_a_changed_bit_is_named_and_gives_no_number(tmp_path: Path) -> None:
@@ -81,7 +127,8 @@ def test_a_changed_bit_is_named_and_gives_no_number(tmp_path: Path) -> None:
         content[content.index(struct.pack("<2d", 3.0, 1.0)) + 6] ^= 1  # the loss, which would read as 2.5 or so
         path.write_bytes(content)
     assert live.evals().empty
-    assert any("evals.parquet is unreadable" in problem for problem in live.problems)
+    (problem,) = [problem for problem in live.problems if "evals.parquet is unreadable" in problem]
+    assert problem.endswith("left out: copy it again, or remove the run's folder and submit the sweep again")
     with pytest.raises(ValueError, match=r"evals\.parquet is unreadable .*; freeze the store again"):
         load(tmp_path / "frozen").evals()
 
@@ -187,14 +234,14 @@ def test_points_are_read_by_usual_names_or_as_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "columns", "message"),
     [
-        ("points.csv", "", {}, "unreadable"),
+        ("points.csv", "", {}, "is empty; copy it again, or export it again"),
         ("points.csv", "arm,C,loss\n", {}, "no rows"),
         ("points.csv", "arm,C,loss\na,1,much\n", {}, "column loss must hold numbers"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"C": "flop"}, "no column 'flop'; it has arm, C, loss"),
         ("points.csv", "arm,C,loss\na,1,2\n", {"Q": "C"}, "no column 'Q' is known"),
         ("points.csv", "arm,C,loss,N\na,1,2,3\n", {"loss": "N", "C": "N"}, "gives column 'N' two names"),
         ("points.csv", "arm,C,loss,convention\na,1,2,guess\n", {}, "no FLOP convention 'guess'"),
-        ("points.parquet", "not parquet", {}, "unreadable"),
+        ("points.parquet", "not parquet", {}, r"unreadable .*; copy it again, or export it again"),
         ("points.txt", "arm,C,loss\n", {}, r"no table that is read here \(\.csv, \.tsv"),
     ],
 )

@@ -93,6 +93,19 @@ def test_a_store_that_is_not_there_is_not_made(
     assert not (tmp_path / "store").exists()
 
 
+def test_what_can_keep_no_runs_is_no_store(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A frozen table hides runs that are trained beside it, so that nothing of them would be seen."""
+    frozen = tmp_path / "frozen"
+    frozen.mkdir()
+    (frozen / "runs.parquet").touch()
+    for verb in ("plan", "submit"):
+        assert main([verb, str(sweep), "--store", str(frozen)]) == 2
+        assert f"{frozen} is a frozen store: runs.parquet hides runs that are beside it" in capsys.readouterr().err
+        assert main([verb, str(sweep), "--store", str(sweep)]) == 2
+        assert f"{sweep} is a file; --store wants the folder" in capsys.readouterr().err
+    assert [path.name for path in frozen.iterdir()] == ["runs.parquet"]
+
+
 def test_a_part_of_a_sweep_is_chosen_by_a_condition(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """For what is trained in several sessions: plan and submit take the runs that fulfil a condition on the plan."""
     sweep.write_text(sweep.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]"))

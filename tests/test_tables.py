@@ -195,6 +195,31 @@ def test_rows_without_a_partner_are_left_out_and_listed(tmp_path: Path, capsys: 
     assert "no answer for c: 1 paired size" in err
 
 
+def test_sizes_and_seeds_behind_each_m_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arms whose sizes or seeds differ stand side by side in a table, and their m at other computes."""
+    rows = [
+        f"{arm},{size},{c:g},{10 * c**-0.05 - gain + 0.001 * seed},{seed}"
+        for arm, gain in (("base", 0.0), ("one", 0.01), ("two", 0.02))
+        for size, c in (("1M", 1e15), ("3M", 4e15), ("9M", 16e15), ("27M", 64e15))
+        for seed in (0, 1)
+        if not (arm == "one" and size == "27M") and (arm, size, seed) != ("two", "3M", 1)
+    ]
+    header = "arm,size,C,loss,seed"
+    whole = write_points(tmp_path / "whole.csv", [row for row in rows if row[:3] != "two"], header)
+    assert "\nPaired at 1M, 3M, 9M (seeds: 2).\n" in run(capsys, "table", whole, "--baseline", "base")[1]
+    store = write_points(tmp_path / "points.csv", rows, header)
+    out = run(capsys, "table", store, "--baseline", "base")[1]
+    assert "\nPaired: one at 1M, 3M, 9M (seeds: 2); two at 1M x 2, 3M x 1, 9M x 2, 27M x 2.\n" in out
+    reasons = ["row 7, row 8 (no partner of the same size and seed in one)"]
+    reasons += ["row 4 (no partner of the same size and seed in two)"]
+    assert out.rstrip().endswith(f"Left out: 3 rows: {'; '.join(reasons)}")
+    found = json.loads(run(capsys, "table", store, "--baseline", "base", "--json")[1])
+    assert [[(row["size"], row["seeds"]) for row in item["local"]] for item in found] == [
+        [("1M", 2), ("3M", 2), ("9M", 2)],
+        [("1M", 2), ("3M", 1), ("9M", 2), ("27M", 2)],
+    ]
+
+
 def test_a_store_with_a_run_still_training_is_tabulated_without_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

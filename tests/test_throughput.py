@@ -17,6 +17,7 @@ from analysis.logs.throughput import read_throughput
 from analysis.pages.throughput_figures import throughput_panels
 from experiments.bench.stepping import Outcome
 from experiments.bench.throughput import COLUMNS, rows_of, table
+from experiments.bench.training import render
 from experiments.cli.main import main
 
 
@@ -150,6 +151,15 @@ def test_plot_draws_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     _drawn().to_parquet(tmp_path / "t.parquet")
     assert main(["plot", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "figures")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'figures' / 'training.svg'}\n"
+    for verb in (["table"], ["freeze", "-o", str(tmp_path / "frozen")]):
+        assert main([*verb, str(tmp_path / "t.parquet")]) == 2
+        assert "t.parquet holds throughput of training, not runs; `dynconv plot` draws it" in capsys.readouterr().err
+    rows = _drawn()
+    rows.assign(tokens_per_second=rows["tokens_per_second"].where(rows.index != 0, np.nan)).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    assert main(["plot", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "figures")]) == 2
+    assert "t.parquet: tokens_per_second must be positive; got nan in " in capsys.readouterr().err
 
 
 def test_the_measured_file_is_one_that_bench_train_merges_with_and_plot_draws() -> None:
@@ -159,3 +169,19 @@ def test_the_measured_file_is_one_that_bench_train_merges_with_and_plot_draws() 
     assert rows["commit"].notna().all()
     throughput_panels(rows)
     assert len(read_throughput(path)) == len(rows)
+
+
+def test_processes_on_a_cpu_are_not_called_gpus() -> None:
+    found = chosen("25k", optimizers=("adamw", "muon"), gpus=2)
+    outcomes = [Outcome([1.0, 1.1, 1.2])] * len(found)
+    rows = rows_of(found, outcomes, None, WHERE | {"device": "cpu"})
+    text = render([row | {"kernels": [{"name": "gemm", "milliseconds": 0.5, "share": 0.25}]} for row in rows])
+    assert "gpu" not in text.lower()
+    assert "batch 8 in each process" in text
+    assert "muon against adamw, lowrank-qkv in 2 processes: " in text
+    (heading,) = {line for line in text.splitlines() if line.startswith("arm ")}
+    assert heading.split()[:3] == ["arm", "optimizer", "processes"]
+    assert "on 2 GPUs" in render(rows_of(found, outcomes, None, WHERE))
+    labels = [each.get_text() for each in throughput_panels(table(rows)).findobj(Text)]
+    assert any("2 processes (ddp)" in label for label in labels)
+    assert not any("GPU" in label for label in labels)

@@ -82,7 +82,7 @@ class Multiplier:
     no_clock: str | None = None  # why wall_clock is None
     irreducible_loss: float
     exponent: float
-    local: tuple[dict[str, Any], ...] = ()  # by size: size, compute and loss of both, m
+    local: tuple[dict[str, Any], ...] = ()  # by size: size, paired seeds, compute and loss of both, m
     curve: tuple[At, ...] = ()  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
     budgets: tuple[OfBudget, ...] = ()  # m at each budget, where sizes have several
     same_budget_p: float | None = None  # p-value of the test that m is the same at every budget

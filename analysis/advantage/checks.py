@@ -107,7 +107,7 @@ def noise_floor(local: Local) -> float | None:
 
 
 def local_rows(pairs: Pairs, local: Local) -> Iterator[dict[str, Any]]:
-    columns = (pairs.sizes, pairs.c0, pairs.c1, pairs.y0, pairs.y1, [ratio(value) for value in local.ln_m[0]])
-    names = ("size", "compute_baseline", "compute", "loss_baseline", "loss", "m")
-    for row in zip(*columns, strict=True):
-        yield dict(zip(names, [row[0], *map(float, row[1:])], strict=True))
+    columns = (pairs.c0, pairs.c1, pairs.y0, pairs.y1, [ratio(value) for value in local.ln_m[0]])
+    names = ("compute_baseline", "compute", "loss_baseline", "loss", "m")
+    for size, seeds, *values in zip(pairs.sizes, pairs.seeds, *columns, strict=True):
+        yield {"size": size, "seeds": seeds, **dict(zip(names, map(float, values), strict=True))}

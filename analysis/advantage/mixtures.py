@@ -99,6 +99,34 @@ def recipes(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
     return found
 
 
+def changing_facts(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
+    """For the reader: the settings of an arm that change with size, where those of the other do not change alike, as
+    the batch of a ladder does. By design, as a rank that grows with the width, or because two stores call two things by
+    one name: m is then of several arms. `runs` as for `mixtures`."""
+    names = [each for each in fact_columns(map(str, runs)) if not is_rate(each)]
+    by_size = {side: rows.groupby("_size", sort=False) for side, rows in runs.groupby("arm")}
+    values = {
+        side: {
+            name: {size: tuple(sorted(set(map(str, part.dropna())))) for size, part in sizes[name]} for name in names
+        }
+        for side, sizes in by_size.items()
+    }
+    found = []
+    for side, other in ((baseline, arm), (arm, baseline)):
+        changing = []
+        for name, of_sizes in values[side].items():
+            at: dict[tuple[str, ...], list[str]] = {}
+            for size, known in of_sizes.items():
+                if known:
+                    at.setdefault(known, []).append(str(size))
+            if len(at) > 1 and of_sizes != values[other][name]:
+                shown = ", ".join(f"{some(known)} ({some(sizes)})" for known, sizes in at.items())
+                changing.append(f"{name} is {shown}")
+        if changing:
+            found.append(f"not the same at all sizes of {side}: {some(changing)}")
+    return found
+
+
 def _unrecorded(runs: pd.DataFrame) -> Iterator[str]:
     """Facts that some runs of an arm, size and budget have and others lack, which may be of another configuration."""
     groups = runs.groupby(["arm", *ON[:2]])

@@ -161,9 +161,12 @@ def _of_task(
     task, metric = str(mine["task"].iloc[0]), str(mine["metric"].iloc[0])
     baseline = choose_baseline(runs, baseline)
     column = CONVENTIONS[choose_convention(runs, convention)]
+    name = f"{task}/{metric}" if task else metric
+    endless = done[done["run_id"].isin(mine.loc[~np.isfinite(mine["value"]), "run_id"])]
+    excluded += excluded_rows(endless, f"its {name} is no finite number")
     absent = done[~done["run_id"].isin(mine["run_id"])]
-    excluded += excluded_rows(absent, f"it has no {task}/{metric}" if task else f"it has no {metric}")
-    done = done.drop(absent.index)
+    excluded += excluded_rows(absent, f"it has no {name}")
+    done = done[~done["run_id"].isin([*endless["run_id"], *absent["run_id"]])]
     rows: list[_Row] = []
     notes: list[str] = []
     at_rates: dict[Tuned, None] = {}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KERNEL_COLUMNS = {"op", "pass", "B", "T", "D", "W", "R", "H", "dtype", "us", "provider"}
+TRAINING_COLUMNS = {"size", "arm", "gpus", "tokens_per_second", "step_ms", "slowdown", "against"}  # of `bench train`
 # Our name of a run's status -> the names that W&B, MLflow, Optuna, ClearML and Slurm use. Ray Tune's "terminated" is
 # left out, because it is also used for a trial that a scheduler stopped early.
 STATES = {
@@ -36,6 +37,7 @@ SIX_N_D = {  # column of a convention that follows from N and D -> the column of
     "flops_6n_nonemb_d": "parameters_nonembedding",
     "flops_6nactive_d": "parameters_active",
 }
+GUESSING = 13.9  # nats a token: ln of a million tokens, of which no tokenizer has more
 UNLIKE = 1000.0  # times 6 N D: no convention of FLOPs is so far from it
 
 
@@ -51,6 +53,11 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
     if set(raw.columns) >= KERNEL_COLUMNS:  # here D is the number of channels, not of tokens
         raise ValueError(
             f"{path} holds times of kernels, not runs; `dynconv plot` draws them, pandas and DuckDB read them"
+        )
+    if set(raw.columns) >= TRAINING_COLUMNS:
+        raise ValueError(
+            f"{path} holds throughput of training, not runs; `dynconv plot` draws it alone, `dynconv table STORE "
+            "--throughput` takes it"
         )
     if any(str(name).endswith("__MIN") for name in raw.columns):
         raise ValueError(f"{path} is a chart's export, with a column for each run; export the table of runs instead")
@@ -72,7 +79,7 @@ def read_points(path: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, l
     for flops, count in SIX_N_D.items():
         if {count, "tokens"} <= set(points) and flops not in points:
             points[flops] = 6.0 * points[count] * points["tokens"]
-    return run_types(points), [*notes, *_unlike_compute(path, points)]
+    return run_types(points), [*notes, *_unlike_compute(path, points), *_unlike_losses(path, points)]
 
 
 def run_types(runs: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +105,8 @@ def is_whole(column: pd.Series) -> bool:
 
 
 def read_kernels(path: Path) -> pd.DataFrame | None:
-    """The table that `dynconv bench kernels` writes, or None if the path holds something else."""
+    """The table that `dynconv bench kernels` writes, or None if the path holds something else. Raises ValueError for
+    times that are not positive."""
     import pandas as pd
 
     if not path.is_file() or path.suffix not in (".csv", ".parquet"):
@@ -107,7 +115,11 @@ def read_kernels(path: Path) -> pd.DataFrame | None:
         rows = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError):
         return None  # the caller then calls `load`, which reports the error
-    return rows if set(rows.columns) >= KERNEL_COLUMNS else None
+    if not set(rows.columns) >= KERNEL_COLUMNS:
+        return None
+    if len(wrong := rows[~(rows["us"] > 0)]):
+        raise ValueError(f"{path}: us must be positive; got {wrong['us'].iloc[0]} in {len(wrong)} rows; remove these")
+    return rows
 
 
 def _unlike_compute(path: Path, points: pd.DataFrame) -> list[str]:
@@ -123,6 +135,23 @@ def _unlike_compute(path: Path, points: pd.DataFrame) -> list[str]:
     return [
         f"{path}: C is {wrong.iloc[0]:.2g} times 6 N D in {len(wrong)} of {len(points)} rows: is one of N, D and C in "
         "another unit? N counts parameters, D tokens, C floating-point operations"
+    ]
+
+
+def _unlike_losses(path: Path, points: pd.DataFrame) -> list[str]:
+    """A line where losses in nats a token are worse than guessing. Laws would be wrong, and of perplexities
+    multipliers, too."""
+    if "loss" not in points or "loss_unit" in points:
+        return []
+    counted = points[points["status"].eq("complete").fillna(False) & points["did_not_learn"].isna()]
+    losses = counted["loss"].astype("float64")
+    wrong = losses[(losses > GUESSING) & (losses < float("inf"))]
+    if wrong.empty:
+        return []
+    return [
+        f"{path}: loss is {wrong.iloc[0]:.3g} in {len(wrong)} of {len(points)} rows, and guessing among a million "
+        f"tokens is {GUESSING} nats a token: is it a perplexity or in another unit, or did these runs diverge (column "
+        "status)?"
     ]
 
 

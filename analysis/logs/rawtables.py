@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import lzma
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_raw(path: Path) -> pd.DataFrame:
     try:
         content = OPENERS[packing](path) if packing else path.read_bytes()
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
+        raise ValueError(f"{path} is unreadable ({first_line(error)}); copy it again, or export it again") from None
     raw = read(path, content)
     if raw.empty:
         raise ValueError(f"{path} has no rows; give a table with a row for each run")
@@ -123,16 +124,25 @@ def _read_tsv(path: Path, content: bytes) -> pd.DataFrame:
     return _frame(path, *_lined_up(path, _rows(path, _decoded(path, content), "\t")))
 
 
+def _shown(text: str) -> str:
+    """A cell as it is seen: composed letters, without spaces around them and without signs that take no place, such as
+    zero-width spaces. Two spellings of a name that look the same would be two arms, or sizes without partners."""
+    if not text.isascii() or not text.isprintable():
+        text = unicodedata.normalize("NFC", text)
+        text = "".join(sign for sign in text if sign.isspace() or unicodedata.category(sign) not in ("Cc", "Cf"))
+    return text.strip()
+
+
 def _rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
     """The rows with anything in them, their cells stripped."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:
-            cells = [cell.strip() for cell in row]
+            cells = [_shown(cell) for cell in row]
             if any(cells):
                 yield cells
     except csv.Error as error:
-        raise ValueError(f"{path} is unreadable: line {reader.line_num}: {error}") from None
+        raise ValueError(f"{path} is unreadable: line {reader.line_num}: {error}; correct it") from None
 
 
 def _lined_up(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -142,7 +152,7 @@ def _lined_up(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], list[li
     """
     names = next(rows, [])
     if not names:
-        raise ValueError(f"{path} is unreadable: it is empty")
+        raise ValueError(f"{path} is unreadable: it is empty; copy it again, or export it again")
     while names and not names[-1]:
         names.pop()
     kept = []
@@ -199,7 +209,7 @@ def _read_json_lines(path: Path, content: bytes) -> pd.DataFrame:
             if not isinstance(record, dict):
                 raise ValueError(f"it holds a {type(record).__name__}, not an object")
         except ValueError as error:
-            raise ValueError(f"{path} is unreadable: line {number}: {first_line(error)}") from None
+            raise ValueError(f"{path} is unreadable: line {number}: {first_line(error)}; correct it") from None
         records.append(_flat(record))
     return _plain(pd.DataFrame.from_records(records).astype(object))
 
@@ -228,7 +238,7 @@ def _read_parquet(path: Path, content: bytes) -> pd.DataFrame:
     try:
         frame = parquet.read_table(pa.BufferReader(content)).to_pandas()
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
+        raise ValueError(f"{path} is unreadable ({first_line(error)}); copy it again, or export it again") from None
     frame.columns = [str(name).strip() for name in frame.columns]
     repeated = frame.columns[frame.columns.duplicated()]
     if len(repeated):
@@ -267,7 +277,7 @@ def _cell(value: Any) -> Any:
     import pandas as pd
 
     if isinstance(value, str):
-        text = value.strip()
+        text = _shown(value)
         return None if text in TEXT_MISSING else text
     if pd.api.types.is_list_like(value):
         return json.dumps(value.tolist() if hasattr(value, "tolist") else list(value), default=str)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+REMEDY = "copy it again, or remove the run's folder and submit the sweep again"
+
+
 @dataclass(frozen=True)
 class Progress:
     """The progress of a run when its log was last written to disk; fields are None where nothing is logged yet.
@@ -129,12 +132,14 @@ def read_rows(run_dir: Path, kind: str) -> Rows:
         except (OSError, pa.ArrowException) as error:
             if not complete and (run_dir / "run.json").exists():  # the run finished meanwhile, and removed the parts
                 return read_rows(run_dir, kind)
-            problems.append(f"{path} is unreadable ({first_line(error)}); left out")
+            problems.append(f"{path} is unreadable ({first_line(error)}); left out: {REMEDY}")
             continue
         if kind == "evals":
             table = schema1.upgrade_evals(table)
         if table.schema.equals(schema):
             tables.append(table)
+            if complete and not table.num_rows:
+                problems.append(f"{path} has no rows, and its run is complete: {REMEDY}")
         else:
             problems.append(f"{path} has columns {table.schema.names}, not {schema.names}; left out")
     table = pa.concat_tables(tables) if tables else schema.empty_table()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.logs import schema1
 from analysis.logs.files import read_json
 from analysis.logs.learning import mark_branches, why_failed, why_not
-from analysis.logs.reader import last_gradient_norm, read_attempts, status
+from analysis.logs.reader import REMEDY, last_gradient_norm, read_attempts, status
 from analysis.logs.schema import (
     AXIS_PREFIX,
     CLOCKS,
@@ -69,7 +69,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """One row of the run table, from config.json and run.json alone. Raises ValueError where they do not have the
     schema of a run."""
     path = run_dir / "config.json"
-    record = read_json(path)
+    record = _read(path)
     config = _current(path, record)
     check_unedited(path, record)
     if config["run_id"] != run_dir.name:
@@ -77,7 +77,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     row = {key: config.get(key) for key in RECORDED}
     row |= {"vocabulary": vocabulary(config), "status": status(run_dir), "did_not_learn": None}
     if row["status"] == "failed":
-        row["did_not_learn"] = why_failed(read_json(run_dir / "failure.json"))
+        row["did_not_learn"] = why_failed(_read(run_dir / "failure.json"))
     if row["status"] == "complete":
         row |= _results(run_dir, record) | {"vocabulary": row["vocabulary"]}
     for key, value in row.items():
@@ -86,6 +86,14 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         known: dict[str, Any] = {name: row.get(name) for name in ("loss", "task", "vocabulary", "gradient_norm")}
         row["did_not_learn"] = why_not(**known)
     return row | _described(run_dir, config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object of a run. Raises ValueError with what to do about a file that is missing or damaged."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
 
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:
@@ -111,7 +119,7 @@ def _current(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
 def _results(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that run.json adds. Raises ValueError where it does not repeat the record in config.json."""
     path = run_dir / "run.json"
-    run = read_json(path)
+    run = _read(path)
     _check_repeated(run_dir, record, run)
     check_unedited(path, run)
     if record["schema"] == schema1.SCHEMA:

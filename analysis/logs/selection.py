@@ -67,8 +67,8 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
             groups = done.assign(_of=done[name].astype("string").fillna("unknown")).groupby("_of")
             counts = "; ".join(f"{str(value)[:12]}: {some(rows['run_id'])}" for value, rows in groups)
             raise ValueError(f"the runs mix {noun} ({counts}) and cannot be compared; split the table")
-    done, repeated = _without_repeats(done)
-    return done, excluded + repeated
+    repeated = repeats(done)
+    return done[~repeated], excluded + excluded_rows(done[repeated], "repeats a run")
 
 
 def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
@@ -83,14 +83,12 @@ def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
         )
 
 
-def _without_repeats(done: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """The rows without repetitions, and the repetitions. Rows that agree in configuration and in loss are one run that
-    was entered twice. Rows without a seed, or with the same seed, that differ in loss are different runs:
-    replicates."""
+def repeats(done: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows repeat an earlier one. Rows that agree in configuration and in loss are one run that was entered
+    twice. Rows without a seed, or with the same seed, that differ in loss are different runs: replicates."""
     what = [*IDENTITY, "flops_given", "loss"]
     same = [name for name in done if (name in what and name not in ("run_id", "sweep")) or "." in str(name)]
-    repeated = done.duplicated(same)
-    return done[~repeated], excluded_rows(done[repeated], "repeats a run")
+    return done.duplicated(same)
 
 
 def excluded_rows(rows: pd.DataFrame, reason: str | pd.Series) -> list[Excluded]:

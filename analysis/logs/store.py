@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.errors import first_line
 from analysis.logs import schema1
+from analysis.logs.agreement import without_foreign_rows
 from analysis.logs.columns import format_columns
 from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table
 from analysis.logs.schema import COLUMNS, LATER_COLUMNS, OF_LEARNING, RUN_COLUMNS
+from analysis.logs.selection import some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +83,13 @@ class Store:
         return losses[["run_id", "step", "tokens", "loss"]]
 
     def rows(self, kind: str) -> pa.Table:
-        """The steps or the evals, as Arrow: a thousand runs have ten million steps, which pandas would copy."""
+        """The steps or the evals, as Arrow: a thousand runs have ten million steps, which pandas would copy. Those that
+        do not end as the results of their run say are left out, and named in `problems`."""
+        table, foreign = without_foreign_rows(self.runs, kind, self._rows(kind))
+        self.problems += [line for line in foreign if line not in self.problems]
+        return table
+
+    def _rows(self, kind: str) -> pa.Table:
         import pyarrow as pa
         from tqdm import tqdm
 
@@ -117,14 +125,18 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
         raise ValueError(f"{path} is one run; give its store, {path.parent} (`dynconv status {path}` shows the run)")
     if (path / "runs.parquet").is_file():
         runs, absent = _read_frozen(path / "runs.parquet")
-        return Store(path, runs, [f"{path / 'runs.parquet'} {OLDER}"] if absent else [], absent=absent)
+        problems = [f"{path / 'runs.parquet'} {OLDER}"] if absent else []
+        if hidden := sum(1 for _ in path.glob("*/config.json")):
+            problems.append(f"{path} is read from its runs.parquet alone: move that away to read its {hidden} folders")
+        return Store(path, runs, problems, absent=absent)
     return _read_live(path)
 
 
 def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths.
 
-    Raises ValueError where `out` is the live store itself, or would keep the steps of an earlier freeze."""
+    Raises ValueError where `out` is the live store itself, would keep the steps of an earlier freeze, or holds other
+    runs."""
     import pyarrow as pa
 
     if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
@@ -133,6 +145,7 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
         raise ValueError(
             f"{out} has steps.parquet of an earlier freeze; freeze with --steps, remove it, or give another -o"
         )
+    _refuse_other_runs(store, out / "runs.parquet")
     out.mkdir(parents=True, exist_ok=True)
     # A column without a value would say that all runs learned, where it is not known.
     runs = store.runs.drop(columns=list(store.never_recorded()))
@@ -141,6 +154,19 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     for name, table in tables.items():
         write_parquet(out / f"{name}.parquet", table)
     return [out / f"{name}.parquet" for name in sorted(tables)]
+
+
+def _refuse_other_runs(store: Store, frozen: Path) -> None:
+    """Raises ValueError where an earlier freeze is of other runs alone, and so of another store."""
+    try:
+        there = read_parquet(frozen, ["run_id"])["run_id"].to_pylist() if frozen.exists() else []
+    except (OSError, ValueError):
+        return  # it is damaged, and is to be frozen again
+    if there and not set(there) & set(store.runs["run_id"]):
+        raise ValueError(
+            f"{frozen.parent} holds {len(there)} other runs, as {there[0]}, and none of these; remove {frozen.name} "
+            "there to write these in its place, or give another -o"
+        )
 
 
 def _read_live(path: Path) -> Store:
@@ -173,6 +199,8 @@ def _read_frozen(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     missing = [name for name in RUN_COLUMNS if name not in runs.columns]
     if needed := [name for name in missing if name not in LATER_COLUMNS]:
         raise ValueError(f"{path} lacks the columns {', '.join(needed)}; freeze the store again")
+    if len(again := runs.loc[runs["run_id"].duplicated(), "run_id"]):
+        raise ValueError(f"{path} has {some(again)} more than once, and a store has each run once; freeze it again")
     return run_types(runs), tuple(name for name in missing if name in OF_LEARNING)
 
 

@@ -46,7 +46,8 @@ def read_throughput(path: Path) -> pd.DataFrame:
     try:
         rows = readers[path.suffix](path)
     except (OSError, ValueError) as error:  # parser errors are ValueErrors
-        raise ValueError(f"{path} is unreadable ({first_line(error)})") from None
+        remedy = "copy it again, or have `dynconv bench train` make it again"
+        raise ValueError(f"{path} is unreadable ({first_line(error)}); {remedy}") from None
     if missing := [name for name in NEEDED if name not in rows]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; throughput needs {', '.join(NEEDED)}")
     rows = rows[rows["tokens_per_second"].notna()]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from analysis.pages.tables import Cell, interval_text, render, short, to_json, value_table
+from analysis.pages.tables import Cell, interval_text, left_out, render, short, to_json, value_table
 
 if TYPE_CHECKING:
     from analysis.advantage.outcomes import Outcome, Outcomes
@@ -27,10 +27,8 @@ def outcome_table(found: Outcomes, form: str) -> str:
     lines = [
         f"{first.metric}: the difference is from {first.baseline}, paired by size and seed; intervals are 95%.",
         *found.notes,
+        *left_out(found.excluded),
     ]
-    if found.excluded:
-        shown = "; ".join(f"{row.run_id} ({row.reason})" for row in found.excluded[:5])
-        lines.append(f"Left out: {len(found.excluded)} rows: {shown}{' ...' if len(found.excluded) > 5 else ''}")
     mark = "% " if form == "latex" else ""
     text = render(columns, [[row[name] for name in columns] for row in cells], form)
     return text + "\n" * (1 if mark else 2) + "\n".join(mark + " ".join(line.split()) for line in lines)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.errors import first_line
 from analysis.logs.columns import SHORT_NAMES
 from analysis.logs.schema import CONVENTIONS, axis_columns
+from analysis.logs.selection import repeats, some
 from analysis.pages.tables import multiplier_rows
 
 if TYPE_CHECKING:
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 VIEWS = ("runs", "steps", "evals", "multipliers")
 SUMMED = ("loss", "tokens_per_second")  # columns that `grouped` summarises, by which runs cannot be grouped
-MIXED = {"size": "sizes", "budget": "budgets", "task": "tasks"}  # what mean losses are not to be mixed over
+MIXED = {  # what mean losses are not to be mixed over
+    "size": "sizes",
+    "budget": "budgets",
+    "task": "tasks",
+    "tokenizer_sha256": "tokenizers",
+    "data_sha256": "data",
+}
 SEALED = {  # a query sees the views and nothing else: no file, no network, no variable of this program
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
@@ -65,7 +72,9 @@ def _view(store: Store, view: str, baseline: str | None, convention: str | None)
         return pa.Table.from_pandas(with_short_names(store.runs, convention), preserve_index=False)
     from analysis.advantage.multiplier import multipliers
 
-    columns, rows = multiplier_rows(multipliers(store.runs, baseline=baseline, convention=convention)[0])
+    found, refused = multipliers(store.runs, baseline=baseline, convention=convention)
+    store.problems += [f"no multiplier for {line}" for line in refused]
+    columns, rows = multiplier_rows(found)
     return pa.table({name: [row[place] for row in rows] for place, name in enumerate(columns)})
 
 
@@ -141,9 +150,10 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
     failed = runs["did_not_learn"].notna()
     ended = runs[(runs["status"] == "complete") | failed].sort_values(["arm", "parameters"], kind="stable")
     learned = ended["did_not_learn"].isna()
-    ended = ended.assign(
-        train_hours=ended["train_seconds"] / 3600, loss=ended["loss"].where(learned), _learned=learned, _failed=~learned
-    )
+    positive = {name: ended[name].where(_positive(ended[name])) for name in ("loss", "tokens_per_second")}
+    hours = ended["train_seconds"].where(_positive(ended["train_seconds"])) / 3600
+    ended = ended.assign(**positive, train_hours=hours, _learned=learned, _failed=~learned)
+    ended["loss"] = ended["loss"].where(learned)
     counts = {"did_not_learn": ("_failed", "sum")} if failed.any() and "did_not_learn" not in by else {}
     table = (
         ended.groupby(list(by), sort=False, dropna=False)
@@ -158,6 +168,28 @@ def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tupl
         .reset_index()
     )
     return [str(name) for name in table.columns], [tuple(row) for row in table.itertuples(index=False)]
+
+
+def not_counted(runs: pd.DataFrame) -> list[str]:
+    """Lines for the reader on the runs that `grouped` leaves out of the means, or counts twice."""
+    ended = runs[(runs["status"] == "complete") | runs["did_not_learn"].notna()]
+    waiting = runs.drop(ended.index)
+    status = waiting["status"].astype("string").fillna("no status")
+    found = [f"{some(rows['run_id'])} left out ({state})" for state, rows in waiting.groupby(status)]
+    learned = ended[ended["did_not_learn"].isna()]
+    if len(wrong := learned[~_positive(learned["loss"])]):
+        found.append(f"the loss of {some(wrong['run_id'])} is in no mean, as it is no positive number")
+    timed = ended[ended["train_seconds"].notna()]
+    if len(wrong := timed[~_positive(timed["train_seconds"])]):
+        found.append(f"the train_seconds of {some(wrong['run_id'])} are in no sum, as they are no positive number")
+    if len(again := learned[repeats(learned)]):
+        found.append(f"{some(again['run_id'])} repeat a run and count as another: remove them from the table")
+    return found
+
+
+def _positive(values: pd.Series) -> pd.Series:
+    numbers = values.astype("Float64")
+    return ((numbers > 0) & (numbers < float("inf"))).fillna(False)
 
 
 def cautions(runs: pd.DataFrame, by: Sequence[str]) -> list[str]:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from analysis.advantage.unresolved import UNRESOLVED
 from analysis.laws import rates
 from analysis.logs.schema import CONVENTIONS
+from analysis.logs.selection import some
 
 if TYPE_CHECKING:
     from analysis.advantage.answers import Answer, Multiplier
+    from analysis.logs.selection import Excluded
 
 FORMATS = ("md", "csv", "latex", "json")
 NONE = "-"  # how a number that does not exist is printed; CSV leaves it empty, JSON has null
@@ -232,6 +234,7 @@ def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
     lines = [
         f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
         f"paired by size{', budget' if any(item.budgets for item in found) else ''} and seed.",
+        *_paired_at(found),
         *notes_of(found),
         *(f"[{number}] {remark}" for remark, number in notes.items()),
     ]
@@ -241,11 +244,36 @@ def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
     if reasons:
         others = f"; for {len(reasons) - 1} more reasons see --json" if len(reasons) > 1 else ""
         lines.append(f"No wall clock: {reasons[0]}{others}.")
-    left_out = {item.run_id: item.reason for answer in found for item in answer.excluded}
-    if left_out:
-        shown = "; ".join(f"{run_id} ({reason})" for run_id, reason in list(left_out.items())[:5])
-        lines.append(f"Left out: {len(left_out)} rows: {shown}{' ...' if len(left_out) > 5 else ''}")
+    lines += left_out(item for answer in found for item in answer.excluded)
     return [" ".join(line.split()) for line in lines]
+
+
+def _paired_at(found: Sequence[Multiplier]) -> list[str]:
+    """A line on the sizes behind each m, and the paired seeds at each; arms with the same stand together."""
+    arms: dict[str, list[str]] = {}
+    for item in found:
+        sizes, seeds = [str(row["size"]) for row in item.local], [int(row["seeds"]) for row in item.local]
+        if len(set(seeds)) == 1:
+            places = f"{', '.join(sizes)} (seeds: {seeds[0]})"
+        else:
+            places = ", ".join(f"{size} x {count}" for size, count in zip(sizes, seeds, strict=True))
+        if sizes:
+            arms.setdefault(places, []).append(item.arm)
+    if len(arms) < 2:
+        return [f"Paired at {places}." for places in arms]
+    return [f"Paired: {'; '.join(f'{some(names)} at {places}' for places, names in arms.items())}."]
+
+
+def left_out(excluded: Iterable[Excluded]) -> list[str]:
+    """A line on the rows that were left out, by reason; of each row the first reason."""
+    reasons: dict[str, str] = {}
+    for item in excluded:
+        reasons.setdefault(item.run_id, item.reason)
+    by_reason: dict[str, list[str]] = {}
+    for run_id, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(run_id)
+    shown = "; ".join(f"{some(run_ids)} ({reason})" for reason, run_ids in by_reason.items())
+    return [f"Left out: {len(reasons)} rows: {shown}"] if reasons else []
 
 
 def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[Any]]]:

@@ -25,7 +25,8 @@ SETUP = ["device", "gpus", "parallel", "optimizer", "fused"]  # what is equal wh
 
 
 def read_training(path: Path) -> pd.DataFrame | None:
-    """The table that `dynconv bench train` writes, or None if the path holds something else."""
+    """The table that `dynconv bench train` writes, or None if the path holds something else. Raises ValueError for
+    speeds that are not positive."""
     import pandas as pd
 
     if not path.is_file() or path.suffix != ".parquet":
@@ -34,7 +35,12 @@ def read_training(path: Path) -> pd.DataFrame | None:
         rows = pd.read_parquet(path)
     except (OSError, ValueError):
         return None  # whoever reads stores then reports the error
-    return rows if set(rows.columns) >= COLUMNS else None
+    if not set(rows.columns) >= COLUMNS:
+        return None
+    if len(wrong := rows[~(rows["tokens_per_second"] > 0)]):
+        got = f"{wrong['tokens_per_second'].iloc[0]} in {len(wrong)} rows"
+        raise ValueError(f"{path}: tokens_per_second must be positive; got {got}; remove these")
+    return rows
 
 
 def throughput_panels(rows: pd.DataFrame) -> Figure:
@@ -180,7 +186,8 @@ def _by_size(axes: Axes, rows: pd.DataFrame, mark_of: dict[str, Mark]) -> None:
 
 def _setting(row: pd.Series[Any], with_device: bool = True) -> str:
     device = [str(row["device"])] if with_device else []
-    gpus = [f"{row['gpus']} GPUs ({row['parallel']})"] if int(row["gpus"]) > 1 else []
+    devices = "processes" if row["device"] == "cpu" else "GPUs"
+    gpus = [f"{row['gpus']} {devices} ({row['parallel']})"] if int(row["gpus"]) > 1 else []
     fused = [] if row["fused"] else ["not fused"]
     return printable(", ".join([*device, *gpus, str(row["optimizer"]), *fused]), 60)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.errors import first_line
 from analysis.logs.files import write_atomically
 
 if TYPE_CHECKING:
@@ -157,24 +158,33 @@ def machine(device: str) -> str:
     return "-".join(kept) or "device"
 
 
+def earlier(path: Path) -> pd.DataFrame | None:
+    """What `merge` wrote into this file before; None where there is none. Raises ValueError for any other file."""
+    import pandas as pd
+
+    if not path.exists():
+        return None
+    try:
+        old = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is unreadable ({first_line(error)}); move it away, or give -o another file") from None
+    if "fused" not in old:  # written before there was this setting
+        old["fused"] = False
+    if missing := [name for name in SETTING if name not in old]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; give -o another file")
+    return old
+
+
 def merge(rows: Sequence[dict[str, Any]], path: Path) -> pd.DataFrame:
     """Write rows into a file, where they replace those with the same SETTING; the others stay. Returns what it holds.
 
     So a file may hold measurements of several commits and versions, each in its own rows; whoever compares rows must
-    look at these columns. Raises ValueError if there is a file without the columns of SETTING.
+    look at these columns. Raises ValueError as `earlier` does.
     """
     import pandas as pd
 
     new = table(rows)
-    if path.exists():
-        try:
-            old = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is unreadable ({error}); move it away") from None
-        if "fused" not in old:  # written before there was this setting
-            old["fused"] = False
-        if missing := [name for name in SETTING if name not in old]:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; give -o another file")
+    if (old := earlier(path)) is not None:
         settings = [pd.MultiIndex.from_frame(frame[list(SETTING)]) for frame in (old, new)]
         kept = old[~settings[0].isin(settings[1])]
         new = pd.concat([kept, new], ignore_index=True) if len(kept) else new

@@ -1,10 +1,10 @@
 """`dynconv bench train`: how fast this machine trains each arm at each size, by the trainer that runs use.
 
 Arms take their steps in turn, round after round, on random tokens. A step is one micro-batch of a run, or several, and
-one update of the optimizer; `batch` counts sequences of a micro-batch on each GPU. Tokens a second are of all GPUs,
-from the median over rounds of the median step. MFU is model FLOPs a second (every matrix product with the LM head,
-causal attention as half, the convolutions; backward twice the forward) over the card's dense bf16 peak, and missing
-where the peak is not known.
+one update of the optimizer; `batch` counts sequences of a micro-batch on each GPU. With --device cpu, `gpus` counts
+processes. Tokens a second are of all GPUs, from the median over rounds of the median step. MFU is model FLOPs a second
+(every matrix product with the LM head, causal attention as half, the convolutions; backward twice the forward) over the
+card's dense bf16 peak, and missing where the peak is not known.
 Slowdown, what an arm adds to a step, what an optimizer adds, and the efficiency of several GPUs compare rounds in
 pairs, with 95% intervals (Student's, of logarithms for ratios; none below three rounds). Rows are kept in
 results/measured/<card>/training.parquet: `dynconv table STORE --throughput` makes multipliers in seconds from it, and
@@ -96,7 +96,7 @@ def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float
     """
     import torch
 
-    from experiments.bench.throughput import PEAKS, machine
+    from experiments.bench.throughput import PEAKS, earlier, machine
 
     seen = torch.cuda.device_count() if args.device != "cpu" else 0
     if args.device == "auto":
@@ -113,6 +113,7 @@ def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float
         raise ValueError(f"--gpus {args.gpus} are of several kinds ({', '.join(sorted(others))}); choose equal ones")
     output = args.output or Path("results/measured") / machine(device) / "training.parquet"
     check_target("-o", output, (".parquet",))
+    earlier(output)  # now, as what is measured goes into the file with it
     check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
     packages = [f"torch {torch.__version__}"]
     for package in importlib.metadata.packages_distributions().get("triton", []):
@@ -163,7 +164,9 @@ def render(rows: Sequence[Row]) -> str:
     first = rows[0]
     several = [name for name in ("optimizer", "fused", "gpus") if len({row[name] for row in rows}) > 1]
     scaled = any(row["efficiency"] is not None for row in rows)
-    headings = ["arm", *several, "ms a step", "95%", "adds ms", "95%", "k tokens/s", "MFU", "GiB", "slowdown", "95%"]
+    cpu = first["device"] == "cpu"
+    names = ["processes" if name == "gpus" and cpu else name for name in several]
+    headings = ["arm", *names, "ms a step", "95%", "adds ms", "95%", "k tokens/s", "MFU", "GiB", "slowdown", "95%"]
     headings += ["efficiency", "95%"] * scaled + ["mixer", "ffn", "conv", "head"]  # shares of the model FLOPs
     lines = []
     for row in rows:
@@ -177,7 +180,7 @@ def render(rows: Sequence[Row]) -> str:
         lines.append(cells + [f"{row[f'flops_{part}'] / flops:.1%}" for part in PARTS])
     headings.remove("95%")
     batches = f"{first['micro_batches']} micro-batches of " if first["micro_batches"] > 1 else "batch "
-    shape = f"{batches}{first['batch']} on each GPU, sequences of {first['sequence']}"
+    shape = f"{batches}{first['batch']} {'in each process' if cpu else 'on each GPU'}, sequences of {first['sequence']}"
     shape += f", vocabulary {first['vocabulary']}"
     if first["recompute"] != "none":
         shape += f", activations computed again ({first['recompute']})"
@@ -188,8 +191,8 @@ def render(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["optimizer_ms"] is not None:
             value, interval = _estimate(row, "optimizer_ms", "+.3g")
-            where = f" on {row['gpus']} GPUs" if row["gpus"] > 1 else ""
-            text += f"{row['optimizer']} against {first['optimizer']}, {row['arm']}{where}: {value} ms {interval}\n"
+            against = f"{row['optimizer']} against {first['optimizer']}, {row['arm']}{_where(row)}"
+            text += f"{against}: {value} ms {interval}\n"
     return text + "".join(_kernels(row) for row in rows if row.get("kernels"))
 
 
@@ -200,13 +203,16 @@ def _estimate(row: Row, name: str, form: str) -> list[str]:
     return [value, "" if low is None else f"[{low:{form}}, {high:{form}}]"]
 
 
+def _where(row: Row) -> str:
+    """How many devices a row is of, where they are several. `gpus` counts processes where the device is the CPU."""
+    if row["gpus"] == 1:
+        return ""
+    return f" in {row['gpus']} processes" if row["device"] == "cpu" else f" on {row['gpus']} GPUs"
+
+
 def _kernels(row: Row) -> str:
     """The most expensive kernels of a row."""
-    title = (
-        f"\n{row['arm']} {row['optimizer']}"
-        + " not fused" * (not row["fused"])
-        + (f" on {row['gpus']} GPUs" if row["gpus"] > 1 else "")
-    )
+    title = f"\n{row['arm']} {row['optimizer']}" + " not fused" * (not row["fused"]) + _where(row)
     lines = [
         [kernel["name"][:90], f"{kernel['milliseconds']:.3g}", f"{kernel['share']:.1%}"] for kernel in row["kernels"]
     ]

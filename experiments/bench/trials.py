@@ -32,7 +32,7 @@ class Trial:
     """One arm at a size, with an optimizer, on a number of GPUs."""
 
     run: RunConfig
-    gpus: int = 1
+    gpus: int = 1  # or processes on a CPU; the trial does not know which
     parallel: str = "none"  # "ddp" or "fsdp" on several GPUs
     micro_batches: int = 1  # of a step, on each GPU
     recompute: Recompute = "none"  # activations, as in `Execution`
@@ -57,7 +57,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        where = " not fused" * (not self.fused) + (f" on {self.gpus} GPUs" if self.gpus > 1 else "")
+        where = " not fused" * (not self.fused) + (f" in {self.gpus} processes" if self.gpus > 1 else "")
         return f"{self.run.size} {self.run.arm} {self.optimizer}{where}"
 
     def execution(self, device: str) -> Execution:

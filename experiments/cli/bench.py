@@ -50,9 +50,7 @@ def _add_kernels(what: Subparsers) -> None:
         help="also time this function, which takes our arguments and has static, headwise or lowrank in its name",
     )  # fmt: skip
     format_argument(parser, ("text", "csv", "json"))
-    parser.add_argument(
-        "-o", dest="output", type=Path, metavar="FILE", help="write the rows to a .parquet or .csv file"
-    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows to a .parquet or .csv file")
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help="draw the times as bars to a .svg, .pdf or .png file"
     )
@@ -95,7 +93,8 @@ def _add_train(what: Subparsers) -> None:
         help="micro-batches of a step on each GPU, over which gradients are accumulated (default 1)",
     )  # fmt: skip
     parser.add_argument("--sequence", type=int, metavar="T", help="tokens of a sequence (default: the ladder's)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also time N GPUs together (default 1)")
+    text = "also time N GPUs together, or N processes on the CPU (default 1)"
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help=text)
     parser.add_argument(
         "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how several GPUs train (default ddp)"
     )
@@ -121,7 +120,7 @@ def _add_train(what: Subparsers) -> None:
     )
     format_argument(parser)
     parser.add_argument(
-        "-o", dest="output", type=Path, metavar="FILE",
+        "-o", "--output", type=Path, metavar="FILE",
         help="a .parquet file for the rows, which replace those of the same settings (default: above)",
     )  # fmt: skip
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rows to a .svg, .pdf or .png file")

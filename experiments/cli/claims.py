@@ -148,7 +148,7 @@ def _add_power(subparsers: Subparsers) -> None:
 def _table(args: argparse.Namespace) -> int:
     from analysis.advantage.multiplier import multipliers
     from analysis.logs.throughput import read_throughput
-    from analysis.pages.query import cautions, grouped
+    from analysis.pages.query import cautions, grouped, not_counted
     from analysis.pages.tables import multiplier_table, value_table
 
     with reading_store(args) as store:
@@ -161,7 +161,7 @@ def _table(args: argparse.Namespace) -> int:
     if args.by is not None:
         by = args.by.split(",")
         print(value_table(*grouped(runs, by), args.format))
-        warn(*cautions(runs, by))
+        warn(*not_counted(runs), *cautions(runs, by))
         return 0
     found, refused = multipliers(
         runs,

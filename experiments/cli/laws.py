@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from analysis.logs.selection import Excluded
 
 
+FEWEST_RESAMPLES = 100  # of fewer, the ends of a 95% interval are those of two or three resamples
+
+
 def register(subparsers: Subparsers) -> None:
     """Add the verbs of this file."""
     _add_fit(subparsers)
@@ -110,6 +113,8 @@ def _held(text: str) -> dict[str, float]:
     held = {}
     for item in text.split(",") if text else []:
         name, equals, value = item.partition("=")
+        if name.strip() in held:
+            raise ValueError(f"--hold gives {name.strip()} two values; got {text!r}")
         try:
             held[name.strip()] = float(value)
         except ValueError:
@@ -146,8 +151,12 @@ def _fit(args: argparse.Namespace) -> int:
     from analysis.pages.drawing import fit_points
     from analysis.pages.law_tables import fit_table
 
-    if args.starts < 1 or args.bootstrap < 0:
-        raise ValueError(f"--starts must be at least 1, --bootstrap 0; got {args.starts}, {args.bootstrap}")
+    if args.starts < 1:
+        raise ValueError(f"--starts must be at least 1; got {args.starts}")
+    if args.bootstrap != 0 and args.bootstrap < FEWEST_RESAMPLES:
+        raise ValueError(
+            f"--bootstrap must be 0, or at least {FEWEST_RESAMPLES} for an interval of 95%; got {args.bootstrap}"
+        )
     if args.form in ("optima", "bilinear"):
         return _fit_linear(args)
     points, excluded, told = fit_points(load_store(args), args.form, args.baseline, args.convention)
@@ -194,8 +203,8 @@ def _predict(args: argparse.Namespace) -> int:
     form = args.form or ("c" if "C" in at else "nd")
     if set(at) not in ({"C"}, {"N", "D"}) or (form == "c" and "C" not in at):
         raise ValueError(f"give --C, or --N and --D (form nd); got {', '.join(f'--{name}' for name in at) or 'none'}")
-    if args.bootstrap < 100:
-        raise ValueError(f"--bootstrap must be at least 100 for a band; got {args.bootstrap}")
+    if args.bootstrap < FEWEST_RESAMPLES:
+        raise ValueError(f"--bootstrap must be at least {FEWEST_RESAMPLES} for a band; got {args.bootstrap}")
     points, excluded, told = fit_points(load_store(args), form, args.baseline, args.convention)
     _warn_excluded(excluded)
     warn(*told)

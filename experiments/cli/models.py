@@ -85,6 +85,8 @@ def _eval(args: argparse.Namespace) -> int:
         told = f"{beside[0]}{f' and {len(beside) - 1} more' * (len(beside) > 1)} in {args.text}"
         terminal.warn(f"{told} left out: with folders inside, only these are evaluated")
     run_dirs = _finished_runs(args.runs)
+    for run_dir in run_dirs:
+        require_writable(run_dir / "evals.parquet")
     terminal.warn(*([] if args.text is None else passed_over(args.text)))
     rows = []
     for run_dir in run_dirs:

@@ -44,7 +44,7 @@ def _add_plot(subparsers: Subparsers) -> None:
         "results/measured/h200/kernels.parquet -o figures --type png",
         "results/measured/h200/training.parquet -o figures",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a folder for the figures")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder for the figures")
     baseline_argument(parser)
     convention_argument(parser)
     where_argument(parser)
@@ -60,7 +60,7 @@ def _add_freeze(subparsers: Subparsers) -> None:
         "write a store's runs.parquet and evals.parquet, for committing and sharing",
         "results/runs/demo -o results/measured/laptop/demo",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a folder for the files")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder for the files")
     parser.add_argument("--steps", action="store_true", help="write steps.parquet, too")
 
 
@@ -87,7 +87,7 @@ def _add_report(subparsers: Subparsers) -> None:
         "write one self-contained HTML page: answers, figures, and where every number comes from",
         "results/runs/demo -o report.html",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the .html file to write")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .html file to write")
     where_argument(parser)
     baseline_argument(parser)
     convention_argument(parser)
@@ -101,7 +101,7 @@ def _plot(args: argparse.Namespace) -> int:
     from analysis.pages.style import save
     from analysis.pages.throughput_figures import read_training, throughput_panels
 
-    require_folder(args.out)
+    require_folder(args.output)
     kernels = read_kernels(args.stores[0]) if len(args.stores) == 1 else None
     training = read_training(args.stores[0]) if len(args.stores) == 1 else None
     if kernels is not None:
@@ -113,9 +113,9 @@ def _plot(args: argparse.Namespace) -> int:
             drawn = _drawn(store, args.baseline, args.convention)
             if args.published is not None:
                 drawn["published"] = published_panels(beside_published(store.runs, read_published(args.published)))
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        path = args.out / f"{name}.{args.type}"
+        path = args.output / f"{name}.{args.type}"
         save(figure, path)
         print(path)
     return 0
@@ -152,16 +152,16 @@ def _report(args: argparse.Namespace) -> int:
     from analysis.logs.files import require_writable, write_atomically
     from analysis.pages.report import report
 
-    if not args.out.parent.is_dir() or args.out.is_dir():
-        got = "is a folder" if args.out.is_dir() else "is in no folder"
-        raise ValueError(f"{args.out} {got}; give a file in a folder that exists")
-    if args.out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"a report is a page for a browser; got {args.out}; name a file that ends in .html")
-    require_writable(args.out)
+    if not args.output.parent.is_dir() or args.output.is_dir():
+        got = "is a folder" if args.output.is_dir() else "is in no folder"
+        raise ValueError(f"{args.output} {got}; give a file in a folder that exists")
+    if args.output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"a report is a page for a browser; got {args.output}; name a file that ends in .html")
+    require_writable(args.output)
     with reading_store(args) as store:
         page = report(store, args.baseline, args.convention)
-    write_atomically(args.out, lambda temporary: temporary.write_text(page))
-    print(args.out)
+    write_atomically(args.output, lambda temporary: temporary.write_text(page))
+    print(args.output)
     return 0
 
 
@@ -169,9 +169,9 @@ def _freeze(args: argparse.Namespace) -> int:
     from analysis.logs.provenance import several
     from analysis.logs.store import freeze
 
-    require_folder(args.out)
+    require_folder(args.output)
     with reading_store(args) as store:
-        written = freeze(store, args.out, args.steps)
+        written = freeze(store, args.output, args.steps)
     warn(*(f"{line}; `dynconv table` names the comparisons that mix them" for line in several(store.runs)))
     print(*written, sep="\n")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.errors import WorkFailed
+from analysis.logs.files import require_writable
 from experiments.cli.arguments import (
     Subparsers,
     add_verb,
@@ -74,6 +75,8 @@ def _plan(args: argparse.Namespace) -> int:
             warn(f"{args.sweep}: {cost}")
     gpus = {run.size: profile.job(run.size).gpus for run in runs}
     rates = _rates(runs, gpus, profile, store, cache, args.throughput)
+    if args.calibrate:
+        warn(*_by_finished_runs(runs, rates, store))
     rows = plan.rows(runs, gpus, rates)
     if args.format == "json":
         print(json.dumps(rows, indent=1))
@@ -122,6 +125,19 @@ def _rates(
     return rates
 
 
+def _by_finished_runs(runs: Sequence[RunConfig], rates: dict[str, Rate], store: Path) -> list[str]:
+    """A line on the arms and sizes whose calibration is not in the forecast, as finished runs go before it."""
+    from analysis.logs.selection import some
+
+    names = dict.fromkeys(f"{run.arm} at {run.size}" for run in runs if run.run_id in rates and rates[run.run_id].whole)
+    if not names:
+        return []
+    return [
+        f"the forecast of {some(names)} is by the clocks of finished runs in {store}, which go before the calibration "
+        "that was just made; name an empty --store to see what that gives"
+    ]
+
+
 def _end(runs: Sequence[RunConfig], rates: dict[str, Rate], profile: Profile, store: Path) -> str:
     """Lines on what is left of the sweep, when it will have ended, and the profile's cap."""
     from experiments.design.timeline import Piece, hours_until_done
@@ -161,9 +177,16 @@ def _end(runs: Sequence[RunConfig], rates: dict[str, Rate], profile: Profile, st
 
 
 def _calibrate(runs: Sequence[RunConfig], profile: Profile, cache: Path) -> None:
-    """Measure the speed of each kind of run. Raises WorkFailed, once all sizes had their turn, if one had none."""
+    """Measure the speed of each kind of run. Raises WorkFailed, once all sizes had their turn, if one had none, and
+    ValueError, before any has, if the cache takes no files."""
     from experiments.bench import calibration
+    from experiments.design.calibrations import FOLDER
     from experiments.launching import account
+
+    try:
+        require_writable(cache / FOLDER)
+    except ValueError as error:
+        raise ValueError(f"{error}, by the variable DYNCONV_CACHE") from None
 
     sizes = dict.fromkeys(run.size for run in runs)
     executions = {size: profile.job(size).execution for size in sizes}

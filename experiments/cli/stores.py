@@ -16,7 +16,8 @@ _PROJECT_FILES = ("pyproject.toml", ".git")
 
 def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
     """The runs of the sweep, or those that --where chooses, and their store. `plan` and `submit` also print notes on
-    settings that may be mistakes, and on runs of the store that were trained on text of another place."""
+    settings that may be mistakes, and on runs of the store that were submitted otherwise. Raises ValueError where the
+    store can keep no runs."""
     from experiments.design.sweep import load_sweep, notes
     from experiments.design.sweep_file import read_sweep
 
@@ -25,11 +26,22 @@ def runs_of(args: argparse.Namespace) -> tuple[list[RunConfig], Path]:
         for note in notes(read_sweep(args.sweep)):
             warn(f"{args.sweep}: {note}")
     store: Path = getattr(args, "store", None) or default_store(args.sweep, runs, args.verb)
+    _refuse_other_stores(store)
     if args.verb in ("plan", "submit"):
-        from experiments.training.record import trained_on_other_text
+        from experiments.training.record import submitted_otherwise
 
-        warn(*trained_on_other_text(runs, store))
+        warn(*submitted_otherwise(runs, store))
     return chosen_runs(runs, getattr(args, "where", None)), store
+
+
+def _refuse_other_stores(store: Path) -> None:
+    """Raises ValueError for what can keep no runs: a file, and a frozen store, whose table hides runs beside it."""
+    if store.is_file():
+        raise ValueError(f"{store} is a file; --store wants the folder in which runs are kept")
+    if (frozen := store / "runs.parquet").exists():
+        raise ValueError(
+            f"{store} is a frozen store: {frozen.name} hides runs that are beside it; give another --store"
+        )
 
 
 def chosen_runs(runs: list[RunConfig], where: str | None) -> list[RunConfig]:

@@ -24,7 +24,7 @@ def register(subparsers: Subparsers) -> None:
     verb.add_argument("store", type=Path, metavar="STORE", help="the folder that `submit` fills")
     text = "wandb works offline, unless WANDB_MODE says otherwise"
     verb.add_argument("--to", choices=("tensorboard", "wandb"), required=True, help=text)
-    verb.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a folder in it for each run")
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder in it for each run")
     verb.add_argument("-f", "--follow", action="store_true", help="go on until no run is queued or running")
 
 
@@ -34,7 +34,7 @@ def _track(args: argparse.Namespace) -> int:
     from experiments.launching import overview, states
     from experiments.launching.trackers import export
 
-    require_folder(args.out)
+    require_folder(args.output)
     told: set[str] = set()
     while True:
         run_ids = states.find(args.store)
@@ -44,7 +44,7 @@ def _track(args: argparse.Namespace) -> int:
         entries = runs = 0
         for run_id in tqdm(run_ids, desc="runs", delay=2, leave=False):
             try:
-                count = export(args.store / run_id, args.out / run_id, args.to)
+                count = export(args.store / run_id, args.output / run_id, args.to)
             except ValueError as error:
                 if str(error) not in told:
                     warn(f"{run_id}: {error}")
@@ -52,7 +52,7 @@ def _track(args: argparse.Namespace) -> int:
                 continue
             entries, runs = entries + count, runs + (count > 0)
         if runs or not args.follow:
-            print(f"{args.out}: {entries} entries of {runs} runs, of {len(run_ids)} in {args.store}", flush=True)
+            print(f"{args.output}: {entries} entries of {runs} runs, of {len(run_ids)} in {args.store}", flush=True)
         if not going_on:
             return 1 if told else 0
         time.sleep(FOLLOW_SECONDS)

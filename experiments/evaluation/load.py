@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer
 
 from analysis.errors import first_line
+from analysis.logs.files import file_sha256, read_json
+from analysis.logs.record import check_unedited
 from experiments.data import tokenizer as bpe
 from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
@@ -69,7 +71,8 @@ def check_usable(run_dir: Path) -> RunConfig:
 
 
 def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
-    """The run in this folder. Raises ValueError as `check_usable` does, and if its weights or tokenizer are damaged."""
+    """The run in this folder. Raises ValueError as `check_usable` does, and if its weights or tokenizer are damaged, or
+    are not its own."""
     run_dir = Path(run_dir)
     config = check_usable(run_dir)
     tokenizer = _tokenizer(run_dir)
@@ -82,6 +85,7 @@ def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
             f"{run_dir / 'model.pt'} holds the weights of another model: {len(unlike)} are not as config.json has "
             f"them, the first {unlike[0]}; {_REMEDY}"
         )
+    _check_own(run_dir)
     model.load_state_dict(weights)
     return TrainedRun(config, model.to(device).eval(), tokenizer)
 
@@ -98,6 +102,26 @@ def _tokenizer(run_dir: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_buffer(content)
     tokenizer.encode_special_tokens = True  # as in training: the end of text, where it is spelt out, is text
     return tokenizer
+
+
+def _check_own(run_dir: Path) -> None:
+    """Raises ValueError if model.pt is another file than the one of which run.json has the checksum.
+
+    The weights of another seed have the same names and shapes. The run.json of older versions has no checksum.
+    """
+    path, record = run_dir / "model.pt", run_dir / "run.json"
+    run = read_json(record)
+    check_unedited(record, run)
+    if run.get("run_id", run_dir.name) != run_dir.name:
+        raise ValueError(
+            f"{record} is of run {run['run_id']}; wanted {run_dir.name}, as its folder is named; {_REMEDY}"
+        )
+    written = run.get("weights_sha256")
+    if written is not None and written != file_sha256(path):
+        raise ValueError(
+            f"{path} is not what this run wrote, by weights_sha256 in run.json, but weights of another run or another "
+            f"training of it; {_REMEDY}"
+        )
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:

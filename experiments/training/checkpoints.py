@@ -103,7 +103,7 @@ def keep_branch_point(run_dir: Path, state: State, world: World) -> None:
 def load_branch_point(trunk_dir: Path, step: int, run: Resumable, world: World) -> None:
     """Continue from a trunk's state after `step`.
 
-    Raises ValueError if the trunk has not reached that step, or if the state is damaged.
+    Raises ValueError if the trunk has not reached that step, or if the state is damaged or of another run.
     """
     path = trunk_dir / "branch-points" / _name(step)
     if not path.exists():
@@ -111,6 +111,9 @@ def load_branch_point(trunk_dir: Path, step: int, run: Resumable, world: World) 
     problem = _problem(path, world)
     if problem is not None:
         raise ValueError(f"{path} is damaged ({problem}); train the trunk anew")
+    got = _manifest(path)["about"].get("run_id")
+    if got != trunk_dir.name:
+        raise ValueError(f"{path} is a state of run {got}; wanted one of {trunk_dir.name}; train the trunk anew")
     _read(path, run, world)
 
 

@@ -158,29 +158,36 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str, tokeni
             )
 
 
-def trained_on_other_text(runs: Iterable[RunConfig], store: Path) -> list[str]:
-    """Notes on runs that are in the store already, and whose record names other text than the sweep does now.
+def submitted_otherwise(runs: Iterable[RunConfig], store: Path) -> list[str]:
+    """Notes on runs that are in the store already, and whose record differs from the sweep in what no run's id covers.
 
-    Where text lies is not in a run's id, so such runs have the same ids. `check_store` compares contents, but only once
-    there is a run to submit.
+    Where text lies is not in a run's id, nor are the baseline, the words for a budget, the axes and when to evaluate. A
+    complete run stays as it was submitted. `check_store` compares contents of text, but only once there is a run to
+    submit.
     """
-    found: dict[str, int] = {}
+    found: dict[str, list[str]] = {}  # by key, what each run was submitted with
     for run in runs:
-        if run.data is None:
-            continue
         try:
-            its = read_json(store / run.run_id / "config.json")["config"]["data"]
-        except (OSError, ValueError, KeyError, TypeError):
+            its, now = read_json(store / run.run_id / "config.json")["config"], to_dict(run)
+            changed = {key: (its.get(key), now[key]) for key in ("baseline", "budget", "vary")}
+            changed["train.evaluate_every"] = (its["train"].get("evaluate_every"), now["train"]["evaluate_every"])
+            if not (store / run.run_id / "run.json").exists():
+                changed = {}  # the record is written again when the run is submitted again
+            text = ("source", "validation_source", "pretokenized", "tokenizer") if run.data is not None else ()
+            changed |= {f"data.{key}": (its["data"].get(key), now["data"][key]) for key in text}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not submitted yet, or no record of ours; `status` names the latter
-        for key in ("source", "validation_source", "tokenizer"):
-            now = getattr(run.data, key)
-            if its.get(key) != now:
-                unlike = f"data.{key} = {its.get(key)!r}, which is {now!r} in the sweep now"
-                found[unlike] = found.get(unlike, 0) + 1
+        for key, (old, new) in changed.items():
+            if old != new:
+                found.setdefault(key, []).append(f"{key} = {old!r}, which is {new!r} in the sweep now")
+    what_then = {
+        True: "their text is compared with it only when a run is submitted; if it is other text, use another --store",
+        False: "they stay as they were submitted; for runs of their own, use another --store",
+    }
     return [
-        f"{count} runs in {store} were submitted with {unlike}: their text is compared with it only when a run is "
-        "submitted; if it is other text, use another --store"
-        for unlike, count in found.items()
+        f"{len(unlike)} runs in {store} were submitted with {unlike[0]}{' (and others)' * (len(set(unlike)) > 1)}: "
+        + what_then[key.startswith("data.")]
+        for key, unlike in found.items()
     ]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from submitit.helpers import DelayedSubmission
 
 from analysis.errors import first_line
-from analysis.logs.files import read_json, write_atomically
+from analysis.logs.files import file_sha256, read_json, write_atomically
 from analysis.logs.provenance import count_attempts, last_interruption
 from analysis.logs.reader import progress, read_attempts
 from analysis.logs.writer import RunLog, next_attempt, record_failure
@@ -351,8 +351,9 @@ class _Attempt:
         weights = trainer.weights()
         self._count_runs()
         if self._log is not None:
-            write_atomically(self._run_dir / "model.pt", lambda temporary: torch.save(weights, temporary))
-            self._log.finish({})
+            path = self._run_dir / "model.pt"
+            write_atomically(path, lambda temporary: torch.save(weights, temporary))
+            self._log.finish({"weights_sha256": file_sha256(path)})
             checkpoints.remove(self._run_dir)
 
     def _add_seconds(self, clock: str, since: float) -> None:
