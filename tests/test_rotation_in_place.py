@@ -1,30 +1,26 @@
 """Compiled programs, in which q and k are rotated inside of the product that they come from."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from experiments.models.attention import _rotation, attend
 from experiments.models.joined import rotate, rotate_joined
-from experiments.models.rotation_in_place import rotate_in_place
+from experiments.models.passes import compile_options
+from experiments.models.rotation_in_place import ROTATION_IN_PLACE
 from experiments.training.precision import mixed_precision
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 TIME, WIDTH, SIZE = 7, 12, 4
+OPTIONS = compile_options([ROTATION_IN_PLACE])
 SHAPES = pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)])
 
 
 @pytest.fixture(autouse=True)
-def compiler() -> Iterator[None]:
-    with inductor_config.patch(post_grad_custom_pre_pass=None):
-        rotate_in_place()
-        torch.compiler.reset()
-        yield
+def _compiler() -> None:
+    torch.compiler.reset()
 
 
 def table() -> tuple[Tensor, Tensor]:
@@ -47,12 +43,12 @@ def composed(x: Tensor, weight: Tensor, heads: int, kv_heads: int) -> list[Tenso
     return [rotate(q, table()), rotate(k, table()), v]
 
 
-@torch.compile(dynamic=False)
+@torch.compile(dynamic=False, options=OPTIONS)
 def compiled(x: Tensor, weight: Tensor, turn: tuple[Tensor, Tensor], heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     return rotate_joined(F.linear(x, weight), turn, heads, kv_heads)
 
 
-@torch.compile(dynamic=False)
+@torch.compile(dynamic=False, options=OPTIONS)
 def compiled_with_product(
     x: Tensor, weight: Tensor, turn: tuple[Tensor, Tensor], heads: int, kv_heads: int
 ) -> tuple[Tensor, ...]:
@@ -94,7 +90,7 @@ def test_a_product_with_another_reader_is_left_alone(heads: int, kv_heads: int) 
 def test_attention_reads_such_views_on_a_gpu() -> None:
     """With its gradients in bfloat16, against float64 of the same rounded numbers. A result is rounded a few times."""
 
-    @torch.compile(dynamic=False)
+    @torch.compile(dynamic=False, options=OPTIONS)
     def attention(x: Tensor, weight: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         q, k, v = rotate_joined(F.linear(x, weight), turn, 2, 2)
         return attend(q, k, v, None), v

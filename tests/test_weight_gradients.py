@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from experiments.models.weight_gradients import WideProducts
+from experiments.models.passes import compile_options
+from experiments.models.weight_gradients import WIDE_PRODUCTS
 
 MM, CAST = torch.ops.aten.mm, torch.ops.prims.convert_element_type.default
 
@@ -25,7 +26,7 @@ def product_and_cast(rows: int, summed: int, columns: int, device: str, users: i
     cast = graph.call_function(CAST, (product, to))
     cast.meta["val"] = tensor(rows, columns, dtype=to)
     graph.output((cast, *[product] * (users - 1)))
-    WideProducts()(graph)
+    WIDE_PRODUCTS(graph)
     graph.lint()
     return graph
 
@@ -58,16 +59,13 @@ def test_products_that_are_changed(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_compiled_gradients_are_no_longer_rounded_to_16_bits() -> None:
     """Held against float64 of the same rounded inputs: bfloat16 alone would be off by 1.7e-3."""
-    from experiments.models.weight_gradients import widen_weight_gradients
-
     torch.compiler.reset()
-    widen_weight_gradients()
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(4096, 192, device="cuda", generator=generator).bfloat16()
     weight = torch.randn(128, 192, device="cuda", generator=generator).requires_grad_()
     dy = torch.randn(4096, 128, device="cuda", generator=generator).bfloat16()
 
-    @torch.compile(dynamic=False)
+    @torch.compile(dynamic=False, options=compile_options([WIDE_PRODUCTS]))
     def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             return torch.nn.functional.linear(x, weight)

@@ -95,12 +95,13 @@ class Decoder(nn.Module):
         """
         import torch._dynamo  # takes seconds to import
 
-        from experiments.models.rotation_in_place import rotate_in_place
-        from experiments.models.weight_gradients import widen_weight_gradients
+        from experiments.models.passes import compile_options
+        from experiments.models.rotation_in_place import ROTATION_IN_PLACE
+        from experiments.models.weight_gradients import WIDE_PRODUCTS
 
         add_barriers()
-        widen_weight_gradients()
-        rotate_in_place()
+        if kwargs.get("backend", "inductor") == "inductor":
+            kwargs["options"] = compile_options([ROTATION_IN_PLACE, WIDE_PRODUCTS])
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)

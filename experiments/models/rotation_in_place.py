@@ -10,13 +10,11 @@ import operator
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-import experiments.models.joined  # noqa: F401 - registers the operators
+from experiments.models.passes import Pass  # which registers the operators
 
 _ROTATE = torch.ops.experiments.rotate.default
 _IN_PLACE = torch.ops.experiments.rotate_in_place.default
@@ -24,8 +22,10 @@ _SLICE, _RESHAPE = torch.ops.aten.slice.Tensor, torch.ops.aten.reshape.default
 _OTHER_SHAPE = (_RESHAPE, torch.ops.aten.view.default, torch.ops.aten.unsqueeze.default)
 
 
-class RotationInPlace(CustomGraphPass):
+class RotationInPlace(Pass):
     """Rotates q and k inside of a matrix product that nothing else reads, and has q, k and v be views of it."""
+
+    place = "post_grad_custom_pre_pass"
 
     def __call__(self, graph: Graph) -> None:
         for rotation in graph.find_nodes(op="call_function", target=_ROTATE):
@@ -36,10 +36,6 @@ class RotationInPlace(CustomGraphPass):
                     output.replace_all_uses_with(parts[output.args[1]])
                     graph.erase_node(output)
                 graph.erase_node(rotation)
-
-    def uuid(self) -> Any:
-        """Identifies this pass in torch's cache of compiled programs."""
-        return get_hash_for_files((__file__,))
 
 
 def _is_unshared_product(node: Any) -> bool:
@@ -88,7 +84,4 @@ def _call(graph: Graph, target: Any, *args: Any) -> Node:
     return node
 
 
-def rotate_in_place() -> None:
-    """Have torch.compile apply this to all programs that it compiles from now on in this process."""
-    if inductor_config.post_grad_custom_pre_pass is None:
-        inductor_config.post_grad_custom_pre_pass = RotationInPlace()
+ROTATION_IN_PLACE = RotationInPlace()

@@ -7,20 +7,22 @@ bytes of memory traffic a weight instead of 4, and a launch for every matrix. Th
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+
+from experiments.models.passes import Pass
 
 _MM = torch.ops.aten.mm
 _CAST = torch.ops.prims.convert_element_type.default
 
 
-class WideProducts(CustomGraphPass):
+class WideProducts(Pass):
     """Has a product of 16-bit matrices that is only cast to float32 written in float32.
 
     Only where more numbers are summed than either side of the result has, as tokens are in a weight's gradient: an
     activation is better written in 16 bits, and widened by the kernel that reads it.
     """
+
+    place = "post_grad_custom_post_pass"
 
     def __call__(self, graph: Graph) -> None:
         for cast in graph.find_nodes(op="call_function", target=_CAST):
@@ -33,10 +35,6 @@ class WideProducts(CustomGraphPass):
                 graph.erase_node(cast)
                 graph.erase_node(product)
 
-    def uuid(self) -> Any:
-        """Identifies this pass in torch's cache of compiled programs."""
-        return get_hash_for_files((__file__,))
-
 
 def _sums_tokens(node: Any) -> bool:
     """Whether a node is such a product, read by nothing but the cast."""
@@ -47,7 +45,4 @@ def _sums_tokens(node: Any) -> bool:
     return bool(on_gpu and left.shape[1] > max(result.shape))
 
 
-def widen_weight_gradients() -> None:
-    """Have torch.compile apply this to all programs that it compiles from now on in this process."""
-    if inductor_config.post_grad_custom_post_pass is None:
-        inductor_config.post_grad_custom_post_pass = WideProducts()
+WIDE_PRODUCTS = WideProducts()
