@@ -97,6 +97,20 @@ def test_rotation_in_place_by_kernels(heads: int, kv_heads: int, size: int, dtyp
         assert torch.equal(wide[..., rotated_width:], before[..., rotated_width:])
 
 
+def test_kernels_read_sequences_of_one_token_where_they_are() -> None:
+    """torch calls a tensor contiguous whatever distance it names between the tokens of sequences of one token."""
+    with kernels():
+        from experiments.models import joined_kernels
+
+        joined = inputs(1, 5, 32, dtype=torch.float32).transpose(0, 1)  # [5, 1, 32]
+        assert joined.is_contiguous()
+        q, k, v = joined_kernels.rotate(joined, *_rotation(1, 8, 10_000.0, torch.device(DEVICE)), 2, 1)
+        assert torch.equal(torch.cat([each.flatten(2) for each in (q, k, v)], 2), joined)  # not rotated at time 0
+        y = torch.empty(5, 1, 16, device=DEVICE)
+        joined_kernels.swiglu(joined, y)
+        assert relative(y, swiglu(joined.double())) < BOUND[torch.float32]
+
+
 def swiglu(joined: Tensor) -> Tensor:
     gate, other = joined.chunk(2, 2)
     return gate / (1 + (-gate).exp()) * other

@@ -57,13 +57,13 @@ def rotate(
     heads: int,  # H
     kv_heads: int,  # K
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, H, E], [B, T, K, E], [B, T, K, E]: rotated queries and keys, values
-    joined = _rows(joined)
     batch, time, _ = joined.shape
+    rows = _rows(joined)
     size = cosine.shape[1]
     q, k, v = (joined.new_empty(batch, time, many, size) for many in (heads, kv_heads, kv_heads))
     grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 3)
     _rotate[grid](
-        joined, q, k, v, cosine, sine, batch * time, time, joined.stride(1),
+        rows, q, k, v, cosine, sine, batch * time, time, rows.stride(0),
         H=heads, K=kv_heads, HALF=size // 2, BACKWARD=False, IN_PLACE=False, BLOCK=_HEADS,
     )  # fmt: skip
     return q, k, v
@@ -77,11 +77,12 @@ def rotate_in_place(
     kv_heads: int,  # K
 ) -> None:
     """Rotate queries and keys where they are. Values are not touched."""
-    assert _rows(joined) is joined, "a copy would be rotated instead"
     batch, time, _ = joined.shape
+    rows = _rows(joined)
+    assert rows.data_ptr() == joined.data_ptr(), "a copy would be rotated instead"
     grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 2)
     _rotate[grid](
-        joined, joined, joined, joined, cosine, sine, batch * time, time, joined.stride(1),
+        rows, rows, rows, rows, cosine, sine, batch * time, time, rows.stride(0),
         H=heads, K=kv_heads, HALF=cosine.shape[1] // 2, BACKWARD=False, IN_PLACE=True, BLOCK=_HEADS,
     )  # fmt: skip
 
@@ -143,11 +144,11 @@ def swiglu(
     joined: Tensor,  # [B, T, 2 F]: the gate and the other factor
     y: Tensor,  # [B, T, F]; written
 ) -> None:
-    joined = _rows(joined)
+    rows = _rows(joined)
     tokens, hidden = y.shape[0] * y.shape[1], y.shape[2]
     assert tokens * hidden < 2**31, "index would overflow"
     _swiglu[(triton.cdiv(tokens * hidden, _BLOCK),)](
-        joined, y, tokens * hidden, F=hidden, FROM=joined.stride(1), INTO=y.stride(1), BLOCK=_BLOCK
+        rows, y, tokens * hidden, F=hidden, FROM=rows.stride(0), INTO=y.stride(1), BLOCK=_BLOCK
     )
 
 
@@ -156,17 +157,18 @@ def swiglu_backward(
     joined: Tensor,  # [B, T, 2 F]
     djoined: Tensor,  # [B, T, 2 F]; written
 ) -> None:
-    dy, joined = _rows(dy), _rows(joined)
     tokens, hidden = dy.shape[0] * dy.shape[1], dy.shape[2]
+    gradients, rows = _rows(dy), _rows(joined)
     assert tokens * hidden < 2**31, "index would overflow"
     _swiglu_backward[(triton.cdiv(tokens * hidden, _BLOCK),)](
-        dy, joined, djoined, tokens * hidden,
-        F=hidden, RESULT=dy.stride(1), FROM=joined.stride(1), INTO=djoined.stride(1), BLOCK=_BLOCK,
+        gradients, rows, djoined, tokens * hidden,
+        F=hidden, RESULT=gradients.stride(0), FROM=rows.stride(0), INTO=djoined.stride(1), BLOCK=_BLOCK,
     )  # fmt: skip
 
 
-def _rows(joined: Tensor) -> Tensor:
-    """The tensor, or a copy if its rows do not lie at equal distances."""
-    batch_stride, stride, channel_stride = joined.stride()
-    regular = channel_stride == 1 and (len(joined) == 1 or batch_stride == joined.shape[1] * stride)
-    return joined if regular else joined.contiguous()
+def _rows(
+    x: Tensor,  # [B, T, channels]
+) -> Tensor:  # [B * T, channels]
+    """The rows of all tokens at equal distances: a view if there is one, else a copy."""
+    rows = x.flatten(0, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
