@@ -225,11 +225,16 @@ def test_what_a_gpu_computes_follows_float32_on_a_cpu_too(
     expected = [checked.step() for _ in range(25)]
 
     def losses_of(
-        model: torch.nn.Module, _: torch.device, inputs: torch.Tensor, targets: torch.Tensor
+        model: torch.nn.Module,
+        _: torch.device,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        divisor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with torch.autocast("cpu", torch.bfloat16):
             loss, _, _ = model(
-                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), chunk=48)
+                inputs,
+                lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), 48, divisor),
             )
         return loss, {}
 

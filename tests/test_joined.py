@@ -75,6 +75,26 @@ def test_the_operators_agree_with_autograd() -> None:
     assert torch.autograd.gradcheck(lambda x: operators.rotate_joined(x, table, 2, 1), joined)
     arguments = (joined.detach(), *table, 2, 1)
     torch.library.opcheck(torch.ops.experiments.rotate.default, arguments)
+    torch.library.opcheck(torch.ops.experiments.rotate_in_place.default, arguments)
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 3, 8), (4, 2, 16), (5, 1, 2)])
+def test_rotation_in_place_by_kernels(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+    """Neither values nor what lies beside them may be touched."""
+    with kernels():
+        from experiments.models import joined_kernels
+
+        rotated_width, width = (heads + kv_heads) * size, (heads + 2 * kv_heads) * size
+        wide = inputs(2, 13, width + 8, dtype=dtype)
+        before = wide.clone()
+        joined = wide[..., :width]
+        want = rotated(joined.clone(), heads, kv_heads, size)
+        joined_kernels.rotate_in_place(joined, *_rotation(13, size, 10_000.0, torch.device(DEVICE)), heads, kv_heads)
+        q, k, _ = joined.split([heads * size, kv_heads * size, kv_heads * size], 2)
+        assert relative(q, want[0].flatten(2)) < BOUND[dtype]
+        assert relative(k, want[1].flatten(2)) < BOUND[dtype]
+        assert torch.equal(wide[..., rotated_width:], before[..., rotated_width:])
 
 
 def swiglu(joined: Tensor) -> Tensor:

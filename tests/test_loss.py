@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from convolutions import DEVICE, kernels
 from torch import Tensor
 
-from experiments.training.loss import IGNORED, _chunk, linear_cross_entropy
+from experiments.training.loss import IGNORED, _add_product, _chunk, linear_cross_entropy
 
 GPU = pytest.param(
     "cuda",
@@ -27,7 +27,7 @@ def inputs(device: str, dtype: torch.dtype, vocabulary: int = 300) -> tuple[Tens
 
 
 def outcome(loss: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss * 0.25, [x, weight])]
+    return [loss.detach(), *torch.autograd.grad(loss, [x, weight])]
 
 
 def errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
@@ -46,12 +46,13 @@ def test_loss_and_gradients_equal_those_of_whole_logits_in_float64(device: str, 
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("the kernel computes in float32")
     x, weight, targets = inputs(device, dtype)
-    got = outcome(linear_cross_entropy(x, weight, targets, chunk), x, weight)
+    divisor = torch.tensor(3.0, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    got = outcome(linear_cross_entropy(x, weight, targets, chunk, divisor), x, weight)
     assert [each.dtype for each in got[1:]] == [x.dtype, weight.dtype]
     exact_x, exact_weight = (each.detach().double().requires_grad_() for each in (x, weight))
     rounded = exact_weight if dtype == torch.float64 else exact_weight.to(dtype).double()
     whole = F.cross_entropy(exact_x @ rounded.T, targets, ignore_index=IGNORED, reduction="sum")
-    want = outcome(whole, exact_x, exact_weight)
+    want = outcome(whole / 3, exact_x, exact_weight)
     # bfloat16: logits, their gradients and the products' results are rounded to 8 bits
     float32 = [1e-6 if device == "cpu" else 1e-5] * 3  # a GPU's exponential is an approximation
     bounds = {torch.float64: [1e-14] * 3, torch.float32: float32, torch.bfloat16: [1e-3, 5e-3, 5e-3]}[dtype]
@@ -75,9 +76,39 @@ def test_ignored_targets_give_neither_loss_nor_gradient(device: str) -> None:
 @devices
 def test_without_gradients_the_loss_is_the_same(device: str) -> None:
     x, weight, targets = inputs(device, torch.float32)
+    divisor = torch.tensor(3.0, device=device)
     with torch.no_grad():
-        loss = linear_cross_entropy(x, weight, targets, 16)
-    assert loss == linear_cross_entropy(x, weight, targets, 16).detach()
+        loss = linear_cross_entropy(x, weight, targets, 16, divisor)
+    assert loss == linear_cross_entropy(x, weight, targets, 16, divisor).detach()
+
+
+def test_a_factor_that_the_gradients_would_not_have_is_refused() -> None:
+    """On a GPU the same check would end the process."""
+    x, weight, targets = inputs("cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="give it as `divisor`"):
+        (linear_cross_entropy(x, weight, targets) * 0.25).backward()
+    other = x.square().sum()
+    (linear_cross_entropy(x, weight, targets) + other).backward()  # A sum is no factor.
+    (want,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x)
+    torch.testing.assert_close(x.grad, want + 2 * x.detach())
+
+
+def test_the_gradient_of_the_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd copies gradients that something else still holds."""
+    made = []
+
+    def add_product(*args: Tensor) -> Tensor:
+        made.append(_add_product(*args))
+        return made[-1]
+
+    monkeypatch.setattr("experiments.training.loss._add_product", add_product)
+    x, weight, targets = inputs("cpu", torch.float32)
+    loss = linear_cross_entropy(x, weight, targets)
+    (memory,) = (product.data_ptr() for product in made)
+    made.clear()
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.data_ptr() == memory
 
 
 @devices
@@ -95,7 +126,7 @@ def test_a_target_outside_the_vocabulary_is_not_passed_over(device: str, target:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocabulary", [5, 97, 1000, 1024, 40_000])
 def test_the_kernel_agrees_with_float64(vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small vocabularies in blocks of 256 logits, a large one as it is; on a CPU by Triton's interpreter."""
+    """Two that fit in 256 logits, two in blocks of as many, a large one as it is; on a CPU by Triton's interpreter."""
     with kernels():
         from experiments.training import loss_kernel
 
@@ -107,8 +138,9 @@ def test_the_kernel_agrees_with_float64(vocabulary: int, dtype: torch.dtype, mon
         targets[::5] = IGNORED
         exact = logits.double().requires_grad_()
         want = F.cross_entropy(exact, targets, ignore_index=IGNORED, reduction="sum")
-        want.backward()
-        got = loss_kernel.loss_and_gradient(logits, targets, IGNORED)
+        (want / 3).backward()
+        divisor = torch.tensor(3.0, device=DEVICE)
+        got = loss_kernel.loss_and_gradient(logits, targets, divisor, IGNORED)
         assert exact.grad is not None
         rounding = {torch.float32: 5e-5, torch.bfloat16: 5e-3}[dtype]  # by the interpreter towards zero
         assert abs(got.item() / want.item() - 1) < 1e-5
@@ -117,14 +149,20 @@ def test_the_kernel_agrees_with_float64(vocabulary: int, dtype: torch.dtype, mon
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, "target"])
-def test_the_kernel_hides_nothing_that_is_not_finite(spoiled: float | str) -> None:
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, -torch.inf, "target"])
+@pytest.mark.parametrize("block", [256, 512])  # smaller than a row, and larger
+def test_the_kernel_hides_nothing_that_is_not_finite(
+    spoiled: float | str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with kernels():
         from experiments.training import loss_kernel
 
+        monkeypatch.setattr(loss_kernel, "_SMALL", loss_kernel._Launch(block=block, warps=4))
         logits, targets = torch.zeros(3, 300, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
         if isinstance(spoiled, str):
             targets[1] = 300
         else:
-            logits[1, 7] = spoiled
-        assert loss_kernel.loss_and_gradient(logits, targets, IGNORED).isnan()
+            place = slice(None) if spoiled == -torch.inf else 7  # One logit may be -inf: its probability is zero.
+            logits[1, place] = spoiled
+        divisor = torch.ones((), device=DEVICE)
+        assert loss_kernel.loss_and_gradient(logits, targets, divisor, IGNORED).isnan()

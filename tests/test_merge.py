@@ -139,3 +139,19 @@ def test_every_reading_verb_takes_several_stores(
     assert main(["power", *map(str, parts), "--seeds", "1", "--simulations", "100", "--json"]) == 0
     assert main(["power", "experiments/sweeps/demo.toml", str(parts[0])]) == 2
     assert "is a whole design; give it alone" in capsys.readouterr().err
+
+
+def test_freezing_stores_of_two_machines_tells_their_devices(
+    halves: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = halves
+    assert main(["freeze", str(whole), "-o", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(min(parts[1].iterdir()))  # the run that both have
+    for run_dir in parts[1].iterdir():
+        path = run_dir / "run.json"
+        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"device": "NVIDIA H200"})))
+    assert main(["freeze", *map(str, parts), "-o", str(tmp_path / "both")]) == 0
+    err = capsys.readouterr().err
+    assert "the runs are of several devices: NVIDIA H200 (6 runs), cpu (6 runs); `dynconv table` names" in err
+    assert set(load(tmp_path / "both").runs["device"]) == {"cpu", "NVIDIA H200"}

@@ -300,6 +300,24 @@ def test_choosing_among_rates_costs_little_and_a_rate_off_the_best_much(monkeypa
     assert off > 1.8 * best
 
 
+def test_a_rate_that_only_the_first_seed_tried_is_compared_with_the_others(answer: Any) -> None:
+    """Later seeds train each arm's best rate alone: all are paired, and m is what all rates of all seeds say."""
+
+    def rows(everywhere: bool) -> Iterator[str]:
+        for arm, m in (("base", 1.0), ("new", M)):
+            for i, compute in enumerate(COMPUTE):
+                for seed in range(3):
+                    for x in (-DOUBLE, 0.0, DOUBLE) if everywhere or seed == 0 else (0.0,):
+                        loss = law(m, compute) + 0.05 * (x - 0.1) ** 2 + 0.0005 * ((seed * 7 + i * 3) % 5 - 2)
+                        yield f"{arm},s{i},{seed},{compute},{loss},{1e-3 * math.exp(x)}"
+
+    header = "arm,size,seed,C,loss,train.learning_rate"
+    whole, few = (answer(rows(everywhere), header) for everywhere in (True, False))
+    assert few["n_seeds"] == whole["n_seeds"] == 3
+    assert few["m"] == pytest.approx(whole["m"], rel=2e-3)
+    assert [item["rates"] for item in few["rates"]] == [3] * 2 * len(COMPUTE)
+
+
 def rate_table(path: Path, sizes: int = 1) -> Path:
     """Two arms of m = 1.33 with 5 rates each at 5 computes, the least loss of every cell on a law; the arm's best rate
     is twice the baseline's. Each compute is spent on `sizes` N about the best."""

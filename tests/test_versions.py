@@ -218,3 +218,42 @@ def test_what_is_not_known_is_no_mixture(store: Path) -> None:
     runs = load(store).runs
     runs.loc[runs["arm"] == "static", ["device", "torch", "dtype", "code_commit", "clock"]] = pd.NA
     assert not [status for status in statuses(runs).values() if "within" in status]
+
+
+def test_pairs_of_several_devices_are_told_by_size_though_the_two_runs_of_each_share_one(store: Path) -> None:
+    for run_dir in store.iterdir():
+        kind = "NVIDIA H200" if run_dir.name.split("-")[1] in ("s3", "s4") else "NVIDIA H100"
+        change(store, run_dir.name, device=kind)
+    found, _ = multipliers(load(store).runs, resamples=50)
+    told = "pairs with transformer are of several devices: NVIDIA H100 at s0, s1, s2; NVIDIA H200 at s3, s4"
+    assert all(item.notes == (told,) for item in found)
+    for page in (multiplier_table(found), report(load(store))):
+        assert page.count(f"P{told[1:]}.") == 1
+    # A pair of unlike runs is in the status instead, and where a change with size is told it does not count.
+    change(store, "static-s1-0", device="NVIDIA H200")
+    by_arm = {item.arm: item for item in multipliers(load(store).runs, resamples=50)[0]}
+    assert by_arm["static"].notes == (told.replace("s0, s1, s2", "s0, s2"),)
+    assert "device is not the same within 1 of 5 pairs" in by_arm["static"].status
+    assert by_arm["lowrank"].notes == (told,)
+
+
+def test_rates_of_one_arm_and_size_that_were_tried_on_several_devices_are_told(store: Path) -> None:
+    """The runs that are compared share a device; one of the rates that bracket them, trained later, does not."""
+    runs = load(store).runs
+    rates = pd.concat(
+        [
+            runs.assign(**{"vary.learning_rate_factor": rate, "loss": runs["loss"] + cost}).assign(
+                run_id=runs["run_id"] + f"-{rate}"
+            )
+            for rate, cost in ((1.0, 0.02), (2.0, 0.0), (4.0, 0.02))
+        ]
+    ).reset_index(drop=True)
+    found, _ = multipliers(rates, resamples=50)
+    assert not [note for item in found for note in item.notes if "not the same" in note]
+    later = rates["arm"].eq("static") & rates["size"].eq("s3") & rates["vary.learning_rate_factor"].eq(4)
+    rates.loc[later, "device"] = "NVIDIA H200"
+    by_arm = {item.arm: item for item in multipliers(rates, resamples=50)[0]}
+    told = [note for note in by_arm["static"].notes if "not the same" in note]
+    assert told == ["device is not the same over the learning rates of static at s3 (NVIDIA H200, cpu)"]
+    assert "device" not in by_arm["static"].status
+    assert not [note for note in by_arm["lowrank"].notes if "not the same" in note]

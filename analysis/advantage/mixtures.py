@@ -1,6 +1,7 @@
-"""Where the two runs of a pair do not share code, device, precision, execution (as fused), version of torch or size of
-the vocabulary, and where arms differ in their recipe or seeds in what is known of them: what of a difference in loss
-may come from that, no statistic tells, so it is said."""
+"""Where runs that are compared do not share code, device, precision, execution (as fused), version of torch or size of
+the vocabulary: the two runs of a pair, runs at several learning rates of one arm and size, or one pair and another; and
+where arms differ in their recipe or seeds in what is known of them. What of a difference in loss may come from that, no
+statistic tells, so it is said."""
 
 from __future__ import annotations
 
@@ -19,6 +20,13 @@ RECIPE = "train."  # prefix of the facts of training
 OF_ATTEMPTS = ("code", "torch", "dtype", "device", "execution")  # which the attempts of one run may differ in
 KINDS = (*OF_ATTEMPTS, "vocabulary")
 MIXED = "several in one run"  # whose attempts differ
+SEVERAL_OF = {
+    "code": "versions of the code",
+    "torch": "versions of torch",
+    "dtype": "precisions",
+    "device": "devices",
+    "execution": "ways of execution",
+}  # each kind in the plural
 
 
 def mixtures(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
@@ -29,6 +37,51 @@ def mixtures(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
     """
     both = runs[runs["arm"].isin([arm, baseline])]
     return [*_remarks(both, arm, baseline), *_unrecorded(both)]
+
+
+def between_rates(runs: pd.DataFrame, rate: str | None) -> list[str]:
+    """For the reader: in which kinds the runs at several learning rates of one arm and size differ. The best rate is
+    then chosen by more than the rate. `runs` are those of both arms at all rates, which are in the column `rate`."""
+    if rate is None:
+        return []
+    found = []
+    for kind, values in _known(runs):
+        unlike: dict[str, list[str]] = {}  # the values -> arms and sizes
+        for (arm, size, budget), rows in values.groupby(["arm", *ON[:2]], sort=False):
+            of_rates = [set(part) for _, part in rows.groupby(rate)["_value"]]
+            if any(each != of_rates[0] for each in of_rates):
+                named = some(sorted(set[str]().union(*of_rates)))
+                unlike.setdefault(named, []).append(f"{arm} at {' '.join(filter(None, (size, budget)))}")
+        for named, at in unlike.items():
+            found.append(f"{kind} is not the same over the learning rates of {some(at)} ({named})")
+    return found
+
+
+def between_pairs(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
+    """For the reader: of which kinds there are several, though the two runs of a pair share one. A loss difference is
+    then of the arms alone, but m may change with size for that reason. `runs` as for `mixtures`."""
+    found = []
+    for kind, values in _known(runs[runs["arm"].isin([arm, baseline])]):
+        of_size: dict[str, set[str]] = {}
+        for (size, _, _), rows in values.groupby(ON, sort=False):
+            if rows["arm"].nunique() == 2 and rows["_value"].nunique() == 1:
+                of_size.setdefault(size, set()).add(str(rows["_value"].iloc[0]))
+        if len(set[str]().union(*of_size.values())) > 1:
+            sizes: dict[str, list[str]] = {}  # by what their pairs are of
+            for size, each in of_size.items():
+                sizes.setdefault(" and ".join(sorted(each)), []).append(size)
+            where = "; ".join(f"{each} at {', '.join(at)}" for each, at in sizes.items())
+            found.append(f"pairs with {baseline} are of several {SEVERAL_OF[kind]}: {where}")
+    return found
+
+
+def _known(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each kind in which the runs have several values, and the runs of which it is known, with it in `_value`."""
+    for kind in OF_ATTEMPTS:
+        values = _values(runs, kind)
+        if values is not None and len({*values} - {""}) > 1:
+            known = runs.assign(_value=list(map(short_commits, values)))
+            yield kind, known[known["_value"] != ""]
 
 
 def recipes(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:

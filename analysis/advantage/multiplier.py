@@ -32,7 +32,7 @@ from analysis.advantage.checks import (
 from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE
 from analysis.advantage.family import at_once
 from analysis.advantage.joint import Interval, aicc, wild_cluster_interval
-from analysis.advantage.mixtures import changing_facts, mixtures, recipes
+from analysis.advantage.mixtures import between_pairs, between_rates, changing_facts, mixtures, recipes
 from analysis.advantage.paired import EXPONENTS, Local, ratio, trend
 from analysis.advantage.pairs import Pairs, averaged, pair, require_one_configuration, usable, with_axes
 from analysis.advantage.single import require_below, single_size
@@ -124,10 +124,12 @@ def comparable(
     rows, how = with_budgets(rows, baseline, column)
     rows = with_axes(rows)
     require_one_configuration(rows)
+    mixed = between_rates(rows, rate_column(rows))
     rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
     lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
     lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
-    return rows, tuned, lines + averaged(rows) + recipes(rows, arm, baseline) + changing_facts(rows, arm, baseline)
+    lines += [*averaged(rows), *recipes(rows, arm, baseline), *changing_facts(rows, arm, baseline), *mixed]
+    return rows, tuned, lines + between_pairs(rows, arm, baseline)
 
 
 def _with_warnings(item: Multiplier, warnings: Iterable[str]) -> Multiplier:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROVENANCE = ("device", "gpus", "sharing", "dtype", "execution", "fused", "torch", "code_sha256")
 SEVERAL = " + "  # between the commits of a run that was trained by several
 STOPPED_PER_ATTEMPT = 10
+_SEVERAL_OF = {
+    "device": "devices",
+    "dtype": "precisions",
+    "torch": "versions of torch",
+    "code_sha256": "versions of the code",
+}
 # what determines the speed of a step
 HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "execution", "fused", "torch", "triton", "code_sha256")
 
@@ -55,6 +64,21 @@ def _commits(attempts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if len(steps) < 2 or not total:
         return {}
     return {"code_commit": SEVERAL.join(f"{commit} ({count / total:.0%})" for commit, count in steps.items())}
+
+
+def several(runs: pd.DataFrame) -> list[str]:
+    """A line for each of device, precision, torch and code of which the finished runs are of several, with the numbers
+    of runs. Losses and seconds of such runs are comparable only as far as `table` says."""
+    done = runs[runs["status"].eq("complete").fillna(False)]
+    found = []
+    for name, what in _SEVERAL_OF.items():
+        if name not in done:
+            continue
+        counts = done[name].dropna().astype(str).value_counts(sort=False)
+        if len(counts) > 1:
+            listed = ", ".join(f"{value} ({count} runs)" for value, count in sorted(counts.items()))
+            found.append(f"the runs are of several {what}: {short_commits(listed)}")
+    return found
 
 
 def short_commits(text: str) -> str:

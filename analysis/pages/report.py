@@ -30,6 +30,7 @@ from analysis.pages.tables import (
     check_cells,
     clock_cells,
     is_missing,
+    notes_of,
     numbered_notes,
     short,
 )
@@ -212,6 +213,7 @@ def _multipliers(answer: Answers) -> list[str]:
         table("multipliers", columns, _linked(columns, whole)),
         table("checks", check_cells(found)[0], _linked(*check_cells(found))),
         *([table("clocks", *clock_cells(found))] if clock_cells(found)[1] else []),
+        *(note(escape(each)) for each in notes_of(found)),
     ]
 
 

@@ -222,15 +222,20 @@ def _at_irreducible_loss(item: Multiplier, irreducible_loss: float, convention: 
     return None
 
 
-def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
+def notes_of(found: Sequence[Multiplier]) -> list[str]:
+    """How runs were selected and what they share, each sentence once."""
     tuned = dict.fromkeys(each for item in found for each in item.rates)
     of_pairs = {note for item in found for note in rates.notes(item.rates)}  # each repeats the baseline's rates
     told = [note for item in found for note in item.notes if note not in of_pairs]
+    return list(dict.fromkeys(f"{capitalised(note)}." for note in [*rates.notes(list(tuned)), *told]))
+
+
+def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
     lines = [
         f"m: compute of {found[0].baseline} over the arm's at equal loss, FLOPs counted as {found[0].convention}; "
         f"paired by size{', budget' if any(item.budgets for item in found) else ''} and seed.",
         *_paired_at(found),
-        *dict.fromkeys(f"{capitalised(note)}." for note in [*rates.notes(list(tuned)), *told]),
+        *notes_of(found),
         *(f"[{number}] {remark}" for remark, number in notes.items()),
     ]
     sources = dict.fromkeys(item.wall_clock.source for item in found if item.wall_clock)

@@ -166,10 +166,12 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _freeze(args: argparse.Namespace) -> int:
+    from analysis.logs.provenance import several
     from analysis.logs.store import freeze
 
     require_folder(args.output)
     with reading_store(args) as store:
         written = freeze(store, args.output, args.steps)
+    warn(*(f"{line}; `dynconv table` names the comparisons that mix them" for line in several(store.runs)))
     print(*written, sep="\n")
     return 0

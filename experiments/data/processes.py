@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, TypeVar
+from multiprocessing.connection import Connection
+from typing import TypeVar
 
 from analysis.errors import WorkFailed
-
-if TYPE_CHECKING:
-    from multiprocessing.synchronize import Event
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -35,8 +33,8 @@ def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
     Raises what `work` raises, and WorkFailed if a process was killed.
     """
     context = get_context("spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), stop)) as pool:
+    reader, writer = context.Pipe(duplex=False)
+    with reader, ProcessPoolExecutor(workers, context, _start_worker, (reader,)) as pool:
         # Few jobs wait, so that little is done in vain when the caller has enough.
         futures = [pool.submit(work, job) for job in jobs[:workers]]
         try:
@@ -50,18 +48,21 @@ def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
                 "again, on fewer cores (taskset) if need be"
             ) from error
         finally:
-            stop.set()
+            writer.close()
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(parent: int, stop: "Event") -> None:
-    """One core a worker; and leave at once when told to, or when the parent has been killed and nobody would tell."""
+def _start_worker(parent: Connection) -> None:
+    """One core a worker; and leave at once when the parent closes its end of a pipe, or is killed, which closes it.
+
+    A pipe needs no lock. Workers that shared an Event could wait for ever for its lock, and the parent for them, if one
+    of them left while it held that lock. A build of 16 processes did wait so, by what its threads waited for.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells the workers
 
     def watch() -> None:
-        while os.getppid() == parent and not stop.wait(0.2):
-            pass
+        parent.poll(None)  # nothing is ever sent
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

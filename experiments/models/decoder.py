@@ -95,10 +95,12 @@ class Decoder(nn.Module):
         """
         import torch._dynamo  # takes seconds to import
 
+        from experiments.models.rotation_in_place import rotate_in_place
         from experiments.models.weight_gradients import widen_weight_gradients
 
         add_barriers()
         widen_weight_gradients()
+        rotate_in_place()
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)

@@ -59,8 +59,8 @@ def _by_kernels(x: Tensor) -> bool:
     return x.is_cuda and importlib.util.find_spec("triton") is not None
 
 
-# The values are copied, because an operator's output cannot be a view of its input. An autograd function could return
-# one, but torch does not cache compiled programs with such functions.
+# The values are copied, because an operator's output cannot be a view of its input. Compiled programs rotate in place
+# instead: see rotation_in_place.py.
 @torch.library.custom_op("experiments::rotate", mutates_args=())
 def _rotate(
     joined: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int
@@ -89,6 +89,25 @@ def _(
     return q, k, v
 
 
+# Any layout is taken as it is: torch.compile pads the rows of products, and would copy them for other operators.
+@torch.library.custom_op("experiments::rotate_in_place", mutates_args=("joined",), tags=(torch.Tag.flexible_layout,))
+def _rotate_in_place(joined: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int) -> None:
+    if _by_kernels(joined):
+        from experiments.models import joined_kernels
+
+        joined_kernels.rotate_in_place(joined, cosine, sine, heads, kv_heads)
+        return
+    size = cosine.shape[1]
+    for part in joined[..., : (heads + kv_heads) * size].split([heads * size, kv_heads * size], 2):
+        x = part.unflatten(2, (-1, size)).transpose(1, 2)
+        x.copy_(rotate(x, (cosine, sine)))
+
+
+@_rotate_in_place.register_fake
+def _(joined: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int) -> None:
+    pass
+
+
 @torch.library.custom_op("experiments::rotate_backward", mutates_args=())
 def _rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     if _by_kernels(dq):
@@ -115,7 +134,7 @@ def _rotate_back(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor |
 _rotate.register_autograd(_rotate_back, setup_context=_save_table)
 
 
-# Any layout is taken as it is: torch.compile pads the rows of products, and would copy them for other operators.
+# Any layout is taken as it is, as above.
 @torch.library.custom_op("experiments::swiglu", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _swiglu(joined: Tensor) -> Tensor:  # [B, T, F], with padded rows
     y = _padded(joined, joined.shape[2] // 2)

@@ -16,9 +16,10 @@ _BLOCK = 1024  # channels of one program of SwiGLU: eight a thread, one access t
 @triton.jit
 def _rotate(
     joined, q, k, v, cosine, sine, tokens, time, stride,
-    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    BACKWARD: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Forward: q, k and v from `joined`. Backward: `joined` from q, k and v."""
+    """Forward: q, k and v from `joined`, or in its place. Backward: `joined` from q, k and v."""
     part = tl.program_id(1)  # 0: queries, 1: keys, 2: values
     apart = q
     if part == 1:
@@ -38,6 +39,8 @@ def _rotate(
     s = tl.where(part < 2, tl.load(sine + angle, mask=ok, other=0.0), 0.0)
     if BACKWARD:
         source, target, s = alone, beside, -s
+    elif IN_PLACE:
+        source, target = beside, beside
     else:
         source, target = beside, alone
     first = tl.load(source, mask=ok, other=0.0).to(tl.float32)
@@ -61,9 +64,26 @@ def rotate(
     grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 3)
     _rotate[grid](
         joined, q, k, v, cosine, sine, batch * time, time, joined.stride(1),
-        H=heads, K=kv_heads, HALF=size // 2, BACKWARD=False, BLOCK=_HEADS,
+        H=heads, K=kv_heads, HALF=size // 2, BACKWARD=False, IN_PLACE=False, BLOCK=_HEADS,
     )  # fmt: skip
     return q, k, v
+
+
+def rotate_in_place(
+    joined: Tensor,  # [B, T, (H + 2 K) * E]: queries, keys and values
+    cosine: Tensor,  # [T, E]
+    sine: Tensor,  # [T, E]
+    heads: int,  # H
+    kv_heads: int,  # K
+) -> None:
+    """Rotate queries and keys where they are. Values are not touched."""
+    assert _rows(joined) is joined, "a copy would be rotated instead"
+    batch, time, _ = joined.shape
+    grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 2)
+    _rotate[grid](
+        joined, joined, joined, joined, cosine, sine, batch * time, time, joined.stride(1),
+        H=heads, K=kv_heads, HALF=cosine.shape[1] // 2, BACKWARD=False, IN_PLACE=True, BLOCK=_HEADS,
+    )  # fmt: skip
 
 
 def rotate_backward(
@@ -79,7 +99,7 @@ def rotate_backward(
     grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 3)
     _rotate[grid](
         joined, dq.contiguous(), dk.contiguous(), dv.contiguous(), cosine, sine, batch * time, time, joined.stride(1),
-        H=heads, K=kv_heads, HALF=size // 2, BACKWARD=True, BLOCK=_HEADS,
+        H=heads, K=kv_heads, HALF=size // 2, BACKWARD=True, IN_PLACE=False, BLOCK=_HEADS,
     )  # fmt: skip
     return joined
 

@@ -23,13 +23,13 @@ _WARM_UPS = 3  # steps before the capture, during which nothing may be compiled,
 
 
 class Losses(Protocol):
-    """A function that gives the summed loss of a micro-batch in nats, and its auxiliary losses by name.
+    """A function that gives the summed loss of a micro-batch in nats, divided, and its auxiliary losses by name.
 
-    Its arguments are the tensors of a micro-batch, as `on_device` gives them.
+    Its arguments are the tensors of a micro-batch, as `on_device` gives them, and the divisor [] of the summed loss.
     """
 
     def __call__(
-        self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None
+        self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None, *, divisor: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -79,18 +79,19 @@ def add_gradients(
 ) -> Tensor:  # []
     """Accumulate gradients of the mean loss over a global batch. Returns that loss without auxiliary losses."""
     total = torch.zeros((), device=world.device)
+    # Gradients are averaged over the processes; our loss is a sum over them, so scale by their number. Without a target
+    # that counts the loss is 0, not NaN.
+    divisor = positions.clamp(min=1) / world.size
     for number, (tensors, share) in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)  # Only its backward pass averages the accumulated gradients.
         with contextlib.nullcontext() if last else world.without_averaging(model):
-            loss, auxiliary = losses(*tensors)
-            loss = loss / positions.clamp(min=1)  # without a target that counts the loss is 0, not NaN
+            loss, auxiliary = losses(*tensors, divisor=divisor)
             total += loss.detach()
             for auxiliary_loss in auxiliary.values():  # Each is a mean over the sequences of this micro-batch.
-                loss = loss + auxiliary_loss * share
-            # Gradients are averaged over the processes; our loss is a sum over them, so scale by their number.
-            (loss * world.size).backward()
+                loss = loss + auxiliary_loss * (share * world.size)
+            loss.backward()
     world.average_whole(model)
-    return world.sum(total)
+    return world.sum(total) / world.size
 
 
 class _Window:

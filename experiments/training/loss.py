@@ -27,8 +27,12 @@ def losses_of(
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
     starts: Tensor | None = None,  # [B, K]: of packed documents
+    *,
+    divisor: Tensor | None = None,  # []: of the sum; None: 1
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
+
+    Whatever multiplies the sum before it is differentiated must be in `divisor`: see `linear_cross_entropy`.
 
     Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
     Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
@@ -37,12 +41,15 @@ def losses_of(
     if device.type == "cuda":
         with mixed_precision(device):
             loss, auxiliary, measures = model(
-                inputs, lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten()), **packing
+                inputs,
+                lambda x, head: linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), divisor=divisor),
+                **packing,
             )
     else:
         logits, auxiliary, measures = model(inputs, **packing)
         logits = logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = loss if divisor is None else loss / divisor
     if not torch.is_grad_enabled():
         auxiliary = auxiliary | measures
     return loss, means_over_sequences(auxiliary, targets)
@@ -63,8 +70,13 @@ def linear_cross_entropy(
     weight: Tensor,  # [V, D]: of the LM head, in the dtype of x or a wider one
     targets: Tensor,  # [N]: IGNORED where no target counts
     chunk: int | None = None,  # tokens whose logits are computed at a time; None: as many as fit in CHUNK_LOGITS
+    divisor: Tensor | None = None,  # []: of the sum, in float32 (float64 for float64 inputs); None: 1
 ) -> Tensor:  # []
     """The summed cross-entropy of softmax(x weight^T) in nats, computed in float32 (float64 for float64 inputs).
+
+    The gradients are ready before the backward pass, so whatever multiplies the loss must be in `divisor`: another
+    factor would cost a pass over the gradients, 0.8 GB of a 300M model's LM head. With one, the backward pass raises
+    RuntimeError, which on a GPU is an error of CUDA.
 
     Products and the gradients of logits are in the dtype of x. Under no_grad only the forward pass is computed,
     which is a third of the work. A target outside the vocabulary raises IndexError on a CPU; on a GPU, where that would
@@ -73,13 +85,15 @@ def linear_cross_entropy(
     assert x.dim() == 2
     assert targets.shape == x.shape[:1]
     chunk = _chunk(len(weight)) if chunk is None else chunk
+    divisor = torch.ones((), device=x.device) if divisor is None else divisor
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():
-            loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, chunk)
+            loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, chunk, divisor)
             return loss
         matrix = weight.to(x.dtype)
         chunks = zip(x.split(chunk), targets.split(chunk), strict=True)
-        return torch.stack([_loss_and_gradient(rows @ matrix.T, wanted) for rows, wanted in chunks]).sum()
+        losses = [_loss_and_gradient(rows @ matrix.T, wanted, divisor) for rows, wanted in chunks]
+        return torch.stack(losses).sum() / divisor
 
 
 def _chunk(vocabulary: int) -> int:
@@ -100,6 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,  # [V, D]
         targets: Tensor,  # [N]
         chunk: int,
+        divisor: Tensor,  # []
     ) -> Tensor:  # []
         matrix = weight.to(x.dtype)
         dx = torch.empty_like(x)
@@ -107,19 +122,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = []
         for rows, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
             logits = rows @ matrix.T
-            losses.append(_loss_and_gradient(logits, wanted))
+            losses.append(_loss_and_gradient(logits, wanted, divisor))
             torch.mm(logits, matrix, out=into)
             dweight = _add_product(dweight, logits.T, rows, weight.dtype)
             del logits  # Free this memory before the next chunk allocates its logits.
         assert dweight is not None
         ctx.save_for_backward(dx, dweight.to(weight.dtype))
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = ctx.saved_tensors
-        return dx * gradient.to(dx.dtype), dweight * gradient.to(dweight.dtype), None, None
+        torch._assert_async(gradient == 1, "the loss was multiplied by a number; give it as `divisor` instead")
+        return *ctx.saved_tensors, None, None, None
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,18 +150,19 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
 
 
 def _loss_and_gradient(
-    logits: Tensor,  # [n, V], contiguous; overwritten by the gradient of the loss
+    logits: Tensor,  # [n, V], contiguous; overwritten by the gradient of the loss, divided
     targets: Tensor,  # [n]
+    divisor: Tensor,  # []: of the gradient, but not of the loss
 ) -> Tensor:  # []
     """The summed cross-entropy of the rows."""
     if logits.is_cuda and importlib.util.find_spec("triton"):
         from experiments.training.loss_kernel import loss_and_gradient
 
-        return loss_and_gradient(logits, targets, IGNORED)
+        return loss_and_gradient(logits, targets, divisor, IGNORED)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
     counted = targets != IGNORED
     gradient = wide.softmax(1)
     gradient[counted.nonzero().squeeze(1), targets[counted]] -= 1
-    logits.copy_(gradient * counted[:, None])
+    logits.copy_(gradient * counted[:, None] / divisor)
     return loss
