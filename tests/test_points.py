@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {
 }
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")
 
-# What a text cell may hold and stay itself: no spaces around it, no control characters, none of the words for missing.
+# What a text cell may hold and stay itself: no spaces around it, no control characters, letters composed, none of the
+# words for missing.
 TEXTS = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" ,;'\""), min_size=1, max_size=12).map(
-    lambda text: f"a{text}".strip()
+    lambda text: unicodedata.normalize("NFC", f"a{text}").strip()
 )
 ROWS = st.lists(
     st.fixed_dictionaries(

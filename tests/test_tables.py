@@ -136,6 +136,16 @@ GOOD = [
         ("arm,size,loss", ["a,0,3", "b,0,2.9"], "no compute in every row"),
         ("arm,size,C,loss", [*GOOD, "a,9,1e20,nan"], "got nan in row 9"),
         ("arm,size,C,loss", [*GOOD, "a,9,1e20,-1"], "got -1.0 in row 9"),
+        (
+            "arm,size,C,loss,D",
+            [*(f"{row}," for row in GOOD), "a,9,1e20,2,-5"],
+            "D must be positive; got -5(.0)? in row 9",
+        ),
+        (
+            "arm,size,C,loss,N",
+            [*(f"{row}," for row in GOOD), "a,9,1e20,2,0"],
+            "N must be positive; got 0(.0)? in row 9",
+        ),
         ("arm,size,C,loss", [*GOOD, "a,9,-1e20,2", "b,9,1e20,2"], "compute must be positive; got -1e[+]20 in row 9"),
         (
             "arm,size,C,loss,tokenizer",

@@ -52,6 +52,9 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     if done["loss"].isna().all():
         raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
     require_positive(done, "loss", "loss")
+    for column, name in (("parameters", "N"), ("tokens", "D")):
+        if column in done:
+            require_positive(done[done[column].notna()], column, name)
     if "task" in done and done["task"].nunique() > 1:
         tasks = list(done["task"].dropna().unique())
         raise ValueError(

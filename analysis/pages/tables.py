@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from analysis.logs.selection import Excluded
 
 FORMATS = ("md", "csv", "latex", "json")
+MOST_SIZES = 12  # that are listed one by one
 NONE = "-"  # how a number that does not exist is printed; CSV leaves it empty, JSON has null
 
 Cell = str | None
@@ -250,18 +251,22 @@ def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
 
 def _paired_at(found: Sequence[Multiplier]) -> list[str]:
     """A line on the sizes behind each m, and the paired seeds at each; arms with the same stand together."""
-    arms: dict[str, list[str]] = {}
+    arms: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for item in found:
-        sizes, seeds = [str(row["size"]) for row in item.local], [int(row["seeds"]) for row in item.local]
-        if len(set(seeds)) == 1:
-            places = f"{', '.join(sizes)} (seeds: {seeds[0]})"
-        else:
-            places = ", ".join(f"{size} x {count}" for size, count in zip(sizes, seeds, strict=True))
-        if sizes:
-            arms.setdefault(places, []).append(item.arm)
+        if item.local:
+            arms.setdefault(tuple((str(row["size"]), int(row["seeds"])) for row in item.local), []).append(item.arm)
     if len(arms) < 2:
-        return [f"Paired at {places}." for places in arms]
-    return [f"Paired: {'; '.join(f'{some(names)} at {places}' for places, names in arms.items())}."]
+        return [f"Paired at {_listed(places)}." for places in arms]
+    return [f"Paired: {'; '.join(f'{some(names)} at {_listed(places)}' for places, names in arms.items())}."]
+
+
+def _listed(places: Sequence[tuple[str, int]]) -> str:
+    """Sizes with their seeds; of a grid of many sizes the ends."""
+    each = len({seeds for _, seeds in places}) == 1
+    names = [size if each else f"{size} x {seeds}" for size, seeds in places]
+    if len(names) > MOST_SIZES:
+        names = [*names[:3], f"{len(names) - 6} more", *names[-3:]]
+    return ", ".join(names) + (f" (seeds: {places[0][1]})" if each else "")
 
 
 def left_out(excluded: Iterable[Excluded]) -> list[str]:
