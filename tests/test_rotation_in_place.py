@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.fx import Graph
+from torch.utils.checkpoint import checkpoint
 
 from experiments.models.attention import _rotation, attend
 from experiments.models.joined import rotate, rotate_joined
 from experiments.models.passes import compile_options
-from experiments.models.rotation_in_place import ROTATION_IN_PLACE
+from experiments.models.rotation_in_place import ROTATION_IN_PLACE, RotationInPlace
 from experiments.training.precision import mixed_precision
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
@@ -83,6 +85,35 @@ def test_a_product_with_another_reader_is_left_alone(heads: int, kv_heads: int) 
     got = compiled_with_product(*at, table(), heads, kv_heads)
     assert len({part.untyped_storage().data_ptr() for part in got}) == 4
     agree(got, [*composed(*at, heads, kv_heads), F.linear(*at)], at)
+
+
+@SHAPES
+def test_a_product_that_is_computed_again_is_rotated_once(
+    heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under activation checkpointing the backward pass has a product and its rotation, too."""
+    left: list[int] = []
+    change = RotationInPlace.__call__
+
+    def counted(self: RotationInPlace, graph: Graph) -> None:
+        found = len(graph.find_nodes(op="call_function", target=torch.ops.experiments.rotate.default))
+        change(self, graph)
+        left.append(found - len(graph.find_nodes(op="call_function", target=torch.ops.experiments.rotate.default)))
+
+    monkeypatch.setattr(RotationInPlace, "__call__", counted)
+    monkeypatch.setattr(RotationInPlace, "uuid", lambda _: None)  # not to be found in torch's cache
+
+    def attention(x: Tensor, weight: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        return attend(*rotate_joined(F.linear(x, weight), turn, heads, kv_heads), None)
+
+    @torch.compile(dynamic=False, options=OPTIONS)
+    def recomputed(x: Tensor, weight: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        y: Tensor = checkpoint(attention, x, weight, turn, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    at = leaves(heads, kv_heads)
+    agree((recomputed(*at, table()),), [attend(*composed(*at, heads, kv_heads), None)], at)
+    assert left == [1, 1]
 
 
 @pytest.mark.gpu

@@ -34,7 +34,8 @@ def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
     """
     context = get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
-    with reader, ProcessPoolExecutor(workers, context, _start_worker, (reader,)) as pool:
+    # The last of these is closed first, whatever happens: the pool waits for its workers.
+    with reader, ProcessPoolExecutor(workers, context, _start_worker, (reader,)) as pool, writer:
         # Few jobs wait, so that little is done in vain when the caller has enough.
         futures = [pool.submit(work, job) for job in jobs[:workers]]
         try:
@@ -47,9 +48,6 @@ def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
                 "a process that builds the data was killed, perhaps for want of memory; what is done is kept: build "
                 "again, on fewer cores (taskset) if need be"
             ) from error
-        finally:
-            writer.close()
-            pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(parent: Connection) -> None:
