@@ -101,7 +101,7 @@ class Decoder(nn.Module):
 
         add_barriers()
         if kwargs.get("backend", "inductor") == "inductor":
-            kwargs["options"] = compile_options([ROTATION_IN_PLACE, WIDE_PRODUCTS])
+            kwargs["options"] = compile_options([ROTATION_IN_PLACE, WIDE_PRODUCTS]) | kwargs.get("options", {})
         # torch keeps at most eight programs of a function by default, and runs further ones uncompiled: here those of
         # models of other shapes in the same process.
         torch._dynamo.config.recompile_limit = max(COMPILED_PROGRAMS, torch._dynamo.config.recompile_limit)
