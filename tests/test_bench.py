@@ -193,8 +193,9 @@ def test_silu_allocates_no_more_than_the_sum_that_it_is_of(case: kernels.Case, b
 def test_the_verb_times_what_it_finds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "cases", lambda quick: SMALL)  # noqa: ARG005 - the signature of what it stands for
     assert bench.run(_arguments("--json")) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert {row["op"] for row in rows if row["provider"] == "torch.compile"} == set(kernels.OPS)
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)
+    assert {row["op"] for row in rows if row["provider"] == "torch.compile"} == set(kernels.OPS), printed.err
     assert all(row["us"] > 0 for row in rows)
     assert list(rows[0]) == bench.COLUMNS
 

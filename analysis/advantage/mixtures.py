@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from analysis.logs.provenance import SEVERAL, short_commits
+from analysis.logs.provenance import SEVERAL, SEVERAL_OF, short_commits
 from analysis.logs.schema import fact_columns
 from analysis.logs.selection import is_rate, some
 
@@ -20,13 +20,6 @@ RECIPE = "train."  # prefix of the facts of training
 OF_ATTEMPTS = ("code", "torch", "dtype", "device", "execution")  # which the attempts of one run may differ in
 KINDS = (*OF_ATTEMPTS, "vocabulary")
 MIXED = "several in one run"  # whose attempts differ
-SEVERAL_OF = {
-    "code": "versions of the code",
-    "torch": "versions of torch",
-    "dtype": "precisions",
-    "device": "devices",
-    "execution": "ways of execution",
-}  # each kind in the plural
 
 
 def mixtures(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 PROVENANCE = ("device", "gpus", "sharing", "dtype", "execution", "fused", "torch", "code_sha256")
 SEVERAL = " + "  # between the commits of a run that was trained by several
 STOPPED_PER_ATTEMPT = 10
-_SEVERAL_OF = {
+SEVERAL_OF = {
     "device": "devices",
     "dtype": "precisions",
     "torch": "versions of torch",
-    "code_sha256": "versions of the code",
-}
+    "code": "versions of the code",
+    "execution": "ways of execution",
+}  # what runs may be of, in the plural
 # what determines the speed of a step
 HARDWARE_AND_VERSIONS = ("device", "gpus", "parallel", "dtype", "execution", "fused", "torch", "triton", "code_sha256")
 
@@ -67,11 +68,12 @@ def _commits(attempts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def several(runs: pd.DataFrame) -> list[str]:
-    """A line for each of device, precision, torch and code of which the finished runs are of several, with the numbers
+    """A line for each of SEVERAL_OF of which the finished runs are of several, with the numbers
     of runs. Losses and seconds of such runs are comparable only as far as `table` says."""
     done = runs[runs["status"].eq("complete").fillna(False)]
     found = []
-    for name, what in _SEVERAL_OF.items():
+    for kind, what in SEVERAL_OF.items():
+        name = "code_sha256" if kind == "code" else kind
         if name not in done:
             continue
         counts = done[name].dropna().astype(str).value_counts(sort=False)
