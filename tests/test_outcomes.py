@@ -294,3 +294,51 @@ def test_the_figure_of_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[st
     page = (tmp_path / "report.html").read_text()
     assert "Accuracy on the task" in page
     assert "--where &#x27;task == &#x27;&quot;&#x27;&quot;&#x27;mqar" in page
+
+
+def test_a_metric_that_the_baseline_has_not_keeps_no_answer_from_other_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `eval --text` on one run that is not the baseline's."""
+    for arm in ("static", "dyn", "other"):
+        for seed in range(2):
+            write_task_run(tmp_path, arm, 1, seed, 0.4 + 0.1 * seed, "text")
+    add_evaluations(tmp_path / "dyn-1-text-0", {"text/txt": {"loss": 2.0, "bits": 1.0}}, 0.1)
+    command = ["table", str(tmp_path), "--metric"]
+    assert main([*command, "loss"]) == 0
+    text = capsys.readouterr().out
+    assert [line.split("|")[3].strip() for line in text.splitlines()[2:5]] == ["static", "dyn", "other"]
+    said = "no answer for dyn, other: static has no text/txt/{} in any finished run"
+    assert said.format("loss") in text.splitlines()
+    assert main([*command, "bits"]) == 2
+    assert capsys.readouterr().err == f"dynconv table: {said.format('bits')}\n"
+    add_evaluations(tmp_path / "static-1-text-0", {"text/prose": {"bits": 1.0}}, 0.1)
+    assert main([*command, "text/prose/bits"]) == 2
+    assert "no answer for dyn, other: dyn, other have no text/prose/bits in" in capsys.readouterr().err
+
+
+def test_arms_of_which_no_pair_has_the_metric_are_refused_for_that_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The baseline was evaluated at another seed than the arms: its values alone are no answer, and that a setting
+    changes with size is no reason."""
+    for arm in ("static", "dyn", "other"):
+        for size in (1, 2):
+            for seed in range(2):
+                write_task_run(tmp_path, arm, size, seed, 0.4 + 0.1 * seed, "text")
+    for run_id in ("static-1-text-1", "dyn-1-text-0", "other-1-text-0"):
+        add_evaluations(tmp_path / run_id, {"text/txt": {"bits": 1.0}}, 0.1)
+    command = ["table", str(tmp_path), "--metric", "bits"]
+    seeds = "pairs are made on seed, and none is in both arms (static has 1; {} has 0)"
+    said = "no answer for {}: of the runs with text/txt/bits, " + seeds
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert all(said.format(arm, arm) in error for arm in ("dyn", "other"))
+    assert "; it is not in dyn-1-text-1, dyn-2-text-0, dyn-2-text-1, static-1-text-0 and 2 more" in error
+    assert "one arm" not in error
+    add_evaluations(tmp_path / "static-2-text-1", {"text/txt": {"bits": 1.0}}, 0.1)
+    store = load(tmp_path)
+    changing = store.runs["task.pairs"].mask(store.runs["run_id"].str.startswith("static-2"), 8)
+    with pytest.raises(ValueError, match=r"pairs are made on seed, .*dyn has 0") as refusal:
+        compare_metric(store.runs.assign(**{"task.pairs": changing}), values_of(store, "bits"))
+    assert "not the same at all sizes" not in str(refusal.value)

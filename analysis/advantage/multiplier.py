@@ -120,7 +120,10 @@ def comparable(
 ) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
     """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
     and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
-    rates were tuned, and lines for the reader on how budgets were matched and which rates are best."""
+    rates were tuned, and lines for the reader on how budgets were matched and which rates are best. Raises ValueError
+    where an arm has no row."""
+    if absent := [each for each in (baseline, arm) if not rows["arm"].eq(each).any()]:
+        raise ValueError(f"no run of {absent[0]} is among those that are compared")
     rows, how = with_budgets(rows, baseline, column)
     rows = with_axes(rows)
     require_one_configuration(rows)

@@ -16,14 +16,14 @@ import numpy as np
 
 from analysis.advantage.mixtures import mixtures
 from analysis.advantage.multiplier import comparable
-from analysis.advantage.pairs import usable
+from analysis.advantage.pairs import nothing_in_common, usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
 from analysis.advantage.unresolved import UNRESOLVED
 from analysis.laws import rates
 from analysis.laws.rates import Tuned, rate_column
 from analysis.logs.learning import Unlearned, failed_runs, uncounted, unlearned
 from analysis.logs.schema import CONVENTIONS
-from analysis.logs.selection import Excluded, choose_baseline, choose_convention, excluded_rows
+from analysis.logs.selection import Excluded, choose_baseline, choose_convention, excluded_rows, some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,6 +96,7 @@ class _Part:
     excluded: list[Excluded]
     did_not_learn: list[Unlearned]
     notes: list[str]
+    refusals: list[str]  # which arms have no difference here, and why
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def compare_metric(
     rows = tuple(_at_once([row for part in parts for row in part.rows]))
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
     if not any(row.difference is not None for row in rows):
-        raise ValueError("; ".join(notes) or "the runs hold one arm; a comparison needs another")
+        refusals = dict.fromkeys(line for part in parts for line in part.refusals)
+        raise ValueError("; ".join(refusals) or "the runs hold one arm; a comparison needs another")
     return Outcomes(
         rows,
         tuple(item for part in parts for item in part.excluded),
@@ -167,8 +169,11 @@ def _of_task(
     absent = done[~done["run_id"].isin(mine["run_id"])]
     excluded += excluded_rows(absent, f"it has no {name}")
     done = done[~done["run_id"].isin([*endless["run_id"], *absent["run_id"]])]
+    if alone := _one_sided(done, runs, baseline, name):
+        return _Part([], excluded, list(unlearned(runs).values()), [alone], [alone])
     rows: list[_Row] = []
     notes: list[str] = []
+    refusals: list[str] = []
     at_rates: dict[Tuned, None] = {}
     failures: dict[str, Unlearned] = {}
     for arm in [name for name in dict.fromkeys(done["arm"]) if name != baseline]:
@@ -178,6 +183,7 @@ def _of_task(
             both, tuned, lines = comparable(pair, arm, baseline, column, failed_runs(runs))
         except ValueError as error:
             notes.append(f"no answer for {arm}: {error}")
+            refusals.append(notes[-1])
             continue
         at_rates |= dict.fromkeys(tuned)
         notes += [line for line in lines if line not in rates.notes(tuned)]  # the baseline's rates are said once
@@ -189,8 +195,26 @@ def _of_task(
         names = {"task": task, "metric": metric, "baseline": baseline}
         shown = {(row.outcome.size, row.outcome.budget) for row in rows if row.outcome.arm == baseline}
         rows += [_Row(_alone(sides[0], cell, names)) for cell in sides[0].cells if cell not in shown]
-        rows += _against(sides[1], sides[0], names, [each.remark for each in failed.values()])
-    return _Part(rows, excluded, list(failures.values()), rates.notes(list(at_rates)) + notes)
+        compared = list(_against(sides[1], sides[0], names, [each.remark for each in failed.values()]))
+        rows += compared
+        if not any(row.interval for row in compared):  # the status of each row tells it in a table
+            why = nothing_in_common({each: both[both["arm"] == each] for each in (baseline, arm)})
+            without = absent["run_id"][absent["arm"].isin([baseline, arm])]
+            why += f"; it is not in {some(without)}" if len(without) else ""
+            refusals.append(f"no answer for {arm}: of the runs with {name}, {why}")
+    return _Part(rows, excluded, list(failures.values()), rates.notes(list(at_rates)) + notes, refusals)
+
+
+def _one_sided(done: pd.DataFrame, runs: pd.DataFrame, baseline: str, name: str) -> str | None:
+    """A line for the reader where the finished runs that have the metric `name` are not of the baseline and of another
+    arm, though the runs are."""
+    have, arms = set(done["arm"]), list(dict.fromkeys(runs["arm"]))
+    others = [arm for arm in arms if arm != baseline]
+    lacking = [baseline] if baseline not in have else [arm for arm in others if arm not in have]
+    if not others or (baseline in have and len(lacking) < len(others)):
+        return None
+    verb = "has" if len(lacking) == 1 else "have"
+    return f"no answer for {some(others)}: {some(lacking)} {verb} no {name} in any finished run"
 
 
 def _side(both: pd.DataFrame, measured: pd.DataFrame, arm: str) -> _Side:

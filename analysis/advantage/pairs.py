@@ -136,7 +136,7 @@ def pair(
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
     if both.empty:
-        raise ValueError(_nothing_in_common(sides))
+        raise ValueError(nothing_in_common(sides))
     matched = set(_keys(both))
     by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(ON[:2])}
     ends = (f"{column}_0", f"{column}_1", "loss_0", "loss_1")
@@ -181,7 +181,7 @@ def pair(
     return pairs
 
 
-def _nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
+def nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
     """The message for two arms without a pair: names the first of size, budget and seed in which no value is common."""
     for column, name in (("_size", "size"), ("_budget", "budget"), ("_seed", "seed")):
         of_arm = {arm: set(rows[column]) for arm, rows in sides.items()}
