@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dynconv {args.verb}: {error}", file=sys.stderr)
         return 1 if isinstance(error, WorkFailed) else 2
     except KeyboardInterrupt:
-        print(f"dynconv {args.verb}: interrupted", file=sys.stderr)
+        remedy = "; submitting again goes on where this stopped" if args.verb == "submit" else ""
+        print(f"dynconv {args.verb}: interrupted{remedy}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `dynconv plan ... | head`
         _close_output()
