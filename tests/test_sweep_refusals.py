@@ -64,7 +64,22 @@ BAD = {
     "a rate of an arm below zero": (
         "[arm.mine]",
         "[arm.mine.train]\nlearning_rate = -1.0\n[arm.mine]",
-        r"arm.mine.train: learning_rate must be above zero; got -1.0; correct it",
+        r"arm.mine.train: learning_rate must be above zero and finite; got -1.0; correct it",
+    ),
+    "a factor without an end": (
+        "[data]",
+        "[train]\nlearning_rate_factor = inf\n[data]",
+        r"train: learning_rate_factor must be above zero and finite; got inf; correct it",
+    ),
+    "an axis without an end": (
+        "[data]",
+        "[vary]\nlearning_rate_factor = [1.0, inf]\n[data]",
+        r"vary.learning_rate_factor must hold finite numbers above zero; got inf; correct it",
+    ),
+    "a weight decay without an end": (
+        "[data]",
+        "[train]\nweight_decay = inf\n[data]",
+        r"train: weight_decay must be at least zero and finite; got inf; correct it",
     ),
     "an axis that is not the run's": (
         "[data]",

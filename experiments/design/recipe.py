@@ -39,9 +39,9 @@ class Recipe:
         for name in ("learning_rate", "learning_rate_factor", "batch_sequences", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above zero; got {value}; correct it")
+                raise ValueError(f"{name} must be above zero and finite; got {value}; correct it")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least zero; got {self.weight_decay}; correct it")
+            raise ValueError(f"weight_decay must be at least zero and finite; got {self.weight_decay}; correct it")
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"warmup_fraction must be at least 0 and below 1; got {self.warmup_fraction}; correct it")
 
@@ -69,6 +69,6 @@ def check_axes(vary: Mapping[str, tuple[float, ...]], where: str) -> None:
             raise ValueError(f"{where}.{axis} must list different numbers; got {list(values)}; correct it")
         for value in values:
             if not 0 < value < math.inf:
-                raise ValueError(f"{where}.{axis} must hold numbers above zero; got {value}; correct it")
+                raise ValueError(f"{where}.{axis} must hold finite numbers above zero; got {value}; correct it")
             if AXES[axis] and value != int(value):
                 raise ValueError(f"{where}.{axis} must hold whole numbers; got {value}; correct it")
