@@ -205,7 +205,10 @@ def test_folders_that_are_no_store_say_what_they_are(
 ) -> None:
     submitted(tiny_run, tmp_path / "stores" / "mine")
     assert main(["status", str(tmp_path / "stores")]) == 2
-    assert "is no store, but holds some (mine); give one of them" in capsys.readouterr().err
+    said = "is no store, but holds some (mine); give one of them"
+    assert said in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "stores")]) == 2
+    assert said in capsys.readouterr().err
     assert main(["freeze", str(tmp_path / "stores" / "mine"), "-o", str(tmp_path / "frozen")]) == 0
     assert main(["status", str(tmp_path / "frozen")]) == 2
     assert "is a frozen store, whose runs have no jobs; `dynconv table`" in capsys.readouterr().err

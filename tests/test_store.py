@@ -195,6 +195,36 @@ def test_a_store_is_not_frozen_into_itself(tmp_path: Path) -> None:
         freeze(live, tmp_path / "transformer-1M-0" / "..")
 
 
+def test_a_store_is_not_frozen_into_a_live_one_of_other_runs(tmp_path: Path) -> None:
+    """It would be read as the frozen one from then on, by every verb."""
+    for store, seed in (("mine", 0), ("demo", 1), ("demo", 2)):
+        write_run(write_config(tmp_path / store, seed=seed), 3.0)
+    said = r"demo is a live store that holds 2 other runs, as transformer-1M-1, which runs.parquet would hide; give"
+    with pytest.raises(ValueError, match=said):
+        freeze(load(tmp_path / "mine"), tmp_path / "demo")
+    write_run(write_config(tmp_path / "mine", seed=1), 3.0)  # one of the two
+    with pytest.raises(ValueError, match="holds 1 other runs, as transformer-1M-2"):
+        freeze(load(tmp_path / "mine"), tmp_path / "demo")
+    assert sorted(load(tmp_path / "demo").runs["seed"]) == [1, 2]
+    (tmp_path / "shared" / "hf").mkdir(parents=True)
+    (tmp_path / "shared" / "hf" / "config.json").write_text('{"model_type": "llama"}')  # an exported model
+    freeze(load(tmp_path / "mine"), tmp_path / "shared")
+
+
+def test_a_folder_of_stores_is_no_store(tmp_path: Path) -> None:
+    """The advice for a run without its record, to remove the folder, would delete a good store."""
+    write_run(write_config(tmp_path / "demo", seed=0), 3.0)
+    freeze(load(tmp_path / "demo"), tmp_path / "frozen")
+    for paths in ([tmp_path], [tmp_path, tmp_path / "demo"]):
+        with pytest.raises(ValueError, match=r"is no store, but holds some \(demo, frozen\); give one of them$"):
+            load_all(paths)
+    write_run(write_config(tmp_path, seed=1), 3.0)
+    store = load(tmp_path)
+    assert list(store.runs["run_id"]) == ["transformer-1M-1"]
+    of_its_own = [f"{tmp_path / name} is a store of its own; {name} is left out" for name in ("demo", "frozen")]
+    assert store.problems == of_its_own
+
+
 def test_a_named_column_wins_over_one_that_has_its_name_already(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("arm,parameters,C,loss,final\na,6,1e15,9,3.5\n")
     row = load(tmp_path / "p.csv", {"loss": "final"}).runs.iloc[0]

@@ -198,6 +198,9 @@ def test_the_verb(
     command[1] = str(tmp_path / "boards")
     assert main(command) == 2
     assert "holds no runs; give a store" in capsys.readouterr().err
+    command[1] = str(run_dir.parents[1])
+    assert main(command) == 2
+    assert f"is no store, but holds some ({run_dir.parent.name}); give one of them" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(

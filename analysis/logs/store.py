@@ -19,7 +19,7 @@ from analysis.logs.columns import format_columns
 from analysis.logs.files import read_parquet, write_parquet
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
-from analysis.logs.record import read_run, run_table
+from analysis.logs.record import read_run, run_table, schema_of
 from analysis.logs.schema import COLUMNS, LATER_COLUMNS, OF_LEARNING, RUN_COLUMNS
 from analysis.logs.selection import some
 
@@ -136,7 +136,7 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths.
 
     Raises ValueError where `out` is the live store itself, would keep the steps of an earlier freeze, or holds other
-    runs."""
+    runs, frozen or live."""
     import pyarrow as pa
 
     if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
@@ -146,6 +146,7 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
             f"{out} has steps.parquet of an earlier freeze; freeze with --steps, remove it, or give another -o"
         )
     _refuse_other_runs(store, out / "runs.parquet")
+    _refuse_other_live_runs(store, out)
     out.mkdir(parents=True, exist_ok=True)
     # A column without a value would say that all runs learned, where it is not known.
     runs = store.runs.drop(columns=list(store.never_recorded()))
@@ -169,10 +170,21 @@ def _refuse_other_runs(store: Store, frozen: Path) -> None:
         )
 
 
+def _refuse_other_live_runs(store: Store, out: Path) -> None:
+    """Raises ValueError where `out` is a live store with other runs, which the frozen table would hide."""
+    mine = set(store.runs["run_id"])
+    if others := sorted(run_dir.name for run_dir in _run_dirs(out) if run_dir.name not in mine):
+        raise ValueError(
+            f"{out} is a live store that holds {len(others)} other runs, as {others[0]}, which runs.parquet would "
+            "hide; give another -o"
+        )
+
+
 def _read_live(path: Path) -> Store:
     problems: list[str] = []
     found = list(_read_runs(path, problems))
     if not found:
+        refuse_folder_of_stores(path)
         raise ValueError(
             f"{path} holds no run and no runs.parquet"
             + "".join(f"; {problem}" for problem in problems[:3])
@@ -185,10 +197,31 @@ def _read_runs(path: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str
     for run_dir in sorted(path.iterdir()):
         if run_dir.name.startswith(".") or not run_dir.is_dir():
             continue
+        if not (run_dir / "config.json").exists() and _is_store(run_dir):
+            problems.append(f"{run_dir} is a store of its own; {run_dir.name} is left out")
+            continue
         try:
             yield run_dir, read_run(run_dir)
         except ValueError as error:
             problems.append(f"{error}; {run_dir.name} is left out")
+
+
+def refuse_folder_of_stores(folder: Path) -> None:
+    """Raises ValueError for a folder that is no store, but holds some."""
+    if stores := sorted(each.name for each in folder.iterdir() if not each.name.startswith(".") and _is_store(each)):
+        raise ValueError(f"{folder} is no store, but holds some ({some(stores)}); give one of them")
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder holds runs, a frozen table of them or a table of points."""
+    return any((folder / name).is_file() for name in ("runs.parquet", "points.csv")) or any(_run_dirs(folder))
+
+
+def _run_dirs(folder: Path) -> Iterator[Path]:
+    """The folders of runs in a folder. Exported models, which have a config.json of another form, are none."""
+    for path in folder.glob("*/config.json"):
+        if not path.parent.name.startswith(".") and schema_of(path.parent) is not None:
+            yield path.parent
 
 
 def _read_frozen(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:

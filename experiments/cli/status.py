@@ -126,10 +126,11 @@ def _rows(args: argparse.Namespace) -> "list[RunState]":
 
 def _refuse_other_folders(folder: Path) -> None:
     """Raises ValueError for a frozen store, and for a folder of stores."""
+    from analysis.logs.store import refuse_folder_of_stores
+
     if (folder / "runs.parquet").exists():
         raise ValueError(f"{folder} is a frozen store, whose runs have no jobs; `dynconv table` and `query` read it")
-    if stores := sorted({path.parent.parent.name for path in folder.glob("*/*/config.json")}):
-        raise ValueError(f"{folder} is no store, but holds some ({', '.join(stores)}); give one of them")
+    refuse_folder_of_stores(folder)
 
 
 def _of_sweep(sweep: Path, store: Path | None) -> "list[RunState]":

@@ -31,6 +31,7 @@ def register(subparsers: Subparsers) -> None:
 def _track(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from analysis.logs.store import refuse_folder_of_stores
     from experiments.launching import overview, states
     from experiments.launching.trackers import export
 
@@ -39,6 +40,7 @@ def _track(args: argparse.Namespace) -> int:
     while True:
         run_ids = states.find(args.store)
         if not run_ids:
+            refuse_folder_of_stores(args.store)
             raise ValueError(f"{args.store} holds no runs; give a store that `submit` fills, not a frozen one")
         going_on = args.follow and overview.unfinished(states.read(args.store, run_ids))
         entries = runs = 0
