@@ -28,7 +28,8 @@ What to look at:
 "not resolved" is no failure: with two seeds at four sizes of 25 to 110 thousand parameters, chance alone moves m by more
 than such a difference, and an interval that holds 1 says so. Nor do losses over so short a range show where they level
 off: then `fit` finds its E at a bound. To resolve either takes more and larger runs:
-  dynconv power experiments/sweeps/demo.toml  how many, for a given m; experiments/sweeps/mini-scaling.toml, for one GPU
+  dynconv power results/runs/demo        how many, for a given m, with the noise of these runs; with guessed noise
+                                         before any run, as of experiments/sweeps/mini-scaling.toml, for one GPU
 To go on, `. .venv/bin/activate`; README.md has the loop command by command.
 endef
 export WHAT_TO_LOOK_AT

@@ -328,6 +328,7 @@ def test_a_task_whose_answers_leave_no_room_for_the_question_is_refused(finished
         (["generate", "RUN", "--tokens", "0"], "--tokens must be at least 1"),
         (["generate", "RUN", "--seed", str(2**64)], "--seed must be 0 to 2^63 - 1"),
         (["generate", "RUN", "--top-p", "2"], "top_p must be above 0"),
+        (["generate", "RUN", "--prompt", "\udcff"], "--prompt must be UTF-8"),
         (["export", "EMPTY", "-o", "x"], "must be the folder of a run"),
         (["export", "EMPTY", "-o", "EMPTY"], "exists; remove it, or name another folder"),
     ],

@@ -192,6 +192,10 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"--tokens must be at least 1; got {args.tokens}; raise it")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be 0 to 2^63 - 1; got {args.seed}; choose another")
+    if any(
+        "\ud800" <= each <= "\udfff" for each in args.prompt
+    ):  # how Python holds bytes of an argument that are no UTF-8
+        raise ValueError("--prompt must be UTF-8; got other bytes; convert the text")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     pieces = continue_text(load_run(args.run_dir, _device(args)), args.prompt, args.tokens, sampling, args.seed)
     if args.format == "json":
