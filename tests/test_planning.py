@@ -150,6 +150,16 @@ def test_seeds_that_scatter_more_at_small_sizes_leave_the_noise_of_the_arms() ->
     assert _noise_over_sizes(laws, pooled)["arm_noise"][0] == pytest.approx(0.0015, rel=0.25)
 
 
+def test_a_baseline_that_has_not_finished_leaves_the_noise_of_seeds(tmp_path: Path) -> None:
+    """It was a KeyError."""
+    runs = load(write_sweep(tmp_path / "store", {"dyn": 1.3, "two": 1.1}, sizes=3, seeds=2)).runs
+    runs["status"] = runs["status"].mask(runs["arm"].eq("transformer"), "unfinished")
+    _, assumptions = measured(runs)
+    sources = {item.name: item.source for item in assumptions}
+    assert sources["seed_noise"] == "measured: seeds of one arm and size, 6 degrees of freedom"
+    assert sources["arm_noise"] == "assumed, not measured"
+
+
 def test_noise_is_taken_from_finished_runs_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Seeds that differ by .04, as the demo's do, where .002 used to be assumed; without noise of arms. An option goes
     before what is measured."""
