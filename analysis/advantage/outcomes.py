@@ -198,10 +198,10 @@ def _of_task(
         compared = list(_against(sides[1], sides[0], names, [each.remark for each in failed.values()]))
         rows += compared
         if not any(row.interval for row in compared):  # the status of each row tells it in a table
-            why = nothing_in_common({each: both[both["arm"] == each] for each in (baseline, arm)})
-            without = absent["run_id"][absent["arm"].isin([baseline, arm])]
-            why += f"; it is not in {some(without)}" if len(without) else ""
-            refusals.append(f"no answer for {arm}: of the runs with {name}, {why}")
+            why, remedy = nothing_in_common({each: both[both["arm"] == each] for each in (baseline, arm)})
+            if len(without := absent["run_id"][absent["arm"].isin([baseline, arm])]):
+                remedy = f"give it to more runs, of which {some(without)} lack it"
+            refusals.append(f"no answer for {arm}: of the runs with {name}, {why}; {remedy}")
     return _Part(rows, excluded, list(failures.values()), rates.notes(list(at_rates)) + notes, refusals)
 
 

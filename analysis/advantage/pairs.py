@@ -136,7 +136,7 @@ def pair(
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
     if both.empty:
-        raise ValueError(nothing_in_common(sides))
+        raise ValueError("; ".join(nothing_in_common(sides)))
     matched = set(_keys(both))
     by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(ON[:2])}
     ends = (f"{column}_0", f"{column}_1", "loss_0", "loss_1")
@@ -181,8 +181,8 @@ def pair(
     return pairs
 
 
-def nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
-    """The message for two arms without a pair: names the first of size, budget and seed in which no value is common."""
+def nothing_in_common(sides: dict[str, pd.DataFrame]) -> tuple[str, str]:
+    """For two arms without a pair: the first of size, budget and seed in which no value is common, and the remedy."""
     for column, name in (("_size", "size"), ("_budget", "budget"), ("_seed", "seed")):
         of_arm = {arm: set(rows[column]) for arm, rows in sides.items()}
         if not set.intersection(*of_arm.values()):
@@ -194,8 +194,8 @@ def nothing_in_common(sides: dict[str, pd.DataFrame]) -> str:
             remedy = f"give both the same, in a column {name}"
             if name == "seed":
                 remedy += ", or remove that column to compare means over unpaired seeds"
-            return f"pairs are made on {name}, and none is in both arms ({has}); {remedy}"
-    return "no size, budget and seed together is in both arms; train both arms at the same ones"
+            return f"pairs are made on {name}, and none is in both arms ({has})", remedy
+    return "no size, budget and seed together is in both arms", "train both arms at the same ones"
 
 
 def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
