@@ -57,15 +57,9 @@ def rotate(
     heads: int,  # H
     kv_heads: int,  # K
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, H, E], [B, T, K, E], [B, T, K, E]: rotated queries and keys, values
-    batch, time, _ = joined.shape
-    rows = _rows(joined)
     size = cosine.shape[1]
-    q, k, v = (joined.new_empty(batch, time, many, size) for many in (heads, kv_heads, kv_heads))
-    grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 3)
-    _rotate[grid](
-        rows, q, k, v, cosine, sine, batch * time, time, rows.stride(0),
-        H=heads, K=kv_heads, HALF=size // 2, BACKWARD=False, IN_PLACE=False, BLOCK=_HEADS,
-    )  # fmt: skip
+    q, k, v = (joined.new_empty(*joined.shape[:2], many, size) for many in (heads, kv_heads, kv_heads))
+    _launch(_rows(joined), (q, k, v), cosine, sine, joined.shape[1], heads, kv_heads)
     return q, k, v
 
 
@@ -77,14 +71,9 @@ def rotate_in_place(
     kv_heads: int,  # K
 ) -> None:
     """Rotate queries and keys where they are. Values are not touched."""
-    batch, time, _ = joined.shape
     rows = _rows(joined)
     assert rows.data_ptr() == joined.data_ptr(), "a copy would be rotated instead"
-    grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 2)
-    _rotate[grid](
-        rows, rows, rows, rows, cosine, sine, batch * time, time, rows.stride(0),
-        H=heads, K=kv_heads, HALF=cosine.shape[1] // 2, BACKWARD=False, IN_PLACE=True, BLOCK=_HEADS,
-    )  # fmt: skip
+    _launch(rows, None, cosine, sine, joined.shape[1], heads, kv_heads)
 
 
 def rotate_backward(
@@ -97,12 +86,26 @@ def rotate_backward(
     batch, time, heads, size = dq.shape
     kv_heads = dk.shape[2]
     joined = dq.new_empty(batch, time, (heads + 2 * kv_heads) * size)
-    grid = (triton.cdiv(batch * time * max(heads, kv_heads), _HEADS), 3)
-    _rotate[grid](
-        joined, dq.contiguous(), dk.contiguous(), dv.contiguous(), cosine, sine, batch * time, time, joined.stride(1),
-        H=heads, K=kv_heads, HALF=size // 2, BACKWARD=True, IN_PLACE=False, BLOCK=_HEADS,
-    )  # fmt: skip
+    apart = (dq.contiguous(), dk.contiguous(), dv.contiguous())
+    _launch(joined.flatten(0, 1), apart, cosine, sine, time, heads, kv_heads, backward=True)
     return joined
+
+
+def _launch(
+    rows: Tensor,  # [B * T, (H + 2 K) * E]
+    apart: tuple[Tensor, Tensor, Tensor] | None,  # [B, T, H or K, E] each; None: q and k are rotated in `rows`
+    cosine: Tensor,  # [T, E]
+    sine: Tensor,  # [T, E]
+    time: int,  # T
+    heads: int,  # H
+    kv_heads: int,  # K
+    backward: bool = False,
+) -> None:
+    parts = 2 if apart is None else 3
+    _rotate[(triton.cdiv(len(rows) * max(heads, kv_heads), _HEADS), parts)](
+        rows, *(apart or (rows, rows, rows)), cosine, sine, len(rows), time, rows.stride(0),
+        H=heads, K=kv_heads, HALF=cosine.shape[1] // 2, BACKWARD=backward, IN_PLACE=apart is None, BLOCK=_HEADS,
+    )  # fmt: skip
 
 
 # Sizes are constants of the kernels: divisions by them are then multiplications, and Triton sees that eight
