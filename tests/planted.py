@@ -147,3 +147,14 @@ def pairs_of(compute: Floats, y0: Floats, y1: Floats) -> Pairs:
         rates=Rates(np.full(sizes, np.nan), np.full(sizes, np.nan), "", "none"),
         excluded=(),
     )
+
+
+def write_points(points: pd.DataFrame, path: Path) -> Path:
+    """The table in the form that the suffix names: .csv, .jsonl or .parquet."""
+    if path.suffix == ".csv":
+        points.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        points.to_json(path, orient="records", lines=True)
+    else:
+        points.to_parquet(path)
+    return path

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from planted import ABOUT, E, best_size, write_config, write_run, write_sweep
+from planted import ABOUT, E, best_size, write_config, write_points, write_run, write_sweep
 
 from analysis.advantage.answers import Multiplier
 from analysis.advantage.multiplier import multipliers
@@ -292,15 +292,7 @@ def test_tables_of_points_that_can_tell(tmp_path: Path, suffix: str) -> None:
     rows[0] |= {"grad_norm": 0.0}
     rows[7] |= {"Val Loss": 6.3}
     rows[9] |= {"state": "Diverged", "Val Loss": None, "grad_norm": None}
-    path = tmp_path / f"points{suffix}"
-    table = pd.DataFrame(rows)
-    if suffix == ".csv":
-        table.to_csv(path, index=False)
-    elif suffix == ".jsonl":
-        table.to_json(path, orient="records", lines=True)
-    else:
-        table.to_parquet(path)
-    runs = load(path).runs
+    runs = load(write_points(pd.DataFrame(rows), tmp_path / f"points{suffix}")).runs
     assert [text.partition(" of")[0] for text in runs["did_not_learn"].dropna()] == [
         "its gradient is exactly zero",
         "its loss",

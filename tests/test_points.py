@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from planted import write_points
 from pyarrow import parquet
 
 from analysis.logs.columns import format_columns, loss_unit, parse_columns
@@ -406,11 +407,5 @@ def test_names_that_look_the_same_are_the_same(suffix: str, tmp_path: Path) -> N
     """Composed and decomposed letters, a zero-width space, and what would colour a terminal."""
     arms = ["caf\u00e9", "cafe\u0301", "caf\u00e9\u200b", "\x1bcaf\u00e9", " caf\u00e9\u00a0"]
     table = pd.DataFrame({"arm": arms, "size": "1M", "C": 1e15, "loss": [3.0 + i / 10 for i in range(len(arms))]})
-    path = tmp_path / f"points.{suffix}"
-    if suffix == "csv":
-        table.to_csv(path, index=False)
-    elif suffix == "jsonl":
-        table.to_json(path, orient="records", lines=True)
-    else:
-        table.to_parquet(path)
+    path = write_points(table, tmp_path / f"points.{suffix}")
     assert load(path).runs["arm"].tolist() == ["caf\u00e9"] * len(arms)
