@@ -46,7 +46,7 @@ def test_stores_are_read_as_one_with_each_run_once(halves: tuple[Path, list[Path
     freeze(merged, tmp_path / "frozen", steps=True)
     pd.testing.assert_frame_equal(load(tmp_path / "frozen").runs, merged.runs)
     pd.testing.assert_frame_equal(ordered(load_all([tmp_path / "frozen", whole]).runs), ordered(one.runs))
-    with pytest.raises(ValueError, match="is the live store itself"):
+    with pytest.raises(ValueError, match="is a live store that holds"):
         freeze(merged, parts[1])
 
 

@@ -191,7 +191,7 @@ def test_stores_of_several_versions_are_not_frozen_together(tmp_path: Path, lack
 
 def test_a_store_is_not_frozen_into_itself(tmp_path: Path) -> None:
     live = load(mixed_store(tmp_path))
-    with pytest.raises(ValueError, match="is the live store itself"):
+    with pytest.raises(ValueError, match="is a live store that holds"):
         freeze(live, tmp_path / "transformer-1M-0" / "..")
 
 
@@ -199,16 +199,33 @@ def test_a_store_is_not_frozen_into_a_live_one_of_other_runs(tmp_path: Path) -> 
     """It would be read as the frozen one from then on, by every verb."""
     for store, seed in (("mine", 0), ("demo", 1), ("demo", 2)):
         write_run(write_config(tmp_path / store, seed=seed), 3.0)
-    said = r"demo is a live store that holds 2 other runs, as transformer-1M-1, which runs.parquet would hide; give"
+    said = r"demo is a live store that holds 2 runs, as transformer-1M-1, which runs.parquet would hide; give"
     with pytest.raises(ValueError, match=said):
         freeze(load(tmp_path / "mine"), tmp_path / "demo")
     write_run(write_config(tmp_path / "mine", seed=1), 3.0)  # one of the two
-    with pytest.raises(ValueError, match="holds 1 other runs, as transformer-1M-2"):
+    with pytest.raises(ValueError, match=said):
         freeze(load(tmp_path / "mine"), tmp_path / "demo")
+    frozen = tmp_path / "frozen"
+    freeze(load(tmp_path / "demo"), frozen)
+    with pytest.raises(ValueError, match=said):  # a frozen copy of its own runs, which would hide later ones
+        freeze(load(frozen), tmp_path / "demo")
     assert sorted(load(tmp_path / "demo").runs["seed"]) == [1, 2]
     (tmp_path / "shared" / "hf").mkdir(parents=True)
     (tmp_path / "shared" / "hf" / "config.json").write_text('{"model_type": "llama"}')  # an exported model
     freeze(load(tmp_path / "mine"), tmp_path / "shared")
+
+
+def test_a_store_is_not_frozen_over_a_run_or_beside_points(tmp_path: Path) -> None:
+    write_run(write_config(tmp_path / "demo", seed=0), 3.0)
+    before = {path: path.read_bytes() for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    (folder,) = {path.parent for path in before if path.name == "config.json"}
+    with pytest.raises(ValueError, match="is the folder of a run, whose own logs would be overwritten; give another"):
+        freeze(load(tmp_path / "demo"), folder, steps=True)
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / "points.csv").write_text("N,C,loss\n1,1,1\n")
+    with pytest.raises(ValueError, match=r"has a points\.csv, which is read in place of runs\.parquet; give another"):
+        freeze(load(tmp_path / "demo"), tmp_path / "points")
 
 
 def test_a_folder_of_stores_is_no_store(tmp_path: Path) -> None:

@@ -135,18 +135,16 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
 def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths.
 
-    Raises ValueError where `out` is the live store itself, would keep the steps of an earlier freeze, or holds other
-    runs, frozen or live."""
+    Raises ValueError where `out` is a run's folder, holds live runs, a table of points or other frozen runs, or would
+    keep the steps of an earlier freeze."""
     import pyarrow as pa
 
-    if store.run_dirs and out.resolve() in [path.resolve() for path in store.paths]:
-        raise ValueError(f"{out} is the live store itself, whose later runs the frozen one would hide; give another -o")
+    _refuse_live(out)
     if not steps and (out / "steps.parquet").exists():
         raise ValueError(
             f"{out} has steps.parquet of an earlier freeze; freeze with --steps, remove it, or give another -o"
         )
     _refuse_other_runs(store, out / "runs.parquet")
-    _refuse_other_live_runs(store, out)
     out.mkdir(parents=True, exist_ok=True)
     # A column without a value would say that all runs learned, where it is not known.
     runs = store.runs.drop(columns=list(store.never_recorded()))
@@ -170,14 +168,17 @@ def _refuse_other_runs(store: Store, frozen: Path) -> None:
         )
 
 
-def _refuse_other_live_runs(store: Store, out: Path) -> None:
-    """Raises ValueError where `out` is a live store with other runs, which the frozen table would hide."""
-    mine = set(store.runs["run_id"])
-    if others := sorted(run_dir.name for run_dir in _run_dirs(out) if run_dir.name not in mine):
+def _refuse_live(out: Path) -> None:
+    """Raises ValueError where a freeze would overwrite a run's own logs, hide live runs, or be hidden itself."""
+    if (out / "config.json").exists() and schema_of(out) is not None:
+        raise ValueError(f"{out} is the folder of a run, whose own logs would be overwritten; give another -o")
+    if live := sorted(run_dir.name for run_dir in _run_dirs(out)):
         raise ValueError(
-            f"{out} is a live store that holds {len(others)} other runs, as {others[0]}, which runs.parquet would "
-            "hide; give another -o"
+            f"{out} is a live store that holds {len(live)} runs, as {live[0]}, which runs.parquet would hide; give "
+            "another -o"
         )
+    if (out / "points.csv").exists():
+        raise ValueError(f"{out} has a points.csv, which is read in place of runs.parquet; give another -o")
 
 
 def _read_live(path: Path) -> Store:
