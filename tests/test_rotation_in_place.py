@@ -113,7 +113,7 @@ def test_a_product_that_is_computed_again_is_rotated_once(
     linear = nn.Linear(WIDTH, len(at[1]), bias=False)
     linear.weight = at[1] = nn.Parameter(at[1].detach())
     recomputed = torch.compile(recomputing(attention, policy), dynamic=False, options=OPTIONS)
-    # torch 2.11's fused attention in float64 on a CPU cannot be computed again in a compiled program.
+    # torch 2.11 cannot compile the gradients of fused attention in float64 on a CPU.
     with sdpa_kernel(SDPBackend.MATH):
         y = recomputed(linear, at[0], None)
         expected = attend(*composed(*at, heads, kv_heads), None)
