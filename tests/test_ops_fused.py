@@ -190,6 +190,32 @@ def test_the_kernel_with_swiglu_agrees_with_the_oracle(case: Case, padding: int)
     assert all(value < BOUND[case.dtype] for value in found.values()), found
 
 
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_swiglus_gradient_may_have_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile pads the rows of a product that is not a multiple of 64 columns wide, and need not copy it."""
+    from dynconv.ops import fused_operator
+
+    copies = []
+    mended = lambda tensor: copies.append(tensor.stride()) or tensor.contiguous()  # noqa: E731
+    monkeypatch.setattr(fused_operator.fused_mma, "copied", mended)
+    case = Case(batch=2, time=150, segments=(48,) * 2, rank=16, dtype=torch.bfloat16)
+    inputs = (*inputs_of(case, 0).values(), 48, case.width, case.residual)
+    wide = torch.randn(2, 150, 64, device=DEVICE, dtype=torch.bfloat16)
+    dy = wide[..., :48]
+    backward = torch.ops.dynconv.swiglu_backward.default
+    assert torch.Tag.flexible_layout in backward.tags
+    with torch.no_grad():
+        want = backward(dy.contiguous(), *inputs)
+        assert all(map(torch.equal, backward(dy, *inputs), want))
+        assert not copies
+        # sequences that do not follow one another, and channels that do not
+        apart = torch.cat([wide, wide], 1)[:, :150, :48]
+        assert all(map(torch.equal, backward(apart, *inputs), want))
+        assert len(copies) == 1
+        turned = dy.transpose(1, 2).contiguous().transpose(1, 2)
+        assert all(map(torch.equal, backward(turned, *inputs), want))
+
+
 def test_swiglu_composed_is_the_same_function() -> None:
     found = gated_errors(Case(batch=2, time=13, segments=(24, 24), rank=20, dtype=torch.float32), 3)
     assert all(value < 2e-6 for value in found.values()), found

@@ -77,14 +77,14 @@ def gated(
     z: Tensor | None,  # [B, T, 2*R]; without it and U, filters are static
     up: Tensor | None,  # [R, W*2*D]
     static_w: Tensor | None,  # [W, 2*D]
-    dy: Tensor | None,  # [B, T, D], contiguous
+    dy: Tensor | None,  # [B, T, D]
     width: int,  # W
     residual: bool,
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """silu of the first part after convolution times the second; or, with its gradient dy, the gradients of these."""
     rank, channels = 0 if up is None else up.shape[0], x.shape[2] // 2
     x, z = aligned(x), None if z is None else mma.padded(z, rank, x.dtype)
-    dy = None if dy is None else aligned(dy)
+    dy = None if dy is None else _whole(aligned(dy))
     results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(1 if dy is None else 2))
     blocks = triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
     # Registers limit the programs of a multiprocessor; static filters take about half as many.
@@ -95,8 +95,9 @@ def gated(
         (x, z, up, static_w, dy, *((None, None, *results) if dy is None else (*results, None))),
         (cut.time, x.stride(0), 0 if z is None else z.stride(0), cut.chunks, blocks, cut.run),
         {
-            "x_time": x.stride(1), "z_time": 0 if z is None else z.stride(1), "CHANNELS": channels, "R": rank,
-            "W": width, "RESIDUAL": residual,
+            "x_time": x.stride(1), "z_time": 0 if z is None else z.stride(1),
+            "dy_time": 0 if dy is None else dy.stride(1), "CHANNELS": channels, "R": rank, "W": width,
+            "RESIDUAL": residual,
             "SLOTS": GATED_TILE.slots, "STAGES": GATED_TILE.stages, "WARPS": mma.FORWARD_WARPS,
         },
         num_warps=mma.FORWARD_WARPS,
@@ -152,6 +153,12 @@ def backward(
     place = Place(parts * rank, columns, first, columns - first - parts * rank)
     sum_parts((dz_partial, djoined), (up_partial, dup), (static_partial, dstatic), place=place)
     return djoined, dup, dstatic
+
+
+def _whole(tensor: Tensor) -> Tensor:  # [B, T, ...]
+    """The tensor, or a contiguous copy if its sequences do not follow one another at the distance of its rows."""
+    batch, time = tensor.shape[:2]
+    return tensor if batch == 1 or tensor.stride(0) == time * tensor.stride(1) else copied(tensor)
 
 
 def _pairs(frequencies: Tensor | None) -> int:

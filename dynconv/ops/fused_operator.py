@@ -265,8 +265,12 @@ def _(joined: Tensor, up: Any, static_w: Any, channels: int, *_: Any) -> Any:  #
     return joined.new_empty(*joined.shape[:2], channels)
 
 
+# Any layout is taken as it is: torch.compile pads the rows of the product that dy is, and would copy it otherwise.
 @torch.library.custom_op(
-    "dynconv::swiglu_backward", mutates_args=(), schema=f"(Tensor dy, {_GATED_INPUTS}) -> (Tensor, Tensor)"
+    "dynconv::swiglu_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_GATED_INPUTS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout,),
 )
 def _swiglu_backward_op(
     dy: Tensor,  # [B, T, D]
@@ -280,7 +284,7 @@ def _swiglu_backward_op(
     if joined.numel() == 0:
         return torch.zeros_like(dy), torch.zeros_like(dy)
     *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0)
-    dgate, dother = repeated(_gated, (*tensors, dy.contiguous()), (width, residual))
+    dgate, dother = repeated(_gated, (*tensors, _rows(dy)), (width, residual))
     return dgate, dother
 
 
