@@ -80,17 +80,20 @@ def end_of_documents(positions, time):
 @triton.jit
 def _sum_block(
     block, partial, total, parts, size, width, first,
-    COLUMNS: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    COLUMNS: tl.constexpr, EACH: tl.constexpr, GAP: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     target = at
     inside = at < size
     written = inside
-    if COLUMNS > 0:  # rows of so many sums, which are written into rows of `width`
-        row, column = at // (COLUMNS + PADDING), at % (COLUMNS + PADDING)
-        at = row * COLUMNS + column
+    if COLUMNS > 0:  # rows of so many sums, which are written into rows of `width`, GAP zeros after EACH of them
+        SPREAD: tl.constexpr = COLUMNS // EACH * (EACH + GAP)
+        row, column = at // (SPREAD + PADDING), at % (SPREAD + PADDING)
+        rank = column % (EACH + GAP)
+        at = row * COLUMNS + column // (EACH + GAP) * EACH + rank
         target = row * width + first + column
-        inside = (at < size) & (column < COLUMNS)
+        inside = (at < size) & (column < SPREAD) & (rank < EACH)
         written = (row * COLUMNS < size) & (first + column < width)
     sums = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, parts, UNROLL):
@@ -105,19 +108,22 @@ def _sum_block(
 def _sum_kernel(
     partial_a, total_a, partial_b, total_b, partial_c, total_c,
     parts_a, size_a, parts_b, size_b, parts_c, size_c, width, first,
-    COLUMNS: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    COLUMNS: tl.constexpr, EACH: tl.constexpr, GAP: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     blocks_a = tl.cdiv(size_a, BLOCK)
     if COLUMNS > 0:
-        blocks_a = tl.cdiv(size_a // COLUMNS * (COLUMNS + PADDING), BLOCK)
+        blocks_a = tl.cdiv(size_a // COLUMNS * (COLUMNS // EACH * (EACH + GAP) + PADDING), BLOCK)
     blocks_b = tl.cdiv(size_b, BLOCK)
     if program < blocks_a:
-        _sum_block(program, partial_a, total_a, parts_a, size_a, width, first, COLUMNS, PADDING, BLOCK, UNROLL)
+        _sum_block(
+            program, partial_a, total_a, parts_a, size_a, width, first, COLUMNS, EACH, GAP, PADDING, BLOCK, UNROLL
+        )
     elif program < blocks_a + blocks_b:
-        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 0, 0, 0, BLOCK, UNROLL)
+        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 0, 0, 1, 0, 0, BLOCK, UNROLL)
     else:
-        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 0, 0, 0, BLOCK, UNROLL)
+        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 0, 0, 1, 0, 0, BLOCK, UNROLL)
 
 
 def new_like(tensor: Tensor) -> Tensor:
@@ -143,6 +149,8 @@ class Place(NamedTuple):
     width: int  # of the rows into which they are written; columns beyond it are left out
     first: int  # the column that the first one goes to
     padding: int = 0  # zeros to write after them
+    each: int = 0  # sums that stay together; 0: all columns
+    gap: int = 0  # zeros to write after each of these groups
 
 
 def sum_parts(
@@ -167,11 +175,12 @@ def sum_parts(
     for _ in range(3 - len(jobs)):
         tensors += jobs[0]
         sizes += (0, 0)
-    columns, width, first, padding = place if placed and place is not None else Place(0, 1, 0)
-    written_a = sizes[1] // columns * (columns + padding) if columns else sizes[1]
+    columns, width, first, padding, each, gap = place if placed and place is not None else Place(0, 1, 0)
+    each = each or max(columns, 1)
+    written_a = sizes[1] // columns * (columns // each * (each + gap) + padding) if columns else sizes[1]
     programs = sum(triton.cdiv(size, block) for size in (written_a, *sizes[3::2]))
     sizes += (width, first)
-    constants = {"COLUMNS": columns, "PADDING": padding, "BLOCK": block, "UNROLL": unroll}
+    constants = {"COLUMNS": columns, "EACH": each, "GAP": gap, "PADDING": padding, "BLOCK": block, "UNROLL": unroll}
     launch(_sum_kernel, programs, tensors, sizes, constants)
 
 

@@ -32,6 +32,7 @@ _MAX_PARTS = 3  # of the kernels, as the next lines
 _MAX_WIDTH = 4
 _MAX_RANK = 16
 _CHANNEL_MULTIPLE = 16
+_GENERATOR_MULTIPLE = 16  # of the columns of each low-rank generator, which the kernels otherwise pad themselves
 _FILTER_HEADS = {2: (4, 8), 4: (4, 8, 16)}  # by width, how many channels may share a head-wise filter
 _ROTATED_HEADS = (8, 16, 32, 64, 128)  # head sizes that RoPE rotates after head-wise filters
 _ROW_MULTIPLE = 64  # 16-bit values in a cache line, where each token's row should start
@@ -93,7 +94,9 @@ def convolved(
     parts = len(weights)
     if isinstance(first, LowRankDynamicConv):
         up = _bases(convolutions, _as_they_are)
-        return lowrank_joined_convolution(joined, up, static, first.channels, first.residual, parts=parts, added=added)
+        return lowrank_joined_convolution(
+            joined, up, static, first.channels, first.residual, parts=parts, added=added, padded=True
+        )
     if isinstance(first, HeadwiseDynamicConv):
         own = (first.channels // first.heads, first.width)
         return headwise_joined_convolution(
@@ -120,7 +123,7 @@ def gated(
     static = _static_filters(convolutions, arrange)
     if isinstance(first, LowRankDynamicConv):
         up = _bases(convolutions, arrange)
-        return lowrank_gated_convolution(joined, up, static, channels, first.residual)
+        return lowrank_gated_convolution(joined, up, static, channels, first.residual, padded=True)
     assert static is not None
     return static_gated_convolution(joined, static, channels, first.residual)
 
@@ -148,7 +151,7 @@ def rotated(
     static = _static_filters(convolutions, arrange)
     if isinstance(first, LowRankDynamicConv):
         up = _bases(convolutions, arrange)
-        q, k, v = lowrank_rotary_convolution(joined, up, static, frequencies, heads, first.residual)
+        q, k, v = lowrank_rotary_convolution(joined, up, static, frequencies, heads, first.residual, padded=True)
     elif isinstance(first, HeadwiseDynamicConv):
         own = (first.channels // first.heads, first.width, first.residual)
         q, k, v = headwise_rotary_convolution(joined, static, frequencies, heads, *own, halves=True)
@@ -165,15 +168,21 @@ def _product(
 ) -> Tensor:  # [B, T, P*D + columns of the generators + padding]
     """The outputs of the maps and of their generators, with zeros up to a whole cache line.
 
+    The outputs of a low-rank generator are followed by zeros, too, as the kernels want them.
     Without the few columns of low-rank generators rows are long enough, and the kernels would not write the zeros.
     Zeros are appended by concatenation because its gradient is a view; that of padding would be a copy.
     """
-    generators = (conv.generator_map for conv in convolutions)
-    weights = [*weights, *(generator.weight for generator in generators if generator is not None)]
-    lowrank = isinstance(convolutions[0], LowRankDynamicConv)
-    padding = -sum(len(weight) for weight in weights) % _ROW_MULTIPLE if lowrank else 0
-    joined = torch.cat([*weights, weights[0].new_zeros(padding, weights[0].shape[1])])
-    return F.linear(x, _with_zeros(joined, x.shape[-1] - joined.shape[1], 1))
+    width = weights[0].shape[1]
+    rows = list(weights)
+    generators = [conv.generator_map.weight for conv in convolutions if conv.generator_map is not None]
+    if generators:
+        lowrank = isinstance(convolutions[0], LowRankDynamicConv)
+        stacked = torch.stack(generators)  # torch.compile makes one kernel of at most eight parts side by side
+        more = -stacked.shape[1] % _GENERATOR_MULTIPLE if lowrank else 0
+        rows.append(_with_zeros(stacked, more, 1).flatten(0, 1))
+        if lowrank:
+            rows.append(weights[0].new_zeros(-sum(map(len, rows)) % _ROW_MULTIPLE, width))
+    return F.linear(x, _with_zeros(torch.cat(rows), x.shape[-1] - width, 1))
 
 
 def _with_zeros(tensor: Tensor, more: int, dim: int) -> Tensor:
