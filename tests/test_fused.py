@@ -33,9 +33,9 @@ ALL = (*QKV, "o", "gate", "up", "down")
 DEVICE = "cuda" if GPU else "cpu"
 
 
-def model_of(conv: Convolution, attention: Attention | None = None, layers: int = 2) -> Decoder:
+def model_of(conv: Convolution, attention: Attention | None = None, layers: int = 2, hidden: int = 48) -> Decoder:
     attention = attention or Attention(heads=2, kv_heads=2)
-    model = Decoder(ModelConfig(layers, 128, 97, mixer=attention, ffn=SwiGLU(hidden=48), conv=conv), seed=0)
+    model = Decoder(ModelConfig(layers, 128, 97, mixer=attention, ffn=SwiGLU(hidden), conv=conv), seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("conv.up", "conv.generator.weight")):  # zero at first, so that there would be no effect
@@ -55,9 +55,11 @@ def outcome(model: Decoder, dtype: torch.dtype | None, sequences: int = 2) -> di
     return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def gaps(conv: Convolution, dtype: torch.dtype | None = None, sequences: int = 2, layers: int = 2) -> dict[str, float]:
-    plain = outcome(model_of(conv, layers=layers), dtype, sequences)
-    fused = model_of(conv, layers=layers)
+def gaps(
+    conv: Convolution, dtype: torch.dtype | None = None, sequences: int = 2, layers: int = 2, hidden: int = 48
+) -> dict[str, float]:
+    plain = outcome(model_of(conv, layers=layers, hidden=hidden), dtype, sequences)
+    fused = model_of(conv, layers=layers, hidden=hidden)
     fused.fuse()
     assert all(block.mixer.rotates_convolved for block in fused.blocks)  # type: ignore[union-attr]
     adds = "o" in conv.sites and not getattr(conv, "reads_part_input", False)
@@ -105,6 +107,38 @@ def test_a_model_fused_by_the_kernels_differs_by_rounding(conv: Convolution) -> 
     found = gaps(conv, torch.bfloat16, sequences=1, layers=1)
     assert found["logits"] < 0.01
     assert all(gap < 0.05 for gap in found.values()), found  # of gradients of few tokens in 16 bits
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        LowRankConvolution(ALL, rank=3),
+        StaticConvolution(ALL, residual=False),
+        LowRankConvolution((*QKV, "gate", "up"), rank=2),
+    ],
+    ids=str,
+)
+def test_gate_and_up_of_any_width_are_padded_for_their_kernel(conv: Convolution) -> None:
+    """As at 1M and 16M, whose hidden widths of 344 and 1032 are no multiples of 16."""
+    assert "gate, up, SwiGLU" in model_of(conv, hidden=44).fuse()
+    found = gaps(conv, hidden=44)
+    assert all(gap < 1e-5 for gap in found.values()), found
+
+
+@pytest.mark.parametrize("conv", [LowRankConvolution(ALL, rank=3), StaticConvolution(ALL)], ids=lambda conv: conv.kind)
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_padded_by_the_kernels_the_model_differs_by_rounding(
+    conv: Convolution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    own = torch.ops.dynconv.gated.default
+    monkeypatch.setattr(
+        "dynconv.ops.fused_operator._gated_op", lambda *args: launched.append(args[0].shape) or own(*args)
+    )
+    found = gaps(conv, torch.bfloat16, sequences=1, layers=1, hidden=44)
+    assert launched
+    assert found["logits"] < 0.01
+    assert all(gap < 0.05 for gap in found.values()), found
 
 
 def test_only_what_fits_is_fused() -> None:

@@ -190,6 +190,82 @@ def test_the_kernel_with_swiglu_agrees_with_the_oracle(case: Case, padding: int)
     assert all(value < BOUND[case.dtype] for value in found.values()), found
 
 
+def with_zeros(joined: Tensor, channels: int, parts: int, rank: int) -> Tensor:
+    """The outputs of each of the generators followed by zeros up to 16 columns."""
+    x, z, rest = joined.split([channels, parts * rank, joined.shape[2] - channels - parts * rank], 2)
+    z = torch.nn.functional.pad(z.unflatten(2, (parts, rank)), (0, -rank % 16)).flatten(2)
+    return torch.cat([x, z, rest], 2).detach().requires_grad_()
+
+
+def padded_and_not(parts: int, rank: int, dtype: torch.dtype, padding: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients with and without zeros after each generator's outputs, all of which must be equal."""
+    case = Case(batch=2, time=37, segments=(128,) * parts, rank=rank, dtype=dtype)
+    tensors, found = inputs_of(case, padding), []
+    dy = torch.randn(2, 37, 128, device=DEVICE).to(dtype)
+    for padded in (False, True):
+        joined = with_zeros(tensors["joined"], case.channels, parts, rank) if padded else tensors["joined"]
+        arguments = (joined, tensors["U"], tensors["static_w"])
+        if parts == 1:
+            outputs = lowrank_joined_convolution(*arguments, 128, True, added=dy, padded=padded)
+        elif parts == 2:
+            outputs = (lowrank_gated_convolution(*arguments, 128, True, padded=padded),)
+        else:
+            outputs = lowrank_rotary_convolution(*arguments, frequencies_of(64), 2, True, padded=padded)
+        gradients = torch.autograd.grad(outputs, arguments, [dy.view_as(y) for y in outputs])
+        found.append([*outputs, *gradients])
+    found[0][-3] = with_zeros(found[0][-3], case.channels, parts, rank)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("parts", "rank", "padding"), [(1, 6, 0), (2, 2, 28), (3, 6, 3), (3, 16, 16)])
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_generators_followed_by_zeros_need_no_launch_that_pads_them(
+    parts: int, rank: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynconv.ops import fused_operator
+
+    own, calls = fused_operator.fused_mma.mma.padded, []
+    monkeypatch.setattr(fused_operator.fused_mma.mma, "padded", lambda *args: calls.append(args) or own(*args))
+    monkeypatch.setattr("dynconv.ops.launch._repeats", {})
+    # Rows of C columns that are no multiple of 16 are copied, so that z may be padded where C differs.
+    want, got = padded_and_not(parts, rank, torch.bfloat16, padding)
+    assert all(map(torch.equal, got, want))
+    passes = 3 if parts == 2 else 2
+    assert len(calls) == (passes if rank < 16 else 0)  # all of them without those zeros
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_generators_followed_by_zeros_composed_are_the_same_function(parts: int) -> None:
+    want, got = padded_and_not(parts, 5, torch.float32, 3)
+    assert all(relative_error(a, b.double()) < 1e-6 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.usefixtures("by_tensor_cores")
+def test_swiglus_gradient_may_have_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile pads the rows of a product that is not a multiple of 64 columns wide, and need not copy it."""
+    from dynconv.ops import fused_operator
+
+    copies = []
+    mended = lambda tensor: copies.append(tensor.stride()) or tensor.contiguous()  # noqa: E731
+    monkeypatch.setattr(fused_operator.fused_mma, "copied", mended)
+    case = Case(batch=2, time=150, segments=(48,) * 2, rank=16, dtype=torch.bfloat16)
+    inputs = (*inputs_of(case, 0).values(), 48, case.width, case.residual, False)
+    wide = torch.randn(2, 150, 64, device=DEVICE, dtype=torch.bfloat16)
+    dy = wide[..., :48]
+    backward = torch.ops.dynconv.swiglu_backward.default
+    assert torch.Tag.flexible_layout in backward.tags
+    with torch.no_grad():
+        want = backward(dy.contiguous(), *inputs)
+        assert all(map(torch.equal, backward(dy, *inputs), want))
+        assert not copies
+        # sequences that do not follow one another, and channels that do not
+        apart = torch.cat([wide, wide], 1)[:, :150, :48]
+        assert all(map(torch.equal, backward(apart, *inputs), want))
+        assert len(copies) == 1
+        turned = dy.transpose(1, 2).contiguous().transpose(1, 2)
+        assert all(map(torch.equal, backward(turned, *inputs), want))
+
+
 def test_swiglu_composed_is_the_same_function() -> None:
     found = gated_errors(Case(batch=2, time=13, segments=(24, 24), rank=20, dtype=torch.float32), 3)
     assert all(value < 2e-6 for value in found.values()), found
@@ -253,16 +329,19 @@ def test_the_operator_is_what_torch_wants() -> None:
     tensors = inputs_of(case, 7)
     arguments = (*tensors.values(), frequencies_of(64), heads, True)
     torch.library.opcheck(
-        torch.ops.dynconv.joined.default, (*tensors.values(), frequencies_of(64), None, 128, 3, 4, 0, True, False)
+        torch.ops.dynconv.joined.default,
+        (*tensors.values(), frequencies_of(64), None, 128, 3, 4, 0, True, False, False),
     )
     one = inputs_of(replace(case, segments=(128,)), 7)
     two = inputs_of(replace(case, segments=(16, 16)), 7)
-    torch.library.opcheck(torch.ops.dynconv.gated.default, (*two.values(), 16, 4, True))
+    torch.library.opcheck(torch.ops.dynconv.gated.default, (*two.values(), 16, 4, True, False))
     dy = torch.randn(1, 9, 16, dtype=torch.bfloat16, device=DEVICE)
     inputs = [tensor.detach() for tensor in two.values()]
-    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, 4, True))
+    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, 4, True, False))
     added = torch.randn(1, 9, 128, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(torch.ops.dynconv.joined.default, (*one.values(), None, added, 128, 1, 4, 0, True, False))
+    torch.library.opcheck(
+        torch.ops.dynconv.joined.default, (*one.values(), None, added, 128, 1, 4, 0, True, False, False)
+    )
     q, k, v = lowrank_rotary_convolution(*arguments)
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), tensors["U"], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):

@@ -342,7 +342,7 @@ def test_the_operator_is_what_torch_wants(kind: str) -> None:
     tensors = what.tensors()
     arguments = (tensors["joined"], None, tensors["static_w"], what.frequencies, None)
     head_size = 16 if kind == "headwise" else 0
-    torch.library.opcheck(torch.ops.dynconv.joined.default, (*arguments, 64, 3, 4, head_size, True, True))
+    torch.library.opcheck(torch.ops.dynconv.joined.default, (*arguments, 64, 3, 4, head_size, True, True, False))
     q, k, v = what.run(tensors)
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), tensors["joined"], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -358,10 +358,10 @@ def test_swiglus_operator_is_what_torch_wants() -> None:
     what = Neighbours("static", "swiglu", 2, 16, batch=1, time=9)
     tensors = what.tensors()
     inputs = (tensors["joined"], None, tensors["static_w"])
-    torch.library.opcheck(torch.ops.dynconv.gated.default, (*inputs, 16, 4, True))
+    torch.library.opcheck(torch.ops.dynconv.gated.default, (*inputs, 16, 4, True, False))
     dy = torch.randn(1, 9, 16, device=DEVICE).to(BFLOAT16)
     inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
-    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, 4, True))
+    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, 4, True, False))
 
 
 @pytest.mark.usefixtures("launched")

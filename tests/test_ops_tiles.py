@@ -41,6 +41,16 @@ def test_zeros_are_written_after_the_sums() -> None:
     assert (total[:, 13:] == 7).all()
 
 
+def test_zeros_are_written_between_groups_of_sums() -> None:
+    columns, total = torch.randn(4, 37, 6, device=DEVICE), torch.full((37, 24), 7.0, device=DEVICE)
+    tiles.sum_parts((columns, total), place=tiles.Place(6, 24, 2, padding=3, each=2, gap=4))
+    want = torch.nn.functional.pad(columns.double().sum(0).unflatten(1, (3, 2)), (0, 4)).flatten(1)
+    assert relative_error(total[:, 2:20], want) < BOUND[torch.float32]
+    assert not total[:, 20:23].any()
+    assert (total[:, :2] == 7).all()
+    assert (total[:, 23:] == 7).all()
+
+
 @given(
     time=st.integers(1, 10_000),
     rows=st.sampled_from([1, 16]),

@@ -55,11 +55,12 @@ class _Filters(NamedTuple):
     static_w: Tensor | None  # [W, P*D]
     width: int  # W
     head_size: int = 0  # channels of P*D that share a head-wise filter, whose W taps are columns; 0: there is none
+    padded: bool = False  # each generator's R columns are followed by zeros up to a multiple of 16
 
     def columns(self, channels: int) -> int:
         """How many columns of `joined` the filters of so many channels take."""
         if self.up is not None:
-            return len(self.up)
+            return len(self.up) + (-len(self.up) % 16 if self.padded else 0)
         return channels // self.head_size * self.width if self.head_size else 0
 
 
@@ -72,9 +73,14 @@ def lowrank_joined_convolution(
     *,
     parts: int = 1,  # P
     added: Tensor | None = None,  # [B, T, D], such as the residual stream; only for one part
+    padded: bool = False,
 ) -> tuple[Tensor, ...]:  # [B, T, D] for each part
-    """`lowrank_dynamic_convolution` of each part; `added` is added to the result."""
-    return _joined(joined, _lowrank(joined, U, static_w, channels, parts), channels, residual, parts, added)
+    """`lowrank_dynamic_convolution` of each part; `added` is added to the result.
+
+    If `padded`, the R outputs of each generator are followed by zeros up to a multiple of 16, as the kernels want them.
+    """
+    filters = _lowrank(joined, U, static_w, channels, parts, padded)
+    return _joined(joined, filters, channels, residual, parts, added)
 
 
 def static_joined_convolution(
@@ -112,12 +118,14 @@ def lowrank_gated_convolution(
     static_w: Tensor | None,  # [W, 2*D]
     channels: int,  # D
     residual: bool = False,
+    *,
+    padded: bool = False,  # as for `lowrank_joined_convolution`
 ) -> Tensor:  # [B, T, D]
     """SwiGLU (arXiv 2002.05202): silu(gate) * up, each after `lowrank_dynamic_convolution`.
 
     Only the result is rounded and kept: the backward pass computes the convolutions again.
     """
-    return _gated(joined, _lowrank(joined, U, static_w, channels, 2), channels, residual)
+    return _gated(joined, _lowrank(joined, U, static_w, channels, 2, padded), channels, residual)
 
 
 def static_gated_convolution(
@@ -140,10 +148,12 @@ def lowrank_rotary_convolution(
     frequencies: Tensor,  # [E/2], float32: radians per token of each pair of channels
     heads: int,  # H
     residual: bool = False,
+    *,
+    padded: bool = False,  # as for `lowrank_joined_convolution`
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, H, E] each
     """Queries and keys after `lowrank_dynamic_convolution` and RoPE, and values after convolution."""
     channels = _rotated_channels(joined, frequencies, heads)
-    filters = _lowrank(joined, U, static_w, channels, 3)
+    filters = _lowrank(joined, U, static_w, channels, 3, padded)
     return _rotary(joined, filters, channels, frequencies, residual, halves=False)
 
 
@@ -178,7 +188,7 @@ def headwise_rotary_convolution(
     return _rotary(joined, filters, channels, frequencies, residual, halves)
 
 
-def _lowrank(joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int, parts: int) -> _Filters:
+def _lowrank(joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int, parts: int, padded: bool) -> _Filters:
     """The arguments as filters, checked."""
     check_floating(joined, "joined")
     check(up, (None, None), "U", "[R, W*P*D]", joined)
@@ -187,7 +197,7 @@ def _lowrank(joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int,
             f"U must be [R, W*P*D] with P = {parts} parts of D = {channels} channels; got {list(up.shape)}; "
             "pass the bases of all parts side by side"
         )
-    filters = _Filters(up, static_w, up.shape[1] // (parts * channels))
+    filters = _Filters(up, static_w, up.shape[1] // (parts * channels), padded=padded)
     return _checked(joined, filters, channels, parts, "(D + R)")
 
 
@@ -241,9 +251,9 @@ def _gated(joined: Tensor, filters: _Filters, channels: int, residual: bool) -> 
     if _may_launch(joined, filters.up, filters.static_w):
         from dynconv.ops import fused_operator
 
-        up, static_w, width, _ = filters
+        up, static_w, width, _, padded = filters
         if fused_operator.fits(joined, up, None, channels, 2, width, 0, halves=False):
-            return fused_operator.convolve_gated(joined, up, static_w, channels, width, residual)
+            return fused_operator.convolve_gated(joined, up, static_w, channels, width, residual, padded)
     gate, up = _composed(joined, filters, None, None, channels, 2, residual)
     return F.silu(gate) * up
 
@@ -274,7 +284,7 @@ def _convolve(
     halves: bool = False,
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The convolution by the fused kernels if they support the inputs, else composed."""
-    up, static_w, width, head_size = filters
+    up, static_w, width, head_size, padded = filters
     # The kernels have no gradient of frequencies.
     learned = frequencies is not None and frequencies.requires_grad and torch.is_grad_enabled()
     if not learned and _may_launch(joined, up, static_w, added):
@@ -282,7 +292,7 @@ def _convolve(
         from dynconv.ops import fused_operator
 
         if fused_operator.fits(joined, up, frequencies, channels, parts, width, head_size, halves):
-            options = (channels, parts, width, head_size, residual, halves)
+            options = (channels, parts, width, head_size, residual, halves, padded)
             return fused_operator.convolve(joined, up, static_w, frequencies, added, *options)
     return _composed(joined, filters, frequencies, added, channels, parts, residual, halves)
 
@@ -309,8 +319,9 @@ def _composed(
 ) -> tuple[Tensor, ...]:
     """The same from a convolution and what follows it, which round one after the other."""
     x, generated, _ = joined.tensor_split((parts * channels, parts * (channels + filters.columns(channels))), 2)
-    up, static_w, width, head_size = filters
+    up, static_w, width, head_size, _ = filters
     if up is not None:
+        generated = generated.unflatten(2, (parts, -1))[..., : len(up)].flatten(2)
         y = functions.lowrank_dynamic_convolution(x, generated, up, static_w, residual, segments=(channels,) * parts)
     elif head_size:
         weight = generated.unflatten(2, (-1, width))

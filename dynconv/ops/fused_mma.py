@@ -41,7 +41,7 @@ def fits(joined: Tensor, up: Tensor, channels: int, parts: int) -> bool:
 
 def forward(
     x: Tensor,  # [B, T, P*D]
-    z: Tensor,  # [B, T, P*R]
+    z: Tensor,  # [B, T, P*R], or P*16 with zeros after each R
     up: Tensor,  # [R, W*P*D]
     static_w: Tensor | None,  # [W, P*D]
     frequencies: Tensor | None,  # [E/2] float32, for RoPE on heads of E channels; only with three parts
@@ -51,7 +51,7 @@ def forward(
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The parts after convolution. With frequencies the first two are rotated; `added` is added to the one part."""
     rank, channels = up.shape[0], x.shape[2] // parts
-    x, z = aligned(x), mma.padded(z, rank, x.dtype)
+    x, z = aligned(x), _generated(z, rank, parts)
     added = None if added is None else aligned(added)
     results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(parts))
     blocks = parts * triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
@@ -74,17 +74,17 @@ def forward(
 
 def gated(
     x: Tensor,  # [B, T, 2*D]
-    z: Tensor | None,  # [B, T, 2*R]; without it and U, filters are static
+    z: Tensor | None,  # [B, T, 2*R], or 2*16 with zeros after each R; without it and U, filters are static
     up: Tensor | None,  # [R, W*2*D]
     static_w: Tensor | None,  # [W, 2*D]
-    dy: Tensor | None,  # [B, T, D], contiguous
+    dy: Tensor | None,  # [B, T, D]
     width: int,  # W
     residual: bool,
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """silu of the first part after convolution times the second; or, with its gradient dy, the gradients of these."""
     rank, channels = 0 if up is None else up.shape[0], x.shape[2] // 2
-    x, z = aligned(x), None if z is None else mma.padded(z, rank, x.dtype)
-    dy = None if dy is None else aligned(dy)
+    x, z = aligned(x), None if z is None else _generated(z, rank, 2)
+    dy = None if dy is None else _whole(aligned(dy))
     results = tuple(new(x, (*x.shape[:2], channels), x.dtype) for _ in range(1 if dy is None else 2))
     blocks = triton.cdiv(channels, 16 * mma.FORWARD_WARPS)
     # Registers limit the programs of a multiprocessor; static filters take about half as many.
@@ -95,8 +95,9 @@ def gated(
         (x, z, up, static_w, dy, *((None, None, *results) if dy is None else (*results, None))),
         (cut.time, x.stride(0), 0 if z is None else z.stride(0), cut.chunks, blocks, cut.run),
         {
-            "x_time": x.stride(1), "z_time": 0 if z is None else z.stride(1), "CHANNELS": channels, "R": rank,
-            "W": width, "RESIDUAL": residual,
+            "x_time": x.stride(1), "z_time": 0 if z is None else z.stride(1),
+            "dy_time": 0 if dy is None else dy.stride(1), "CHANNELS": channels, "R": rank, "W": width,
+            "RESIDUAL": residual,
             "SLOTS": GATED_TILE.slots, "STAGES": GATED_TILE.stages, "WARPS": mma.FORWARD_WARPS,
         },
         num_warps=mma.FORWARD_WARPS,
@@ -107,7 +108,7 @@ def gated(
 def backward(
     dys: tuple[Tensor, ...],  # [B, T, D] each
     x: Tensor,  # [B, T, P*D]
-    z: Tensor,  # [B, T, P*R]
+    z: Tensor,  # [B, T, P*R], or P*16 with zeros after each R
     up: Tensor,  # [R, W*P*D]
     static_w: Tensor | None,  # [W, P*D]
     frequencies: Tensor | None,  # [E/2] float32
@@ -121,7 +122,8 @@ def backward(
     dys = tuple(aligned(dy) for dy in dys)
     if any(dy.stride() != dys[0].stride() for dy in dys):
         dys = tuple(copied(dy) for dy in dys)
-    x, z = aligned(x), mma.padded(z, rank, x.dtype)
+    given = z.shape[2] // parts  # columns of `joined` for each generator
+    x, z = aligned(x), _generated(z, rank, parts)
     in_part = triton.cdiv(channels, mma.BLOCK)
     _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=BACKWARD_TILE.longest)
     djoined = new(x, (batch, time, columns), x.dtype) if needs[0] else None
@@ -149,9 +151,20 @@ def backward(
         num_warps=mma.BACKWARD_WARPS,
     )  # fmt: skip
     first = parts * channels
-    place = Place(parts * rank, columns, first, columns - first - parts * rank)
+    place = Place(parts * rank, columns, first, columns - first - parts * given, rank, given - rank)
     sum_parts((dz_partial, djoined), (up_partial, dup), (static_partial, dstatic), place=place)
     return djoined, dup, dstatic
+
+
+def _generated(z: Tensor, rank: int, parts: int) -> Tensor:  # [B, T, P*16]
+    """The generators' outputs, each followed by zeros: as they are if they are given so."""
+    return aligned(z) if z.shape[2] == 16 * parts else mma.padded(z, rank, z.dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:  # [B, T, ...]
+    """The tensor, or a contiguous copy if its sequences do not follow one another at the distance of its rows."""
+    batch, time = tensor.shape[:2]
+    return tensor if batch == 1 or tensor.stride(0) == time * tensor.stride(1) else copied(tensor)
 
 
 def _pairs(frequencies: Tensor | None) -> int:

@@ -19,7 +19,7 @@ from dynconv.ops.optional import fused_mma, fused_ring
 
 _INPUTS = (
     "Tensor joined, Tensor? weight, Tensor? static_w, Tensor? frequencies, Tensor? added, "
-    "int channels, int parts, int width, int head_size, bool residual, bool halves"
+    "int channels, int parts, int width, int head_size, bool residual, bool halves, bool padded"
 )
 
 
@@ -70,9 +70,10 @@ def convolve(
     head_size: int,
     residual: bool,
     halves: bool,  # RoPE's pairs are channels i and i + E/2 of a head, not 2i and 2i + 1
+    padded: bool,  # each generator's R columns of `joined` are followed by zeros up to a multiple of 16
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The convolution by the kernels. The arguments have been checked, and they `fits`."""
-    options = (channels, parts, width, head_size, residual, halves)
+    options = (channels, parts, width, head_size, residual, halves, padded)
     return tuple(_op(joined, up, static_w, frequencies, added, *options))
 
 
@@ -83,12 +84,13 @@ def convolve_gated(
     channels: int,  # D
     width: int,  # W
     residual: bool,
+    padded: bool,  # as for `convolve`
 ) -> Tensor:  # [B, T, D]
     """silu of the first part times the second, by the kernels. The arguments have been checked, and they `fits`.
 
     Filters are low-rank or static.
     """
-    y: Tensor = _gated_op(joined, up, static_w, channels, width, residual)
+    y: Tensor = _gated_op(joined, up, static_w, channels, width, residual, padded)
     return y
 
 
@@ -134,12 +136,16 @@ def _views(
     parts: int,
     width: int,
     head_size: int,
+    padded: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What is convolved [B, T, P*D], and the generators' outputs: z [B, T, P*R], or filters [B, T, H, W], or None."""
+    """What is convolved [B, T, P*D], and the generators' outputs: z [B, T, P*R], or filters [B, T, H, W], or None.
+
+    If they are `padded`, z has a multiple of 16 columns for each part.
+    """
     end = channels * parts
     x = joined[..., :end]
     if up is not None:
-        return x, joined[..., end : end + parts * len(up)]
+        return x, joined[..., end : end + parts * (len(up) + (-len(up) % 16 if padded else 0))]
     if not head_size:
         return x, None
     return x, joined[..., end : end + end // head_size * width].unflatten(2, (-1, width))
@@ -154,9 +160,10 @@ def _prepared(
     parts: int,
     width: int,
     head_size: int,
+    padded: bool,
 ) -> tuple[Tensor | None, ...]:
     """`_views`, and the other tensors as the kernels take them."""
-    x, generated = _views(_rows(joined), up, channels, parts, width, head_size)
+    x, generated = _views(_rows(joined), up, channels, parts, width, head_size, padded)
     up = None if up is None else up.contiguous()
     static_w = None if static_w is None else static_w.contiguous()
     frequencies = None if frequencies is None else frequencies.float().contiguous()
@@ -176,10 +183,11 @@ def _op(
     head_size: int,
     residual: bool,
     halves: bool,
+    padded: bool,
 ) -> list[Tensor]:
     if joined.numel() == 0:
         return [joined.new_empty(*joined.shape[:2], channels) for _ in range(parts)]
-    tensors = _prepared(joined, up, static_w, frequencies, channels, parts, width, head_size)
+    tensors = _prepared(joined, up, static_w, frequencies, channels, parts, width, head_size, padded)
     added = None if added is None else added.contiguous()
     return list(repeated(_forward, (*tensors, added), (parts, width, residual, halves)))
 
@@ -194,7 +202,7 @@ def _(joined: Tensor, up: Any, static_w: Any, frequencies: Any, added: Any, chan
     mutates_args=(),
     schema=(
         "(Tensor[] dys, Tensor joined, Tensor? weight, Tensor? static_w, Tensor? frequencies, "
-        "int width, int head_size, bool residual, bool halves, bool[] needs) -> (Tensor, Tensor, Tensor)"
+        "int width, int head_size, bool residual, bool halves, bool padded, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _backward_op(
@@ -207,6 +215,7 @@ def _backward_op(
     head_size: int,
     residual: bool,
     halves: bool,
+    padded: bool,
     needs: Sequence[bool],  # whether `joined`, U and the static filter want gradients
 ) -> tuple[Tensor, ...]:
     gradients: tuple[Tensor | None, ...]
@@ -215,7 +224,7 @@ def _backward_op(
         gradients = tuple(torch.zeros_like(t) if wanted and t is not None else None for t, wanted in like)
     else:
         parts = len(dys)
-        tensors = _prepared(joined, up, static_w, frequencies, dys[0].shape[2], parts, width, head_size)
+        tensors = _prepared(joined, up, static_w, frequencies, dys[0].shape[2], parts, width, head_size, padded)
         options = (width, residual, halves, joined.shape[2], tuple(needs), parts)
         gradients = repeated(_backward, (*map(_rows, dys), *tensors), options)
     return tuple(joined.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -236,7 +245,7 @@ def _differentiate(ctx: Any, dys: list[Tensor]) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = _backward_op(dys, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, dys[0] if ctx.needs_input_grad[4] else None, *[None] * 6)
+    return (*wanted, None, dys[0] if ctx.needs_input_grad[4] else None, *[None] * 7)
 
 
 def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - the protocol's signature
@@ -246,16 +255,22 @@ def _raise_no_second_derivatives(ctx: Any, *_: Any) -> None:  # noqa: ARG001 - t
     )
 
 
-_GATED_INPUTS = "Tensor joined, Tensor? weight, Tensor? static_w, int channels, int width, bool residual"
+_GATED_INPUTS = "Tensor joined, Tensor? weight, Tensor? static_w, int channels, int width, bool residual, bool padded"
 
 
 @torch.library.custom_op("dynconv::gated", mutates_args=(), schema=f"({_GATED_INPUTS}) -> Tensor")
 def _gated_op(
-    joined: Tensor, up: Tensor | None, static_w: Tensor | None, channels: int, width: int, residual: bool
+    joined: Tensor,
+    up: Tensor | None,
+    static_w: Tensor | None,
+    channels: int,
+    width: int,
+    residual: bool,
+    padded: bool,
 ) -> Tensor:
     if joined.numel() == 0:
         return joined.new_empty(*joined.shape[:2], channels)
-    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0)
+    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0, padded)
     (y,) = repeated(_gated, (*tensors, None), (width, residual))
     return y
 
@@ -265,8 +280,12 @@ def _(joined: Tensor, up: Any, static_w: Any, channels: int, *_: Any) -> Any:  #
     return joined.new_empty(*joined.shape[:2], channels)
 
 
+# Any layout is taken as it is: torch.compile pads the rows of the product that dy is, and would copy it otherwise.
 @torch.library.custom_op(
-    "dynconv::swiglu_backward", mutates_args=(), schema=f"(Tensor dy, {_GATED_INPUTS}) -> (Tensor, Tensor)"
+    "dynconv::swiglu_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_GATED_INPUTS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout,),
 )
 def _swiglu_backward_op(
     dy: Tensor,  # [B, T, D]
@@ -276,11 +295,12 @@ def _swiglu_backward_op(
     channels: int,
     width: int,
     residual: bool,
+    padded: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D] each: the gradients of gate and up after their convolutions
     if joined.numel() == 0:
         return torch.zeros_like(dy), torch.zeros_like(dy)
-    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0)
-    dgate, dother = repeated(_gated, (*tensors, dy.contiguous()), (width, residual))
+    *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0, padded)
+    dgate, dother = repeated(_gated, (*tensors, _rows(dy)), (width, residual))
     return dgate, dother
 
 
@@ -297,9 +317,9 @@ def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa
 def _differentiate_gated(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     dys = list(_swiglu_backward_op(dy, *ctx.saved_tensors, *ctx.options))
-    _, width, residual = ctx.options
-    gradients = _backward_op(dys, *ctx.saved_tensors, None, width, 0, residual, False, needs)
-    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None)
+    _, width, residual, padded = ctx.options
+    gradients = _backward_op(dys, *ctx.saved_tensors, None, width, 0, residual, False, padded, needs)
+    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 4)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

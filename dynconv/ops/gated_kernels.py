@@ -49,8 +49,8 @@ def _convolved(
 def gated_kernel(
     x, z, up, static_w, dy, dgate, draised, y,
     time, x_batch, z_batch, chunks, blocks, RUN,
-    x_time: gl.constexpr, z_time: gl.constexpr, CHANNELS: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
-    RESIDUAL: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    x_time: gl.constexpr, z_time: gl.constexpr, dy_time: gl.constexpr, CHANNELS: gl.constexpr, R: gl.constexpr,
+    W: gl.constexpr, RESIDUAL: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """y = silu(gate) * up, of gate and up after their convolutions; x [B, T, 2*D] holds them before these.
 
@@ -75,7 +75,7 @@ def gated_kernel(
         z += batch * z_batch + start.to(gl.int64) * z_time
     tokens = (batch * time + start) * CHANNELS
     if dy is not None:
-        dy += tokens
+        dy += (batch * time + start) * dy_time
         dgate += tokens
         draised += tokens
     else:
@@ -99,7 +99,7 @@ def gated_kernel(
         z_ring = allocate_ring(SLOTS, [STAGES, 16, 32], Z_ROWS, dtype)
     if dy is not None:
         dy_ring = allocate_ring(SLOTS, [STAGES, 16, 16 * WARPS], LINES, dtype)
-        dy += copy_row * CHANNELS + copy_d
+        dy += copy_row * dy_time + copy_d
     for slot in gl.static_range((STAGES - 1) * SLOTS):
         x_ok = (slot < copy_limit) & copy_ok
         async_load(gate_ring[slot % SLOTS].index(slot // SLOTS), x + x_from + slot * x_time, mask=x_ok)
@@ -107,7 +107,7 @@ def gated_kernel(
         if z is not None:
             async_load(z_ring[slot % SLOTS].index(slot // SLOTS), z + z_from + slot * z_time, mask=slot < z_limit)
         if dy is not None:
-            async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + slot * CHANNELS, mask=x_ok)
+            async_load(dy_ring[slot % SLOTS].index(slot // SLOTS), dy + slot * dy_time, mask=x_ok)
         if slot % SLOTS == SLOTS - 1:
             async_copy.commit_group()
     gates = load_history(x + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
@@ -127,7 +127,7 @@ def gated_kernel(
     if z is not None:
         z_ahead = z + (STAGES - 1) * SLOTS * z_time
     if dy is not None:
-        dy_ahead = dy + (STAGES - 1) * SLOTS * CHANNELS
+        dy_ahead = dy + (STAGES - 1) * SLOTS * dy_time
     for group in range(0, RUN, SLOTS):
         async_copy.wait_group(STAGES - 2)
         ahead = group + (STAGES - 1) * SLOTS
@@ -140,13 +140,13 @@ def gated_kernel(
                 z_inside = (ahead + slot < z_limit) & (ahead < RUN)
                 async_load(z_ring[slot].index(place), z_ahead + z_from + slot * z_time, mask=z_inside)
             if dy is not None:
-                async_load(dy_ring[slot].index(place), dy_ahead + slot * CHANNELS, mask=inside)
+                async_load(dy_ring[slot].index(place), dy_ahead + slot * dy_time, mask=inside)
         async_copy.commit_group()
         x_ahead += SLOTS * x_time
         if z is not None:
             z_ahead += SLOTS * z_time
         if dy is not None:
-            dy_ahead += SLOTS * CHANNELS
+            dy_ahead += SLOTS * dy_time
         place = group // SLOTS % STAGES
         for slot in gl.static_range(SLOTS):
             ok = (group + slot < limit) & d_ok

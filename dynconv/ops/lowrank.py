@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 from dynconv.ops.launch import launch, new
 from dynconv.ops.optional import lowrank_mma as mma
 from dynconv.ops.optional import mma_fits
-from dynconv.ops.tiles import end_of_documents, multiprocessors, new_like, new_sums, sum_parts
+from dynconv.ops.tiles import Place, end_of_documents, multiprocessors, new_like, new_sums, sum_parts
 
 
 @triton.jit
@@ -272,5 +272,5 @@ def backward(
         },
         num_stages=1,
     )  # fmt: skip
-    sum_parts((dz_partial, dz), (up_partial, dup), (static_partial, dstatic))
+    sum_parts((dz_partial, dz), (up_partial, dup), (static_partial, dstatic), place=Place(rank, rank, 0))
     return dx, dz, dup, dstatic

@@ -222,5 +222,5 @@ def backward(
                 num_warps=warps,
             )  # fmt: skip
         others = [(up_partial, dup), (static_partial, dstatic)] if first + ranks == rank else []
-        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first) if rank > 16 else None)
+        sum_parts((dz_partial, dz), *others, place=Place(columns, rank, first))
     return dx, dz, dup, dstatic

@@ -78,46 +78,76 @@ def end_of_documents(positions, time):
 
 
 @triton.jit
-def _sum_block(
-    block, partial, total, parts, size, width, first,
-    COLUMNS: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+def _sum_rows(
+    block, partial, total, parts, rows,
+    COLUMNS: tl.constexpr, EACH: tl.constexpr, GAP: tl.constexpr, PADDING: tl.constexpr,
+    WIDTH: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    """Rows of COLUMNS sums, written from column FIRST on into rows of WIDTH.
+
+    GAP zeros are written after EACH of them, and PADDING zeros after the last.
+    """
+    SPREAD: tl.constexpr = COLUMNS // EACH * (EACH + GAP)
+    row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, LANES)
+    source = column  # neighbours, so that a thread loads several at once
+    summed = column < SPREAD
+    if GAP > 0:
+        source = column // (EACH + GAP) * EACH + column % (EACH + GAP)
+        summed &= column % (EACH + GAP) < EACH
+    pointers = partial + row[:, None] * COLUMNS + source[None, :]
+    sums = tl.zeros([ROWS, LANES], tl.float32)
+    for begin in range(0, parts, UNROLL):
+        values = ()
+        for index in tl.static_range(UNROLL):
+            part = begin + index
+            inside = (row < tl.where(part < parts, rows, 0))[:, None] & summed[None, :]
+            values = values + (tl.load(pointers + part.to(tl.int64) * rows * COLUMNS, mask=inside, other=0.0),)
+        for index in tl.static_range(UNROLL):
+            sums += values[index].to(tl.float32)
+    written = (row < rows)[:, None] & (column < min(SPREAD + PADDING, WIDTH - FIRST))[None, :]
+    tl.store(total + row[:, None] * WIDTH + FIRST + column[None, :], sums.to(total.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _sum_block(block, partial, total, parts, size, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    target = at
     inside = at < size
-    written = inside
-    if COLUMNS > 0:  # rows of so many sums, which are written into rows of `width`
-        row, column = at // (COLUMNS + PADDING), at % (COLUMNS + PADDING)
-        at = row * COLUMNS + column
-        target = row * width + first + column
-        inside = (at < size) & (column < COLUMNS)
-        written = (row * COLUMNS < size) & (first + column < width)
     sums = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, parts, UNROLL):
         part = begin + tl.arange(0, UNROLL)
         ok = (part < parts)[:, None] & inside[None, :]
         values = tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0)
         sums += tl.sum(values.to(tl.float32), 0)
-    tl.store(total + target, sums, mask=written)
+    tl.store(total + at, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*range(6, 14)])
+@triton.jit(do_not_specialize=[*range(6, 12)])
 def _sum_kernel(
     partial_a, total_a, partial_b, total_b, partial_c, total_c,
-    parts_a, size_a, parts_b, size_b, parts_c, size_c, width, first,
-    COLUMNS: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    parts_a, size_a, parts_b, size_b, parts_c, size_c,
+    COLUMNS: tl.constexpr, EACH: tl.constexpr, GAP: tl.constexpr, PADDING: tl.constexpr,
+    WIDTH: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    UNROLL_A: tl.constexpr, UNROLL_B: tl.constexpr, UNROLL_C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Sum three tensors over their first dimension. With COLUMNS, size_a counts rows of so many sums."""
     program = tl.program_id(0)
-    blocks_a = tl.cdiv(size_a, BLOCK)
+    blocks_a = tl.cdiv(size_a, TILE // UNROLL_A)
     if COLUMNS > 0:
-        blocks_a = tl.cdiv(size_a // COLUMNS * (COLUMNS + PADDING), BLOCK)
-    blocks_b = tl.cdiv(size_b, BLOCK)
+        blocks_a = tl.cdiv(size_a, ROWS)
+    blocks_b = tl.cdiv(size_b, TILE // UNROLL_B)
     if program < blocks_a:
-        _sum_block(program, partial_a, total_a, parts_a, size_a, width, first, COLUMNS, PADDING, BLOCK, UNROLL)
+        if COLUMNS > 0:
+            _sum_rows(
+                program, partial_a, total_a, parts_a, size_a,
+                COLUMNS, EACH, GAP, PADDING, WIDTH, FIRST, ROWS, LANES, UNROLL_A,
+            )  # fmt: skip
+        else:
+            _sum_block(program, partial_a, total_a, parts_a, size_a, TILE // UNROLL_A, UNROLL_A)
     elif program < blocks_a + blocks_b:
-        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, 1, 0, 0, 0, BLOCK, UNROLL)
+        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, TILE // UNROLL_B, UNROLL_B)
     else:
-        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, 1, 0, 0, 0, BLOCK, UNROLL)
+        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, TILE // UNROLL_C, UNROLL_C)
 
 
 def new_like(tensor: Tensor) -> Tensor:
@@ -136,6 +166,10 @@ def new_sums(
     return new(like, (parts, *like.shape), torch.float32, zero), new_like(like)
 
 
+_TILE = 4096  # values that a program of `_sum_kernel` loads at once
+_LANES = 1024  # columns of all its rows, where it sums rows
+
+
 class Place(NamedTuple):
     """Where a total's rows are written: into rows of another width."""
 
@@ -143,6 +177,8 @@ class Place(NamedTuple):
     width: int  # of the rows into which they are written; columns beyond it are left out
     first: int  # the column that the first one goes to
     padding: int = 0  # zeros to write after them
+    each: int = 0  # sums that stay together; 0: all columns
+    gap: int = 0  # zeros to write after each of these groups
 
 
 def sum_parts(
@@ -157,21 +193,33 @@ def sum_parts(
     if not jobs:
         return
     placed = place is not None and sums[0][0] is not None
-    unroll = 64 if max((partial for partial, _ in jobs), key=Tensor.numel).shape[0] > 32 else 16
-    block = 4096 // unroll
     tensors: tuple[Tensor, ...] = ()
     sizes: tuple[int, ...] = ()
+    constants = dict.fromkeys(("COLUMNS", "EACH", "GAP", "PADDING", "WIDTH", "FIRST", "ROWS", "LANES"), 0)
+    unrolls, programs = [], 0
     for partial, total in jobs:
+        parts, size = partial.shape[0], partial[0].numel()
+        unroll = 64 if parts > 32 else min(16, triton.next_power_of_2(parts))
+        if placed and place is not None and not tensors:
+            columns, width, first, padding, each, gap = place
+            each = each or columns
+            lanes = triton.next_power_of_2(columns // each * (each + gap) + padding)
+            rows, unroll, size = max(1, _LANES // lanes), min(8, unroll), size // columns
+            constants = {
+                "COLUMNS": columns, "EACH": each, "GAP": gap, "PADDING": padding,
+                "WIDTH": width, "FIRST": first, "ROWS": rows, "LANES": lanes,
+            }  # fmt: skip
+        else:
+            rows = _TILE // unroll
+        programs += triton.cdiv(size, rows)
+        unrolls.append(unroll)
         tensors += (partial, total)
-        sizes += (partial.shape[0], partial[0].numel())
+        sizes += (parts, size)
     for _ in range(3 - len(jobs)):
         tensors += jobs[0]
         sizes += (0, 0)
-    columns, width, first, padding = place if placed and place is not None else Place(0, 1, 0)
-    written_a = sizes[1] // columns * (columns + padding) if columns else sizes[1]
-    programs = sum(triton.cdiv(size, block) for size in (written_a, *sizes[3::2]))
-    sizes += (width, first)
-    constants = {"COLUMNS": columns, "PADDING": padding, "BLOCK": block, "UNROLL": unroll}
+        unrolls.append(1)
+    constants |= dict(zip(("UNROLL_A", "UNROLL_B", "UNROLL_C"), unrolls, strict=True)) | {"TILE": _TILE}
     launch(_sum_kernel, programs, tensors, sizes, constants)
 
 

@@ -32,23 +32,24 @@ _MAX_PARTS = 3  # of the kernels, as the next lines
 _MAX_WIDTH = 4
 _MAX_RANK = 16
 _CHANNEL_MULTIPLE = 16
+_GENERATOR_MULTIPLE = 16  # of the columns of each low-rank generator, which the kernels otherwise pad themselves
 _FILTER_HEADS = {2: (4, 8), 4: (4, 8, 16)}  # by width, how many channels may share a head-wise filter
 _ROTATED_HEADS = (8, 16, 32, 64, 128)  # head sizes that RoPE rotates after head-wise filters
 _ROW_MULTIPLE = 64  # 16-bit values in a cache line, where each token's row should start
 Arrange = Callable[[int, Tensor], Tensor]  # (number of the map, tensor with its channels as last dimension) -> the same
 
 
-def fit(convolutions: Sequence[nn.Module | None]) -> bool:
+def fit(convolutions: Sequence[nn.Module | None], padded: bool = False) -> bool:
     """Whether these convolutions can be computed together, with their generators in the product of their maps.
 
-    They must be alike, have no activation, and be of a size that the kernels take: composed of others, the same would
-    be slower than the separate modules.
+    They must be alike, have no activation, and be of a size that the kernels take, or of fewer channels if these may be
+    `padded`: composed of others, the same would be slower than the separate modules.
     """
     if not 1 <= len(convolutions) <= _MAX_PARTS or not all(isinstance(conv, ShortConv) for conv in convolutions):
         return False
     alike = cast(Sequence[ShortConv], convolutions)
     first = alike[0]
-    supported = first.width <= _MAX_WIDTH and first.channels % _CHANNEL_MULTIPLE == 0
+    supported = first.width <= _MAX_WIDTH and (padded or first.channels % _CHANNEL_MULTIPLE == 0)
     if isinstance(first, LowRankDynamicConv):
         supported = supported and len(first.up) <= _MAX_RANK
     if isinstance(first, HeadwiseDynamicConv):
@@ -72,8 +73,8 @@ def settings(convolution: ShortConv) -> tuple[object, ...]:
 
 
 def takes_swiglu(convolutions: Sequence[nn.Module | None]) -> bool:
-    """Whether SwiGLU can be part of the kernel of convolutions that `fit`."""
-    return not isinstance(convolutions[0], HeadwiseDynamicConv)
+    """Whether gate and up `fit` and SwiGLU can be part of their kernel. Their channels are padded if need be."""
+    return not isinstance(convolutions[0], HeadwiseDynamicConv) and fit(convolutions, padded=True)
 
 
 def takes_rope(convolutions: Sequence[nn.Module | None], head_size: int) -> bool:
@@ -84,7 +85,7 @@ def takes_rope(convolutions: Sequence[nn.Module | None], head_size: int) -> bool
 def convolved(
     weights: Sequence[Tensor],  # [D, inputs] each, of the maps
     convolutions: Sequence[ShortConv],  # that `fit`
-    x: Tensor,  # [B, T, inputs]
+    x: Tensor,  # [B, T, inputs or more]: the result of `gated`, which may be padded, or any other
     added: Tensor | None = None,  # [B, T, D]: the residual stream, to which the one map's output is added
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The maps' outputs after convolution."""
@@ -93,7 +94,9 @@ def convolved(
     parts = len(weights)
     if isinstance(first, LowRankDynamicConv):
         up = _bases(convolutions, _as_they_are)
-        return lowrank_joined_convolution(joined, up, static, first.channels, first.residual, parts=parts, added=added)
+        return lowrank_joined_convolution(
+            joined, up, static, first.channels, first.residual, parts=parts, added=added, padded=True
+        )
     if isinstance(first, HeadwiseDynamicConv):
         own = (first.channels // first.heads, first.width)
         return headwise_joined_convolution(
@@ -105,17 +108,24 @@ def convolved(
 
 def gated(
     weights: Sequence[Tensor],  # [D, inputs] each, of gate and up
-    convolutions: Sequence[ShortConv],  # that `fit` and for which `takes_swiglu`
+    convolutions: Sequence[ShortConv],  # for which `takes_swiglu`
     x: Tensor,  # [B, T, inputs]
-) -> Tensor:  # [B, T, D]
-    """silu(gate) * up, after their convolutions."""
-    joined, first = _product(weights, convolutions, x), convolutions[0]
-    static = _static_filters(convolutions, _as_they_are)
+) -> Tensor:  # [B, T, D or more]
+    """silu(gate) * up, after their convolutions, with zeros up to a number of channels that the kernels take."""
+    first = convolutions[0]
+    more = -first.channels % _CHANNEL_MULTIPLE
+
+    def arrange(_: int, filters: Tensor) -> Tensor:
+        return _with_zeros(filters, more, -1)
+
+    rows = [row for weight in weights for row in (weight, weight.new_zeros(more, weight.shape[1]))]
+    joined, channels = _product(rows, convolutions, x), first.channels + more
+    static = _static_filters(convolutions, arrange)
     if isinstance(first, LowRankDynamicConv):
-        up = _bases(convolutions, _as_they_are)
-        return lowrank_gated_convolution(joined, up, static, first.channels, first.residual)
+        up = _bases(convolutions, arrange)
+        return lowrank_gated_convolution(joined, up, static, channels, first.residual, padded=True)
     assert static is not None
-    return static_gated_convolution(joined, static, first.channels, first.residual)
+    return static_gated_convolution(joined, static, channels, first.residual)
 
 
 def rotated(
@@ -141,7 +151,7 @@ def rotated(
     static = _static_filters(convolutions, arrange)
     if isinstance(first, LowRankDynamicConv):
         up = _bases(convolutions, arrange)
-        q, k, v = lowrank_rotary_convolution(joined, up, static, frequencies, heads, first.residual)
+        q, k, v = lowrank_rotary_convolution(joined, up, static, frequencies, heads, first.residual, padded=True)
     elif isinstance(first, HeadwiseDynamicConv):
         own = (first.channels // first.heads, first.width, first.residual)
         q, k, v = headwise_rotary_convolution(joined, static, frequencies, heads, *own, halves=True)
@@ -154,17 +164,34 @@ def rotated(
 def _product(
     weights: Sequence[Tensor],  # [D, inputs] each
     convolutions: Sequence[ShortConv],
-    x: Tensor,  # [B, T, inputs]
+    x: Tensor,  # [B, T, inputs or more]
 ) -> Tensor:  # [B, T, P*D + columns of the generators + padding]
     """The outputs of the maps and of their generators, with zeros up to a whole cache line.
 
+    The outputs of a low-rank generator are followed by zeros, too, as the kernels want them.
     Without the few columns of low-rank generators rows are long enough, and the kernels would not write the zeros.
+    Zeros are appended by concatenation because its gradient is a view; that of padding would be a copy.
     """
-    generators = (conv.generator_map for conv in convolutions)
-    weights = [*weights, *(generator.weight for generator in generators if generator is not None)]
-    lowrank = isinstance(convolutions[0], LowRankDynamicConv)
-    padding = -sum(len(weight) for weight in weights) % _ROW_MULTIPLE if lowrank else 0
-    return F.linear(x, torch.cat([*weights, weights[0].new_zeros(padding, x.shape[-1])]))
+    width = weights[0].shape[1]
+    rows = list(weights)
+    generators = [conv.generator_map.weight for conv in convolutions if conv.generator_map is not None]
+    if generators:
+        lowrank = isinstance(convolutions[0], LowRankDynamicConv)
+        stacked = torch.stack(generators)  # torch.compile makes one kernel of at most eight parts side by side
+        more = -stacked.shape[1] % _GENERATOR_MULTIPLE if lowrank else 0
+        rows.append(_with_zeros(stacked, more, 1).flatten(0, 1))
+        if lowrank:
+            rows.append(weights[0].new_zeros(-sum(map(len, rows)) % _ROW_MULTIPLE, width))
+    return F.linear(x, _with_zeros(torch.cat(rows), x.shape[-1] - width, 1))
+
+
+def _with_zeros(tensor: Tensor, more: int, dim: int) -> Tensor:
+    """The tensor with so many zeros after its own entries in one dimension."""
+    if not more:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = more
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def _as_they_are(_: int, filters: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class Maps(nn.ModuleDict):
     def add_to(
         self,
         stream: Tensor,  # [B, T, outputs]
-        x: Tensor,  # [B, T, inputs]
+        x: Tensor,  # [B, T, inputs or more], those beyond `inputs` being zeros
         site: str,
         part_input: Tensor,  # [B, T, D]
         documents: Documents | None = None,
@@ -174,7 +174,8 @@ class Maps(nn.ModuleDict):
 
     def takes_swiglu(self, sites: Sequence[str]) -> bool:
         """Whether SwiGLU is part of the kernel of these sites' convolutions."""
-        return self.fits(sites) and fused.takes_swiglu(self.weights_and_convolutions(sites)[1])
+        convolutions = [cast(ConvLinear, self[site]).conv for site in sites]
+        return self.fused and not self._mismatched and fused.takes_swiglu(convolutions)
 
     def takes_rope(self, sites: Sequence[str], head_size: int) -> bool:
         """Whether RoPE on heads of so many channels is part of the kernel of these sites' convolutions."""

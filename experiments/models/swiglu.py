@@ -12,7 +12,7 @@ from experiments.design.model import ModelConfig
 from experiments.models.fused import gated
 from experiments.models.joined import swiglu_joined
 from experiments.models.packing import Documents
-from experiments.models.short_convolution import Maps
+from experiments.models.short_convolution import ConvLinear, Maps
 from experiments.parts.swiglu import SwiGLU
 
 _GATED = ("gate", "up")
@@ -51,6 +51,8 @@ class SwiGLUModule(nn.Module):
         """SwiGLU, added to `stream` if it is given."""
         if documents is None and self.maps.takes_swiglu(_GATED):
             y = gated(*self.maps.weights_and_convolutions(_GATED), x)
+            if stream is None:  # else `add_to` takes it with its padding
+                y = y[..., : cast(ConvLinear, self.maps["down"]).linear.in_features]
         else:
             outputs = self.maps.outputs(x, _GATED, x, documents)
             gate, up = outputs.apart
