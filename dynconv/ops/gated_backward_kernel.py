@@ -36,23 +36,24 @@ from dynconv.ops.mma_halves import (
 
 @gluon.jit
 def _load_basis(
-    up, first, CHANNELS: gl.constexpr, PART: gl.constexpr, R: gl.constexpr, W: gl.constexpr, WARPS: gl.constexpr,
-    RIGHT: gl.constexpr, dtype: gl.constexpr,
+    up, d, CHANNELS: gl.constexpr, PART: gl.constexpr, R: gl.constexpr, W: gl.constexpr, WARPS: gl.constexpr,
+    MMA: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """U of a part as right operands: [WARPS, rank, channel] of each tap; [WARPS, channel, rank], two taps in each."""
-    rank, d = axis(16, 1, RIGHT), first + axis(WARPS, 0, RIGHT) * 8 + axis(8, 2, RIGHT)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    rank = axis(16, 1, MMA)
+    loaded = ()
     basis = ()
     for tap in gl.static_range(W):
         at = up + rank * (W * 2 * CHANNELS) + (2 * tap + PART) * CHANNELS + d
-        basis = basis + (gl.load(at, mask=(rank < R) & (d < CHANNELS), other=0.0).to(dtype),)
-    rank, line = axis(16, 2, RIGHT), axis(16, 1, RIGHT)
-    d = first + axis(WARPS, 0, RIGHT) * 8 + line % 8
+        loaded = loaded + (gl.load(at, mask=(rank < R) & (d < CHANNELS), other=0.0).to(dtype),)
+        basis = basis + (gl.convert_layout(transposed(loaded[tap], WARPS).permute([0, 2, 1]), RIGHT),)
+    if W % 2 == 1:
+        loaded = loaded + (gl.zeros_like(loaded[0]),)
     basis_t = ()
     for pair in gl.static_range((W + 1) // 2):
-        tap = 2 * pair + line // 8
-        at = up + rank * (W * 2 * CHANNELS) + (2 * tap + PART) * CHANNELS + d
-        ok = (rank < R) & (d < CHANNELS) & (tap < W)
-        basis_t = basis_t + (gl.load(at, mask=ok, other=0.0).to(dtype),)
+        both = side_by_side(loaded[2 * pair], loaded[2 * pair + 1], WARPS, MMA)
+        basis_t = basis_t + (gl.convert_layout(both.permute([0, 2, 1]), RIGHT),)
     return basis, basis_t
 
 
@@ -228,8 +229,8 @@ def gated_backward_kernel(
     ups = load_history(x + CHANNELS + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
     gates, ups = paired(gates, WARPS), paired(ups, WARPS)
     zero = time >> 31  # 0, as time is positive
-    gate_basis, gate_basis_t = _load_basis(up, first, CHANNELS, 0, R, W, WARPS, RIGHT, dtype)
-    up_basis, up_basis_t = _load_basis(up, first, CHANNELS, 1, R, W, WARPS, RIGHT, dtype)
+    gate_basis, gate_basis_t = _load_basis(up, d, CHANNELS, 0, R, W, WARPS, MMA, dtype)
+    up_basis, up_basis_t = _load_basis(up, d, CHANNELS, 1, R, W, WARPS, MMA, dtype)
     gate_starts = _load_starts(static_w, d, zero, CHANNELS, 0, W, WARPS, MMA)
     up_starts = _load_starts(static_w, d, zero, CHANNELS, 1, W, WARPS, MMA)
     gate_partial = ()
