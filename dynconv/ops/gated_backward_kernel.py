@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from dynconv.ops.gluon_pieces import allocate_ring, async_load, drop_first, load_history, sigmoid
-from dynconv.ops.mma import axis, copy_layout, load_generator, mma_layout, multiply, renewed
+from dynconv.ops.mma import axis, copy_layout, load_generator, mma_layout, multiply
 from dynconv.ops.mma_halves import (
     paired,
     read_both,
@@ -79,13 +79,22 @@ def _load_starts(
 
 
 @gluon.jit
-def _convolved(xs, generator, basis, starts, RESIDUAL: gl.constexpr, W: gl.constexpr):
+def _filters(generator, basis, starts):
+    """z U and the static filter, for each tap [WARPS, 16 rows, 8 channels]."""
+    filters = ()
+    for tap in gl.static_range(len(basis)):
+        filters = filters + (mma_v2(generator, basis[tap], starts[tap]),)
+    return filters
+
+
+@gluon.jit
+def _convolved(xs, filters, RESIDUAL: gl.constexpr, W: gl.constexpr):
     """The convolution at the last of xs, the inputs of W slots, oldest first."""
-    result = mma_v2(generator, basis[0], starts[0]) * widened(xs[W - 1])
+    result = filters[0] * widened(xs[W - 1])
     if RESIDUAL:
         result += widened(xs[W - 1])
     for tap in gl.static_range(1, W):
-        result += mma_v2(generator, basis[tap], starts[tap]) * widened(xs[W - 1 - tap])
+        result += filters[tap] * widened(xs[W - 1 - tap])
     return result
 
 
@@ -131,14 +140,14 @@ def _of_generator(products, basis_t, W: gl.constexpr, WARPS: gl.constexpr, MMA: 
 
 
 @gluon.jit
-def _of_inputs(gradient, generator, basis, starts, partial, RESIDUAL: gl.constexpr, W: gl.constexpr):
+def _of_inputs(gradient, filters, partial, RESIDUAL: gl.constexpr, W: gl.constexpr):
     """dx of the slot W - 1 before this one, and what is summed so far of the later ones, the oldest first.
 
     `partial` is the same before this slot: its number k is of the slot that lies W - 1 - k before this one.
     """
     sums = ()
     for back in gl.static_range(W - 1, -1, -1):
-        of_slot = mma_v2(generator, basis[back], starts[back]) * gradient
+        of_slot = filters[back] * gradient
         if back > 0:
             of_slot += partial[W - 1 - back]
         elif RESIDUAL:
@@ -148,11 +157,11 @@ def _of_inputs(gradient, generator, basis, starts, partial, RESIDUAL: gl.constex
 
 
 @gluon.jit
-def _of_last_inputs(gradient, generator, basis, starts, partial, W: gl.constexpr):
+def _of_last_inputs(gradient, filters, partial, W: gl.constexpr):
     """`partial`, of the last slots of a run, with what a slot after the run adds."""
     sums = ()
     for index in gl.static_range(len(partial)):
-        sums = sums + (partial[index] + mma_v2(generator, basis[W - 1 - index], starts[W - 1 - index]) * gradient,)
+        sums = sums + (partial[index] + filters[W - 1 - index] * gradient,)
     return sums
 
 
@@ -228,9 +237,9 @@ def gated_backward_kernel(
     gates = load_history(x + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
     ups = load_history(x + CHANNELS + row * x_time + d, None, start, row, limit, d_ok, x_time, W)
     gates, ups = paired(gates, WARPS), paired(ups, WARPS)
-    zero = time >> 31  # 0, as time is positive
     gate_basis, gate_basis_t = _load_basis(up, d, CHANNELS, 0, R, W, WARPS, MMA, dtype)
     up_basis, up_basis_t = _load_basis(up, d, CHANNELS, 1, R, W, WARPS, MMA, dtype)
+    zero = time >> 31  # 0, as time is positive
     gate_starts = _load_starts(static_w, d, zero, CHANNELS, 0, W, WARPS, MMA)
     up_starts = _load_starts(static_w, d, zero, CHANNELS, 1, W, WARPS, MMA)
     gate_partial = ()
@@ -266,10 +275,15 @@ def gated_backward_kernel(
             gradient = widened(read_one(dy_ring[slot].index(place), WARPS, MMA))
             gate_ranks = z_ring[slot].index(place).slice(0, 16, 1)
             up_ranks = z_ring[slot].index(place).slice(16, 16, 1)
-            gate_z, up_z = load_generator(gate_ranks, WARPS, LEFT), load_generator(up_ranks, WARPS, LEFT)
-            gate = _convolved(gate_xs, gate_z, gate_basis, gate_starts, RESIDUAL, W)
-            raised = _convolved(up_xs, up_z, up_basis, up_starts, RESIDUAL, W)
+            gate_filters = _filters(load_generator(gate_ranks, WARPS, LEFT), gate_basis, gate_starts)
+            up_filters = _filters(load_generator(up_ranks, WARPS, LEFT), up_basis, up_starts)
+            gate = _convolved(gate_xs, gate_filters, RESIDUAL, W)
+            raised = _convolved(up_xs, up_filters, RESIDUAL, W)
             to_gate, to_up = _through_swiglu(gradient, gate, raised)
+            gate_dx, gate_partial = _of_inputs(to_gate, gate_filters, gate_partial, RESIDUAL, W)
+            up_dx, up_partial = _of_inputs(to_up, up_filters, up_partial, RESIDUAL, W)
+            if dx is not None:
+                store_both(dx_shared[slot], gate_dx.to(dtype), up_dx.to(dtype), WARPS)
             gate_g, gate_turned = _products(to_gate, gate_xs, dtype, W, WARPS)
             up_g, up_turned = _products(to_up, up_xs, dtype, W, WARPS)
             if dz is not None:
@@ -284,11 +298,6 @@ def gated_backward_kernel(
                 for tap in gl.static_range(W):
                     both = sum_operand(gate_turned[tap], up_turned[tap], WARPS, LEFT)
                     static_sums = mma_v2(both, static_columns[tap], static_sums)
-            gate_z, up_z = renewed(gate_z, zero, WARPS, LEFT), renewed(up_z, zero, WARPS, LEFT)
-            gate_dx, gate_partial = _of_inputs(to_gate, gate_z, gate_basis, gate_starts, gate_partial, RESIDUAL, W)
-            up_dx, up_partial = _of_inputs(to_up, up_z, up_basis, up_starts, up_partial, RESIDUAL, W)
-            if dx is not None:
-                store_both(dx_shared[slot], gate_dx.to(dtype), up_dx.to(dtype), WARPS)
             gate_xs = drop_first(gate_xs)
             up_xs = drop_first(up_xs)
         gates, ups = paired(gate_xs, WARPS), paired(up_xs, WARPS)
@@ -325,13 +334,15 @@ def gated_backward_kernel(
         gate_xs = gate_xs + (gate_x,)
         up_xs = up_xs + (up_x,)
         gradient = widened(read_one(dy_ring[slot % SLOTS].index(place), WARPS, MMA))
-        gate_z = load_generator(z_ring[slot % SLOTS].index(place).slice(0, 16, 1), WARPS, LEFT)
-        up_z = load_generator(z_ring[slot % SLOTS].index(place).slice(16, 16, 1), WARPS, LEFT)
-        gate = _convolved(gate_xs, gate_z, gate_basis, gate_starts, RESIDUAL, W)
-        raised = _convolved(up_xs, up_z, up_basis, up_starts, RESIDUAL, W)
+        gate_ranks = z_ring[slot % SLOTS].index(place).slice(0, 16, 1)
+        up_ranks = z_ring[slot % SLOTS].index(place).slice(16, 16, 1)
+        gate_filters = _filters(load_generator(gate_ranks, WARPS, LEFT), gate_basis, gate_starts)
+        up_filters = _filters(load_generator(up_ranks, WARPS, LEFT), up_basis, up_starts)
+        gate = _convolved(gate_xs, gate_filters, RESIDUAL, W)
+        raised = _convolved(up_xs, up_filters, RESIDUAL, W)
         to_gate, to_up = _through_swiglu(gradient, gate, raised)
-        gate_partial = _of_last_inputs(to_gate, gate_z, gate_basis, gate_starts, gate_partial, W)
-        up_partial = _of_last_inputs(to_up, up_z, up_basis, up_starts, up_partial, W)
+        gate_partial = _of_last_inputs(to_gate, gate_filters, gate_partial, W)
+        up_partial = _of_last_inputs(to_up, up_filters, up_partial, W)
         if dx is not None:
             done = (RUN + slot + 1 - W < limit) & d_ok
             at = dx + slot * dx_time + row * dx_time + d
