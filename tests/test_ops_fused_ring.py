@@ -361,7 +361,7 @@ def test_swiglus_operator_is_what_torch_wants() -> None:
     torch.library.opcheck(torch.ops.dynconv.gated.default, (*inputs, 16, 4, True, False))
     dy = torch.randn(1, 9, 16, device=DEVICE).to(BFLOAT16)
     inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
-    torch.library.opcheck(torch.ops.dynconv.swiglu_backward.default, (dy, *inputs, 16, 4, True, False))
+    torch.library.opcheck(torch.ops.dynconv.gated_backward.default, (dy, *inputs, 16, 4, True, False, [True] * 3))
 
 
 @pytest.mark.usefixtures("launched")
