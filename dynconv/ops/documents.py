@@ -26,7 +26,7 @@ def find_documents(
         raise ValueError(f"cu_seqlens must be a tensor; got {kind_of(cu_seqlens)}; pass torch.tensor(cu_seqlens)")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs B = 1; got B = {batch}; pass x.reshape(1, B*T, D)")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be [N + 1] int32 or int64; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}; "
             "pass the documents' starts and the last one's end"
@@ -74,7 +74,7 @@ def find_runs(
     is 0, because padding within the rows is a run like any other. No value is read on the host.
     """
     steps = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    continues = torch.nn.functional.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (min(1, seq_idx.shape[1]), 0))
+    continues = (seq_idx == seq_idx.roll(1, 1)) & (steps > 0)  # no slices of T - 1: torch.export must serve every T
     starts = torch.where(continues, 0, steps).cummax(1).values
     return seq_idx >= 0, torch.nn.functional.pad((steps - starts).flatten(), (0, 1)).int()
 
