@@ -428,23 +428,3 @@ def test_interleaved_rows_turn_one_convention_into_the_other() -> None:
     up = joined.new_zeros(1, 3 * heads * size)
     q, k, _ = lowrank_rotary_convolution(joined, up, None, frequencies, heads, residual=True)
     assert relative_error(torch.einsum("bthe,bshe->bhts", q, k), want) < 1e-12
-
-
-def test_bad_arguments_get_one_clear_line() -> None:
-    joined, up, frequencies = torch.zeros(1, 4, 30), torch.zeros(2, 24), torch.zeros(2)
-    for arguments, message in (
-        ((joined[0], up, None, frequencies, 2), r"joined must be \[B, T, C\]; got \[4, 30\]"),
-        (
-            (joined, up[:, :20], None, frequencies, 2),
-            r"U must be \[R, W\*P\*D\] with P = 3 parts of D = 8 .* got \[2, 20\]",
-        ),
-        ((joined[..., :29], up, None, frequencies, 2), r"at least P \* \(D \+ R\) = 30 columns; got 29"),
-        ((joined, up, torch.zeros(2, 24), frequencies, 2), r"static_w must be \[W, P\*D\] = \[1, 24\]; got \[2, 24\]"),
-        ((joined, up, None, frequencies[None], 2), r"frequencies must be \[E/2\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            lowrank_rotary_convolution(*arguments)
-    with pytest.raises(ValueError, match="added goes with one part; got 3 parts"):
-        lowrank_joined_convolution(joined, up, None, 8, parts=3, added=torch.zeros(1, 4, 8))
-    with pytest.raises(ValueError, match=r"added must be \[B, T, D\] = \[1, 4, 8\]; got \[1, 4, 9\]"):
-        lowrank_joined_convolution(joined, up[:, :8], None, 8, added=torch.zeros(1, 4, 9))
