@@ -69,12 +69,17 @@ def test_muon_is_captured_and_follows_float32(tiny_run: RunConfig, dataset: Data
 
 
 @on_a_gpu
+@pytest.mark.parametrize("compiled", [True, False], ids=["captured", "uncompiled"])
 @pytest.mark.parametrize("policy", ["block", "attention-kept"])
-def test_recomputed_activations_are_captured(policy: str, tiny_run: RunConfig, dataset: Dataset) -> None:
+def test_recomputed_activations_make_the_same_steps(
+    policy: str, compiled: bool, tiny_run: RunConfig, dataset: Dataset
+) -> None:
     torch.compiler.reset()
-    plain, other = gpu_trainer(tiny_run, dataset), gpu_trainer(tiny_run, dataset, recompute=policy)
+    plain, other = (
+        gpu_trainer(tiny_run, dataset, compile=compiled, recompute=recompute) for recompute in ("none", policy)
+    )
     assert other._engine is not None
-    assert other._engine.captured
+    assert other._engine.captured == compiled
     for _ in range(5):
         assert other.step().loss == pytest.approx(plain.step().loss, rel=1e-3)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convolutions import DEVICE, kernels
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.data.dataset import Dataset
@@ -43,9 +44,13 @@ def decoder(run: RunConfig, policy: str) -> Decoder:
     return model
 
 
-def gradients(model: Decoder) -> list[torch.Tensor]:
+def loss(model: Decoder) -> torch.Tensor:
     tokens = torch.randint(300, (1, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten()).backward()
+    return F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
+
+
+def gradients(model: Decoder, of: torch.Tensor | None = None) -> list[torch.Tensor]:
+    (loss(model) if of is None else of).backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -65,6 +70,20 @@ def test_gradients_are_equal_and_only_what_is_not_kept_is_computed_again(policy:
     attention, convolutions = calls.of("scaled_dot_product"), calls.of("dynconv::convolve")
     assert (attention, convolutions) == {"block": (2, 2)}.get(policy, (1, 1))
     assert (calls.of("aten::mm") > once.of("aten::mm")) == (policy != "none")
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_attention_is_computed_again_as_it_was_computed(policy: str, tiny_run: RunConfig) -> None:
+    """The trainer chooses attention's implementation in the forward pass; backward passes are outside of that."""
+    plain, model = decoder(tiny_run, "none"), decoder(tiny_run, policy)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected, of = gradients(plain), loss(model)
+    again = Calls()
+    with again:
+        got = gradients(model, of)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert again.of("scaled_dot_product") == 0  # fused kernels
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:])

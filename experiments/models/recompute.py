@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -43,9 +44,32 @@ def recomputing(run: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
     def again(module: nn.Module, x: Tensor, documents: Documents | None) -> Any:
         if not torch.is_grad_enabled():
             return run(module, x, documents)
-        return checkpoint(run, module, x, documents, **options)
+        # torch.compile chooses kernels once, where it traces the forward pass.
+        computed = run if torch.compiler.is_compiling() else _with_the_same_attention(run)
+        return checkpoint(computed, module, x, documents, **options)
 
     return again
+
+
+def _with_the_same_attention(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, whose further calls choose among implementations of attention as the first one could.
+
+    A backward pass is outside of the context in which the trainer prefers cuDNN's (training/precision.py), and torch
+    restores autocast for what is computed again, but not this preference. Another implementation keeps other tensors,
+    which torch refuses.
+    """
+    preferred: list[SDPBackend] = []
+
+    def computed(*args: Any) -> Any:
+        if preferred:
+            with sdpa_kernel(preferred, set_priority=True):
+                return run(*args)
+        y = run(*args)
+        # Read it afterwards: torch may set its own order when a process first computes attention.
+        preferred.extend(_cur_sdpa_kernel_backends(with_priority=True))
+        return y
+
+    return computed
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001
