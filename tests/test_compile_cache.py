@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,10 +199,11 @@ def test_a_process_keeps_its_programs_in_memory_where_the_disk_takes_no_files(
     assert line.startswith(f"compiled programs are not shared with other runs: {said}")
 
 
-def test_a_folder_that_is_deleted_while_it_is_taken_is_made_again(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_folder_that_is_deleted_while_it_is_taken_is_taken_anew(
+    made_again: bool, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Deleted after it was opened and before it was locked."""
+    """Deleted, and perhaps made again by a third, after it was opened and before it was locked."""
     with compile_cache():
         folder = folder_in_use()
     assert folder.parent == root(temporary)
@@ -211,13 +212,16 @@ def test_a_folder_that_is_deleted_while_it_is_taken_is_made_again(
     def flock(descriptor: int, operation: int) -> None:
         if not deleted:
             deleted.append(folder)
-            folder.rmdir()
+            folder.rename(temporary / "deleted")  # the name of a new folder that has the same inode says nothing
+            if made_again:
+                folder.mkdir(mode=0o700)
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with compile_cache():
         assert folder_in_use() == folder
-        assert folder.is_dir()
+        with pytest.raises(BlockingIOError):
+            module._remove(folder)
     assert deleted
 
 
@@ -263,31 +267,25 @@ def test_the_last_few_folders_of_other_code_are_kept(temporary: Path) -> None:
     assert {path.name for path in root(temporary).iterdir()} == {own, *(f"{hours} hours ago" for hours in range(8))}
 
 
-def use(folders: "multiprocessing.SimpleQueue[str]") -> None:
-    for _ in range(40):
-        with compile_cache():
-            folder = folder_in_use()
-            (folder / "triton").mkdir(exist_ok=True)
-            assert (folder / "triton").is_dir()
-    folders.put(str(folder))
+def use(folder: Path) -> None:
+    for _ in range(100):
+        with contextlib.ExitStack() as stack:
+            module._take(folder, stack)
+            (folder / "program").touch()
+            assert (folder / "program").exists()
 
 
-def test_a_folder_is_never_deleted_under_a_process_that_uses_it(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two processes use it again and again while this one deletes it whenever it is free."""
-    monkeypatch.setattr(module, "KEPT", 0)
-    source.code_sha256()  # once for all
-    context = multiprocessing.get_context("fork")
-    folders = context.SimpleQueue()
-    processes = [context.Process(target=use, args=(folders,)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes):
-        if root(temporary).exists():
-            module._remove_unused(root(temporary), "other code")
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert {Path(folders.get()).parent for _ in processes} == {root(temporary)}
+def test_a_folder_is_never_deleted_under_those_who_use_it(temporary: Path) -> None:
+    """Two use it again and again while this one deletes it whenever it is free."""
+    root(temporary).mkdir(mode=0o700)
+    folder = root(temporary) / "code"
+    with ThreadPoolExecutor(2) as pool:
+        users = [pool.submit(use, folder) for _ in range(2)]
+        while not all(user.done() for user in users):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                module._remove(folder)
+    for user in users:
+        user.result()
 
 
 # Who uses it

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -148,7 +149,7 @@ def _name() -> str:
     """
     torch, triton = version("torch"), version("triton")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    decide = (source.code_sha256(), torch, triton, sys.version, sys.prefix, os.confstr("CS_GNU_LIBC_VERSION"), boot)
+    decide = (source.code_sha256(), torch, triton, sys.version, sys.prefix, platform.libc_ver(), boot)
     return f"torch-{torch}-triton-{triton}-{hashlib.sha256(repr(decide).encode()).hexdigest()[:16]}"
 
 
@@ -156,7 +157,8 @@ def _take(folder: Path, stack: contextlib.ExitStack) -> Path:
     """Make the folder, if it is missing, and hold a shared lock on it, which says that it is in use, as long as this
     process or one forked from it lives. Cleaners as systemd-tmpfiles heed it, too. Raises OSError if that fails."""
     for _ in range(_TRIES):
-        folder.mkdir(mode=_PRIVATE, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # `exist_ok` would raise it if the folder goes at this moment
+            folder.mkdir(mode=_PRIVATE)
         with contextlib.ExitStack() as attempt, contextlib.suppress(FileNotFoundError, BlockingIOError):
             held = _opened(folder, attempt)
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
