@@ -19,6 +19,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Pre
 
 from dynconv.layers import HeadwiseDynamicConv, LowRankDynamicConv, StaticShortConv
 
+# transformers 5.0 copies from a folder only the files that this one names.
+from .chunks import chunked  # type: ignore[import-not-found]  # noqa: F401
 from .modeling_parts import MIXERS, Experts, Informed, Pass, Rows, ShortConvCache, rows_of
 
 # transformers renamed the argument of its models that takes the cache.
