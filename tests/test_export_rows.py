@@ -175,6 +175,13 @@ def test_documents_and_padding_that_a_cache_cannot_continue_are_refused(convolve
         convolved.generate(tokens, attention_mask=padded, max_new_tokens=2, eos_token_id=None, pad_token_id=0)
 
 
+def test_packed_rows_that_an_attention_would_mix_are_refused(convolved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention in transformers reads position_ids only of a single row."""
+    monkeypatch.setattr(convolved.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match="flash_attention_2 tells packed documents apart in batches of one row alone"):
+        convolved(torch.arange(12).view(2, 6), position_ids=RESTARTED)
+
+
 def test_trainers_find_the_labels_and_the_tokenizer_pads_for_generation(
     convolved: Any, finished: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from .modeling_parts import MIXERS, Experts, Informed, Pass, Rows, ShortConvCach
 # transformers renamed the argument of its models that takes the cache.
 CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 CONVOLUTIONS = {"static": StaticShortConv, "headwise": HeadwiseDynamicConv, "lowrank": LowRankDynamicConv}
+TELLS_DOCUMENTS_APART = ("eager", "sdpa", "flex_attention")  # in every row: they take a mask
 MODULES = {  # where the linear map, or the norm, of a site is in a layer
     "mixer_input": "input_layernorm",
     "ffn_input": "post_attention_layernorm",
@@ -170,6 +171,12 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
                     "use_cache=False, or give each document a row"
                 )
             use_cache = False  # Qwen3's attention would not tell documents apart where it makes a cache
+            attention = self.config._attn_implementation
+            if len(inputs) > 1 and attention not in TELLS_DOCUMENTS_APART and not torch.compiler.is_compiling():
+                raise ValueError(
+                    f"{attention} tells packed documents apart in batches of one row alone; got {len(inputs)} rows; "
+                    "put the documents into one, or load the model with attn_implementation='sdpa'"
+                )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache:
