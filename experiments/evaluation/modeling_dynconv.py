@@ -159,24 +159,14 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
         cache = kwargs.pop("past_key_values", None) if CACHE != "past_key_values" else None
         cache = kwargs.pop(CACHE, cache)
         inputs = input_ids if input_ids is not None else inputs_embeds
-        mixes = self.config.conv is not None or self.config.mixer is not None  # tokens, besides attention
         rows = Rows()
         if inputs is not None:
             may_pack = cache is None and not (use_cache and torch.compiler.is_compiling())
+            mixes = self.config.conv is not None or self.config.mixer is not None  # tokens, besides attention
             rows = rows_of(inputs, attention_mask, position_ids, may_pack, mixes, kwargs)
         if rows.documents is not None:
-            if use_cache:
-                raise ValueError(
-                    "position_ids restart within a row, as of packed documents, which one cache cannot continue; pass "
-                    "use_cache=False, or give each document a row"
-                )
+            self._check_packed(len(rows.documents), use_cache)
             use_cache = False  # Qwen3's attention would not tell documents apart where it makes a cache
-            attention = self.config._attn_implementation
-            if len(inputs) > 1 and attention not in TELLS_DOCUMENTS_APART and not torch.compiler.is_compiling():
-                raise ValueError(
-                    f"{attention} tells packed documents apart in batches of one row alone; got {len(inputs)} rows; "
-                    "put the documents into one, or load the model with attn_implementation='sdpa'"
-                )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache:
@@ -193,6 +183,19 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
             **{CACHE: cache},
             **kwargs,
         )
+
+    def _check_packed(self, rows: int, use_cache: bool | None) -> None:
+        if use_cache:
+            raise ValueError(
+                "position_ids restart within a row, as of packed documents, which one cache cannot continue; pass "
+                "use_cache=False, or give each document a row"
+            )
+        attention = self.config._attn_implementation
+        if rows > 1 and attention not in TELLS_DOCUMENTS_APART and not torch.compiler.is_compiling():
+            raise ValueError(
+                f"{attention} tells packed documents apart in batches of one row alone; got {rows} rows; put the "
+                "documents into one, or load the model with attn_implementation='sdpa'"
+            )
 
 
 class DynconvForCausalLM(DynconvPreTrainedModel, Qwen3ForCausalLM):

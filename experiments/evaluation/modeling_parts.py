@@ -74,25 +74,14 @@ def rows_of(
     """
     if not strict and mask is not None:
         return Rows()
-    if positions is None and (told := {"seq_idx", "cu_seq_lens_q"} & others.keys()):
-        raise ValueError(f"{told.pop()} says where documents begin; give position_ids that restart there, too")
+    told = [name for name in ("seq_idx", "cu_seq_lens_q") if others.get(name) is not None]
+    if positions is None and told:
+        raise ValueError(f"{told[0]} says where documents begin; give position_ids that restart there, too")
     shape = inputs.shape[:2]
     values = not torch.compiler.is_compiling()  # can be read
     unpadded = None
     if mask is not None:
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            got = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-            raise ValueError(
-                f"attention_mask must be [B, tokens]: convolutions and recurrences know padding and no other masks; "
-                f"got {got}; for packed documents give position_ids that restart, and no mask"
-            )
-        seen = mask != 0
-        text_before, text_after = seen.cumsum(1) > 0, seen.flip(1).cumsum(1).flip(1) > 0
-        if values and bool((text_before & text_after & ~seen).any()):
-            raise ValueError(
-                "attention_mask must have its zeros at the ends of a row; got some between tokens, which convolutions "
-                "and recurrences would read; to generate, pad on the left (tokenizer.padding_side)"
-            )
+        _check_padding(mask, values)
         unpadded = mask[:, -shape[1] :, None]
     if positions is None or shape[1] == 1:
         return Rows(unpadded)
@@ -109,6 +98,23 @@ def rows_of(
             f"{extra} out, or give each document a row"
         )
     return Rows(unpadded)
+
+
+def _check_padding(mask: Any, values: bool) -> None:
+    """Raises ValueError unless it is a mask of padding at the ends of rows; without `values` they are not read."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        got = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask must be [B, tokens]: convolutions and recurrences know padding and no other masks; got "
+            f"{got}; for packed documents give position_ids that restart, and no mask"
+        )
+    seen = mask != 0
+    text_before, text_after = seen.cumsum(1) > 0, seen.flip(1).cumsum(1).flip(1) > 0
+    if values and bool((text_before & text_after & ~seen).any()):
+        raise ValueError(
+            "attention_mask must have its zeros at the ends of a row; got some between tokens, which convolutions and "
+            "recurrences would read; to generate, pad on the left (tokenizer.padding_side)"
+        )
 
 
 class Pass:
