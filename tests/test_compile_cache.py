@@ -288,6 +288,23 @@ def test_a_folder_is_never_deleted_under_those_who_use_it(temporary: Path) -> No
         user.result()
 
 
+def test_a_new_folder_is_not_deleted_in_place_of_the_old_one(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this process is about to delete the folder another does, and a run makes it again and uses it."""
+    folder, real = made(temporary, "old", 8.0), fcntl.flock
+    with contextlib.ExitStack() as run:
+
+        def flock(descriptor: int, operation: int) -> None:
+            monkeypatch.setattr(fcntl, "flock", real)
+            module._remove(folder)
+            module._take(folder, run)
+            (folder / "of the run").touch()
+            real(descriptor, operation)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        module._remove(folder)
+        assert (folder / "of the run").exists()
+
+
 # Who uses it
 
 

@@ -193,9 +193,12 @@ def _remove_unused(root: Path, name: str) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder. Raises BlockingIOError if it is in use."""
+    """Delete a folder. Raises BlockingIOError if it is in use, FileNotFoundError if another process deletes it."""
     aside = folder.with_name(f"{_REMOVED}{folder.name}-{os.getpid()}")
     with contextlib.ExitStack() as stack:
-        fcntl.flock(_opened(folder, stack), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = _opened(folder, stack)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(held), folder.lstat()):  # the name may be that of a new one, which is in use
+            return
         folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
