@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +160,11 @@ def full_outside_of_memory(descriptor: int, offset: int, length: int) -> None:
     os.truncate(descriptor, offset + length)
 
 
+def noexec_outside_of_memory(folder: Path) -> Any:
+    """`statvfs` where the disk is mounted noexec. (A mount of that kind was tried by hand.)"""
+    return SimpleNamespace(f_flag=0 if folder.is_relative_to("/dev/shm") else os.ST_NOEXEC)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [not_private, another_users, a_link, a_link_inside, no_sticky_bit, a_shared_file_system],
@@ -183,20 +190,33 @@ def test_a_process_has_a_folder_of_its_own_where_the_shared_one_will_not_do(
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no folder in memory")
-@pytest.mark.parametrize("no_folder", [True, False], ids=["no folder takes files", "the folder is full"])
-def test_a_process_keeps_its_programs_in_memory_where_the_disk_takes_no_files(
-    no_folder: bool, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("problem", ["no folder takes files", "the folder is full", "mounted noexec"])
+def test_a_process_keeps_its_programs_in_memory_where_the_disk_takes_no_files_or_allows_no_code(
+    problem: str, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if no_folder:  # what Python asks of each of the usual ones is to write a file
+    said = str(root(temporary))
+    if problem == "no folder takes files":  # what Python asks of each of the usual ones is to write a file
         monkeypatch.setattr(tempfile, "tempdir", None)
         monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(temporary / "missing")])
-    else:
+        said = "No usable temporary directory found"
+    elif problem == "the folder is full":
         monkeypatch.setattr(os, "posix_fallocate", full_outside_of_memory)
+    else:
+        monkeypatch.setattr(os, "statvfs", noexec_outside_of_memory)
     with compile_cache():
         assert folder_in_use().parent == Path("/dev/shm")
-    said = "No usable temporary directory found" if no_folder else f"{root(temporary)}"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"compiled programs are not shared with other runs: {said}")
+    assert ("(mounted noexec)" in line) == (problem == "mounted noexec")
+
+
+def test_where_no_folder_will_do_the_problem_of_the_one_to_change_is_raised(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    with pytest.raises(PermissionError, match="set TMPDIR to a folder elsewhere"), compile_cache():
+        pass
+    assert not [path for path in temporary.iterdir() if path != root(temporary)]
 
 
 @pytest.mark.parametrize("made_again", [False, True])

@@ -8,6 +8,7 @@ been able to write there.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -85,7 +86,7 @@ def _shared_folder(stack: contextlib.ExitStack) -> Path:
     name = _name()
     _remove_unused(root, name)
     folder = _take(root / name, stack)
-    _require_room(folder)
+    _require_usable(folder)
     return folder
 
 
@@ -95,7 +96,7 @@ def _own_folder(stack: contextlib.ExitStack) -> Path:
         try:
             folder = Path(tempfile.mkdtemp(prefix="dynconv-", dir=parent))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            _require_room(folder)
+            _require_usable(folder)
         except OSError as error:
             problem = error
         else:
@@ -131,8 +132,14 @@ def _require_local(root: Path) -> None:
         raise OSError(0, f"its file system ({kind}) is not known as local; set TMPDIR to a local folder", str(root))
 
 
-def _require_room(folder: Path) -> None:
-    """Raises OSError if the folder takes no files, or too few."""
+def _require_usable(folder: Path) -> None:
+    """Raises OSError if the folder takes no files, or too few, or if code must not be loaded from it."""
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise OSError(
+            errno.EACCES,
+            "compiled code must not be loaded from it (mounted noexec); set TMPDIR to a folder elsewhere",
+            str(folder),
+        )
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             os.posix_fallocate(probe.fileno(), 0, ROOM)
