@@ -155,6 +155,14 @@ RESTARTED = torch.tensor([[0, 1, 2, 0, 1, 2]])
         ({"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])}, "must have its zeros at the ends of a row"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, r"must be \[B, tokens\].*got 4 dimensions; for packed documents"),
         ({"attention_mask": {"full_attention": ONES}}, "got a dict"),
+        (
+            {"attention_mask": torch.ones(1, 9)},
+            r"must be \[B, tokens\], here \[1, 6\] with those in the cache; got \[1, 9",
+        ),
+        ({"attention_mask": torch.ones(1, 5)}, r"got \[1, 5\]; give each token one"),
+        ({"attention_mask": torch.ones(2, 6)}, r"got \[2, 6\]; give each token one"),
+        ({"position_ids": torch.arange(6)}, r"position_ids must be \[B, T\], here \[1, 6\]; got \[6\]; give each"),
+        ({"position_ids": torch.arange(5)[None]}, r"here \[1, 6\]; got \[1, 5\]; give each token one"),
         ({"seq_idx": RESTARTED}, "seq_idx says where documents begin; give position_ids that restart there"),
     ],
 )
@@ -170,6 +178,8 @@ def test_documents_and_padding_that_a_cache_cannot_continue_are_refused(convolve
     cache = convolved.eval()(tokens, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="which a cache does not tell apart; leave a cache out"):
         convolved(tokens, position_ids=RESTARTED, **{CACHE: cache})
+    with pytest.raises(ValueError, match=r"here \[1, 12\] with those in the cache; got \[1, 6\]"):
+        convolved(tokens, attention_mask=ONES, **{CACHE: cache})
     padded = torch.tensor([[1, 1, 1, 1, 0, 0]])
     with pytest.raises(ValueError, match="to generate, pad on the left"):
         convolved.generate(tokens, attention_mask=padded, max_new_tokens=2, eos_token_id=None, pad_token_id=0)

@@ -155,15 +155,18 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
         **kwargs: Any,
     ) -> Any:
         """As Qwen3Model's. Raises ValueError for rows that the convolutions and recurrences cannot tell apart as
-        attention would, and for a cache of another kind."""
+        attention would, for a mask or positions of another shape, and for a cache of another kind."""
         cache = kwargs.pop("past_key_values", None) if CACHE != "past_key_values" else None
         cache = kwargs.pop(CACHE, cache)
+        if cache is not None and not isinstance(cache, ShortConvCache):
+            raise ValueError(f"the cache must be a ShortConvCache; got a {type(cache).__name__}; leave it to the model")
         inputs = input_ids if input_ids is not None else inputs_embeds
         rows = Rows()
         if inputs is not None:
             may_pack = cache is None and not (use_cache and torch.compiler.is_compiling())
             mixes = self.config.conv is not None or self.config.mixer is not None  # tokens, besides attention
-            rows = rows_of(inputs, attention_mask, position_ids, may_pack, mixes, kwargs)
+            seen = 0 if cache is None else cache.get_seq_length()
+            rows = rows_of(inputs, attention_mask, position_ids, seen, may_pack, mixes, kwargs)
         if rows.documents is not None:
             self._check_packed(len(rows.documents), use_cache)
             use_cache = False  # Qwen3's attention would not tell documents apart where it makes a cache
@@ -171,8 +174,6 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache:
             cache = ShortConvCache(config=self.config)
-        if cache is not None and not isinstance(cache, ShortConvCache):
-            raise ValueError(f"the cache must be a ShortConvCache; got a {type(cache).__name__}; leave it to the model")
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -63,6 +63,7 @@ def rows_of(
     inputs: torch.Tensor,  # [B, T] or [B, T, D]
     mask: Any,  # [B, all tokens so far]: 0 at padding; None: no padding
     positions: torch.Tensor | None,  # [B or 1, T]; None: those that follow the tokens so far
+    seen: int,  # tokens of each row that came before, in a cache
     may_pack: bool,  # rows may hold packed documents: there is no cache
     strict: bool,  # refuse what attention alone would express
     others: Mapping[str, Any],  # the other arguments of the model
@@ -70,7 +71,8 @@ def rows_of(
     """The padding that a mask says, or the packed documents that positions say which restart, as attention reads them.
 
     As in transformers, a document ends where the next position is not the next number, and only rows without a mask
-    hold several. Raises ValueError for what would be kept apart by attention alone.
+    hold several. Raises ValueError for what would be kept apart by attention alone, and for a mask or positions of
+    another shape.
     """
     if not strict and mask is not None:
         return Rows()
@@ -81,8 +83,10 @@ def rows_of(
     values = not torch.compiler.is_compiling()  # can be read
     unpadded = None
     if mask is not None:
-        _check_padding(mask, values)
+        _check_padding(mask, (shape[0], seen + shape[1]), values)
         unpadded = mask[:, -shape[1] :, None]
+    if positions is not None and (positions.dim() != 2 or positions.shape[1] != shape[1]):
+        raise ValueError(f"position_ids must be [B, T], here {[*shape]}; got {[*positions.shape]}; give each token one")
     if positions is None or shape[1] == 1:
         return Rows(unpadded)
     step = positions.expand(shape).diff(dim=1)
@@ -100,17 +104,25 @@ def rows_of(
     return Rows(unpadded)
 
 
-def _check_padding(mask: Any, values: bool) -> None:
-    """Raises ValueError unless it is a mask of padding at the ends of rows; without `values` they are not read."""
+def _check_padding(mask: Any, shape: tuple[int, int], values: bool) -> None:
+    """Raises ValueError unless it is a mask of this shape of padding at the ends of rows.
+
+    Without `values` they are not read.
+    """
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         got = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
             f"attention_mask must be [B, tokens]: convolutions and recurrences know padding and no other masks; got "
             f"{got}; for packed documents give position_ids that restart, and no mask"
         )
-    seen = mask != 0
-    text_before, text_after = seen.cumsum(1) > 0, seen.flip(1).cumsum(1).flip(1) > 0
-    if values and bool((text_before & text_after & ~seen).any()):
+    if tuple(mask.shape) != shape:  # attention would read the first of a longer one, convolutions the last
+        raise ValueError(
+            f"attention_mask must be [B, tokens], here {[*shape]} with those in the cache; got {[*mask.shape]}; give "
+            "each token one"
+        )
+    text = mask != 0
+    text_before, text_after = text.cumsum(1) > 0, text.flip(1).cumsum(1).flip(1) > 0
+    if values and bool((text_before & text_after & ~text).any()):
         raise ValueError(
             "attention_mask must have its zeros at the ends of a row; got some between tokens, which convolutions and "
             "recurrences would read; to generate, pad on the left (tokenizer.padding_side)"
