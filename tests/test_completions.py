@@ -74,6 +74,9 @@ def test_answers_in_batches_are_those_of_each_request_by_itself(
     assert len(batches) < len(requests)
     assert together == [model.generate_until([request])[0] for request in requests]
     assert len(set(together)) > 4
-    requests[0].args[1]["max_gen_toks"] = 0
-    with pytest.raises(ValueError, match="max_gen_toks of a task must be at least 1; got 0"):
-        model.generate_until(requests)
+    none, empty = ([SimpleNamespace(args=("x", {"max_gen_toks": 9, "until": until}))] for until in ([], [""]))
+    assert model.generate_until(empty) == model.generate_until(none)
+    for wrong in (0, "many", 2.5):
+        requests[0].args[1]["max_gen_toks"] = wrong
+        with pytest.raises(ValueError, match=f"must be a whole number, at least 1; got {wrong}; correct it in a copy"):
+            model.generate_until(requests)

@@ -104,6 +104,7 @@ def test_tables_compare_arms_at_the_new_length(stores: tuple[Path, Path], capsys
         (["NAMED", "--lengths", "48,64"], "have sequence_length=64 already; leave it out"),
         (["RECALL", "--lengths", "20000000"], "--lengths must be at most 16777216, beyond which RoPE cannot tell"),
         (["RECALL", "--lengths", "64x"], "--lengths must be numbers of tokens, as 512,1024; got 64x; correct it"),
+        (["RECALL", "--lengths", ""], "--lengths must be numbers of tokens, as 512,1024; got nothing; correct it"),
         (["RECALL", "--lengths", "0"], "--lengths must be numbers of tokens, as 512,1024; got 0; correct it"),
         (["RECALL", "--lengths", "64", "--tasks", "wikitext"], "--text and --tasks are for runs on text; give one"),
         (["TEXT", "--lengths", "64"], "was trained on text; use --text"),

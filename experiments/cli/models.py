@@ -118,7 +118,9 @@ def _lengths(args: argparse.Namespace) -> list[int]:
         raise ValueError("--lengths is for runs on generated tasks, --text and --tasks are for runs on text; give one")
     words = [word.strip() for word in args.lengths.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"--lengths must be numbers of tokens, as 512,1024; got {args.lengths}; correct it")
+        raise ValueError(
+            f"--lengths must be numbers of tokens, as 512,1024; got {args.lengths or 'nothing'}; correct it"
+        )
     return list(dict.fromkeys(map(int, words)))
 
 

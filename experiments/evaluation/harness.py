@@ -104,12 +104,17 @@ class RunLM(TemplateLM):
 
     def _question(self, context: str, settings: Mapping[str, Any]) -> _Question:
         stops = settings.get("until") or []
-        most = int(settings.get("max_gen_toks", MOST_NEW_TOKENS))
+        stops = [stops] if isinstance(stops, str) else stops
+        said = settings.get("max_gen_toks", MOST_NEW_TOKENS)
+        most = int(said) if str(said).isdecimal() else 0
         temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample", False) else 0.0
         ids = self.tok_encode(context) or [self.eot_token_id]
         room = self.max_length - most
         if most < 1:
-            raise ValueError(f"max_gen_toks of a task must be at least 1; got {most}; raise it in a copy of the task")
+            raise ValueError(
+                f"max_gen_toks of a task must be a whole number, at least 1; got {said}; correct it in a copy of the "
+                "task"
+            )
         if room < 1:
             raise ValueError(
                 f"a task wants answers of up to {most} tokens, and the run was trained on sequences of "
@@ -119,7 +124,7 @@ class RunLM(TemplateLM):
         self.truncated += len(ids) > room
         return _Question(
             tokens=tuple(ids[-room:]),
-            stops=(stops,) if isinstance(stops, str) else tuple(stops),
+            stops=tuple(stop for stop in stops if stop),  # an empty one, as in some tasks, stands for none
             sampling=Sampling(temperature, settings.get("top_k") or None, settings.get("top_p")),
             most=most,
         )
