@@ -40,6 +40,7 @@ from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
+from analysis.errors import Refusal
 from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks, untuned
 from analysis.laws.solver import Floats
 from analysis.logs.learning import failed_runs, uncounted, unlearned
@@ -69,7 +70,7 @@ def multipliers(
     `irreducible_losses` are stated values of E (nats a token), used instead of fitting it: the first for the headline,
     all of them for the sensitivity. A table of points may state them in a column stated_E. With E stated, an arm with a
     single size gets its local m, by the exponent of the baseline, without an interval. The wall-clock multiplier uses
-    measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks. Raises ValueError
+    measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks. Raises Refusal
     where no arm has a multiplier.
     """
     rows, excluded = usable(runs)
@@ -80,7 +81,7 @@ def multipliers(
     refused: dict[str, list[str]] = {}  # by the reason
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
     if not arms:
-        raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
+        raise Refusal(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
     for arm in arms:
         two = runs[runs["arm"].isin([baseline, arm])]
         failures = unlearned(two)
@@ -100,19 +101,19 @@ def multipliers(
             answer = _with_warnings(replace(answer, notes=tuple(lines), rates=tuple(tuned)), remarks(tuned))
             answer = _with_warnings(answer, mixtures(both, arm, baseline))
             found.append(with_unlearned(answer, failures))
-        except ValueError as error:
+        except Refusal as error:
             refused.setdefault(refusal(error, (arm, baseline), failures), []).append(arm)
     lines = [f"{', '.join(arms)}: {reason}" for reason, arms in refused.items()]
     if not found:
-        raise ValueError("; ".join(lines))
+        raise Refusal("; ".join(lines))
     return at_once(found), lines
 
 
 def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
-    """Raises ValueError where an arm has no run that finished and learned."""
+    """Raises Refusal where an arm has no run that finished and learned."""
     for arm in arms:
         if not rows["arm"].eq(arm).any():
-            raise ValueError(f"no run of {arm} has finished and learned")
+            raise Refusal(f"no run of {arm} has finished and learned")
 
 
 def comparable(
@@ -120,10 +121,10 @@ def comparable(
 ) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
     """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
     and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
-    rates were tuned, and lines for the reader on how budgets were matched and which rates are best. Raises ValueError
+    rates were tuned, and lines for the reader on how budgets were matched and which rates are best. Raises Refusal
     where an arm has no row."""
     if absent := [each for each in (baseline, arm) if not rows["arm"].eq(each).any()]:
-        raise ValueError(f"no run of {absent[0]} is among those that are compared")
+        raise Refusal(f"no run of {absent[0]} is among those that are compared")
     rows, how = with_budgets(rows, baseline, column)
     rows = with_axes(rows)
     require_one_configuration(rows)
@@ -149,9 +150,9 @@ def compare(
     resamples: int = 999,
     seed: int = 0,
 ) -> Multiplier:
-    """One arm against the baseline, with every check. Raises ValueError on fewer than two paired sizes."""
+    """One arm against the baseline, with every check. Raises Refusal on fewer than two paired sizes."""
     if len(pairs.sizes) < 2:
-        raise ValueError(
+        raise Refusal(
             f"{len(pairs.sizes)} paired size with {pairs.baseline}; an interval needs at least two (five are advised), "
             "so train both arms at more sizes with the same seeds"
         )
@@ -339,7 +340,7 @@ def _stated_irreducible_losses(rows: pd.DataFrame) -> tuple[float, ...]:
         (text,) = texts
         return tuple(map(float, text.split()))
     except ValueError:
-        raise ValueError(f"column stated_E must hold the same numbers in every row; got {', '.join(texts)}") from None
+        raise Refusal(f"column stated_E must hold the same numbers in every row; got {', '.join(texts)}") from None
 
 
 def _remarks(

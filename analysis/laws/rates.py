@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.errors import Refusal
 from analysis.laws.solver import Bools, Floats
 from analysis.logs.schema import AXIS_PREFIX, axis_columns, fact_columns
 from analysis.logs.selection import Excluded, alike, excluded_rows, is_rate, some
@@ -150,14 +151,14 @@ def rate_column(runs: pd.DataFrame) -> str | None:
 
 
 def _numbers(runs: pd.DataFrame, rate: str) -> pd.Series:
-    """The rates as numbers. Raises ValueError with the rows at fault unless all are positive, since a row without a
+    """The rates as numbers. Raises Refusal with the rows at fault unless all are positive, since a row without a
     rate would otherwise be dropped silently."""
     import pandas as pd
 
     values = pd.to_numeric(runs[rate], errors="coerce").astype(float)
     wrong = runs.loc[~(values > 0), "run_id"]
     if len(wrong):
-        raise ValueError(
+        raise Refusal(
             f"some arms were run at several values of {rate}, and {some(wrong)} has none that is positive; correct it, "
             "or leave such rows out with --where"
         )
@@ -259,8 +260,11 @@ def _with_rules(found: list[Tuned], bends: dict[Key, float], computes: dict[Key,
 
 
 def remarks(used: Sequence[Tuned]) -> Iterator[str]:
-    """Warnings about the tuning of both arms of one comparison."""
+    """Warnings about the tuning of both arms of one comparison, at the sizes and budgets that both have: an arm may be
+    left out of the largest sizes, and what the other was given there is not compared."""
     arms = list(dict.fromkeys(item.arm for item in used))
+    at = {arm: {(item.size, item.budget) for item in used if item.arm == arm} for arm in arms}
+    used = [item for item in used if all((item.size, item.budget) in each for each in at.values())]
     for arm in arms:
         edges = list(dict.fromkeys(item.size for item in used if item.arm == arm and item.at_edge))
         if edges:
