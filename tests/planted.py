@@ -193,10 +193,10 @@ def study(
 ) -> pd.DataFrame:
     """The runs of the counted study (mini-scaling.toml) after a session, as a table of points with a planted truth.
 
-    L = 1.7 + .39 (m C / 1.7e16)^-.3 + .02 ln(f / best)^2, plus `scatter` of an arm at a size and `noise` times
-    STUDY_SEED_NOISE of each run. An arm's best factor is STUDY_BEST at 1.7e16 FLOPs and grows as C^slope. Later seeds
-    of 3M and 11M have the best tried rate of the first ones alone, and 21M has no head-wise filters. `singles` are
-    factors of sizes with one rate, in place of the file's.
+    L = 1.7 + .39 (m C / 6.8e15)^-.3 + .02 ln(f / best)^2, plus `scatter` of an arm at a size and `noise` times
+    STUDY_SEED_NOISE of each run; 6.8e15 FLOPs are the geometric middle. An arm's best factor is STUDY_BEST there and
+    grows as C^slope. Later seeds of 3M and 11M have the best tried rate of the first ones alone, and 21M has no
+    head-wise filters. `singles` are factors of sizes with one rate, in place of the file's.
     """
     from experiments.cli.plan import planned
 
@@ -211,8 +211,8 @@ def study(
         if seed >= SEEDS_AFTER[session].get(size, 0) or (arm, size) == ("headwise-qkv", "21M"):
             continue
         factor = (singles or {}).get((arm, size), float(run["vary"]["learning_rate_factor"]))
-        off = np.log(factor / STUDY_BEST[arm]) - slope * np.log(compute / 1.7e16)
-        loss = 1.7 + 0.39 * (true_m[arm] * compute / 1.7e16) ** -0.3 + 0.02 * off**2 + error + of_run
+        off = np.log(factor / STUDY_BEST[arm]) - slope * np.log(compute / 6.8e15)
+        loss = 1.7 + 0.39 * (true_m[arm] * compute / 6.8e15) ** -0.3 + 0.02 * off**2 + error + of_run
         names = ("run_id", "arm", "baseline", "size", "seed", "parameters", "tokens", "flops_exact")
         rate = run["learning_rate"] / run["vary"]["learning_rate_factor"] * factor
         rates = {"train.learning_rate": rate, "vary.learning_rate_factor": factor}

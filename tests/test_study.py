@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import STUDY_M, study, write_points
+from planted import STUDY, STUDY_M, study, write_points
 
 from analysis.advantage import multiplier
 from analysis.advantage.multiplier import multipliers
 from analysis.logs.store import load
 from experiments.cli.main import main
+from experiments.cli.plan import planned
 
 
 @pytest.mark.parametrize("session", [1, 2, 5])
@@ -63,3 +64,37 @@ def test_an_arm_that_cannot_be_compared_is_still_told(tmp_path: Path, capsys: py
     out = capsys.readouterr()
     assert "no answer for static-qkv: 1 paired size with transformer; an interval needs at least two" in out.err
     assert {item["family"] for item in json.loads(out.out)} == {4}
+
+
+FIRST_QUESTION = 'arm in ["static-qkv", "lowrank-qkv"]'
+
+
+def test_power_asks_the_first_question_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a session's store, by --where: the same as on a table of the two arms alone, and more than as one of five."""
+    rows = study(1)
+    whole = write_points(rows, tmp_path / "study.csv")
+    two = write_points(rows[rows["arm"].isin(["static-qkv", "lowrank-qkv"])], tmp_path / "two.csv")
+    asked = ["--baseline", "static-qkv", "--seeds", "own", "--simulations", "100", "--m", "1.1", "--json"]
+    found = []
+    for path, where in ((whole, FIRST_QUESTION), (two, None), (whole, None)):
+        assert main(["power", str(path), *asked, *(["--where", where] if where else [])]) == 0
+        out = capsys.readouterr()
+        (prospect,) = json.loads(out.out)
+        found.append(prospect["power"])
+        assert ("the interval of all 5 arms at once" in out.err) == (path == whole and where is None)
+    assert found[0] == found[1] > found[2] + 0.1
+
+
+def test_power_takes_a_part_of_a_sweep_and_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(planned(STUDY)))
+    answers = []
+    for design in (STUDY, tmp_path / "plan.json"):
+        where = f'size in ["1M", "3M", "7M"] and {FIRST_QUESTION}'
+        asked = ["--baseline", "static-qkv", "--seeds", "own", "--simulations", "100"]
+        assert main(["power", str(design), *asked, "--where", where]) == 0
+        answers.append(capsys.readouterr().out)
+        assert main(["power", str(design), *asked, "--where", "arm == 'none'"]) == 2
+        assert "leaves no row of 616" in capsys.readouterr().err
+    assert answers[0] == answers[1]
+    assert "[16, 8, 5]" in answers[0]
+    assert "arms at once" not in answers[0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.advantage.answers import Answer, Clock, Multiplier
-from analysis.advantage.budgets import OfBudget, by_budget, with_budgets
+from analysis.advantage.budgets import OfBudget, by_budget
 from analysis.advantage.checks import (
     EXTRAPOLATED,
     answer_of,
@@ -29,22 +29,23 @@ from analysis.advantage.checks import (
     local_rows,
     noise_floor,
 )
+from analysis.advantage.comparable import Ready, every_arm
 from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE
 from analysis.advantage.family import at_once
 from analysis.advantage.joint import Interval, aicc, wild_cluster_interval
-from analysis.advantage.mixtures import between_pairs, between_rates, changing_facts, mixtures, recipes
+from analysis.advantage.mixtures import mixtures
 from analysis.advantage.paired import EXPONENTS, Local, ratio, trend
-from analysis.advantage.pairs import Pairs, averaged, pair, require_one_configuration, usable, with_axes
+from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.single import require_below, single_size
 from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
 from analysis.errors import Refusal
-from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks, untuned
+from analysis.laws.rate_rule import beside_the_rule, rule_of
+from analysis.laws.rates import rate_column, remarks
 from analysis.laws.solver import Floats
-from analysis.logs.learning import failed_runs, uncounted, unlearned
-from analysis.logs.schema import CONVENTIONS
+from analysis.logs.learning import uncounted, unlearned
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
 if TYPE_CHECKING:
@@ -82,13 +83,15 @@ def multipliers(
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
     if not arms:
         raise Refusal(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
-    for arm in arms:
+    ready = every_arm(runs, rows, arms, baseline, convention)
+    rule = rule_of(item for each in ready.values() if isinstance(each, Ready) for item in each.tuned)
+    for arm, prepared in ready.items():
         two = runs[runs["arm"].isin([baseline, arm])]
         failures = unlearned(two)
         try:
-            _require_learned(rows, (arm, baseline))
-            mine = rows[rows["arm"].isin([baseline, arm])]
-            both, tuned, lines = comparable(mine, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
+            if isinstance(prepared, Refusal):
+                raise prepared
+            both, tuned, lines = prepared.rows, beside_the_rule(prepared.tuned, rule), list(prepared.lines)
             if tuned:
                 failures = unlearned(two, both, rate_column(both))
                 lines += uncounted(two, failures)
@@ -107,33 +110,6 @@ def multipliers(
     if not found:
         raise Refusal("; ".join(lines))
     return at_once(found), lines
-
-
-def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
-    """Raises Refusal where an arm has no run that finished and learned."""
-    for arm in arms:
-        if not rows["arm"].eq(arm).any():
-            raise Refusal(f"no run of {arm} has finished and learned")
-
-
-def comparable(
-    rows: pd.DataFrame, arm: str, baseline: str, column: str, failed: pd.DataFrame | None = None
-) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
-    """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
-    and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
-    rates were tuned, and lines for the reader on how budgets were matched and which rates are best. Raises Refusal
-    where an arm has no row."""
-    if absent := [each for each in (baseline, arm) if not rows["arm"].eq(each).any()]:
-        raise Refusal(f"no run of {absent[0]} is among those that are compared")
-    rows, how = with_budgets(rows, baseline, column)
-    rows = with_axes(rows)
-    require_one_configuration(rows)
-    mixed = between_rates(rows, rate_column(rows))
-    rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
-    lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
-    lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
-    lines += [*averaged(rows), *recipes(rows, arm, baseline), *changing_facts(rows, arm, baseline), *mixed]
-    return rows, tuned, lines + between_pairs(rows, arm, baseline)
 
 
 def _with_warnings(item: Multiplier, warnings: Iterable[str]) -> Multiplier:

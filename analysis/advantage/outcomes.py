@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.advantage.comparable import comparable
 from analysis.advantage.mixtures import mixtures
-from analysis.advantage.multiplier import comparable
 from analysis.advantage.pairs import nothing_in_common, usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
 from analysis.advantage.unresolved import UNRESOLVED
