@@ -20,6 +20,7 @@ from analysis.advantage.budgets import OfBudget, by_budget
 from analysis.advantage.checks import (
     EXTRAPOLATED,
     answer_of,
+    asked_at,
     at_other_irreducible_losses,
     by_joint_fit,
     curve,
@@ -63,6 +64,7 @@ def multipliers(
     convention: str | None = None,
     irreducible_losses: Sequence[float] = (),
     throughput: pd.DataFrame | None = None,
+    at: Sequence[float] = (),
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
@@ -71,7 +73,8 @@ def multipliers(
     `irreducible_losses` are stated values of E (nats a token), used instead of fitting it: the first for the headline,
     all of them for the sensitivity. A table of points may state them in a column stated_E. With E stated, an arm with a
     single size gets its local m, by the exponent of the baseline, without an interval. The wall-clock multiplier uses
-    measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks. Raises Refusal
+    measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks. `at` are computes in
+    FLOPs, at which m is told, too, however far they lie from the runs'. Raises Refusal
     where no arm has a multiplier.
     """
     rows, excluded = usable(runs)
@@ -100,7 +103,9 @@ def multipliers(
             if irreducible_losses and len(pairs.sizes) == 1:
                 answer = single_size(pairs, others, both, irreducible_losses)
             else:
-                answer = compare(pairs, others, irreducible_losses=irreducible_losses, resamples=resamples, seed=seed)
+                answer = compare(
+                    pairs, others, irreducible_losses=irreducible_losses, at=at, resamples=resamples, seed=seed
+                )
             answer = _with_warnings(replace(answer, notes=tuple(lines), rates=tuple(tuned)), remarks(tuned))
             answer = _with_warnings(answer, mixtures(both, arm, baseline))
             found.append(with_unlearned(answer, failures))
@@ -123,6 +128,7 @@ def compare(
     others: dict[str, Pairs] | None = None,
     *,
     irreducible_losses: Sequence[float] = (),
+    at: Sequence[float] = (),
     resamples: int = 999,
     seed: int = 0,
 ) -> Multiplier:
@@ -179,6 +185,7 @@ def compare(
         irreducible_loss=float(shown.law.E[0]),
         exponent=float(shown.law.g[0]),
         local=tuple(local_rows(pairs, shown)),
+        asked=tuple(asked_at(local, at)),
         constancy=found.verdict.constancy,
         change=found.verdict.change,
         correlation_p=found.verdict.correlation_p,

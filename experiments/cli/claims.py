@@ -17,6 +17,7 @@ from experiments.cli.arguments import (
     convention_argument,
     format_argument,
     load_store,
+    positive_numbers,
     published_argument,
     reading_store,
     where_argument,
@@ -49,6 +50,7 @@ def _add_table(subparsers: Subparsers) -> None:
         """results/runs/demo --where 'size != "25k"'""",
         "results/runs/demo --by arm,size",
         "results/runs/demo --throughput train.parquet",
+        "results/runs/mini-scaling --at 3.35e19,1.146e21      # extrapolated, and told so",
         "results/runs/mini-mqar --metric accuracy",
         "results/runs/mini-ablation-width --published",
         "results/runs/mini-scaling --rates experiments/sweeps/mini-scaling.toml",
@@ -68,6 +70,11 @@ def _add_table(subparsers: Subparsers) -> None:
         type=Path,
         metavar="FILE",
         help="a .csv or .parquet of measured throughput, with columns size, arm, tokens_per_second: for the wall clock",
+    )
+    parser.add_argument(
+        "--at",
+        metavar="C,...",
+        help="tell m at these computes in FLOPs, too, each with how far it lies beyond the largest that was trained",
     )
     where_argument(parser)
     parser.add_argument(
@@ -175,15 +182,19 @@ def _table(args: argparse.Namespace) -> int:
         print(value_table(*grouped(runs, by), args.format))
         warn(*not_counted(runs), *cautions(runs, by))
         return 0
+    at = positive_numbers("at", args.at) if args.at else []
     found, refused = multipliers(
         runs,
         baseline=args.baseline,
         convention=args.convention,
         irreducible_losses=_held_losses(args.hold),
         throughput=read_throughput(args.throughput) if args.throughput else None,
+        at=at,
         seed=args.seed,
     )
     warn(*(f"no answer for {line}" for line in refused))
+    if at and (few := [item.arm for item in found if not item.asked]):
+        warn(f"no m at another compute for {', '.join(few)}: three paired sizes of equal compute show how it changes")
     print(multiplier_table(found, args.format))
     return 0
 
@@ -191,7 +202,7 @@ def _table(args: argparse.Namespace) -> int:
 def _refuse_several_answers(args: argparse.Namespace) -> None:
     """Raises ValueError where options ask for several tables at once."""
     tables = [f"--{name}" for name in ("metric", "published", "by", "rates") if getattr(args, name) is not None]
-    settings = [f"--{name}" for name in ("hold", "throughput") if getattr(args, name)]
+    settings = [f"--{name}" for name in ("hold", "throughput", "at") if getattr(args, name)]
     if len(tables) > 1 or (tables and settings):
         given = " and ".join([*tables, *settings][:2])
         raise ValueError(
