@@ -24,9 +24,11 @@ _LAUNCHING = ("lowrank_mma", "fused_mma", "ring", "fused_ring")
 _MODULES = (
     "gluon_pieces",
     "mma",
+    "mma_halves",
     "fused_pieces",
     "lowrank_mma_kernels",
     "gated_kernels",
+    "gated_backward_kernel",
     "ring_layouts",
     "ring_kernels",
     *_LAUNCHING,
@@ -68,8 +70,8 @@ class _Value:
     def shape(self) -> list[int]:
         return list(self.data.shape)
 
-    def to(self, dtype: _DType) -> "_Value":
-        return _Value(self.data.to(dtype.torch))
+    def to(self, dtype: _DType, bitcast: bool = False) -> "_Value":
+        return _Value(self.data.view(dtype.torch) if bitcast else self.data.to(dtype.torch))
 
     def reshape(self, shape: list[int]) -> "_Value":
         return _Value(self.data.reshape(shape))
@@ -94,7 +96,7 @@ def _binary(function: Any) -> Any:
     return lambda self, other: _Value(function(self.data, _raw(other)))
 
 
-for _name in ("sub", "mul", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "rshift"):
+for _name in ("sub", "mul", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "lshift", "rshift"):
     _function = getattr(operator, _name)
     setattr(_Value, f"__{_name.strip('_')}__", _binary(_function))
     setattr(_Value, f"__r{_name.strip('_')}__", lambda self, other, f=_function: _Value(f(_raw(other), self.data)))
@@ -150,6 +152,9 @@ class _Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> "_Shared":
         return _Shared(self.data.narrow(dim, start, length))
 
+    def permute(self, order: tuple[int, ...]) -> "_Shared":
+        return _Shared(self.data.permute(order))
+
     def load(self, _: Any) -> _Value:
         return _Value(self.data.clone())
 
@@ -183,6 +188,8 @@ class _Copies:
 def _inline_assembly(asm: str, _: str, args: list[_Value], dtype: _DType, **__: Any) -> _Value:
     values = [argument.data for argument in args]
     if "movmatrix" in asm:  # each 8 x 8 block, of which a thread holds two adjacent columns of one row, is transposed
+        if values[0].shape[2] == 8:
+            return _Value(values[0].unflatten(1, (2, 8)).transpose(2, 3).flatten(1, 2))
         warps = len(values[0])
         blocks = values[0].reshape(warps, 2, 4, 2, 4, 2, 2)
         return _Value(blocks.permute(0, 1, 4, 6, 2, 5, 3).reshape(warps, 16, 16))
@@ -191,6 +198,7 @@ def _inline_assembly(asm: str, _: str, args: list[_Value], dtype: _DType, **__: 
         return _Value(values[0][partner])
     for part, function in (
         ("xor.b32", lambda a, _: a),
+        ("and.b32", lambda a: a),
         ("ex2.approx", torch.sigmoid),
         ("sin.approx", torch.sin),
         ("cos.approx", torch.cos),
@@ -203,7 +211,7 @@ def _inline_assembly(asm: str, _: str, args: list[_Value], dtype: _DType, **__: 
 
 def _language() -> types.ModuleType:
     gl: Any = types.ModuleType("triton.experimental.gluon.language")
-    for name in ("float32", "float16", "bfloat16", "int32", "int64"):
+    for name in ("float32", "float16", "bfloat16", "int16", "int32", "int64"):
         setattr(gl, name, _DType(getattr(torch, name)))
     gl.uint32 = gl.int64
     gl.constexpr = object

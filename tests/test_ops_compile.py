@@ -69,9 +69,10 @@ def run_fused(parts, channels):
     y = made(8, 4096, channels)
     fused_mma.forward(x, z, up, static_w, frequencies, y if parts == 1 else None, parts, True)
     if parts == 2:
+        fused_mma.gated(x, z, up, static_w, None, 4, True)
         for dy in (None, y):
-            fused_mma.gated(x, z, up, static_w, dy, 4, True)
             fused_mma.gated(x, None, None, static_w, dy, 4, True)
+        fused_mma.gated_backward(y, x, z, up, static_w, True, joined.shape[2], (True,) * 3)
     fused_mma.backward((y,) * parts, x, z, up, static_w, frequencies, True, joined.shape[2], (True,) * 3)
 
 def run_fused_ring(parts, channels, head_size, halves=False):
@@ -166,7 +167,7 @@ def printed(*words: str, script: str = COMPILE) -> list[Any]:
 def test_the_gluon_kernels_fit(capability: int, way: str) -> None:
     found = printed(str(capability), way)
     # Two passes each, and the launches that add up partial sums and pad z, if R is no multiple of 16.
-    assert len({name for name, _ in found}) == {"wide": 5, "fused": 4, "neighbours": 3}.get(way, 6)
+    assert len({name for name, _ in found}) == {"wide": 5, "fused": 5, "neighbours": 3}.get(way, 6)
     # A few spilled loop invariants cost nothing measurable; the 264 bytes of an early version cost half its time. The
     # most that Triton 3.6 and 3.9 left, and a little more. Registers are capped in ring.backward, so only spills tell.
     for name, resources in found:
@@ -174,6 +175,8 @@ def test_the_gluon_kernels_fit(capability: int, way: str) -> None:
         if name == "lowrank_mma_kernels.backward_kernel":
             most = 136 if resources["silu"] else 80
             most = max(most, 112) if resources["w"] == 8 else most
+        if name.startswith("gated_backward"):
+            most = 80
         if name == "lowrank_mma_kernels.forward_kernel" and (resources["r"] > 32 or resources["sums"]):
             most = 128 if resources["sums"] else 104  # sums in float32 are for silu with more than 16 ranks
         assert resources["stack"] <= most, (name, resources)
@@ -230,7 +233,7 @@ def test_lengths_share_a_kernel() -> None:
         "ring_kernels.forward_kernel": 4,  # static and head-wise, each with silu and without
         "ring_kernels.backward_kernel": 4,
         "static._forward_kernel": 2,  # tiles of one row or of two
-        "tiles._sum_kernel": 4,  # one sum or three, of few parts or of many
+        "tiles._sum_kernel": 6,  # one sum, or three with or without tensor cores; of few parts or of many
     }
     assert counts == {name: several.get(name, 1) for name in counts}
     assert len(counts) == 12

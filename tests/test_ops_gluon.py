@@ -114,6 +114,25 @@ def test_short_sequences_that_share_programs(
 
 @EACH_ACTIVATION
 @pytest.mark.parametrize("case", [Case("static"), Case("headwise"), Case()], ids=lambda case: case.kind)
+def test_documents_that_start_late_and_end_past_the_last_token(
+    case: Case, activation: str | None, launched: list[str]
+) -> None:
+    """Where nothing can be read of them, as under torch.compile."""
+    case = replace(case, heads=8, head_size=16, rank=15, activation=activation, dtype=BFLOAT16)
+    case = replace(case, batch=1, time=41, documents=(3, 11, 2, 25))
+    inputs = case.inputs()
+    edges = torch.tensor([3, 14, 16, 45])
+    torch.compiler.reset()
+    late = torch.compile(lambda inputs: case.run(inputs, cu_seqlens=edges), fullgraph=True, backend="eager")
+    want, got = (
+        [y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))] for y in (case.run(inputs), late(inputs))
+    )
+    assert launched.count("backward_kernel") == 2
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@EACH_ACTIVATION
+@pytest.mark.parametrize("case", [Case("static"), Case("headwise"), Case()], ids=lambda case: case.kind)
 def test_longer_runs(case: Case, activation: str | None, gluon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of as many time steps as on a device of one multiprocessor."""
     for name in ("ring", "lowrank_mma"):

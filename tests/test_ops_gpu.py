@@ -160,6 +160,29 @@ def test_short_sequences_share_programs(case: Case, dtype: torch.dtype, cuts: li
     assert {(cut.batch, cut.time, cut.length) for cut in cuts} == {(1, case.batch * case.time, (case.time,))}
 
 
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["static", "headwise", "lowrank"])
+def test_documents_that_start_late_and_end_past_the_last_token(kind: str, dtype: torch.dtype, state: bool) -> None:
+    """The host cannot know. The tokens before the first start are a document; nothing beyond x is read."""
+    case = Case(kind, batch=1, time=41, heads=8, head_size=16, documents=(3, 11, 2, 25), state=state, dtype=dtype)
+    inputs = {name: value.detach() for name, value in case.inputs().items()}
+    late = {name: value.clone() for name, value in inputs.items()}
+    if state:
+        inputs["initial_state"][0] = 0.0
+        late["initial_state"] = inputs["initial_state"][1:]
+    edges = torch.tensor([3, 14, 16, 45], device=DEVICE)
+    y, end = case.run(inputs, return_final_state=True)
+    got, got_end = case.run(late, return_final_state=True, cu_seqlens=edges)
+    assert torch.equal(got_end, end[1:])
+    assert relative_error(got, y.double()) < BOUND[dtype]  # a document's first tokens with a state are the reference's
+    dy = torch.randn_like(y)
+    leaves = inputs["x"].requires_grad_(), late["x"].requires_grad_()
+    (want,) = torch.autograd.grad(case.run(inputs), [leaves[0]], dy)
+    (dx,) = torch.autograd.grad(case.run(late, cu_seqlens=edges), [leaves[1]], dy)
+    assert relative_error(dx, want.double()) < BOUND[dtype]
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_sequences_that_share_programs_are_apart(activation: str | None, cuts: list[Any]) -> None:
     """NaN in the second of them, and in its gradient, is in no result of the others, to the bit."""

@@ -291,6 +291,33 @@ def test_padding_after_the_last_document_is_neither_read_nor_written(
         assert all(value < CLOSE for value in measured.values()), measured
 
 
+@pytest.mark.parametrize(("state", "activation"), [(False, None), (True, "silu")])
+@pytest.mark.parametrize("past", [0, 4], ids=["starts late", "and ends past T"])
+@EACH_KIND
+def test_tokens_before_the_first_start_are_a_document_where_starts_cannot_be_read(
+    kind: str, past: int, state: bool, activation: str | None
+) -> None:
+    """As on a GPU, or under torch.compile. There, an end past T is taken as T."""
+    case = Case(kind, batch=1, time=17, documents=(3, 5, 0, 9), state=state, activation=activation)
+    inputs = case.inputs()
+    whole = dict(inputs)
+    if state:
+        first, after = inputs["initial_state"].split([1, 3])
+        whole["initial_state"] = torch.cat([torch.zeros_like(first), after])
+    y, end = case.run(whole, return_final_state=True)
+    edges = case.options()["cu_seqlens"][1:]
+    late = {"cu_seqlens": edges + past * (edges == case.time)}
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        before = inputs["initial_state"][1:] if state else None
+        results = case.run(inputs | {"initial_state": before}, return_final_state=True, **late)
+        return *results, ops.final_state(inputs["x"], case.width, initial_state=before, **late)
+
+    torch.compiler.reset()
+    got = torch.compile(run, fullgraph=True, backend="eager")(inputs)
+    assert_agree(got, (y, end[1:], end[1:]), inputs)
+
+
 @pytest.mark.parametrize("state", [False, True])
 @EACH_KIND
 def test_packed_documents_may_all_be_empty(kind: str, state: bool) -> None:

@@ -165,6 +165,52 @@ def test_one_exported_prefill_serves_every_length(kind: str, with_state: bool) -
                 assert relative_error(got, want.double()) < BOUND[torch.float32], length
 
 
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_one_exported_prefill_serves_any_number_of_packed_documents(kind: str, with_state: bool) -> None:
+    conv = projected(kind)[0].conv
+
+    class Packed(nn.Module):
+        def forward(self, x: Tensor, generator_input: Tensor, edges: Tensor, state: Tensor | None) -> Any:
+            return conv.prefill(x, generator_input, state, cu_seqlens=edges)
+
+    def inputs(edges: list[int], padding: int) -> tuple[Tensor | None, ...]:
+        time = edges[-1] + padding
+        state = torch.randn(len(edges) - 1, 3, 24, device=DEVICE) if with_state else None
+        x, generator_input = (torch.randn(1, time, width, device=DEVICE) for width in (24, 16))
+        return x, generator_input, torch.tensor(edges, device=DEVICE), state
+
+    # PyTorch takes a slice of one for a special case; the state's own size tells it that there is none.
+    time, count = torch.export.Dim("time", min=1), torch.export.Dim("count", min=1 if with_state else 2)
+    shapes = ({1: time}, {1: time}, {0: count + 1}, {0: count} if with_state else None)
+    with torch.no_grad():
+        exported = torch.export.export(Packed(), inputs([0, 4, 11], 2), dynamic_shapes=shapes).module()
+        for edges in ([0, 1, 1], [0, 9, 11], [0, 0, 3, 20], [0, 1, 2, 7, 9, 30], *([[0, 7]] if with_state else [])):
+            given = inputs(edges, edges[-1] % 2)
+            for got, want in zip(exported(*given), Packed()(*given), strict=True):
+                assert relative_error(got, want.double()) < BOUND[torch.float32], edges
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_an_exported_program_takes_rows_of_documents_of_every_length(kind: str) -> None:
+    conv = projected(kind)[0].conv
+
+    class Rows(nn.Module):
+        def forward(self, x: Tensor, generator_input: Tensor, seq_idx: Tensor) -> Tensor:
+            return conv(x, generator_input, seq_idx=seq_idx)
+
+    def inputs(batch: int, time: int) -> tuple[Tensor, ...]:
+        x, generator_input = (torch.randn(batch, time, width, device=DEVICE) for width in (24, 16))
+        return x, generator_input, torch.randint(-1, 3, (batch, time), device=DEVICE)
+
+    shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("time", min=1)}
+    with torch.no_grad():
+        exported = torch.export.export(Rows(), inputs(2, 20), dynamic_shapes=(shape,) * 3).module()
+        for batch, time in ((2, 1), (1, 2), (3, 3), (1, 50)):
+            given = inputs(batch, time)
+            assert relative_error(exported(*given), Rows()(*given).double()) < BOUND[torch.float32], time
+
+
 class Projected(nn.Module):
     """A convolution after the linear map that it is used with."""
 

@@ -93,9 +93,13 @@ def test_the_swept_settings_are_the_papers() -> None:
     assert swept("ablation-width", "conv.width") == [1, 2, 3, 4, 5, 6]
     assert swept("ablation-head-size", "conv.head_size") == [8, 16, 32, 64, 128]
     assert swept("ablation-site", "conv.sites") == ["q", "k", "v", "qk", "qv", "kv", "qkv"]
-    normed = [(run.model.conv.kind, run.facts()["attention.qk_norm"]) for run in by_arm("ablation-qk-norm").values()]
-    kinds = ("none", "static", "headwise", "lowrank")
-    assert normed == [(kind, norm) for norm in (False, True) for kind in kinds]
+    normed = by_arm("ablation-qk-norm")
+    arms = [arm for arm in normed if not arm.endswith("-normed")]
+    assert set(arms) == set(ARMS)
+    assert list(normed) == [*arms, *(f"{arm}-normed" for arm in arms)]
+    for arm, run in normed.items():
+        facts, without = run.facts(), normed[arm.removesuffix("-normed")].facts()
+        assert facts == without | {"attention.qk_norm": arm.endswith("-normed")}
 
 
 def test_the_study_has_a_control_and_every_arm_its_own_rates() -> None:

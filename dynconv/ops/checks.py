@@ -14,6 +14,11 @@ def kind_of(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+def shown(value: object) -> str:
+    """How an error message shows a value: on one line, so of a tensor its type."""
+    return kind_of(value) if isinstance(value, Tensor) else repr(value)
+
+
 def as_segments(segments: Any, channels: int) -> tuple[int, ...]:
     """The widths as a tuple of integers. Raises ValueError unless they are positive and add up to the channels."""
     try:
@@ -62,3 +67,20 @@ def check(
         raise ValueError(f"{name} must be {letters} = {want}; got {list(tensor.shape)}; reshape or transpose it")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x; got {tensor.device}; move it")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raise ValueError unless each of these arguments, by name, is a whole number of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1; got {shown(size)}; pass an int")
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise ValueError unless each of these arguments, by name, is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            remedy = "pass one of them"
+            if name == "residual" and isinstance(flag, Tensor):
+                remedy = "add it to the result, or pass it as `added` where there is one"
+            raise ValueError(f"{name} must be True or False; got {shown(flag)}; {remedy}")

@@ -14,17 +14,19 @@ from dynconv.ops.checks import kind_of
 def find_documents(
     x: Tensor,  # [1, T, D]
     cu_seqlens: Tensor,  # [N + 1]
-) -> Tensor:  # [T + 1] int32
-    """Each token's index within its document (of padding after the last one, from its end), then the padding's length.
+) -> tuple[Tensor, Tensor]:  # [T + 1] int32, [N + 1]
+    """Each token's index within its document (of padding, from its start), then the padding's length; and the edges.
 
-    Raises ValueError if cu_seqlens does not describe documents of x.
+    Tokens before the first start are a document of their own, and tokens after the last end are padding. The edges are
+    cu_seqlens with values below 0 as 0, and values above T as T, so that they can be used as indices.
+    Raises ValueError if cu_seqlens does not describe documents of x, as far as this is known without a synchronisation.
     """
     batch, time, _ = x.shape
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be a tensor; got {kind_of(cu_seqlens)}; pass torch.tensor(cu_seqlens)")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs B = 1; got B = {batch}; pass x.reshape(1, B*T, D)")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be [N + 1] int32 or int64; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}; "
             "pass the documents' starts and the last one's end"
@@ -34,16 +36,17 @@ def find_documents(
     # Fake tensors have no values to check, and reading those of a GPU would force a synchronisation.
     readable = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor
     if readable and not torch.compiler.is_compiling():
-        edges = cu_seqlens.tolist()
-        if edges[0] != 0 or edges[-1] > time or sorted(edges) != edges:
-            decrease = next((f", {b} after {a}" for a, b in itertools.pairwise(edges) if b < a), "")
-            got = edges if len(edges) <= 8 else f"{len(edges)} values from {edges[0]} to {edges[-1]}{decrease}"
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] > time or sorted(values) != values:
+            decrease = next((f", {b} after {a}" for a, b in itertools.pairwise(values) if b < a), "")
+            got = values if len(values) <= 8 else f"{len(values)} values from {values[0]} to {values[-1]}{decrease}"
             raise ValueError(
                 f"cu_seqlens must rise from 0 to T = {time} at most; got {got}; pass the starts and the last one's end"
             )
-    steps = torch.arange(time + 1, dtype=cu_seqlens.dtype, device=x.device)
-    document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
-    return (steps - cu_seqlens[document]).int()
+    edges = cu_seqlens.clamp(0, time)
+    steps = torch.arange(time + 1, dtype=edges.dtype, device=x.device)
+    starts = torch.nn.functional.pad(edges, (1, 0))  # the first 0 is the start of tokens before the first document
+    return (steps - starts[torch.searchsorted(edges, steps, right=True)]).int(), edges
 
 
 def check_runs(
@@ -71,7 +74,7 @@ def find_runs(
     is 0, because padding within the rows is a run like any other. No value is read on the host.
     """
     steps = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    continues = torch.nn.functional.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (min(1, seq_idx.shape[1]), 0))
+    continues = (seq_idx == seq_idx.roll(1, 1)) & (steps > 0)  # no slices of T - 1: torch.export must serve every T
     starts = torch.where(continues, 0, steps).cummax(1).values
     return seq_idx >= 0, torch.nn.functional.pad((steps - starts).flatten(), (0, 1)).int()
 

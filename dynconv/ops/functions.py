@@ -12,7 +12,9 @@ Each function raises ValueError for arguments that do not fit together. Keywords
 cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds packed documents; these are their starts, followed by the
 last one's end. No filter reaches into another document. Tokens after that end are padding: they are not read, and
 their outputs and gradients are zero. The values must not decrease, start at 0 and not exceed T. This is checked on the
-CPU only; on a GPU it is the caller's responsibility, because reading the values would force a synchronisation.
+CPU only, in eager mode; on a GPU and in compiled programs it is the caller's responsibility, because reading the values
+would force a synchronisation. There, values above T count as T, and tokens before the first start are one more
+document, which begins with zeros and has no state; with values that decrease the result is undefined.
 seq_idx [B, T], int32 or int64: another way to pack documents, for any B: each run of one value in a row is a document,
 and tokens with a negative value are padding, anywhere in a row. They are not read, and their outputs and gradients are
 zero. This reads and writes x, y and what defines the filters once more, which cu_seqlens does not.
@@ -227,7 +229,7 @@ def final_state(
         raise ValueError(f"width must be a whole number of at least 1; got {width!r}; pass the number of taps")
     sequences = x.shape[0]
     if cu_seqlens is not None:
-        documents.find_documents(x, cu_seqlens)
+        _, cu_seqlens = documents.find_documents(x, cu_seqlens)
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         check(initial_state, (sequences, width - 1, x.shape[2]), "initial_state", "[N, W-1, D]", x)
@@ -268,7 +270,7 @@ def _run(
         if return_final_state:
             raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
     if cu_seqlens is not None:
-        positions = documents.find_documents(x, cu_seqlens)  # [T + 1]
+        positions, cu_seqlens = documents.find_documents(x, cu_seqlens)  # [T + 1], [N + 1]
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, filters.width - 1, x.shape[2])

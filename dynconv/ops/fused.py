@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dynconv.ops import functions
-from dynconv.ops.checks import check, check_floating
+from dynconv.ops.checks import check, check_flags, check_floating, check_sizes, kind_of, shown
 from dynconv.ops.sharded import any_sharded
 
 
@@ -44,7 +44,17 @@ def interleaved(
     dim: int = 0,  # that of the channels; 0 for a linear map's weight, -1 for filters
 ) -> Tensor:
     """The same channels in an order in which pairs are adjacent: within each head 0, E/2, 1, E/2 + 1, ..."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"tensor must be a tensor; got {kind_of(tensor)}; mind the order of the arguments")
+    check_sizes(heads=heads)
+    if not isinstance(dim, int) or not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(f"dim must be one of {tensor.dim()} dimensions; got {shown(dim)}; pass that of the channels")
     first = dim % tensor.dim()
+    if tensor.shape[first] % (2 * heads):
+        raise ValueError(
+            f"dim {dim} must hold {heads} heads of an even number of channels; got {tensor.shape[first]} channels; "
+            "pass the tensor's own number of heads"
+        )
     return tensor.unflatten(first, (heads, 2, -1)).transpose(first + 1, first + 2).flatten(first, first + 2)
 
 
@@ -191,8 +201,10 @@ def headwise_rotary_convolution(
 def _lowrank(joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int, parts: int, padded: bool) -> _Filters:
     """The arguments as filters, checked."""
     check_floating(joined, "joined")
+    check_sizes(channels=channels, parts=parts)
+    check_flags(padded=padded)
     check(up, (None, None), "U", "[R, W*P*D]", joined)
-    if channels < 1 or parts < 1 or up.numel() == 0 or up.shape[1] % (parts * channels):
+    if up.numel() == 0 or up.shape[1] % (parts * channels):
         raise ValueError(
             f"U must be [R, W*P*D] with P = {parts} parts of D = {channels} channels; got {list(up.shape)}; "
             "pass the bases of all parts side by side"
@@ -204,6 +216,7 @@ def _lowrank(joined: Tensor, up: Tensor, static_w: Tensor | None, channels: int,
 def _static(joined: Tensor, static_w: Tensor, channels: int, parts: int) -> _Filters:
     """The arguments as filters, checked."""
     check_floating(joined, "joined")
+    check_sizes(channels=channels, parts=parts)
     check(static_w, (None, parts * channels), "static_w", "[W, P*D]", joined)
     return _checked(joined, _Filters(None, static_w, static_w.shape[0]), channels, parts, "D")
 
@@ -212,7 +225,8 @@ def _headwise(
     joined: Tensor, static_w: Tensor | None, channels: int, parts: int, head_size: int, width: int
 ) -> _Filters:
     """The arguments as filters, checked."""
-    if head_size < 1 or channels % head_size:
+    check_sizes(channels=channels, parts=parts, head_size=head_size, width=width)
+    if channels % head_size:
         raise ValueError(f"head_size must divide D = {channels}; got {head_size}; choose another")
     return _checked(joined, _Filters(None, static_w, width, head_size), channels, parts, "(D + D/head_size * W)")
 
@@ -222,9 +236,8 @@ def _checked(joined: Tensor, filters: _Filters, channels: int, parts: int, of_ea
     check_floating(joined, "joined")
     if joined.dim() != 3:
         raise ValueError(f"joined must be [B, T, C]; got {list(joined.shape)}; add or merge dimensions")
-    if min(channels, parts, filters.width) < 1:
-        sizes = f"D = {channels}, P = {parts} and W = {filters.width}"
-        raise ValueError(f"channels, parts and taps must be at least 1; got {sizes}; raise them")
+    if filters.width < 1:
+        raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")
     if filters.static_w is not None:
         check(filters.static_w, (filters.width, parts * channels), "static_w", "[W, P*D]", joined)
     least = parts * (channels + filters.columns(channels))
@@ -239,6 +252,7 @@ def _checked(joined: Tensor, filters: _Filters, channels: int, parts: int, of_ea
 def _joined(
     joined: Tensor, filters: _Filters, channels: int, residual: bool, parts: int, added: Tensor | None
 ) -> tuple[Tensor, ...]:
+    check_flags(residual=residual)
     if added is not None:
         if parts > 1:
             raise ValueError(f"added goes with one part; got {parts} parts; add it to the one that is meant")
@@ -248,6 +262,7 @@ def _joined(
 
 
 def _gated(joined: Tensor, filters: _Filters, channels: int, residual: bool) -> Tensor:
+    check_flags(residual=residual)
     if _may_launch(joined, filters.up, filters.static_w):
         from dynconv.ops import fused_operator
 
@@ -262,12 +277,16 @@ def _rotated_channels(joined: Tensor, frequencies: Tensor, heads: int) -> int:
     """D, of `heads` heads with these frequencies."""
     check_floating(joined, "joined")
     check(frequencies, (None,), "frequencies", "[E/2]", joined)
+    if frequencies.shape[0] == 0:
+        raise ValueError("frequencies must be [E/2] of at least 1; got none; pass one for each pair of channels")
+    check_sizes(heads=heads)
     return 2 * heads * len(frequencies)
 
 
 def _rotary(
     joined: Tensor, filters: _Filters, channels: int, frequencies: Tensor, residual: bool, halves: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_flags(residual=residual, halves=halves)
     results = _convolve(joined, filters, frequencies, None, channels, 3, residual, halves)
     q, k, v = (y.unflatten(2, (-1, 2 * len(frequencies))) for y in results)
     return q, k, v

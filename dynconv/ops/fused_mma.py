@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-from dynconv.ops import gated_kernels
+from dynconv.ops import gated_backward_kernel, gated_kernels
 from dynconv.ops import lowrank_mma as mma
 from dynconv.ops import lowrank_mma_kernels as kernels
 from dynconv.ops.launch import copied, launch, new
@@ -27,6 +27,8 @@ class Tile(NamedTuple):
 FORWARD_TILE = Tile(mma.SLOTS, 3, 24)
 BACKWARD_TILE = Tile(2, 4, 160)
 GATED_TILE = Tile(2, 4, 64)  # with more slots at once, the registers of both convolutions would spill
+GATED_BACKWARD_TILE = Tile(2, 4, 160)
+GATED_BACKWARD_WARPS = 8
 _MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
 _MAX_PARTS = 3
 
@@ -152,6 +154,43 @@ def backward(
     )  # fmt: skip
     first = parts * channels
     place = Place(parts * rank, columns, first, columns - first - parts * given, rank, given - rank)
+    sum_parts((dz_partial, djoined), (up_partial, dup), (static_partial, dstatic), place=place)
+    return djoined, dup, dstatic
+
+
+def gated_backward(
+    dy: Tensor,  # [B, T, D]
+    x: Tensor,  # [B, T, 2*D]
+    z: Tensor,  # [B, T, 2*R], or 2*16 with zeros after each R
+    up: Tensor,  # [R, W*2*D]
+    static_w: Tensor | None,  # [W, 2*D]
+    residual: bool,
+    columns: int,  # C: of `joined`, which holds x and then z
+    needs: tuple[bool, bool, bool],  # whether `joined`, up and static_w require gradients
+) -> tuple[Tensor | None, ...]:  # [B, T, C], [R, W*2*D], [W, 2*D]
+    """The gradients of `joined`, up and static_w from that of `gated`."""
+    batch, time, channels = dy.shape
+    rank, given = up.shape[0], z.shape[2] // 2  # columns of `joined` for each generator
+    dy, x, z = aligned(dy), aligned(x), _generated(z, rank, 2)
+    blocks = triton.cdiv(channels, 8 * GATED_BACKWARD_WARPS)
+    _, cut = mma.cut_apart(x, blocks, at_once=8 // GATED_BACKWARD_WARPS, longest=GATED_BACKWARD_TILE.longest)
+    djoined = new(x, (batch, time, columns), x.dtype) if needs[0] else None
+    dz_partial = new(x, (blocks, batch, time, 2 * rank), x.dtype) if needs[0] else None  # in 16 bits, as in `backward`
+    up_partial, dup = new_sums(up if needs[1] else None, cut.batch * cut.chunks)
+    static_partial, dstatic = new_sums(static_w if needs[2] else None, cut.batch * cut.chunks)
+    launch(
+        gated_backward_kernel.gated_backward_kernel,
+        blocks * cut.batch * cut.chunks,
+        (dy, x, z, up, static_w, djoined, dz_partial, up_partial, static_partial),
+        (cut.time, batch * time, dy.stride(0), x.stride(0), z.stride(0), cut.chunks, blocks, cut.run),
+        {
+            "dy_time": dy.stride(1), "x_time": x.stride(1), "z_time": z.stride(1), "dx_time": columns,
+            "CHANNELS": channels, "R": rank, "W": up.shape[1] // x.shape[2], "RESIDUAL": residual,
+            "SLOTS": GATED_BACKWARD_TILE.slots, "STAGES": GATED_BACKWARD_TILE.stages, "WARPS": GATED_BACKWARD_WARPS,
+        },
+        num_warps=GATED_BACKWARD_WARPS,
+    )  # fmt: skip
+    place = Place(2 * rank, columns, 2 * channels, columns - 2 * (channels + given), rank, given - rank)
     sum_parts((dz_partial, djoined), (up_partial, dup), (static_partial, dstatic), place=place)
     return djoined, dup, dstatic
 

@@ -129,6 +129,22 @@ def _backward(*inputs: Any) -> tuple[Tensor | None, ...]:
     return gradients
 
 
+def _gated_backward(
+    dy: Tensor, x: Tensor, generated: Tensor | None, up: Tensor | None, static_w: Tensor | None, *options: Any
+) -> tuple[Tensor | None, ...]:
+    """As `repeated` takes it: first all tensors, then the options."""
+    width, residual, columns, needs = options
+    gradients: tuple[Tensor | None, ...]
+    if up is not None:
+        gradients = fused_mma.gated_backward(dy, x, generated, up, static_w, residual, columns, needs)
+    else:
+        dys = fused_mma.gated(x, None, None, static_w, dy, width, residual)
+        wanted = (needs[0], needs[2])
+        dx, dstatic = fused_ring.backward(dys, x, None, static_w, None, width, residual, False, columns, wanted)
+        gradients = (dx, None, dstatic)
+    return gradients
+
+
 def _views(
     joined: Tensor,  # [B, T, C]
     up: Tensor | None,  # [R, W*P*D]
@@ -218,21 +234,35 @@ def _backward_op(
     padded: bool,
     needs: Sequence[bool],  # whether `joined`, U and the static filter want gradients
 ) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor | None, ...]
     if joined.numel() == 0:
-        like = zip((joined, up, static_w), needs, strict=True)
-        gradients = tuple(torch.zeros_like(t) if wanted and t is not None else None for t, wanted in like)
-    else:
-        parts = len(dys)
-        tensors = _prepared(joined, up, static_w, frequencies, dys[0].shape[2], parts, width, head_size, padded)
-        options = (width, residual, halves, joined.shape[2], tuple(needs), parts)
-        gradients = repeated(_backward, (*map(_rows, dys), *tensors), options)
+        return _no_gradients(joined, up, static_w, needs)
+    parts = len(dys)
+    tensors = _prepared(joined, up, static_w, frequencies, dys[0].shape[2], parts, width, head_size, padded)
+    options = (width, residual, halves, joined.shape[2], tuple(needs), parts)
+    return _each(repeated(_backward, (*map(_rows, dys), *tensors), options), joined)
+
+
+def _each(gradients: tuple[Tensor | None, ...], joined: Tensor) -> tuple[Tensor, ...]:
+    """The gradients, and empty tensors instead of those that are not wanted, which an operator cannot leave out."""
     return tuple(joined.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _no_gradients(
+    joined: Tensor, up: Tensor | None, static_w: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients where `joined` is empty: zeros."""
+    like = zip((joined, up, static_w), needs, strict=True)
+    return _each(tuple(torch.zeros_like(t) if wanted and t is not None else None for t, wanted in like), joined)
 
 
 @_backward_op.register_fake
 def _(dys: Any, joined: Tensor, up: Tensor | None, static_w: Tensor | None, *rest: Any) -> Any:  # noqa: ARG001
-    wanted = zip((joined, up, static_w), rest[-1], strict=True)
+    return _like(joined, up, static_w, rest[-1])
+
+
+def _like(joined: Tensor, up: Tensor | None, static_w: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Tensors of the shapes of the gradients."""
+    wanted = zip((joined, up, static_w), needs, strict=True)
     return tuple(t.new_empty(t.shape) if need and t is not None else joined.new_empty(0) for t, need in wanted)
 
 
@@ -282,12 +312,12 @@ def _(joined: Tensor, up: Any, static_w: Any, channels: int, *_: Any) -> Any:  #
 
 # Any layout is taken as it is: torch.compile pads the rows of the product that dy is, and would copy it otherwise.
 @torch.library.custom_op(
-    "dynconv::swiglu_backward",
+    "dynconv::gated_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_GATED_INPUTS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor dy, {_GATED_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
-def _swiglu_backward_op(
+def _gated_backward_op(
     dy: Tensor,  # [B, T, D]
     joined: Tensor,
     up: Tensor | None,
@@ -296,17 +326,18 @@ def _swiglu_backward_op(
     width: int,
     residual: bool,
     padded: bool,
-) -> tuple[Tensor, Tensor]:  # [B, T, D] each: the gradients of gate and up after their convolutions
+    needs: Sequence[bool],  # whether `joined`, U and the static filter want gradients
+) -> tuple[Tensor, ...]:
     if joined.numel() == 0:
-        return torch.zeros_like(dy), torch.zeros_like(dy)
+        return _no_gradients(joined, up, static_w, needs)
     *tensors, _ = _prepared(joined, up, static_w, None, channels, 2, width, 0, padded)
-    dgate, dother = repeated(_gated, (*tensors, _rows(dy)), (width, residual))
-    return dgate, dother
+    options = (width, residual, joined.shape[2], tuple(needs))
+    return _each(repeated(_gated_backward, (_rows(dy), *tensors), options), joined)
 
 
-@_swiglu_backward_op.register_fake
-def _(dy: Tensor, *_: Any) -> Any:
-    return dy.new_empty(dy.shape), dy.new_empty(dy.shape)
+@_gated_backward_op.register_fake
+def _(dy: Any, joined: Tensor, up: Tensor | None, static_w: Tensor | None, *rest: Any) -> Any:  # noqa: ARG001
+    return _like(joined, up, static_w, rest[-1])
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - the protocol's signature
@@ -316,15 +347,13 @@ def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa
 
 def _differentiate_gated(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    dys = list(_swiglu_backward_op(dy, *ctx.saved_tensors, *ctx.options))
-    _, width, residual, padded = ctx.options
-    gradients = _backward_op(dys, *ctx.saved_tensors, None, width, 0, residual, False, padded, needs)
+    gradients = _gated_backward_op(dy, *ctx.saved_tensors, *ctx.options, needs)
     return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 4)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
 _gated_op.register_autograd(_differentiate_gated, setup_context=_save_gated)
-for _first_derivatives in (_backward_op, _swiglu_backward_op):
+for _first_derivatives in (_backward_op, _gated_backward_op):
     _first_derivatives.register_autograd(_raise_no_second_derivatives)
 
 
@@ -350,8 +379,11 @@ def _gated_flops(joined: Any, weight: Any, static_w: Any, channels: int, width: 
     return flops.forward(*_flops_shapes(joined, weight, channels, 2, width, 0), static_w)
 
 
-def _swiglu_backward_flops(dy: Any, *inputs: Any, **__: Any) -> int:  # noqa: ARG001 - the operator's signature
-    return _gated_flops(*inputs)
+def _gated_backward_flops(dy: Any, *inputs: Any, **__: Any) -> int:
+    """Those of the convolutions again, whose sums SwiGLU's gradients take, and of their backward pass."""
+    joined, weight, static_w, _, width, residual, padded, needs = inputs
+    backward = _backward_flops((dy, dy), joined, weight, static_w, None, width, 0, residual, False, padded, needs)
+    return _gated_flops(*inputs) + backward
 
 
 def _backward_flops(dys: Any, joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
@@ -363,5 +395,5 @@ def _backward_flops(dys: Any, joined: Any, weight: Any, static_w: Any, *rest: An
 
 register_flop_formula(torch.ops.dynconv.joined)(_forward_flops)
 register_flop_formula(torch.ops.dynconv.gated)(_gated_flops)
-register_flop_formula(torch.ops.dynconv.swiglu_backward)(_swiglu_backward_flops)
+register_flop_formula(torch.ops.dynconv.gated_backward)(_gated_backward_flops)
 register_flop_formula(torch.ops.dynconv.joined_backward)(_backward_flops)

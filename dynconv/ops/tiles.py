@@ -81,7 +81,7 @@ def end_of_documents(positions, time):
 def _sum_rows(
     block, partial, total, parts, rows,
     COLUMNS: tl.constexpr, EACH: tl.constexpr, GAP: tl.constexpr, PADDING: tl.constexpr,
-    WIDTH: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    WIDTH: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Rows of COLUMNS sums, written from column FIRST on into rows of WIDTH.
 
@@ -97,13 +97,13 @@ def _sum_rows(
         summed &= column % (EACH + GAP) < EACH
     pointers = partial + row[:, None] * COLUMNS + source[None, :]
     sums = tl.zeros([ROWS, LANES], tl.float32)
-    for begin in range(0, parts, UNROLL):
+    for begin in range(0, parts, 4):
         values = ()
-        for index in tl.static_range(UNROLL):
+        for index in tl.static_range(4):
             part = begin + index
             inside = (row < tl.where(part < parts, rows, 0))[:, None] & summed[None, :]
             values = values + (tl.load(pointers + part.to(tl.int64) * rows * COLUMNS, mask=inside, other=0.0),)
-        for index in tl.static_range(UNROLL):
+        for index in tl.static_range(4):
             sums += values[index].to(tl.float32)
     written = (row < rows)[:, None] & (column < min(SPREAD + PADDING, WIDTH - FIRST))[None, :]
     tl.store(total + row[:, None] * WIDTH + FIRST + column[None, :], sums.to(total.dtype.element_ty), mask=written)
@@ -128,26 +128,24 @@ def _sum_kernel(
     parts_a, size_a, parts_b, size_b, parts_c, size_c,
     COLUMNS: tl.constexpr, EACH: tl.constexpr, GAP: tl.constexpr, PADDING: tl.constexpr,
     WIDTH: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    UNROLL_A: tl.constexpr, UNROLL_B: tl.constexpr, UNROLL_C: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Sum three tensors over their first dimension. With COLUMNS, size_a counts rows of so many sums."""
     program = tl.program_id(0)
-    blocks_a = tl.cdiv(size_a, TILE // UNROLL_A)
-    if COLUMNS > 0:
-        blocks_a = tl.cdiv(size_a, ROWS)
-    blocks_b = tl.cdiv(size_b, TILE // UNROLL_B)
+    blocks_a = tl.cdiv(size_a, ROWS if COLUMNS > 0 else BLOCK)
+    blocks_b = tl.cdiv(size_b, BLOCK)
     if program < blocks_a:
         if COLUMNS > 0:
             _sum_rows(
                 program, partial_a, total_a, parts_a, size_a,
-                COLUMNS, EACH, GAP, PADDING, WIDTH, FIRST, ROWS, LANES, UNROLL_A,
+                COLUMNS, EACH, GAP, PADDING, WIDTH, FIRST, ROWS, LANES,
             )  # fmt: skip
         else:
-            _sum_block(program, partial_a, total_a, parts_a, size_a, TILE // UNROLL_A, UNROLL_A)
+            _sum_block(program, partial_a, total_a, parts_a, size_a, BLOCK, UNROLL)
     elif program < blocks_a + blocks_b:
-        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, TILE // UNROLL_B, UNROLL_B)
+        _sum_block(program - blocks_a, partial_b, total_b, parts_b, size_b, BLOCK, UNROLL)
     else:
-        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, TILE // UNROLL_C, UNROLL_C)
+        _sum_block(program - blocks_a - blocks_b, partial_c, total_c, parts_c, size_c, BLOCK, UNROLL)
 
 
 def new_like(tensor: Tensor) -> Tensor:
@@ -192,34 +190,28 @@ def sum_parts(
     jobs = [(partial, total) for partial, total in sums if partial is not None and total is not None]
     if not jobs:
         return
-    placed = place is not None and sums[0][0] is not None
+    columns, width, first, padding, each, gap = place if place and sums[0][0] is not None else Place(0, 1, 0)
+    each = each or max(columns, 1)
+    lanes = triton.next_power_of_2(max(columns // each * (each + gap) + padding, 1))
+    # Two kinds only: how many parts there are depends on T, and different T should share a kernel.
+    unroll = 64 if any(partial.shape[0] > 32 for partial, _ in jobs[columns > 0 :]) else 16
+    rows, block = max(_LANES // lanes, 1), _TILE // unroll
     tensors: tuple[Tensor, ...] = ()
     sizes: tuple[int, ...] = ()
-    constants = dict.fromkeys(("COLUMNS", "EACH", "GAP", "PADDING", "WIDTH", "FIRST", "ROWS", "LANES"), 0)
-    unrolls, programs = [], 0
+    programs = 0
     for partial, total in jobs:
-        parts, size = partial.shape[0], partial[0].numel()
-        unroll = 64 if parts > 32 else min(16, triton.next_power_of_2(parts))
-        if placed and place is not None and not tensors:
-            columns, width, first, padding, each, gap = place
-            each = each or columns
-            lanes = triton.next_power_of_2(columns // each * (each + gap) + padding)
-            rows, unroll, size = max(1, _LANES // lanes), min(8, unroll), size // columns
-            constants = {
-                "COLUMNS": columns, "EACH": each, "GAP": gap, "PADDING": padding,
-                "WIDTH": width, "FIRST": first, "ROWS": rows, "LANES": lanes,
-            }  # fmt: skip
-        else:
-            rows = _TILE // unroll
-        programs += triton.cdiv(size, rows)
-        unrolls.append(unroll)
+        by_rows = columns > 0 and not tensors
+        size = partial[0].numel() // (columns if by_rows else 1)
+        programs += triton.cdiv(size, rows if by_rows else block)
         tensors += (partial, total)
-        sizes += (parts, size)
+        sizes += (partial.shape[0], size)
     for _ in range(3 - len(jobs)):
         tensors += jobs[0]
         sizes += (0, 0)
-        unrolls.append(1)
-    constants |= dict(zip(("UNROLL_A", "UNROLL_B", "UNROLL_C"), unrolls, strict=True)) | {"TILE": _TILE}
+    constants = {
+        "COLUMNS": columns, "EACH": each, "GAP": gap, "PADDING": padding, "WIDTH": width, "FIRST": first,
+        "ROWS": rows, "LANES": lanes, "BLOCK": block, "UNROLL": unroll,
+    }  # fmt: skip
     launch(_sum_kernel, programs, tensors, sizes, constants)
 
 

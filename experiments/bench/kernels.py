@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     check_target("-o", args.output, (".parquet", ".csv"))
     check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
     if not torch.cuda.is_available():
-        raise WorkFailed("bench kernels times a GPU, and none is visible here; run it where nvidia-smi shows one")
+        raise ValueError("bench kernels times a GPU; torch sees no GPU here; run it where nvidia-smi shows one")
     found = providers(args.compiled, args.against)
     measured = table(cases(args.quick), found, lambda rows: _save(rows, args.output))
     rows = measured[COLUMNS]
