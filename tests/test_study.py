@@ -12,6 +12,7 @@ from planted import STUDY, STUDY_M, study, write_points
 from analysis.advantage import multiplier
 from analysis.advantage.multiplier import multipliers
 from analysis.logs.store import load
+from analysis.pages.figures import local_multipliers
 from experiments.cli.main import main
 from experiments.cli.plan import planned
 
@@ -30,6 +31,18 @@ def test_every_session_leaves_an_answer_for_every_arm(session: int, tmp_path: Pa
         assert item.family_ci[0] < STUDY_M[item.arm] < item.family_ci[1]
         assert item.m == pytest.approx(STUDY_M[item.arm], rel=0.02)
         assert item.n_sizes == (3 if session == 1 else 5 if item.arm == "headwise-qkv" else 6)
+
+
+def test_figures_say_where_an_arm_that_ends_early_is_extrapolated(tmp_path: Path) -> None:
+    """Grey begins at the largest compute of all, and head-wise filters end at 16M."""
+    runs = load(write_points(study(2, noise=0.1), tmp_path / "study.csv")).runs
+    found, _ = multipliers(runs, resamples=99)
+    titles = []
+    for shown in (found, [item for item in found if item.arm != "headwise-qkv"]):
+        (axes,) = local_multipliers(shown).axes
+        titles.append(axes.get_title(loc="left"))
+    assert titles[0].endswith("grey, and past an arm's last dot: extrapolated")
+    assert titles[1].endswith("95%; grey: extrapolated")
 
 
 def test_what_is_said_of_rates_is_of_the_sizes_that_both_arms_have(tmp_path: Path) -> None:
