@@ -31,7 +31,18 @@ DECIDING = (
 # Of these folders, what only begins, records and ends a run.
 NOT_DECIDING = tuple(
     f"experiments/training/{name}.py"
-    for name in ("folder", "job", "memory", "presence", "provenance", "record", "rendezvous", "run", "stopping")
+    for name in (
+        "compile_cache",
+        "folder",
+        "job",
+        "memory",
+        "presence",
+        "provenance",
+        "record",
+        "rendezvous",
+        "run",
+        "stopping",
+    )
 )
 
 

@@ -11,6 +11,8 @@ import torch.multiprocessing as mp
 from company import meet, part
 from test_decoder import randomised
 
+from experiments.bench.trials import Request, trials
+from experiments.cli.main import main
 from experiments.data.dataset import Dataset
 from experiments.design.arms import ALL_LINEAR, ARMS, QKV
 from experiments.design.config import Execution, RunConfig
@@ -207,6 +209,19 @@ def test_what_would_part_a_pair_is_refused(odd_run: RunConfig, dataset: Dataset,
         replace(odd_run, train=replace(odd_run.train, batch_sequences=9))
     with pytest.raises(ValueError, match=r"the held-out set needs 2 sequences; got 1; raise validation_tokens"):
         replace(odd_run, train=replace(odd_run.train, held_out_sequences=1))
+
+
+def test_timings_take_whole_pairs_and_name_the_flag_of_a_batch_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    arms = ("transformer", "lowrank-qkv-mismatched")
+    for tokens, batch in ((128, 2), (3 * 128, 2), (4 * 128, 4)):
+        found = trials(Request(("1M",), arms, sequence=128), "1M", tokens)
+        assert {trial.batch for trial in found} == {batch}  # all arms take one
+    assert {trial.batch for trial in trials(Request(("1M",), ("transformer",), sequence=128), "1M", 128)} == {1}
+    assert main(["bench", "train", "1M", "--arms", *arms, "--batch", "3", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "--batch must be a multiple of 2, as the sequences of lowrank-qkv-mismatched read one another" in error
+    assert "got 3; change it, or leave the arm out of --arms\n" in error
+    assert error.count("\n") == 1
 
 
 def test_a_sequences_partner_is_the_one_beside_it() -> None:

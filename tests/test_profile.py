@@ -106,15 +106,12 @@ def test_what_a_job_says_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "#SBATCH --time=2880\n"
         "\n"
         "# setup\n"
+        "unset TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR\n"
         "module load cuda\n"
         "export SUBMITIT_PREEMPT_SIGNAL=TERM\n"
         "export PYTHONPATH='/store/.code/a b'${PYTHONPATH:+:$PYTHONPATH}\n"
         "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot\n"
         "export DYNCONV_SHARING=1\n"
-        'export DYNCONV_SCRATCH="${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
-        "  # on the node: compilers' caches break on shared file systems\n"
-        "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor\n"
-        "trap 'rm -rf \"$DYNCONV_SCRATCH\"' EXIT\n"
         "trap : TERM  # the run heeds it; this script goes on when that has ended\n"
         "requeue=/store/.jobs/1/requeue-$SLURM_JOB_ID  # a file by which the run asks to be queued again\n"
         'rm -f "$requeue"\n'

@@ -43,6 +43,25 @@ def test_sql_sees_the_four_views(store: Store) -> None:
     assert low < m < high
 
 
+def test_the_query_that_shows_what_a_shared_program_saves_later_seeds(tmp_path: Path) -> None:
+    """The one of results/README.md, on two arms: the second seed of one found its program."""
+    page = (Path(__file__).parent.parent / "results" / "README.md").read_text()
+    (query,) = re.findall(r'dynconv query STORE "(select size, arm, seed, .*)"', page)
+    store = load(write_sweep(tmp_path / "sweep", {"dyn": 1.33}, sizes=1, seeds=2))
+    clocks = {("dyn", 0): (9.0, 30.0), ("dyn", 1): (3.0, 4.0), ("transformer", 0): (8.0, 20.0)}
+    store.runs["startup_seconds"], store.runs["compile_seconds"] = zip(
+        *(clocks.get(key, (7.0, 6.0)) for key in zip(store.runs["arm"], store.runs["seed"], strict=True)), strict=True
+    )
+    columns, rows = sql(store, query)
+    assert columns == ["size", "arm", "seed", "startup", "compile"]
+    assert [row[1:] for row in rows] == [
+        ("dyn", 0, 9.0, 30.0),
+        ("dyn", 1, 3.0, 4.0),
+        ("transformer", 0, 8.0, 20.0),
+        ("transformer", 1, 7.0, 6.0),
+    ]
+
+
 def test_n_d_and_c_stand_for_their_columns_in_conditions_and_queries(store: Store, tmp_path: Path) -> None:
     large = store.runs[store.runs["flops_exact"] > 1e16]
     assert len(chosen(store.runs, "C > 1e16")) == len(large) > 0

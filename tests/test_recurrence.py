@@ -1,8 +1,11 @@
 """Mamba-2 and Gated DeltaNet: the recurrence against its definition, the mixers against the papers' formulas."""
 
+import importlib.util
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from experiments.parts.gated_deltanet import GatedDeltaNet
 from experiments.parts.mamba2 import Mamba2
 from experiments.parts.short_convolution import Convolution, LowRankConvolution, NoConvolution, StaticConvolution
 from experiments.parts.swiglu import SwiGLU
+
+LIBRARY = importlib.util.find_spec("fla")  # not imported: without a GPU that takes seconds and warns
 
 
 def token_by_token(
@@ -285,7 +290,22 @@ def test_a_triton_that_the_library_refuses_is_named(
     monkeypatch.setattr(triton, "__version__", version)
     problem = module.library_problem()
     assert (problem is not None) == refused
-    assert not refused or "upgrade Triton to 3.7.1" in str(problem)
+    assert not refused or "upgrade to torch 2.12.1 or newer, which bring Triton 3.7.1" in str(problem)
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="flash-linear-attention is not installed: pip install 'dynconv[fla]'")
+@pytest.mark.parametrize("delta", [False, True])
+def test_chunks_agree_with_the_librarys_own_definition(delta: bool) -> None:
+    """On a CPU, by the recurrences of plain torch operations that flash-linear-attention holds its kernels to."""
+    assert LIBRARY is not None
+    assert LIBRARY.origin is not None
+    name = "gated_delta_rule" if delta else "simple_gla"
+    naive = runpy.run_path(str(Path(LIBRARY.origin).parent / "ops" / name / "naive.py"))[f"naive_recurrent_{name}"]
+    q, k, v, log_decay, *beta = drawn(150, 2, not delta, delta, sizes=(32, 64))
+    q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
+    arguments = {"q": q, "k": k, "v": v, "g": log_decay, "scale": 1.0} | ({"beta": beta[0]} if delta else {})
+    got, want = naive(**arguments)[0], module.chunked(q, k, v, log_decay, *beta)[0]
+    assert (got - want).norm() < 1e-6 * want.norm()  # the library's is in float32: measured up to 1.4e-7
 
 
 @pytest.mark.gpu

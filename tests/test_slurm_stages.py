@@ -1,8 +1,11 @@
-"""What comes before runs on a Slurm, and between them: building data, calibrations, trunks before their branches."""
+"""What comes before runs on a Slurm, and between them: building data, calibrations, trunks before their branches, and
+programs that an earlier run has compiled."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clusters import ON_THE_CLUSTER, PROFILE, ask, cluster, submit, wait_until
@@ -18,7 +21,8 @@ from experiments.design.config import RunConfig
 from experiments.design.data import DataConfig
 from experiments.design.schedules import WarmupStableDecay
 from experiments.design.trunks import with_trunks
-from experiments.launching import data_jobs
+from experiments.launching import data_jobs, snapshot
+from experiments.launching import submit as launch
 from experiments.launching.profile import DataJobs
 
 __all__ = ["cluster", "submit"]  # fixtures
@@ -138,3 +142,50 @@ def test_slurm_drops_the_branches_of_a_trunk_that_failed(tiny_run: RunConfig, su
     outcome = submit([trunk, *branches], tmp_path, wait=True)
     assert [state.state for state in outcome.ended] == ["failed", "lost", "lost"]
     assert {state.cause for state in outcome.ended[1:]} == {f"its trunk {trunk.run_id} failed; retry that"}
+
+
+COMPILE = """
+import torch
+from torch._dynamo.utils import counters
+from analysis.logs.files import write_json
+from experiments.training.compile_cache import VARIABLES, compile_cache
+
+def compile_and_work(attempt, config, run, world, work=_Attempt._work):
+    with compile_cache():
+        torch.compile(lambda x: x @ x)(torch.ones(8, 8))
+        found = {name: os.environ[name] for name in VARIABLES} | {"hits": counters["inductor"]["fxgraph_cache_hit"]}
+        write_json(attempt._run_dir / "compiled.json", found)
+        return work(attempt, config, run, world)
+
+_Attempt._work = compile_and_work
+"""  # a run on a CPU compiles nothing by itself
+
+
+def test_later_seeds_on_a_node_find_the_program_of_the_first(
+    runs: list[RunConfig], submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One alone, then two at a time. What the shell of the submission says of the folder counts for nothing."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
+    store, node = tmp_path / "store", tmp_path / "node"
+    for folder in (store, node):
+        folder.mkdir()
+    with (snapshot.take(store) / "experiments" / "training" / "run.py").open("a") as code:
+        code.write(f"\nimport os\n{COMPILE}")
+    assert PROFILE.slurm is not None
+    profile = replace(PROFILE, slurm=replace(PROFILE.slurm, setup=(f"export TMPDIR={node}",)))
+
+    def compiled(chosen: list[RunConfig]) -> list[dict[str, Any]]:
+        assert submit(chosen, store, profile, wait=True).unsuccessful == []
+        return [read_json(store / run.run_id / "compiled.json") for run in chosen]
+
+    (first,) = compiled(runs[:1])
+    folder = Path(first["TRITON_CACHE_DIR"]).parent
+    assert folder.parent == node / f"dynconv-cache-{os.getuid()}"
+    assert first["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    kept = {path for path in folder.rglob("*") if path.is_file()}
+    assert first["hits"] == 0
+    assert kept
+    assert compiled(runs[1:]) == [first | {"hits": 1}] * 2
+    assert {path for path in folder.rglob("*") if path.is_file()} == kept
+    assert not (tmp_path / "shared").exists()

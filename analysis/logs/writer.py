@@ -55,15 +55,22 @@ def record_failure(run_dir: Path, *, attempt: int, step: int, cause: str, time: 
 def add_evaluations(run_dir: Path, results: Mapping[str, Mapping[str, float]], seconds: float) -> None:
     """Add metrics by task to the evaluations of a complete run, in place of earlier ones of the same tasks.
 
-    They stand at the run's last step. Raises ValueError if the run is not complete, or if a task is the run's own,
-    whose last "loss" is the run's.
+    They stand at the run's last step. Of the run's own task only metrics of further held-out sets are added, whose
+    names have an "@", beside those that it has. Raises ValueError if the run is not complete, and for other metrics of
+    its own task, whose last "loss" is the run's.
     """
     run = read_json(run_dir / "run.json")
-    if run["task"] in results:
+    own = results.get(run["task"], {})
+    if any("@" not in metric for metric in own):
         raise ValueError(
             f"{run_dir.name} was trained on {run['task']!r}, whose evaluations stay; name the new task else"
         )
-    kept = [row for row in read_rows(run_dir, "evals").table.to_pylist() if row["task"] not in results]
+    replaced = {(task, metric) for task, metrics in results.items() for metric in metrics}
+    kept = [
+        row
+        for row in read_rows(run_dir, "evals").table.to_pylist()
+        if row["task"] not in results or (row["task"] == run["task"] and (row["task"], row["metric"]) not in replaced)
+    ]
     new = [(task, metric, value) for task, metrics in results.items() for metric, value in metrics.items()]
     rows = [tuple(row.values()) for row in kept]
     rows += [

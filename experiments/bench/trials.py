@@ -4,6 +4,7 @@ Shapes: B sequences of a batch, T sequence length.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -123,12 +124,20 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
     for kind in request.optimizers:
         strict.choose(kind, known, "--optimizer")
     optimizers: list[Optimizer | None] = [known[kind]() for kind in request.optimizers]
+    runs = expand(sweep)
+    group = max(run.model.sequence_group for run in runs)  # sequences that read one another; all arms take one batch
+    if request.batch is not None and request.batch % group:
+        raise ValueError(
+            f"--batch must be a multiple of {group}, as the sequences of {_grouped_arm(runs)} read one another in "
+            f"groups of so many; got {request.batch}; change it, or leave the arm out of --arms"
+        )
     found = []
     for gpus, optimizer, fused, run in itertools.product(
-        dict.fromkeys((1, request.gpus)), optimizers or [None], request.fused, expand(sweep)
+        dict.fromkeys((1, request.gpus)), optimizers or [None], request.fused, runs
     ):
         length = request.sequence or run.train.sequence_length
         fitting = min(run.train.batch_sequences, max(1, micro_batch_tokens // length))
+        fitting = max(group, fitting // group * group)
         sequences = (batch or request.batch or fitting) * request.micro_batches * gpus
         train = _endless(run.train, sequences, length)
         if optimizer is not None:
@@ -138,6 +147,10 @@ def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | No
         found.append(Trial(replace(run, train=train), gpus, parallel, *how))
         found[-1].execution("cpu").check(found[-1].run)
     return found
+
+
+def _grouped_arm(runs: Sequence[RunConfig]) -> str:
+    return max(runs, key=lambda run: run.model.sequence_group).arm
 
 
 def calibration_trial(run: RunConfig, execution: Execution) -> Trial:

@@ -12,6 +12,7 @@ from experiments import terminal
 from experiments.cli.arguments import Subparsers, add_verb, format_argument
 
 if TYPE_CHECKING:
+    from experiments.design.config import RunConfig
     from experiments.evaluation.load import TrainedRun
 
 EXAMPLE_RUN = "results/runs/demo/lowrank-qkv-110k-s0-380deab9ed"
@@ -52,10 +53,12 @@ def _add_eval(subparsers: Subparsers) -> None:
         subparsers,
         "eval",
         _eval,
-        "evaluate finished runs on folders of text and on tasks of lm-evaluation-harness; the results join their logs",
+        "evaluate finished runs on folders of text, on tasks of lm-evaluation-harness, or on their own generated task "
+        "at other lengths; the results join their logs",
         "results/runs/demo --text my-text                  # every folder in my-text is a domain",
         f"{EXAMPLE_RUN} --tasks lambada_openai,wikitext",
         "results/runs/demo --tasks mine --include my-tasks --json",
+        "results/runs/demo-mqar --lengths 512,1024         # recall in longer sequences than trained on",
     )
     text = "the folder of a finished run, or a store, whose finished runs are all evaluated"
     verb.add_argument("runs", type=Path, metavar="RUN|STORE", nargs="+", help=text)
@@ -66,6 +69,8 @@ def _add_eval(subparsers: Subparsers) -> None:
     verb.add_argument("--include", type=Path, metavar="DIR", help="a folder with task files of your own (.yaml)")
     verb.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
     verb.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task only, to try it out")
+    text = "sequence lengths at which to evaluate runs on generated tasks, such as recall"
+    verb.add_argument("--lengths", metavar="T,...", help=text)
     _device_argument(verb)
     format_argument(verb)
 
@@ -73,10 +78,10 @@ def _add_eval(subparsers: Subparsers) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from analysis.logs.writer import add_evaluations
     from experiments.evaluation.domains import beside_domains, passed_over
-    from experiments.evaluation.load import load_run
 
-    if args.text is None and not (args.tasks or "").strip(" ,"):
-        raise ValueError("eval needs something to evaluate on; got neither --text nor --tasks; name one")
+    lengths = _lengths(args)
+    if not lengths and args.text is None and not (args.tasks or "").strip(" ,"):
+        raise ValueError("eval needs something to evaluate on; got neither --text nor --tasks nor --lengths; name one")
     for name in ("include", "shots", "limit"):
         if getattr(args, name) is not None and args.tasks is None:
             raise ValueError(f"--{name} belongs to --tasks, of which none are named; name those to evaluate")
@@ -84,18 +89,16 @@ def _eval(args: argparse.Namespace) -> int:
     if beside:
         told = f"{beside[0]}{f' and {len(beside) - 1} more' * (len(beside) > 1)} in {args.text}"
         terminal.warn(f"{told} left out: with folders inside, only these are evaluated")
-    run_dirs = _finished_runs(args.runs)
+    run_dirs = _finished_runs(args.runs, lengths)
     for run_dir in run_dirs:
         require_writable(run_dir / "evals.parquet")
     terminal.warn(*([] if args.text is None else passed_over(args.text)))
     rows = []
     for run_dir in run_dirs:
-        run = load_run(run_dir, _device(args))
-        started = time.monotonic()
-        results = _results(run, args)
-        add_evaluations(run_dir, results, time.monotonic() - started)
+        config, results, seconds = _evaluated(run_dir, args, lengths)
+        add_evaluations(run_dir, results, seconds)
         rows += [
-            {"run_id": run_dir.name, "arm": run.config.arm, "size": run.config.size, "seed": run.config.seed}
+            {"run_id": run_dir.name, "arm": config.arm, "size": config.size, "seed": config.seed}
             | {"task": task, "metric": metric, "value": value}
             for task, metrics in results.items()
             for metric, value in metrics.items()
@@ -105,6 +108,35 @@ def _eval(args: argparse.Namespace) -> int:
     else:
         print(terminal.align(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
     return 0
+
+
+def _lengths(args: argparse.Namespace) -> list[int]:
+    """Those of --lengths; none if it is not given."""
+    if args.lengths is None:
+        return []
+    if args.text is not None or args.tasks is not None:
+        raise ValueError("--lengths is for runs on generated tasks, --text and --tasks are for runs on text; give one")
+    words = [word.strip() for word in args.lengths.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"--lengths must be numbers of tokens, as 512,1024; got {args.lengths}; correct it")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _evaluated(
+    run_dir: Path, args: argparse.Namespace, lengths: list[int]
+) -> tuple["RunConfig", Mapping[str, Mapping[str, float]], float]:
+    """The run's configuration, its metrics by task, and the seconds that they took."""
+    from experiments.evaluation.load import check_finished, load_model, load_run
+    from experiments.evaluation.recall import evaluate_lengths
+
+    if not lengths:
+        run = load_run(run_dir, _device(args))
+        started = time.monotonic()
+        return run.config, _results(run, args), time.monotonic() - started
+    config = check_finished(run_dir)
+    model = load_model(run_dir, config, _device(args))
+    started = time.monotonic()
+    return config, {config.task_name: evaluate_lengths(config, model, lengths)}, time.monotonic() - started
 
 
 def _cell(value: object) -> str:
@@ -132,18 +164,23 @@ def _results(run: "TrainedRun", args: argparse.Namespace) -> Mapping[str, Mappin
     return results
 
 
-def _finished_runs(paths: list[Path]) -> list[Path]:
+def _finished_runs(paths: list[Path], lengths: list[int]) -> list[Path]:
     """The folders of the runs that are named, and of the finished ones in the stores that are.
 
-    Runs of a store that cannot score a text, such as controls, are left out with a line on standard error. Raises
-    ValueError for one that is named, before any other is evaluated.
+    Runs of a store that cannot be evaluated at these lengths or, if there are none, on a text are left out with a line
+    on standard error. Raises ValueError for one that is named, before any other is evaluated.
     """
     from experiments.evaluation.load import check_usable
+    from experiments.evaluation.recall import check_lengths
 
+    def check(run_dir: Path) -> object:
+        return check_lengths(run_dir, lengths) if lengths else check_usable(run_dir)
+
+    trained_on = "generated tasks" if lengths else "text"
     found: list[Path] = []
     for path in paths:
         if (path / "config.json").exists():
-            check_usable(path)
+            check(path)
             found.append(path)
             continue
         finished = sorted(each.parent for each in path.glob("*/run.json"))
@@ -152,14 +189,15 @@ def _finished_runs(paths: list[Path]) -> list[Path]:
         before = len(found)
         for run_dir in finished:
             try:
-                check_usable(run_dir)
+                check(run_dir)
             except ValueError as error:
                 terminal.warn(f"left out: {error}")
             else:
                 found.append(run_dir)
         if len(found) == before:
             raise ValueError(
-                f"{path} must be a run's folder or a store with finished runs on text; it has none; name another"
+                f"{path} must be a run's folder or a store with finished runs on {trained_on}; it has none; name "
+                "another"
             )
     return found
 

@@ -70,6 +70,7 @@ def export(run: TrainedRun, folder: Path) -> None:
                 "bos_token": run.data.end_of_text,
                 "pad_token": run.data.end_of_text,
                 "model_max_length": run.config.train.sequence_length,
+                "padding_side": "left",  # from which generation goes on
                 "clean_up_tokenization_spaces": False,
             },
         }

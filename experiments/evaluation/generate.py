@@ -4,7 +4,7 @@ Shapes: B batch, T time, V vocabulary.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from experiments.evaluation.load import TrainedRun, precision
-from experiments.models.decoder import Decoder
+from experiments.models.decoder import Cache, Decoder
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,59 @@ def generate(
         token = sampling.draw(logits[:, -1], generator)
         yield token
         logits, cache = model.decode(token[:, None], cache)
+
+
+@torch.inference_mode()
+def complete(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],  # B of them, of at least one token each
+    sampling: Sampling,
+    seed: int,
+    most: int,
+    ends: Callable[
+        [int, Sequence[int]], bool
+    ],  # whether the tokens drawn for the prompt of this index end with the last
+) -> list[list[int]]:
+    """At most `most` tokens that follow each prompt, as `generate` draws them for the prompt by itself.
+
+    Nothing is padded: the first tokens of all prompts, as many as the shortest has, are one pass. Then rows take the
+    next token of their prompt, as long as it has one, where others take the token that was drawn for them. Rows that
+    have ended are dropped.
+    """
+    device = model.embedding.weight.device
+    generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
+    made: list[list[int]] = [[] for _ in prompts]
+    rows, length = list(range(len(prompts))), min(map(len, prompts))
+    logits, cache = model.decode(torch.tensor([prompt[:length] for prompt in prompts], device=device))
+    while True:
+        tokens = logits[:, -1].argmax(-1).tolist() if sampling.temperature == 0 else [0] * len(rows)
+        going = []
+        for place, row in enumerate(rows):
+            if length < len(prompts[row]):
+                tokens[place] = prompts[row][length]
+            else:
+                if sampling.temperature > 0:
+                    tokens[place] = int(sampling.draw(logits[place : place + 1, -1], generators[row]))
+                made[row].append(tokens[place])
+                if len(made[row]) == most or ends(row, made[row]):
+                    continue
+            going.append(place)
+        if not going:
+            return made
+        if len(going) < len(rows):
+            rows, cache = [rows[place] for place in going], _select(cache, torch.tensor(going, device=device))
+        length += 1
+        logits, cache = model.decode(torch.tensor([[tokens[place]] for place in going], device=device), cache)
+
+
+def _select(
+    cache: Cache,
+    rows: Tensor,  # [n]
+) -> Cache:
+    return [
+        tuple({name: kept.index_select(0, rows) for name, kept in part.items()} for part in layer)  # type: ignore[misc]
+        for layer in cache
+    ]
 
 
 def continue_text(run: TrainedRun, prompt: str, tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:

@@ -1,22 +1,27 @@
 """A trained run as a model of lm-evaluation-harness (an extra: `pip install 'dynconv[eval]'`)."""
 
-import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from experiments.evaluation.generate import Sampling, generate
+from experiments.evaluation.generate import Sampling, complete
 from experiments.evaluation.load import TrainedRun, precision
-from experiments.evaluation.scoring import Request, score
+from experiments.evaluation.scoring import Request, most_tokens, score
 
 MOST_NEW_TOKENS = 256  # of a task that names no limit
+
+
+class _Question(NamedTuple):
+    tokens: tuple[int, ...]
+    stops: tuple[str, ...]  # texts that end the answer
+    sampling: Sampling
+    most: int  # tokens of the answer
 
 
 class RunLM(TemplateLM):
@@ -60,17 +65,51 @@ class RunLM(TemplateLM):
         return [sum(next(scores).log_probability for _ in text) for text in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
-        return [self._generate(*request.args) for request in requests]
+        """The text that follows each request's context, up to one of its stops or an end of text.
 
-    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+        Requests with the same settings are answered together if the lengths of their contexts differ by less than the
+        answers take: each as it would be by itself.
+        """
+        questions = [self._question(*request.args) for request in requests]
+        alike: dict[tuple[Sampling, int], list[int]] = {}
+        for number in sorted(range(len(questions)), key=lambda n: -len(questions[n].tokens)):
+            alike.setdefault((questions[number].sampling, questions[number].most), []).append(number)
+        answers: dict[int, str] = {}
+        for (_, most), waiting in alike.items():
+            while waiting:
+                longest = len(questions[waiting[0]].tokens)
+                rows = max(1, most_tokens(self._run.config.model.vocabulary) // (longest + most))
+                some = [number for number in waiting[:rows] if len(questions[number].tokens) > longest - most]
+                waiting = waiting[len(some) :]
+                answers |= zip(some, self._answer([questions[number] for number in some]), strict=True)
+        return [answers[number] for number in range(len(questions))]
+
+    def _answer(self, questions: Sequence[_Question]) -> list[str]:
+        """The answers to questions with the same settings."""
+
+        def ends(number: int, tokens: Sequence[int]) -> bool:
+            if tokens[-1] == self.eot_token_id:
+                return True
+            text = self._run.tokenizer.decode(list(tokens))
+            return any(stop in text for stop in questions[number].stops)
+
+        first = questions[0]
+        with precision(self._run.device):
+            made = complete(self._run.model, [q.tokens for q in questions], first.sampling, 0, first.most, ends)
+        answers = []
+        for question, tokens in zip(questions, made, strict=True):
+            text = self._run.tokenizer.decode(tokens[:-1] if tokens[-1] == self.eot_token_id else tokens)
+            answers.append(min((text.split(stop)[0] for stop in question.stops), key=len, default=text))
+        return answers
+
+    def _question(self, context: str, settings: Mapping[str, Any]) -> _Question:
         stops = settings.get("until") or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
         most = int(settings.get("max_gen_toks", MOST_NEW_TOKENS))
-        warm = settings.get("do_sample", False)
-        top_k = settings.get("top_k") or None
-        sampling = Sampling(float(settings.get("temperature", 1.0)) if warm else 0.0, top_k, settings.get("top_p"))
+        temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample", False) else 0.0
         ids = self.tok_encode(context) or [self.eot_token_id]
         room = self.max_length - most
+        if most < 1:
+            raise ValueError(f"max_gen_toks of a task must be at least 1; got {most}; raise it in a copy of the task")
         if room < 1:
             raise ValueError(
                 f"a task wants answers of up to {most} tokens, and the run was trained on sequences of "
@@ -78,18 +117,12 @@ class RunLM(TemplateLM):
                 "(--include), or leave the task out"
             )
         self.truncated += len(ids) > room
-        prompt = torch.tensor([ids[-room:]], device=self._run.device)
-        made: list[int] = []
-        text = ""
-        with precision(self._run.device):
-            for token in itertools.islice(generate(self._run.model, prompt, sampling, seed=0), most):
-                if int(token) == self.eot_token_id:
-                    break
-                made.append(int(token))
-                text = self._run.tokenizer.decode(made)
-                if any(stop in text for stop in stops):
-                    break
-        return min((text.split(stop)[0] for stop in stops), key=len, default=text)
+        return _Question(
+            tokens=tuple(ids[-room:]),
+            stops=(stops,) if isinstance(stops, str) else tuple(stops),
+            sampling=Sampling(temperature, settings.get("top_k") or None, settings.get("top_p")),
+            most=most,
+        )
 
     def _request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         room = max(1, self.max_length + 1 - len(continuation))  # the last token is only predicted

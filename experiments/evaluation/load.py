@@ -54,19 +54,28 @@ class TrainedRun(NamedTuple):
         return bpe.load(self.tokenizer.to_str().encode(), self.data.vocabulary, self.data.end_of_text)
 
 
-def check_usable(run_dir: Path) -> RunConfig:
-    """The configuration of the run in this folder. Raises ValueError if it is not finished, or cannot score a text."""
+def check_finished(run_dir: Path) -> RunConfig:
+    """The configuration of the run in this folder. Raises ValueError if it is no run, or not finished."""
     if not (run_dir / "config.json").exists():
         raise ValueError(f"{run_dir} must be the folder of a run, STORE/RUN_ID; it has no config.json; name another")
     _, config, _ = read_record(run_dir)
+    if not (run_dir / "run.json").exists():
+        raise ValueError(f"{run_dir} is not finished; `dynconv status` says where it stands")
+    return config
+
+
+def check_usable(run_dir: Path) -> RunConfig:
+    """The configuration of the run in this folder. Raises ValueError if it is not finished, or cannot score a text."""
+    config = check_finished(run_dir)
     if config.model.sequence_group > 1:
         raise ValueError(
             f"{run_dir} is a control whose sequences read one another; use a run of its arm without mismatched"
         )
-    if not (run_dir / "run.json").exists():
-        raise ValueError(f"{run_dir} is not finished; `dynconv status` says where it stands")
     if config.task is not None:
-        raise ValueError(f"{run_dir} has no tokenizer, as it was trained on {config.task_name}; give a run on text")
+        raise ValueError(
+            f"{run_dir} has no tokenizer, as it was trained on {config.task_name}; give a run on text, or "
+            "`eval --lengths` for its own task"
+        )
     return config
 
 
@@ -76,6 +85,11 @@ def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
     run_dir = Path(run_dir)
     config = check_usable(run_dir)
     tokenizer = _tokenizer(run_dir)
+    return TrainedRun(config, load_model(run_dir, config, device), tokenizer)
+
+
+def load_model(run_dir: Path, config: RunConfig, device: str = "cpu") -> Decoder:
+    """The model of a finished run, in evaluation mode. Raises ValueError if its weights are damaged or not its own."""
     model = Decoder(config.model, config.seed)
     weights = _weights(run_dir / "model.pt")
     shapes, wanted = ({name: each.shape for name, each in of.items()} for of in (weights, model.state_dict()))
@@ -87,7 +101,7 @@ def load_run(run_dir: Path | str, device: str = "cpu") -> TrainedRun:
         )
     _check_own(run_dir)
     model.load_state_dict(weights)
-    return TrainedRun(config, model.to(device).eval(), tokenizer)
+    return model.to(device).eval()
 
 
 def _tokenizer(run_dir: Path) -> Tokenizer:

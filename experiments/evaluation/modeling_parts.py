@@ -6,8 +6,8 @@ Shapes: B batch, T time, D width, H heads.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +52,86 @@ class ShortConvCache(DynamicCache):
         raise ValueError("this cache cannot be shortened; generate without an assistant model")
 
 
-class Pass:
-    """What modules need to know of the forward pass that is under way."""
+class Rows(NamedTuple):
+    """What the rows of a batch hold besides one text each."""
 
-    cache: ShortConvCache | None = None
     unpadded: torch.Tensor | None = None  # [B, T, 1]: 0 at padding, else 1; None: no padding
-    part_input: torch.Tensor | None = None  # [B, T, D]: the normed input of the part that is computed
+    documents: torch.Tensor | None = None  # [B, T]: the number of each token's document, rising; None: one a row
 
 
-class RecurrentMixer(nn.Module):
+def rows_of(
+    inputs: torch.Tensor,  # [B, T] or [B, T, D]
+    mask: Any,  # [B, all tokens so far]: 0 at padding; None: no padding
+    positions: torch.Tensor | None,  # [B or 1, T]; None: those that follow the tokens so far
+    may_pack: bool,  # rows may hold packed documents: there is no cache
+    strict: bool,  # refuse what attention alone would express
+    others: Mapping[str, Any],  # the other arguments of the model
+) -> Rows:
+    """The padding that a mask says, or the packed documents that positions say which restart, as attention reads them.
+
+    As in transformers, a document ends where the next position is not the next number, and only rows without a mask
+    hold several. Raises ValueError for what would be kept apart by attention alone.
+    """
+    if not strict and mask is not None:
+        return Rows()
+    told = [name for name in ("seq_idx", "cu_seq_lens_q") if others.get(name) is not None]
+    if positions is None and told:
+        raise ValueError(f"{told[0]} says where documents begin; give position_ids that restart there, too")
+    shape = inputs.shape[:2]
+    values = not torch.compiler.is_compiling()  # can be read
+    unpadded = None
+    if mask is not None:
+        _check_padding(mask, values)
+        unpadded = mask[:, -shape[1] :, None]
+    if positions is None or shape[1] == 1:
+        return Rows(unpadded)
+    step = positions.expand(shape).diff(dim=1)
+    if mask is None and may_pack:
+        documents = F.pad((step != 1).cumsum(1), (1, 0))
+        return Rows(documents=documents) if not values or bool(documents.any()) else Rows()
+    if unpadded is not None:
+        step = step.masked_fill((unpadded[:, 1:, 0] == 0) | (unpadded[:, :-1, 0] == 0), 1)
+    if values and bool((step < 1).any()):
+        extra = "a cache" if mask is None else "attention_mask"
+        raise ValueError(
+            f"position_ids restart within a row, as of packed documents, which {extra} does not tell apart; leave "
+            f"{extra} out, or give each document a row"
+        )
+    return Rows(unpadded)
+
+
+def _check_padding(mask: Any, values: bool) -> None:
+    """Raises ValueError unless it is a mask of padding at the ends of rows; without `values` they are not read."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        got = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask must be [B, tokens]: convolutions and recurrences know padding and no other masks; got "
+            f"{got}; for packed documents give position_ids that restart, and no mask"
+        )
+    seen = mask != 0
+    text_before, text_after = seen.cumsum(1) > 0, seen.flip(1).cumsum(1).flip(1) > 0
+    if values and bool((text_before & text_after & ~seen).any()):
+        raise ValueError(
+            "attention_mask must have its zeros at the ends of a row; got some between tokens, which convolutions and "
+            "recurrences would read; to generate, pad on the left (tokenizer.padding_side)"
+        )
+
+
+class Pass:
+    """What the modules of a layer need to know of the forward pass that is under way."""
+
+    def __init__(self, cache: ShortConvCache | None, rows: Rows) -> None:
+        self.cache, self.rows = cache, rows
+        self.part_input: torch.Tensor | None = None  # [B, T, D]: the normed input of the part that is computed
+
+
+class Informed(nn.Module):
+    """A module that its layer tells of the pass."""
+
+    current: Any = None  # a Pass, while the layer computes
+
+
+class RecurrentMixer(Informed):
     """Base of the mixers around a recurrence."""
 
     sites: tuple[str, ...]  # of the linear maps of its input
@@ -71,13 +142,13 @@ class RecurrentMixer(nn.Module):
     o_proj: nn.Linear
     _output: Callable[..., torch.Tensor]  # the input [B, T, H*V] of the map o
 
-    def __init__(self, config: PretrainedConfig, heads: int, shapes: dict[str, int], layer: int, current: Pass) -> None:
+    def __init__(self, config: PretrainedConfig, heads: int, shapes: dict[str, int], layer: int) -> None:
         super().__init__()
         for site, outputs in shapes.items():
             setattr(self, f"{site}_proj", nn.Linear(config.hidden_size, outputs, bias=False))
         conv = config.conv or {}
         self._activated = conv.get("sites", ()) if conv.get("activation") else ()  # by their own convolutions
-        self._layer, self._current = layer, current
+        self._layer = layer
         self.log_a = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         with torch.no_grad():
@@ -86,13 +157,14 @@ class RecurrentMixer(nn.Module):
             step.copy_(step + (-(-step).expm1()).log())  # the inverse of softplus
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        x, current = hidden_states, self._current
-        if current.unpadded is not None:  # No map has a bias: where the input is zero, nothing enters the state.
-            x = x * current.unpadded.to(x.dtype)
+        x, current = hidden_states, self.current
+        rows = current.rows
+        if rows.unpadded is not None:  # No map has a bias: where the input is zero, nothing enters the state.
+            x = x * rows.unpadded.to(x.dtype)
         outputs = {site: getattr(self, f"{site}_proj")(x) for site in self.sites}
         kept, inputs = self._inputs(**outputs)
         if current.cache is None:
-            y, _ = chunked(*inputs)
+            y, _ = chunked(*inputs, numbers=rows.documents)
         else:
             name, place = f"{self._layer}.state", x.new_zeros(x.shape[0], 1, x.shape[1], 1)
             y, current.cache.kept[name] = chunked(*inputs, state=current.cache.kept.get(name))
@@ -118,11 +190,9 @@ class Mamba2(RecurrentMixer):
     sites = ("z", "x", "b", "c", "dt")
     lowest_a = 1.0
 
-    def __init__(
-        self, config: PretrainedConfig, layer: int, current: Pass, heads: int, head_size: int, state: int
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, layer: int, heads: int, head_size: int, state: int) -> None:
         inner = heads * head_size
-        super().__init__(config, heads, {"z": inner, "x": inner, "b": state, "c": state, "dt": heads}, layer, current)
+        super().__init__(config, heads, {"z": inner, "x": inner, "b": state, "c": state, "dt": heads}, layer)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.head_size = head_size
         self.skip = nn.Parameter(torch.ones(heads))
@@ -149,10 +219,10 @@ class GatedDeltaNet(RecurrentMixer):
     sites = ("q", "k", "v", "a", "b", "g")
     lowest_a = 0.0
 
-    def __init__(self, config: PretrainedConfig, layer: int, current: Pass, heads: int, key: int, value: int) -> None:
+    def __init__(self, config: PretrainedConfig, layer: int, heads: int, key: int, value: int) -> None:
         keys, values = heads * key, heads * value
         shapes = {"q": keys, "k": keys, "v": values, "a": heads, "b": heads, "g": values}
-        super().__init__(config, heads, shapes, layer, current)
+        super().__init__(config, heads, shapes, layer)
         self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
         self.key, self.value = key, value
         self.norm = Qwen3RMSNorm(value, eps=config.rms_norm_eps)

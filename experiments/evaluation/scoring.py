@@ -42,7 +42,7 @@ def score(run: TrainedRun, requests: Sequence[Request]) -> list[Score]:
         by_context.setdefault(request.context, []).append(number)
     alone: list[int] = []
     scores: dict[int, Score] = {}
-    tokens = min(MOST_TOKENS, MOST_LOGITS // run.config.model.vocabulary)
+    tokens = most_tokens(run.config.model.vocabulary)
     with precision(run.device):
         for context, numbers in by_context.items():
             longest = max(len(requests[n].continuation) for n in numbers)
@@ -58,6 +58,11 @@ def score(run: TrainedRun, requests: Sequence[Request]) -> list[Score]:
             some, alone = alone[:count], alone[count:]
             scores |= zip(some, _score_batch(run.model, [requests[n] for n in some]), strict=True)
     return [scores[number] for number in range(len(requests))]
+
+
+def most_tokens(vocabulary: int) -> int:
+    """Of one forward pass, padding included."""
+    return min(MOST_TOKENS, MOST_LOGITS // vocabulary)
 
 
 def _length(request: Request) -> int:

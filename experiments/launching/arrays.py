@@ -32,9 +32,9 @@ def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path)
 
 def _arrays(runs: Sequence[RunConfig], limit: int) -> list[list[RunConfig]]:
     """One array a size, since an array has one set of resources, and a trunk, since it has one dependency; several
-    where it passes the cluster's limit."""
+    where it passes the cluster's limit. First seeds come first: those after them find their program compiled."""
     grouped: dict[tuple[str, str | None], list[RunConfig]] = {}
-    for run in sorted(runs, key=lambda run: run.trunk is not None):
+    for run in sorted(runs, key=lambda run: (run.trunk is not None, run.seed)):
         grouped.setdefault((run.size, run.trunk), []).append(run)
     return [same[low : low + limit] for same in grouped.values() for low in range(0, len(same), limit)]
 

@@ -18,6 +18,7 @@ import submitit
 from experiments.launching import slurm, worker
 from experiments.launching.profile import Job, Slurm
 from experiments.terminal import warn
+from experiments.training.compile_cache import VARIABLES
 from experiments.training.provenance import SHARING_VARIABLE
 
 LOOK_SECONDS = 30.0  # how long a submission is looked for if sbatch could not say what became of it
@@ -27,6 +28,8 @@ REQUEUE_TRIES = 60  # of a batch script, ten seconds apart
 _NO_ANSWER = re.compile(r"timed out|unable to contact|connect|communication|zero bytes|unexpected message|socket", re.I)
 # The limit that was met, as AssocMaxSubmitJobLimit or QOSMaxWallDurationPerJobLimit; older versions do not name it.
 _LIMIT = re.compile(r"\b[A-Z]\w+Limit\b")
+# The run itself chooses a folder on the node; a shell's may be on a shared file system, where such caches break.
+_NO_CACHES = f"unset {' '.join(VARIABLES)}"
 _TOO_MANY = re.compile(r"job submit limit|Invalid job array|unable to accept job", re.I)
 
 
@@ -141,7 +144,7 @@ def script(
             **({"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}),
             **options,
         },
-        setup=[*profile.setup, *_setup(snapshot, _sharing(job, profile), folder)],
+        setup=[_NO_CACHES, *profile.setup, *_setup(snapshot, _sharing(job, profile), folder)],
         teardown=_teardown(),
         # From 22.05 on, srun no longer takes --cpus-per-task over from sbatch.
         srun_args=[
@@ -173,16 +176,12 @@ def _sharing(job: Job, profile: Slurm) -> str:
 
 
 def _setup(snapshot: Path, sharing: str, folder: Path) -> list[str]:
-    scratch = '"${TMPDIR:-/tmp}/dynconv-$SLURM_JOB_ID"'
     requeue = worker.requeue_file(folder, "").as_posix()
     return [
         "export SUBMITIT_PREEMPT_SIGNAL=TERM",
         f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # else the folder that was submitted from comes before the snapshot",
         f"export {SHARING_VARIABLE}={sharing}",
-        f"export DYNCONV_SCRATCH={scratch}  # on the node: compilers' caches break on shared file systems",
-        "export TRITON_CACHE_DIR=$DYNCONV_SCRATCH/triton TORCHINDUCTOR_CACHE_DIR=$DYNCONV_SCRATCH/inductor",
-        """trap 'rm -rf "$DYNCONV_SCRATCH"' EXIT""",
         "trap : TERM  # the run heeds it; this script goes on when that has ended",
         f"requeue={shlex.quote(requeue)}$SLURM_JOB_ID  # a file by which the run asks to be queued again",
         'rm -f "$requeue"',

@@ -148,5 +148,8 @@ def library_problem() -> str | None:
     version = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
     # flash-linear-attention refuses these: https://github.com/fla-org/flash-linear-attention/issues/640
     if torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= version < (3, 7, 1):
-        return f"Triton {triton.__version__} computes its gradients wrongly on a Hopper GPU: upgrade Triton to 3.7.1"
+        return (
+            f"Triton {triton.__version__} computes its gradients wrongly on a Hopper GPU: upgrade to torch 2.12.1 or "
+            "newer, which bring Triton 3.7.1"
+        )
     return None

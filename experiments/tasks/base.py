@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -143,6 +143,13 @@ class Generator(ABC):
     def further(self) -> dict[str, Self]:
         """Name -> settings of the further held-out sets."""
         return self.variants(self._plain())
+
+    def at_lengths(self, lengths: Sequence[int]) -> Self:
+        """This task with held-out sets of these sequence lengths as its only further ones.
+
+        Raises ValueError for a length that the task cannot have, or that is its own.
+        """
+        return replace(self._plain(), evaluate_lengths=tuple(lengths))
 
     def _evaluations(self) -> list[str]:
         return [field.name for field in fields(self) if field.name.startswith(EVALUATE)]

@@ -62,11 +62,23 @@ class Evaluator:
         if not isinstance(self.task, GeneratedTask):
             return self._metrics_of_loss(interrupted)
         metrics = self._metrics_of_answers(self.task, "", interrupted)
-        for at in self.task.further if finished else ():
+        if metrics is None or not finished:
+            return metrics
+        more = self.further_metrics(interrupted)
+        return None if more is None else metrics | more
+
+    @torch.no_grad()
+    def further_metrics(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        """Those of the further held-out sets of a generated task alone; else as `metrics`."""
+        assert isinstance(self.task, GeneratedTask)
+        metrics: dict[str, float] = {}
+        for at in self.task.further:
             # These have other sequence lengths, for which compiling would take longer than the evaluation.
             with torch.compiler.set_stance("force_eager"):
                 more = self._metrics_of_answers(self.task, at, interrupted)
-            metrics = None if metrics is None or more is None else metrics | more
+            if more is None:
+                return None
+            metrics |= more
         return metrics
 
     def _metrics_of_loss(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import submitit
 
 from experiments.design.config import Execution
+from experiments.training.compile_cache import compile_cache
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
     import torch
@@ -41,23 +42,34 @@ def this_place() -> Place:
 def joined(run_dir: Path, execution: Execution, place: Place) -> Iterator["World"]:
     """The processes of this job. If there are several, they are joined to a process group until the context ends.
 
-    Raises ValueError if the device that was asked for is not there, or if the processes' GPUs differ.
+    What they compile for a GPU is kept where other runs find it. Raises ValueError if the device that was asked for is
+    not there, or if the processes' GPUs differ.
     """
-    import torch
-
     from experiments.training.parallel import World
-    from experiments.training.rendezvous import process_group
 
     device = _device(execution, place)
     world = World(place.rank, place.size, device, execution.parallel)
-    if world.size == 1:
+    with ExitStack() as stack:
+        if device.type == "cuda":  # for a CPU nothing is compiled
+            stack.enter_context(compile_cache())
+        if world.size > 1:
+            stack.enter_context(_process_group(run_dir, world, place))
         yield world
-        return
+
+
+@contextmanager
+def _process_group(run_dir: Path, world: "World", place: Place) -> Iterator[None]:
+    """Join the processes of this job until the context ends. Raises ValueError if their GPUs differ."""
+    import torch
+
+    from experiments.training.rendezvous import process_group
+
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")  # A requeued job keeps its id.
     meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
     if world.rank == 0:
         for stale in run_dir.glob(".rendezvous-*"):  # of attempts that were killed before all had met
             stale.unlink(missing_ok=True)
+    device = world.device
     with process_group(device, meeting, world.rank, world.size, place.hosts):
         names = world.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
         other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
@@ -66,7 +78,7 @@ def joined(run_dir: Path, execution: Execution, place: Place) -> Iterator["World
                 f"the processes' devices differ: rank 0 has {names[0]}, and rank {other} has {names[other]}; "
                 "ask for equal ones, on Slurm by constraint = ... in the profile"
             )
-        yield world
+        yield
 
 
 def _device(execution: Execution, place: Place) -> "torch.device":

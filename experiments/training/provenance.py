@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import source
 from experiments.design.config import Execution
-from experiments.training.job import Place
 from experiments.training.presence import sharing
 
-if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this module without it
+if TYPE_CHECKING:  # torch takes seconds to import, which the launcher does without; and `job` imports this module
+    from experiments.training.job import Place
     from experiments.training.parallel import World
 
 # Slurm's jobs have it: the number of runs on their device; empty: unknown. On this machine runs are counted.
 SHARING_VARIABLE = "DYNCONV_SHARING"
 
 
-def runs_on_device(place: Place) -> int | None:
+def runs_on_device(place: "Place") -> int | None:
     """How many runs use this run's device now; None where it is not known."""
     if (said := os.environ.get(SHARING_VARIABLE)) is not None:
         return int(said) if said.isdigit() else None
     return sharing(int(place.job) if place.job.isdigit() else os.getpid())
 
 
-def provenance(world: "World", place: Place, execution: Execution, code_commit: str | None) -> dict[str, Any]:
+def provenance(world: "World", place: "Place", execution: Execution, code_commit: str | None) -> dict[str, Any]:
     """The provenance of this attempt, for its log."""
     import torch
 
@@ -37,7 +37,7 @@ def provenance(world: "World", place: Place, execution: Execution, code_commit: 
         "dtype": "bfloat16" if cuda else "float32",
         "execution": execution.in_words(cuda),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "python": platform.python_version(),
         "job_id": place.job or None,
         "hosts": list(place.hosts) or [socket.gethostname()],
@@ -47,7 +47,8 @@ def provenance(world: "World", place: Place, execution: Execution, code_commit: 
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
