@@ -153,6 +153,21 @@ def test_a_store_without_a_rule_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "do not go together" in capsys.readouterr().err
 
 
+def test_what_has_no_rate_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An arm of the sweep that the store lacks, rates that are no factors of a ladder, and a sweep on no text."""
+    rows = study(1, noise=0.0)
+    path = str(write_points(rows[rows["arm"] != "static-qkv"], tmp_path / "p.csv"))
+    assert main(["table", path, "--rates", str(STUDY)]) == 0
+    out = capsys.readouterr()
+    assert "no rates for static-qkv: no best rate between worse ones was found at any size" in out.err
+    assert "static-qkv" not in out.out
+    bare = str(write_points(rows.drop(columns="vary.learning_rate_factor"), tmp_path / "bare.csv"))
+    assert main(["table", bare, "--rates", str(STUDY)]) == 2
+    assert "the runs do not record their factor of the ladder's rate" in capsys.readouterr().err
+    assert main(["table", path, "--rates", str(STUDY.with_name("demo-mqar.toml"))]) == 2
+    assert "a sweep on text is wanted" in capsys.readouterr().err
+
+
 def test_later_seeds_train_the_best_rate_alone() -> None:
     """Of the maker of the study's runs, on which these tests stand."""
     rows = study(3)

@@ -234,6 +234,8 @@ def _rates_of_a_sweep(args: argparse.Namespace, runs: pd.DataFrame) -> int:
         raise ValueError(f"a sweep has no compute by {convention!r}; choose another with --convention")
     plan["factor"] = [run.get("learning_rate_factor") for run in plan["vary"]]
     found = single_factors(rule, plan, CONVENTIONS[convention])
+    if without := [arm for arm in dict.fromkeys(plan["arm"]) if arm not in rule.levels]:
+        warn(f"no rates for {', '.join(without)}: no best rate between worse ones was found at any size")
     if args.format == "md":
         print(rate_lines(rule, tuned, found))
     else:
