@@ -89,7 +89,7 @@ def test_the_planted_rates_of_untuned_sizes_are_printed(tmp_path: Path, capsys: 
     path = write_points(study(1, slope=0.04, noise=0.0, scatter=0.0), tmp_path / "study.csv")
     assert main(["table", str(path), "--rates", str(STUDY)]) == 0
     out = capsys.readouterr()
-    assert "+0.04 for each factor e" in out.out
+    assert "+0.04 for each e-fold of compute" in out.out
     found = tomllib.loads(out.out)["vary_by_arm"]
     assert set(found) == set(STUDY_M)
     for arm, axes in found.items():

@@ -14,7 +14,7 @@ STEP = 2.0  # between the rates of a sweep: what lies beyond the edge is tried a
 
 def rate_lines(rule: RateRule, tuned: Sequence[Tuned], found: Sequence[tuple[str, str, float]]) -> str:
     """[vary_by_arm.ARM.learning_rate_factor] with the factors of `found`: arm, size, factor."""
-    lines = [f"# ln factor grows by {rule.slope:+.3g} for each factor e of compute, in all arms; levels are their own."]
+    lines = [f"# ln factor grows by {rule.slope:+.3g} for each e-fold of compute in all arms; each has its own level."]
     lines += [f"# {arm}: by its best rates at {', '.join(level.sizes)}" for arm, level in rule.levels.items()]
     edges = {(item.arm, item.size, item.budget): item for item in tuned if item.rates > 1 and item.at_edge}
     lines += [_edge(item) for item in edges.values()]
