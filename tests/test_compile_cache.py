@@ -116,7 +116,7 @@ def test_what_torch_chose_when_it_was_imported_is_not_what_the_user_named(
 def not_private(temporary: Path, _: pytest.MonkeyPatch) -> str:
     root(temporary).mkdir()
     root(temporary).chmod(0o755)
-    return "others may use it (mode 755, wanted 700): remove it"
+    return "others may use it (mode 755, wanted 700); remove it"
 
 
 def another_users(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -125,13 +125,14 @@ def another_users(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     theirs = temporary / f"dynconv-cache-{uid + 1}"
     theirs.mkdir(mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: uid + 1)
-    return f"{theirs}: it belongs to the user {uid}, and compiled code would be loaded from it"
+    why = f"it belongs to the user {uid}, and compiled code would be loaded from it"
+    return f"{theirs}: {why}; set TMPDIR to a folder of your own"
 
 
 def a_link(temporary: Path, _: pytest.MonkeyPatch) -> str:
     (temporary / "elsewhere").mkdir(mode=0o700)
     root(temporary).symlink_to(temporary / "elsewhere")
-    return "it is no folder"
+    return "it is no folder; remove it"
 
 
 def a_link_inside(temporary: Path, _: pytest.MonkeyPatch) -> str:
@@ -145,7 +146,7 @@ def a_link_inside(temporary: Path, _: pytest.MonkeyPatch) -> str:
 
 def no_sticky_bit(temporary: Path, _: pytest.MonkeyPatch) -> str:
     temporary.chmod(0o777)
-    return f"others may replace it, as {temporary} has no sticky bit"
+    return f"others may replace it, as {temporary} has no sticky bit; set TMPDIR to a folder of your own"
 
 
 def a_shared_file_system(_: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -111,13 +111,17 @@ def _require_private(root: Path) -> None:
     """
     found, parent = root.lstat(), root.parent.stat()
     if not stat.S_ISDIR(found.st_mode):
-        _refuse(root, "it is no folder")
+        _refuse(root, "it is no folder; remove it")
     if found.st_uid != os.getuid():
-        _refuse(root, f"it belongs to the user {found.st_uid}, and compiled code would be loaded from it")
+        _refuse(
+            root,
+            f"it belongs to the user {found.st_uid}, and compiled code would be loaded from it; set TMPDIR to a folder "
+            "of your own",
+        )
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        _refuse(root, f"others may use it (mode {stat.S_IMODE(found.st_mode):o}, wanted 700): remove it")
+        _refuse(root, f"others may use it (mode {stat.S_IMODE(found.st_mode):o}, wanted 700); remove it")
     if parent.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not parent.st_mode & stat.S_ISVTX:
-        _refuse(root, f"others may replace it, as {root.parent} has no sticky bit")
+        _refuse(root, f"others may replace it, as {root.parent} has no sticky bit; set TMPDIR to a folder of your own")
 
 
 def _refuse(root: Path, why: str) -> None:
