@@ -299,6 +299,7 @@ def test_swiglus_gradient_may_have_padded_rows(monkeypatch: pytest.MonkeyPatch) 
     want = backward(dy.contiguous(), *inputs)
     for some in (dy, apart, turned):
         taken.clear()
+        monkeypatch.setattr("dynconv.ops.launch._repeats", {})  # a GPU would repeat launches of these shapes
         assert all(map(torch.equal, backward(some, *inputs), want))
         assert (taken[0].data_ptr() == some.data_ptr()) == (some is not turned)
 
@@ -308,7 +309,7 @@ def test_swiglu_composed_is_the_same_function() -> None:
     assert all(value < 2e-6 for value in found.values()), found
 
 
-@pytest.mark.parametrize(("forward", "backward"), [((2, 4, 32), (1, 8, 160)), ((4, 4, 64), (2, 3, 96))])
+@pytest.mark.parametrize(("forward", "backward"), [((2, 4, 32), (1, 9, 160)), ((4, 4, 64), (2, 3, 96))])
 @pytest.mark.usefixtures("by_tensor_cores")
 def test_tiles_are_a_matter_of_speed_alone(
     forward: tuple[int, int, int], backward: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -320,7 +321,7 @@ def test_tiles_are_a_matter_of_speed_alone(
     monkeypatch.setattr(kernels, "BACKWARD_TILE", kernels.Tile(*backward))
     monkeypatch.setattr(kernels, "GATED_TILE", kernels.Tile(1, 9, 32))
     monkeypatch.setattr(kernels, "GATED_BACKWARD_TILE", kernels.Tile(*backward))
-    monkeypatch.setattr(kernels, "GATED_BACKWARD_WARPS", 4)
+    monkeypatch.setattr(kernels, "GATED_BACKWARD_WARPS", 8)
     monkeypatch.setattr(launch, "_repeats", {})  # launches of these shapes with the usual tiles
     found = errors(Case(batch=1, time=150, segments=(128,) * 3, rank=16, dtype=torch.bfloat16), 2)
     assert all(value < BOUND[torch.bfloat16] for value in found.values()), found
