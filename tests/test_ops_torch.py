@@ -132,9 +132,9 @@ def test_gradients_of_no_tokens_are_contiguous_as_torch_compile_takes_them_to_be
     inputs = {name: value.detach() for name, value in replace(KINDS[kind], batch=0).inputs().items()}
     filters = [inputs.get(name) for name in ("z", "weight" if kind == "headwise" else "U", "static_w")]
     filters = [f if f is None or f.dim() > 2 else f.t().contiguous().t() for f in filters]
-    arguments = (inputs["x"], inputs["x"], *filters, None, KINDS[kind].segments, True, False)
     needs = [True, *(f is not None for f in filters)]
-    torch.library.opcheck(torch.ops.dynconv.convolve_backward.default, (*arguments, needs), test_utils="test_faketensor")
+    arguments = (inputs["x"], inputs["x"], *filters, None, KINDS[kind].segments, True, False, needs)
+    torch.library.opcheck(torch.ops.dynconv.convolve_backward.default, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("kind", KINDS)
