@@ -1,11 +1,18 @@
-"""The one error of the analysis that is not the user's: the command line turns it into exit code 1.
-
-A request that was wrong is a plain ValueError (exit code 2), of one line.
+"""Errors of the analysis that are more than a request that was wrong, which is a plain ValueError of one line (exit
+code 2): work that failed, and data that do not allow the answer.
 """
 
 
 class WorkFailed(RuntimeError):
     """The request was right and the work still failed."""
+
+
+class Refusal(ValueError):
+    """The data do not allow what was asked: too few sizes, no pair, configurations that differ.
+
+    Where one of several answers is refused, as that of one arm of a table, its line becomes the reason why it is not
+    there. Only this type may: a ValueError of NumPy or pandas is a fault of ours, and must not pass for a property of
+    the data."""
 
 
 def first_line(error: Exception) -> str:

@@ -158,3 +158,72 @@ def write_points(points: pd.DataFrame, path: Path) -> Path:
     else:
         points.to_parquet(path)
     return path
+
+
+STUDY = Path(__file__).parents[1] / "experiments/sweeps/mini-scaling.toml"
+STUDY_M = {
+    "transformer": 1.0,
+    "static-qkv": 1.25,
+    "headwise-qkv": 1.28,
+    "lowrank-qkv": 1.33,
+    "lowrank-qkv-mismatched": 1.25,
+    "lowrank-all": 1.6,
+}
+STUDY_BEST = {arm: 1.5 if arm == "headwise-qkv" else 2.0 if m == 1 else 3.0 for arm, m in STUDY_M.items()}
+STUDY_SEED_NOISE = {"1M": 0.010, "3M": 0.004, "7M": 0.003, "11M": 0.0025, "16M": 0.002, "21M": 0.002}
+FIRST_SEEDS = {"3M": 3, "11M": 1}  # those that try every rate
+SEEDS_AFTER = {  # of each size after each session, as results/measured/README.md has them
+    1: {"1M": 16, "3M": 3, "11M": 1},
+    2: {"1M": 16, "3M": 3, "7M": 3, "11M": 1, "16M": 1, "21M": 1},
+    3: {"1M": 16, "3M": 8, "7M": 3, "11M": 3, "16M": 2, "21M": 1},
+    4: {"1M": 16, "3M": 8, "7M": 5, "11M": 3, "16M": 3, "21M": 2},
+    5: {"1M": 16, "3M": 8, "7M": 5, "11M": 3, "16M": 3, "21M": 3},
+}
+
+
+def study(
+    session: int = 5,
+    *,
+    m: dict[str, float] | None = None,
+    slope: float = 0.0,
+    noise: float = 1.0,
+    scatter: float = 0.001,
+    singles: dict[tuple[str, str], float] | None = None,
+    random_seed: int = 0,
+) -> pd.DataFrame:
+    """The runs of the counted study (mini-scaling.toml) after a session, as a table of points with a planted truth.
+
+    L = 1.7 + .39 (m C / 6.8e15)^-.3 + .02 ln(f / best)^2, plus `scatter` of an arm at a size and `noise` times
+    STUDY_SEED_NOISE of each run; 6.8e15 FLOPs are the geometric middle. An arm's best factor is STUDY_BEST there and
+    grows as C^slope. Later seeds of 3M and 11M have the best tried rate of the first ones alone, and 21M has no
+    head-wise filters. `singles` are factors of sizes with one rate, in place of the file's.
+    """
+    from experiments.cli.plan import planned
+
+    random = np.random.default_rng(random_seed)
+    true_m = STUDY_M | (m or {})
+    errors: dict[tuple[str, str], float] = {}
+    rows = []
+    for run in planned(STUDY):
+        arm, size, seed, compute = run["arm"], run["size"], run["seed"], float(run["flops_exact"])
+        error = errors.setdefault((arm, size), scatter * random.standard_normal())
+        of_run = noise * STUDY_SEED_NOISE[size] * random.standard_normal()
+        if seed >= SEEDS_AFTER[session].get(size, 0) or (arm, size) == ("headwise-qkv", "21M"):
+            continue
+        factor = (singles or {}).get((arm, size), float(run["vary"]["learning_rate_factor"]))
+        off = np.log(factor / STUDY_BEST[arm]) - slope * np.log(compute / 6.8e15)
+        loss = 1.7 + 0.39 * (true_m[arm] * compute / 6.8e15) ** -0.3 + 0.02 * off**2 + error + of_run
+        names = ("run_id", "arm", "baseline", "size", "seed", "parameters", "tokens", "flops_exact")
+        rate = run["learning_rate"] / run["vary"]["learning_rate_factor"] * factor
+        rates = {"train.learning_rate": rate, "vary.learning_rate_factor": factor}
+        rows.append({name: run[name] for name in names} | rates | {"loss": float(loss)})
+    table = pd.DataFrame(rows)
+    first = table[table["seed"] < table["size"].map(FIRST_SEEDS).fillna(99)]
+    means = first.groupby(["arm", "size", "vary.learning_rate_factor"])["loss"].mean()
+    best = {key: of_cell.idxmin()[2] for key, of_cell in means.groupby(["arm", "size"])}
+    later = table["seed"] >= table["size"].map(FIRST_SEEDS).fillna(99)
+    keys = zip(table["arm"], table["size"], table["vary.learning_rate_factor"], strict=True)
+    kept = [
+        not is_later or best[arm, size] == factor for is_later, (arm, size, factor) in zip(later, keys, strict=True)
+    ]
+    return table[kept].reset_index(drop=True)

@@ -133,6 +133,22 @@ def test_the_study_has_a_control_and_every_arm_its_own_rates() -> None:
     assert {run.run_id for run in runs} & {run.run_id for run in rates}
 
 
+def test_the_look_at_150m_is_what_its_page_says() -> None:
+    """88M parameters at vocabulary 4096, whatever the rung is called; every arm reads the same tokens, on the study's
+    data."""
+    runs = by_arm("look-150M")
+    assert list(runs) == ["transformer", "static-qkv", "lowrank-qkv", "lowrank-all"]
+    assert {round(run.model.parameters() / 1e6) for run in runs.values()} == {88, 90, 96}
+    assert round(runs["transformer"].model.parameters() / 1e6) == 88
+    assert {(round(run.counts.tokens / 1e6), run.train.sequence_length) for run in runs.values()} == {(100, 4096)}
+    assert len({run.train for run in runs.values()}) == 1
+    paper = {run.size: run for run in load_sweep(FOLDER / "paper-scaling.toml") if run.arm == "transformer"}
+    assert round(paper["150M"].model.parameters() / 1e6) == 162
+    assert read_sweep(FOLDER / "look-150M.toml").data == read_sweep(FOLDER / "mini-scaling.toml").data
+    for page in (ROOT / "results/measured/README.md", FOLDER / "look-150M.toml"):
+        assert "88M" in page.read_text()
+
+
 def test_an_arm_has_its_own_values_of_an_axis_and_a_size_its_own_seeds() -> None:
     table = strict.read_toml(FOLDER / "mini-rates.toml")
     table |= {"sizes": ["1M", "3M"], "arms": ["transformer", "headwise-qkv"], "seeds_by_size": {"3M": [7]}}

@@ -131,7 +131,7 @@ def test_chance_is_what_a_guess_among_the_shown_values_gets() -> None:
 
 def test_power_is_for_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["power", str(write(tmp_path))]) == 2
-    assert "power simulates losses on text; recall trains on generated tasks" in capsys.readouterr().err
+    assert "a sweep on text is wanted; recall trains on generated tasks" in capsys.readouterr().err
 
 
 def test_data_of_a_generated_task_is_not_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,14 @@ class At:
     ci: Interval
 
 
+@dataclass(frozen=True)
+class AskedAt(At):
+    """The same at a compute that the reader asked for."""
+
+    times_largest: float  # the compute over the largest one that was trained: above 1, nothing here is measured
+    times_smallest: float  # below 1, neither
+
+
 @dataclass(frozen=True, kw_only=True)
 class Multiplier:
     """One arm against the baseline. Multipliers are ratios of compute; intervals are 95%."""
@@ -84,6 +92,7 @@ class Multiplier:
     exponent: float
     local: tuple[dict[str, Any], ...] = ()  # by size: size, paired seeds, compute and loss of both, m
     curve: tuple[At, ...] = ()  # m against compute, over the sizes and up to EXTRAPOLATED times the largest
+    asked: tuple[AskedAt, ...] = ()  # m at the computes asked for; they may be far beyond the largest
     budgets: tuple[OfBudget, ...] = ()  # m at each budget, where sizes have several
     same_budget_p: float | None = None  # p-value of the test that m is the same at every budget
     rates: tuple[Tuned, ...] = ()  # how both arms were tuned at each size, where runs differ in their learning rate

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from analysis.advantage.paired import MOST_SHARE, ratio
+from analysis.errors import Refusal
 from analysis.laws.solver import Floats, Indices
 from analysis.logs.selection import alike
 
@@ -46,7 +47,7 @@ def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.Dat
 
     A column `budget` that holds text is used as it is. Numbers in it are not, since arms matched by compute may have
     different ones. Without text, two runs of a size have the same budget if they agree in C, D or D/N: of these, the
-    one in which most rows of the other arm match the `baseline`. `column` holds the compute. Raises ValueError where
+    one in which most rows of the other arm match the `baseline`. `column` holds the compute. Raises Refusal where
     no row of the other arm matches in any of them.
     """
     stored = runs["budget"].astype("string") if "budget" in runs else None
@@ -67,7 +68,7 @@ def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.Dat
         if shared > matched:
             best, groups, matched = name, group, shared
     if groups is None:
-        raise ValueError(
+        raise Refusal(
             f"sizes have several budgets, and those of the other arm equal {baseline}'s in none of "
             f"{', '.join(measures)}; add a column budget with the same text in runs to be paired"
         )

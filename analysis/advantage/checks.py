@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.advantage.answers import Answer, At
+from analysis.advantage.answers import Answer, AskedAt, At
 from analysis.advantage.changing import band, reported
 from analysis.advantage.joint import Interval, joint_interval
 from analysis.advantage.paired import Local, changing_multipliers, local_multipliers, ratio, seed_noise, trend
@@ -50,10 +50,24 @@ def curve(pairs: Pairs, local: Local) -> Iterator[At]:
             assert answer.ci is not None
             yield At(float(compute), answer.m, answer.ci)
         return
+    yield from _by_changing_laws(local, np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40))
+
+
+def _by_changing_laws(local: Local, computes: Sequence[float] | Floats) -> Iterator[At]:
     changing, shifted = changing_multipliers(local), shifted_multipliers(local)
-    for compute in np.geomspace(pairs.c0[0], EXTRAPOLATED * pairs.c0[-1], 40):
-        ln_m, low, high = band(changing, shifted, float(compute))
-        yield At(float(compute), ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
+    for compute in map(float, computes):
+        ln_m, low, high = band(changing, shifted, compute)
+        yield At(compute, ratio(ln_m[0]), (ratio(low[0]), ratio(high[0])))
+
+
+def asked_at(local: Local, computes: Sequence[float]) -> Iterator[AskedAt]:
+    """m at computes (FLOPs) that the reader names, by the laws of `curve`; none below three sizes. `curve` stops at
+    EXTRAPOLATED times the largest compute, since simulations of its band did. A number asked for by name may lie
+    beyond, as it is told with how far: its interval holds if the laws do."""
+    if len(local.c0) < 3:
+        return
+    for at in _by_changing_laws(local, computes):
+        yield AskedAt(at.compute, at.m, at.ci, at.compute / float(local.c0[-1]), at.compute / float(local.c0[0]))
 
 
 def headline(local: Local, varies: bool, top: float) -> float:

@@ -15,6 +15,7 @@ from analysis.advantage.clocks import Rates
 from analysis.advantage.family import at_once
 from analysis.advantage.multiplier import compare
 from analysis.advantage.pairs import Pairs
+from analysis.errors import Refusal
 from analysis.laws.isoflop import SAME_BUDGET, Optimum
 
 
@@ -30,7 +31,7 @@ def frontier_multipliers(
             continue
         try:
             found.append(compare(_pairs(good, arm, baseline, convention), seed=seed))
-        except ValueError as error:
+        except Refusal as error:
             refused.append(f"{arm}: {error}")
     return at_once(found), refused
 
@@ -43,7 +44,7 @@ def _pairs(good: Sequence[Optimum], arm: str, baseline: str, convention: str) ->
         if base.arm == baseline and mine.arm == arm and abs(np.log(mine.compute / base.compute)) < SAME_BUDGET
     ]
     if len(both) < 2:
-        raise ValueError(f"{len(both)} budgets at which it and {baseline} have a clear optimum; a multiplier needs two")
+        raise Refusal(f"{len(both)} budgets at which it and {baseline} have a clear optimum; a multiplier needs two")
     c0, y0 = (np.array([getattr(base, name) for base, _ in both]) for name in ("compute", "loss"))
     c1, y1 = (np.array([getattr(mine, name) for _, mine in both]) for name in ("compute", "loss"))
     unknown = np.full(len(both), np.nan)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.advantage.multiplier import comparable
+from analysis.advantage.comparable import comparable
 from analysis.advantage.paired import EXPONENTS, Local, local_multipliers
 from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.planning import Ladder, World
 from analysis.advantage.seeds import by_power, scatter
+from analysis.errors import Refusal
 from analysis.logs.learning import failed_runs
 from analysis.logs.schema import CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import choose_baseline, choose_convention
@@ -87,7 +88,7 @@ def _paired(runs: pd.DataFrame, baseline: str | None) -> tuple[pd.DataFrame, lis
     baseline = choose_baseline(runs, baseline)
     paired: list[Pairs] = []
     for arm in arms:
-        with contextlib.suppress(ValueError):  # an arm that cannot be compared contributes nothing to the estimates
+        with contextlib.suppress(Refusal):  # an arm that cannot be compared contributes nothing to the estimates
             two = rows[rows["arm"].isin([baseline, arm])]
             both, _, _ = comparable(two, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
             paired += [pair(both, arm, baseline, convention)] if arm != baseline else []

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.advantage.answers import Answer, Clock, Multiplier
-from analysis.advantage.budgets import OfBudget, by_budget, with_budgets
+from analysis.advantage.budgets import OfBudget, by_budget
 from analysis.advantage.checks import (
     EXTRAPOLATED,
     answer_of,
+    asked_at,
     at_other_irreducible_losses,
     by_joint_fit,
     curve,
@@ -29,21 +30,23 @@ from analysis.advantage.checks import (
     local_rows,
     noise_floor,
 )
+from analysis.advantage.comparable import Ready, every_arm
 from analysis.advantage.constancy import ROUNDING, SIGNIFICANCE
 from analysis.advantage.family import at_once
 from analysis.advantage.joint import Interval, aicc, wild_cluster_interval
-from analysis.advantage.mixtures import between_pairs, between_rates, changing_facts, mixtures, recipes
+from analysis.advantage.mixtures import mixtures
 from analysis.advantage.paired import EXPONENTS, Local, ratio, trend
-from analysis.advantage.pairs import Pairs, averaged, pair, require_one_configuration, usable, with_axes
+from analysis.advantage.pairs import Pairs, pair, usable
 from analysis.advantage.single import require_below, single_size
 from analysis.advantage.unequal import far_apart
 from analysis.advantage.unequal import remark as unequal_remark
 from analysis.advantage.unresolved import refusal, with_unlearned
 from analysis.advantage.verdict import Verdict, judge
-from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, remarks, untuned
+from analysis.errors import Refusal
+from analysis.laws.rate_rule import beside_the_rule, rule_of
+from analysis.laws.rates import rate_column, remarks
 from analysis.laws.solver import Floats
-from analysis.logs.learning import failed_runs, uncounted, unlearned
-from analysis.logs.schema import CONVENTIONS
+from analysis.logs.learning import uncounted, unlearned
 from analysis.logs.selection import choose_baseline, choose_convention, conventions_in
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ def multipliers(
     convention: str | None = None,
     irreducible_losses: Sequence[float] = (),
     throughput: pd.DataFrame | None = None,
+    at: Sequence[float] = (),
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
@@ -69,7 +73,8 @@ def multipliers(
     `irreducible_losses` are stated values of E (nats a token), used instead of fitting it: the first for the headline,
     all of them for the sensitivity. A table of points may state them in a column stated_E. With E stated, an arm with a
     single size gets its local m, by the exponent of the baseline, without an interval. The wall-clock multiplier uses
-    measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks. Raises ValueError
+    measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks. `at` are computes in
+    FLOPs, at which m is told, too, however far they lie from the runs'. Raises Refusal
     where no arm has a multiplier.
     """
     rows, excluded = usable(runs)
@@ -80,14 +85,16 @@ def multipliers(
     refused: dict[str, list[str]] = {}  # by the reason
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
     if not arms:
-        raise ValueError(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
-    for arm in arms:
+        raise Refusal(f"the table holds the baseline {baseline!r} alone; add the runs of another arm")
+    ready = every_arm(runs, rows, arms, baseline, convention)
+    rule = rule_of(item for each in ready.values() if isinstance(each, Ready) for item in each.tuned)
+    for arm, prepared in ready.items():
         two = runs[runs["arm"].isin([baseline, arm])]
         failures = unlearned(two)
         try:
-            _require_learned(rows, (arm, baseline))
-            mine = rows[rows["arm"].isin([baseline, arm])]
-            both, tuned, lines = comparable(mine, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
+            if isinstance(prepared, Refusal):
+                raise prepared
+            both, tuned, lines = prepared.rows, beside_the_rule(prepared.tuned, rule), list(prepared.lines)
             if tuned:
                 failures = unlearned(two, both, rate_column(both))
                 lines += uncounted(two, failures)
@@ -96,43 +103,18 @@ def multipliers(
             if irreducible_losses and len(pairs.sizes) == 1:
                 answer = single_size(pairs, others, both, irreducible_losses)
             else:
-                answer = compare(pairs, others, irreducible_losses=irreducible_losses, resamples=resamples, seed=seed)
+                answer = compare(
+                    pairs, others, irreducible_losses=irreducible_losses, at=at, resamples=resamples, seed=seed
+                )
             answer = _with_warnings(replace(answer, notes=tuple(lines), rates=tuple(tuned)), remarks(tuned))
             answer = _with_warnings(answer, mixtures(both, arm, baseline))
             found.append(with_unlearned(answer, failures))
-        except ValueError as error:
+        except Refusal as error:
             refused.setdefault(refusal(error, (arm, baseline), failures), []).append(arm)
     lines = [f"{', '.join(arms)}: {reason}" for reason, arms in refused.items()]
     if not found:
-        raise ValueError("; ".join(lines))
+        raise Refusal("; ".join(lines))
     return at_once(found), lines
-
-
-def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
-    """Raises ValueError where an arm has no run that finished and learned."""
-    for arm in arms:
-        if not rows["arm"].eq(arm).any():
-            raise ValueError(f"no run of {arm} has finished and learned")
-
-
-def comparable(
-    rows: pd.DataFrame, arm: str, baseline: str, column: str, failed: pd.DataFrame | None = None
-) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
-    """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
-    and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
-    rates were tuned, and lines for the reader on how budgets were matched and which rates are best. Raises ValueError
-    where an arm has no row."""
-    if absent := [each for each in (baseline, arm) if not rows["arm"].eq(each).any()]:
-        raise ValueError(f"no run of {absent[0]} is among those that are compared")
-    rows, how = with_budgets(rows, baseline, column)
-    rows = with_axes(rows)
-    require_one_configuration(rows)
-    mixed = between_rates(rows, rate_column(rows))
-    rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
-    lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
-    lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
-    lines += [*averaged(rows), *recipes(rows, arm, baseline), *changing_facts(rows, arm, baseline), *mixed]
-    return rows, tuned, lines + between_pairs(rows, arm, baseline)
 
 
 def _with_warnings(item: Multiplier, warnings: Iterable[str]) -> Multiplier:
@@ -146,12 +128,13 @@ def compare(
     others: dict[str, Pairs] | None = None,
     *,
     irreducible_losses: Sequence[float] = (),
+    at: Sequence[float] = (),
     resamples: int = 999,
     seed: int = 0,
 ) -> Multiplier:
-    """One arm against the baseline, with every check. Raises ValueError on fewer than two paired sizes."""
+    """One arm against the baseline, with every check. Raises Refusal on fewer than two paired sizes."""
     if len(pairs.sizes) < 2:
-        raise ValueError(
+        raise Refusal(
             f"{len(pairs.sizes)} paired size with {pairs.baseline}; an interval needs at least two (five are advised), "
             "so train both arms at more sizes with the same seeds"
         )
@@ -202,6 +185,7 @@ def compare(
         irreducible_loss=float(shown.law.E[0]),
         exponent=float(shown.law.g[0]),
         local=tuple(local_rows(pairs, shown)),
+        asked=tuple(asked_at(local, at)),
         constancy=found.verdict.constancy,
         change=found.verdict.change,
         correlation_p=found.verdict.correlation_p,
@@ -339,7 +323,7 @@ def _stated_irreducible_losses(rows: pd.DataFrame) -> tuple[float, ...]:
         (text,) = texts
         return tuple(map(float, text.split()))
     except ValueError:
-        raise ValueError(f"column stated_E must hold the same numbers in every row; got {', '.join(texts)}") from None
+        raise Refusal(f"column stated_E must hold the same numbers in every row; got {', '.join(texts)}") from None
 
 
 def _remarks(

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.advantage.comparable import comparable
 from analysis.advantage.mixtures import mixtures
-from analysis.advantage.multiplier import comparable
 from analysis.advantage.pairs import nothing_in_common, usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
 from analysis.advantage.unresolved import UNRESOLVED
+from analysis.errors import Refusal
 from analysis.laws import rates
 from analysis.laws.rates import Tuned, rate_column
 from analysis.logs.learning import Unlearned, failed_runs, uncounted, unlearned
@@ -118,7 +119,7 @@ def compare_metric(
     """Every arm against the baseline on one metric, task by task.
 
     `values` are the final values of the metric (logs.metrics.values_of). From `everything`, those of all metrics
-    (logs.metrics.final_metrics), success and loss of the same answers are shown beside. Raises ValueError where there
+    (logs.metrics.final_metrics), success and loss of the same answers are shown beside. Raises Refusal where there
     is nothing to compare.
     """
     parts = [
@@ -129,7 +130,7 @@ def compare_metric(
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
     if not any(row.difference is not None for row in rows):
         refusals = dict.fromkeys(line for part in parts for line in part.refusals)
-        raise ValueError("; ".join(refusals) or "the runs hold one arm; a comparison needs another")
+        raise Refusal("; ".join(refusals) or "the runs hold one arm; a comparison needs another")
     return Outcomes(
         rows,
         tuple(item for part in parts for item in part.excluded),
@@ -181,7 +182,7 @@ def _of_task(
         try:
             pair = done[done["arm"].isin([baseline, arm])]
             both, tuned, lines = comparable(pair, arm, baseline, column, failed_runs(runs))
-        except ValueError as error:
+        except Refusal as error:
             notes.append(f"no answer for {arm}: {error}")
             refusals.append(notes[-1])
             continue

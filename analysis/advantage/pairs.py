@@ -17,6 +17,7 @@ import numpy as np
 from analysis.advantage.budgets import Cell, full_grid
 from analysis.advantage.clocks import Rates, rates_of_runs, rates_of_throughput
 from analysis.advantage.seeds import NoiseBySize, noise_by_size
+from analysis.errors import Refusal
 from analysis.laws.solver import Floats
 from analysis.logs.schema import AXIS_PREFIX, CONVENTIONS, axis_columns, fact_columns
 from analysis.logs.selection import ALIKE, Excluded, excluded_rows, finished, is_rate, some
@@ -58,23 +59,23 @@ class Pairs:
 
 def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     """The finished rows, with the size and seed that they are paired on in new columns `_size` and `_seed`; and the
-    rows left out. Raises ValueError where a row names no arm."""
+    rows left out. Raises Refusal where a row names no arm."""
     nameless = runs[runs["arm"].isna()]
     if len(nameless):
-        raise ValueError(f"no arm in {some(nameless['run_id'])}; add a column arm, or name it with --columns arm=...")
+        raise Refusal(f"no arm in {some(nameless['run_id'])}; add a column arm, or name it with --columns arm=...")
     done, excluded = finished(runs)
     return done.assign(_size=size_key(done), _seed=done["seed"].astype("Float64").fillna(UNSEEDED)), excluded
 
 
 def size_key(runs: pd.DataFrame) -> pd.Series:
-    """The key by which sizes are paired: the column size, or N where some row lacks a size. Raises ValueError where
+    """The key by which sizes are paired: the column size, or N where some row lacks a size. Raises Refusal where
     both are missing."""
     if runs["size"].notna().all():
         return runs["size"].astype("string")
     if runs["parameters"].notna().all():
         return runs["parameters"].map("{:.12g}".format).astype("string")
     missing = runs.loc[runs["size"].isna() & runs["parameters"].isna(), "run_id"]
-    raise ValueError(f"pairs are made on size, else on N, and {some(missing)} has neither; add a column size or N")
+    raise Refusal(f"pairs are made on size, else on N, and {some(missing)} has neither; add a column size or N")
 
 
 def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
@@ -89,7 +90,7 @@ def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def require_one_configuration(runs: pd.DataFrame) -> None:
-    """Raises ValueError where runs of one arm, size and budget differ in their configuration, other than the rate."""
+    """Raises Refusal where runs of one arm, size and budget differ in their configuration, other than the rate."""
     for name in fact_columns(map(str, runs)):
         if is_rate(name) or name.endswith("seed"):
             continue
@@ -98,7 +99,7 @@ def require_one_configuration(runs: pd.DataFrame) -> None:
         for (arm, size, _), rows in runs.groupby(["arm", "_size", "_budget"]):
             if rows[name].nunique() > 1:
                 values = "; ".join(f"{value}: {some(part['run_id'])}" for value, part in rows.groupby(name))
-                raise ValueError(
+                raise Refusal(
                     f"runs of {arm} at {size} differ in {name} ({values}); name them as different arms, choose one "
                     "with --where, or declare the axis in the sweep's [vary]"
                 )
@@ -125,7 +126,7 @@ def pair(
 ) -> Pairs:
     """Pair `arm` with `baseline` by size, budget and seed. `runs` and `excluded` are what `usable` returned, the runs
     with their budgets (`budgets.with_budgets`). Measured `throughput`, if given, is used instead of the runs' clocks.
-    Raises ValueError where the arms have no pair, or all sizes have the same compute."""
+    Raises Refusal where the arms have no pair, or all sizes have the same compute."""
     import pandas as pd
 
     column = CONVENTIONS[convention]
@@ -136,7 +137,7 @@ def pair(
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
     both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
     if both.empty:
-        raise ValueError("; ".join(nothing_in_common(sides)))
+        raise Refusal("; ".join(nothing_in_common(sides)))
     matched = set(_keys(both))
     by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(ON[:2])}
     ends = (f"{column}_0", f"{column}_1", "loss_0", "loss_1")
@@ -263,12 +264,12 @@ def _off_the_grid(
 
 
 def _require_a_ladder(pairs: Pairs) -> None:
-    """Raises ValueError where all sizes have the same compute, or the same budgets: no law of compute can be fitted to
+    """Raises Refusal where all sizes have the same compute, or the same budgets: no law of compute can be fitted to
     them."""
     if len(pairs.sizes) > 1 and pairs.c0.max() <= ALIKE * pairs.c0.min():
         several = len(pairs.budgets) > 1
         same = f"the same {len(pairs.budgets)} budgets of compute" if several else "the same compute"
-        raise ValueError(
+        raise Refusal(
             f"all {len(pairs.sizes)} sizes have {same} (an isoFLOP grid), so they form no ladder of compute; "
             "`dynconv isoflop` finds the best size at each budget, and --where leaves one size a budget"
         )

@@ -21,6 +21,7 @@ import numpy as np
 
 from analysis.advantage.outcomes import Outcome, compare_metric
 from analysis.advantage.shares import Interval
+from analysis.errors import Refusal
 from analysis.logs.columns import NATS, loss_unit
 from analysis.logs.schema import fact_columns
 from analysis.logs.selection import finished
@@ -68,10 +69,10 @@ def read_published(folder: Path) -> list[PublishedRow]:
 
     path = folder / FILE
     if not path.is_file():
-        raise ValueError(f"no {FILE} in {folder}; give the folder with the published rows: --published DIR")
+        raise Refusal(f"no {FILE} in {folder}; give the folder with the published rows: --published DIR")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if missing := [name for name in NEEDED if name not in table]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}")
+        raise Refusal(f"{path} has no column {', '.join(missing)}")
     facts = fact_columns(table)
     rows = [
         PublishedRow(
@@ -86,7 +87,7 @@ def read_published(folder: Path) -> list[PublishedRow]:
     ]
     for name, count in Counter(row.ablation for row in rows if row.reference).items():
         if count != 1:
-            raise ValueError(f"{path}: ablation {name!r} has {count} references; give one")
+            raise Refusal(f"{path}: ablation {name!r} has {count} references; give one")
     return rows
 
 
@@ -95,7 +96,7 @@ def beside_published(runs: pd.DataFrame, published: Sequence[PublishedRow]) -> l
     and another row of the ablation. A row without such runs has the status "missing". Raises ValueError where no run
     has finished, or losses are not in nats a token."""
     if loss_unit(runs) != NATS:
-        raise ValueError(f"published perplexities compare with losses in nats/token; got {loss_unit(runs)}")
+        raise Refusal(f"published perplexities compare with losses in nats/token; got {loss_unit(runs)}")
     finished(runs)  # refuses what supports no comparison
     ended = runs[runs["status"].eq("complete").fillna(False) | runs["did_not_learn"].notna()]
     ended = ended[ended["size"].notna() & ended["arm"].notna()]
@@ -193,7 +194,7 @@ def _measured(
     if not why:
         try:
             outcomes = compare_metric(runs, losses, baseline=bases[0]).rows
-        except ValueError as error:
+        except Refusal as error:
             why = str(error)
     for row in rows:
         published = _unmeasured(row, rows, size)

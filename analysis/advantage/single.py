@@ -9,6 +9,7 @@ import numpy as np
 
 from analysis.advantage.answers import Answer, Multiplier
 from analysis.advantage.pairs import Pairs, curve
+from analysis.errors import Refusal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,26 +18,26 @@ if TYPE_CHECKING:
 def require_below(irreducible_losses: Sequence[float], least: float) -> None:
     wrong = [E for E in irreducible_losses if not 0 <= E < least]
     if wrong:
-        raise ValueError(f"the irreducible loss must be at least 0 and below every loss ({least:g}); got {wrong[0]:g}")
+        raise Refusal(f"the irreducible loss must be at least 0 and below every loss ({least:g}); got {wrong[0]:g}")
 
 
 def single_size(
     pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, irreducible_losses: Sequence[float]
 ) -> Multiplier:
     """The local m of an arm with one size, from the exponent of the baseline's curve at stated `irreducible_losses`.
-    Several budgets of a size are averaged. Raises ValueError where the baseline's curve gives no exponent."""
+    Several budgets of a size are averaged. Raises Refusal where the baseline's curve gives no exponent."""
     if pairs.budgets:
         rows = rows[rows["_budget"].isin(pairs.budgets)]
     curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}
     if len(curves[pairs.convention][0]) < 2:
-        raise ValueError(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
+        raise Refusal(f"1 paired size, and {pairs.baseline} has no second one to give the exponent; add sizes")
     require_below(irreducible_losses, float(min(pairs.y1[0], curves[pairs.convention][1].min())))
 
     def at(pairs: Pairs, irreducible_loss: float) -> tuple[float, float]:
         compute, loss = curves[pairs.convention]
         g = -np.polyfit(np.log(compute), np.log(loss - irreducible_loss), 1)[0]
         if g <= 0:
-            raise ValueError(f"1 paired size, and the loss of {pairs.baseline} does not fall with compute; add sizes")
+            raise Refusal(f"1 paired size, and the loss of {pairs.baseline} does not fall with compute; add sizes")
         share = (pairs.y0[0] - pairs.y1[0]) / (pairs.y0[0] - irreducible_loss)
         return float(np.exp(-np.log1p(-share) / g) * pairs.c0[0] / pairs.c1[0]), float(g)
 

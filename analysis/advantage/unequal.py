@@ -15,6 +15,7 @@ import numpy as np
 from analysis.advantage.answers import Answer, Multiplier
 from analysis.advantage.joint import Interval, aicc, joint_interval
 from analysis.advantage.pairs import Pairs
+from analysis.errors import Refusal
 
 SAID = 1.1  # ratio of compute within a pair, beyond which the status mentions it
 FAR = 2.0  # ratio beyond which the joint fit of the curves is used if it is possible
@@ -34,13 +35,13 @@ def remark(pairs: Pairs) -> str | None:
 
 def far_apart(pairs: Pairs, stated: bool) -> Multiplier | None:
     """The multiplier by the joint fit for pairs that are more than FAR apart. None for other pairs, and where the joint
-    fit is impossible for pairs up to APART. Raises ValueError where it is impossible beyond APART."""
+    fit is impossible for pairs up to APART. Raises Refusal where it is impossible beyond APART."""
     ratio = apart(pairs)
     if ratio <= FAR:
         return None
     try:
         return of_curves(pairs, stated)
-    except ValueError:
+    except Refusal:
         if ratio > APART:
             raise
         return None
@@ -49,7 +50,7 @@ def far_apart(pairs: Pairs, stated: bool) -> Multiplier | None:
 def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
     """m by the joint fit of both curves, E and exponent shared, with its likelihood-profile interval.
 
-    Raises ValueError where the curves do not overlap by OVERLAP with two sizes of each arm, and where the fit gives no
+    Raises Refusal where the curves do not overlap by OVERLAP with two sizes of each arm, and where the fit gives no
     interval, as with fewer than three sizes.
     """
     low, high = max(pairs.c0.min(), pairs.c1.min()), min(pairs.c0.max(), pairs.c1.max())
@@ -57,13 +58,13 @@ def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
     gap = f"pairs of {pairs.arm} and {pairs.baseline} are up to {apart(pairs):.3g}x apart in compute"
     if high < OVERLAP * low or min(inside) < 2:
         shared = f"share {high / low:.3g}x of compute" if high > low else "share no compute"
-        raise ValueError(
+        raise Refusal(
             f"{gap}, and their curves {shared} ({OVERLAP:g}x with two sizes of each are needed); train both over the "
             f"same compute{_units(pairs)}"
         )
     m, ci = joint_interval(pairs) or (math.nan, None)
     if ci is None:
-        raise ValueError(
+        raise Refusal(
             f"{gap}, and the joint fit of their curves gives m no interval; train three sizes over the same compute"
         )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import stdtrit
 
+from analysis.errors import Refusal
 from analysis.laws.isocurves import Curves, Minima
 from analysis.laws.rates import for_a_law, rate_column
 from analysis.laws.solver import Bools, Floats
@@ -90,7 +91,7 @@ class _Budget:
 
 
 def isoflop(runs: pd.DataFrame, convention: str | None = None) -> tuple[list[Optimum], list[Allocation]]:
-    """Optima of every arm and budget, and each arm's law. Raises ValueError where N, D or compute is missing,
+    """Optima of every arm and budget, and each arm's law. Raises Refusal where N, D or compute is missing,
     and where no budget has enough sizes."""
     used, _, _ = usable_runs(runs, convention)
     return optima_of(used, convention, unlearned(runs, used, rate_column(used)))
@@ -114,7 +115,7 @@ def optima_of(
     column = CONVENTIONS[convention]
     for name, what in (("parameters", "N"), ("tokens", "D")):
         if runs[name].isna().all():
-            raise ValueError(f"isoFLOP analysis needs {what}; add a column {what}, or name it with --columns")
+            raise Refusal(f"isoFLOP analysis needs {what}; add a column {what}, or name it with --columns")
         require_positive(runs, name, what)
     optima: list[Optimum] = []
     laws = []
@@ -126,7 +127,7 @@ def optima_of(
             law = replace(law, status=failed.remark if law.status == "ok" else f"{failed.remark}; {law.status}")
         laws.append(law)
     if not any(item.points >= FEWEST_POINTS for item in optima):
-        raise ValueError(
+        raise Refusal(
             f"no budget has {FEWEST_POINTS} sizes within {SAME_BUDGET:.0%} of compute; isoFLOP analysis needs several "
             "sizes trained at equal compute"
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.errors import Refusal
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval
 from analysis.laws.rates import at_best_rates, notes, rate_column
 from analysis.laws.solver import Floats, Loss, Problem
@@ -53,19 +54,19 @@ def fit_optima(
     seed: int = 0,
 ) -> list[LinearFit]:
     """N* = G C^a and D* = G C^a of every arm in a table of optima, whose rows need no loss. Rows that did not learn are
-    left out, and counted in the status. Raises ValueError where a column lacks or has one value."""
+    left out, and counted in the status. Raises Refusal where a column lacks or has one value."""
     failures = unlearned(runs)
     learned = runs["did_not_learn"].isna() & (runs["status"] == "complete")
     runs = runs[learned].assign(arm=lambda rows: rows["arm"].fillna("all"))
     if runs["sweep"].notna().any():
-        raise ValueError(
+        raise Refusal(
             "these are the runs of a sweep, and --form optima takes a table of optima: the best N and D at each of "
             "several budgets, each found from several sizes of equal compute; `dynconv isoflop` finds them"
         )
     convention = choose_convention(runs, convention)
     targets = {name: column for name, column in (("N", "parameters"), ("D", "tokens")) if runs[column].notna().any()}
     if not targets:
-        raise ValueError("a table of optima needs N* or D* beside C; add a column N or D, or name it with --columns")
+        raise Refusal("a table of optima needs N* or D* beside C; add a column N or D, or name it with --columns")
     found = []
     for name, column in targets.items():
         require_positive(runs, column, name)
@@ -100,12 +101,12 @@ def _of_the_design(rows: pd.DataFrame, status: str) -> str:
 
 
 def _require_optima(rows: pd.DataFrame, compute: str, column: str, name: str) -> None:
-    """Raises ValueError where one arm's values at a compute differ by more than estimates of one optimum would."""
+    """Raises Refusal where one arm's values at a compute differ by more than estimates of one optimum would."""
     of_arm = rows["arm"].to_numpy(str)
     for _, same in rows.groupby(alike(rows[compute].to_numpy(float), of_arm)):
         low, high = float(same[column].min()), float(same[column].max())
         if high > MOST_APART * low:
-            raise ValueError(
+            raise Refusal(
                 f"{of_arm[0]} has {len(same)} values of {name} from {low:.3g} to {high:.3g} at "
                 f"C = {same[compute].mean():.3g}, where a table of optima has one; `dynconv isoflop` finds the optima "
                 "of runs"
@@ -116,9 +117,9 @@ def fit_bilinear(
     runs: pd.DataFrame, factor: str, *, delta: float | None = 1e-3, resamples: int = 1000, seed: int = 0
 ) -> list[LinearFit]:
     """The bilinear law of every arm, fitted to the runs at the best learning rate of each N, D and factor; `factor` is
-    a column of positive numbers. Raises ValueError where the law cannot be fitted."""
+    a column of positive numbers. Raises Refusal where the law cannot be fitted."""
     if factor not in runs:
-        raise ValueError(
+        raise Refusal(
             f"the table has no column {factor!r} to be the factor; it has {', '.join(map(str, runs.columns))}"
         )
     done, _ = finished(runs)
@@ -128,7 +129,7 @@ def fit_bilinear(
     try:
         done = done.assign(**{factor: done[factor].astype(float)})
     except (ValueError, TypeError):
-        raise ValueError(f"the factor {factor} must hold numbers; got {done[factor].iloc[0]!r}") from None
+        raise Refusal(f"the factor {factor} must hold numbers; got {done[factor].iloc[0]!r}") from None
     require_positive(done, factor, factor)
     budget = done["tokens"].astype("string").fillna("") + " " + done[factor].astype("string")
     cells = done.assign(_size=done["parameters"].astype("string"), _budget=budget)
@@ -158,9 +159,7 @@ def _fit(
     basis, mixing = np.linalg.qr(design)
     diagonal = np.abs(np.diag(mixing))
     if len(y) < design.shape[1] or (diagonal < 1e-9 * np.abs(mixing).max(axis=0)).any():
-        raise ValueError(
-            f"{arm}: {len(y)} points cannot tell {', '.join(columns)} apart; add points that differ in more"
-        )
+        raise Refusal(f"{arm}: {len(y)} points cannot tell {', '.join(columns)} apart; add points that differ in more")
     loss = Loss(SQUARES if delta is None else delta)
     unlimited = np.full(design.shape[1], np.inf)
     problem = Problem(basis.T[None], -unlimited, unlimited, np.zeros(len(unlimited), dtype=bool), loss)

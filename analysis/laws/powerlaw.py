@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.errors import Refusal
 from analysis.laws.solver import ROUNDING, Bools, Floats, Indices, Loss, Problem, Solution
 
 FORMS = {"c": (("A", "alpha", "C"),), "nd": (("A", "alpha", "N"), ("B", "beta", "D"))}
@@ -144,13 +145,13 @@ def fit(
     `hold` gives raw values of parameters that are then not fitted: E, A, alpha, B or beta, for all arms, or for one arm
     as "A[arm]".
 
-    Raises ValueError where the points cannot determine the parameters.
+    Raises Refusal where the points cannot determine the parameters.
     """
     hold = dict(hold or {})
     _refuse_undetermined(points, form, hold)
     model = Model(points, form, delta, per_arm, hold)
     if len(points.loss) < model.free:
-        raise ValueError(f"{len(points.loss)} points cannot determine {model.free} parameters; add points")
+        raise Refusal(f"{len(points.loss)} points cannot determine {model.free} parameters; add points")
     candidates = model.starts(starts)
     value = model.problem.objective(candidates, model.log_y)
     order = np.argsort(value)
@@ -179,11 +180,11 @@ def _refuse_undetermined(points: Points, form: str, hold: Mapping[str, float]) -
     for amplitude, exponent, variable in FORMS[form]:
         values = points.x[variable]
         if not (np.isfinite(values) & (values > 0)).all():
-            raise ValueError(f"{variable} must be positive in every row; got {values.min()}")
+            raise Refusal(f"{variable} must be positive in every row; got {values.min()}")
         needed = max(1, 3 - len({"E", amplitude, exponent} & set(hold)))
         different = 1 + int((np.diff(np.log(np.sort(values))) > EQUAL).sum())
         if different < needed:
-            raise ValueError(
+            raise Refusal(
                 f"form {form} needs {needed} different {variable} to tell E, amplitude and exponent apart; "
                 f"got {different}"
             )
@@ -246,12 +247,12 @@ class Model:
         known = ["E", *(name for amplitude, exponent, _ in laws for name in (amplitude, exponent))]
         unknown = sorted({*per_arm} - {"E", *(name for form in FORMS.values() for law in form for name in law[:2])})
         if unknown:
-            raise ValueError(f"no parameter {unknown[0]!r} to have for each arm; there are E, A, alpha, B, beta")
+            raise Refusal(f"no parameter {unknown[0]!r} to have for each arm; there are E, A, alpha, B, beta")
         arms = sorted(set(points.arm), key=lambda arm: (arm != points.baseline, arm))
         self.per_arm = tuple(name for name in known if name in per_arm) if len(arms) > 1 else ()
         for amplitude, exponent, _ in laws:
             if exponent in self.per_arm and amplitude not in self.per_arm:
-                raise ValueError(f"{exponent} per arm needs {amplitude} per arm: a shared one would depend on the unit")
+                raise Refusal(f"{exponent} per arm needs {amplitude} per arm: a shared one would depend on the unit")
         self.form, self.laws, self.arms = form, laws, arms
         self.names = list(dict.fromkeys(_key(name, arm, self.per_arm) for name in known for arm in arms))
         self.levels = [i for i, name in enumerate(self.names) if name[0] in "EAB"]
@@ -293,19 +294,19 @@ class Model:
         return ((theta <= low) | (theta >= high)) & (low < high)
 
     def _hold(self, name: str, value: float, known: Sequence[str], points: Points) -> None:
-        """Hold a raw value in every fit of this model; for all arms where `name` does not name one. Raises ValueError
+        """Hold a raw value in every fit of this model; for all arms where `name` does not name one. Raises Refusal
         for an unknown name, and for a value outside the bounds."""
         kind = name.partition("[")[0]
         if kind not in known or (name != kind and name not in self.names):
             there_are = ", ".join(dict.fromkeys([*known, *self.names]))
-            raise ValueError(f"no parameter {name!r} to hold; there are {there_are}")
+            raise Refusal(f"no parameter {name!r} to hold; there are {there_are}")
         low, high = EXPONENTS if kind in ("alpha", "beta") else (0.0, math.inf)
         if kind == "E":  # a term of the law is positive, so that E is below every loss
             high = min(
                 float(loss) for loss, arm in zip(points.loss, points.arm, strict=True) if name in (kind, f"E[{arm}]")
             )
         if not low < value < high:
-            raise ValueError(f"{name} must be between {low:g} and {high:g} to be held; got {value:g}")
+            raise Refusal(f"{name} must be between {low:g} and {high:g} to be held; got {value:g}")
         for own in self.names:
             if own in (name, kind) or (name == kind and own.partition("[")[0] == kind):
                 condition = self._condition(own, value)

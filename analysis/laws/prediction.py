@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.errors import Refusal
 from analysis.laws.intervals import ENOUGH, LEVEL, Interval, bootstrap, error_levels
 from analysis.laws.powerlaw import FORMS, Fit, Model, Points, fit, is_singular
 from analysis.laws.solver import Floats
@@ -116,7 +117,7 @@ def back_test(points: Points, form: str, resamples: int, seed: int, options: Map
             break
         try:
             law = fit(_part(points, kept), form, **options)
-        except ValueError:  # too few different N or D are left
+        except Refusal:  # too few different N or D are left
             break
         law = bootstrap(law, resamples, seed)
         for arm in dict.fromkeys(law.points.arm):

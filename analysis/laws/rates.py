@@ -17,11 +17,12 @@ correction.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.errors import Refusal
 from analysis.laws.solver import Bools, Floats
 from analysis.logs.schema import AXIS_PREFIX, axis_columns, fact_columns
 from analysis.logs.selection import Excluded, alike, excluded_rows, is_rate, some
@@ -29,7 +30,6 @@ from analysis.logs.selection import Excluded, alike, excluded_rows, is_rate, som
 if TYPE_CHECKING:
     import pandas as pd
 
-Key = tuple[str, str, str]  # arm, size, budget
 CELL = ["arm", "_size", "_budget"]  # runs that agree in these differ only in learning rate and seed
 RATE = "train.learning_rate"
 FACTOR = "vary.learning_rate_factor"  # multiple of the ladder's own rate
@@ -88,7 +88,12 @@ class Tuned:
     factor: float | None  # `best` over the ladder's own rate, where the runs record that
     at_edge: bool  # the best of several rates is the lowest or highest tried, or one of two
     given_back: float | None  # nats added to undo the bias of the minimum; None where the noise is not known
-    off_rule: float | None = None  # where one rate was tried: that rate over the one extrapolated from tuned sizes
+    compute: float = field(metadata={"json": False})  # FLOPs, the mean of the runs
+    # The lowest and the highest rate tried at which every run learned; where there is none, the best.
+    learned: tuple[float, float] = field(metadata={"json": False})
+    # The quadratic coefficient of loss in ln rate; None where fewer than three stable rates bracket the best.
+    bend: float | None = field(default=None, metadata={"json": False})
+    off_rule: float | None = None  # where one rate was tried: that rate over the one of the tuned sizes (rate_rule.py)
     cost: float | None = None  # estimated loss of this deviation in nats, from the curvature at the tuned sizes
 
 
@@ -106,14 +111,13 @@ def at_best_rates(
     runs = runs.assign(_rate=_numbers(runs, rate).map(lambda value: float(f"{value:.6g}")))
     variance = _variance(runs, [*CELL, "_rate"])
     failures = _failed_rates(failed, rate)
-    kept, found, bends, computes = [], [], {}, {}
-    for (arm, size, budget), rows in runs.sort_values(["arm", column], kind="stable").groupby(CELL, sort=False):
-        chosen, tuned, bend = _tune(rows, variance, failures.get((arm, str(rows["size"].iloc[0])), []))
+    kept, found = [], []
+    for (arm, *_), rows in runs.sort_values(["arm", column], kind="stable").groupby(CELL, sort=False):
+        failed_there = failures.get((arm, str(rows["size"].iloc[0])), [])
+        chosen, tuned = _tune(rows, float(rows[column].mean()), variance, failed_there)
         kept.append(chosen)
         found.append(tuned)
-        key = arm, size, budget
-        bends[key], computes[key] = bend, float(rows[column].mean())
-    return pd.concat(kept).sort_index(), _with_rules(found, bends, computes)
+    return pd.concat(kept).sort_index(), found
 
 
 def for_a_law(
@@ -150,14 +154,14 @@ def rate_column(runs: pd.DataFrame) -> str | None:
 
 
 def _numbers(runs: pd.DataFrame, rate: str) -> pd.Series:
-    """The rates as numbers. Raises ValueError with the rows at fault unless all are positive, since a row without a
+    """The rates as numbers. Raises Refusal with the rows at fault unless all are positive, since a row without a
     rate would otherwise be dropped silently."""
     import pandas as pd
 
     values = pd.to_numeric(runs[rate], errors="coerce").astype(float)
     wrong = runs.loc[~(values > 0), "run_id"]
     if len(wrong):
-        raise ValueError(
+        raise Refusal(
             f"some arms were run at several values of {rate}, and {some(wrong)} has none that is positive; correct it, "
             "or leave such rows out with --where"
         )
@@ -206,10 +210,11 @@ def _stable(x: Floats, y: Floats, unstable: Bools) -> tuple[slice, bool]:
     return slice(first, last + 1), 0 < at < len(x) - 1
 
 
-def _tune(rows: pd.DataFrame, variance: float | None, failed: Sequence[float]) -> tuple[pd.DataFrame, Tuned, float]:
-    """The runs of one cell at the best rate, their losses shifted to the interpolated minimum; how it was tuned; and
-    the quadratic coefficient of loss in ln rate (NaN if the best is not bracketed). At the rates `failed` some runs did
-    not learn."""
+def _tune(
+    rows: pd.DataFrame, compute: float, variance: float | None, failed: Sequence[float]
+) -> tuple[pd.DataFrame, Tuned]:
+    """The runs of one cell, of a mean `compute`, at the best rate, their losses shifted to the interpolated minimum;
+    and how it was tuned. At the rates `failed` some runs did not learn."""
     by_rate = rows.groupby("_rate")["loss"].agg(["mean", "size", "std"])
     by_rate = by_rate.reindex(sorted({*by_rate.index, *failed}))
     arm, size, budget = (str(rows[name].iloc[0]) for name in ("arm", "_size", "_budget"))
@@ -217,8 +222,9 @@ def _tune(rows: pd.DataFrame, variance: float | None, failed: Sequence[float]) -
     own = float((rows["_rate"] / factors).median()) if factors.notna().all() else None  # the ladder's rate
     tried = len(by_rate)
     if tried < 2:  # a rate at which all runs failed is none to compare at
-        only = float(by_rate.index[0]) if len(by_rate) else None
-        return rows, Tuned(arm, size, budget, len(by_rate), only, _over(only, own), False, None), np.nan
+        only = float(by_rate.index[0])
+        return rows, Tuned(arm, size, budget, 1, only, _over(only, own), False, None, compute, (only, only))
+    good = [float(value) for value in by_rate.index if value not in failed]
     x, y = np.log(by_rate.index.to_numpy(float)), by_rate["mean"].fillna(np.inf).to_numpy(float)
     unstable = by_rate["mean"].isna().to_numpy(bool) | (
         by_rate["std"] > SCATTER * np.sqrt(variance or np.inf)
@@ -232,35 +238,31 @@ def _tune(rows: pd.DataFrame, variance: float | None, failed: Sequence[float]) -
     moved = chosen.assign(loss=chosen["loss"] + (loss + (given_back or 0.0) - y[at]))
     best = float(np.exp(ln_rate))
     inside = bracketed and len(x) > 2
-    bend = float(np.polynomial.Polynomial.fit(x, y, 2).convert().coef[2]) if inside else np.nan
-    return moved, Tuned(arm, size, budget, tried, best, _over(best, own), not bracketed, given_back), bend
+    return moved, Tuned(
+        arm=arm,
+        size=size,
+        budget=budget,
+        rates=tried,
+        best=best,
+        factor=_over(best, own),
+        at_edge=not bracketed,
+        given_back=given_back,
+        compute=compute,
+        learned=(min(good, default=best), max(good, default=best)),
+        bend=float(np.polynomial.Polynomial.fit(x, y, 2).convert().coef[2]) if inside else None,
+    )
 
 
 def _over(rate: float | None, own: float | None) -> float | None:
     return None if rate is None or own is None else rate / own
 
 
-def _with_rules(found: list[Tuned], bends: dict[Key, float], computes: dict[Key, float]) -> list[Tuned]:
-    """Fill in `off_rule` and `cost` where a single rate was tried: compare it with the line of ln rate on ln compute
-    through the arm's sizes whose best rate is bracketed, if there are two of them."""
-
-    def beside(item: Tuned) -> Tuned:
-        tuned = [each for each in found if each.arm == item.arm and each.rates > 1 and not each.at_edge]
-        if item.rates > 1 or item.best is None or len({each.size for each in tuned}) < 2:
-            return item
-        keys = [(each.arm, each.size, each.budget) for each in tuned]
-        x = np.log([computes[key] for key in keys])
-        rule = np.polynomial.Polynomial.fit(x, np.log([each.best or np.nan for each in tuned]), 1)
-        off = np.log(item.best) - float(rule(np.log(computes[item.arm, item.size, item.budget])))
-        bend = max(float(np.mean([bends[key] for key in keys])), 0.0)
-        return replace(item, off_rule=float(np.exp(off)), cost=bend * float(off) ** 2)
-
-    return [beside(item) for item in found]
-
-
 def remarks(used: Sequence[Tuned]) -> Iterator[str]:
-    """Warnings about the tuning of both arms of one comparison."""
+    """Warnings about the tuning of both arms of one comparison, at the sizes and budgets that both have: an arm may be
+    left out of the largest sizes, and what the other was given there is not compared."""
     arms = list(dict.fromkeys(item.arm for item in used))
+    at = {arm: {(item.size, item.budget) for item in used if item.arm == arm} for arm in arms}
+    used = [item for item in used if all((item.size, item.budget) in each for each in at.values())]
     for arm in arms:
         edges = list(dict.fromkeys(item.size for item in used if item.arm == arm and item.at_edge))
         if edges:
@@ -273,10 +275,8 @@ def remarks(used: Sequence[Tuned]) -> Iterator[str]:
             yield f"not tuned alike at {size}: {tried} rate{'s' if max(counts.values()) > 1 else ''}"
     for item in used:
         if item.off_rule is not None and abs(np.log(item.off_rule)) > np.log(FAR_OFF):
-            yield (
-                f"{item.arm} has one rate at {item.size}, {item.off_rule:.2g}x that of its tuned sizes' rule "
-                f"(which costs about {item.cost:.2g} nats)"
-            )
+            cost = "" if item.cost is None else f" (which costs about {item.cost:.2g} nats)"
+            yield f"{item.arm} has one rate at {item.size}, {item.off_rule:.2g}x that of the tuned sizes' rule{cost}"
     if any(item.rates > 1 and item.given_back is None for item in used):
         rates = {item.rates for item in used}
         if len(rates) > 1:

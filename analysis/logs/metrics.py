@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from analysis.errors import Refusal
 from analysis.logs.selection import some
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def final_metrics(store: Store) -> pd.DataFrame:
 
 def values_of(store: Store, wanted: str) -> pd.DataFrame:
     """The final values of one metric: the columns VALUES. `wanted` is METRIC, of every task that has it, or
-    TASK/METRIC. A numeric column of a table of points serves as well. Raises ValueError where there are none."""
+    TASK/METRIC. A numeric column of a table of points serves as well. Raises Refusal where there are none."""
     import pandas as pd
 
     found = final_metrics(store)
@@ -36,14 +37,14 @@ def values_of(store: Store, wanted: str) -> pd.DataFrame:
         chosen = column[column["value"].notna()].assign(task=lambda rows: rows["task"].fillna(""))
     if chosen.empty:
         known = some(dict.fromkeys(found["task"] + "/" + found["metric"]), 12) or "none, as it has no evaluations"
-        raise ValueError(f"no metric {wanted!r} in {store.name}; there are {known}")
+        raise Refusal(f"no metric {wanted!r} in {store.name}; there are {known}")
     _require_same_texts(found[found["task"].isin(chosen["task"])])
     return chosen
 
 
 def _require_same_texts(found: pd.DataFrame) -> None:
-    """Raises ValueError where runs were scored on different texts under one name, as their numbers of bytes tell."""
+    """Raises Refusal where runs were scored on different texts under one name, as their numbers of bytes tell."""
     for task, sizes in found[found["metric"] == "bytes"].groupby("task")["value"]:
         if sizes.nunique() > 1:
             counts = ", ".join(f"{size:.0f} bytes: {n}" for size, n in sizes.value_counts().items())
-            raise ValueError(f"{task} is not the same text in all runs ({counts}); run `dynconv eval` on all again")
+            raise Refusal(f"{task} is not the same text in all runs ({counts}); run `dynconv eval` on all again")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.errors import Refusal
 from analysis.logs.learning import has_failures
 from analysis.logs.schema import CONVENTIONS, IDENTITY, TRUNK
 
@@ -32,7 +33,7 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
     """The finished rows of runs that learned, each run once, and those left out. Runs that did not learn are to be
     reported beside the answer (learning.unlearned).
 
-    Raises ValueError, with the rows at fault, on anything that would make a comparison meaningless.
+    Raises Refusal, with the rows at fault, on anything that would make a comparison meaningless.
     """
     trunks = runs["budget"].astype("string").eq(TRUNK).fillna(False) if "budget" in runs else runs["run_id"].isna()
     excluded = excluded_rows(runs[trunks], "a trunk, whose branches are the results")
@@ -42,22 +43,22 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
         excluded += excluded_rows(failed, "did not learn: " + failed["did_not_learn"])
         runs = runs.drop(failed.index)
         if not runs["status"].eq("complete").any():
-            raise ValueError(f"none of the runs learned: {some(f'{row.run_id}, {row.reason}' for row in excluded)}")
+            raise Refusal(f"none of the runs learned: {some(f'{row.run_id}, {row.reason}' for row in excluded)}")
     status = runs["status"].astype("string").fillna("no status")
     unfinished, done = runs[status != "complete"], runs[status == "complete"]
     excluded += excluded_rows(unfinished, status[unfinished.index])
     if done.empty:
         stands = ", ".join(status.unique())
-        raise ValueError(f"none of {len(runs)} runs has finished, which is status complete; got {stands}")
+        raise Refusal(f"none of {len(runs)} runs has finished, which is status complete; got {stands}")
     if done["loss"].isna().all():
-        raise ValueError("the table has no column loss with values; add one, or name it with --columns loss=...")
+        raise Refusal("the table has no column loss with values; add one, or name it with --columns loss=...")
     require_positive(done, "loss", "loss")
     for column, name in (("parameters", "N"), ("tokens", "D")):
         if column in done:
             require_positive(done[done[column].notna()], column, name)
     if "task" in done and done["task"].nunique() > 1:
         tasks = list(done["task"].dropna().unique())
-        raise ValueError(
+        raise Refusal(
             f"the runs are of several tasks ({some(tasks)}), whose losses cannot be compared; choose one with --where "
             f"'task == \"{tasks[0]}\"', or compare a metric task by task with `dynconv table --metric`"
         )
@@ -69,18 +70,18 @@ def finished(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
         if name in done and done[name].nunique(dropna=False) > 1:
             groups = done.assign(_of=done[name].astype("string").fillna("unknown")).groupby("_of")
             counts = "; ".join(f"{str(value)[:12]}: {some(rows['run_id'])}" for value, rows in groups)
-            raise ValueError(f"the runs mix {noun} ({counts}) and cannot be compared; split the table")
+            raise Refusal(f"the runs mix {noun} ({counts}) and cannot be compared; split the table")
     repeated = repeats(done)
     return done[~repeated], excluded + excluded_rows(done[repeated], "repeats a run")
 
 
 def require_positive(rows: pd.DataFrame, column: str, name: str) -> None:
-    """Raises ValueError with the rows at fault unless a column holds positive numbers only."""
+    """Raises Refusal with the rows at fault unless a column holds positive numbers only."""
     values = rows[column].to_numpy(float, na_value=np.nan)
     wrong = rows[~(np.isfinite(values) & (values > 0))]
     if len(wrong):
         marks = "unfinished, or diverged" if column == "loss" else "unfinished"
-        raise ValueError(
+        raise Refusal(
             f"{name} must be positive; got {some(wrong[column])} in {some(wrong['run_id'])}; "
             f"correct these rows, remove them, or mark them {marks} in a column status"
         )
@@ -132,34 +133,34 @@ def conventions_in(rows: pd.DataFrame) -> dict[str, str]:
 def choose_convention(runs: pd.DataFrame, wanted: str | None = None) -> str:
     """The convention asked for, else the first of exact, given, 6ND, 6N_nonemb D that the finished rows have.
 
-    Raises ValueError, with the rows at fault, where only some rows have it, rather than choosing another silently.
+    Raises Refusal, with the rows at fault, where only some rows have it, rather than choosing another silently.
     """
     done = runs[runs["status"] == "complete"]
     have = [name for name, column in CONVENTIONS.items() if column in done and done[column].notna().any()]
     if wanted is not None and wanted not in CONVENTIONS:
-        raise ValueError(f"no FLOP convention {wanted!r}; there are {', '.join(CONVENTIONS)}")
+        raise Refusal(f"no FLOP convention {wanted!r}; there are {', '.join(CONVENTIONS)}")
     if wanted is not None and wanted not in have:
-        raise ValueError(f"the table lacks {CONVENTIONS[wanted]}; it has compute by {', '.join(have) or 'none'}")
+        raise Refusal(f"the table lacks {CONVENTIONS[wanted]}; it has compute by {', '.join(have) or 'none'}")
     chosen = wanted or next((name for name in ("exact", "given", "6ND", "6N_nonemb D") if name in have), None)
     if chosen is None:
-        raise ValueError("the table has no compute in every row; add a column C in FLOPs, or columns N and D")
+        raise Refusal("the table has no compute in every row; add a column C in FLOPs, or columns N and D")
     require_positive(done, CONVENTIONS[chosen], "compute")
     return chosen
 
 
 def choose_baseline(runs: pd.DataFrame, wanted: str | None = None) -> str:
-    """The baseline asked for, else the one that the runs name. Raises ValueError where there is no such arm."""
+    """The baseline asked for, else the one that the runs name. Raises Refusal where there is no such arm."""
     arms = sorted(runs["arm"].dropna().unique())
     if wanted is None:
         named = runs["baseline"].dropna().unique()
         if len(named) != 1:
-            raise ValueError(
+            raise Refusal(
                 f"the table names {', '.join(sorted(named)) or 'no arm'} as baseline; choose one of {', '.join(arms)} "
                 "with --baseline"
             )
         wanted = str(named[0])
     if wanted not in arms:
-        raise ValueError(f"no arm {wanted!r} to be the baseline; the arms are {', '.join(arms)}")
+        raise Refusal(f"no arm {wanted!r} to be the baseline; the arms are {', '.join(arms)}")
     return wanted
 
 

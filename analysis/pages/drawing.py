@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from analysis.advantage.answers import Multiplier
 from analysis.advantage.multiplier import multipliers
+from analysis.errors import Refusal
 from analysis.laws.adequacy import with_lack_of_fit
 from analysis.laws.intervals import bootstrap
 from analysis.laws.isoflop import Allocation, Optimum, isoflop
@@ -62,7 +63,7 @@ def fit_points(
         columns = {"C": CONVENTIONS[choose_convention(done, convention)]}
     for name, column in columns.items():
         if done[column].isna().all():
-            raise ValueError(f"form {form} needs {name} in every row; add a column {name}, or name it with --columns")
+            raise Refusal(f"form {form} needs {name} in every row; add a column {name}, or name it with --columns")
         require_positive(done, column, name)
     several = done["arm"].nunique() > 1
     if baseline is not None or done["baseline"].notna().any():
@@ -92,7 +93,7 @@ def answers(store: Store, baseline: str | None, convention: str | None) -> Answe
     """Multipliers, the law of loss in compute as `dynconv fit` gives it, and isoFLOP optima.
 
     Where none of the three is possible, as with one size of one arm, `notes` says why, and the runs can still be drawn.
-    Raises ValueError on data that support no claim, and for runs on several tasks, whose losses belong in no figure
+    Raises Refusal on data that support no claim, and for runs on several tasks, whose losses belong in no figure
     together.
     """
     runs, _ = finished(store.runs.assign(arm=store.runs["arm"].fillna("all")))
@@ -104,7 +105,7 @@ def answers(store: Store, baseline: str | None, convention: str | None) -> Answe
         answer = Answers(found[0].baseline if found else baseline or str(runs["arm"].iloc[0]), convention, found)
         answer.notes = notes + [each.remark for each in unlearned(store.runs).values()]
         bar.update()
-        with contextlib.suppress(ValueError):  # most stores are not isoFLOP designs
+        with contextlib.suppress(Refusal):  # most stores are not isoFLOP designs
             optima, allocations = isoflop(store.runs, convention)
             if any(item.N for item in optima):
                 answer.optima, answer.allocations = optima, allocations
@@ -114,7 +115,7 @@ def answers(store: Store, baseline: str | None, convention: str | None) -> Answe
             answer.law = _law(store, answer)
         bar.update()
     if not (found or answer.law or answer.optima) and runs["task"].nunique() > 1:
-        raise ValueError("; ".join(answer.notes))
+        raise Refusal("; ".join(answer.notes))
     return answer
 
 
@@ -123,7 +124,7 @@ def _multipliers(runs: pd.DataFrame, baseline: str | None, convention: str) -> t
         return [], ["no multipliers: there is one arm"]
     try:
         found, refused = multipliers(runs, baseline=baseline, convention=convention)
-    except ValueError as error:
+    except Refusal as error:
         return [], [f"no multipliers: {error}"]
     return found, [f"no answer for {line}" for line in refused]
 
@@ -140,7 +141,7 @@ def _law(store: Store, answer: Answers) -> Fit | None:
         points, _, lines = fit_points(Store(store.path, part, []), "c", answer.baseline, answer.convention)
         answer.notes += [f"law of loss in compute: {line}" for line in lines]
         return with_lack_of_fit(bootstrap(fit(points, "c")))
-    except ValueError as error:
+    except Refusal as error:
         answer.notes.append(f"no law of loss in compute: {error}")
         return None
 
@@ -203,7 +204,7 @@ def draw(of: Material, answer: Answers) -> dict[str, Figure]:
     if of.loads["run_id"].isin(done["run_id"]).any():
         todo["expert-load"] = lambda: expert_load(of.loads, done)
     if not todo:
-        raise ValueError("; ".join(answer.notes) or "there is nothing to draw")
+        raise Refusal("; ".join(answer.notes) or "there is nothing to draw")
     return {name: make() for name, make in tqdm(todo.items(), desc="figures", delay=2, leave=False)}
 
 

@@ -96,14 +96,16 @@ def local_multipliers(multipliers: Sequence[Multiplier]) -> Figure:
             labels.append(
                 (float(line[-1, 1] if len(line) else values[-1]), f"{printable(item.arm)}{_advantage(item)}", mark)
             )
-        measured = max(row["compute_baseline"] for item in multipliers for row in item.local)
+        largest = {max(row["compute_baseline"] for row in item.local) for item in multipliers if item.local}
+        measured = max(largest)
         right = max([point.compute for item in multipliers for point in item.curve], default=measured)
         axes.axvspan(measured, right, color="0.93", lw=0, zorder=0)
         axes.axhline(1, color=BLACK, lw=0.6)
         axes.set(xscale="log", xlabel=f"training FLOPs ({multipliers[0].convention})", ylabel="compute multiplier m")
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, TALLEST * highest))
-        axes.set_title("dots: each size; lines and bands: m(C), 95%; grey: extrapolated", loc="left")
+        grey = "grey, and past an arm's last dot" if measured > 1.01 * min(largest) else "grey"
+        axes.set_title(f"dots: each size; lines and bands: m(C), 95%; {grey}: extrapolated", loc="left")
         label_ends(axes, labels)
     return settled(figure)
 

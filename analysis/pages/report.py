@@ -48,7 +48,7 @@ CAPTIONS = {  # title and caption of each figure; one that is not here has no pl
     ),
     "multiplier-against-compute": (
         "The multiplier against compute",
-        "Dots: each size. Lines: m(C) with its 95% band, extrapolated beyond the dotted rule.",
+        "Dots: each size. Lines: m(C) with its 95% band, extrapolated beyond an arm's last dot (of all, the rule).",
     ),
     "isoflop": (
         "Loss against size at equal compute",

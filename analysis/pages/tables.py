@@ -18,7 +18,7 @@ from analysis.logs.schema import CONVENTIONS
 from analysis.logs.selection import some
 
 if TYPE_CHECKING:
-    from analysis.advantage.answers import Answer, Multiplier
+    from analysis.advantage.answers import Answer, AskedAt, Multiplier
     from analysis.logs.selection import Excluded
 
 FORMATS = ("md", "csv", "latex", "json")
@@ -99,7 +99,7 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
         return value_table(*multiplier_rows(found), form)
     notes = numbered_notes(found)
     (columns, answers), (check_columns, checks) = answer_cells(found, notes), check_cells(found)
-    clocks = clock_cells(found)
+    clocks, asked = clock_cells(found), asked_cells(found)
     if form == "latex":
         columns = [*columns, *check_columns[1:]]
         rows = [[*row, *check[1:]] for row, check in zip(answers, checks, strict=True)]
@@ -107,11 +107,13 @@ def multiplier_table(found: Sequence[Multiplier], form: str = "md") -> str:
             columns += ["wall clock", "95% interval"]
             for row, clock in zip(rows, (item.wall_clock for item in found), strict=True):
                 row += [_m(clock), interval_text(clock.ci if clock else None)]
-        return render(columns, rows, form) + "".join(f"\n% {line}" for line in _legend(found, notes))
+        whole = [render(columns, rows, form), *([render(*asked, form)] if asked[1] else [])]
+        return "\n\n".join(whole) + "".join(f"\n% {line}" for line in _legend(found, notes))
     tables = [
         render(columns, answers, form),
         *([render(check_columns, checks, form)] if len(check_columns) > 1 else []),
         *([render(*clocks, form)] if clocks[1] else []),
+        *([render(*asked, form)] if asked[1] else []),
     ]
     return "\n\n".join([*tables, "\n".join(_legend(found, notes))])
 
@@ -204,6 +206,29 @@ def clock_cells(found: Sequence[Multiplier]) -> Table:
     return columns, rows
 
 
+def asked_cells(found: Sequence[Multiplier]) -> Table:
+    """m at the computes asked for, each row with how far it is from what was trained."""
+    columns = ["arm", "compute", "m", "95% if the laws hold", "measured?"]
+    rows = [
+        [item.arm, f"{at.compute:.4g}", ratio_text(at.m), interval_text(at.ci), _how_far(at)]
+        for item in found
+        for at in item.asked
+    ]
+    return columns, rows
+
+
+def _how_far(at: AskedAt) -> str:
+    if at.times_largest > 1:
+        return f"no: extrapolated {_times(at.times_largest)} times beyond the largest compute"
+    if at.times_smallest < 1:
+        return f"no: extrapolated {_times(1 / at.times_smallest)} times below the smallest compute"
+    return "interpolated"
+
+
+def _times(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _m(answer: Answer | None) -> Cell:
     return None if answer is None else ratio_text(answer.m)
 
@@ -239,6 +264,11 @@ def _legend(found: Sequence[Multiplier], notes: Mapping[str, int]) -> list[str]:
         *notes_of(found),
         *(f"[{number}] {remark}" for remark, number in notes.items()),
     ]
+    if any(item.asked for item in found):
+        lines.append(
+            "m at a compute that was asked for is by laws in which it changes; beyond the largest compute no run tells "
+            "whether they go on."
+        )
     sources = dict.fromkeys(item.wall_clock.source for item in found if item.wall_clock)
     lines += [f"Clock: {source}." for source in sources]
     reasons = list(dict.fromkeys(item.no_clock for item in found if item.no_clock))
@@ -314,6 +344,8 @@ def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[A
             "wall_clock_m": item.wall_clock.m if item.wall_clock else None,
             **ends("wall_clock", item.wall_clock.ci if item.wall_clock else None),
             "gpu_cost_m": item.gpu_cost.m if item.gpu_cost else None,
+            **dict.fromkeys(name for each in found for name in _asked_values(each)),
+            **_asked_values(item),
             "irreducible_loss": item.irreducible_loss,
             "exponent": item.exponent,
             "n_sizes": item.n_sizes,
@@ -326,6 +358,15 @@ def multiplier_rows(found: Sequence[Multiplier]) -> tuple[list[str], list[list[A
         for item in found
     ]
     return list(rows[0]), [list(row.values()) for row in rows]
+
+
+def _asked_values(item: Multiplier) -> dict[str, float]:
+    """m at the computes asked for, in columns that say where it is not measured."""
+    found: dict[str, float] = {}
+    for at in item.asked:
+        name = f"{'' if at.times_largest <= 1 <= at.times_smallest else 'extrapolated_'}m_at_{at.compute:.4g}"
+        found |= {name: at.m, f"{name}_low": at.ci[0], f"{name}_high": at.ci[1]}
+    return found
 
 
 def value_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:

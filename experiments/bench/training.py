@@ -130,6 +130,7 @@ def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[li
     import torch
 
     from experiments.bench.stepping import DoesNotFit, Settings, measure
+    from experiments.training.memory import gpu_memory
     from experiments.training.trainer import MICRO_BATCH_TOKENS
 
     batch, wanted = None, ""
@@ -146,8 +147,8 @@ def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[li
         else:
             break
         tried, length = chosen[0].batch, chosen[0].run.train.sequence_length
-        room = torch.cuda.get_device_properties(0).total_memory / 2**30 if args.device == "cuda" else 0.0
-        wanted = wanted or f"{name}: a batch of {tried} sequences of {length} tokens does not fit in {room:.0f} GiB"
+        room = f" in {gpu_memory(torch.device('cuda', 0))}" if args.device == "cuda" else ""
+        wanted = wanted or f"{name}: a batch of {tried} sequences of {length} tokens does not fit{room}"
         group = max(trial.run.model.sequence_group for trial in chosen)  # sequences that read one another
         batch = tried // 2 // group * group
         if not batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,17 @@ def baseline_argument(verb: argparse.ArgumentParser, text: str = "the arm that o
 def convention_argument(verb: argparse.ArgumentParser, text: str = "how FLOPs are counted") -> None:
     text = f"{text}: {CONVENTIONS} (default: the first of the first four that the table has)"
     verb.add_argument("--convention", help=text)
+
+
+def positive_numbers(name: str, text: str) -> list[float]:
+    """The comma-separated numbers that were given to --NAME. Raises ValueError unless all are positive."""
+    try:
+        values = [float(item) for item in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"--{name} takes positive numbers, 1e9,2e9; got {text!r}")
+    return values
 
 
 def profile_of(args: argparse.Namespace) -> Profile:

@@ -17,6 +17,7 @@ from experiments.cli.arguments import (
     convention_argument,
     format_argument,
     load_store,
+    positive_numbers,
     published_argument,
     reading_store,
     where_argument,
@@ -49,8 +50,10 @@ def _add_table(subparsers: Subparsers) -> None:
         """results/runs/demo --where 'size != "25k"'""",
         "results/runs/demo --by arm,size",
         "results/runs/demo --throughput train.parquet",
+        "results/runs/mini-scaling --at 3.35e19,1.146e21      # extrapolated, and told so",
         "results/runs/mini-mqar --metric accuracy",
         "results/runs/mini-ablation-width --published",
+        "results/runs/mini-scaling --rates experiments/sweeps/mini-scaling.toml",
     )
     baseline_argument(parser)
     convention_argument(parser)
@@ -68,6 +71,11 @@ def _add_table(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="a .csv or .parquet of measured throughput, with columns size, arm, tokens_per_second: for the wall clock",
     )
+    parser.add_argument(
+        "--at",
+        metavar="C,...",
+        help="tell m at these computes in FLOPs, too, each with how far it lies beyond the largest that was trained",
+    )
     where_argument(parser)
     parser.add_argument(
         "--by", metavar="COLUMN,...", help="summarise the runs by arm, size ... instead of comparing arms"
@@ -83,6 +91,13 @@ def _add_table(subparsers: Subparsers) -> None:
         "put the paper's ablations beside the runs that have the same facts instead: what each change makes of the log "
         "perplexity there, and of the loss here",
     )
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        metavar="SWEEP",
+        help="print learning rates for the sizes at which this sweep file trains a single one, by the rule of the "
+        "sizes where several were tried: lines for its [vary_by_arm]",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of bootstrapped tests (default 0)")
     format_argument(parser, TABLE_FORMATS)
 
@@ -97,6 +112,7 @@ def _add_power(subparsers: Subparsers) -> None:
         "plan.json --m 1.05",
         "results/runs/demo --m 1.1 --seeds 1,3 --seed-noise 0.004 --json",
         "experiments/sweeps/demo.toml --seeds own --seed-noise 25k=.02,45k=.01,70k=.01,110k=.005",
+        """STORE --where 'arm in ["static-qkv", "lowrank-qkv"]' --baseline static-qkv --seeds own""",
     )
     parser.add_argument(
         "stores",
@@ -107,6 +123,7 @@ def _add_power(subparsers: Subparsers) -> None:
         "points, whose sizes and compute count",
     )
     columns_argument(parser)
+    where_argument(parser)
     parser.add_argument("--m", type=float, default=1.05, help="the multiplier to resolve (default 1.05)")
     parser.add_argument(
         "--seeds", default="1,2,3", help="numbers of seeds to try, and `own` for those of each size (default 1,2,3)"
@@ -158,31 +175,72 @@ def _table(args: argparse.Namespace) -> int:
             return _compare_metric(args, store)
         if args.published is not None:
             return _beside_published(args, store)
+    if args.rates is not None:
+        return _rates_of_a_sweep(args, runs)
     if args.by is not None:
         by = args.by.split(",")
         print(value_table(*grouped(runs, by), args.format))
         warn(*not_counted(runs), *cautions(runs, by))
         return 0
+    at = positive_numbers("at", args.at) if args.at else []
     found, refused = multipliers(
         runs,
         baseline=args.baseline,
         convention=args.convention,
         irreducible_losses=_held_losses(args.hold),
         throughput=read_throughput(args.throughput) if args.throughput else None,
+        at=at,
         seed=args.seed,
     )
     warn(*(f"no answer for {line}" for line in refused))
+    if at and (few := [item.arm for item in found if not item.asked]):
+        warn(f"no m at another compute for {', '.join(few)}: three paired sizes of equal compute show how it changes")
     print(multiplier_table(found, args.format))
     return 0
 
 
 def _refuse_several_answers(args: argparse.Namespace) -> None:
     """Raises ValueError where options ask for several tables at once."""
-    tables = [f"--{name}" for name in ("metric", "published", "by") if getattr(args, name) is not None]
-    settings = [f"--{name}" for name in ("hold", "throughput") if getattr(args, name)]
+    tables = [f"--{name}" for name in ("metric", "published", "by", "rates") if getattr(args, name) is not None]
+    settings = [f"--{name}" for name in ("hold", "throughput", "at") if getattr(args, name)]
     if len(tables) > 1 or (tables and settings):
         given = " and ".join([*tables, *settings][:2])
-        raise ValueError(f"{given} do not go together: each of --metric, --published and --by is a table of its own")
+        raise ValueError(
+            f"{given} do not go together: each of --metric, --published, --by and --rates is a table of its own"
+        )
+
+
+def _rates_of_a_sweep(args: argparse.Namespace, runs: pd.DataFrame) -> int:
+    """Print the factors of the ladder's learning rate that the rule of the tuned sizes gives to the sizes at which the
+    sweep trains one, as TOML, or as a table in the other formats."""
+    import pandas as pd
+
+    from analysis.advantage.comparable import Ready, every_arm
+    from analysis.advantage.pairs import usable
+    from analysis.laws.rate_rule import factor_rule, single_factors
+    from analysis.logs.schema import CONVENTIONS
+    from analysis.logs.selection import choose_baseline, choose_convention
+    from analysis.pages.rate_lines import rate_lines
+    from analysis.pages.tables import value_table
+
+    rows, _ = usable(runs)
+    baseline, convention = choose_baseline(runs, args.baseline), choose_convention(runs, args.convention)
+    arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
+    ready = every_arm(runs, rows, arms, baseline, convention)
+    warn(*(f"without {arm}: {each}" for arm, each in ready.items() if not isinstance(each, Ready)))
+    tuned = [item for each in ready.values() if isinstance(each, Ready) for item in each.tuned]
+    rule, plan = factor_rule(tuned), pd.DataFrame.from_records(planned(args.rates))
+    if CONVENTIONS[convention] not in plan:
+        raise ValueError(f"a sweep has no compute by {convention!r}; choose another with --convention")
+    plan["factor"] = [run.get("learning_rate_factor") for run in plan["vary"]]
+    found = single_factors(rule, plan, CONVENTIONS[convention])
+    if without := [arm for arm in dict.fromkeys(plan["arm"]) if arm not in rule.levels]:
+        warn(f"no rates for {', '.join(without)}: no best rate between worse ones was found at any size")
+    if args.format == "md":
+        print(rate_lines(rule, tuned, found))
+    else:
+        print(value_table(["arm", "size", "learning_rate_factor"], found, args.format))
+    return 0
 
 
 def _beside_published(args: argparse.Namespace, store: Store) -> int:
@@ -342,10 +400,12 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
 
 
 def _design(args: argparse.Namespace) -> pd.DataFrame:
-    """The runs of a sweep file, of a plan, or of stores and tables of points, as the suffix of the first path says."""
+    """The runs of a sweep file, of a plan, or of stores and tables of points, as the suffix of the first path says;
+    those that fulfil --where."""
     import pandas as pd
 
     from analysis.advantage.planning import read_plan
+    from analysis.pages.query import chosen
 
     first, *others = args.stores
     read = {".toml": planned, ".json": read_plan}.get(first.suffix)
@@ -353,4 +413,4 @@ def _design(args: argparse.Namespace) -> pd.DataFrame:
         return load_store(args).runs
     if others or args.columns:
         raise ValueError(f"{first} is a whole design; give it alone, without --columns")
-    return pd.DataFrame.from_records(read(first))
+    return chosen(pd.DataFrame.from_records(read(first)), args.where)

@@ -15,6 +15,7 @@ from experiments.cli.arguments import (
     convention_argument,
     format_argument,
     load_store,
+    positive_numbers,
     where_argument,
 )
 from experiments.terminal import warn
@@ -199,7 +200,7 @@ def _predict(args: argparse.Namespace) -> int:
     from analysis.pages.drawing import fit_points
     from analysis.pages.law_tables import prediction_tables
 
-    at = {name: _numbers(name, getattr(args, name)) for name in ("C", "N", "D") if getattr(args, name)}
+    at = {name: positive_numbers(name, getattr(args, name)) for name in ("C", "N", "D") if getattr(args, name)}
     form = args.form or ("c" if "C" in at else "nd")
     if set(at) not in ({"C"}, {"N", "D"}) or (form == "c" and "C" not in at):
         raise ValueError(f"give --C, or --N and --D (form nd); got {', '.join(f'--{name}' for name in at) or 'none'}")
@@ -225,17 +226,6 @@ def _predict(args: argparse.Namespace) -> int:
         warn(f"no back-test: too few sizes to fit without the largest; at least {FEWEST_KEPT + 1} are wanted")
     print(prediction_tables(law, found, tested, args.format, excluded, told))
     return 0
-
-
-def _numbers(name: str, text: str) -> list[float]:
-    """The comma-separated numbers that were given to --NAME. Raises ValueError unless all are positive."""
-    try:
-        values = [float(item) for item in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError(f"--{name} takes positive numbers, 1e9,2e9; got {text!r}")
-    return values
 
 
 def _law_options(args: argparse.Namespace) -> dict[str, Any]:

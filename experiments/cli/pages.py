@@ -123,13 +123,14 @@ def _plot(args: argparse.Namespace) -> int:
 
 def _drawn(store: Store, baseline: str | None, convention: str | None) -> dict[str, Figure]:
     """The figures of a store. One of several tasks supports no law or multiplier, but its accuracies are drawn."""
+    from analysis.errors import Refusal
     from analysis.logs.selection import choose_baseline
     from analysis.pages.drawing import answers, draw, material
     from analysis.pages.metric_figures import accuracy_panels
 
     try:
         found = answers(store, baseline, convention)
-    except ValueError as error:
+    except Refusal as error:
         accuracies = material(store).accuracies
         if accuracies.empty:
             raise

@@ -88,7 +88,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def planned(sweep: Path) -> list[dict[str, Any]]:
-    """The runs of a sweep file as `plan --format json` prints them without a forecast, for `power`.
+    """The runs of a sweep file as `plan --format json` prints them without a forecast, for `power` and `table`.
 
     Raises ValueError for a sweep on generated tasks.
     """
@@ -97,7 +97,7 @@ def planned(sweep: Path) -> list[dict[str, Any]]:
 
     runs = load_sweep(sweep)
     if runs[0].task is not None:
-        raise ValueError(f"power simulates losses on text; {runs[0].sweep} trains on generated tasks; give another")
+        raise ValueError(f"a sweep on text is wanted; {runs[0].sweep} trains on generated tasks; give another")
     return plan.rows(runs, {run.size: 1 for run in runs})
 
 

@@ -32,12 +32,21 @@ def missing_memory_passed_over() -> Iterator[None]:
             raise
 
 
+def gpu_memory(device: torch.device) -> str:
+    """The GPU's memory, and what other programs hold of it, which may be why something did not fit."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = (total - free - torch.cuda.memory_reserved(device)) / 2**30
+    size = f"{total / 2**30:.0f} GiB"
+    # What torch did not reserve is also this program's context and libraries, a GiB or so.
+    return f"{size}, of which other programs hold about {others:.0f} GiB" if others > 3 else size
+
+
 def does_not_fit(make: Callable[[int], WarmsUp], tried: int, run: RunConfig, world: World) -> str:
     """What is too large for the GPU's memory, and what to set instead.
 
     `make` gives a trainer of so many sequences in a micro-batch; `tried` did not fit: 0 if the model itself did not.
     """
-    gigabytes = f"{torch.cuda.get_device_properties(world.device).total_memory / 2**30:.0f} GiB"
+    gigabytes = gpu_memory(world.device)
     if tried == 0:
         return f"the model does not fit into the GPU's {gigabytes}; set parallel = 'fsdp' on more GPUs"
     if world.sharded:  # One process alone cannot try, and the others may be waiting for it already.

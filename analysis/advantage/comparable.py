@@ -1,0 +1,71 @@
+"""The runs of an arm and its baseline, made ready for pairing: budgets matched, each arm at its best learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from analysis.advantage.budgets import with_budgets
+from analysis.advantage.mixtures import between_pairs, between_rates, changing_facts, recipes
+from analysis.advantage.pairs import averaged, require_one_configuration, with_axes
+from analysis.errors import Refusal
+from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, untuned
+from analysis.logs.learning import failed_runs
+from analysis.logs.schema import CONVENTIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def comparable(
+    rows: pd.DataFrame, arm: str, baseline: str, column: str, failed: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
+    """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
+    and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
+    rates were tuned, and lines for the reader on how budgets were matched and which rates are best. Raises Refusal
+    where an arm has no row."""
+    if absent := [each for each in (baseline, arm) if not rows["arm"].eq(each).any()]:
+        raise Refusal(f"no run of {absent[0]} is among those that are compared")
+    rows, how = with_budgets(rows, baseline, column)
+    rows = with_axes(rows)
+    require_one_configuration(rows)
+    mixed = between_rates(rows, rate_column(rows))
+    rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
+    lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
+    lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
+    lines += [*averaged(rows), *recipes(rows, arm, baseline), *changing_facts(rows, arm, baseline), *mixed]
+    return rows, tuned, lines + between_pairs(rows, arm, baseline)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What `comparable` returned for an arm."""
+
+    rows: pd.DataFrame
+    tuned: list[Tuned]
+    lines: list[str]
+
+
+def every_arm(
+    runs: pd.DataFrame, rows: pd.DataFrame, arms: Iterable[str], baseline: str, convention: str
+) -> dict[str, Ready | Refusal]:
+    """Each arm's runs and the baseline's, ready for pairing, or why they are not. `rows` are those of `runs` that
+    `usable` returned. All arms are made ready before any is compared, as the rule of learning rates is of all."""
+    failed = failed_runs(runs)
+    found: dict[str, Ready | Refusal] = {}
+    for arm in arms:
+        try:
+            _require_learned(rows, (arm, baseline))
+            mine = rows[rows["arm"].isin([baseline, arm])]
+            found[arm] = Ready(*comparable(mine, arm, baseline, CONVENTIONS[convention], failed))
+        except Refusal as error:
+            found[arm] = error
+    return found
+
+
+def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
+    """Raises Refusal where an arm has no run that finished and learned."""
+    for arm in arms:
+        if not rows["arm"].eq(arm).any():
+            raise Refusal(f"no run of {arm} has finished and learned")

@@ -1,0 +1,119 @@
+"""The learning rate of a size where only one is tried, from the sizes where an arm's best rate was found.
+
+Each arm has its own level of ln rate, and all arms share one slope in ln C. Few sizes are tuned, and each best rate is
+noisy: a slope of each arm's own, extrapolated, is farther off than what the arms' slopes differ by (the table "rates
+chosen by runs that count" of analysis/README.md). A size at which the best rate is at the edge of those tried does not
+count, and no rate goes beyond those at which the arm learned at its largest tuned size. Rates are factors of the
+ladder's own where all runs record these, so that the slope is what the ladder lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.errors import Refusal
+from analysis.laws.rates import Tuned
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DIGITS = 2  # of the factors that a sweep file gets
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the rule takes from one arm."""
+
+    x: float  # mean ln C of the sizes that count
+    y: float  # mean ln rate (or ln factor) there
+    sizes: tuple[str, ...]  # those that count
+    lowest: float  # ln rates between which the rule stays
+    highest: float
+    bend: float | None  # nats that a rate off the best costs, for each squared e-fold; None where it is not known
+
+
+@dataclass(frozen=True)
+class RateRule:
+    """ln rate = y + slope (ln C - x) of each arm, within its bounds."""
+
+    slope: float
+    factors: bool  # whether rates are factors of the ladder's own
+    levels: Mapping[str, Level]
+
+    def at(self, arm: str, compute: float) -> float | None:
+        """The rate (or factor) of an arm at a compute in FLOPs; None for an arm whose best rate was found nowhere."""
+        if arm not in self.levels:
+            return None
+        level = self.levels[arm]
+        asked = level.y + self.slope * (np.log(compute) - level.x)
+        return float(np.exp(min(max(asked, level.lowest), level.highest)))
+
+
+def rule_of(tuned: Iterable[Tuned]) -> RateRule | None:
+    """The rule by how the arms were tuned; None unless some arm's best rate was found at two sizes."""
+    each = list({(item.arm, item.size, item.budget): item for item in tuned if item.rates > 1}.values())
+    factors = bool(each) and all(item.factor is not None for item in each)
+    arms: dict[str, list[Tuned]] = {}
+    for item in each:
+        if not item.at_edge:
+            arms.setdefault(item.arm, []).append(item)
+    levels, top, bottom = {}, 0.0, 0.0
+    for arm, found in arms.items():
+        x = np.log([item.compute for item in found])
+        y = np.log([_value(item, factors) for item in found])
+        top += float(((x - x.mean()) * (y - y.mean())).sum())
+        bottom += float(((x - x.mean()) ** 2).sum()) if len({item.size for item in found}) > 1 else 0.0
+        largest = max((item for item in each if item.arm == arm), key=lambda item: item.compute)
+        assert largest.best is not None
+        lowest, highest = np.log(np.array(largest.learned) * _value(largest, factors) / largest.best)
+        bends = [item.bend for item in found if item.bend is not None]
+        sizes = tuple(dict.fromkeys(item.size for item in found))
+        bend = max(float(np.mean(bends)), 0.0) if bends else None
+        levels[arm] = Level(float(x.mean()), float(y.mean()), sizes, float(lowest), float(highest), bend)
+    return RateRule(top / bottom, factors, levels) if bottom else None
+
+
+def _value(item: Tuned, factors: bool) -> float:
+    value = item.factor if factors else item.best
+    assert value is not None
+    return value
+
+
+def beside_the_rule(tuned: Sequence[Tuned], rule: RateRule | None) -> list[Tuned]:
+    """The same, with `off_rule` and `cost` filled in where a single rate was tried."""
+    return [_beside(item, rule) for item in tuned]
+
+
+def _beside(item: Tuned, rule: RateRule | None) -> Tuned:
+    wanted = rule.at(item.arm, item.compute) if rule else None
+    own = item.factor if rule and rule.factors else item.best
+    if item.rates > 1 or rule is None or wanted is None or own is None:
+        return item
+    off = float(np.log(own / wanted))
+    bend = rule.levels[item.arm].bend
+    return replace(item, off_rule=float(np.exp(off)), cost=None if bend is None else bend * off**2)
+
+
+def factor_rule(tuned: Iterable[Tuned]) -> RateRule:
+    """As `rule_of`. Raises Refusal where there is no rule, or none of factors of the ladder's own rate."""
+    rule = rule_of(tuned)
+    if rule is None:
+        raise Refusal("no arm has its best learning rate between worse ones at two sizes; try more rates there")
+    if not rule.factors:
+        raise Refusal("the runs do not record their factor of the ladder's rate, vary.learning_rate_factor")
+    return rule
+
+
+def single_factors(rule: RateRule, plan: pd.DataFrame, column: str) -> list[tuple[str, str, float]]:
+    """Arm, size and factor of the ladder's rate, for every arm of the rule and every size at which it is planned at one
+    factor alone. `plan` has planned runs with arm, size, `factor` and compute in `column`."""
+    found = []
+    for (arm, size), runs in plan.groupby(["arm", "size"], sort=False):
+        factor = rule.at(str(arm), float(runs[column].mean()))
+        if factor is not None and runs["factor"].nunique(dropna=False) == 1:
+            found.append((str(arm), str(size), float(f"{factor:.{DIGITS}g}")))
+    return found
