@@ -126,6 +126,17 @@ def test_the_custom_ops_pass_opcheck(kind: str) -> None:
         torch.library.opcheck(op, leaves)
 
 
+@pytest.mark.parametrize("implementation", ["kernels"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_no_tokens_are_contiguous_as_torch_compile_takes_them_to_be(kind: str) -> None:
+    inputs = {name: value.detach() for name, value in replace(KINDS[kind], batch=0).inputs().items()}
+    filters = [inputs.get(name) for name in ("z", "weight" if kind == "headwise" else "U", "static_w")]
+    filters = [f if f is None or f.dim() > 2 else f.t().contiguous().t() for f in filters]
+    needs = [True, *(f is not None for f in filters)]
+    arguments = (inputs["x"], inputs["x"], *filters, None, KINDS[kind].segments, True, False, needs)
+    torch.library.opcheck(torch.ops.dynconv.convolve_backward.default, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fake_tensors_get_fake_results(kind: str) -> None:
     case = KINDS[kind]

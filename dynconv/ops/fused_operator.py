@@ -252,7 +252,7 @@ def _no_gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients where `joined` is empty: zeros."""
     like = zip((joined, up, static_w), needs, strict=True)
-    return _each(tuple(torch.zeros_like(t) if wanted and t is not None else None for t, wanted in like), joined)
+    return _each(tuple(t.new_zeros(t.shape) if wanted and t is not None else None for t, wanted in like), joined)
 
 
 @_backward_op.register_fake

@@ -308,8 +308,9 @@ def gated_backward_kernel(
             if dx is not None:
                 done = (group + slot + 1 - W < copy_limit) & (group + slot >= W - 1)
                 gl.store(dx + slot * dx_time + dx_to, dx_shared[slot].load(COPY), mask=done)
-        # All warps have read the slots of the group before this one, which these copies overwrite: for the sums above
-        # they have waited for one another. Copies at the start of the loop would need a barrier of their own.
+        # These copies overwrite the slots of the group before this one. All warps have read those, because after
+        # `wait_group` the compiler lets them wait for one another. If the copies came right after that, it would put
+        # another barrier between them and the reads of this group, because it does not tell a buffer's slots apart.
         ahead = group + (STAGES - 1) * SLOTS
         place = ahead // SLOTS % STAGES
         for slot in gl.static_range(SLOTS):

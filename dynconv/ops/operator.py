@@ -77,7 +77,7 @@ def _backward(
     """The gradients of x, z, weight and static_w."""
     if x.numel() == 0:
         inputs = zip((x, z, weight, static_w), needs, strict=True)
-        return tuple(torch.zeros_like(t) if t is not None and needed else None for t, needed in inputs)
+        return tuple(t.new_zeros(t.shape) if t is not None and needed else None for t, needed in inputs)
     dy, x = _rows_contiguous(dy), _rows_contiguous(x)
     static_w = None if static_w is None else _contiguous(static_w)
     x_needs, z_needs, weight_needs, static_needs = needs

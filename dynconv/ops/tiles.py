@@ -105,8 +105,11 @@ def _sum_rows(
             values = values + (tl.load(pointers + part.to(tl.int64) * rows * COLUMNS, mask=inside, other=0.0),)
         for index in tl.static_range(4):
             sums += values[index].to(tl.float32)
-    written = (row < rows)[:, None] & (column < min(SPREAD + PADDING, WIDTH - FIRST))[None, :]
-    tl.store(total + row[:, None] * WIDTH + FIRST + column[None, :], sums.to(total.dtype.element_ty), mask=written)
+    END: tl.constexpr = min(SPREAD + PADDING, WIDTH - FIRST)
+    to = total + row[:, None] * WIDTH + FIRST + column[None, :]
+    tl.store(to, sums.to(total.dtype.element_ty), mask=(row < rows)[:, None] & (column < END)[None, :])
+    for begin in range(LANES, END, LANES):
+        tl.store(to + begin, 0.0, mask=(row < rows)[:, None] & (begin + column < END)[None, :])
 
 
 @triton.jit
@@ -192,7 +195,8 @@ def sum_parts(
         return
     columns, width, first, padding, each, gap = place if place and sums[0][0] is not None else Place(0, 1, 0)
     each = each or max(columns, 1)
-    lanes = triton.next_power_of_2(max(columns // each * (each + gap) + padding, 1))
+    spread = max(columns // each * (each + gap), 1)
+    lanes = triton.next_power_of_2(max(spread, min(spread + padding, _LANES)))
     # Two kinds only: how many parts there are depends on T, and different T should share a kernel.
     unroll = 64 if any(partial.shape[0] > 32 for partial, _ in jobs[columns > 0 :]) else 16
     rows, block = max(_LANES // lanes, 1), _TILE // unroll
