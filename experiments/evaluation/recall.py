@@ -11,6 +11,7 @@ from experiments.evaluation.load import check_finished
 from experiments.models.decoder import Decoder
 from experiments.tasks.base import Generator
 from experiments.tasks.stream import GeneratedTask
+from experiments.terminal import bar
 from experiments.training.evaluation import Evaluator
 from experiments.training.loss import losses_of
 from experiments.training.parallel import World
@@ -56,14 +57,23 @@ def evaluate_lengths(config: RunConfig, model: Decoder, lengths: Sequence[int]) 
 
     Raises ValueError as `task_at` does.
     """
-    device, group = model.embedding.weight.device, config.model.sequence_group
     found: dict[str, float] = {}
-    for length in lengths:  # one at a time, in micro-batches of as many tokens as in training
-        generator = task_at(config, (length,))
-        task = GeneratedTask(generator, config.task_name, config.train.batch_sequences, config.seed)
-        sequences = config.train.batch_sequences * config.train.sequence_length // length
-        sequences = max(group, sequences - sequences % group)
-        evaluator = Evaluator(model, partial(losses_of, model, device), task, World(0, 1, device), sequences, group)
-        with torch.no_grad():
-            found |= evaluator.further_metrics(lambda: False) or {}
+    for length in lengths:
+        found |= _evaluate(config, model, length)
     return found
+
+
+def _evaluate(config: RunConfig, model: Decoder, length: int) -> dict[str, float]:
+    """The metrics at one length, in micro-batches of as many tokens as in training."""
+    device, group = model.embedding.weight.device, config.model.sequence_group
+    task = GeneratedTask(task_at(config, (length,)), config.task_name, config.train.batch_sequences, config.seed)
+    sequences = config.train.batch_sequences * config.train.sequence_length // length
+    sequences = max(group, sequences - sequences % group)
+    evaluator = Evaluator(model, partial(losses_of, model, device), task, World(0, 1, device), sequences, group)
+    with torch.no_grad(), bar(f"evaluating at {length} tokens", None, " sequences") as progress:
+
+        def go_on() -> bool:
+            progress.update(sequences)
+            return False
+
+        return evaluator.further_metrics(go_on) or {}
