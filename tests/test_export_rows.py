@@ -94,8 +94,8 @@ def test_padding_on_either_side_is_as_no_text(exported: Exported) -> None:
         tokens = torch.cat([first, F.pad(second, more)])
         mask = torch.cat([torch.ones_like(first), F.pad(torch.ones_like(second), more)])
         positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # which restart, but only at the padding
-        for options in ({}, {"position_ids": positions}):
-            logits = model(tokens, attention_mask=mask, **options).logits
+        for options in ({}, {"position_ids": positions}, {"attention_mask": mask.bool()}):
+            logits = model(tokens, **{"attention_mask": mask, **options}).logits
             close(logits[:1], model(first).logits)
             close(logits[1:, 4:] if left else logits[1:, :3], model(second).logits)
 
@@ -159,6 +159,13 @@ RESTARTED = torch.tensor([[0, 1, 2, 0, 1, 2]])
             {"attention_mask": torch.ones(1, 9)},
             r"must be \[B, tokens\], here \[1, 6\] with those in the cache; got \[1, 9",
         ),
+        (
+            {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])},
+            "must be 1 at tokens and 0 at padding; got 2; for packed documents give position_ids that restart",
+        ),
+        ({"attention_mask": torch.tensor([[0, 0.5, 1, 1, 1, 1]])}, "got 0.5"),
+        ({"attention_mask": torch.tensor([[-1, 1, 1, 1, 1, 1]])}, "got -1"),
+        ({"attention_mask": torch.tensor([[float("nan"), 1, 1, 1, 1, 1]])}, "got nan"),
         ({"attention_mask": torch.ones(1, 5)}, r"got \[1, 5\]; give each token one"),
         ({"attention_mask": torch.ones(2, 6)}, r"got \[2, 6\]; give each token one"),
         ({"position_ids": torch.arange(6)}, r"position_ids must be \[B, T\], here \[1, 6\]; got \[6\]; give each"),
@@ -171,6 +178,15 @@ def test_rows_that_only_attention_would_tell_apart_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         convolved.eval()(torch.arange(6)[None], **arguments)
+
+
+def test_a_mask_that_is_not_read_scales_nothing(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While torch.compile traces, no value can be refused: as attention does, all take what is not zero as a token."""
+    _, model = exported
+    tokens, mask = torch.tensor([TEXTS[0]]), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    wanted = model.eval()(tokens, attention_mask=mask, use_cache=False).logits
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    close(model(tokens, attention_mask=3 * mask, use_cache=False).logits[:, 2:], wanted[:, 2:])
 
 
 def test_documents_and_padding_that_a_cache_cannot_continue_are_refused(convolved: Any) -> None:

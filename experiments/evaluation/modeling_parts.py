@@ -55,7 +55,7 @@ class ShortConvCache(DynamicCache):
 class Rows(NamedTuple):
     """What the rows of a batch hold besides one text each."""
 
-    unpadded: torch.Tensor | None = None  # [B, T, 1]: 0 at padding, else 1; None: no padding
+    unpadded: torch.Tensor | None = None  # [B, T, 1]: False at padding, else True; None: no padding
     documents: torch.Tensor | None = None  # [B, T]: the number of each token's document, rising; None: one a row
 
 
@@ -84,7 +84,7 @@ def rows_of(
     unpadded = None
     if mask is not None:
         _check_padding(mask, (shape[0], seen + shape[1]), values)
-        unpadded = mask[:, -shape[1] :, None]
+        unpadded = mask[:, -shape[1] :, None] != 0  # as attention reads it
     if positions is not None and (positions.dim() != 2 or positions.shape[1] != shape[1]):
         raise ValueError(f"position_ids must be [B, T], here {[*shape]}; got {[*positions.shape]}; give each token one")
     if positions is None or shape[1] == 1:
@@ -94,7 +94,7 @@ def rows_of(
         documents = F.pad((step != 1).cumsum(1), (1, 0))
         return Rows(documents=documents) if not values or bool(documents.any()) else Rows()
     if unpadded is not None:
-        step = step.masked_fill((unpadded[:, 1:, 0] == 0) | (unpadded[:, :-1, 0] == 0), 1)
+        step = step.masked_fill(~(unpadded[:, 1:, 0] & unpadded[:, :-1, 0]), 1)
     if values and bool((step < 1).any()):
         extra = "a cache" if mask is None else "attention_mask"
         raise ValueError(
@@ -105,7 +105,7 @@ def rows_of(
 
 
 def _check_padding(mask: Any, shape: tuple[int, int], values: bool) -> None:
-    """Raises ValueError unless it is a mask of this shape of padding at the ends of rows.
+    """Raises ValueError unless it is a mask of this shape, of 0 and 1 alone, of padding at the ends of rows.
 
     Without `values` they are not read.
     """
@@ -119,6 +119,12 @@ def _check_padding(mask: Any, shape: tuple[int, int], values: bool) -> None:
         raise ValueError(
             f"attention_mask must be [B, tokens], here {[*shape]} with those in the cache; got {[*mask.shape]}; give "
             "each token one"
+        )
+    other = (mask != 0) & (mask != 1)
+    if values and bool(other.any()):  # attention would read each as 1; document ids look like a mask, too
+        raise ValueError(
+            f"attention_mask must be 1 at tokens and 0 at padding; got {mask[other][0].item():g}; for packed documents "
+            "give position_ids that restart, and no mask"
         )
     text = mask != 0
     text_before, text_after = text.cumsum(1) > 0, text.flip(1).cumsum(1).flip(1) > 0
