@@ -146,7 +146,7 @@ def test_freezing_stores_of_two_machines_tells_their_devices(
 ) -> None:
     whole, parts = halves
     assert main(["freeze", str(whole), "-o", str(tmp_path / "one")]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "dynconv: froze 12 runs: 12 complete\n"
     shutil.rmtree(min(parts[1].iterdir()))  # the run that both have
     for run_dir in parts[1].iterdir():
         path = run_dir / "run.json"
@@ -155,3 +155,22 @@ def test_freezing_stores_of_two_machines_tells_their_devices(
     err = capsys.readouterr().err
     assert "the runs are of several devices: NVIDIA H200 (6 runs), cpu (6 runs); `dynconv table` names" in err
     assert set(load(tmp_path / "both").runs["device"]) == {"cpu", "NVIDIA H200"}
+    (run_dir / "run.json").unlink()
+    assert main(["freeze", *map(str, parts), "-o", str(tmp_path / "cut")]) == 0
+    assert "dynconv: froze 12 runs: 11 complete, 1 unfinished\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["freeze", "plot"])
+def test_an_empty_name_is_not_the_working_folder(
+    verb: str,
+    halves: tuple[Path, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        main([verb, str(halves[0]), "-o", ""])
+    assert "argument -o/--output: got an empty name; name a folder, or . for this one" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before

@@ -73,7 +73,7 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(frozen.steps(), live.steps())
     pd.testing.assert_frame_equal(frozen.evals(), live.evals())
     write_run(write_config(tmp_path / "other", seed=8), 3.0)
-    with pytest.raises(ValueError, match=r"frozen holds 4 other runs, as transformer-1M-0, and none of these; remove"):
+    with pytest.raises(ValueError, match=r"frozen holds 4 runs that are not among these \(transformer-1M-0, "):
         freeze(load(tmp_path / "other"), tmp_path / "frozen", steps=True)
     write_config(tmp_path / "frozen", seed=9)
     (problem,) = load(tmp_path / "frozen").problems
@@ -85,6 +85,45 @@ def test_a_frozen_store_reads_as_the_live_one_did(tmp_path: Path) -> None:
     (tmp_path / "frozen" / "runs.parquet").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"runs\.parquet is unreadable .*; freeze the store again"):
         load(tmp_path / "frozen")
+
+
+def test_a_freeze_loses_no_run_and_no_outcome_of_an_earlier_one(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(write_config(tmp_path / "live", seed=seed), 3.0 + seed)
+    frozen, live = tmp_path / "frozen", load(tmp_path / "live")
+    freeze(live, frozen)
+    before = {path: path.read_bytes() for path in frozen.iterdir()}
+    shutil.rmtree(tmp_path / "live" / "transformer-1M-2")
+    (tmp_path / "live" / "transformer-1M-1" / "run.json").unlink()
+    said = (
+        r"frozen holds 1 runs that are not among these \(transformer-1M-2\) and the outcome of 1 runs that have none "
+        r"here \(transformer-1M-1\), which would be lost; give .*frozen among the stores, too, or give another -o"
+    )
+    with pytest.raises(ValueError, match=said):
+        freeze(load(tmp_path / "live"), frozen)
+    assert {path: path.read_bytes() for path in frozen.iterdir()} == before
+    write_run(write_config(tmp_path / "live", seed=3), 6.0)
+    freeze(load_all([tmp_path / "live", frozen]), frozen)
+    assert load(frozen).runs.set_index("run_id")["loss"].to_dict() == {f"transformer-1M-{s}": 3.0 + s for s in range(4)}
+    assert load(frozen).evals()["run_id"].nunique() == 4
+    pd.DataFrame({"arm": ["a"]}).to_parquet(frozen / "runs.parquet")
+    with pytest.raises(ValueError, match="is no table of frozen runs, and would be overwritten; give another -o"):
+        freeze(live, frozen)
+
+
+def test_steps_are_not_frozen_from_where_there_are_none(tmp_path: Path) -> None:
+    write_run(write_config(tmp_path / "live"), 3.0)
+    write_run(write_config(tmp_path / "more", seed=1), 3.0)
+    freeze(load(tmp_path / "live"), tmp_path / "frozen")
+    (tmp_path / "points.csv").write_text("arm,size,C,loss\na,s,1e9,3.0\n")
+    for paths in (["frozen"], ["more", "frozen"], ["points.csv"]):
+        said = rf"{paths[-1]} keeps no steps of its runs; freeze the live store, or leave --steps out"
+        with pytest.raises(ValueError, match=said):
+            freeze(load_all([tmp_path / path for path in paths]), tmp_path / "again", steps=True)
+    assert not (tmp_path / "again").exists()
+    freeze(load_all([tmp_path / "live", tmp_path / "more"]), tmp_path / "frozen", steps=True)
+    freeze(load(tmp_path / "frozen"), tmp_path / "again", steps=True)
+    assert load(tmp_path / "again").steps()["run_id"].nunique() == 2
 
 
 def test_logs_of_other_runs_are_named_and_give_no_number(tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def has_failures(runs: pd.DataFrame) -> bool:
     return "did_not_learn" in runs and bool(runs["did_not_learn"].notna().any())
 
 
+def with_outcome(runs: pd.DataFrame) -> pd.Series:
+    """Which runs were trained to their end, or did not learn: the others were cut short, or wait."""
+    outcome = runs["status"].eq("complete").fillna(False)
+    return outcome | runs["did_not_learn"].notna() if "did_not_learn" in runs else outcome
+
+
 def failed_runs(runs: pd.DataFrame) -> pd.DataFrame | None:
     """The runs that did not learn; None where there are none. A missing arm is called "all"."""
     if not has_failures(runs):
@@ -121,7 +127,7 @@ def unlearned(runs: pd.DataFrame, used: pd.DataFrame | None = None, rate: str | 
     """
     if not has_failures(runs):
         return {}
-    ended = runs["did_not_learn"].notna() | runs["status"].eq("complete").fillna(False)
+    ended = with_outcome(runs)
     if "budget" in runs:
         ended &= runs["budget"].astype("string").ne(TRUNK).fillna(True)
     rows = runs[ended].assign(_arm=_names(runs["arm"], "all"), _at=_sizes(runs))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.logs.columns import format_columns, loss_unit
+from analysis.logs.learning import with_outcome
 from analysis.logs.points import run_types
 from analysis.logs.schema import LATER_COLUMNS
 from analysis.logs.selection import some
@@ -47,6 +48,9 @@ class MergedStore(Store):
                 "one by one"
             )
         return next(iter(found))
+
+    def without_steps(self) -> list[Path]:
+        return [path for part in self.parts for path in part.without_steps()]
 
     def rows(self, kind: str) -> pa.Table:
         import pyarrow as pa
@@ -105,7 +109,7 @@ def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]], list[s
     cut short in one part and have an outcome in another."""
     import pandas as pd
 
-    owner_of, ended = dict[str, int](), [_with_outcome(part) for part in parts]
+    owner_of, ended = dict[str, int](), [set(part.runs.loc[with_outcome(part.runs), "run_id"]) for part in parts]
     cut = dict[tuple[int, int], list[str]]()  # (the part that has the outcome, the part that does not) -> runs
     for number, part in enumerate(parts):
         for run_id in sorted(set(part.runs["run_id"])):
@@ -129,14 +133,6 @@ def _union(parts: Sequence[Store]) -> tuple[pd.DataFrame, list[set[str]], list[s
         for (more, less), ids in cut.items()
     ]
     return run_types(pd.DataFrame(merged)), owners, notes
-
-
-def _with_outcome(part: Store) -> set[str]:
-    """The runs that were trained to their end, or did not learn: what else a store holds was cut short, or waits."""
-    outcome = part.runs["status"].eq("complete").fillna(False)
-    if "did_not_learn" in part.runs:
-        outcome |= part.runs["did_not_learn"].notna()
-    return set(part.runs.loc[outcome, "run_id"])
 
 
 def _refuse_differing(run_id: str, one: Store, other: Store) -> None:

@@ -17,6 +17,7 @@ from analysis.logs import schema1
 from analysis.logs.agreement import without_foreign_rows
 from analysis.logs.columns import format_columns
 from analysis.logs.files import read_parquet, write_parquet
+from analysis.logs.learning import with_outcome
 from analysis.logs.points import read_points, run_types
 from analysis.logs.reader import read_rows
 from analysis.logs.record import read_run, run_table, schema_of
@@ -63,6 +64,10 @@ class Store:
         """Columns of `runs` that are empty because the stores were frozen before they existed. Raises ValueError where
         that is so of some of several stores."""
         return self.absent
+
+    def without_steps(self) -> list[Path]:
+        """Where runs were read from that keeps no steps: a store that was frozen without them, a table of points."""
+        return [] if self.run_dirs or (self.path / "steps.parquet").is_file() else [self.path]
 
     @property
     def _condition(self) -> list[str]:
@@ -135,8 +140,8 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Store:
 def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     """Write runs.parquet and evals.parquet, and steps.parquet on request, into `out`; returns their paths.
 
-    Raises ValueError where `out` is a run's folder, holds live runs, a table of points or other frozen runs, or would
-    keep the steps of an earlier freeze."""
+    Raises ValueError where `out` is a run's folder, holds live runs or a table of points, would lose frozen runs or
+    their outcomes, or would keep the steps of an earlier freeze, and where `steps` are wanted and not there."""
     import pyarrow as pa
 
     _refuse_live(out)
@@ -144,7 +149,9 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
         raise ValueError(
             f"{out} has steps.parquet of an earlier freeze; freeze with --steps, remove it, or give another -o"
         )
-    _refuse_other_runs(store, out / "runs.parquet")
+    if steps and (without := store.without_steps()):
+        raise ValueError(f"{without[0]} keeps no steps of its runs; freeze the live store, or leave --steps out")
+    _refuse_loss(store, out / "runs.parquet")
     out.mkdir(parents=True, exist_ok=True)
     # A column without a value would say that all runs learned, where it is not known.
     runs = store.runs.drop(columns=list(store.never_recorded()))
@@ -155,16 +162,25 @@ def freeze(store: Store, out: Path, steps: bool = False) -> list[Path]:
     return [out / f"{name}.parquet" for name in sorted(tables)]
 
 
-def _refuse_other_runs(store: Store, frozen: Path) -> None:
-    """Raises ValueError where an earlier freeze is of other runs alone, and so of another store."""
+def _refuse_loss(store: Store, frozen: Path) -> None:
+    """Raises ValueError where a run of an earlier freeze would go missing or lose its outcome."""
+    if not frozen.exists():
+        return
     try:
-        there = read_parquet(frozen, ["run_id"])["run_id"].to_pylist() if frozen.exists() else []
+        there = read_parquet(frozen).to_pandas()
     except (OSError, ValueError):
         return  # it is damaged, and is to be frozen again
-    if there and not set(there) & set(store.runs["run_id"]):
+    if not {"run_id", "status"} <= set(there.columns):
+        raise ValueError(f"{frozen} is no table of frozen runs, and would be overwritten; give another -o")
+    missing = there.loc[~there["run_id"].isin(store.runs["run_id"]), "run_id"]
+    ended = [set(runs.loc[with_outcome(runs), "run_id"]) for runs in (there, store.runs)]
+    cut = sorted(ended[0] - ended[1] - set(missing))
+    lost = [f"{len(missing)} runs that are not among these ({some(missing)})"] if len(missing) else []
+    lost += [f"the outcome of {len(cut)} runs that have none here ({some(cut)})"] if cut else []
+    if lost:
         raise ValueError(
-            f"{frozen.parent} holds {len(there)} other runs, as {there[0]}, and none of these; remove {frozen.name} "
-            "there to write these in its place, or give another -o"
+            f"{frozen.parent} holds {' and '.join(lost)}, which would be lost; give {frozen.parent} among the stores, "
+            f"too, or give another -o, or remove {frozen.name} there"
         )
 
 

@@ -122,6 +122,14 @@ def profile_of(args: argparse.Namespace) -> Profile:
     return Profile("local") if args.profile is None else load_profile(args.profile)
 
 
+def folder_name(text: str) -> Path:
+    """The path that was given to an option. An empty one, as of a shell's variable that is not set, would be the
+    working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("got an empty name; name a folder, or . for this one")
+    return Path(text)
+
+
 def require_folder(path: Path) -> Path:
     """The path of a folder to write to, which may not exist yet. Raises ValueError if it cannot be one."""
     if path.is_file():

@@ -12,6 +12,7 @@ from experiments.cli.arguments import (
     add_reading_verb,
     baseline_argument,
     convention_argument,
+    folder_name,
     format_argument,
     published_argument,
     reading_store,
@@ -44,7 +45,7 @@ def _add_plot(subparsers: Subparsers) -> None:
         "results/measured/h200/kernels.parquet -o figures --type png",
         "results/measured/h200/training.parquet -o figures",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder for the figures")
+    parser.add_argument("-o", "--output", type=folder_name, required=True, metavar="DIR", help="folder for the figures")
     baseline_argument(parser)
     convention_argument(parser)
     where_argument(parser)
@@ -60,7 +61,7 @@ def _add_freeze(subparsers: Subparsers) -> None:
         "write a store's runs.parquet and evals.parquet, for committing and sharing",
         "results/runs/demo -o results/measured/laptop/demo",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder for the files")
+    parser.add_argument("-o", "--output", type=folder_name, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--steps", action="store_true", help="write steps.parquet, too")
 
 
@@ -174,5 +175,7 @@ def _freeze(args: argparse.Namespace) -> int:
     with reading_store(args) as store:
         written = freeze(store, args.output, args.steps)
     warn(*(f"{line}; `dynconv table` names the comparisons that mix them" for line in several(store.runs)))
+    counts = store.runs["status"].value_counts()
+    warn(f"froze {len(store.runs)} runs: {', '.join(f'{count} {status}' for status, count in counts.items())}")
     print(*written, sep="\n")
     return 0

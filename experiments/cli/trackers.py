@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from experiments.cli.arguments import Subparsers, add_verb, require_folder
+from experiments.cli.arguments import Subparsers, add_verb, folder_name, require_folder
 from experiments.terminal import warn
 
 FOLLOW_SECONDS = 10.0
@@ -24,7 +24,7 @@ def register(subparsers: Subparsers) -> None:
     verb.add_argument("store", type=Path, metavar="STORE", help="the folder that `submit` fills")
     text = "wandb works offline, unless WANDB_MODE says otherwise"
     verb.add_argument("--to", choices=("tensorboard", "wandb"), required=True, help=text)
-    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder in it for each run")
+    verb.add_argument("-o", "--output", type=folder_name, required=True, metavar="DIR", help="gets a folder a run")
     verb.add_argument("-f", "--follow", action="store_true", help="go on until no run is queued or running")
 
 
