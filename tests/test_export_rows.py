@@ -201,6 +201,55 @@ def test_documents_and_padding_that_a_cache_cannot_continue_are_refused(convolve
         convolved.generate(tokens, attention_mask=padded, max_new_tokens=2, eos_token_id=None, pad_token_id=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_that_do_not_go_on_after_the_cache_are_refused(exported: Exported, masked: bool) -> None:
+    """They are of another text than the cached one, or would leave a gap: also where the cache's own began above 0."""
+    _, model = exported
+    first, more = torch.tensor([TEXTS[0]] * 2), torch.tensor([TEXTS[2][:5]] * 2)
+    options = {"attention_mask": torch.ones(2, 12)} if masked else {}
+    for begin, start in ((0, 0), (0, 6), (0, 8), (30, 7)):
+        cache = model.eval()(first, position_ids=torch.arange(begin, begin + 7)[None], use_cache=True)[CACHE]
+        positions = torch.stack([torch.arange(begin + 7, begin + 12), torch.arange(start, start + 5)])
+        said = rf"must go on after the cached tokens, here at {begin + 7}; got {start} in row 1; give those that follow"
+        with pytest.raises(ValueError, match=said):
+            model(more, position_ids=positions, **options, **{CACHE: cache})
+
+
+def test_positions_go_on_in_each_row_after_its_own_padding(exported: Exported) -> None:
+    """In chunks as generate's prefill_chunk_size makes, the first of which is padding alone in the second row."""
+    _, model = exported
+    first, second = torch.tensor([TEXTS[0]]), torch.tensor([TEXTS[1]])
+    tokens, mask = torch.cat([first, F.pad(second, (4, 0))]), torch.ones(2, 7)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0).long()
+    cache, logits = None, []
+    for start, end in ((0, 3), (3, 5), (5, 6)):
+        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], CACHE: cache}
+        output = model.eval()(tokens[:, start:end], use_cache=True, **given)
+        cache = output[CACHE]
+        logits.append(output.logits)
+    for _ in range(2):  # a cache that was refused remains as it was
+        with pytest.raises(ValueError, match="here at 2; got 6 in row 1"):  # as without position_ids
+            model(tokens[:, 6:], attention_mask=mask, **{CACHE: cache})
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([0, 2, 3]))
+    rows = torch.tensor([0, 1, 1])
+    given = {"attention_mask": mask[rows], "position_ids": positions[rows, 6:], CACHE: cache}
+    last = model(tokens[rows, 6:], **given).logits
+    close(torch.cat([*logits, last[:2]], 1)[0], model(first).logits[0])
+    close(torch.cat([*logits, last[:2]], 1)[1, 4:], model(second).logits[0])
+    close(last[2], last[1])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_prompt_in_chunks_is_as_a_whole_one(convolved: Any, beams: int) -> None:
+    tokens = torch.tensor([TEXTS[0], [0, 0, 0, 0, *TEXTS[1]]])
+    settings = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings["attention_mask"] = torch.tensor([[1] * 7, [0] * 4 + [1] * 3])
+    whole = convolved.eval().generate(tokens, **settings)
+    assert torch.equal(convolved.generate(tokens, prefill_chunk_size=3, **settings), whole)
+
+
 def test_packed_rows_that_an_attention_would_mix_are_refused(convolved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention in transformers reads position_ids only of a single row."""
     monkeypatch.setattr(convolved.config, "_attn_implementation_internal", "flash_attention_2")

@@ -155,7 +155,8 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
         **kwargs: Any,
     ) -> Any:
         """As Qwen3Model's. Raises ValueError for rows that the convolutions and recurrences cannot tell apart as
-        attention would, for a mask or positions of another shape, and for a cache of another kind."""
+        attention would, for a mask or positions of another shape, for a cache of another kind, and for positions that
+        do not follow those in the cache."""
         cache = kwargs.pop("past_key_values", None) if CACHE != "past_key_values" else None
         cache = kwargs.pop(CACHE, cache)
         if cache is not None and not isinstance(cache, ShortConvCache):
@@ -174,6 +175,8 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache:
             cache = ShortConvCache(config=self.config)
+        if cache is not None and inputs is not None:
+            cache.follow(inputs, attention_mask, position_ids)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -22,12 +22,39 @@ from .chunks import chunked  # type: ignore[import-not-found]
 class ShortConvCache(DynamicCache):
     """Keys and values, and by name what else a layer keeps of the tokens before, [B, ...] each.
 
-    These are the inputs that a convolution's next outputs still need, [B, W-1, channels], and recurrences' states.
+    These are the inputs that a convolution's next outputs still need, [B, W-1, channels], recurrences' states, and the
+    position of the last token, [B].
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kept: dict[str, torch.Tensor] = {}
+
+    def follow(self, inputs: torch.Tensor, mask: Any, positions: torch.Tensor | None) -> None:
+        """Note the positions of tokens that are about to join the cache; the arguments are those of `rows_of`.
+
+        Raises ValueError where a row's first token does not follow the one before it.
+        """
+        (batch, time), seen = inputs.shape[:2], self.get_seq_length()
+        last = self.kept.get("position")
+        if positions is None:  # those that Qwen3Model takes
+            positions = torch.arange(seen, seen + time, device=inputs.device)[None]
+        masked = isinstance(mask, torch.Tensor) and mask.shape == (batch, seen + time)
+        if positions.shape not in ((batch, time), (1, time)) or (mask is not None and not masked):
+            self.kept.pop("position", None)
+            return  # only attention takes these, as it does in transformers
+        positions = positions.expand(batch, time)
+        if last is not None and len(last) == batch and not torch.compiler.is_compiling():
+            wrong = positions[:, 0] != last.to(positions.device) + 1
+            if masked:  # the positions of padding mean nothing
+                wrong &= (mask[:, seen - 1 : seen + 1] != 0).all(1)
+            if bool(wrong.any()):
+                row = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"position_ids must go on after the cached tokens, here at {int(last[row]) + 1}; got "
+                    f"{int(positions[row, 0])} in row {row}; give those that follow, or leave the cache out"
+                )
+        self.kept["position"] = positions[:, -1].clone()
 
     def _select(self, indices: torch.Tensor) -> None:
         self.kept = {name: kept.index_select(0, indices.to(kept.device)) for name, kept in self.kept.items()}
