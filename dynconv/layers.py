@@ -16,6 +16,7 @@ activation "silu", silu is applied to the convolution before the residual x is a
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class _ZeroLinear(nn.Linear):
 
 
 def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number; got {value!r}; choose one of at least 1")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}; choose another")
 
@@ -194,6 +197,7 @@ class HeadwiseDynamicConv(_ShortConv):
     ) -> None:
         super().__init__(headwise_dynamic_convolution, channels, width, residual, activation)
         self.heads = _heads(channels, head_size)
+        _check_positive("generator_width", generator_width)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.generator = _ZeroLinear(generator_width, self.heads * width, bias=False, **place)
         self.static_filter = nn.Parameter(torch.empty(width, channels, **place)) if static_filter else None
@@ -228,6 +232,7 @@ class LowRankDynamicConv(_ShortConv):
     ) -> None:
         super().__init__(lowrank_dynamic_convolution, channels, width, residual, activation)
         _check_positive("rank", rank)
+        _check_positive("generator_width", generator_width)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down = nn.Linear(generator_width, rank, bias=False, **place)
         self.up = nn.Parameter(torch.empty(rank, width * channels, **place))  # [R, W*D]
@@ -298,6 +303,7 @@ class FusedLowRankConv(_FusedConv, LowRankDynamicConv):
         function = partial(lowrank_dynamic_convolution, segments=tuple(branches))
         _ShortConv.__init__(self, function, sum(branches), width, residual, activation)
         _check_positive("rank", rank)
+        _check_positive("generator_width", generator_width)
         self.branches = tuple(branches)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down = nn.Linear(generator_width, len(branches) * rank, bias=False, **place)

@@ -189,6 +189,15 @@ def test_a_mask_that_is_not_read_scales_nothing(exported: Exported, monkeypatch:
     close(model(tokens, attention_mask=3 * mask, use_cache=False).logits[:, 2:], wanted[:, 2:])
 
 
+@pytest.mark.parametrize("shape", [(1, 0), (0, 6)])
+def test_an_input_without_tokens_is_refused(exported: Exported, shape: tuple[int, int]) -> None:
+    tokens = torch.empty(shape, dtype=torch.long)
+    said = rf"the input \[B, T\] must have tokens; got \[{shape[0]}, {shape[1]}\]"
+    for given in ({"input_ids": tokens}, {"inputs_embeds": torch.empty(*shape, 16)}):
+        with pytest.raises(ValueError, match=said):
+            exported[1](**given)
+
+
 def test_documents_and_padding_that_a_cache_cannot_continue_are_refused(convolved: Any) -> None:
     tokens = torch.arange(6)[None]
     cache = convolved.eval()(tokens, use_cache=True)[CACHE]

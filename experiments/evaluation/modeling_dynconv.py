@@ -164,6 +164,8 @@ class DynconvModel(DynconvPreTrainedModel, Qwen3Model):
         inputs = input_ids if input_ids is not None else inputs_embeds
         rows = Rows()
         if inputs is not None:
+            if 0 in inputs.shape[:2]:
+                raise ValueError(f"the input [B, T] must have tokens; got {[*inputs.shape[:2]]}; give one or more")
             may_pack = cache is None and not (use_cache and torch.compiler.is_compiling())
             mixes = self.config.conv is not None or self.config.mixer is not None  # tokens, besides attention
             seen = 0 if cache is None else cache.get_seq_length()
