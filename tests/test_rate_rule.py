@@ -168,6 +168,56 @@ def test_what_has_no_rate_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "a sweep on text is wanted" in capsys.readouterr().err
 
 
+PILOT = STUDY.parents[2] / "results" / "measured" / "h200" / "mini-rates"
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "message"),
+    [
+        ("tokens_per_parameter = 20", "tokens_per_parameter = 30", "tokens per parameter 18.5 against 27.8"),
+        ("[data]", '[train]\noptimizer = { kind = "muon" }\n[data]', "optimizer adamw against muon"),
+        ("[data]", '[train]\nschedule = { kind = "wsd", decay_fraction = 0.2 }\n[data]', "schedule cosine against wsd"),
+        ("[data]", "[train]\nbatch_sequences = 16\n[data]", "tokens of a batch 1.64e+04 against 8.19e+03"),
+        ("[data]", "[train]\nlearning_rate = 0.001\n[data]", "learning rate at factor 1 0.004 against 0.001"),
+    ],
+)
+def test_a_sweep_of_another_recipe_gets_no_rates(
+    key: str, other: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pilot's runs, and the study's file with one setting changed."""
+    sweep = tmp_path / "other.toml"
+    sweep.write_text(STUDY.read_text().replace(key, other))
+    assert main(["table", str(PILOT), "--rates", str(sweep)]) == 2
+    said = capsys.readouterr()
+    assert f"otherwise: {message}" in said.err
+    assert not said.out
+
+
+def test_a_sweep_of_another_ladder_gets_no_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", str(PILOT), "--rates", str(STUDY.with_name("paper-scaling.toml"))]) == 2
+    said = capsys.readouterr()
+    assert "is of ladder 'paper', whose sizes are 150M, 300M, 400M, 600M, 1B, 2B; got 1M, 3M" in said.err
+    assert not said.out
+
+
+def test_the_pilot_gives_rates_to_larger_sizes_of_its_ladder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the sweep trains none of the pilot's own sizes."""
+    assert main(["table", str(PILOT), "--rates", str(STUDY)]) == 0
+    whole = capsys.readouterr().out
+    sweep = tmp_path / "larger.toml"
+    sweep.write_text(
+        STUDY.read_text().split("[seeds_by_size]")[0].replace('"1M", "3M", ', "")
+        + "[data]"
+        + STUDY.read_text().split("[data]")[1]
+    )
+    assert main(["table", str(PILOT), "--rates", str(sweep)]) == 0
+    larger = tomllib.loads(capsys.readouterr().out)["vary_by_arm"]
+    for arm, axes in tomllib.loads(whole)["vary_by_arm"].items():
+        assert axes["learning_rate_factor"].items() <= larger[arm]["learning_rate_factor"].items()
+
+
 def test_later_seeds_train_the_best_rate_alone() -> None:
     """Of the maker of the study's runs, on which these tests stand."""
     rows = study(3)

@@ -8,7 +8,7 @@ and the bound set by seed noise, below which no m counts as resolved.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from analysis.advantage.paired import changing_multipliers, local_multipliers, s
 from analysis.advantage.pairs import size_key
 from analysis.advantage.seeds import by_power
 from analysis.laws.solver import Bools, Floats
-from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS, TRUNK
+from analysis.logs.schema import AXIS_PREFIX, CONVENTIONS, RUN_COLUMNS, TRUNK
 from analysis.logs.selection import choose_convention
 
 if TYPE_CHECKING:
@@ -260,6 +260,14 @@ def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float
 
 def _any(table: pd.DataFrame, name: str) -> bool:
     return name in table and bool(table[name].notna().any())
+
+
+def plan_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """What `dynconv plan SWEEP --format json` prints as a table, with a column vary.AXIS for each axis of the sweep."""
+    import pandas as pd
+
+    axes = [{f"{AXIS_PREFIX}{axis}": value for axis, value in (row.get("vary") or {}).items()} for row in rows]
+    return pd.DataFrame.from_records([{**row, **own} for row, own in zip(rows, axes, strict=True)])
 
 
 def read_plan(path: Path) -> list[dict[str, Any]]:

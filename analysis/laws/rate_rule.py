@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.errors import Refusal
-from analysis.laws.rates import Tuned
+from analysis.laws.rates import FACTOR, RATE, Tuned
+from analysis.logs.schema import TRUNK
 
 if TYPE_CHECKING:
     import pandas as pd
 
+CLOSE = 0.02  # by which numbers of a recipe may differ, relative to either: counts of tokens may be rounded
+NUMBERS = ("train.batch_tokens", "tokens", "parameters", RATE, FACTOR)  # columns that decide which factor is best
 DIGITS = 2  # of the factors that a sweep file gets
 
 
@@ -117,3 +120,48 @@ def single_factors(rule: RateRule, plan: pd.DataFrame, column: str) -> list[tupl
         if factor is not None and runs["factor"].nunique(dropna=False) == 1:
             found.append((str(arm), str(size), float(f"{factor:.{DIGITS}g}")))
     return found
+
+
+def require_same_recipe(runs: pd.DataFrame, plan: pd.DataFrame) -> None:
+    """Raises Refusal where runs were trained otherwise than planned ones of the same arm and size: the best factor of
+    the ladder's rate goes with that rate, the optimizer, the schedule, the batch and the tokens per parameter. What
+    either table does not record is not compared."""
+    there = dict(list(_recipes(plan[plan["budget"] != TRUNK]).groupby(["arm", "size"])))
+    found: dict[str, str] = {}
+    for cell, mine in _recipes(runs).groupby(["arm", "size"], sort=False):
+        for name in mine.columns.intersection(there[cell].columns).drop(["arm", "size"]) if cell in there else ():
+            ours, theirs = (sorted(each[name].dropna().unique()) for each in (mine, there[cell]))
+            if ours and theirs and not _alike(ours, theirs):
+                found.setdefault(name, f"{name} {_said(ours)} against {_said(theirs)} ({cell[0]} at {cell[1]})")
+    if found:
+        raise Refusal(
+            f"these runs' best factors are not the sweep's, which trains otherwise: {', '.join(found.values())}; give "
+            "runs and a sweep of one recipe, or leave runs out with --where"
+        )
+
+
+def _said(values: list[Any]) -> str:
+    return " and ".join(f"{value:.3g}" if isinstance(value, float) else value for value in values)
+
+
+def _recipes(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each run the arm, the size and, by its name in messages, what its best factor goes with."""
+    found = table[["arm", "size"]].astype(str)
+    for name, column in (("optimizer", "train.optimizer"), ("schedule", "train.schedule")):
+        if column in table:
+            found[name] = table[column].astype(object).where(table[column].notna(), None)
+    numbers = {name: table[name].astype(float) for name in NUMBERS if name in table}
+    if "train.batch_tokens" in numbers:
+        found["tokens of a batch"] = numbers["train.batch_tokens"]
+    if {"tokens", "parameters"} <= set(numbers):
+        found["tokens per parameter"] = numbers["tokens"] / numbers["parameters"]
+    if RATE in numbers:
+        found["learning rate at factor 1"] = numbers[RATE] / numbers.get(FACTOR, 1.0)
+    return found
+
+
+def _alike(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two sorted lists of values are the same; of numbers, whether their ends are nearly so."""
+    if isinstance(ours[0], str):
+        return ours == theirs
+    return bool(np.allclose([ours[0], ours[-1]], [theirs[0], theirs[-1]], rtol=CLOSE, atol=0))

@@ -213,11 +213,11 @@ def _refuse_several_answers(args: argparse.Namespace) -> None:
 def _rates_of_a_sweep(args: argparse.Namespace, runs: pd.DataFrame) -> int:
     """Print the factors of the ladder's learning rate that the rule of the tuned sizes gives to the sizes at which the
     sweep trains one, as TOML, or as a table in the other formats."""
-    import pandas as pd
-
     from analysis.advantage.comparable import Ready, every_arm
     from analysis.advantage.pairs import usable
-    from analysis.laws.rate_rule import factor_rule, single_factors
+    from analysis.advantage.planning import plan_table
+    from analysis.laws.rate_rule import factor_rule, require_same_recipe, single_factors
+    from analysis.laws.rates import FACTOR
     from analysis.logs.schema import CONVENTIONS
     from analysis.logs.selection import choose_baseline, choose_convention
     from analysis.pages.rate_lines import rate_lines
@@ -229,10 +229,11 @@ def _rates_of_a_sweep(args: argparse.Namespace, runs: pd.DataFrame) -> int:
     ready = every_arm(runs, rows, arms, baseline, convention)
     warn(*(f"without {arm}: {each}" for arm, each in ready.items() if not isinstance(each, Ready)))
     tuned = [item for each in ready.values() if isinstance(each, Ready) for item in each.tuned]
-    rule, plan = factor_rule(tuned), pd.DataFrame.from_records(planned(args.rates))
+    rule, plan = factor_rule(tuned), plan_table(planned(args.rates))
+    require_same_recipe(rows, plan_table(planned(args.rates, list(dict.fromkeys(rows["size"].dropna())))))
     if CONVENTIONS[convention] not in plan:
         raise ValueError(f"a sweep has no compute by {convention!r}; choose another with --convention")
-    plan["factor"] = [run.get("learning_rate_factor") for run in plan["vary"]]
+    plan["factor"] = plan.get(FACTOR)
     found = single_factors(rule, plan, CONVENTIONS[convention])
     if without := [arm for arm in dict.fromkeys(plan["arm"]) if arm not in rule.levels]:
         warn(f"no rates for {', '.join(without)}: no best rate between worse ones was found at any size")
@@ -402,15 +403,12 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
 def _design(args: argparse.Namespace) -> pd.DataFrame:
     """The runs of a sweep file, of a plan, or of stores and tables of points, as the suffix of the first path says;
     those that fulfil --where."""
-    import pandas as pd
-
-    from analysis.advantage.planning import read_plan
+    from analysis.advantage.planning import plan_table, read_plan
     from analysis.pages.query import chosen
 
     first, *others = args.stores
-    read = {".toml": planned, ".json": read_plan}.get(first.suffix)
-    if not read:
+    if first.suffix not in (".toml", ".json"):
         return load_store(args).runs
     if others or args.columns:
         raise ValueError(f"{first} is a whole design; give it alone, without --columns")
-    return chosen(pd.DataFrame.from_records(read(first)), args.where)
+    return chosen(plan_table(planned(first) if first.suffix == ".toml" else read_plan(first)), args.where)
