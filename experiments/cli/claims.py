@@ -283,13 +283,14 @@ def _power(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from analysis.advantage.measured import seed_noise_by_size
-    from analysis.advantage.planning import POWER, Prospect, cheapest, ladder_of, prospects
+    from analysis.advantage.planning import POWER, Prospect, cheapest, ladder_of, prospects, unpaired, whole_cost
     from analysis.pages.tables import value_table
 
     seeds, noise = _seeds(args), _seed_noise(args)
     _check_world(args)
     design = _design(args)
     ladder = ladder_of(design, args.baseline, args.gpu_flops)
+    warn(*filter(None, [unpaired(design)]))
     source = "asked"
     if not noise and args.seed_noise is None and _has_losses(design):
         noise, source = seed_noise_by_size(design, ladder, args.baseline)
@@ -310,6 +311,8 @@ def _power(args: argparse.Namespace) -> int:
         print("\nsimulated with " + ";\n  ".join(lines))
     else:
         warn(*(f"simulated with {line}" for line in lines))
+    if cost := whole_cost(design):
+        warn(cost) if args.format != "md" else print(f"\n{cost}")
     best = cheapest(found)
     if args.format == "md" and best:
         cost = "" if math.isnan(best.gpu_hours) else f", {best.gpu_hours:.3g} GPU hours"
