@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,31 @@ def test_the_pilot_gives_rates_to_larger_sizes_of_its_ladder(
     larger = tomllib.loads(capsys.readouterr().out)["vary_by_arm"]
     for arm, axes in tomllib.loads(whole)["vary_by_arm"].items():
         assert axes["learning_rate_factor"].items() <= larger[arm]["learning_rate_factor"].items()
+
+
+def test_a_factor_that_is_held_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """The pilot's best factors of low-rank filters rise from 1M to 3M, and 8 was not stable at 3M."""
+    assert main(["table", str(PILOT), "--rates", str(STUDY)]) == 0
+    text = capsys.readouterr().out
+    arms = {arm: axes["learning_rate_factor"] for arm, axes in tomllib.loads(text)["vary_by_arm"].items()}
+    assert arms["lowrank-qkv"]["7M"] == [4]
+    of_arm = text.split("[vary_by_arm.lowrank-qkv.learning_rate_factor]")[1].split("[vary")[0]
+    said = re.findall(
+        r"^(\w+) = \[4\]  # held at 4, the highest at which it learned; the rule goes on to (.*)$", of_arm, re.M
+    )
+    assert [size for size, _ in said] == ["7M", "16M", "21M"]
+    assert 4 < float(said[0][1]) < float(said[1][1]) < float(said[2][1])
+    of_arm = text.split("[vary_by_arm.transformer.learning_rate_factor]")[1].split("[vary")[0]
+    assert "held" not in of_arm
+    assert main(["table", str(PILOT), "--rates", str(STUDY), "--format", "csv"]) == 0
+    assert "lowrank-qkv at 7M is held at 4, the highest" in capsys.readouterr().err
+
+
+def test_a_table_without_learning_rates_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = study(1, noise=0.0).drop(columns=["vary.learning_rate_factor", "train.learning_rate"], errors="ignore")
+    bare = bare.drop_duplicates(["arm", "size", "seed"])
+    assert main(["table", str(write_points(bare, tmp_path / "bare.csv")), "--rates", str(STUDY)]) == 2
+    assert "the table has no learning rates" in capsys.readouterr().err
 
 
 def test_later_seeds_train_the_best_rate_alone() -> None:

@@ -48,12 +48,17 @@ class RateRule:
     levels: Mapping[str, Level]
 
     def at(self, arm: str, compute: float) -> float | None:
-        """The rate (or factor) of an arm at a compute in FLOPs; None for an arm whose best rate was found nowhere."""
+        """The rate (or factor) of an arm at a compute in FLOPs, within the arm's bounds; None for an arm whose best
+        rate was found nowhere."""
         if arm not in self.levels:
             return None
         level = self.levels[arm]
-        asked = level.y + self.slope * (np.log(compute) - level.x)
-        return float(np.exp(min(max(asked, level.lowest), level.highest)))
+        return min(max(self.unbounded(arm, compute), float(np.exp(level.lowest))), float(np.exp(level.highest)))
+
+    def unbounded(self, arm: str, compute: float) -> float:
+        """The same where the line goes on beyond the arm's bounds; the arm must have a level."""
+        level = self.levels[arm]
+        return float(np.exp(level.y + self.slope * (np.log(compute) - level.x)))
 
 
 def rule_of(tuned: Iterable[Tuned]) -> RateRule | None:
@@ -111,14 +116,26 @@ def factor_rule(tuned: Iterable[Tuned]) -> RateRule:
     return rule
 
 
-def single_factors(rule: RateRule, plan: pd.DataFrame, column: str) -> list[tuple[str, str, float]]:
-    """Arm, size and factor of the ladder's rate, for every arm of the rule and every size at which it is planned at one
-    factor alone. `plan` has planned runs with arm, size, `factor` and compute in `column`."""
+@dataclass(frozen=True)
+class SingleFactor:
+    """The factor of the ladder's rate for a size at which one is tried."""
+
+    arm: str
+    size: str
+    factor: float
+    unbounded: float  # what the line says; `factor` is held at the lowest or the highest rate at which the arm learned
+
+
+def single_factors(rule: RateRule, plan: pd.DataFrame, column: str) -> list[SingleFactor]:
+    """The factors of the ladder's rate of every arm of the rule, at every size at which it is planned at one factor
+    alone. `plan` has planned runs with arm, size, `factor` and compute in `column`."""
     found = []
     for (arm, size), runs in plan.groupby(["arm", "size"], sort=False):
-        factor = rule.at(str(arm), float(runs[column].mean()))
+        compute = float(runs[column].mean())
+        factor = rule.at(str(arm), compute)
         if factor is not None and runs["factor"].nunique(dropna=False) == 1:
-            found.append((str(arm), str(size), float(f"{factor:.{DIGITS}g}")))
+            both = (float(f"{each:.{DIGITS}g}") for each in (factor, rule.unbounded(str(arm), compute)))
+            found.append(SingleFactor(str(arm), str(size), *both))
     return found
 
 

@@ -74,7 +74,8 @@ def _add_table(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--at",
         metavar="C,...",
-        help="tell m at these computes in FLOPs, too, each with how far it lies beyond the largest that was trained",
+        help="tell m at these computes in FLOPs, too, each with how far beyond those that were trained, at most "
+        "a million times",
     )
     where_argument(parser)
     parser.add_argument(
@@ -182,7 +183,7 @@ def _table(args: argparse.Namespace) -> int:
         print(value_table(*grouped(runs, by), args.format))
         warn(*not_counted(runs), *cautions(runs, by))
         return 0
-    at = positive_numbers("at", args.at) if args.at else []
+    at = _asked(args, runs)
     found, refused = multipliers(
         runs,
         baseline=args.baseline,
@@ -199,10 +200,24 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
+def _asked(args: argparse.Namespace, runs: pd.DataFrame) -> list[float]:
+    """The computes of --at, each once. Raises ValueError for what is none, and for one far beyond all runs."""
+    from analysis.advantage.checks import require_in_reach
+    from analysis.logs.schema import CONVENTIONS
+    from analysis.logs.selection import choose_convention
+
+    if args.at is None:
+        return []
+    at = list(dict.fromkeys(positive_numbers("at", args.at)))
+    column = CONVENTIONS[choose_convention(runs, args.convention)]
+    require_in_reach(at, runs.loc[runs["status"] == "complete", column].to_numpy(float))
+    return at
+
+
 def _refuse_several_answers(args: argparse.Namespace) -> None:
     """Raises ValueError where options ask for several tables at once."""
     tables = [f"--{name}" for name in ("metric", "published", "by", "rates") if getattr(args, name) is not None]
-    settings = [f"--{name}" for name in ("hold", "throughput", "at") if getattr(args, name)]
+    settings = [f"--{name}" for name in ("hold", "throughput", "at") if getattr(args, name) not in (None, [])]
     if len(tables) > 1 or (tables and settings):
         given = " and ".join([*tables, *settings][:2])
         raise ValueError(
@@ -217,13 +232,15 @@ def _rates_of_a_sweep(args: argparse.Namespace, runs: pd.DataFrame) -> int:
     from analysis.advantage.pairs import usable
     from analysis.advantage.planning import plan_table
     from analysis.laws.rate_rule import factor_rule, require_same_recipe, single_factors
-    from analysis.laws.rates import FACTOR
+    from analysis.laws.rates import FACTOR, RATE, rate_column
     from analysis.logs.schema import CONVENTIONS
     from analysis.logs.selection import choose_baseline, choose_convention
-    from analysis.pages.rate_lines import rate_lines
+    from analysis.pages.rate_lines import held_at, rate_lines
     from analysis.pages.tables import value_table
 
     rows, _ = usable(runs)
+    if rate_column(rows) is None:
+        raise ValueError(f"the table has no learning rates; --rates wants a column {RATE} or {FACTOR}")
     baseline, convention = choose_baseline(runs, args.baseline), choose_convention(runs, args.convention)
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
     ready = every_arm(runs, rows, arms, baseline, convention)
@@ -240,7 +257,9 @@ def _rates_of_a_sweep(args: argparse.Namespace, runs: pd.DataFrame) -> int:
     if args.format == "md":
         print(rate_lines(rule, tuned, found))
     else:
-        print(value_table(["arm", "size", "learning_rate_factor"], found, args.format))
+        factors = [(item.arm, item.size, item.factor) for item in found]
+        print(value_table(["arm", "size", "learning_rate_factor"], factors, args.format))
+        warn(*(f"{item.arm} at {item.size} is {held}" for item in found if (held := held_at(item))))
     return 0
 
 
