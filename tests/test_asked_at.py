@@ -120,9 +120,26 @@ def test_without_being_asked_for_nothing_changes(points: Path, capsys: pytest.Ca
     assert "extrapolated" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("at", ["0", "1e19,", "300M", "-1e19", "inf"])
+@pytest.mark.parametrize("at", ["", "0", "1e19,", "300M", "-1e19", "inf"])
 def test_what_is_no_compute_is_refused(at: str, points: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", str(points), f"--at={at}"]) == 2
     assert f"--at takes positive numbers, 1e9,2e9; got {at!r}" in capsys.readouterr().err
     assert main(["table", str(points), "--at", "1e19", "--by", "arm"]) == 2
     assert "do not go together" in capsys.readouterr().err
+    assert main(["table", str(points), f"--at={at}", "--by", "arm"]) == 2
+    assert "do not go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", [1e300, 1.01e6 * STUDY[-1], STUDY[0] / 1.01e6, 3])
+def test_what_is_far_from_all_runs_is_refused(at: float, points: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", str(points), "--baseline", "base", f"--at={STUDY[1]:.4g},{at:.4g}"]) == 2
+    said = capsys.readouterr()
+    assert f"--at {at:.4g} is too far from the" in said.err
+    assert not said.out
+
+
+def test_a_compute_is_answered_once_and_how_far_is_short(points: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    far = f"{5e5 * STUDY[-1]:.4g}"
+    assert main(["table", str(points), "--baseline", "base", f"--at={far},{far}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if far in line]
+    assert "extrapolated 5e+05 times beyond the largest compute" in line

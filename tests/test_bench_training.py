@@ -356,6 +356,8 @@ def test_a_damaged_file_is_refused_before_anything_is_measured(
         (["25k", "--rounds", "0"], "--rounds must be at least 1; got 0"),
         (["25k", "--peak", "nan"], "--peak must be above zero and finite; got nan"),
         (["25k", "--micro-batches", "0"], "--micro-batches must be at least 1; got 0"),
+        (["25k", "--fused", "off", "on"], "--fused off on compares kernels of a GPU; got a CPU"),
+        (["25k", "--parallel", "fsdp"], "--parallel fsdp is for several GPUs; got --gpus 1"),
         (["25k", "--gpus", "0"], "--gpus must be at least 1; got 0"),
         (["25k", "--sweep", "nowhere.toml"], "nowhere.toml"),
         (["25k", "--figure", "f.jpg"], "--figure wants a file .svg, .pdf, .png"),

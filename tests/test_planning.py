@@ -11,16 +11,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from planted import pairs_of, write_sweep
+from planted import STUDY, pairs_of, write_sweep
 
 from analysis.advantage.changing import reported
 from analysis.advantage.checks import local_of
 from analysis.advantage.measured import _noise_over_sizes, measured, seed_noise_by_size
 from analysis.advantage.multiplier import compare
-from analysis.advantage.planning import Ladder, Simulated, World, cheapest, in_order, ladder_of, prospects
+from analysis.advantage.planning import (
+    Ladder,
+    Simulated,
+    World,
+    cheapest,
+    in_order,
+    ladder_of,
+    plan_table,
+    prospects,
+    unpaired,
+)
 from analysis.logs.schema import RUN_COLUMNS
 from analysis.logs.store import load
+from analysis.pages.query import chosen
 from experiments.cli.main import main
+from experiments.cli.plan import planned
 
 LADDER = Ladder(("a", "b", "c", "d", "e"), np.geomspace(1e19, 1e21, 5), np.array([1.0, 2.0, 4.0, 8.0, 16.0]))
 
@@ -250,7 +262,13 @@ def test_a_sweep_file_is_a_design(capsys: pytest.CaptureFixture[str]) -> None:
         ("{}", [], "is no plan"),
         ("nonsense", [], "is unreadable"),
         ('[{"arm": "a", "size": "s"}]', [], "no compute in every row"),
-        ('[{"arm": "a", "size": "s", "flops_exact": 1e19}]', [], "needs 3 sizes; got 1"),
+        ('[{"size": "s", "flops_exact": 1e19}]', [], "needs 3 sizes; got 1"),
+        ('[{"arm": "a", "size": "s", "flops_exact": 1e19}]', [], "a is the only arm; give a design of two or more"),
+        (
+            '[{"arm": "a", "size": "s", "flops_exact": 1e19}, {"arm": "b", "size": "t", "flops_exact": 1e19}]',
+            [],
+            "no size and seed is in every arm (a, b)",
+        ),
         ('[{"size": "s", "flops_exact": 1e19}, {"size": "t", "run_id": "q"}]', [], "got nan in q"),
         ('[{"size": "s", "flops_exact": -1e19, "run_id": "r"}]', [], "compute must be positive; got -1e+19 in r"),
         ('[{"arm": "a", "size": "s", "flops_exact": 1e19}]', ["--seeds", "x"], "takes whole numbers"),
@@ -267,6 +285,49 @@ def test_designs_that_are_none_are_refused(
     (tmp_path / "plan.json").write_text(text)
     assert main(["power", str(tmp_path / "plan.json"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fewer", "sizes", "seeds", "told"),
+    [
+        ('size in ["1M", "3M", "7M"]', ["1M", "3M", "7M"], (16, 8, 5), "so without 11M, 16M, 21M"),
+        ("seed == 0", ["1M", "3M", "7M", "11M", "16M", "21M"], (1,) * 6, "so without 1M (some seeds), 3M (some"),
+        ("seed >= 1", ["1M", "3M", "7M", "11M", "16M", "21M"], (15, 7, 4, 2, 2, 2), "1M (some seeds), 3M (some"),
+    ],
+)
+def test_only_what_both_arms_have_makes_the_design(
+    fewer: str, sizes: list[str], seeds: tuple[int, ...], told: str
+) -> None:
+    runs = plan_table(planned(STUDY))
+    part = chosen(runs, f'arm == "static-qkv" or (arm == "lowrank-qkv" and {fewer})')
+    ladder = ladder_of(part, "static-qkv")
+    assert list(ladder.sizes) == sizes
+    assert ladder.seeds == seeds
+    assert told in str(unpaired(part))
+    assert unpaired(chosen(runs, 'arm in ["static-qkv", "lowrank-qkv"]')) is None
+
+
+def test_the_cost_of_every_rate_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """What `plan --where` says of the same runs, beside the cost of one rate."""
+    where = 'arm in ["static-qkv", "lowrank-qkv"]'
+    assert main(["plan", str(STUDY), "--where", where]) == 0
+    assert "192 runs, 1.044e+18 FLOPs" in capsys.readouterr().out
+    asked = ["power", str(STUDY), "--where", where, "--baseline", "static-qkv", "--seeds", "1", "--simulations", "100"]
+    line = "all 192 runs of this design take 1.044e+18 FLOPs"
+    assert main(asked) == 0
+    assert line in capsys.readouterr().out
+    assert main([*asked, "--json"]) == 0
+    assert line in capsys.readouterr().err
+    alone = f"`vary.learning_rate_factor` == 4 and size in ['1M', '3M', '11M'] and {where}"
+    assert main([*asked, "--where", alone]) == 0
+    assert "runs of this design" not in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_column_is_told_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["power", str(STUDY), "--where", "`vary.learning_rate` == 1"]) == 2
+    told = capsys.readouterr().err
+    assert "name `vary.learning_rate` is not defined" in told
+    assert "BACKTICK" not in told
 
 
 def test_a_design_has_seeds_and_noise_of_each_size() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,81 @@ def test_what_has_no_rate_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "the runs do not record their factor of the ladder's rate" in capsys.readouterr().err
     assert main(["table", path, "--rates", str(STUDY.with_name("demo-mqar.toml"))]) == 2
     assert "a sweep on text is wanted" in capsys.readouterr().err
+
+
+PILOT = STUDY.parents[2] / "results" / "measured" / "h200" / "mini-rates"
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "message"),
+    [
+        ("tokens_per_parameter = 20", "tokens_per_parameter = 30", "tokens per parameter 18.5 against 27.8"),
+        ("[data]", '[train]\noptimizer = { kind = "muon" }\n[data]', "optimizer adamw against muon"),
+        ("[data]", '[train]\nschedule = { kind = "wsd", decay_fraction = 0.2 }\n[data]', "schedule cosine against wsd"),
+        ("[data]", "[train]\nbatch_sequences = 16\n[data]", "tokens of a batch 1.64e+04 against 8.19e+03"),
+        ("[data]", "[train]\nlearning_rate = 0.001\n[data]", "learning rate at factor 1 0.004 against 0.001"),
+    ],
+)
+def test_a_sweep_of_another_recipe_gets_no_rates(
+    key: str, other: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pilot's runs, and the study's file with one setting changed."""
+    sweep = tmp_path / "other.toml"
+    sweep.write_text(STUDY.read_text().replace(key, other))
+    assert main(["table", str(PILOT), "--rates", str(sweep)]) == 2
+    said = capsys.readouterr()
+    assert f"otherwise: {message}" in said.err
+    assert not said.out
+
+
+def test_a_sweep_of_another_ladder_gets_no_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", str(PILOT), "--rates", str(STUDY.with_name("paper-scaling.toml"))]) == 2
+    said = capsys.readouterr()
+    assert "is of ladder 'paper', whose sizes are 150M, 300M, 400M, 600M, 1B, 2B; got 1M, 3M" in said.err
+    assert not said.out
+
+
+def test_the_pilot_gives_rates_to_larger_sizes_of_its_ladder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the sweep trains none of the pilot's own sizes."""
+    assert main(["table", str(PILOT), "--rates", str(STUDY)]) == 0
+    whole = capsys.readouterr().out
+    sweep = tmp_path / "larger.toml"
+    sweep.write_text(
+        STUDY.read_text().split("[seeds_by_size]")[0].replace('"1M", "3M", ', "")
+        + "[data]"
+        + STUDY.read_text().split("[data]")[1]
+    )
+    assert main(["table", str(PILOT), "--rates", str(sweep)]) == 0
+    larger = tomllib.loads(capsys.readouterr().out)["vary_by_arm"]
+    for arm, axes in tomllib.loads(whole)["vary_by_arm"].items():
+        assert axes["learning_rate_factor"].items() <= larger[arm]["learning_rate_factor"].items()
+
+
+def test_a_factor_that_is_held_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """The pilot's best factors of low-rank filters rise from 1M to 3M, and 8 was not stable at 3M."""
+    assert main(["table", str(PILOT), "--rates", str(STUDY)]) == 0
+    text = capsys.readouterr().out
+    arms = {arm: axes["learning_rate_factor"] for arm, axes in tomllib.loads(text)["vary_by_arm"].items()}
+    assert arms["lowrank-qkv"]["7M"] == [4]
+    of_arm = text.split("[vary_by_arm.lowrank-qkv.learning_rate_factor]")[1].split("[vary")[0]
+    said = re.findall(
+        r"^(\w+) = \[4\]  # held at 4, the highest at which it learned; the rule goes on to (.*)$", of_arm, re.M
+    )
+    assert [size for size, _ in said] == ["7M", "16M", "21M"]
+    assert 4 < float(said[0][1]) < float(said[1][1]) < float(said[2][1])
+    of_arm = text.split("[vary_by_arm.transformer.learning_rate_factor]")[1].split("[vary")[0]
+    assert "held" not in of_arm
+    assert main(["table", str(PILOT), "--rates", str(STUDY), "--format", "csv"]) == 0
+    assert "lowrank-qkv at 7M is held at 4, the highest" in capsys.readouterr().err
+
+
+def test_a_table_without_learning_rates_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = study(1, noise=0.0).drop(columns=["vary.learning_rate_factor", "train.learning_rate"], errors="ignore")
+    bare = bare.drop_duplicates(["arm", "size", "seed"])
+    assert main(["table", str(write_points(bare, tmp_path / "bare.csv")), "--rates", str(STUDY)]) == 2
+    assert "the table has no learning rates" in capsys.readouterr().err
 
 
 def test_later_seeds_train_the_best_rate_alone() -> None:

@@ -109,6 +109,8 @@ def test_tables_compare_arms_at_the_new_length(stores: tuple[Path, Path], capsys
         (["RECALL", "--lengths", "64", "--tasks", "wikitext"], "--text and --tasks are for runs on text; give one"),
         (["TEXT", "--lengths", "64"], "was trained on text; use --text"),
         (["EMPTY", "--lengths", "64"], "a store with finished runs on generated tasks; it has none; name another"),
+        (["FROZEN", "--lengths", "64"], "is frozen, and has no weights to evaluate; name the"),
+        (["nowhere", "--lengths", "64"], "nowhere does not exist; name a run's folder, STORE/RUN_ID, or a store"),
         (
             ["RECALL", "--text", "EMPTY"],
             "no tokenizer, as it was trained on recall; give a run on text, or `eval --len",
@@ -126,6 +128,7 @@ def test_a_length_that_cannot_be_evaluated_is_refused_in_one_line(
     plain, named = (next(store.glob("lowrank-qkv-d32-*")) for store in stores)
     (tmp_path / "a.txt").write_text("x = 1\n")
     places = {"RECALL": plain, "NAMED": named, "TEXT": finished(), "EMPTY": tmp_path}
+    places["FROZEN"] = Path(__file__).parents[1] / "results/measured/h200/mini-rates"
     capsys.readouterr()
     assert main(["eval", *(str(places.get(word, word)) for word in arguments)]) == 2
     error = capsys.readouterr().err

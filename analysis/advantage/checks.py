@@ -13,9 +13,11 @@ from analysis.advantage.joint import Interval, joint_interval
 from analysis.advantage.paired import Local, changing_multipliers, local_multipliers, ratio, seed_noise, trend
 from analysis.advantage.pairs import Pairs
 from analysis.advantage.shifted import shifted_multipliers
+from analysis.errors import Refusal
 from analysis.laws.solver import Floats
 
 EXTRAPOLATED = 10.0  # m(C) is drawn up to this multiple of the largest compute
+FARTHEST = 1e6  # times the largest compute: farther, no m is told even to a reader who asks for it
 IRREDUCIBLE_LOSS_SHIFTS = (0.0, 0.5, 0.9, 1.0, 1.1)  # multiples of the fitted E at which m is computed as well
 
 
@@ -68,6 +70,17 @@ def asked_at(local: Local, computes: Sequence[float]) -> Iterator[AskedAt]:
         return
     for at in _by_changing_laws(local, computes):
         yield AskedAt(at.compute, at.m, at.ci, at.compute / float(local.c0[-1]), at.compute / float(local.c0[0]))
+
+
+def require_in_reach(computes: Sequence[float], trained: Floats) -> None:
+    """Raises Refusal for a compute (FLOPs) more than FARTHEST times above the largest that was trained, or below the
+    smallest: there a law of these runs says nothing, and such a number is most likely a mistake."""
+    low, high = float(trained.min()), float(trained.max())
+    if far := [each for each in computes if not low / FARTHEST <= each <= high * FARTHEST]:
+        raise Refusal(
+            f"--at {far[0]:.4g} is too far from the {low:.3g} to {high:.3g} FLOPs that were trained: at most "
+            f"{FARTHEST:.0e} times beyond is answered; give a number from {low / FARTHEST:.3g} to {high * FARTHEST:.3g}"
+        )
 
 
 def headline(local: Local, varies: bool, top: float) -> float:

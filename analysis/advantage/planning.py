@@ -8,7 +8,7 @@ and the bound set by seed noise, below which no m counts as resolved.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,13 @@ from analysis.advantage.paired import changing_multipliers, local_multipliers, s
 from analysis.advantage.pairs import size_key
 from analysis.advantage.seeds import by_power
 from analysis.laws.solver import Bools, Floats
-from analysis.logs.schema import CONVENTIONS, RUN_COLUMNS, TRUNK
+from analysis.logs.schema import AXIS_PREFIX, CONVENTIONS, RUN_COLUMNS, TRUNK
 from analysis.logs.selection import choose_convention
 
 if TYPE_CHECKING:
     import pandas as pd
 
+UNNAMED = "all"  # the arm of a table that names none
 FEWEST_SIZES = 3
 SIMULATIONS = 1000
 RESAMPLES = 199  # of the bootstrap test that m is constant
@@ -216,28 +217,74 @@ def in_order(errors: Floats, correlation: float) -> Floats:
     return found
 
 
+def _as_finished(table: pd.DataFrame) -> pd.DataFrame:
+    """Planned runs as finished ones, with every column of a run; trunks are left out, as their branches count."""
+    import pandas as pd
+
+    table = table.assign(**{name: None for name in ("run_id", *RUN_COLUMNS) if name not in table})
+    table = table[table["budget"].astype("string").ne(TRUNK).fillna(True)]
+    return table.assign(
+        arm=table["arm"].fillna(UNNAMED), run_id=table["run_id"].fillna("a run"), status="complete"
+    ).set_axis(pd.RangeIndex(len(table)))
+
+
+def _in_every_arm(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Of each row of `_as_finished`, whether every arm has its size and seed."""
+    cells = rows.assign(_size=size_key(rows), _seed=rows["seed"].astype("Float64").fillna(-1.0))
+    return cells.groupby(["_size", "_seed"])["arm"].transform("nunique") == cells["arm"].nunique()
+
+
+def unpaired(table: pd.DataFrame) -> str | None:
+    """A line on the sizes and the number of seeds that do not count, as some arm lacks them; None without any."""
+    rows = _as_finished(table)
+    shared, sizes = _in_every_arm(rows), size_key(rows)
+    if shared.all():
+        return None
+    kept = set(sizes[shared])
+    at = [f"{size}{'' if size not in kept else ' (some seeds)'}" for size in dict.fromkeys(sizes[~shared])]
+    return f"only sizes and seeds that every arm has count, so without {', '.join(at)}; --where chooses arms"
+
+
+def whole_cost(table: pd.DataFrame) -> str | None:
+    """A line on what all runs of a design cost, where an arm has several of a size and seed, as at other learning
+    rates; None where none has."""
+    rows = _as_finished(table)
+    if not rows[rows["seed"].notna()].assign(_size=size_key(rows)).duplicated(["arm", "_size", "seed"]).any():
+        return None
+    total = rows[CONVENTIONS[choose_convention(rows)]].sum()
+    return (
+        "FLOPs and GPU hours above are of two arms with one run for each size and seed, at the best rate alone: "
+        f"all {len(rows)} runs of this design take {total:.3e} FLOPs"
+    )
+
+
 def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float | None = None) -> Ladder:
-    """The ladder of planned or finished runs, taken from the arm `baseline`, or else from the sweep's baseline.
+    """The ladder of planned or finished runs, taken from the arm `baseline`, or else from the sweep's baseline, at the
+    sizes and seeds that every arm has, since only these are paired.
 
     GPU hours are FLOPs over `gpu_flops` (FLOPs a second) if given, else the plan's forecast, else the measured train
-    seconds. Raises ValueError for an unknown arm and for sizes with several budgets.
+    seconds. Raises ValueError for an unknown arm, for a named arm without another, and for sizes with several budgets.
     """
-    table = table.assign(**{name: None for name in ("run_id", *RUN_COLUMNS) if name not in table})
-    table = table.assign(
-        arm=table["arm"].fillna("all"), run_id=table["run_id"].fillna("a run"), status="complete"
-    )  # planned runs count as finished ones do
+    table = _as_finished(table)
     column = CONVENTIONS[choose_convention(table)]
     arms = list(dict.fromkeys(table["arm"]))
     named = table["baseline"].dropna().unique()
     arm = baseline or (str(named[0]) if len(named) else arms[0])
     if arm not in arms:
         raise ValueError(f"no arm {arm!r}; the arms are {', '.join(arms)}")
-    rows = table[(table["arm"] == arm) & table["budget"].astype("string").ne(TRUNK).fillna(True)]
+    rows = table[table["arm"] == arm]
     budgets = rows.groupby(size_key(rows))["budget"].nunique()
     if (budgets > 1).any():
         several = sorted(rows["budget"].dropna().unique())
         raise ValueError(
             f"power simulates one budget a size; the design has {', '.join(several)}; give a design with one of them"
+        )
+    if arms == [arm] and arm != UNNAMED:
+        raise ValueError(f"power is that of a comparison, and {arm} is the only arm; give a design of two or more")
+    rows = rows[_in_every_arm(table)[rows.index]]
+    if rows.empty:
+        raise ValueError(
+            f"no size and seed is in every arm ({', '.join(arms)}); choose arms that are paired by --where"
         )
     if gpu_flops:
         hours = rows[column] / gpu_flops / 3600
@@ -260,6 +307,14 @@ def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float
 
 def _any(table: pd.DataFrame, name: str) -> bool:
     return name in table and bool(table[name].notna().any())
+
+
+def plan_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """What `dynconv plan SWEEP --format json` prints as a table, with a column vary.AXIS for each axis of the sweep."""
+    import pandas as pd
+
+    axes = [{f"{AXIS_PREFIX}{axis}": value for axis, value in (row.get("vary") or {}).items()} for row in rows]
+    return pd.DataFrame.from_records([{**row, **own} for row, own in zip(rows, axes, strict=True)])
 
 
 def read_plan(path: Path) -> list[dict[str, Any]]:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.errors import Refusal
-from analysis.laws.rates import Tuned
+from analysis.laws.rates import FACTOR, RATE, Tuned
+from analysis.logs.schema import TRUNK
 
 if TYPE_CHECKING:
     import pandas as pd
 
+CLOSE = 0.02  # by which numbers of a recipe may differ, relative to either: counts of tokens may be rounded
+NUMBERS = ("train.batch_tokens", "tokens", "parameters", RATE, FACTOR)  # columns that decide which factor is best
 DIGITS = 2  # of the factors that a sweep file gets
 
 
@@ -45,12 +48,17 @@ class RateRule:
     levels: Mapping[str, Level]
 
     def at(self, arm: str, compute: float) -> float | None:
-        """The rate (or factor) of an arm at a compute in FLOPs; None for an arm whose best rate was found nowhere."""
+        """The rate (or factor) of an arm at a compute in FLOPs, within the arm's bounds; None for an arm whose best
+        rate was found nowhere."""
         if arm not in self.levels:
             return None
         level = self.levels[arm]
-        asked = level.y + self.slope * (np.log(compute) - level.x)
-        return float(np.exp(min(max(asked, level.lowest), level.highest)))
+        return min(max(self.unbounded(arm, compute), float(np.exp(level.lowest))), float(np.exp(level.highest)))
+
+    def unbounded(self, arm: str, compute: float) -> float:
+        """The same where the line goes on beyond the arm's bounds; the arm must have a level."""
+        level = self.levels[arm]
+        return float(np.exp(level.y + self.slope * (np.log(compute) - level.x)))
 
 
 def rule_of(tuned: Iterable[Tuned]) -> RateRule | None:
@@ -108,12 +116,69 @@ def factor_rule(tuned: Iterable[Tuned]) -> RateRule:
     return rule
 
 
-def single_factors(rule: RateRule, plan: pd.DataFrame, column: str) -> list[tuple[str, str, float]]:
-    """Arm, size and factor of the ladder's rate, for every arm of the rule and every size at which it is planned at one
-    factor alone. `plan` has planned runs with arm, size, `factor` and compute in `column`."""
+@dataclass(frozen=True)
+class SingleFactor:
+    """The factor of the ladder's rate for a size at which one is tried."""
+
+    arm: str
+    size: str
+    factor: float
+    unbounded: float  # what the line says; `factor` is held at the lowest or the highest rate at which the arm learned
+
+
+def single_factors(rule: RateRule, plan: pd.DataFrame, column: str) -> list[SingleFactor]:
+    """The factors of the ladder's rate of every arm of the rule, at every size at which it is planned at one factor
+    alone. `plan` has planned runs with arm, size, `factor` and compute in `column`."""
     found = []
     for (arm, size), runs in plan.groupby(["arm", "size"], sort=False):
-        factor = rule.at(str(arm), float(runs[column].mean()))
+        compute = float(runs[column].mean())
+        factor = rule.at(str(arm), compute)
         if factor is not None and runs["factor"].nunique(dropna=False) == 1:
-            found.append((str(arm), str(size), float(f"{factor:.{DIGITS}g}")))
+            both = (float(f"{each:.{DIGITS}g}") for each in (factor, rule.unbounded(str(arm), compute)))
+            found.append(SingleFactor(str(arm), str(size), *both))
     return found
+
+
+def require_same_recipe(runs: pd.DataFrame, plan: pd.DataFrame) -> None:
+    """Raises Refusal where runs were trained otherwise than planned ones of the same arm and size: the best factor of
+    the ladder's rate goes with that rate, the optimizer, the schedule, the batch and the tokens per parameter. What
+    either table does not record is not compared."""
+    there = dict(list(_recipes(plan[plan["budget"] != TRUNK]).groupby(["arm", "size"])))
+    found: dict[str, str] = {}
+    for cell, mine in _recipes(runs).groupby(["arm", "size"], sort=False):
+        for name in mine.columns.intersection(there[cell].columns).drop(["arm", "size"]) if cell in there else ():
+            ours, theirs = (sorted(each[name].dropna().unique()) for each in (mine, there[cell]))
+            if ours and theirs and not _alike(ours, theirs):
+                found.setdefault(name, f"{name} {_said(ours)} against {_said(theirs)} ({cell[0]} at {cell[1]})")
+    if found:
+        raise Refusal(
+            f"these runs' best factors are not the sweep's, which trains otherwise: {', '.join(found.values())}; give "
+            "runs and a sweep of one recipe, or leave runs out with --where"
+        )
+
+
+def _said(values: list[Any]) -> str:
+    return " and ".join(f"{value:.3g}" if isinstance(value, float) else value for value in values)
+
+
+def _recipes(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each run the arm, the size and, by its name in messages, what its best factor goes with."""
+    found = table[["arm", "size"]].astype(str)
+    for name, column in (("optimizer", "train.optimizer"), ("schedule", "train.schedule")):
+        if column in table:
+            found[name] = table[column].astype(object).where(table[column].notna(), None)
+    numbers = {name: table[name].astype(float) for name in NUMBERS if name in table}
+    if "train.batch_tokens" in numbers:
+        found["tokens of a batch"] = numbers["train.batch_tokens"]
+    if {"tokens", "parameters"} <= set(numbers):
+        found["tokens per parameter"] = numbers["tokens"] / numbers["parameters"]
+    if RATE in numbers:
+        found["learning rate at factor 1"] = numbers[RATE] / numbers.get(FACTOR, 1.0)
+    return found
+
+
+def _alike(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two sorted lists of values are the same; of numbers, whether their ends are nearly so."""
+    if isinstance(ours[0], str):
+        return ours == theirs
+    return bool(np.allclose([ours[0], ours[-1]], [theirs[0], theirs[-1]], rtol=CLOSE, atol=0))

@@ -123,8 +123,8 @@ def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None)
         holds = with_short_names(runs, convention).eval(where, local_dict={}, global_dict={})
     except Exception as error:  # pandas raises many kinds of error for a wrong condition
         raise ValueError(
-            f"--where {where!r}: {first_line(error)}; write conditions as in 'size != \"25k\"', and a name with a dot "
-            "in backquotes, as in '`conv.width` == 4'"
+            f"--where {where!r}: {_as_typed(first_line(error), where)}; write conditions as in 'size != \"25k\"', "
+            "and a name with a dot in backquotes, as in '`conv.width` == 4'"
         ) from None
     if not isinstance(holds, pd.Series) or str(holds.dtype) not in ("bool", "boolean"):
         raise ValueError(
@@ -134,6 +134,15 @@ def chosen(runs: pd.DataFrame, where: str | None, convention: str | None = None)
     if kept.empty:
         raise ValueError(f"--where {where!r} leaves no row of {len(runs)}")
     return kept
+
+
+def _as_typed(message: str, where: str) -> str:
+    """An error of pandas with the names that stand in backquotes in `where`, for which pandas has names of its own."""
+    from pandas.core.computation.parsing import clean_column_name
+
+    for name in re.findall("`([^`]+)`", where):
+        message = message.replace(f"'{clean_column_name(name)}'", f"`{name}`")
+    return message
 
 
 def grouped(runs: pd.DataFrame, by: Sequence[str]) -> tuple[list[str], list[tuple[Any, ...]]]:

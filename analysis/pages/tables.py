@@ -219,14 +219,10 @@ def asked_cells(found: Sequence[Multiplier]) -> Table:
 
 def _how_far(at: AskedAt) -> str:
     if at.times_largest > 1:
-        return f"no: extrapolated {_times(at.times_largest)} times beyond the largest compute"
+        return f"no: extrapolated {at.times_largest:.3g} times beyond the largest compute"
     if at.times_smallest < 1:
-        return f"no: extrapolated {_times(1 / at.times_smallest)} times below the smallest compute"
+        return f"no: extrapolated {1 / at.times_smallest:.3g} times below the smallest compute"
     return "interpolated"
-
-
-def _times(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _m(answer: Answer | None) -> Cell:

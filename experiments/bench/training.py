@@ -75,10 +75,12 @@ def _request(args: argparse.Namespace) -> Request:
         micro_batches=args.micro_batches,
         sequence=args.sequence,
         gpus=args.gpus,
-        parallel=args.parallel,
+        parallel=args.parallel or "ddp",
         recompute=args.recompute,
         fused=tuple(word == "on" for word in dict.fromkeys(args.fused)),
     )
+    if args.parallel and args.gpus == 1:
+        raise ValueError(f"--parallel {args.parallel} is for several GPUs; got --gpus 1; give --gpus 2 or leave it out")
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {args.rounds}")
     for name, value in (("--seconds", args.seconds), ("--peak", args.peak)):
@@ -103,6 +105,8 @@ def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float
         args.device = "cuda" if seen else "cpu"
         if args.gpus > 1 and not seen:
             raise ValueError(f"--gpus {args.gpus}: torch sees no GPU here; --device cpu has processes instead")
+    if args.device == "cpu" and len(set(args.fused)) > 1:
+        raise ValueError("--fused off on compares kernels of a GPU; got a CPU, which has none of them; leave it out")
     if args.device == "cuda" and not seen:
         raise ValueError("--device cuda: torch sees no GPU here; leave it out to measure the CPU")
     if args.device == "cuda" and seen < args.gpus:

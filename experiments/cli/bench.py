@@ -95,9 +95,7 @@ def _add_train(what: Subparsers) -> None:
     parser.add_argument("--sequence", type=int, metavar="T", help="tokens of a sequence (default: the ladder's)")
     text = "also time N GPUs together, or N processes on the CPU (default 1)"
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help=text)
-    parser.add_argument(
-        "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how several GPUs train (default ddp)"
-    )
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="how several GPUs train (default ddp)")
     parser.add_argument(
         "--recompute", choices=("none", "attention-kept", "block"), default="none",
         help="activations that the backward pass computes again, to save memory (default none)",

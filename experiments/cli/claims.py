@@ -74,7 +74,8 @@ def _add_table(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--at",
         metavar="C,...",
-        help="tell m at these computes in FLOPs, too, each with how far it lies beyond the largest that was trained",
+        help="tell m at these computes in FLOPs, too, each with how far beyond those that were trained, at most "
+        "a million times",
     )
     where_argument(parser)
     parser.add_argument(
@@ -182,7 +183,7 @@ def _table(args: argparse.Namespace) -> int:
         print(value_table(*grouped(runs, by), args.format))
         warn(*not_counted(runs), *cautions(runs, by))
         return 0
-    at = positive_numbers("at", args.at) if args.at else []
+    at = _asked(args, runs)
     found, refused = multipliers(
         runs,
         baseline=args.baseline,
@@ -199,10 +200,24 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
+def _asked(args: argparse.Namespace, runs: pd.DataFrame) -> list[float]:
+    """The computes of --at, each once. Raises ValueError for what is none, and for one far beyond all runs."""
+    from analysis.advantage.checks import require_in_reach
+    from analysis.logs.schema import CONVENTIONS
+    from analysis.logs.selection import choose_convention
+
+    if args.at is None:
+        return []
+    at = list(dict.fromkeys(positive_numbers("at", args.at)))
+    column = CONVENTIONS[choose_convention(runs, args.convention)]
+    require_in_reach(at, runs.loc[runs["status"] == "complete", column].to_numpy(float))
+    return at
+
+
 def _refuse_several_answers(args: argparse.Namespace) -> None:
     """Raises ValueError where options ask for several tables at once."""
     tables = [f"--{name}" for name in ("metric", "published", "by", "rates") if getattr(args, name) is not None]
-    settings = [f"--{name}" for name in ("hold", "throughput", "at") if getattr(args, name)]
+    settings = [f"--{name}" for name in ("hold", "throughput", "at") if getattr(args, name) not in (None, [])]
     if len(tables) > 1 or (tables and settings):
         given = " and ".join([*tables, *settings][:2])
         raise ValueError(
@@ -213,33 +228,38 @@ def _refuse_several_answers(args: argparse.Namespace) -> None:
 def _rates_of_a_sweep(args: argparse.Namespace, runs: pd.DataFrame) -> int:
     """Print the factors of the ladder's learning rate that the rule of the tuned sizes gives to the sizes at which the
     sweep trains one, as TOML, or as a table in the other formats."""
-    import pandas as pd
-
     from analysis.advantage.comparable import Ready, every_arm
     from analysis.advantage.pairs import usable
-    from analysis.laws.rate_rule import factor_rule, single_factors
+    from analysis.advantage.planning import plan_table
+    from analysis.laws.rate_rule import factor_rule, require_same_recipe, single_factors
+    from analysis.laws.rates import FACTOR, RATE, rate_column
     from analysis.logs.schema import CONVENTIONS
     from analysis.logs.selection import choose_baseline, choose_convention
-    from analysis.pages.rate_lines import rate_lines
+    from analysis.pages.rate_lines import held_at, rate_lines
     from analysis.pages.tables import value_table
 
     rows, _ = usable(runs)
+    if rate_column(rows) is None:
+        raise ValueError(f"the table has no learning rates; --rates wants a column {RATE} or {FACTOR}")
     baseline, convention = choose_baseline(runs, args.baseline), choose_convention(runs, args.convention)
     arms = [arm for arm in dict.fromkeys(runs["arm"]) if arm != baseline]
     ready = every_arm(runs, rows, arms, baseline, convention)
     warn(*(f"without {arm}: {each}" for arm, each in ready.items() if not isinstance(each, Ready)))
     tuned = [item for each in ready.values() if isinstance(each, Ready) for item in each.tuned]
-    rule, plan = factor_rule(tuned), pd.DataFrame.from_records(planned(args.rates))
+    rule, plan = factor_rule(tuned), plan_table(planned(args.rates))
+    require_same_recipe(rows, plan_table(planned(args.rates, list(dict.fromkeys(rows["size"].dropna())))))
     if CONVENTIONS[convention] not in plan:
         raise ValueError(f"a sweep has no compute by {convention!r}; choose another with --convention")
-    plan["factor"] = [run.get("learning_rate_factor") for run in plan["vary"]]
+    plan["factor"] = plan.get(FACTOR)
     found = single_factors(rule, plan, CONVENTIONS[convention])
     if without := [arm for arm in dict.fromkeys(plan["arm"]) if arm not in rule.levels]:
         warn(f"no rates for {', '.join(without)}: no best rate between worse ones was found at any size")
     if args.format == "md":
         print(rate_lines(rule, tuned, found))
     else:
-        print(value_table(["arm", "size", "learning_rate_factor"], found, args.format))
+        factors = [(item.arm, item.size, item.factor) for item in found]
+        print(value_table(["arm", "size", "learning_rate_factor"], factors, args.format))
+        warn(*(f"{item.arm} at {item.size} is {held}" for item in found if (held := held_at(item))))
     return 0
 
 
@@ -282,13 +302,14 @@ def _power(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from analysis.advantage.measured import seed_noise_by_size
-    from analysis.advantage.planning import POWER, Prospect, cheapest, ladder_of, prospects
+    from analysis.advantage.planning import POWER, Prospect, cheapest, ladder_of, prospects, unpaired, whole_cost
     from analysis.pages.tables import value_table
 
     seeds, noise = _seeds(args), _seed_noise(args)
     _check_world(args)
     design = _design(args)
     ladder = ladder_of(design, args.baseline, args.gpu_flops)
+    warn(*filter(None, [unpaired(design)]))
     source = "asked"
     if not noise and args.seed_noise is None and _has_losses(design):
         noise, source = seed_noise_by_size(design, ladder, args.baseline)
@@ -309,6 +330,8 @@ def _power(args: argparse.Namespace) -> int:
         print("\nsimulated with " + ";\n  ".join(lines))
     else:
         warn(*(f"simulated with {line}" for line in lines))
+    if cost := whole_cost(design):
+        warn(cost) if args.format != "md" else print(f"\n{cost}")
     best = cheapest(found)
     if args.format == "md" and best:
         cost = "" if math.isnan(best.gpu_hours) else f", {best.gpu_hours:.3g} GPU hours"
@@ -402,15 +425,12 @@ def _world(args: argparse.Namespace, design: pd.DataFrame) -> tuple[World, list[
 def _design(args: argparse.Namespace) -> pd.DataFrame:
     """The runs of a sweep file, of a plan, or of stores and tables of points, as the suffix of the first path says;
     those that fulfil --where."""
-    import pandas as pd
-
-    from analysis.advantage.planning import read_plan
+    from analysis.advantage.planning import plan_table, read_plan
     from analysis.pages.query import chosen
 
     first, *others = args.stores
-    read = {".toml": planned, ".json": read_plan}.get(first.suffix)
-    if not read:
+    if first.suffix not in (".toml", ".json"):
         return load_store(args).runs
     if others or args.columns:
         raise ValueError(f"{first} is a whole design; give it alone, without --columns")
-    return chosen(pd.DataFrame.from_records(read(first)), args.where)
+    return chosen(plan_table(planned(first) if first.suffix == ".toml" else read_plan(first)), args.where)

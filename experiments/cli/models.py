@@ -181,6 +181,10 @@ def _finished_runs(paths: list[Path], lengths: list[int]) -> list[Path]:
     trained_on = "generated tasks" if lengths else "text"
     found: list[Path] = []
     for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; name a run's folder, STORE/RUN_ID, or a store")
+        if (path / "runs.parquet").exists():
+            raise ValueError(f"{path} is frozen, and has no weights to evaluate; name the store that it was made from")
         if (path / "config.json").exists():
             check(path)
             found.append(path)

@@ -87,18 +87,20 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def planned(sweep: Path) -> list[dict[str, Any]]:
-    """The runs of a sweep file as `plan --format json` prints them without a forecast, for `power` and `table`.
+def planned(sweep: Path, sizes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The runs of a sweep file, and those that it would make at other `sizes` of its ladder, as `plan --format json`
+    prints them without a forecast, with the facts of each run, for `power` and `table`.
 
     Raises ValueError for a sweep on generated tasks.
     """
     from experiments.design import plan
-    from experiments.design.sweep import load_sweep
+    from experiments.design.sweep import load_at, load_sweep
 
-    runs = load_sweep(sweep)
+    runs = load_at(sweep, sizes) if sizes else load_sweep(sweep)
     if runs[0].task is not None:
         raise ValueError(f"a sweep on text is wanted; {runs[0].sweep} trains on generated tasks; give another")
-    return plan.rows(runs, {run.size: 1 for run in runs})
+    rows = plan.rows(runs, {run.size: 1 for run in runs})
+    return [row | run.facts() for row, run in zip(rows, runs, strict=True)]
 
 
 def _rates(

@@ -51,14 +51,11 @@ def chosen_runs(runs: list[RunConfig], where: str | None) -> list[RunConfig]:
     """
     if where is None:
         return runs
-    import pandas as pd
-
+    from analysis.advantage.planning import plan_table
     from analysis.pages.query import chosen
     from experiments.design import plan
 
-    rows = plan.rows(runs, {run.size: 1 for run in runs})
-    table = pd.DataFrame([row | {f"vary.{axis}": value for axis, value in row["vary"].items()} for row in rows])
-    kept = chosen(table, where)
+    kept = chosen(plan_table(plan.rows(runs, {run.size: 1 for run in runs})), where)
     ids = {*kept["run_id"], *kept["trunk"].dropna()}
     return [run for run in runs if run.run_id in ids]
 

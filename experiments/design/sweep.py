@@ -14,7 +14,7 @@ from experiments.design.ladder import LADDERS, Rung
 from experiments.design.model import ModelConfig
 from experiments.design.recipe import BUDGET_AXIS, Recipe
 from experiments.design.schedules import Cosine
-from experiments.design.sweep_file import Sweep, read_sweep
+from experiments.design.sweep_file import LARGEST_SETTING, Sweep, read_sweep
 from experiments.design.train import AdamW, TrainConfig
 from experiments.design.trunks import with_trunks
 
@@ -33,6 +33,22 @@ def load_sweep(path: Path) -> list[RunConfig]:
         return expand(sweep)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def load_at(path: Path, sizes: Sequence[str]) -> list[RunConfig]:
+    """All runs of a sweep file if it had these sizes, too, so that its settings there can be compared with others'.
+
+    Raises ValueError where its ladder lacks one of them.
+    """
+    sweep = read_sweep(path)
+    known = LADDERS[sweep.ladder].sizes
+    if absent := [size for size in sizes if size not in known]:
+        raise ValueError(
+            f"{path} is of ladder {sweep.ladder!r}, whose sizes are {', '.join(known)}; got {', '.join(absent)}; "
+            "give a sweep of the ladder that these runs are of"
+        )
+    added = tuple(size for size in dict.fromkeys(sizes) if size not in sweep.sizes)
+    return expand(replace(sweep, sizes=sweep.sizes + added, max_epochs=LARGEST_SETTING))
 
 
 def notes(sweep: Sweep) -> list[str]:
