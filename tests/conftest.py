@@ -3,10 +3,14 @@
 import contextlib
 import importlib.util
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each starts as many that compile as there are cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of evaluation and export read local files only
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and so do its children: tests that send it would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import random
 import sysconfig
