@@ -335,7 +335,7 @@ def test_a_submitter_killed_between_two_notes_costs_a_job_and_no_step(
 ) -> None:
     """Slurm has the jobs of its array, and does not say so. When they are submitted again, all begin at once."""
     store = tmp_path / "store"
-    runs = [replace(long_run, seed=9), long_run]
+    runs = [replace(long_run, seed=1), long_run]  # an array has its first seeds first
     with monkeypatch.context() as patch:
         patch.setattr(submissions, "accepted", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         submitter = started(submit_and_count, runs, profile, store, dataset.path.parent, tmp_path / "never")

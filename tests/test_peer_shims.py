@@ -32,11 +32,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         for parent in path.relative_to(tmp_path).parents[:-1]:
             (tmp_path / parent / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    before = set(sys.modules)
+    others = [name for name in sys.modules if name.partition(".")[0] in ("causal_conv1d", "fla", "attn_gym")]
+    real = {name: sys.modules.pop(name) for name in others}  # a test before this one may have imported a real one
     yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("causal_conv1d", "fla", "attn_gym"):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("causal_conv1d", "fla", "attn_gym")]:
+        del sys.modules[name]
+    sys.modules.update(real)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
