@@ -14,6 +14,7 @@ from experiments.bench import stepping
 from experiments.bench.weights import Lendable, RepeatedDraws
 from experiments.models.decoder import Decoder
 from experiments.training.assembly import make_trainer
+from experiments.training.memory import gpu_memory
 from experiments.training.trainer import Trainer
 
 __all__ = ["bench"]  # a fixture
@@ -98,3 +99,12 @@ def test_a_batch_that_does_not_fit_is_halved_and_told(
     code, _, err = bench("25k", "--arms", *TWO)
     assert code == 1
     assert "nor does any smaller one; give a shorter --sequence" in err
+
+
+def test_memory_that_other_programs_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 79 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**29)
+    assert gpu_memory(torch.device("cuda", 0)) == "80 GiB"  # the rest is this program's context
+    free = 10 * 2**30
+    assert gpu_memory(torch.device("cuda", 0)) == "80 GiB, of which other programs hold about 70 GiB"

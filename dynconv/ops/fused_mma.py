@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 FORWARD_TILE = Tile(mma.SLOTS, 3, 24)
 BACKWARD_TILE = Tile(2, 4, 160)
 GATED_TILE = Tile(2, 4, 64)  # with more slots at once, the registers of both convolutions would spill
-# The fastest of nine tried on an H200, at 300M, 16M and 1M; 8 warps on 2 slots take 9 to 27 % longer.
+# The fastest of those tried on an H200, at the shapes of 300M, 16M and 1M; 8 warps on 2 slots take 9 to 27 % longer.
 GATED_BACKWARD_TILE = Tile(1, 8, 160)
 GATED_BACKWARD_WARPS = 4
 _MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
