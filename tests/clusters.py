@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -55,8 +56,12 @@ def cluster_of(nodes: int) -> Iterator[dict[str, str]]:
     # Not pytest's folder: only its owner may enter that, and MUNGE wants a socket that everybody can reach.
     state = Path(tempfile.mkdtemp(prefix="dynconv-test-", dir="/var/tmp"))
     environment = {"DYNCONV_SLURM_STATE": str(state), "DYNCONV_SLURM_NODES": str(nodes)}
-    environment["DYNCONV_SLURM_PORT"] = str(free_ports(2 + nodes))
-    up = call("up", environment)
+    for _ in range(3):  # a port that is free now may be somebody else's some seconds later, when a daemon asks for it
+        environment["DYNCONV_SLURM_PORT"] = str(free_ports(2 + nodes))
+        up = call("up", environment)
+        if "already in use" not in up.stderr and "is taken by somebody else" not in up.stderr:
+            break
+        assert call("down", environment, "--purge").returncode == 0
     try:
         if up.returncode == 2:
             pytest.skip(f"this machine cannot have a Slurm: {up.stderr.splitlines()[-1]}")
@@ -73,7 +78,7 @@ def cluster_of(nodes: int) -> Iterator[dict[str, str]]:
 
 def free_ports(count: int) -> int:
     """The first of so many free ports in a row, below those that the system gives to whoever asks for any."""
-    for first in range(20_000 + os.getpid() % 3_000 * 3, 32_000, count):
+    for first in random.sample(range(10_000, 32_000, count), 1_000):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
