@@ -93,11 +93,12 @@ def test_links_and_images_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_readme_names_each_module_and_no_other(package: str) -> None:
+def test_the_readme_names_each_folder_and_no_other(package: str) -> None:
     tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
-    (block,) = re.findall(rf"^{package}/ .*\n(?: .*\n)*", tree, re.MULTILINE)
-    modules = {path.name for path in (ROOT / package).rglob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"\w+\.py\b", block)) == modules
+    (block,) = re.findall(rf"^{package}/ .*\n((?:  .*\n)*)", tree, re.MULTILINE)
+    listed = subprocess.run(["git", "ls-files", package], cwd=ROOT, capture_output=True, text=True, check=True)
+    folders = {Path(line).parts[1] for line in listed.stdout.splitlines() if len(Path(line).parts) > 2}
+    assert set(re.findall(r"^  (\w+)/ ", block, re.MULTILINE)) == folders
 
 
 def test_the_readme_names_each_verb() -> None:

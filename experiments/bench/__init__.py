@@ -1,1 +1,1 @@
-"""Measure time and memory of the convolutions on a GPU."""
+"""What a convolution costs: kernels on a GPU beside their floor, and whole training steps."""
