@@ -74,7 +74,7 @@ class Recorded:
         self.parameters, self.engine, self.factors = dict(trainer.model.named_parameters()), trainer._engine, factors
 
     def replay(self) -> None:
-        at = int(self.engine._place)
+        at = int(self.engine._next)
         self.engine._step()
         for key, factor in self.factors.items():
             changed = self.engine._results[key, at] if isinstance(key, int) else self.parameters[key].grad

@@ -28,7 +28,7 @@ from experiments.tasks.base import Examples, Task
 from experiments.tasks.stream import GeneratedTask
 from experiments.training.assembly import make_trainer
 from experiments.training.job import Place, joined
-from experiments.training.memory import missing_memory_passed_over
+from experiments.training.memory import out_of_memory_suppressed
 from experiments.training.parallel import World
 from experiments.training.trainer import NonFiniteLoss
 
@@ -131,7 +131,7 @@ def _last_line(error: Exception) -> str:
 def _outcomes(settings: Settings, world: World) -> list[Outcome]:
     """The outcomes of trials in this process. Raises DoesNotFit when the memory of what did not fit is free again."""
     measurement = _Measurement(settings, world)
-    with missing_memory_passed_over():  # which holds the frames, and so the tensors, of what failed
+    with out_of_memory_suppressed():  # which holds the frames, and so the tensors, of what failed
         return measurement.outcomes()
     gc.collect()
     torch.cuda.empty_cache()

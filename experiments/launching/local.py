@@ -93,7 +93,7 @@ class Slots:
 
     def beside(self, own: Container[int]) -> list[Present]:
         """The runs of other launchers that use this one's GPUs or cores now; `own` holds the process ids of its own."""
-        return [run for run in present() if run.share.meets(self._all) and run.pid not in own]
+        return [run for run in present() if run.share.overlaps(self._all) and run.pid not in own]
 
     def room(self, beside: Sequence[Present]) -> bool:
         """Whether there is a free slot, and this launcher's runs and those beside them leave one to use."""

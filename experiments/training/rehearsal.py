@@ -1,52 +1,55 @@
 """Compares what a CUDA graph computes with the same model uncompiled, on one batch.
 
-A wrong program would train to a wrong number without a word. The tolerances are those of two right programs in
-bfloat16, which round differently. Kernels written by hand (convolutions, RoPE and SwiGLU on one product, the loss) are
-in both: a fault of theirs is found by tests against float64 alone.
+A wrongly compiled program would train to a wrong loss without an error. The tolerances allow for two correct programs
+in bfloat16, which round differently. Kernels written by hand (convolutions, RoPE and SwiGLU on one product, the loss)
+are part of both programs, so only the tests against float64 can find an error in them.
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LOSS = 0.02  # of the loss of a training batch
-NORM = 0.2  # of the norm of all gradients together
-# Of each parameter's gradient, and, below which a parameter's own is not judged, of the norm of all gradients together.
+LOSS_TOLERANCE = 0.02  # relative, for the loss of a training batch
+NORM_TOLERANCE = 0.2  # relative, for the norm of all gradients together
+# (relative to the norm of the parameter's own gradient, relative to the norm of all gradients together): the sum of the
+# two is the tolerance of a parameter's gradient, so that gradients that are a small part of all are not judged.
 # Before the first step, gradients in bfloat16 were off by at most .104 of their norm on an H200 (models with experts;
-# Mamba-2 .077, dense ones .019), by .10 on a CPU in batches of 512 tokens, in any parameter of 30 arms of the mini
-# sweeps, down to shares of 2e-5 in all gradients. After 12 steps they were off by up to 1.7 in shares below 1e-4, and
-# in the warm-up of models with experts, where experts are empty, by .5; after 120 on an H200 by 1.1 in a share of .02.
-FIRST_STEP = (0.4, 1e-6)
-LATER_STEP = (0.5, 0.1)
-# Of a held-out loss per target, or in nats: on an H100, those of right programs differed by less than 3e-4, on an H200
-# by less than 1e-4.
-HELD_OUT_LOSS = 5e-3
+# Mamba-2 .077, dense ones .019), and by .10 on a CPU in batches of 512 tokens. This holds for every parameter of 30
+# arms of the mini sweeps, down to those whose gradient is 2e-5 of all. After 12 steps, gradients below 1e-4 of all were
+# off by up to 1.7 of their norm, and in the warm-up of models with experts, where experts are empty, by .5. After 120
+# steps on an H200, a gradient of .02 of all was off by 1.1 of its norm.
+FIRST_STEP_TOLERANCES = (0.4, 1e-6)
+LATER_STEP_TOLERANCES = (0.5, 0.1)
+# For a held-out loss per target: relative, or in nats if the loss is below 1. Correct programs differed by less than
+# 3e-4 on an H100 and less than 1e-4 on an H200.
+HELD_OUT_TOLERANCE = 5e-3
 
 
 class Rehearsal(NamedTuple):
-    """A training step as the CUDA graph has it, and uncompiled."""
+    """The results of one training step, computed by the CUDA graph and uncompiled."""
 
-    loss: float
-    norm: float  # of all gradients together
-    plain_loss: float  # uncompiled, as the next two
-    plain_norm: float
-    norms: list[float]  # of each parameter's gradient
+    loss: float  # of the CUDA graph
+    norm: float  # of the CUDA graph: the norm of all gradients together
+    plain_loss: float  # uncompiled
+    plain_norm: float  # uncompiled
+    norms: list[float]  # uncompiled: of each parameter's gradient
     deviations: list[float]  # norm of the difference between each parameter's two gradients
 
 
 def disagreement(step: Rehearsal, names: Sequence[str], first: bool) -> str | None:
-    """What the captured step computes otherwise than the model uncompiled, if rounding cannot explain it.
+    """How the captured step differs from the uncompiled one by more than rounding explains; None if it does not.
 
-    `first` says whether no step was taken yet: gradients are then rounded less than where parameters have moved.
+    `names` are the parameters' in the order of `step.norms`. `first` says that the model is still at its initial
+    values, where rounding errors are smaller than later in training.
     """
     if not (math.isfinite(step.plain_loss) and math.isfinite(step.plain_norm)):
-        return None  # The run diverged, and says so itself.
-    if not (_agree(step.loss, step.plain_loss, LOSS) and _agree(step.norm, step.plain_norm, NORM)):
+        return None  # The run diverged; training reports that itself.
+    if not (_agree(step.loss, step.plain_loss, LOSS_TOLERANCE) and _agree(step.norm, step.plain_norm, NORM_TOLERANCE)):
         return (
             f"the compiled step has loss {step.loss:.4g} and gradient norm {step.norm:.4g} where the same model "
             f"uncompiled has {step.plain_loss:.4g} and {step.plain_norm:.4g}"
         )
-    share, floor = FIRST_STEP if first else LATER_STEP
+    share, floor = FIRST_STEP_TOLERANCES if first else LATER_STEP_TOLERANCES
     excess = [
         deviation / (share * norm + floor * step.plain_norm + 1e-12) if math.isfinite(deviation) else math.inf
         for norm, deviation in zip(step.norms, step.deviations, strict=True)
@@ -61,8 +64,8 @@ def disagreement(step: Rehearsal, names: Sequence[str], first: bool) -> str | No
 
 
 def held_out_disagreement(loss: float, plain_loss: float) -> str | None:
-    """The same of a mean held-out loss per target, in nats."""
-    if abs(loss - plain_loss) <= HELD_OUT_LOSS * max(1.0, abs(plain_loss)) or not math.isfinite(plain_loss):
+    """As `disagreement`, for the mean held-out loss per target in nats, captured and uncompiled."""
+    if abs(loss - plain_loss) <= HELD_OUT_TOLERANCE * max(1.0, abs(plain_loss)) or not math.isfinite(plain_loss):
         return None
     return (
         f"the compiled evaluation has loss {loss:.6g} on the first held-out sequences where the same model uncompiled "
@@ -71,9 +74,9 @@ def held_out_disagreement(loss: float, plain_loss: float) -> str | None:
 
 
 def _agree(captured: float, plain: float, share: float) -> bool:
-    """Whether two losses or norms can be of the same function. Gradients near zero are mostly rounding.
+    """Whether two losses or norms agree within a relative tolerance plus 0.01: gradients near zero are mostly rounding.
 
-    The norms of right programs differed by .3% before the first step, and in a diverged run by 11% (no table was kept);
-    wrong ones by factors above 400 (results/measured/h100/README.md).
+    The norms of correct programs differed by .3% before the first step, and by 11% in a diverged run (no table was
+    kept); those of wrong programs by factors above 400 (results/measured/h100/README.md).
     """
     return abs(captured - plain) <= share * abs(plain) + 1e-2
