@@ -1,5 +1,4 @@
-"""Optimizer steps on a GPU without a synchronisation after each: the host launches a window of steps, then reads all
-their losses.
+"""Optimizer steps on a GPU that the host launches a window at a time, without waiting for the loss of each step.
 
 Shapes: L steps of a window, M micro-batches of a step, B sequences of a micro-batch, T sequence length, K packed
 documents of a sequence.
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experiments.tasks.base import Examples
+from experiments.training.compiled_check import StepComparison
 from experiments.training.loss import IGNORED
 from experiments.training.parallel import World
-from experiments.training.rehearsal import Rehearsal
 
 LONGEST_WINDOW = 64  # steps; with steps of 1.6 ms the host reads results ten times a second
 WINDOW_TOKENS = 2**21  # tokens of one process in a window; each takes 16 bytes on the device
@@ -151,7 +150,9 @@ class Engine:
         for group in groups:
             group["lr"] = self._rate
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured_gradients: list[Tensor | None] = []  # written by the graph; kept until `rehearse` reads them
+        self._captured_gradients: list[
+            Tensor | None
+        ] = []  # written by the graph; kept until `compare_with_eager` reads them
         self.stream = torch.cuda.Stream() if cuda else None  # for captures
         self._uploaded = torch.cuda.Event() if cuda else None
         # blocking=True: wait for this event asleep. A busy wait would take a core from the machine's other runs.
@@ -223,7 +224,7 @@ class Engine:
             self._release_gradients()  # Their memory belongs to the graph.
         self._stopped.zero_()
 
-    def rehearse(self) -> Rehearsal:
+    def compare_with_eager(self) -> StepComparison:
         """Compute the window's first step by the CUDA graph and again uncompiled, without updating anything.
 
         Call it at most once after a capture: it drops the references to the graph's gradients.
@@ -242,7 +243,7 @@ class Engine:
             )
             norms = torch.stack(torch._foreach_norm(plain)).tolist()
             torch._foreach_sub_(plain, captured)
-            return Rehearsal(
+            return StepComparison(
                 loss, norm, plain_loss, plain_norm, norms, torch.stack(torch._foreach_norm(plain)).tolist()
             )
         finally:  # An uncompiled step needs more memory, and may have failed for want of it.
@@ -252,7 +253,7 @@ class Engine:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters, in the order of `Rehearsal.norms`."""
+        """The parameters, in the order of `StepComparison.norms`."""
         return self._parameters
 
     @contextlib.contextmanager

@@ -50,9 +50,9 @@ class Evaluator:
         else:
             self._loss.warm_up(stream)
 
-    def rehearse(self) -> tuple[float, float] | None:
-        """(captured, uncompiled) loss of `HeldOutLoss.rehearse`; None if no pass was captured."""
-        return self._loss.rehearse() if self._loss is not None and self._loss.captured else None
+    def compare_with_eager(self) -> tuple[float, float] | None:
+        """(captured, uncompiled) loss of `HeldOutLoss.compare_with_eager`; None if no pass was captured."""
+        return self._loss.compare_with_eager() if self._loss is not None and self._loss.captured else None
 
     @torch.no_grad()
     def metrics(self, finished: bool, interrupted: Callable[[], bool]) -> dict[str, float] | None:

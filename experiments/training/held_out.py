@@ -57,7 +57,7 @@ class HeldOutLoss:
         return self._graph is not None
 
     @torch.no_grad()
-    def rehearse(self) -> tuple[float, float]:
+    def compare_with_eager(self) -> tuple[float, float]:
         """The mean loss per target of the first micro-batch, in nats: (of the CUDA graph, uncompiled)."""
         assert self._graph is not None
         found = []

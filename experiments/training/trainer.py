@@ -21,6 +21,7 @@ from experiments.design.train import TrainConfig
 from experiments.models.decoder import Decoder
 from experiments.tasks.base import Examples, Task
 from experiments.training.checkpoints import State
+from experiments.training.compiled_check import disagreement, held_out_disagreement
 from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
 from experiments.training.loss import losses_of
@@ -28,7 +29,6 @@ from experiments.training.memory import is_out_of_memory
 from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
-from experiments.training.rehearsal import disagreement, held_out_disagreement
 from experiments.training.state import load_optimizers, tensors_for, tensors_of
 
 MICRO_BATCH_TOKENS = 32_768  # the default size of a micro-batch, with which a 300M model trains in 23 GiB
@@ -178,13 +178,13 @@ class Trainer:
 
     def _disagreement(self) -> str | None:
         """How the captured programs differ from the uncompiled model by more than rounding; None if they do not."""
-        losses = self._evaluator.rehearse()  # first, since it takes less memory than a step
+        losses = self._evaluator.compare_with_eager()  # first, since it takes less memory than a step
         found = None if losses is None else held_out_disagreement(*losses)
         if found is not None or self._engine is None or not self._engine.captured or self.finished:
             return found
         self._fill(self.steps_done, 1)
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        step = self._engine.rehearse()
+        step = self._engine.compare_with_eager()
         return disagreement(step, [names[each] for each in self._engine.parameters], first=self.steps_done == 0)
 
     def step(self) -> Step:

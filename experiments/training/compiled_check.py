@@ -25,7 +25,7 @@ LATER_STEP_TOLERANCES = (0.5, 0.1)
 HELD_OUT_TOLERANCE = 5e-3
 
 
-class Rehearsal(NamedTuple):
+class StepComparison(NamedTuple):
     """The results of one training step, computed by the CUDA graph and uncompiled."""
 
     loss: float  # of the CUDA graph
@@ -36,7 +36,7 @@ class Rehearsal(NamedTuple):
     deviations: list[float]  # norm of the difference between each parameter's two gradients
 
 
-def disagreement(step: Rehearsal, names: Sequence[str], first: bool) -> str | None:
+def disagreement(step: StepComparison, names: Sequence[str], first: bool) -> str | None:
     """How the captured step differs from the uncompiled one by more than rounding explains; None if it does not.
 
     `names` are the parameters' in the order of `step.norms`. `first` says that the model is still at its initial
