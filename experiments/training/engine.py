@@ -150,9 +150,8 @@ class Engine:
         for group in groups:
             group["lr"] = self._rate
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured_gradients: list[
-            Tensor | None
-        ] = []  # written by the graph; kept until `compare_with_eager` reads them
+        # The gradients that the graph writes, kept until `compare_with_eager` reads them
+        self._captured_gradients: list[Tensor | None] = []
         self.stream = torch.cuda.Stream() if cuda else None  # for captures
         self._uploaded = torch.cuda.Event() if cuda else None
         # blocking=True: wait for this event asleep. A busy wait would take a core from the machine's other runs.
