@@ -1,4 +1,4 @@
-"""Checks of the convolution functions' arguments. An error says what was got, what was wanted, and the remedy."""
+"""Checks of the convolution functions' arguments. An error says what it got, what it wanted, and the remedy."""
 
 import operator
 from typing import Any
@@ -10,12 +10,12 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def kind_of(value: object) -> str:
-    """How an error message names the type of a value."""
+    """The name of a value's type for an error message."""
     return "None" if value is None else f"a {type(value).__name__}"
 
 
 def shown(value: object) -> str:
-    """How an error message shows a value: on one line, so of a tensor its type."""
+    """A value for an error message, which is a single line: of a tensor, only its type."""
     return kind_of(value) if isinstance(value, Tensor) else repr(value)
 
 
@@ -51,8 +51,8 @@ def check_floating(tensor: Tensor, name: str) -> None:
 
 def check(
     tensor: Tensor,
-    shape: tuple[int | None, ...],  # None where any size will do
-    name: str,  # of the argument, for the error message
+    shape: tuple[int | None, ...],  # None for a dimension of any size
+    name: str,  # the argument's name, for the error message
     letters: str,  # the shape in the documentation's letters, for the error message
     x: Tensor,
 ) -> None:
@@ -60,7 +60,7 @@ def check(
     check_floating(tensor, name)
     fits = tensor.dim() == len(shape)
     if fits:
-        for got, wanted in zip(tensor.shape, shape, strict=True):  # `all` of a generator takes twice the host time
+        for got, wanted in zip(tensor.shape, shape, strict=True):  # `all` over a generator takes twice the host time.
             fits = fits and (wanted is None or got == wanted)
     if not fits:
         want = [n if n is not None else "any" for n in shape]
