@@ -25,7 +25,7 @@ _INPUTS = (
 
 @torch.compiler.assume_constant_result
 def _device_runs_gluon(index: int) -> bool:
-    """`tiles.has_async_copies` of a GPU. torch.compile calls it instead of tracing it, as it cannot trace the driver."""
+    """`tiles.has_async_copies` of a GPU, which torch.compile calls, since it cannot trace the query to the driver."""
     return tiles.has_async_copies(torch.device("cuda", index))
 
 

@@ -24,8 +24,8 @@ class Tile(NamedTuple):
     at_once: int  # programs of four warps that a multiprocessor then runs
 
 
-# The tiles of `ring`, into which RoPE fits without spills, except that fewer programs run at once forward. No tiles have
-# been timed on a GPU.
+# The tiles of `ring`, into which RoPE fits without spills, except that fewer programs run at once forward. Neither they
+# nor others have been timed on a GPU.
 FORWARD_TILE = Tile(2, 4, None, 6)
 BACKWARD_TILE = Tile(4, 2, 128, 4)
 _MAX_WIDTH, _MAX_PARTS = 4, 3
