@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import submitit
 
@@ -116,24 +117,11 @@ def script(
     A job has one task for each process of its run. The tasks execute `module` with `folder` as the argument. `after` is
     the id of a job that must succeed first.
     """
-    processes_per_node = min(job.gpus, job.gpus_per_node)
     python = shlex.quote(sys.executable) if profile.python is None else profile.python
     executor = submitit.SlurmExecutor(folder=folder)
     options = {name: value or True for name, value in profile.options.items()}  # "" stands for a bare flag
-    asked = {
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "time": max(1, round(60 * job.time_limit)),
-        "nodes": job.nodes,
-        "ntasks_per_node": processes_per_node,
-        "cpus_per_task": job.cpus_per_gpu,
-        "gpus_per_node": None if job.device == "cpu" else processes_per_node,
-        "mem": None if job.memory_gb is None else f"{round(1024 * job.memory_gb)}M",
-    }
     executor.update_parameters(
-        **{key: value for key, value in asked.items() if value is not None},
+        **_resources(job, profile),
         job_name=name,
         array_parallelism=max_parallel or 10**6,
         wckey=None,  # Sites that check wckeys would refuse submitit's; [slurm.options] may name one.
@@ -159,6 +147,24 @@ def script(
     if count > 1:
         executor.parameters["map_count"] = count
     return executor._make_submission_file_text(f"{python} -u -m {module} {shlex.quote(str(folder))}", "")
+
+
+def _resources(job: Job, profile: Slurm) -> dict[str, Any]:
+    """The parameters of submitit for what a job asks of Slurm, without those that are left to the cluster."""
+    processes_per_node = min(job.gpus, job.gpus_per_node)
+    asked = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "time": max(1, round(60 * job.time_limit)),
+        "nodes": job.nodes,
+        "ntasks_per_node": processes_per_node,
+        "cpus_per_task": job.cpus_per_gpu,
+        "gpus_per_node": None if job.device == "cpu" else processes_per_node,
+        "mem": None if job.memory_gb is None else f"{round(1024 * job.memory_gb)}M",
+    }
+    return {key: value for key, value in asked.items() if value is not None}
 
 
 def name_ignored_variables() -> None:
