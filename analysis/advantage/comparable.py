@@ -23,10 +23,10 @@ def comparable(
 ) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
     """Prepare the runs of two arms (rows that `usable` returned) for pairing.
 
-    Returns (rows, tuned, lines). `rows` have the budget that they are paired on, and only the best learning rate of
-    each arm, which cannot be a rate at which a run of `failed` did not learn. `tuned` says how the rates were tuned.
-    `lines` tell the reader how budgets were matched, which rates are best, and what else differs between the runs.
-    Raises Refusal if an arm has no row.
+    Returns (rows, tuned, lines). `rows` have the budget that they are paired on, and are those at each arm's best
+    learning rate. `tuned` says how the rates were tuned; `failed` are runs that did not learn, whose rates are
+    unstable. `lines` tell the reader how budgets were matched, which rates are best, and what else differs between the
+    runs. Raises Refusal if an arm has no row.
     """
     if absent := [each for each in (baseline, arm) if not rows["arm"].eq(each).any()]:
         raise Refusal(f"no run of {absent[0]} is among those that are compared")

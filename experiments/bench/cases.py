@@ -156,7 +156,8 @@ def plain(
 
 
 def providers(compiled: bool, against: list[str]) -> list[Provider]:
-    """dynconv, and then the implementations that it is compared with: installed ones, and functions of `against`."""
+    """dynconv, and then the implementations that it is compared with: torch.compile of the reference if `compiled`,
+    installed packages, and the functions that `against` names."""
     import torch
 
     import dynconv

@@ -30,7 +30,7 @@ class Entry:
 
     step: int
     attempt: int
-    time: float  # unix seconds: the start of the attempt plus the durations of its earlier steps and evaluations
+    time: float  # unix seconds: the start of the attempt, plus the time of compiling and of all its entries so far
     values: Mapping[str, float]
 
 

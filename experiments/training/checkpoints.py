@@ -244,7 +244,7 @@ def _problem(path: Path, world: World) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises OSError or ValueError if it is missing or was changed."""
+    """The manifest of a checkpoint. Raises ValueError if it is missing or was changed."""
     content = read_json(path / MANIFEST)
     expected = content.pop("sha256", None)
     if expected != _digest(content):

@@ -184,8 +184,8 @@ class _Attempt:
         """Leave a job that has lost another process.
 
         On rank 0 under a scheduler, returns False, so that the job is requeued: losing a process is no failure of the
-        run. Other ranks raise RunFailed once rank 0 has had LEAVE_SECONDS to requeue the job. All ranks raise RunFailed
-        at once if the lost process recorded why it failed.
+        run. Without a scheduler rank 0 raises RunFailed, and other ranks do so once rank 0 has had LEAVE_SECONDS to
+        requeue the job. All ranks raise RunFailed at once if the lost process recorded why it failed.
         """
         end = time.monotonic() + CAUSE_SECONDS
         while time.monotonic() < end:

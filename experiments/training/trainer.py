@@ -198,9 +198,9 @@ class Trainer:
     def advance(self, most: int | None = None) -> list[Step]:
         """Take the next optimizer steps, at most `most`: one on a CPU, on a GPU as many as are launched together.
 
-        An evaluation or a branch point can only be due after the last of them. If a step is not finite, this call
-        returns the steps before it and the next call raises NonFiniteLoss; the model and the optimizer are then in the
-        state before that step.
+        An evaluation or a branch point can only be due after the last of them. Raises NonFiniteLoss if the first step
+        is not finite. If a later one is not, returns the steps before it, and the next call raises NonFiniteLoss. The
+        model and the optimizer are then in the state before the step that was not finite.
         """
         if self._engine is None:
             return [self._checked_step()]
