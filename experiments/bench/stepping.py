@@ -192,6 +192,7 @@ class _Measurement:
         )
 
     def _takes_part(self, index: int) -> bool:
+        """Whether this process is one of those of the trial."""
         return self._world.rank < self._trials[index].gpus
 
     @contextlib.contextmanager
@@ -225,6 +226,7 @@ class RandomTokens:
         return self.held_out.rows(first, first + count)
 
     def metrics(self, loss: float) -> Mapping[str, float]:
+        """The loss alone."""
         return {"loss": loss}
 
 

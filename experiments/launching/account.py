@@ -101,6 +101,7 @@ def require_idle(profile: Profile, runs: Sequence[RunConfig]) -> None:
 
 
 def _rate(calibration: Calibration) -> Rate:
+    """The speed that a calibration measured."""
     day = time.strftime("%Y-%m-%d", time.localtime(calibration.measured_at))
     return Rate(calibration.tokens_per_second, f"the calibration of {day} on {calibration.device}")
 

@@ -35,6 +35,7 @@ def require_store(store: Path) -> None:
 
 
 def _hold(store: Path, stack: contextlib.ExitStack) -> None:
+    """Make the store and enter its lock into the stack. Raises ValueError if the store cannot be written."""
     while True:
         try:
             store.mkdir(parents=True, exist_ok=True)  # Under /proc this raises FileNotFoundError as well.

@@ -20,6 +20,8 @@ DAY = 86400
 
 @dataclass(frozen=True)
 class _Column:
+    """A column of the table of runs."""
+
     heading: str
     cell: Callable[[RunState], str]
     importance: int  # On a narrow terminal the least important columns are left out; 9 means never.

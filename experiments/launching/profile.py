@@ -49,6 +49,7 @@ class Job(Execution):
 
     @property
     def nodes(self) -> int:
+        """The number of nodes that hold its GPUs."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property

@@ -64,6 +64,7 @@ class Outcome:
 
     @property
     def unsuccessful(self) -> list[states.RunState]:
+        """The runs that ended without being complete."""
         return [state for state in self.ended if state.state != "complete"]
 
 

@@ -44,7 +44,8 @@ class Writer(ABC):
     def __exit__(self, *_: object) -> None: ...
 
     @abstractmethod
-    def write(self, entry: Entry) -> None: ...
+    def write(self, entry: Entry) -> None:
+        """Write one entry."""
 
 
 class TensorBoard(Writer):

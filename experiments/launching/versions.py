@@ -22,6 +22,7 @@ class Code(NamedTuple):
     commit: str | None
 
     def same_as(self, other: "Code") -> bool:
+        """Whether the deciding modules are the same; by the commits if one of the two did not record their hash."""
         if self.sha256 is not None and other.sha256 is not None:
             return self.sha256 == other.sha256
         return self.commit == other.commit

@@ -41,7 +41,9 @@ class State(NamedTuple):
 class Resumable(Protocol):
     """What can be saved and resumed: the trainer."""
 
-    def state(self) -> State: ...
+    def state(self) -> State:
+        """Everything that is needed to resume."""
+        ...
 
     def tensors_for(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
         """Tensors to read the saved ones into, sharded as this process needs them. Raises ValueError if it cannot."""

@@ -159,6 +159,7 @@ class Engine:
 
     @property
     def captured(self) -> bool:
+        """Whether a step is a CUDA graph."""
         return self._graph is not None
 
     def fill(self, index: int, micro_batches: Iterable[Examples], tokens: int, rate: float) -> None:

@@ -54,6 +54,7 @@ class HeldOutLoss:
 
     @property
     def captured(self) -> bool:
+        """Whether the pass is a CUDA graph."""
         return self._graph is not None
 
     @torch.no_grad()

@@ -51,6 +51,7 @@ def _adamw(
     settings: AdamW | Muon,
     train: TrainConfig,
 ) -> torch.optim.AdamW:
+    """AdamW of these groups, by torch's fused kernels, or for a large model on a GPU by LargeAdamW."""
     # Fused AdamW does not take sharded and unsharded parameters in one group. A group without parameters stays one.
     named: list[dict[str, Any]] = [
         {"params": alike, "weight_decay": decay}

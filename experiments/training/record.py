@@ -192,4 +192,5 @@ def submitted_otherwise(runs: Iterable[RunConfig], store: Path) -> list[str]:
 
 
 def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
+    """The values that may have only one configuration in a store: task, CELL_KEYS and the point of [vary]."""
     return (record.get("task", TEXT), *(record[name] for name in CELL_KEYS), *sorted(record["vary"].items()))

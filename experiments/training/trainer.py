@@ -123,6 +123,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
+        """Whether all steps of the run are done."""
         return self.steps_done == self.config.steps
 
     @property
