@@ -84,3 +84,25 @@ def check_flags(**flags: Any) -> None:
             if name == "residual" and isinstance(flag, Tensor):
                 remedy = "add it to the result, or pass it as `added` where there is one"
             raise ValueError(f"{name} must be True or False; got {shown(flag)}; {remedy}")
+
+
+def check_options(
+    x: Tensor,  # [B, T, D]
+    width: int,  # W
+    residual: bool | Tensor,  # or [B, T, D]
+    return_final_state: bool,
+    activation: str | None,
+) -> None:
+    """Raise ValueError for options that no convolution takes."""
+    if isinstance(residual, Tensor):
+        check(residual, tuple(x.shape), "residual (True, False or a tensor)", "[B, T, D]", x)
+    if isinstance(return_final_state, Tensor):
+        raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
+    for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
+        if isinstance(flag, (str, float)):  # A residual of 0.5 would add all of x, not half of it.
+            raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
+    if activation not in (None, "silu"):
+        got = repr(activation) if isinstance(activation, str) else kind_of(activation)
+        raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
+    if width == 0:
+        raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")

@@ -66,6 +66,22 @@ def check_runs(
         raise ValueError(f"seq_idx must be on {x.device}; got {seq_idx.device}; move it")
 
 
+def check_seq_idx(
+    x: Tensor,  # [B, T, D]
+    seq_idx: Tensor,  # [B, T]
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+) -> None:
+    """Raise ValueError unless seq_idx can number the documents of x, and no argument excludes it."""
+    check_runs(x, seq_idx)
+    for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
+        if given is not None:
+            raise ValueError(f"{name} must be None where seq_idx is given; got both; pass documents by cu_seqlens")
+    if return_final_state:
+        raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
+
+
 def find_runs(
     seq_idx: Tensor,  # [B, T]
 ) -> tuple[Tensor, Tensor]:  # [B, T] bool, [B*T + 1] int32

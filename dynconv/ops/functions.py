@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dynconv.ops import documents, reference, sharded
-from dynconv.ops.checks import as_segments, check, check_floating, check_input, kind_of
+from dynconv.ops.checks import as_segments, check, check_floating, check_input, check_options
 
 # Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the same variable.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -251,11 +251,11 @@ def _run(
     seq_idx: Tensor | None = None,  # [B, T]
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
     """Check the arguments that all three convolutions share, and run the implementation that they need."""
-    _check_options(x, filters, residual, return_final_state, activation)
+    check_options(x, filters.width, residual, return_final_state, activation)
     positions = None
     sequences = x.shape[0]
     if seq_idx is not None:
-        _check_seq_idx(x, seq_idx, cu_seqlens, initial_state, return_final_state)
+        documents.check_seq_idx(x, seq_idx, cu_seqlens, initial_state, return_final_state)
     if cu_seqlens is not None:
         positions, cu_seqlens = documents.find_documents(x, cu_seqlens)  # [T + 1], [N + 1]
         sequences = cu_seqlens.shape[0] - 1
@@ -286,44 +286,6 @@ def _run(
     if not return_final_state:
         return y
     return y, _final_state(x, filters.width, cu_seqlens, initial_state)
-
-
-def _check_options(
-    x: Tensor,  # [B, T, D]
-    filters: _Filters,
-    residual: bool | Tensor,  # or [B, T, D]
-    return_final_state: bool,
-    activation: str | None,
-) -> None:
-    """Raise ValueError for options that no convolution takes."""
-    if isinstance(residual, Tensor):
-        check(residual, tuple(x.shape), "residual (True, False or a tensor)", "[B, T, D]", x)
-    if isinstance(return_final_state, Tensor):
-        raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
-    for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
-        if isinstance(flag, (str, float)):  # A residual of 0.5 would add all of x, not half of it.
-            raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
-    if activation not in (None, "silu"):
-        got = repr(activation) if isinstance(activation, str) else kind_of(activation)
-        raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
-    if filters.width == 0:
-        raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")
-
-
-def _check_seq_idx(
-    x: Tensor,  # [B, T, D]
-    seq_idx: Tensor,  # [B, T]
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-) -> None:
-    """Raise ValueError unless seq_idx can number the documents of x, and no argument excludes it."""
-    documents.check_runs(x, seq_idx)
-    for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
-        if given is not None:
-            raise ValueError(f"{name} must be None where seq_idx is given; got both; pass documents by cu_seqlens")
-    if return_final_state:
-        raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
 
 
 def _unfused(
