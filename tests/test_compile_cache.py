@@ -29,7 +29,7 @@ from experiments.training.job import Place, joined
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(["stat", "-f", "-c", "%T", tempfile.gettempdir()], capture_output=True, text=True).stdout.strip()
-    not in module.LOCAL,
+    not in module.LOCAL_FILE_SYSTEMS,
     reason="the temporary folder of this machine is not known as a local one",
 )
 
@@ -150,7 +150,7 @@ def no_sticky_bit(temporary: Path, _: pytest.MonkeyPatch) -> str:
 
 
 def a_shared_file_system(_: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(module, "LOCAL", ())
+    monkeypatch.setattr(module, "LOCAL_FILE_SYSTEMS", ())
     return "is not known as local; set TMPDIR to a local folder"
 
 

@@ -74,7 +74,7 @@ class Recorded:
         self.parameters, self.engine, self.factors = dict(trainer.model.named_parameters()), trainer._engine, factors
 
     def replay(self) -> None:
-        at = int(self.engine._place)
+        at = int(self.engine._next)
         self.engine._step()
         for key, factor in self.factors.items():
             changed = self.engine._results[key, at] if isinstance(key, int) else self.parameters[key].grad
@@ -200,7 +200,7 @@ def test_only_a_captured_step_that_will_be_taken_is_checked(tiny_run: RunConfig,
     trainer = ahead(tiny_run)
     engine = trainer._engine
     assert engine is not None
-    with mock.patch.object(engine, "rehearse", side_effect=AssertionError):
+    with mock.patch.object(engine, "compare_with_eager", side_effect=AssertionError):
         trainer.check_captured()
         trainer.steps_done = tiny_run.train.steps
         engine._graph = cast(torch.cuda.CUDAGraph, Recorded(trainer, {}))

@@ -63,14 +63,6 @@ def test_segments_are_separate_convolutions_side_by_side() -> None:
     torch.testing.assert_close(got, torch.cat([first, second], 2))
 
 
-def test_packed_documents_are_separate_sequences() -> None:
-    x = torch.randn(1, 7, 6)
-    weight = torch.randn(3, 6)
-    got = static_convolution(x, weight, cu_seqlens=torch.tensor([0, 2, 2, 7]))
-    apart = torch.cat([static_convolution(part, weight) for part in x.split([2, 5], 1)], 1)
-    torch.testing.assert_close(got, apart)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -32,16 +32,7 @@ def test_sums_go_to_their_place(parts: int, first: int, rank: int) -> None:
     assert relative_error(other, others.double().sum(0)) < BOUND[torch.float32]
 
 
-def test_zeros_are_written_after_the_sums() -> None:
-    columns, total = torch.randn(4, 37, 6, device=DEVICE), torch.full((37, 16), 7.0, device=DEVICE)
-    tiles.sum_parts((columns, total), place=tiles.Place(6, 16, 2, padding=5))
-    assert relative_error(total[:, 2:8], columns.double().sum(0)) < BOUND[torch.float32]
-    assert not total[:, 8:13].any()
-    assert (total[:, :2] == 7).all()
-    assert (total[:, 13:] == 7).all()
-
-
-@pytest.mark.parametrize("padding", [1015, 1018, 1019, 3000, 2**20])
+@pytest.mark.parametrize("padding", [5, 1015, 1018, 1019, 3000, 2**20])
 def test_any_number_of_zeros_is_written_after_the_sums(padding: int) -> None:
     """As where one product gives much else beside the convolved channels. Triton has tensors of up to 2^20 values."""
     columns, total = torch.randn(4, 3, 6, device=DEVICE), torch.full((3, padding + 10), 7.0, device=DEVICE)

@@ -113,13 +113,8 @@ def test_arms_are_evaluated_at_the_same_tokens(tmp_path: Path) -> None:
     assert len(intervals) == 2
 
 
-def test_the_run_id_follows_the_content_alone(tmp_path: Path) -> None:
-    first, again = (load_sweep(write(tmp_path, TEXT)) for _ in range(2))
-    assert [run.run_id for run in first] == [run.run_id for run in again]
-    renamed = load_sweep(write(tmp_path, TEXT.replace('name = "test"', 'name = "other"')))
-    assert [run.run_id for run in renamed] == [run.run_id for run in first]
-    run = first[0]
-    assert run.run_id.startswith("transformer-25k-s0-")
+def test_the_run_id_changes_with_the_content(tmp_path: Path) -> None:
+    run = load_sweep(write(tmp_path, TEXT))[0]
     changed = [
         replace(run, seed=7),
         replace(run, model=replace(run.model, mixer=Attention(2, 2, qk_norm=True))),

@@ -1,1 +1,1 @@
-"""Compute advantage: which runs may be compared, the estimators, and planning."""
+"""Compute advantage: which runs may be compared, the estimators of the multiplier m, and the planning of sweeps."""

@@ -43,8 +43,8 @@ def weights(laws: Sequence[Student]) -> Floats:
 
 
 def averaged(laws: Sequence[Student], level: float = 0.95) -> tuple[Floats, Floats, Floats]:
-    """The weighted mean of the estimates, and the ends of the interval that leaves (1 - level) / 2 of the mixture
-    beyond each, [K] each."""
+    """(mean, low, high), [K] each: the weighted mean of the estimates, and the ends of the interval beyond each of
+    which (1 - level) / 2 of the mixture lies."""
     weight = weights(laws)
     errors = [np.maximum(law.error, 1e-300) for law in laws]
     mean = sum(part * law.at for part, law in zip(weight, laws, strict=True))

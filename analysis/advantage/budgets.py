@@ -1,5 +1,4 @@
-"""Sizes that were trained at several budgets: match the budgets of two arms, find those that every size has, and test
-whether m depends on the budget.
+"""Sizes that were trained at several budgets: matching the budgets of two arms, and testing whether m depends on them.
 
 A size with several budgets counts as one replicate: its runs share the deviation of that size from the law, and
 branches of one trunk share weights. So losses are averaged over the budgets that every size has, as they are over
@@ -25,7 +24,7 @@ from analysis.logs.selection import alike
 if TYPE_CHECKING:
     import pandas as pd
 
-SLOPE_ERROR = 0.03  # relative error of the shared law's slope at one budget, which the test of budgets tolerates
+SLOPE_ERROR = 0.03  # relative error of the shared law's slope at one budget that the test of budgets tolerates
 UNITS = {"C": "FLOPs", "D": "tokens", "D/N": "tokens per parameter"}
 
 
@@ -42,13 +41,13 @@ class Cell:
 
 
 def with_budgets(runs: pd.DataFrame, baseline: str, column: str) -> tuple[pd.DataFrame, str | None]:
-    """The runs of two arms with the budget that they are paired on in a new column `_budget`, and how budgets were
-    matched. With a single budget at every size, `_budget` is "" and the second value is None.
+    """(the runs of two arms with a new column `_budget` on which they are paired, how budgets were matched in words).
+    With a single budget at every size, `_budget` is "" and the second value is None.
 
-    A column `budget` that holds text is used as it is. Numbers in it are not, since arms matched by compute may have
-    different ones. Without text, two runs of a size have the same budget if they agree in C, D or D/N: of these, the
-    one in which most rows of the other arm match the `baseline`. `column` holds the compute. Raises Refusal where
-    no row of the other arm matches in any of them.
+    A column `budget` that holds text is used as it is. Numbers in it are not used, since arms matched by compute may
+    have different ones. Without text, two runs of a size have the same budget if they agree in one of C, D and D/N: the
+    one in which most rows of the other arm match the `baseline`. `column` holds the compute. Raises Refusal if no row
+    of the other arm matches in any of them.
     """
     stored = runs["budget"].astype("string") if "budget" in runs else None
     if stored is not None and stored.notna().any() and not stored.map(_is_number).all():
@@ -83,11 +82,12 @@ def _is_number(text: str) -> bool:
 
 
 def _most_in_a_cell(runs: pd.DataFrame, group: Indices) -> int:
+    """The largest number of different groups within one arm and size."""
     return int(runs.assign(_group=group).groupby(["arm", "_size"])["_group"].nunique().max())
 
 
 def _measures(runs: pd.DataFrame, column: str) -> dict[str, Floats]:
-    """The quantities by which budgets may be matched, [rows] each; only those that every row has."""
+    """The quantities by which budgets may be matched, [rows] each, leaving out those that some row lacks."""
     measures = {"C": runs[column].to_numpy(float)}
     if (runs["tokens"] > 0).all():
         measures["D"] = runs["tokens"].to_numpy(float)
@@ -97,8 +97,11 @@ def _measures(runs: pd.DataFrame, column: str) -> dict[str, Floats]:
 
 
 def _names(runs: pd.DataFrame, groups: Indices, measures: dict[str, Floats], baseline: str) -> list[str]:
-    """A name for every row's budget that can be shared by all sizes: its D/N, D or C, whichever gives the fewest
-    different names over the baseline's sizes; else its rank at its size, counted from the largest."""
+    """A name for the budget of every row that sizes can share.
+
+    It is the budget's D/N, D or C, whichever gives the fewest different names over the baseline's sizes. If none of
+    these is shared by sizes, it is the budget's rank at its size, counted from the largest.
+    """
     table = runs[["arm", "_size"]].assign(_group=groups, **measures)
     cells = table[table["arm"] == baseline].groupby(["_size", "_group"])[list(measures)].mean().reset_index()
     place = cells.groupby("_size")["_group"].rank(ascending=False).astype(int)
@@ -117,8 +120,11 @@ def _names(runs: pd.DataFrame, groups: Indices, measures: dict[str, Floats], bas
 
 
 def full_grid(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
-    """Sizes and budgets that form a complete grid, every size having every budget. Start from the budget that most
-    sizes have (on a tie, the one with the larger compute); keep its sizes, and all budgets that each of them has."""
+    """(sizes, budgets) that form a complete grid, in which every size has every budget.
+
+    It consists of the sizes of the budget that most sizes have (on a tie, the one with the larger compute), and of all
+    budgets that each of these sizes has.
+    """
     sizes_of = {name: {cell.size for cell in cells if cell.budget == name} for name in _budgets(cells)}
     if not sizes_of:
         return [], []
@@ -148,8 +154,10 @@ class OfBudget:
 def by_budget(
     cells: Sequence[Cell], E: float, g: float, variance: Mapping[str, float] | None = None, level: float = 0.05
 ) -> tuple[tuple[OfBudget, ...], float | None]:
-    """m of every budget that has at least two sizes, with an interval that misses it with probability `level`; and the
-    p-value of the test that all budgets have the same m (None where fewer than two budgets have two sizes in common).
+    """(m of every budget that has at least two sizes, p-value of the test that all budgets have the same m).
+
+    Each interval misses m with probability `level`. The p-value is None if fewer than two budgets have two sizes in
+    common.
 
     The baseline's amplitude at each budget is fitted by least squares, given the E and exponent g of the law over all
     budgets. For each budget the test takes, size by size, the deviation of ln m from its mean over budgets, and asks by

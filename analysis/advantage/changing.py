@@ -1,5 +1,4 @@
-"""An m that may change with compute: its interval at the largest compute, without assuming that m is constant, and its
-extrapolation beyond the sizes.
+"""An m that may change with compute: its interval at the largest compute, and its extrapolation beyond the sizes.
 
 Three laws are considered: m is constant; the arm has an exponent of its own, so that m grows as a power of compute
 (`paired.changing_multipliers`); the arm has an irreducible loss of its own (shifted.py). Few sizes cannot distinguish
@@ -27,12 +26,12 @@ MOST_ODDS = 0.5
 def reported(
     local: Local, p: Floats, changing: Local, odds: float | None = None, level: float = 0.05
 ) -> tuple[Floats, Floats, Floats]:
-    """The headline's ln m and the ends of its interval, [K] each, given `constancy_p` [K] and `changing` (of
-    `changing_multipliers`). ln m is the constant one, or where p is below SIGNIFICANCE that at the largest compute.
+    """(ln m of the headline, low and high end of its interval), [K] each.
 
-    The interval always covers m at the largest compute. It averages the laws of a constant and of a changing m by how
-    well each fits, with prior odds `odds` for the latter; `level` is the probability that it misses. Its coverage and
-    width are in analysis/README.md.
+    `p` [K] is `constancy_p` and `changing` the result of `changing_multipliers`. ln m is the constant one, or, if p is
+    below SIGNIFICANCE, the one at the largest compute. The interval is for m at the largest compute in either case. It
+    averages the laws of a constant and of a changing m by how well each fits, with prior odds `odds` for the latter;
+    `level` is the probability that it misses. Its coverage and width are in analysis/README.md.
     """
     sizes = local.ln_m.shape[1]
     top = trend(changing, local.c0[-1])
@@ -46,8 +45,8 @@ def reported(
 
 
 def band(changing: Local, shifted: Shifted, compute: float) -> tuple[Floats, Floats, Floats]:
-    """ln m at a compute (FLOPs), averaged over the two laws in which it changes, and the ends of its 95% interval, [K]
-    each. Its variance is at least that which the seeds of each size show (seeds.py).
+    """(ln m, low and high end of its 95% interval) at a compute (FLOPs), [K] each, averaged over the two laws in which
+    m changes. The variance is at least that of the seed noise of each size (seeds.py).
 
     The two laws extrapolate differently. At 10x the largest compute, the nominal 95% interval of the law with its own
     exponent covers .69 to .98 of the simulated truths over the grid of analysis/README.md; the average covers .87 to

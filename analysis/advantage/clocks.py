@@ -1,7 +1,7 @@
 """The arm's speed relative to the baseline at each size, from a file of measured throughput or from the runs' clocks.
 
-Clocks are used only if every run had its device to itself and all runs were on one kind of device; otherwise the result
-states why they are not.
+Clocks are used only if every run had its device to itself and all runs of a size were on one kind of device; otherwise
+the result states why not.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TABLE = "the table's train seconds, of which it does not say that runs were alon
 
 @dataclass(frozen=True)
 class Rates:
-    """The arm's FLOPs a second over the baseline's at each size [S]; NaN where not known, with the reason."""
+    """The arm's FLOP/s over the baseline's at each size [S]; NaN if not known."""
 
-    wall: Floats
-    gpu: Floats  # FLOPs a GPU second
-    source: str
-    reason: str | None  # why `wall` has no number
+    wall: Floats  # [S] by wall-clock seconds
+    gpu: Floats  # [S] by GPU seconds
+    source: str  # in words, where the seconds were measured
+    reason: str | None  # why `wall` has a NaN; None if it has none
 
 
 def rates_of_runs(sizes: Sequence[pd.DataFrame], column: str) -> Rates:
@@ -50,7 +50,8 @@ def rates_of_runs(sizes: Sequence[pd.DataFrame], column: str) -> Rates:
 
 
 def _unlike_sizes(sizes: Sequence[pd.DataFrame]) -> str:
-    """What is one within each size and several over them: m in seconds may change with size for that reason."""
+    """In words, the devices, ways of execution and numbers of GPUs that differ between sizes, for which m in seconds
+    may change with size."""
     found = ""
     for name, what in (("device", "devices"), ("execution", "ways of execution"), ("gpus", "numbers of GPUs")):
         by_value: dict[str, list[str]] = {}
@@ -91,12 +92,12 @@ def _unusable(rows: pd.DataFrame) -> str | None:
         return f"runs to be compared were on {some(sorted(devices.dropna().unique()))}"
     if executed.nunique() > 1:
         return f"runs to be compared were executed in several ways: {some(sorted(executed.dropna().unique()))}"
-    for fused in (rows["fused_0"], rows["fused_1"]):  # arms differ in what one kernel does, runs of one arm must not
+    for fused in (rows["fused_0"], rows["fused_1"]):  # Arms may differ in what is fused; the runs of one arm must not.
         if (sets := fused.fillna("nothing")).nunique() > 1:
             return f"runs of one arm had different parts fused: {some(sorted(map(str, sets.unique())))}"
     for values, what in (
         (devices, "on which device"),
-        (executed, "how, compiled or fused or not,"),  # stores of older versions do not say
+        (executed, "how, compiled or fused or not,"),  # Stores of older versions did not record it.
         (gpus, "on how many GPUs"),
     ):
         if values.isna().any() and values.notna().any():
@@ -105,6 +106,8 @@ def _unusable(rows: pd.DataFrame) -> str | None:
 
 
 def _ratio(rows: pd.DataFrame, column: str, per_gpu: bool) -> float:
+    """The arm's mean FLOP/s over the baseline's at one size; NaN if it is not known. Without `per_gpu`, it is also NaN
+    if the arms used different numbers of GPUs."""
     counts = {*rows["gpus_0"].dropna(), *rows["gpus_1"].dropna()}
     rates = []
     for side in ("_0", "_1"):
@@ -122,11 +125,12 @@ def rates_of_throughput(
 ) -> Rates:
     """Relative speed from measured tokens a second (`logs.throughput.read_throughput`), compared at equal SETTING.
 
-    Each arm counts with the optimizer of its runs, and on as many GPUs if that was measured. Repeated measurements are
-    averaged; the ratios at several batches and sequence lengths are combined by their geometric mean, those of several
-    kinds (ONE_KIND), such as devices or commits, refused."""
+    Each arm's rows are those with the optimizer of its runs, and with their number of GPUs if that was measured.
+    Repeated measurements are averaged, and the ratios at several batches and sequence lengths are combined by their
+    geometric mean. There is no ratio over several devices or commits (ONE_KIND).
+    """
     found, reason, used = [], None, []
-    averaged: dict[str, set[str]] = {}  # by size, what differs among the settings whose mean is taken
+    averaged: dict[str, set[str]] = {}  # size -> names of settings that differ among those that were averaged
     for rows in sizes:
         size = str(rows["_size"].iloc[0])
         at_size = measured[measured["size"] == size]
@@ -146,8 +150,8 @@ def rates_of_throughput(
 
 
 def _of_its_runs(measured: pd.DataFrame, arm: str, runs: pd.DataFrame, end: str) -> pd.DataFrame:
-    """The rows of an arm with the optimizer of its runs, where both say which it was; and with as many GPUs, if there
-    are such rows. `end` is the ending of the arm's columns in `runs`."""
+    """The measured rows of an arm that apply to its runs: with the same optimizer, unless one side does not record it,
+    and with the same number of GPUs if there are such rows. `end` is the ending of the arm's columns in `runs`."""
     mine = measured[measured["arm"] == arm]
     optimizers = set(runs[RUNS_OPTIMIZER + end].dropna())
     if optimizers:
@@ -161,7 +165,8 @@ Settings = list[dict[str, str]]  # the values of SETTING at which throughput was
 
 
 def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> tuple[Settings, float | str]:
-    """The arm's tokens a second over the baseline's, or why there is none. `sides` are the rows of both."""
+    """(settings that were compared, the arm's tokens a second over the baseline's or why there is no ratio). `sides`
+    are the rows of the baseline and of the arm."""
     if lacking := [name for name, rows in zip((baseline, arm), sides, strict=True) if rows.empty]:
         return [], f"the throughput file has no {' and no '.join(lacking)}"
     keyed = [rows.fillna(dict.fromkeys((*SETTING, OPTIMIZER), "")).groupby(list(SETTING)) for rows in sides]
@@ -179,7 +184,7 @@ def _measured_ratio(sides: Sequence[pd.DataFrame], baseline: str, arm: str) -> t
 
 
 def _source(used: Settings, averaged: Mapping[str, set[str]]) -> str:
-    """Where throughput was measured, what about it differs from size to size, and what was averaged over at a size."""
+    """In words, where throughput was measured, which settings differ between sizes, and which were averaged over."""
     values = {name: sorted({setting[name] for setting in used} - {""}) for name in SETTING}
     text = f"throughput measured on {some(values['device']) or 'an unnamed device'}"
     text += ", not fused" if values["fused"] == ["False"] else ""
@@ -196,8 +201,10 @@ def _source(used: Settings, averaged: Mapping[str, set[str]]) -> str:
 
 
 def _other_vocabulary(used: Settings, sizes: Sequence[pd.DataFrame]) -> str:
-    """What is said where throughput was measured at another vocabulary than that of the runs: the LM head, which all
-    arms have, takes another share of the time then."""
+    """A remark if throughput was measured at another vocabulary than the runs', else "".
+
+    The LM head, which is the same for all arms, then takes another share of the time.
+    """
     measured = {setting["vocabulary"] for setting in used} - {""}
     runs = {f"{value:.0f}" for rows in sizes for side in ("_0", "_1") for value in rows[f"vocabulary{side}"].dropna()}
     if not measured or not runs or measured == runs:

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 def comparable(
     rows: pd.DataFrame, arm: str, baseline: str, column: str, failed: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, list[Tuned], list[str]]:
-    """Prepare the runs of two arms (rows that `usable` returned) for pairing: add the budget that each is paired on,
-    and keep the best learning rate of each arm, of which the rates of runs in `failed` are none. Also returns how the
-    rates were tuned, and lines for the reader on how budgets were matched and which rates are best. Raises Refusal
-    where an arm has no row."""
+    """Prepare the runs of two arms (rows that `usable` returned) for pairing.
+
+    Returns (rows, tuned, lines). `rows` have the budget that they are paired on, and are those at each arm's best
+    learning rate. `tuned` says how the rates were tuned; `failed` are runs that did not learn, whose rates are
+    unstable. `lines` tell the reader how budgets were matched, which rates are best, and what else differs between the
+    runs. Raises Refusal if an arm has no row.
+    """
     if absent := [each for each in (baseline, arm) if not rows["arm"].eq(each).any()]:
         raise Refusal(f"no run of {absent[0]} is among those that are compared")
     rows, how = with_budgets(rows, baseline, column)
@@ -40,7 +43,7 @@ def comparable(
 
 @dataclass(frozen=True)
 class Ready:
-    """What `comparable` returned for an arm."""
+    """The result of `comparable` for an arm and the baseline."""
 
     rows: pd.DataFrame
     tuned: list[Tuned]
@@ -50,8 +53,11 @@ class Ready:
 def every_arm(
     runs: pd.DataFrame, rows: pd.DataFrame, arms: Iterable[str], baseline: str, convention: str
 ) -> dict[str, Ready | Refusal]:
-    """Each arm's runs and the baseline's, ready for pairing, or why they are not. `rows` are those of `runs` that
-    `usable` returned. All arms are made ready before any is compared, as the rule of learning rates is of all."""
+    """For each arm, its runs and the baseline's ready for pairing, or why they cannot be paired.
+
+    `rows` are those of `runs` that `usable` returned. All arms are prepared before any is compared, since the rule of
+    learning rates is fitted to all of them (laws/rate_rule.py).
+    """
     failed = failed_runs(runs)
     found: dict[str, Ready | Refusal] = {}
     for arm in arms:
@@ -65,7 +71,7 @@ def every_arm(
 
 
 def _require_learned(rows: pd.DataFrame, arms: tuple[str, str]) -> None:
-    """Raises Refusal where an arm has no run that finished and learned."""
+    """Raises Refusal if an arm has no run that finished and learned."""
     for arm in arms:
         if not rows["arm"].eq(arm).any():
             raise Refusal(f"no run of {arm} has finished and learned")

@@ -1,7 +1,7 @@
 """Is m the same at every compute? A test of it, bounds on the change, and a test of correlated errors between sizes.
 
 A test that does not reject is no evidence of constancy: with few sizes it detects only large changes. So m is called
-constant only where the interval of its change is small (`change_bounds`), as in equivalence testing.
+constant only if the interval of its change is small (`change_bounds`), as in equivalence testing.
 
 Legend: K comparisons at once, S sizes.
 """
@@ -40,12 +40,12 @@ def constancy_p(
     """p-value [K] of the test that m is constant: how often, under a constant m, the trend of ln m is as strong as the
     observed one, by parametric bootstrap.
 
-    The t distribution would reject too often, since E and g are estimated from the same points. Losses y0, y1 [K, S] at
-    computes c0, c1 [S]; for a test in seconds give the arm's compute divided by its relative throughput. Simulated
-    losses follow the fitted law with constant m, with noise on the differences estimated from the local values, and
-    noise shared by the arms estimated from the fit's residuals. `irreducible_loss` is a stated E, which is then
-    not fitted. Resampling stops early once p can no longer come out below `until`; the p returned is then only known to
-    be at least `until`.
+    The t distribution would reject too often, since E and g are estimated from the same points. Losses y0, y1 [K, S]
+    are in nats a token, computes c0, c1 [S] in FLOPs; for a test in seconds give the arm's compute divided by its
+    relative throughput. Simulated losses follow the fitted law with constant m, with noise on the differences estimated
+    from the local values, and noise shared by the arms estimated from the fit's residuals. `irreducible_loss` is a
+    stated E, which is then not fitted. Resampling stops early once p can no longer come out below `until`; the p
+    returned is then only known to be at least `until`.
 
     With few sizes the residuals about the trend often have a small variance by chance, so the critical t is large.
     Repeated seeds bound this variance from below, in the data as in the resamples, in which the `noise` of each size is
@@ -70,13 +70,13 @@ def constancy_p(
 
 
 class _NullLaw:
-    """Simulates losses with a constant m and the estimated noise."""
+    """Simulates losses with a constant m and the noise that was estimated from the observed losses (`seen`)."""
 
     def __init__(self, seen: Local) -> None:
         c1, (y0, y1) = seen.c1, seen.losses
         sizes, law, mean = len(c1), seen.law, seen.mean[:, None]
         g, E, a1 = law.g[:, None], law.E[:, None], law.a1[:, None]
-        self.of_difference = np.sqrt(seen.variance)  # [K, S] nats a token
+        self.of_difference = np.sqrt(seen.variance)  # [K, S] standard deviation of the differences, nats a token
         residual = (y0 + y1 - 2 * E - seen.reducible - a1 * (c1 / law.unit) ** -g) / 2
         fitted = 3 if seen.irreducible_loss is None else 2
         shared = (residual**2).sum(axis=1) / max(sizes - fitted, 1) - seen.variance.mean(axis=1) / 4

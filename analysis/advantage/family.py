@@ -28,12 +28,14 @@ def at_once(found: Sequence[Multiplier]) -> list[Multiplier]:
 
 
 def _of_arm(item: Multiplier, arms: int) -> Multiplier:
+    """One of `arms` arms with its simultaneous intervals."""
     ci, status = _together(item, arms)
     wall, gpu = (_of_clock(clock, arms) for clock in (item.wall_clock, item.gpu_cost))
     return replace(item, family_ci=ci, family=arms, status=status, wall_clock=wall, gpu_cost=gpu)
 
 
 def _of_clock(clock: Clock | None, arms: int) -> Clock | None:
+    """The clock of one of `arms` arms with its simultaneous interval."""
     if clock is None:
         return None
     ci, status = _together(clock, arms)
@@ -41,7 +43,7 @@ def _of_clock(clock: Clock | None, arms: int) -> Clock | None:
 
 
 def _together(item: Multiplier | Clock, arms: int) -> tuple[Interval, str]:
-    """The interval of one of `arms` arms at once, and the status by it."""
+    """(simultaneous interval of one of `arms` arms, status with "not resolved" added if it contains 1)."""
     ci = item.interval_at(LEVEL / arms) if item.interval_at and arms > 1 else item.ci
     assert ci is not None
     status = item.status

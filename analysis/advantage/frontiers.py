@@ -22,8 +22,8 @@ from analysis.laws.isoflop import SAME_BUDGET, Optimum
 def frontier_multipliers(
     optima: Sequence[Optimum], baseline: str, convention: str, seed: int = 0
 ) -> tuple[list[Multiplier], list[str]]:
-    """Every arm's m against the baseline, over the budgets at which both have a valid optimum; and for each arm without
-    an m, one line that says why."""
+    """(every arm's m against the baseline over the budgets at which both have a valid optimum, for each arm without an
+    m one line that says why)."""
     good = [item for item in optima if item.status == "ok"]
     found, refused = [], []
     for arm in dict.fromkeys(item.arm for item in optima):
@@ -37,6 +37,7 @@ def frontier_multipliers(
 
 
 def _pairs(good: Sequence[Optimum], arm: str, baseline: str, convention: str) -> Pairs:
+    """The optima of an arm and the baseline paired by budget. Raises Refusal if they have fewer than two in common."""
     both = [
         (base, mine)
         for base in good

@@ -25,11 +25,12 @@ WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(
 
 
 def joint_interval(pairs: Pairs, level: float = SIGNIFICANCE) -> tuple[float, Interval | None] | None:
-    """m of the least-squares fit with E and exponent shared, and its profile interval by the F distribution, which
-    misses with probability `level` (None below three sizes). Values beyond LN_M are returned as 0 or infinity. The
-    result is None if every m fits equally well, as happens when losses do not fall with compute.
+    """(m of the least-squares fit with E and exponent shared, its profile interval by the F distribution).
 
-    All points count alike, also where the noise differs from size to size and the paired estimator weights by it.
+    The interval misses m with probability `level`, and is None below three sizes. Values beyond LN_M are returned as 0
+    or infinity. The result is None if every m fits equally well, as happens when losses do not fall with compute.
+
+    All points have equal weight, even if the noise differs between sizes, by which the paired estimator weights them.
     The law of both arms is E + a (k C)^-g, with k = m for the arm and 1 for the baseline. The interval contains every m
     at which the smallest residual sum of squares is at most RSS (1 + F / (n - 4)), n = 2 S.
     """
@@ -55,8 +56,10 @@ def joint_interval(pairs: Pairs, level: float = SIGNIFICANCE) -> tuple[float, In
 
 
 def _edge(rejected: Callable[[float], bool], inside: float, step: float) -> float:
-    """The ln m at which a test starts to reject, searched from `inside` in the direction of `step`. Infinite if it is
-    farther away than the width of LN_M; `inside` itself if `step` is 0, as for data without noise."""
+    """The ln m at which a test starts to reject, searched from `inside`, which it accepts, in the direction of `step`.
+
+    Infinite if it is farther away than the width of LN_M; `inside` itself if `step` is 0, as for data without noise.
+    """
     if step == 0:
         return inside
     outside = inside + step
@@ -96,7 +99,7 @@ def _profile(pairs: Pairs, ln_m: Floats) -> Floats:
 
 
 def aicc(pairs: Pairs) -> dict[str, float] | None:
-    """AICc of least-squares fits of each of MODELS (lower is better); None where points are too few."""
+    """AICc of the least-squares fit of each of MODELS (lower is better); None if there are too few points."""
     count = 2 * len(pairs.sizes)
     points = Points(
         loss=np.concatenate([pairs.y0, pairs.y1]),
@@ -117,6 +120,7 @@ def aicc(pairs: Pairs) -> dict[str, float] | None:
 
 def wild_cluster_interval(local: Local, seed: int = 0) -> Interval:
     """95% interval of m by the restricted wild cluster bootstrap-t: all m that its test does not reject at 5%.
+    "Restricted" means that the null hypothesis is imposed on the resamples.
 
     To test a value of ln m, the deviations of the local values from it are multiplied by random weights, one of Webb's
     six for each size; the value is rejected if the observed t is among the 5% most extreme. Coverage simulated at
@@ -125,7 +129,7 @@ def wild_cluster_interval(local: Local, seed: int = 0) -> Interval:
     Rademacher's two weights, the restricted one cannot reject any value below six sizes, so its interval is infinite.
     """
     values, weight, sizes = local.ln_m[0], local.weight[0], len(local.ln_m[0])
-    if len(WEBB) ** sizes // 2 <= DRAWS:  # all patterns, up to their sign: opposites give the same |t|
+    if len(WEBB) ** sizes // 2 <= DRAWS:  # Enumerate all patterns up to their sign, since opposites have the same |t|.
         signs = np.array(list(itertools.product(WEBB[:3], *[WEBB] * (sizes - 1))))
     else:
         signs = np.random.default_rng(seed).choice(WEBB, (DRAWS, sizes))

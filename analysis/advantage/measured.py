@@ -1,4 +1,4 @@
-"""Estimates the law and the noise from finished runs, as input to the simulation of a design (planning.py)."""
+"""Estimates the law and the noise from finished runs, as inputs to the simulation of a design (planning.py)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ class Assumption:
 
 
 def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, list[Assumption]]:
-    """The inputs of the simulation, estimated from the runs where they allow it and World's defaults otherwise; and the
-    source of each.
+    """(inputs of the simulation, source of each). Inputs that cannot be estimated from the runs are World's defaults.
 
     Seed noise is the standard deviation of paired seeds' loss differences over the square root of 2, pooled over arms
     and sizes; with one arm, the standard deviation over its seeds. The arms' noise is the part of the variance of the
@@ -62,9 +61,11 @@ def measured(runs: pd.DataFrame, baseline: str | None = None) -> tuple[World, li
 
 
 def seed_noise_by_size(runs: pd.DataFrame, ladder: Ladder, baseline: str | None = None) -> tuple[dict[str, float], str]:
-    """The standard deviation of a run's loss over seeds at each size of the ladder, a power of compute as in the
-    analysis (seeds.py), from the paired seeds of all arms; and its source in words. Empty where paired seeds are too
-    few to show how it changes with size."""
+    """(size -> standard deviation of a run's loss over seeds in nats a token, its source in words).
+
+    It is a power of compute as in the analysis (seeds.py), fitted to the paired seeds of all arms. Empty if there are
+    too few paired seeds to show how it changes with size.
+    """
     squares, dof = np.zeros(len(ladder.sizes)), np.zeros(len(ladder.sizes))
     for each in _paired(runs, baseline)[1]:
         for size, d in zip(each.sizes, each.differences, strict=True):
@@ -79,7 +80,7 @@ def seed_noise_by_size(runs: pd.DataFrame, ladder: Ladder, baseline: str | None 
 
 
 def _paired(runs: pd.DataFrame, baseline: str | None) -> tuple[pd.DataFrame, list[Pairs]]:
-    """The finished runs, and the pairs of every arm that can be compared over two sizes or more."""
+    """(the finished runs, the pairs of every arm that can be compared at two sizes or more)."""
     rows, _ = usable(runs)
     convention = choose_convention(runs)
     arms = list(dict.fromkeys(rows["arm"]))
@@ -88,7 +89,7 @@ def _paired(runs: pd.DataFrame, baseline: str | None) -> tuple[pd.DataFrame, lis
     baseline = choose_baseline(runs, baseline)
     paired: list[Pairs] = []
     for arm in arms:
-        with contextlib.suppress(Refusal):  # an arm that cannot be compared contributes nothing to the estimates
+        with contextlib.suppress(Refusal):  # An arm that cannot be compared contributes nothing to the estimates.
             two = rows[rows["arm"].isin([baseline, arm])]
             both, _, _ = comparable(two, arm, baseline, CONVENTIONS[convention], failed_runs(runs))
             paired += [pair(both, arm, baseline, convention)] if arm != baseline else []
@@ -96,7 +97,7 @@ def _paired(runs: pd.DataFrame, baseline: str | None) -> tuple[pd.DataFrame, lis
 
 
 def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[float, str] | None:
-    """The standard deviation of one run's loss over seeds, and its source in words; None without repeated seeds."""
+    """(standard deviation of one run's loss over seeds, its source in words); None without repeated seeds."""
     squares, dof, what = 0.0, 0, "paired seeds"
     for each in paired:
         squares += sum(float(((d - d.mean()) ** 2).sum()) for d in each.differences) / 2
@@ -111,13 +112,16 @@ def _seed_noise(paired: list[Pairs], rows: pd.DataFrame, column: str) -> tuple[f
 
 
 def _law(pairs: Pairs) -> Local:
+    """The paired estimate of one arm, under the law of a constant m."""
     return local_multipliers(pairs.c0, pairs.c1, pairs.y0[None], pairs.y1[None], noise=pairs.noise)
 
 
 def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dict[str, tuple[float, str]]:
-    """Standard deviations of the arms' noise and of the shared noise, each with its source in words. Variances are
-    pooled over the arms by degrees of freedom. What seeds explain is subtracted: the noise of each size's own, since
-    small models scatter more and have more seeds, or `seed_noise` of arms whose paired seeds show none."""
+    """Name of World's field -> (value, source in words), for the standard deviations `arm_noise` and `shared_noise`.
+
+    Variances are pooled over the arms by degrees of freedom. The part that seeds explain is subtracted: the seed noise
+    of each size, since small models scatter more and have more seeds, or `seed_noise` for arms without repeated seeds.
+    """
     own, shared, dof_own, dof_shared = 0.0, 0.0, 0, 0
     for pairs, local in laws:
         sizes, g, E = len(pairs.sizes), local.law.g[0], local.law.E[0]
@@ -140,6 +144,7 @@ def _noise_over_sizes(laws: list[tuple[Pairs, Local]], seed_noise: float) -> dic
 
 
 def _shape(pairs: Pairs, local: Local) -> dict[str, tuple[float, str]]:
+    """Name of World's field -> (value, source in words), for the parameters of the law."""
     law, source = local.law, f"measured: the law of {pairs.baseline} and {pairs.arm}"
     middle = float(np.exp(np.log(pairs.c0).mean()))
     reducible = float(law.a0[0] * (middle / law.unit) ** -law.g[0])

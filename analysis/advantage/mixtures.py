@@ -1,13 +1,17 @@
-"""Where runs that are compared do not share code, device, precision, execution (as fused), version of torch or size of
-the vocabulary: the two runs of a pair, runs at several learning rates of one arm and size, or one pair and another; and
-where arms differ in their recipe or seeds in what is known of them. What of a difference in loss may come from that, no
-statistic tells, so it is said."""
+"""Warnings where runs that are compared differ in more than the arm, from which a difference in loss may come as well.
+
+They may differ in code, device, precision, execution (such as fused kernels), version of torch or size of the
+vocabulary: within a pair, between the learning rates of one arm and size, or between pairs. Arms may differ in their
+recipe, and some runs may lack a fact that others record. No statistic tells how much of a difference in loss comes from
+these, so the reader is told.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from analysis.advantage.pairs import PAIRED_ON
 from analysis.logs.provenance import SEVERAL, SEVERAL_OF, short_commits
 from analysis.logs.schema import fact_columns
 from analysis.logs.selection import is_rate, some
@@ -15,32 +19,32 @@ from analysis.logs.selection import is_rate, some
 if TYPE_CHECKING:
     import pandas as pd
 
-ON = ["_size", "_budget", "_seed"]  # what runs are paired on
+
 RECIPE = "train."  # prefix of the facts of training
-OF_ATTEMPTS = ("code", "torch", "dtype", "device", "execution")  # which the attempts of one run may differ in
+OF_ATTEMPTS = ("code", "torch", "dtype", "device", "execution")  # kinds that may differ between attempts of one run
 KINDS = (*OF_ATTEMPTS, "vocabulary")
-MIXED = "several in one run"  # whose attempts differ
+MIXED = "several in one run"  # the value for a run whose attempts differ
 
 
 def mixtures(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
-    """A remark for each kind in which pairs of the two arms differ, with their number, the values and the pairs.
+    """A remark for each of KINDS in which the two runs of some pairs differ: how many pairs, the values, which pairs.
 
-    `runs` are those of both arms that are compared, with the columns that pairs are made on. What is not known of a
-    run is not compared.
+    Also a remark for each fact that only some runs of an arm record. `runs` are the runs of both arms that are
+    compared, with the columns PAIRED_ON. Kinds that a run does not record are not compared.
     """
     both = runs[runs["arm"].isin([arm, baseline])]
     return [*_remarks(both, arm, baseline), *_unrecorded(both)]
 
 
 def between_rates(runs: pd.DataFrame, rate: str | None) -> list[str]:
-    """For the reader: in which kinds the runs at several learning rates of one arm and size differ. The best rate is
-    then chosen by more than the rate. `runs` are those of both arms at all rates, which are in the column `rate`."""
+    """Lines for the reader on kinds that differ between the learning rates of one arm and size, where the choice of the
+    best rate may be due to them. `runs` are those of both arms at all rates, which are in the column `rate`."""
     if rate is None:
         return []
     found = []
     for kind, values in _known(runs):
-        unlike: dict[str, list[str]] = {}  # the values -> arms and sizes
-        for (arm, size, budget), rows in values.groupby(["arm", *ON[:2]], sort=False):
+        unlike: dict[str, list[str]] = {}  # the different values -> arms and sizes
+        for (arm, size, budget), rows in values.groupby(["arm", *PAIRED_ON[:2]], sort=False):
             of_rates = [set(part) for _, part in rows.groupby(rate)["_value"]]
             if any(each != of_rates[0] for each in of_rates):
                 named = some(sorted(set[str]().union(*of_rates)))
@@ -51,16 +55,16 @@ def between_rates(runs: pd.DataFrame, rate: str | None) -> list[str]:
 
 
 def between_pairs(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
-    """For the reader: of which kinds there are several, though the two runs of a pair share one. A loss difference is
-    then of the arms alone, but m may change with size for that reason. `runs` as for `mixtures`."""
+    """Lines for the reader on kinds that are equal within each pair but differ between pairs. A loss difference is then
+    due to the arms alone, but m may change with size because of the kind. `runs` as for `mixtures`."""
     found = []
     for kind, values in _known(runs[runs["arm"].isin([arm, baseline])]):
         of_size: dict[str, set[str]] = {}
-        for (size, _, _), rows in values.groupby(ON, sort=False):
+        for (size, _, _), rows in values.groupby(PAIRED_ON, sort=False):
             if rows["arm"].nunique() == 2 and rows["_value"].nunique() == 1:
                 of_size.setdefault(size, set()).add(str(rows["_value"].iloc[0]))
         if len(set[str]().union(*of_size.values())) > 1:
-            sizes: dict[str, list[str]] = {}  # by what their pairs are of
+            sizes: dict[str, list[str]] = {}  # value of the kind -> sizes
             for size, each in of_size.items():
                 sizes.setdefault(" and ".join(sorted(each)), []).append(size)
             where = "; ".join(f"{each} at {', '.join(at)}" for each, at in sizes.items())
@@ -69,7 +73,7 @@ def between_pairs(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
 
 
 def _known(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each kind in which the runs have several values, and the runs of which it is known, with it in `_value`."""
+    """(kind, runs that record it, with its value in a new column `_value`) for each kind that has several values."""
     for kind in OF_ATTEMPTS:
         values = _values(runs, kind)
         if values is not None and len({*values} - {""}) > 1:
@@ -78,11 +82,12 @@ def _known(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def recipes(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
-    """For the reader: in which parts of the recipe (facts of training) the arms differ where they are paired, since a
-    difference in loss is then of both. `runs` as for `mixtures`, at the learning rates that are compared."""
+    """Lines for the reader on parts of the recipe (facts of training) in which the paired arms differ, since a
+    difference in loss may then come from the recipe. `runs` as for `mixtures`, at the learning rates that are compared.
+    """
     found = []
     for name in [each for each in fact_columns(map(str, runs)) if each.startswith(RECIPE) and not is_rate(each)]:
-        sides = [runs.loc[runs["arm"] == each].groupby(ON[:2])[name] for each in (baseline, arm)]
+        sides = [runs.loc[runs["arm"] == each].groupby(PAIRED_ON[:2])[name] for each in (baseline, arm)]
         values = [{key: sorted(set(map(str, part.dropna()))) for key, part in side} for side in sides]
         if any(values[0][key] != values[1][key] for key in values[0].keys() & values[1].keys()):
             shown = [
@@ -93,9 +98,12 @@ def recipes(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
 
 
 def changing_facts(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
-    """For the reader: the settings of an arm that change with size, where those of the other do not change alike, as
-    the batch of a ladder does. By design, as a rank that grows with the width, or because two stores call two things by
-    one name: m is then of several arms. `runs` as for `mixtures`."""
+    """Lines for the reader on facts of an arm that change with size in another way than the other arm's.
+
+    (Facts that change in the same way in both arms, such as the batch of a ladder, need no remark.) This may be by
+    design, such as a rank that grows with the width, or because two stores give different arms one name; m is then that
+    of several arms. `runs` as for `mixtures`.
+    """
     names = [each for each in fact_columns(map(str, runs)) if not is_rate(each)]
     by_size = {side: rows.groupby("_size", sort=False) for side, rows in runs.groupby("arm")}
     values = {
@@ -121,8 +129,9 @@ def changing_facts(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
 
 
 def _unrecorded(runs: pd.DataFrame) -> Iterator[str]:
-    """Facts that some runs of an arm, size and budget have and others lack, which may be of another configuration."""
-    groups = runs.groupby(["arm", *ON[:2]])
+    """A remark for each fact that some runs of one arm, size and budget record and others do not, since the others may
+    have another configuration."""
+    groups = runs.groupby(["arm", *PAIRED_ON[:2]])
     for name in fact_columns(map(str, runs)):
         known = groups[name].transform("count")
         lacking = runs["run_id"][runs[name].isna() & (known > 0)]
@@ -131,12 +140,15 @@ def _unrecorded(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def _remarks(runs: pd.DataFrame, arm: str, baseline: str) -> Iterator[str]:
+    """A remark for each of KINDS that differs within pairs."""
     for kind in KINDS:
         values = _values(runs, kind)
         if values is None:
             continue
         by_key: dict[tuple[str, str, float], dict[str, set[str]]] = {}
-        for key, side, value in zip(zip(*(runs[name] for name in ON), strict=True), runs["arm"], values, strict=True):
+        for key, side, value in zip(
+            zip(*(runs[name] for name in PAIRED_ON), strict=True), runs["arm"], values, strict=True
+        ):
             by_key.setdefault(key, {}).setdefault(side, set()).add(value)
         pairs = {key: of[arm] | of[baseline] for key, of in by_key.items() if arm in of and baseline in of}
         known = {key: {value for value in both if value} for key, both in pairs.items()}
@@ -150,8 +162,10 @@ def _remarks(runs: pd.DataFrame, arm: str, baseline: str) -> Iterator[str]:
 
 
 def _values(runs: pd.DataFrame, kind: str) -> list[str] | None:
-    """What each run was trained by; "" where it is not known, and None where no run says. Runs of the same commit or
-    of the same deciding modules have the same code."""
+    """The value of a kind for each run, "" if the run does not record it; None if no run records it.
+
+    Runs have the same code if they have the same commit, or the same hash of the modules that decide an outcome.
+    """
     column = "code_commit" if kind == "code" else kind
     if column not in runs or runs[column].isna().all():
         return None
@@ -159,13 +173,14 @@ def _values(runs: pd.DataFrame, kind: str) -> list[str] | None:
     if kind == "code":
         if "code_sha256" in runs:
             sha256 = runs["code_sha256"].astype("string")
-            first = found.groupby(sha256).transform("first")  # one commit stands for all that share these modules
+            first = found.groupby(sha256).transform("first")  # One commit stands for all with the same modules.
             found = found.where(sha256.isna() | found.str.contains(SEVERAL, regex=False), first)
     elif kind in OF_ATTEMPTS and "clock" in runs:
         found = found.mask(found.isna() & runs["clock"].eq("mixed").fillna(False), MIXED)
-    return [str(value).replace("; ", " and ") for value in found.fillna("")]  # "; " divides the remarks of a status
+    return [str(value).replace("; ", " and ") for value in found.fillna("")]  # "; " separates the remarks of a status.
 
 
 def _name(key: tuple[str, str, float]) -> str:
+    """A pair's (size, budget, seed) as text."""
     size, budget, seed = key
     return " ".join([size, *([budget] if budget else []), *([f"seed {seed:g}"] if seed >= 0 else [])])

@@ -68,14 +68,13 @@ def multipliers(
     resamples: int = 999,
     seed: int = 0,
 ) -> tuple[list[Multiplier], list[str]]:
-    """Every arm's multiplier against the baseline; and lines that say which arms have none, and why.
+    """(every arm's multiplier against the baseline, lines that say which arms have none and why).
 
     `irreducible_losses` are stated values of E (nats a token), used instead of fitting it: the first for the headline,
     all of them for the sensitivity. A table of points may state them in a column stated_E. With E stated, an arm with a
     single size gets its local m, by the exponent of the baseline, without an interval. The wall-clock multiplier uses
     measured `throughput` (`logs.throughput.read_throughput`) if given, else the runs' own clocks. `at` are computes in
-    FLOPs, at which m is told, too, however far they lie from the runs'. Raises Refusal
-    where no arm has a multiplier.
+    FLOPs at which m is given as well, even if they are far from the runs'. Raises Refusal if no arm has a multiplier.
     """
     rows, excluded = usable(runs)
     baseline = choose_baseline(runs, baseline)
@@ -197,8 +196,8 @@ def compare(
 
 
 def _irreducible_losses(pairs: Pairs, stated: Sequence[float]) -> Sequence[float]:
-    """The stated irreducible losses; those assumed for two sizes, which cannot identify it; else none. Raises
-    ValueError where one is not below every loss."""
+    """The stated irreducible losses; if none are stated, those assumed for two sizes, which cannot identify it; else
+    none. Raises Refusal if one is not below every loss."""
     least = float(min(pairs.y0.min(), pairs.y1.min()))
     if not stated and len(pairs.sizes) == 2:
         stated = [E for E in ASSUMED_IRREDUCIBLE_LOSSES if least > E]
@@ -216,7 +215,7 @@ def _with_clocks(item: Multiplier, pairs: Pairs, held: Sequence[float], resample
 def _with_checks(
     item: Multiplier, pairs: Pairs, others: dict[str, Pairs], found: _Estimate, held: Sequence[float], stated: bool
 ) -> Multiplier:
-    """The multiplier with m by other estimators, with sizes left out, at other irreducible losses, and against C."""
+    """The multiplier with its checks: m by other estimators, with sizes left out, at other E, and against compute."""
     several = len(pairs.sizes) >= 3
     shown = found.changing if found.varies else found.local
     return replace(
@@ -235,7 +234,7 @@ class _Estimate:
     """The headline estimate, with the tests of its assumptions."""
 
     verdict: Verdict
-    at_top: Answer  # at the largest compute
+    at_top: Answer  # m at the largest compute
     headline: Answer
 
     @property
@@ -255,6 +254,7 @@ class _Estimate:
 
     @property
     def varies(self) -> bool:
+        """Whether the test rejects that m is constant."""
         return self.p is not None and self.p < SIGNIFICANCE
 
     def interval_at(self, level: float) -> Interval:
@@ -269,6 +269,7 @@ class _Estimate:
 
 
 def _estimate(pairs: Pairs, irreducible_loss: float | None, resamples: int, seed: int) -> _Estimate:
+    """The headline estimate of pairs at two sizes or more; `irreducible_loss` is a stated E, or None to fit it."""
     verdict = judge(
         pairs.c0,
         pairs.c1,
@@ -286,12 +287,12 @@ def _estimate(pairs: Pairs, irreducible_loss: float | None, resamples: int, seed
 
 
 def _clock(pairs: Pairs, rates: Floats, irreducible_loss: float | None, resamples: int, seed: int) -> Clock | None:
-    """m in measured seconds; None where a rate is not known. `rates` [S] are the arm's FLOPs a second over the
-    baseline's. Dividing the arm's compute by them expresses it in the baseline's seconds: an arm half as fast then
-    costs twice its compute.
+    """m in measured seconds; None if a rate is not known. `rates` [S] are the arm's FLOP/s over the baseline's.
+    Dividing the arm's compute by them expresses it in the baseline's seconds: an arm half as fast then costs twice its
+    compute.
 
-    The whole estimate is repeated, with its test of constancy: if rates change with size, m in seconds changes even
-    where m in compute is constant.
+    The whole estimate is repeated, with its test of constancy: if rates change with size, m in seconds changes even if
+    m in compute is constant.
     """
     if np.isnan(rates).any():
         return None
@@ -315,7 +316,10 @@ def _clock(pairs: Pairs, rates: Floats, irreducible_loss: float | None, resample
 
 
 def _stated_irreducible_losses(rows: pd.DataFrame) -> tuple[float, ...]:
-    """The irreducible losses that a table of points states in its column stated_E, where spaces separate them."""
+    """The irreducible losses in the column stated_E of a table of points, in which they are separated by spaces.
+
+    Raises Refusal if rows differ, or hold something else than numbers.
+    """
     if "stated_E" not in rows or rows["stated_E"].isna().all():
         return ()
     texts = rows["stated_E"].dropna().astype(str).unique()
@@ -369,6 +373,7 @@ def _over_budgets(ci: Interval, budgets: Sequence[OfBudget]) -> Interval:
 
 
 def _budget_remarks(budgets: Sequence[OfBudget], p: float | None) -> Iterator[str]:
+    """A warning if m depends on the budget."""
     if p is not None and p < SIGNIFICANCE:
         at = ", ".join(f"{item.m:.3f} at {item.budget}" for item in budgets)
         yield f"m depends on the budget (p = {p:.3f}): {at}"

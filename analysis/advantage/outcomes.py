@@ -1,8 +1,8 @@
-"""Compare arms on any metric of the log, such as accuracy on a recall task, by differences of means.
+"""Compares arms on any metric of the log, such as accuracy on a recall task, by differences of means.
 
 Runs are paired as for the multiplier: on size, budget and seed, each arm at its best learning rate. No law of compute
-is fitted. At each size the mean difference over seeds has an interval (shares.py). Over three or more sizes the mean of
-the sizes' differences has t's, with sizes as replicates, as in the paired estimator of m.
+is fitted. At each size the mean difference over seeds has an interval (shares.py). Over three or more sizes, the mean
+of the sizes' differences has Student's t interval, with sizes as replicates, as in the paired estimator of m.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis.advantage.comparable import comparable
 from analysis.advantage.mixtures import mixtures
-from analysis.advantage.pairs import nothing_in_common, usable
+from analysis.advantage.pairs import PAIRED_ON, nothing_in_common, usable
 from analysis.advantage.shares import LEVEL, Interval, difference_interval, over_sizes, share_interval
 from analysis.advantage.unresolved import UNRESOLVED
 from analysis.errors import Refusal
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 
 FEWEST_SIZES = 3  # over which the mean of the sizes' differences gets an interval
 ALL_SIZES = "all sizes"
-KEY = ["_size", "_budget", "_seed"]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How many of some runs succeeded, and the 95% Clopper-Pearson interval of the share."""
+    """How many of the runs succeeded, and the 95% Clopper-Pearson interval of the share."""
 
     successes: int
     of: int
@@ -51,7 +50,7 @@ class Outcome:
     task: str
     metric: str
     size: str
-    budget: str  # "" where each size has one
+    budget: str  # "" if each size has one budget
     arm: str
     baseline: str
     seeds: int  # of the arm; over all sizes, at the size with fewest
@@ -60,18 +59,18 @@ class Outcome:
     least: float
     most: float
     difference: float | None = None  # arm less baseline; None for the baseline itself
-    ci: Interval | None = None  # 95%, of the difference
-    family_ci: Interval | None = None  # the same for all `family` differences of this kind at once (Bonferroni)
-    family: int = 1
-    method: str | None = None  # how the interval was made
-    success: Rate | None = None  # of the arm's runs, where the task has a metric "success"
-    loss: float | None = None  # mean loss of the same answers, nats for each target
+    ci: Interval | None = None  # 95% interval of the difference
+    family_ci: Interval | None = None  # simultaneous 95% interval of `family` differences (Bonferroni)
+    family: int = 1  # number of differences at single sizes, or of those over all sizes
+    method: str | None = None  # how the interval was computed
+    success: Rate | None = None  # of the arm's runs, if the task has a metric "success"
+    loss: float | None = None  # mean loss on the same held-out set, nats a target
     status: str = "ok"  # "ok", or why no difference is shown
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What `compare_metric` found: a row for each arm and size, the baseline's first, and what was left out."""
+    """The result of `compare_metric`: a row for each arm and size, the baseline's first, and the runs left out."""
 
     rows: tuple[Outcome, ...]
     excluded: tuple[Excluded, ...]
@@ -81,12 +80,12 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row whose interval is made when it is known how many there are."""
+    """A row whose simultaneous interval is computed later, when the number of differences is known."""
 
     outcome: Outcome
-    interval: Callable[[float], tuple[Interval | None, str | None]] | None = None  # of the level
-    no_interval: str = ""  # why it gives none
-    failed: Sequence[str] = ()  # which runs of the two arms did not learn
+    interval: Callable[[float], tuple[Interval | None, str | None]] | None = None  # level -> (interval, method)
+    no_interval: str = ""  # why `interval` returns None
+    failed: Sequence[str] = ()  # remarks on runs of the two arms that did not learn
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Side:
-    """One arm's values by size and budget, each a column of seeds: `value`, and `success` and `loss` where known."""
+    """One arm's values: for each (size, budget) a table with a row for each seed.
+
+    Its columns are `value`, and `success` and `loss_beside`, which are NaN if not known.
+    """
 
     arm: str
     cells: dict[tuple[str, str], pd.DataFrame]
@@ -118,9 +120,9 @@ def compare_metric(
 ) -> Outcomes:
     """Every arm against the baseline on one metric, task by task.
 
-    `values` are the final values of the metric (logs.metrics.values_of). From `everything`, those of all metrics
-    (logs.metrics.final_metrics), success and loss of the same answers are shown beside. Raises Refusal where there
-    is nothing to compare.
+    `values` are the final values of the metric (logs.metrics.values_of). `everything` has those of all metrics
+    (logs.metrics.final_metrics), of which success and loss on the same held-out set are added to each row. Raises
+    Refusal if there is nothing to compare.
     """
     parts = [
         _of_task(runs, mine, _beside(mine, everything), baseline, convention)
@@ -140,14 +142,17 @@ def compare_metric(
 
 
 def _beside(mine: pd.DataFrame, everything: pd.DataFrame | None) -> pd.DataFrame:
-    """`mine` with the columns success and loss of the same held-out set, the part of the metric's name after an @."""
+    """`mine` with the columns `success` and `loss_beside` on the same held-out set.
+
+    A metric on a further held-out set is named METRIC@SET, so these are then success@SET and loss@SET.
+    """
     if everything is None:
         return mine.assign(success=np.nan, loss_beside=np.nan)
     task, metric = mine["task"].iloc[0], str(mine["metric"].iloc[0])
     _, at, where = metric.partition("@")
     for column, name in (("success", f"success{at}{where}"), ("loss_beside", f"loss{at}{where}")):
         other = everything[(everything["task"] == task) & (everything["metric"] == name)]
-        own = name == metric  # then the value is not repeated
+        own = name == metric  # Do not repeat the metric's own value.
         other = other[["run_id", "value"]].rename(columns={"value": column})
         mine = mine.assign(**{column: np.nan}) if own else mine.merge(other, on="run_id", how="left")
     return mine
@@ -156,8 +161,10 @@ def _beside(mine: pd.DataFrame, everything: pd.DataFrame | None) -> pd.DataFrame
 def _of_task(
     runs: pd.DataFrame, mine: pd.DataFrame, measured: pd.DataFrame, baseline: str | None, convention: str | None
 ) -> _Part:
-    """The comparison on one task. The runs that were trained on the same task as those with a value take part, so that
-    one without a value is named."""
+    """The comparison on one task.
+
+    All runs trained on the same tasks as those with a value take part, so that a run without a value is reported.
+    """
     trained_on = runs["task"].fillna("")
     runs = runs[trained_on.isin(trained_on[runs["run_id"].isin(mine["run_id"])])]
     done, excluded = usable(runs)
@@ -187,7 +194,7 @@ def _of_task(
             refusals.append(notes[-1])
             continue
         at_rates |= dict.fromkeys(tuned)
-        notes += [line for line in lines if line not in rates.notes(tuned)]  # the baseline's rates are said once
+        notes += [line for line in lines if line not in rates.notes(tuned)]  # Notes on rates are added at the end.
         notes += [f"{arm} and {baseline}: {remark}" for remark in mixtures(both, arm, baseline)]
         failed = unlearned(two, both, rate_column(both)) if tuned else unlearned(two)
         notes += uncounted(two, failed)
@@ -198,7 +205,7 @@ def _of_task(
         rows += [_Row(_alone(sides[0], cell, names)) for cell in sides[0].cells if cell not in shown]
         compared = list(_against(sides[1], sides[0], names, [each.remark for each in failed.values()]))
         rows += compared
-        if not any(row.interval for row in compared):  # the status of each row tells it in a table
+        if not any(row.interval for row in compared):  # In a table each row's status says so.
             why, remedy = nothing_in_common({each: both[both["arm"] == each] for each in (baseline, arm)})
             if len(without := absent["run_id"][absent["arm"].isin([baseline, arm])]):
                 remedy = f"give it to more runs, of which {some(without)} lack it"
@@ -207,8 +214,10 @@ def _of_task(
 
 
 def _one_sided(done: pd.DataFrame, runs: pd.DataFrame, baseline: str, name: str) -> str | None:
-    """A line for the reader where the finished runs that have the metric `name` are not of the baseline and of another
-    arm, though the runs are."""
+    """A line for the reader if the baseline, or every other arm, has no finished run with the metric `name`; else None.
+
+    Also None if there is no other arm at all.
+    """
     have, arms = set(done["arm"]), list(dict.fromkeys(runs["arm"]))
     others = [arm for arm in arms if arm != baseline]
     lacking = [baseline] if baseline not in have else [arm for arm in others if arm not in have]
@@ -219,11 +228,11 @@ def _one_sided(done: pd.DataFrame, runs: pd.DataFrame, baseline: str, name: str)
 
 
 def _side(both: pd.DataFrame, measured: pd.DataFrame, arm: str) -> _Side:
-    """One arm's values; replicates of a seed are averaged."""
+    """One arm's values, smallest size first. Replicates of a seed are averaged."""
     rows = both[both["arm"] == arm].merge(measured[["run_id", "value", "success", "loss_beside"]], on="run_id")
     rows = rows.sort_values("parameters", kind="stable")
-    means = rows.groupby(KEY, sort=False)[["value", "success", "loss_beside"]].mean().reset_index()
-    return _Side(arm, {(str(s), str(b)): part for (s, b), part in means.groupby(KEY[:2], sort=False)})
+    means = rows.groupby(PAIRED_ON, sort=False)[["value", "success", "loss_beside"]].mean().reset_index()
+    return _Side(arm, {(str(s), str(b)): part for (s, b), part in means.groupby(PAIRED_ON[:2], sort=False)})
 
 
 def _alone(side: _Side, cell: tuple[str, str], names: Mapping[str, str]) -> Outcome:
@@ -248,7 +257,7 @@ def _alone(side: _Side, cell: tuple[str, str], names: Mapping[str, str]) -> Outc
 
 
 def _against(side: _Side, base: _Side, names: Mapping[str, str], failed: Sequence[str]) -> Iterator[_Row]:
-    """An arm's values at each size and budget with their difference from the baseline's, then over all sizes."""
+    """An arm's rows at each size and budget, with the difference from the baseline, and then the row over all sizes."""
     alone, differences = [], dict[str, list[float]]()
     for cell, part in side.cells.items():
         row = _alone(side, cell, names)
@@ -282,7 +291,7 @@ def _against(side: _Side, base: _Side, names: Mapping[str, str], failed: Sequenc
 
 
 def _at_once(rows: Sequence[_Row]) -> Iterator[Outcome]:
-    """The rows with their intervals. Those at single sizes are one family, those over all sizes another."""
+    """The rows with their intervals. Rows at single sizes form one family, rows over all sizes another."""
     for row in rows:
         if row.interval is None:
             yield row.outcome

@@ -24,17 +24,17 @@ from analysis.advantage.seeds import NoiseBySize, difference_variance
 from analysis.laws.solver import Floats
 
 EXPONENTS = (0.005, 2.0)  # bounds of g
-GRID = 48  # values of log g in the first, coarse search
-FINE = 9  # values of log g around the best one, in every refinement
+GRID = 48  # number of values of log g in the first, coarse search
+FINE = 9  # number of values of log g around the best one in every refinement
 ZOOMS = 5  # refinements, each of which narrows the range of log g by a factor of about FINE / 2
-REFITS = 3  # of the law with a changing m: each brings ln m ten times nearer its limit, to .0001
+REFITS = 3  # refits of the law with a changing m; each brings ln m ten times closer to its limit, at last to .0001
 TILTS = (-0.9, 3.0)  # bounds of d ln m / d ln C
 LARGEST = 300.0  # bound of |ln m|, so that exp stays finite
 MOST_SHARE = 0.999  # bound of (y0 - y1) / r; an arm whose loss is below the estimated E gets a lower bound as local m
 
 
 def ratio(ln_m: float) -> float:
-    """exp(ln_m), clipped to be finite: ln m is unbounded for arms whose losses no compute would make equal."""
+    """exp(ln_m), clipped to be finite, since ln m is unbounded for arms whose losses no compute would make equal."""
     return math.exp(min(max(float(ln_m), -LARGEST), LARGEST))
 
 
@@ -55,8 +55,8 @@ class SharedLaw:
 def shared_law(
     c0: Floats, c1: Floats, y0: Floats, y1: Floats, irreducible_loss: float | None = None, tilt: Floats | None = None
 ) -> SharedLaw:
-    """Least-squares fit to losses y0, y1 [K, S] at computes c0, c1 [S], given `tilt` [K]. `irreducible_loss` is a
-    stated E, which is then not fitted."""
+    """Least-squares fit to losses y0, y1 [K, S] (nats a token) at computes c0, c1 [S] (FLOPs), given `tilt` [K], by
+    default 0. `irreducible_loss` is a stated E, which is then not fitted."""
     tilt = np.zeros(len(y0)) if tilt is None else tilt
     unit = float(np.exp(np.log(np.concatenate([c0, c1])).mean()))
     logs = np.log(c0 / unit), (1 + tilt[:, None, None]) * np.log(c1 / unit)
@@ -77,8 +77,8 @@ def shared_law(
 
 
 def _parabola_minimum(x: Floats, y: Floats) -> Floats:
-    """The x [K] of the minimum of each row of y [K, G] at evenly spaced x [K, G], by the parabola through the smallest
-    value and its two neighbours."""
+    """The x [K] of the minimum of each row of y [K, G], given at evenly spaced x [K, G], by the parabola through the
+    smallest value and its two neighbours."""
     rows, best = np.arange(len(x)), np.clip(np.argmin(y, axis=1), 1, x.shape[1] - 2)
     below, least, above = (y[rows, best + shift] for shift in (-1, 0, 1))
     bend = below - 2 * least + above
@@ -89,8 +89,8 @@ def _parabola_minimum(x: Floats, y: Floats) -> Floats:
 def _given_exponent(
     log_g: Floats, logs: tuple[Floats, Floats], losses: tuple[Floats, Floats], limits: tuple[Floats, Floats]
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """The best E (within `limits`), a0, a1 and their residual sum of squares, each [K, G], at the exponents exp(log_g)
-    [K, G]. `logs` are the arms' log computes and broadcast to [K, G, S]."""
+    """(E, a0, a1, residual sum of squares) of the best fit at the exponents exp(log_g), each [K, G], with E within
+    `limits`. `logs` are the arms' log computes, which broadcast to [K, G, S]; `losses` are [K, S]."""
     g = np.exp(log_g)[:, :, None]
     middle = losses[0].mean(axis=1, keepdims=True)  # subtracted, to avoid cancellation in the sums of squares
     top, bottom = np.zeros(log_g.shape), np.zeros(log_g.shape)
@@ -152,8 +152,8 @@ def local_multipliers(
     irreducible_loss: float | None = None,
     noise: NoiseBySize | None = None,
 ) -> Local:
-    """The paired estimator of losses y0, y1 [K, S] at computes c0, c1 [S], S >= 2, by a law with a constant m. Without
-    `noise` all sizes' loss differences are taken to be equally noisy."""
+    """The paired estimator for losses y0, y1 [K, S] (nats a token) at computes c0, c1 [S] (FLOPs), S >= 2, by a law
+    with a constant m. Without `noise`, the loss differences of all sizes are taken to be equally noisy."""
     return by_law(shared_law(c0, c1, y0, y1, irreducible_loss), c0, c1, (y0, y1), irreducible_loss, noise)
 
 
@@ -174,8 +174,11 @@ def changing_multipliers(local: Local) -> Local:
 
 
 def of_law(law: SharedLaw, like: Local, losses: tuple[Floats, Floats] | None = None) -> Local:
-    """The paired estimator of the same points (or of other `losses` there) by another law. The variances stay those
-    about a constant m: a change of m counts as scatter, which only brings the weights nearer those for equal noise."""
+    """The paired estimator for the points of `like`, or for other `losses` [K, S] there, by another law.
+
+    The variances stay those about a constant m. So a change of m counts as scatter, which only brings the weights
+    closer to those for equal noise.
+    """
     points = like.c0, like.c1, losses or like.losses, like.irreducible_loss
     return by_law(law, *points, like.noise, like.variance)
 
@@ -231,9 +234,11 @@ def by_law(
 
 
 def _law_error(slopes: list[Floats], residual: Floats) -> tuple[Floats, int]:
-    """Covariance [K, 2, 2] of the last two parameters, and its degrees of freedom, from the derivatives (`slopes`) and
-    residuals [K, S] of the arms' mean loss. The mean contains the errors that the arms share, which cancel in the
-    differences but do affect the law."""
+    """(covariance [K, 2, 2] of the last two parameters, its degrees of freedom).
+
+    `slopes` are the derivatives of the arms' mean loss in the parameters, and `residual` its residuals, [K, S] each.
+    The mean contains the errors that the arms share, which cancel in the differences but do affect the law.
+    """
     jacobian = np.stack(slopes, axis=2)
     dof = max(residual.shape[1] - len(slopes), 1)
     gram = jacobian.transpose(0, 2, 1) @ jacobian
@@ -271,8 +276,8 @@ class Trend:
 
 
 def trend(local: Local, at: float, at_least_seeds: bool = False) -> Trend:
-    """The line, evaluated at compute `at` (FLOPs); S >= 3. With `at_least_seeds`, the variances of slope and height are
-    held to be at least those that repeated seeds show."""
+    """The weighted regression line, evaluated at compute `at` (FLOPs); S >= 3. With `at_least_seeds`, the variances of
+    slope and height are at least those due to seed noise."""
     x, sizes = np.log(local.c0), len(local.c0)
     middle = (local.weight * x).sum(axis=1, keepdims=True)
     lever = (local.weight * (x - middle) ** 2).sum(axis=1, keepdims=True)
@@ -292,7 +297,7 @@ def trend(local: Local, at: float, at_least_seeds: bool = False) -> Trend:
 
     own, law, own_dof = variances(for_height)
     total = np.maximum(own + law, 1e-300)
-    # Of the shares, since squares of small variances underflow; arms with equal losses have no variance at all.
+    # Use shares of the total, since squares of small variances underflow. Arms with equal losses have no variance.
     by_share = (own / total) ** 2 / own_dof + (law / total) ** 2 / local.law_dof
     dof = 1 / np.maximum(by_share, 1 / sizes)
     slope_error = np.sqrt(np.maximum(sum(variances(for_slope)[:2]), 1e-300))

@@ -1,5 +1,4 @@
-"""Which runs may be compared: tables that cannot support a claim are refused; runs without a partner are left out and
-listed.
+"""Pairs the runs of an arm and a baseline: refuses what cannot be compared, and lists runs that are left out.
 
 Runs are paired on size, budget and seed. Several runs of an arm that agree in all three are replicates, and averaged.
 Runs of one arm, size and budget that differ in their configuration are refused by name, except in declared [vary] axes
@@ -26,8 +25,8 @@ from analysis.logs.throughput import RUNS_OPTIMIZER
 if TYPE_CHECKING:
     import pandas as pd
 
-ON = ["_size", "_budget", "_seed"]  # what pairs are made on
-UNSEEDED = -1  # stands for a missing seed, since not every version of pandas merges missing keys with each other
+PAIRED_ON = ["_size", "_budget", "_seed"]  # the columns that runs are paired on
+UNSEEDED = -1  # stands for a missing seed, since not all versions of pandas merge missing keys with each other
 
 
 @dataclass(frozen=True)
@@ -43,23 +42,25 @@ class Pairs:
     y0: Floats  # [S] the baseline's loss, nats a token
     y1: Floats  # [S] the arm's
     seeds: tuple[int, ...]  # paired seeds at each size
-    differences: tuple[Floats, ...]  # for each size, y0 - y1 of each seed; a single value where seeds are not paired
+    differences: tuple[Floats, ...]  # for each size, y0 - y1 of each seed; a single value if seeds are not paired
     rates: Rates  # the arm's speed relative to the baseline
     excluded: tuple[Excluded, ...]
-    cells: tuple[Cell, ...] = ()  # every paired size and budget; empty where each size has one budget
-    budgets: tuple[str, ...] = ()  # the budgets averaged over, which every size has; empty where each size has one
+    cells: tuple[Cell, ...] = ()  # every paired size and budget; empty if each size has one budget
+    budgets: tuple[str, ...] = ()  # the budgets averaged over, which every size has; empty if each size has one
     # For each size: losses of replicates without a seed (equal arm, size and budget), one array for each group of them.
     replicates: tuple[tuple[Floats, ...], ...] = ()
 
     @property
     def noise(self) -> NoiseBySize | None:
-        """What repeated seeds and replicates show of the noise of each size; None where nothing was repeated."""
+        """The seed noise of each size, from repeated seeds and replicates; None if nothing was repeated."""
         return noise_by_size(self.c0, self.differences, self.seeds, self.replicates)
 
 
 def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
-    """The finished rows, with the size and seed that they are paired on in new columns `_size` and `_seed`; and the
-    rows left out. Raises Refusal where a row names no arm."""
+    """(the finished rows with new columns `_size` and `_seed` on which they are paired, the rows left out).
+
+    Raises Refusal if a row names no arm.
+    """
     nameless = runs[runs["arm"].isna()]
     if len(nameless):
         raise Refusal(f"no arm in {some(nameless['run_id'])}; add a column arm, or name it with --columns arm=...")
@@ -68,8 +69,8 @@ def usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Excluded]]:
 
 
 def size_key(runs: pd.DataFrame) -> pd.Series:
-    """The key by which sizes are paired: the column size, or N where some row lacks a size. Raises Refusal where
-    both are missing."""
+    """The key by which sizes are paired: the column size, or N if some row lacks a size. Raises Refusal if some row
+    then lacks N as well."""
     if runs["size"].notna().all():
         return runs["size"].astype("string")
     if runs["parameters"].notna().all():
@@ -80,7 +81,7 @@ def size_key(runs: pd.DataFrame) -> pd.Series:
 
 def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with the values of the sweep's declared [vary] axes appended to `_budget`, so that runs are paired at
-    equal values. The factor of the learning rate is excepted, since each arm is compared at its own best rate."""
+    equal values. Learning rates are excepted, since each arm is compared at its own best rate."""
     budget = runs["_budget"]
     for name in axis_columns(map(str, runs)):
         if not is_rate(name) and runs[name].nunique() > 1:
@@ -90,7 +91,7 @@ def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def require_one_configuration(runs: pd.DataFrame) -> None:
-    """Raises Refusal where runs of one arm, size and budget differ in their configuration, other than the rate."""
+    """Raises Refusal if runs of one arm, size and budget differ in their configuration, other than learning rates."""
     for name in fact_columns(map(str, runs)):
         if is_rate(name) or name.endswith("seed"):
             continue
@@ -106,10 +107,12 @@ def require_one_configuration(runs: pd.DataFrame) -> None:
 
 
 def averaged(runs: pd.DataFrame) -> list[str]:
-    """For the reader, the replicates of each arm: runs that `pair` averages, since a size, a budget and a seed are the
-    same. Rows without a seed are no such runs: each counts as a seed, and their number is told."""
+    """Lines for the reader on replicates: runs of an arm with the same size, budget and seed, which `pair` averages.
+
+    Rows without a seed are not among them: each counts as a seed of its own, and their number is reported.
+    """
     seeded = runs[runs["_seed"] != UNSEEDED]
-    repeated = seeded[seeded.duplicated(["arm", *ON], keep=False)]
+    repeated = seeded[seeded.duplicated(["arm", *PAIRED_ON], keep=False)]
     return [
         f"runs of {arm} with the same size and seed but another loss are averaged ({some(rows['run_id'])})"
         for arm, rows in repeated.groupby("arm")
@@ -124,22 +127,25 @@ def pair(
     excluded: Iterable[Excluded] = (),
     throughput: pd.DataFrame | None = None,
 ) -> Pairs:
-    """Pair `arm` with `baseline` by size, budget and seed. `runs` and `excluded` are what `usable` returned, the runs
-    with their budgets (`budgets.with_budgets`). Measured `throughput`, if given, is used instead of the runs' clocks.
-    Raises Refusal where the arms have no pair, or all sizes have the same compute."""
+    """Pair `arm` with `baseline` by size, budget and seed.
+
+    `runs` and `excluded` are the results of `usable`, the runs with their budgets (`budgets.with_budgets`). Measured
+    `throughput`, if given, is used instead of the runs' clocks. Raises Refusal if the arms have no pair, or if all
+    sizes have the same compute.
+    """
     import pandas as pd
 
     column = CONVENTIONS[convention]
     absent = [name for name in ("clock", "execution", "fused", RUNS_OPTIMIZER, "vocabulary") if name not in runs]
     runs = runs.assign(**dict.fromkeys(absent, pd.Series(pd.NA, index=runs.index, dtype="string")))
     clock = ["device", "gpus", "execution", "fused", "clock", "train_seconds"]
-    used = runs[["run_id", "arm", *ON, "loss", "tokens", *clock, RUNS_OPTIMIZER, "vocabulary", column]]
+    used = runs[["run_id", "arm", *PAIRED_ON, "loss", "tokens", *clock, RUNS_OPTIMIZER, "vocabulary", column]]
     sides = {name: used[used["arm"] == name] for name in (baseline, arm)}
-    both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=ON, suffixes=("_0", "_1"))
+    both = pd.merge(*(_one_row_a_key(side, column) for side in sides.values()), on=PAIRED_ON, suffixes=("_0", "_1"))
     if both.empty:
         raise Refusal("; ".join(nothing_in_common(sides)))
     matched = set(_keys(both))
-    by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(ON[:2])}
+    by_cell = {(str(size), str(budget)): rows for (size, budget), rows in both.groupby(PAIRED_ON[:2])}
     ends = (f"{column}_0", f"{column}_1", "loss_0", "loss_1")
     cells = [Cell(*key, *(float(rows[name].mean()) for name in ends)) for key, rows in by_cell.items()]
     sizes, budgets = full_grid(cells)
@@ -183,7 +189,7 @@ def pair(
 
 
 def nothing_in_common(sides: dict[str, pd.DataFrame]) -> tuple[str, str]:
-    """For two arms without a pair: the first of size, budget and seed in which no value is common, and the remedy."""
+    """(reason, remedy) for two arms without a pair: the first of size, budget and seed in which they share no value."""
     for column, name in (("_size", "size"), ("_budget", "budget"), ("_seed", "seed")):
         of_arm = {arm: set(rows[column]) for arm, rows in sides.items()}
         if not set.intersection(*of_arm.values()):
@@ -200,12 +206,15 @@ def nothing_in_common(sides: dict[str, pd.DataFrame]) -> tuple[str, str]:
 
 
 def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One arm's rows with replicates averaged, and their number in `_count`. Averaged rows keep the run_id and device
-    of the first replicate; those that differ in what decides a clock, or lack some of it, have the clock "mixed"."""
-    if not side.duplicated(ON).any():
+    """One arm's rows with replicates averaged, and the number of replicates in a new column `_count`.
+
+    An averaged row keeps the run_id and device of its first replicate. If replicates differ in a column that decides
+    their clock, or some lack it, the row's clock is "mixed".
+    """
+    if not side.duplicated(PAIRED_ON).any():
         return side.assign(_count=1)
     means = ["loss", "train_seconds", column]
-    groups = side.groupby(ON, sort=False)
+    groups = side.groupby(PAIRED_ON, sort=False)
     averaged = groups.first().assign(_count=groups.size())
     averaged[means] = groups[means].mean()
     for name in ("device", "execution", "fused", "clock", "gpus"):
@@ -215,8 +224,11 @@ def _one_row_a_key(side: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _fewest_seeds(rows: pd.DataFrame) -> int:
-    """The number of paired seeds at one size, at the budget that has fewest. Replicates without a seed count as seeds;
-    where the arms have different numbers of them, the smaller counts. Those of a seed that has a number count once."""
+    """The number of paired seeds at one size, at the budget that has fewest.
+
+    Replicates without a seed count as seeds, as many as the arm with fewer has. Replicates of a numbered seed count
+    once.
+    """
     counts = rows[["_count_0", "_count_1"]].min(axis=1).where(rows["_seed"].eq(UNSEEDED), 1)
     return int(counts.groupby(rows["_budget"]).sum().min())
 
@@ -235,18 +247,21 @@ def _keys(rows: pd.DataFrame) -> list[tuple[str, str, float]]:
 def _replicates(
     sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]], sizes: list[str]
 ) -> tuple[tuple[Floats, ...], ...]:
-    """At each of `sizes`, for each arm and each paired budget with several runs without a seed: their losses, sorted.
-    Runs that repeat a seed by its number have its noise in common, and do not show it."""
+    """For each of `sizes`: the sorted losses of each group of runs without a seed that have equal arm, size and budget.
+
+    Runs that repeat a numbered seed share its noise, so they do not show it and are left out.
+    """
     found: dict[str, list[Floats]] = {size: [] for size in sizes}
     for side in sides.values():
-        repeated = side[side.duplicated(ON, keep=False) & side["_seed"].eq(UNSEEDED)]
-        for key, rows in repeated.groupby(ON):
+        repeated = side[side.duplicated(PAIRED_ON, keep=False) & side["_seed"].eq(UNSEEDED)]
+        for key, rows in repeated.groupby(PAIRED_ON):
             if key in matched and str(key[0]) in found:
                 found[str(key[0])].append(np.sort(rows["loss"].to_numpy(float)))
     return tuple(map(tuple, found.values()))
 
 
 def _without_partner(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]]) -> Iterator[Excluded]:
+    """The runs of each arm that the other arm has no partner for."""
     several = any((side["_budget"] != "").any() for side in sides.values())
     what = "size, budget and seed" if several else "size and seed"
     for side, other in zip(sides.values(), reversed(sides), strict=True):
@@ -257,6 +272,7 @@ def _without_partner(sides: dict[str, pd.DataFrame], matched: set[tuple[str, str
 def _off_the_grid(
     sides: dict[str, pd.DataFrame], matched: set[tuple[str, str, float]], sizes: list[str], budgets: list[str]
 ) -> Iterator[Excluded]:
+    """The paired runs outside of the complete grid of sizes and budgets."""
     outside = {key for key in matched if key[0] not in sizes or key[1] not in budgets}
     for side in sides.values() if outside else ():
         rows = side[[key in outside for key in _keys(side)]]
@@ -264,8 +280,8 @@ def _off_the_grid(
 
 
 def _require_a_ladder(pairs: Pairs) -> None:
-    """Raises Refusal where all sizes have the same compute, or the same budgets: no law of compute can be fitted to
-    them."""
+    """Raises Refusal if all sizes have the same compute or the same budgets of compute, to which no law of compute can
+    be fitted."""
     if len(pairs.sizes) > 1 and pairs.c0.max() <= ALIKE * pairs.c0.min():
         several = len(pairs.budgets) > 1
         same = f"the same {len(pairs.budgets)} budgets of compute" if several else "the same compute"
@@ -276,7 +292,7 @@ def _require_a_ladder(pairs: Pairs) -> None:
 
 
 def curve(runs: pd.DataFrame, arm: str, convention: str) -> tuple[Floats, Floats]:
-    """Compute and loss of every size of one arm, [S] each, seeds averaged. `runs` is what `usable` returned."""
+    """(compute in FLOPs, loss) of every size of one arm, [S] each, averaged over seeds; `runs` are from `usable`."""
     column = CONVENTIONS[convention]
     means = runs[runs["arm"] == arm].groupby("_size")[[column, "loss"]].mean().sort_values(column)
     return means[column].to_numpy(float), means["loss"].to_numpy(float)

@@ -1,4 +1,4 @@
-"""Power analysis before a sweep is run: simulate which advantage its sizes and seeds could resolve.
+"""Power analysis before a sweep is run: simulates which advantage its sizes and seeds could resolve.
 
 Every simulated sweep is analysed as `multiplier.compare` would: the paired estimator, the bootstrap test that m is
 constant, the switch to m at the largest compute where that test rejects, the interval of all the design's arms at once,
@@ -28,7 +28,7 @@ from analysis.logs.selection import choose_convention
 if TYPE_CHECKING:
     import pandas as pd
 
-UNNAMED = "all"  # the arm of a table that names none
+UNNAMED = "all"  # name of the arm in a table that names none
 FEWEST_SIZES = 3
 SIMULATIONS = 1000
 RESAMPLES = 199  # of the bootstrap test that m is constant
@@ -38,50 +38,50 @@ LN_M = np.log(np.array([1.01, 1.02, 1.03, 1.04, 1.05, 1.07, 1.1, 1.15, 1.2, 1.3,
 
 @dataclass(frozen=True)
 class Ladder:
-    """What a design would train: the baseline's FLOPs at each size, smallest first, and one arm's GPU hours."""
+    """The sizes that a design would train, smallest first."""
 
     sizes: tuple[str, ...]
-    compute: Floats  # [S]
-    gpu_hours: Floats  # [S] of one run; NaN where unknown
-    seeds: tuple[int, ...] = ()  # of each size, as the design has them
-    seed_noise: tuple[float, ...] = ()  # of a run at each size, in place of World's
+    compute: Floats  # [S] FLOPs of one run of the baseline
+    gpu_hours: Floats  # [S] of one run; NaN if unknown
+    seeds: tuple[int, ...] = ()  # [S] number of seeds at each size in the design
+    seed_noise: tuple[float, ...] = ()  # [S] nats a token, of a run at each size, in place of World's
 
     def smallest(self, sizes: int) -> Ladder:
-        """The design of these smallest sizes alone."""
+        """The design with only its smallest `sizes` sizes."""
         return Ladder(*(getattr(self, item.name)[:sizes] for item in fields(self)))
 
 
 @dataclass(frozen=True)
 class World:
-    """The true law and the standard deviations of the errors in a simulation, all in nats a token."""
+    """The true law of a simulation, and the standard deviations of its errors; losses and errors in nats a token."""
 
     irreducible_loss: float = 1.7
-    reducible_loss: float = 1.3  # at the geometric middle of the compute of all the ladder's sizes
+    reducible_loss: float = 1.3  # at the geometric mean of the compute of all the ladder's sizes
     exponent: float = 0.15
     seed_noise: float | tuple[float, ...] = 0.002  # of each run, or of a run at each size
     arm_noise: float = 0.002  # of each arm at a size, which more seeds do not average out
     shared_noise: float = 0.005  # of a size, shared by the arms
-    correlation: float = 0.0  # between neighbouring sizes, of the arm noise and of the shared noise; none of seed noise
+    correlation: float = 0.0  # of the arm noise, and of the shared noise, between neighbouring sizes
 
 
 @dataclass(frozen=True)
 class Prospect:
-    """What a sweep over the smallest `sizes` of the ladder, with `seeds` seeds, would show of an arm of constant m."""
+    """The simulated result of a sweep over the smallest `sizes` of the ladder with `seeds` seeds, at a constant m."""
 
     sizes: int
-    seeds: int | tuple[int, ...]  # or those of each size
-    power: float  # chance of resolving the requested m, by the interval of all arms at once
-    smallest_m: float | None  # the least m resolved with 80% power, by interpolation; None beyond 2
+    seeds: int | tuple[int, ...]  # at every size, or at each
+    power: float  # chance of resolving the requested m, by the simultaneous interval of all arms
+    smallest_m: float | None  # the smallest m resolved with 80% power, by interpolation; None above 2
     coverage: float  # how often the reported 95% interval contains the requested m
     half_width: float  # of the reported interval of ln m, median over simulations
     called_varying: float  # how often the test wrongly rejects that m is constant
     flops: float  # of both arms
-    gpu_hours: float  # of both arms; NaN where unknown
+    gpu_hours: float  # of both arms; NaN if unknown
 
 
 def cheapest(found: Sequence[Prospect]) -> Prospect | None:
-    """The design with the fewest GPU hours (FLOPs where hours are not known) among those that resolve the requested m
-    with a power of at least POWER; None if there is none."""
+    """The design with the fewest GPU hours (FLOPs if hours are not known) among those that resolve the requested m with
+    a power of at least POWER; None if there is none."""
     able = [item for item in found if item.power >= POWER]
     return min(able, key=lambda item: item.flops if np.isnan(item.gpu_hours) else item.gpu_hours, default=None)
 
@@ -95,10 +95,12 @@ def prospects(
     seed: int = 0,
     arms: int = 1,
 ) -> Iterator[Prospect]:
-    """Simulate each number of sizes from FEWEST_SIZES on, adding the next larger size each time, with each number of
-    seeds; None stands for the seeds that each size of the design has. One arm is simulated; it is resolved as one of
-    `arms` that are compared with the baseline (family.py). Raises ValueError for fewer sizes and for an m that is not
-    positive, or is 1."""
+    """Simulate designs: the smallest FEWEST_SIZES sizes, then one more size each time, each with every number of
+    `seeds`, in which None stands for the seeds that each size of the ladder has.
+
+    One arm is simulated. It is resolved as one of `arms` that are compared with the baseline (family.py). Raises
+    ValueError for fewer than FEWEST_SIZES sizes, and for an m that is 1 or not positive.
+    """
     if len(ladder.sizes) < FEWEST_SIZES:
         raise ValueError(f"a design needs {FEWEST_SIZES} sizes; got {len(ladder.sizes)}")
     if not 0 < m < np.inf or m == 1:
@@ -106,19 +108,20 @@ def prospects(
     for sizes in range(FEWEST_SIZES, len(ladder.sizes) + 1):
         for repeats in seeds:
             part = ladder.smallest(sizes)
-            # By the same law: its reducible loss at the middle of all sizes is given, and is larger at that of fewer.
+            # Keep the law: `reducible_loss` is given at the mean compute of all sizes, and is larger at that of fewer.
             reducible = world.reducible_loss * (middle(part.compute) / middle(ladder.compute)) ** -world.exponent
             yield _prospect(part, m, repeats, replace(world, reducible_loss=reducible), simulations, seed, arms)
 
 
 def middle(compute: Floats) -> float:
-    """The geometric middle of computes [S]."""
+    """The geometric mean of computes [S]."""
     return float(np.exp(np.log(compute).mean()))
 
 
 def _prospect(
     ladder: Ladder, m: float, repeats: int | None, world: World, simulations: int, seed: int, arms: int
 ) -> Prospect:
+    """Simulate one design with `repeats` seeds at every size, or with the ladder's own."""
     seeds = ladder.seeds if repeats is None else (repeats,) * len(ladder.sizes)
     world = replace(world, seed_noise=ladder.seed_noise or world.seed_noise)
     asked = Simulated(ladder.compute, np.log(m), seeds, world, simulations, seed)
@@ -142,7 +145,8 @@ def _prospect(
 
 
 def _smallest(power: Callable[[float], float]) -> float | None:
-    """The m whose power is POWER, between two of LN_M found by bisection; None if the last of these has less."""
+    """The m whose power is POWER, interpolated between two of LN_M that bisection finds; None if the last of LN_M has
+    less power. `power` is a function of ln m."""
     below, above = -1, len(LN_M) - 1
     powers = {-1: 0.0, above: power(LN_M[above])}
     if powers[above] < POWER:
@@ -162,7 +166,7 @@ class Simulated:
         self,
         compute: Floats,
         ln_m: float,
-        seeds: int | Sequence[int],  # of every size, or of each
+        seeds: int | Sequence[int],  # at every size, or at each
         world: World,
         simulations: int,
         seed: int,
@@ -184,7 +188,7 @@ class Simulated:
         self.local = local_multipliers(compute, compute, losses[0], losses[1], noise=self.noise)
         self.changing = changing_multipliers(self.local)
         least = seed_noise(self.local)
-        self.noise_floor = np.zeros(simulations) if least is None else least  # the smallest |ln m| that counts
+        self.noise_floor = np.zeros(simulations) if least is None else least  # [K] the smallest |ln m| above seed noise
 
     def constancy(self, asked: Bools) -> Floats:
         """p-value [K] of the test that m is constant; 1 where the mask `asked` [K] is false. A p above SIGNIFICANCE is
@@ -198,7 +202,7 @@ class Simulated:
         return p
 
     def resolved(self, p: Floats, arms: int = 1) -> Bools:
-        """Whether the interval of all `arms` at once excludes 1 and m exceeds the bound set by seed noise [K]."""
+        """Whether the simultaneous interval of `arms` arms excludes 1 and m exceeds the bound set by seed noise [K]."""
         ln_m, low, high = reported(self.local, p, self.changing, level=LEVEL / arms)
         return ((low > 0) | (high < 0)) & (np.abs(ln_m) >= self.noise_floor)
 
@@ -210,7 +214,7 @@ class Simulated:
 
 
 def in_order(errors: Floats, correlation: float) -> Floats:
-    """Turn independent normal errors [..., S] into a first-order autoregression over the sizes, of equal variance."""
+    """Independent normal errors [..., S] turned into a first-order autoregression over sizes of the same variance."""
     found = errors.copy()
     for i in range(1, errors.shape[-1]):
         found[..., i] = correlation * found[..., i - 1] + np.sqrt(1 - correlation**2) * errors[..., i]
@@ -218,7 +222,7 @@ def in_order(errors: Floats, correlation: float) -> Floats:
 
 
 def _as_finished(table: pd.DataFrame) -> pd.DataFrame:
-    """Planned runs as finished ones, with every column of a run; trunks are left out, as their branches count."""
+    """Planned runs as a table of finished runs with all its columns, without trunks, which branches include."""
     import pandas as pd
 
     table = table.assign(**{name: None for name in ("run_id", *RUN_COLUMNS) if name not in table})
@@ -229,13 +233,13 @@ def _as_finished(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _in_every_arm(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Of each row of `_as_finished`, whether every arm has its size and seed."""
+    """For each row of `_as_finished`, whether every arm has its size and seed."""
     cells = rows.assign(_size=size_key(rows), _seed=rows["seed"].astype("Float64").fillna(-1.0))
     return cells.groupby(["_size", "_seed"])["arm"].transform("nunique") == cells["arm"].nunique()
 
 
 def unpaired(table: pd.DataFrame) -> str | None:
-    """A line on the sizes and the number of seeds that do not count, as some arm lacks them; None without any."""
+    """A line on the sizes and seeds that do not count because some arm lacks them; None if there are none."""
     rows = _as_finished(table)
     shared, sizes = _in_every_arm(rows), size_key(rows)
     if shared.all():
@@ -246,8 +250,8 @@ def unpaired(table: pd.DataFrame) -> str | None:
 
 
 def whole_cost(table: pd.DataFrame) -> str | None:
-    """A line on what all runs of a design cost, where an arm has several of a size and seed, as at other learning
-    rates; None where none has."""
+    """A line on the cost of all runs of a design, if an arm has several of a size and seed, for example at other
+    learning rates; else None."""
     rows = _as_finished(table)
     if not rows[rows["seed"].notna()].assign(_size=size_key(rows)).duplicated(["arm", "_size", "seed"]).any():
         return None
@@ -306,11 +310,12 @@ def ladder_of(table: pd.DataFrame, baseline: str | None = None, gpu_flops: float
 
 
 def _any(table: pd.DataFrame, name: str) -> bool:
+    """Whether the table has a value in this column."""
     return name in table and bool(table[name].notna().any())
 
 
 def plan_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """What `dynconv plan SWEEP --format json` prints as a table, with a column vary.AXIS for each axis of the sweep."""
+    """The rows of `dynconv plan SWEEP --format json` as a table, with a column vary.AXIS for each axis of the sweep."""
     import pandas as pd
 
     axes = [{f"{AXIS_PREFIX}{axis}": value for axis, value in (row.get("vary") or {}).items()} for row in rows]
@@ -318,6 +323,7 @@ def plan_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def read_plan(path: Path) -> list[dict[str, Any]]:
+    """The rows in a file that `dynconv plan SWEEP --format json` printed. Raises ValueError for any other file."""
     try:
         plan = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

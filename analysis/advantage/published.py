@@ -1,9 +1,9 @@
 """Measured runs beside published rows: the differences that an ablation makes in perplexity and in loss.
 
 A measured run belongs to a published row by the facts in its own record, never by its name. Every fact that the row
-states must be equal, except those that the row calls free because they go with the size of a model, such as the rank in
-an ablation of the width. Free facts must agree within an ablation; where they are not the published ones, the answer
-says so. Where the facts fit several arms, which differ in something that is not published, none of them is taken.
+states must be equal, except those that the row calls free because they depend on the size of a model, such as the rank
+in an ablation of the width. Free facts must agree within an ablation; if they are not the published ones, the answer
+says so. If the facts fit several arms, which differ in something that is not published, none of them is taken.
 Perplexities of different models on different texts cannot be compared, but the difference that a change makes in log
 perplexity can be set beside the difference that it makes in our loss.
 """
@@ -35,7 +35,7 @@ NEEDED = ("ablation", "setting", "reference", "perplexity", "free", "source")
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One published perplexity, and what its model is made of."""
+    """One published perplexity, and the facts of its model."""
 
     ablation: str
     setting: str
@@ -47,24 +47,25 @@ class PublishedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """A published row, and the measured runs of one size that have its facts; None where there are none."""
+    """A published row beside the measured runs of one size that have its facts. Without such runs, fields are None."""
 
     ablation: str
     setting: str
     perplexity: float  # published
-    published_difference: float | None  # of log perplexity from the reference's; None for the reference itself
+    published_difference: float | None  # of log perplexity from the reference's; None for the reference
     size: str | None = None
     arm: str | None = None
     seeds: int | None = None
     loss: float | None = None  # mean held-out loss, nats a token
     difference: float | None = None  # of the loss from the reference's, paired by seed
-    ci: Interval | None = None  # 95%
-    differs: str | None = None  # free facts that are not the published ones
+    ci: Interval | None = None  # 95% interval of `difference`
+    differs: str | None = None  # free facts whose values are not the published ones
     status: str = "missing"  # "ok", "missing", "reference", or why the difference is not resolved
 
 
 def read_published(folder: Path) -> list[PublishedRow]:
-    """The rows of ablations.csv. Raises ValueError where the file is not there, or is none of this kind."""
+    """The rows of ablations.csv. Raises Refusal if the file is missing or lacks a column, or an ablation does not have
+    exactly one reference."""
     import pandas as pd
 
     path = folder / FILE
@@ -93,8 +94,8 @@ def read_published(folder: Path) -> list[PublishedRow]:
 
 def beside_published(runs: pd.DataFrame, published: Sequence[PublishedRow]) -> list[Beside]:
     """Every published row with the measured runs that have its facts, at each size and budget that has the reference
-    and another row of the ablation. A row without such runs has the status "missing". Raises ValueError where no run
-    has finished, or losses are not in nats a token."""
+    and another row of the ablation. A row without such runs has the status "missing". Raises Refusal if no run has
+    finished, or if losses are not in nats a token."""
     if loss_unit(runs) != NATS:
         raise Refusal(f"published perplexities compare with losses in nats/token; got {loss_unit(runs)}")
     finished(runs)  # refuses what supports no comparison
@@ -117,8 +118,8 @@ def beside_published(runs: pd.DataFrame, published: Sequence[PublishedRow]) -> l
 
 
 def _varied(published: Sequence[PublishedRow]) -> set[str]:
-    """The facts in which published rows differ. A run must have recorded these; one that does not know a setting which
-    all rows share was made before there was a choice."""
+    """The facts in which published rows differ, which a run must have recorded. A run without a fact that all rows
+    share was made before there was a choice, so it has the shared value."""
     values: dict[str, set[str]] = {}
     for row in published:
         for name, value in row.facts.items():
@@ -129,9 +130,12 @@ def _varied(published: Sequence[PublishedRow]) -> set[str]:
 def _arms_of(
     runs: pd.DataFrame, rows: Sequence[PublishedRow], varied: set[str]
 ) -> dict[str, tuple[list[str], dict[str, str]]] | None:
-    """Setting -> the arms that have its facts and the first one's own facts, among the runs of one size. None unless
-    the reference and another row are there. Where the free facts of arms differ, those arms count that agree in them
-    and make up most of the ablation. Of several that could be the reference, it is the baseline of the runs' sweep."""
+    """Setting -> (arms that have its facts, facts of the first arm), among the runs of one size.
+
+    None unless the reference and another row have arms. If the free facts of arms differ, the arms with the values that
+    most rows of the ablation have are taken. Of several arms that fit the reference, it is the baseline of the runs'
+    sweep.
+    """
     facts_of = {str(arm): _facts(mine) for arm, mine in runs.groupby("arm", sort=False)}
 
     def free(row: PublishedRow, facts: dict[str, str]) -> tuple[tuple[str, str | None], ...]:
@@ -160,7 +164,7 @@ def _arms_of(
 
 
 def _facts(runs: pd.DataFrame) -> dict[str, str]:
-    """The facts that all these runs share, as the text that a published row has for them."""
+    """The facts that all these runs share, as text in the form of published rows."""
     found = {}
     for name in fact_columns(map(str, runs)):
         values = runs[name].dropna().unique()
@@ -175,7 +179,7 @@ def _text(value: Any) -> str:
 
 
 def _fits(row: PublishedRow, facts: dict[str, str], varied: set[str]) -> bool:
-    """Whether facts of measured runs are those that the published row states, apart from its free ones."""
+    """Whether the facts of measured runs are those that the published row states, apart from its free ones."""
     stated = {name: value for name, value in row.facts.items() if name not in row.free}
     return all(facts.get(name, None if name in varied else value) == value for name, value in stated.items())
 
@@ -183,7 +187,7 @@ def _fits(row: PublishedRow, facts: dict[str, str], varied: set[str]) -> bool:
 def _measured(
     runs: pd.DataFrame, rows: Sequence[PublishedRow], arms: dict[str, tuple[list[str], dict[str, str]]], size: str
 ) -> Iterator[Beside]:
-    """The rows of an ablation beside the runs of one size, whose arms are given by setting."""
+    """The rows of an ablation beside the runs of one size. `arms` is the result of `_arms_of`."""
     reference = next(row for row in rows if row.reference)
     bases = arms[reference.setting][0]
     runs = runs[runs["arm"].isin([names[0] for names, _ in arms.values() if len(names) == 1])]
@@ -231,6 +235,7 @@ def _several(arms: Sequence[str]) -> str:
 
 
 def _unmeasured(row: PublishedRow, rows: Sequence[PublishedRow], size: str | None = None) -> Beside:
+    """A published row of the ablation `rows` without measured runs."""
     reference = next(other for other in rows if other.reference)
     difference = None if row.reference else math.log(row.perplexity / reference.perplexity)
     return Beside(

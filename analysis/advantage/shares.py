@@ -1,12 +1,12 @@
 """Intervals of differences of means, for few seeds and for outcomes that may be 0 or 1.
 
-Outcomes of recall tasks are often bimodal: a run solves the task or does not. t's interval over seeds is wrong for
-them: where 80% of one arm's runs solve a task and 20% of the other's, it covers the difference of mean accuracies in
-.70 with 3 seeds and in .88 with 5 (4,000 simulations). So outcomes that are 0 or 1, and shares (values between 0 and 1)
-of which some are near 1 and others are not, or whose differences do not vary, have another one. It is made of the
-Clopper-Pearson intervals of both means, combined as in Newcombe (1998, Statistics in Medicine 17, method 10), and does
-not use that seeds are paired. For shares it is conservative, because among outcomes between 0 and 1 with a given mean
-those that are 0 or 1 vary most.
+Outcomes of recall tasks are often bimodal: a run solves the task or does not. Student's t interval over seeds is wrong
+for them: if 80% of one arm's runs solve a task and 20% of the other's, it covers the difference of mean accuracies in
+.70 with 3 seeds and in .88 with 5 (4,000 simulations). Another interval is used for outcomes that are 0 or 1, and for
+shares (values between 0 and 1) of which some are near 1 and others are not, or whose differences do not vary. It
+combines the Clopper-Pearson intervals of both means as in Newcombe (1998, Statistics in Medicine 17, method 10), and
+ignores that seeds are paired. For shares it is conservative: among outcomes between 0 and 1 with a given mean, those
+that are 0 or 1 vary most.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from analysis.laws.solver import Floats
 
 Interval = tuple[float, float]
 LEVEL = 0.05
-SOLVED, UNSOLVED = 0.9, 0.5  # shares of which some are above and others below count as bimodal
-NO_SPREAD = 1e-12  # differences whose standard error is below this share of the values are rounding errors
+SOLVED, UNSOLVED = 0.9, 0.5  # Shares are bimodal if some are at least SOLVED and others at most UNSOLVED.
+NO_SPREAD = 1e-12  # Differences whose standard error is below this share of the values are rounding errors.
 
 
 def share_interval(mean: float, count: int, level: float = LEVEL) -> Interval:
-    """Clopper and Pearson's interval (1934) of a probability, from the mean of `count` outcomes that are 0 or 1."""
+    """Clopper and Pearson's interval (Biometrika 26, 1934, 404) of a probability, from the mean of `count` outcomes
+    that are 0 or 1. `level` is the probability that it misses."""
     k = mean * count
     low = 0.0 if k <= 0 else float(betaincinv(k, count - k + 1, level / 2))
     high = 1.0 if k >= count else float(betaincinv(k + 1, count - k, 1 - level / 2))
@@ -33,7 +34,8 @@ def share_interval(mean: float, count: int, level: float = LEVEL) -> Interval:
 
 
 def difference_interval(y1: Floats, y0: Floats, level: float = LEVEL) -> tuple[Interval | None, str | None]:
-    """The interval of the mean of y1 - y0 [p], which are paired, and how it was made; None where there is none."""
+    """(interval of the mean of y1 - y0, how it was computed) for paired y1, y0 [n]. `level` is the probability that it
+    misses. (None, None) for a single pair, and for differences that do not vary and are not of shares."""
     if len(y1) < 2:
         return None, None
     both = np.concatenate([y1, y0])
@@ -51,7 +53,8 @@ def difference_interval(y1: Floats, y0: Floats, level: float = LEVEL) -> tuple[I
 
 
 def over_sizes(d: Floats, level: float = LEVEL) -> tuple[Interval | None, str | None]:
-    """t's interval of the mean of the sizes' differences d [S]; None where they do not vary."""
+    """(Student's t interval of the mean of the sizes' differences d [S], how it was computed); (None, None) if they do
+    not vary. `level` is the probability that it misses."""
     error = float(d.std(ddof=1)) / math.sqrt(len(d))
     if error <= NO_SPREAD * max(1.0, float(np.abs(d).max())):
         return None, None

@@ -20,7 +20,7 @@ from analysis.advantage.paired import REFITS, Local, SharedLaw, of_law, shared_l
 from analysis.laws.solver import Floats
 
 LARGEST_SHIFT = 0.5  # bound of the shift, as a share of the smallest loss
-LEAST_LEFT = 1e-3  # lower bound of the arm's loss above E, as a share of the baseline's: m is infinite where it is 0
+LEAST_LEFT = 1e-3  # lower bound of the arm's loss above E, over the baseline's; m would be infinite if it were 0
 STEP = 1e-4  # relative step of finite differences
 
 
@@ -34,8 +34,8 @@ class Shifted:
     t: Floats  # [K] shift over its standard error
 
     def at(self, compute: float) -> Student:
-        """The estimate of ln m at a compute (FLOPs), weighted by how much better a shift fits. Its variance
-        is at least that which the seeds of each size show."""
+        """The estimate of ln m at a compute (FLOPs), with `support` by how much better a shift fits than none. Its
+        variance is at least that due to the seed noise of each size."""
         law, sizes = self.local.law, self.difference.shape[1]
         ln_m, left, own = _height(self.local, self.difference, law.g, law.a0, compute)
         own_dof = np.full_like(own, sizes - 2)
@@ -77,8 +77,8 @@ def _line(local: Local, difference: Floats, law: SharedLaw, g: Floats, a0: Float
 
 
 def _around_the_middle(local: Local, x: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """The sizes' shares in the fit of the line [K, S], by their inverse variances; the weighted mean of x [K]; the
-    distances of the x [K, S] from it; and their weighted mean square [K]."""
+    """(weights of the sizes in the fit of the line [K, S], by their inverse variances; weighted mean of x [K];
+    deviations of x from it [K, S]; their weighted mean square [K])."""
     share = 1 / (local.variance / local.variance.max(axis=1, keepdims=True))
     share /= share.sum(axis=1, keepdims=True)
     middle = (share * x).sum(axis=1)
@@ -87,7 +87,7 @@ def _around_the_middle(local: Local, x: Floats) -> tuple[Floats, Floats, Floats,
 
 
 def _share_of_sizes(local: Local, compute: float) -> Floats:
-    """What each size's loss difference adds to the height of the line at a compute [K, S]."""
+    """The factor [K, S] of each size's loss difference in the height of the line at a compute (FLOPs)."""
     law = local.law
     x, at = (law.a0[:, None] * (c / law.unit) ** -law.g[:, None] for c in (local.c1, np.array([compute])))
     share, middle, away, lever = _around_the_middle(local, x)
@@ -96,7 +96,7 @@ def _share_of_sizes(local: Local, compute: float) -> Floats:
 
 
 def _height(local: Local, difference: Floats, g: Floats, a0: Floats, compute: float) -> tuple[Floats, Floats, Floats]:
-    """ln m at a compute, the arm's loss above the baseline's E there, and the variance of that loss, [K] each."""
+    """(ln m at a compute (FLOPs), the arm's loss above the baseline's E there, the variance of that loss), [K] each."""
     r = a0 * (compute / local.law.unit) ** -g
     left, variance = _line(local, difference, local.law, g, a0, r)
     left = np.maximum(left, LEAST_LEFT * r)

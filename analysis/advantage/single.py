@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def require_below(irreducible_losses: Sequence[float], least: float) -> None:
+    """Raises Refusal unless every irreducible loss is at least 0 and below `least`, the smallest loss."""
     wrong = [E for E in irreducible_losses if not 0 <= E < least]
     if wrong:
         raise Refusal(f"the irreducible loss must be at least 0 and below every loss ({least:g}); got {wrong[0]:g}")
@@ -25,7 +26,8 @@ def single_size(
     pairs: Pairs, others: dict[str, Pairs], rows: pd.DataFrame, irreducible_losses: Sequence[float]
 ) -> Multiplier:
     """The local m of an arm with one size, from the exponent of the baseline's curve at stated `irreducible_losses`.
-    Several budgets of a size are averaged. Raises Refusal where the baseline's curve gives no exponent."""
+    Several budgets of a size are averaged. Raises Refusal if the baseline's curve gives no exponent, or a stated
+    irreducible loss is not below every loss."""
     if pairs.budgets:
         rows = rows[rows["_budget"].isin(pairs.budgets)]
     curves = {each.convention: curve(rows, each.baseline, each.convention) for each in (pairs, *others.values())}

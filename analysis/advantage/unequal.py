@@ -1,5 +1,6 @@
-"""Pairs whose arms differ in compute. Where they are far apart, m is taken from the joint fit of both arms' curves,
-provided that the curves overlap in compute.
+"""Pairs whose arms differ in compute: if they are far apart, m is that of the joint fit of both arms' curves.
+
+The curves must overlap in compute for that.
 
 Simulated over five sizes at m = 1.33, the paired interval covers .95 where the arms' compute differs by 1.5x, .93 at
 2x, .90 at 3x and .77 at 10x, where the error of the law's exponent, which it leaves out, dominates. The interval of the
@@ -17,10 +18,10 @@ from analysis.advantage.joint import Interval, aicc, joint_interval
 from analysis.advantage.pairs import Pairs
 from analysis.errors import Refusal
 
-SAID = 1.1  # ratio of compute within a pair, beyond which the status mentions it
-FAR = 2.0  # ratio beyond which the joint fit of the curves is used if it is possible
-APART = 3.0  # ratio beyond which the paired estimator is no longer used, even if the joint fit is impossible
-OVERLAP = 3.0  # ratio of largest to smallest compute over which both curves must have at least two sizes
+MENTIONED_RATIO = 1.1  # ratio of compute within a pair above which the status mentions it
+JOINT_FIT_RATIO = 2.0  # ratio above which the joint fit of the curves is used if it is possible
+LARGEST_PAIRED_RATIO = 3.0  # ratio above which the paired estimator is not used, even if the joint fit is impossible
+REQUIRED_OVERLAP = 3.0  # ratio of largest to smallest compute over which both curves must have at least two sizes
 
 
 def apart(pairs: Pairs) -> float:
@@ -29,20 +30,23 @@ def apart(pairs: Pairs) -> float:
 
 
 def remark(pairs: Pairs) -> str | None:
+    """A remark if pairs differ in compute by more than MENTIONED_RATIO, else None."""
     ratio = apart(pairs)
-    return f"pairs are up to {ratio:.3g}x apart in compute" if ratio > SAID else None
+    return f"pairs are up to {ratio:.3g}x apart in compute" if ratio > MENTIONED_RATIO else None
 
 
 def far_apart(pairs: Pairs, stated: bool) -> Multiplier | None:
-    """The multiplier by the joint fit for pairs that are more than FAR apart. None for other pairs, and where the joint
-    fit is impossible for pairs up to APART. Raises Refusal where it is impossible beyond APART."""
+    """The multiplier by the joint fit, for pairs whose compute differs by more than JOINT_FIT_RATIO; None for others.
+
+    If the joint fit is impossible, also None up to LARGEST_PAIRED_RATIO, and raises Refusal above it.
+    """
     ratio = apart(pairs)
-    if ratio <= FAR:
+    if ratio <= JOINT_FIT_RATIO:
         return None
     try:
         return of_curves(pairs, stated)
     except Refusal:
-        if ratio > APART:
+        if ratio > LARGEST_PAIRED_RATIO:
             raise
         return None
 
@@ -50,17 +54,17 @@ def far_apart(pairs: Pairs, stated: bool) -> Multiplier | None:
 def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
     """m by the joint fit of both curves, E and exponent shared, with its likelihood-profile interval.
 
-    Raises Refusal where the curves do not overlap by OVERLAP with two sizes of each arm, and where the fit gives no
+    Raises Refusal if the curves do not overlap by REQUIRED_OVERLAP with two sizes of each arm, or if the fit gives no
     interval, as with fewer than three sizes.
     """
     low, high = max(pairs.c0.min(), pairs.c1.min()), min(pairs.c0.max(), pairs.c1.max())
     inside = [int(((low / 1.01 <= c) & (c <= high * 1.01)).sum()) for c in (pairs.c0, pairs.c1)]
     gap = f"pairs of {pairs.arm} and {pairs.baseline} are up to {apart(pairs):.3g}x apart in compute"
-    if high < OVERLAP * low or min(inside) < 2:
+    if high < REQUIRED_OVERLAP * low or min(inside) < 2:
         shared = f"share {high / low:.3g}x of compute" if high > low else "share no compute"
         raise Refusal(
-            f"{gap}, and their curves {shared} ({OVERLAP:g}x with two sizes of each are needed); train both over the "
-            f"same compute{_units(pairs)}"
+            f"{gap}, and their curves {shared} ({REQUIRED_OVERLAP:g}x with two sizes of each are needed); train both "
+            f"over the same compute{_units(pairs)}"
         )
     m, ci = joint_interval(pairs) or (math.nan, None)
     if ci is None:
@@ -104,8 +108,8 @@ def of_curves(pairs: Pairs, stated: bool) -> Multiplier:
 
 
 def _units(pairs: Pairs) -> str:
-    """A hint for the message: where the ratio is close to a thousand, a million or a billion at every size, the arms'
-    compute is probably in different units. "" elsewhere."""
+    """A hint for the message if the ratio is close to a thousand, a million or a billion at every size, so that the
+    arms' compute is probably in different units; else ""."""
     for power, name in ((3, "thousands"), (6, "millions"), (9, "billions")):
         if np.all(np.abs(np.abs(np.log10(pairs.c1 / pairs.c0)) - power) < 0.5):
             return f", or give N, D or C of both in one unit (one arm's seem to be in {name})"

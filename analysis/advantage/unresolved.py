@@ -1,7 +1,7 @@
 """Comparisons in which some run did not learn are not resolved, whatever their interval says.
 
-The estimate is made from the runs that learned. An arm that fails in one seed of three and is better in the other two
-is not shown to be better: whoever trains it gets the third seed, too.
+The estimate uses only the runs that learned. An arm that fails in one seed of three and is better in the other two is
+not shown to be better, since whoever trains it may get a seed like the third.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ UNRESOLVED = "not resolved: "  # prefix of the status of a multiplier that is no
 
 
 def with_unlearned(item: Multiplier, failures: Mapping[str, Unlearned]) -> Multiplier:
-    """The multiplier with the runs of its arm and of the baseline that did not learn, which are named first in its
-    status and in those of its clocks. `failures` are by arm."""
+    """The multiplier with the runs of its arm and of the baseline that did not learn. They come first in its status and
+    in the status of its clocks. `failures` are by arm."""
     found = tuple(failures[arm] for arm in (item.arm, item.baseline) if arm in failures)
     if not found:
         return item
@@ -36,6 +36,7 @@ def with_unlearned(item: Multiplier, failures: Mapping[str, Unlearned]) -> Multi
 
 
 def _unresolved(status: str, remarks: list[str]) -> str:
+    """The status with "not resolved" and these remarks in front."""
     others = [] if status == "ok" else [status.removeprefix(UNRESOLVED)]
     return UNRESOLVED + "; ".join([*remarks, *others])
 

@@ -28,8 +28,7 @@ from analysis.laws.solver import Floats
 
 @dataclass(frozen=True)
 class Verdict:
-    """One comparison by both laws, and the tests of its assumptions; the last four fields are None below three
-    sizes."""
+    """One comparison by both laws, and the tests of its assumptions. The last four are None below three sizes."""
 
     local: Local  # by the law of a constant m
     changing: Local  # by the law of a changing m
@@ -39,6 +38,7 @@ class Verdict:
     correlation_p: float | None  # p-value of the test that errors are independent over sizes; None if untestable
 
     def remarks(self) -> Iterator[str]:
+        """Warnings for the reader: m may change with compute, or errors of sizes are correlated."""
         if self.constancy == "not shown":
             yield f"m is not shown to be constant within {NEGLIGIBLE:.0%}: see m at Cmax, the largest compute"
         if self.correlation_p is not None and self.correlation_p < SIGNIFICANCE:
@@ -59,8 +59,8 @@ def judge(
     resamples: int = 999,
     seed: int = 0,
 ) -> Verdict:
-    """Compare losses y0, y1 [S] at computes c0, c1 [S], seeds averaged within a size, and test the assumptions.
-    `irreducible_loss` is a stated E, which is then not fitted; `noise` is what repeated seeds show."""
+    """Compare losses y0, y1 [S] (nats a token, averaged over seeds) at computes c0, c1 [S] (FLOPs), and test the
+    assumptions. `irreducible_loss` is a stated E, which is then not fitted; `noise` is the seed noise, if known."""
     local = local_multipliers(c0, c1, y0[None], y1[None], irreducible_loss, noise)
     if len(c0) < 3:
         return Verdict(local, local, None, None, None, None)

@@ -1,4 +1,4 @@
-"""Checks of the convolution functions' arguments. An error says what was got, what was wanted, and the remedy."""
+"""Checks of the convolution functions' arguments. An error says what it got, what it wanted, and the remedy."""
 
 import operator
 from typing import Any
@@ -10,12 +10,12 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def kind_of(value: object) -> str:
-    """How an error message names the type of a value."""
+    """The name of a value's type for an error message."""
     return "None" if value is None else f"a {type(value).__name__}"
 
 
 def shown(value: object) -> str:
-    """How an error message shows a value: on one line, so of a tensor its type."""
+    """A value for an error message, which is a single line: of a tensor, only its type."""
     return kind_of(value) if isinstance(value, Tensor) else repr(value)
 
 
@@ -51,8 +51,8 @@ def check_floating(tensor: Tensor, name: str) -> None:
 
 def check(
     tensor: Tensor,
-    shape: tuple[int | None, ...],  # None where any size will do
-    name: str,  # of the argument, for the error message
+    shape: tuple[int | None, ...],  # None for a dimension of any size
+    name: str,  # the argument's name, for the error message
     letters: str,  # the shape in the documentation's letters, for the error message
     x: Tensor,
 ) -> None:
@@ -60,7 +60,7 @@ def check(
     check_floating(tensor, name)
     fits = tensor.dim() == len(shape)
     if fits:
-        for got, wanted in zip(tensor.shape, shape, strict=True):  # `all` of a generator takes twice the host time
+        for got, wanted in zip(tensor.shape, shape, strict=True):  # `all` over a generator takes twice the host time.
             fits = fits and (wanted is None or got == wanted)
     if not fits:
         want = [n if n is not None else "any" for n in shape]
@@ -84,3 +84,25 @@ def check_flags(**flags: Any) -> None:
             if name == "residual" and isinstance(flag, Tensor):
                 remedy = "add it to the result, or pass it as `added` where there is one"
             raise ValueError(f"{name} must be True or False; got {shown(flag)}; {remedy}")
+
+
+def check_options(
+    x: Tensor,  # [B, T, D]
+    width: int,  # W
+    residual: bool | Tensor,  # or [B, T, D]
+    return_final_state: bool,
+    activation: str | None,
+) -> None:
+    """Raise ValueError for options that no convolution takes."""
+    if isinstance(residual, Tensor):
+        check(residual, tuple(x.shape), "residual (True, False or a tensor)", "[B, T, D]", x)
+    if isinstance(return_final_state, Tensor):
+        raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
+    for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
+        if isinstance(flag, (str, float)):  # A residual of 0.5 would add all of x, not half of it.
+            raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
+    if activation not in (None, "silu"):
+        got = repr(activation) if isinstance(activation, str) else kind_of(activation)
+        raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
+    if width == 0:
+        raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")

@@ -15,11 +15,12 @@ def find_documents(
     x: Tensor,  # [1, T, D]
     cu_seqlens: Tensor,  # [N + 1]
 ) -> tuple[Tensor, Tensor]:  # [T + 1] int32, [N + 1]
-    """Each token's index within its document (of padding, from its start), then the padding's length; and the edges.
+    """(positions, edges) of packed documents.
 
-    Tokens before the first start are a document of their own, and tokens after the last end are padding. The edges are
-    cu_seqlens with values below 0 as 0, and values above T as T, so that they can be used as indices.
-    Raises ValueError if cu_seqlens does not describe documents of x, as far as this is known without a synchronisation.
+    `positions` has each token's index within its document (within the padding, for tokens after the last end), and then
+    the padding's length. Tokens before the first start are a document of their own. `edges` are cu_seqlens clamped to
+    0..T, so that they can be used as indices. Raises ValueError if cu_seqlens does not describe documents of x, as far
+    as this can be known without a synchronisation.
     """
     batch, time, _ = x.shape
     if not isinstance(cu_seqlens, Tensor):
@@ -45,7 +46,7 @@ def find_documents(
             )
     edges = cu_seqlens.clamp(0, time)
     steps = torch.arange(time + 1, dtype=edges.dtype, device=x.device)
-    starts = torch.nn.functional.pad(edges, (1, 0))  # the first 0 is the start of tokens before the first document
+    starts = torch.nn.functional.pad(edges, (1, 0))  # The added 0 is the start of tokens before the first document.
     return (steps - starts[torch.searchsorted(edges, steps, right=True)]).int(), edges
 
 
@@ -65,16 +66,33 @@ def check_runs(
         raise ValueError(f"seq_idx must be on {x.device}; got {seq_idx.device}; move it")
 
 
+def check_seq_idx(
+    x: Tensor,  # [B, T, D]
+    seq_idx: Tensor,  # [B, T]
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+) -> None:
+    """Raise ValueError unless seq_idx can number the documents of x, and no argument excludes it."""
+    check_runs(x, seq_idx)
+    for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
+        if given is not None:
+            raise ValueError(f"{name} must be None where seq_idx is given; got both; pass documents by cu_seqlens")
+    if return_final_state:
+        raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
+
+
 def find_runs(
     seq_idx: Tensor,  # [B, T]
 ) -> tuple[Tensor, Tensor]:  # [B, T] bool, [B*T + 1] int32
-    """Whether each token belongs to a document, and its index within its run, for all rows one after the other.
+    """(whether each token belongs to a document, positions as in `find_documents` for all rows one after the other).
 
-    The second result is what `find_documents` calls positions; its last element, the length of the padding at the end,
-    is 0, because padding within the rows is a run like any other. No value is read on the host.
+    The last element of positions, the length of the padding at the end, is 0, because padding within the rows is
+    treated as a document. No value is read on the host.
     """
     steps = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    continues = (seq_idx == seq_idx.roll(1, 1)) & (steps > 0)  # no slices of T - 1: torch.export must serve every T
+    # `roll` and not slices of T - 1, since a program of torch.export must work for every T.
+    continues = (seq_idx == seq_idx.roll(1, 1)) & (steps > 0)
     starts = torch.where(continues, 0, steps).cummax(1).values
     return seq_idx >= 0, torch.nn.functional.pad((steps - starts).flatten(), (0, 1)).int()
 
@@ -85,12 +103,13 @@ def final_state(
     cu_seqlens: Tensor | None,  # [N + 1]
     initial_state: Tensor | None,  # [N, W-1, D]
 ) -> Tensor:  # [N, W-1, D]
-    """The last W-1 inputs of every sequence, oldest first; a shorter one is preceded by its initial state, or zeros."""
+    """The last W-1 inputs of every sequence, oldest first. A shorter sequence is preceded by its initial state, which
+    is zeros by default."""
     count = width - 1
     if cu_seqlens is None or x.shape[1] == 0:
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         before = x.new_zeros(sequences, count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-        if cu_seqlens is not None:  # all documents are empty, so their states stay as they were
+        if cu_seqlens is not None:  # T is 0, so all documents are empty, and their states stay as they were.
             return before.clone()
         recent = x if torch.compiler.is_exporting() else x[:, max(0, x.shape[1] - count) :]
         return torch.cat([before, recent], 1)[:, recent.shape[1] :]

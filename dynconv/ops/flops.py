@@ -10,7 +10,7 @@ _Shape = Sequence[int]
 
 
 def _products(x: _Shape, z: _Shape | None, weight: _Shape | None, static_w: _Shape | None) -> tuple[int, int]:
-    """FLOPs of applying the filters to x, and of the product z U that computes low-rank filters."""
+    """(FLOPs of applying the filters to x, FLOPs of the product z U that computes low-rank filters)."""
     if z is not None:
         assert weight is not None  # [R, W*D]
         convolution = 2 * x[0] * x[1] * weight[1]
@@ -40,8 +40,8 @@ def backward(
 ) -> int:
     """FLOPs of the backward pass.
 
-    Work of the size of a convolution: dx, the gradient of the filters, and, with silu, recomputing silu's input.
-    Work of the size of z U: recomputing the filters, dz and dU.
+    As many FLOPs as a convolution take: dx, the gradient of the filters, and, with silu, recomputing silu's input.
+    As many FLOPs as the product z U take: recomputing the filters, dz and dU.
     """
     convolution, filters = _products(x, z, weight, static_w)
     convolutions = needs[0] + any(needs[1:]) + silu

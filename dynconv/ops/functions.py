@@ -38,14 +38,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dynconv.ops import documents, reference, sharded
-from dynconv.ops.checks import as_segments, check, check_floating, check_input, kind_of
+from dynconv.ops.checks import as_segments, check, check_floating, check_input, check_options
 
 # Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the same variable.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_WIDTH = 8  # of filters in the kernels; wider ones run through the reference
-_FEW_TOKENS = 8  # up to so many, decoding runs through the reference alone: adding the kernels would take more launches
+_FEW_TOKENS = 8  # Up to so many tokens, decoding uses only the reference, which takes fewer launches.
 
 
 class _Filters(NamedTuple):
@@ -163,13 +163,10 @@ def static_convolution_step(
     If only the first k of several tokens are accepted, the next state is torch.cat([state, x], 1)[:, k : k + W - 1].
     """
     check_floating(state, "state")
-    options: dict[str, Any] = {
-        "initial_state": state,
-        "return_final_state": True,
-        "activation": activation,
-        "bias": bias,
-    }
-    return static_convolution(x, weight, residual, **options)
+    y: tuple[Tensor, Tensor] = static_convolution(
+        x, weight, residual, initial_state=state, return_final_state=True, activation=activation, bias=bias
+    )
+    return y
 
 
 def headwise_dynamic_convolution_step(
@@ -184,13 +181,10 @@ def headwise_dynamic_convolution_step(
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
     """Decode: `headwise_dynamic_convolution` continued from a state. Returns the outputs and the next state."""
     check_floating(state, "state")
-    options: dict[str, Any] = {
-        "initial_state": state,
-        "return_final_state": True,
-        "activation": activation,
-        "bias": bias,
-    }
-    return headwise_dynamic_convolution(x, weight, static_w, residual, **options)
+    y: tuple[Tensor, Tensor] = headwise_dynamic_convolution(
+        x, weight, static_w, residual, initial_state=state, return_final_state=True, activation=activation, bias=bias
+    )
+    return y
 
 
 def lowrank_dynamic_convolution_step(
@@ -207,13 +201,19 @@ def lowrank_dynamic_convolution_step(
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, W-1, D]
     """Decode: `lowrank_dynamic_convolution` continued from a state. Returns the outputs and the next state."""
     check_floating(state, "state")
-    options: dict[str, Any] = {
-        "initial_state": state,
-        "return_final_state": True,
-        "activation": activation,
-        "bias": bias,
-    }
-    return lowrank_dynamic_convolution(x, z, U, static_w, residual, segments=segments, **options)
+    y: tuple[Tensor, Tensor] = lowrank_dynamic_convolution(
+        x,
+        z,
+        U,
+        static_w,
+        residual,
+        initial_state=state,
+        return_final_state=True,
+        activation=activation,
+        bias=bias,
+        segments=segments,
+    )
+    return y
 
 
 def final_state(
@@ -223,7 +223,10 @@ def final_state(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> Tensor:  # [N, W-1, D]
-    """The state that a function with these arguments returns for `return_final_state`, without the convolution."""
+    """The state that the convolutions return with `return_final_state`, computed without a convolution.
+
+    Raises ValueError for arguments that do not fit together.
+    """
     check_input(x)
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"width must be a whole number of at least 1; got {width!r}; pass the number of taps")
@@ -247,28 +250,12 @@ def _run(
     bias: Tensor | None = None,  # [D]
     seq_idx: Tensor | None = None,  # [B, T]
 ) -> Any:  # Tensor [B, T, D]; with return_final_state, that and a state [N, W-1, D]
-    """Check the arguments that all functions share, and run the implementation that they need."""
-    if isinstance(residual, Tensor):
-        check(residual, tuple(x.shape), "residual (True, False or a tensor)", "[B, T, D]", x)
-    if isinstance(return_final_state, Tensor):
-        raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
-    for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
-        if isinstance(flag, (str, float)):  # a residual of 0.5 would add all of x, not half of it
-            raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
-    if activation not in (None, "silu"):
-        got = repr(activation) if isinstance(activation, str) else kind_of(activation)
-        raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')
-    if filters.width == 0:
-        raise ValueError("W must be at least 1; got filters of no taps; pass tap 0, the current token's, at least")
+    """Check the arguments that all three convolutions share, and run the implementation that they need."""
+    check_options(x, filters.width, residual, return_final_state, activation)
     positions = None
     sequences = x.shape[0]
     if seq_idx is not None:
-        documents.check_runs(x, seq_idx)
-        for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
-            if given is not None:
-                raise ValueError(f"{name} must be None where seq_idx is given; got both; pass documents by cu_seqlens")
-        if return_final_state:
-            raise ValueError("seq_idx has no final states; got return_final_state; pass documents by cu_seqlens")
+        documents.check_seq_idx(x, seq_idx, cu_seqlens, initial_state, return_final_state)
     if cu_seqlens is not None:
         positions, cu_seqlens = documents.find_documents(x, cu_seqlens)  # [T + 1], [N + 1]
         sequences = cu_seqlens.shape[0] - 1
@@ -339,7 +326,7 @@ def _final_state(
     cu_seqlens: Tensor | None,  # [N + 1]
     initial_state: Tensor | None,  # [N, W-1, D]
 ) -> Tensor:  # [N, W-1, D]
-    """`documents.final_state`; of packed documents by a kernel where no gradient is asked for."""
+    """`documents.final_state`. For packed documents a kernel computes it, if no gradient is needed."""
     tensors = (x, cu_seqlens, initial_state)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if cu_seqlens is not None and not gradient and width > 1 and x.numel() and x.stride(2) == 1 and _runs_kernels(x):
@@ -363,7 +350,8 @@ def _convolve(
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    forward_mode = forward_ad._current_level >= 0  # only the reference supports forward-mode derivatives
+    """The convolution by the kernels if they support the inputs, else by the reference."""
+    forward_mode = forward_ad._current_level >= 0  # Only the reference supports forward-mode derivatives.
     if _runs_kernels(x) and filters.width <= _MAX_WIDTH and not forward_mode:
         # Imported here, so that a CPU user pays for neither Triton's import nor the op's registration.
         from dynconv.ops.operator import convolve
@@ -379,10 +367,10 @@ def _convolve_runs(
     residual: bool,
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    """The convolution of rows that each hold several documents and padding: all rows are packed into one.
+    """The convolution of rows that each hold several documents and padding, computed on all rows packed into one.
 
-    Padding is set to zero beforehand, because the kernels read it as a document of its own, and afterwards, so that
-    its outputs' gradients affect nothing.
+    Padding is set to zero in the inputs, because the kernels treat it as a document, and in the outputs, so that their
+    gradients affect nothing.
     """
     inside, positions = documents.find_runs(seq_idx)  # [B, T], [B*T + 1]
 
@@ -410,7 +398,7 @@ def _convolve_from_state(
     count = filters.width - 1
     if count == 0 or x.shape[1] == 0:
         return _convolve(x, filters, positions, residual, silu)
-    if cu_seqlens is None and torch.compiler.is_exporting():  # an exported program must serve every T
+    if cu_seqlens is None and torch.compiler.is_exporting():  # An exported program must work for every T.
         padded_filters = filters.select_tokens(
             lambda tensor: torch.cat([tensor.new_zeros(tensor.shape[0], count, *tensor.shape[2:]), tensor], 1)
         )
@@ -437,9 +425,10 @@ def _convolve_from_state(
     first_filters = filters.select_tokens(first_tokens)
     from_state = reference.convolve(first_tokens(x), *first_filters[:3], None, filters.segments, residual, silu, state)
     y = _convolve(x, filters, positions, residual, silu)
-    # A place after its document's end has no token. It stands for the first place that has one, with the same values
-    # but no gradient, because the host does not know how many to leave out. If none has one, all of y is padding.
-    first = inside.flatten().int().argmax(0, keepdim=True)  # index_select takes it without reading it on the host
+    # A place after its document's end has no token. The host does not know how many of these to leave out, so each
+    # writes the value of the first place with a token once more, without a gradient. If no place has a token, all of y
+    # is padding.
+    first = inside.flatten().int().argmax(0, keepdim=True)  # index_select uses it without reading it on the host.
     tokens = torch.where(inside, tokens, torch.where(inside.any(), tokens.flatten().index_select(0, first), 0)).long()
     value = torch.where(inside.any(), from_state.flatten(0, 1).index_select(0, first), y[0, :1]).detach()
     return y[0].index_put((tokens,), torch.where(inside[..., None], from_state, value))[None]

@@ -30,7 +30,8 @@ from dynconv.ops.sharded import any_sharded
 
 
 def has_fused_kernels(device: torch.device) -> bool:
-    """Whether there are kernels for tensors of 16 bits on this device; elsewhere the functions here are composed."""
+    """Whether there are fused kernels for 16-bit tensors on this device. Elsewhere the functions here are composed of
+    separate operations."""
     if not (functions._HAS_TRITON and device.type == "cuda"):
         return False
     from dynconv.ops import fused_operator
@@ -41,9 +42,12 @@ def has_fused_kernels(device: torch.device) -> bool:
 def interleaved(
     tensor: Tensor,  # [..., H*E, ...], where channels i and i + E/2 of a head are a pair
     heads: int,
-    dim: int = 0,  # that of the channels; 0 for a linear map's weight, -1 for filters
+    dim: int = 0,  # the dimension of channels: 0 for a linear map's weight, -1 for filters
 ) -> Tensor:
-    """The same channels in an order in which pairs are adjacent: within each head 0, E/2, 1, E/2 + 1, ..."""
+    """The channels reordered so that pairs are adjacent: within each head 0, E/2, 1, E/2 + 1, ...
+
+    Raises ValueError if the dimension does not consist of so many heads of an even number of channels.
+    """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"tensor must be a tensor; got {kind_of(tensor)}; mind the order of the arguments")
     check_sizes(heads=heads)
@@ -59,7 +63,7 @@ def interleaved(
 
 
 class _Filters(NamedTuple):
-    """What defines the filters besides columns of `joined`."""
+    """The tensors and sizes that define the filters, in addition to the generators' columns of `joined`."""
 
     up: Tensor | None  # [R, W*P*D], of low-rank filters
     static_w: Tensor | None  # [W, P*D]
@@ -68,7 +72,7 @@ class _Filters(NamedTuple):
     padded: bool = False  # each generator's R columns are followed by zeros up to a multiple of 16
 
     def columns(self, channels: int) -> int:
-        """How many columns of `joined` the filters of so many channels take."""
+        """The number of columns of `joined` that the filters of `channels` channels take."""
         if self.up is not None:
             return len(self.up) + (-len(self.up) % 16 if self.padded else 0)
         return channels // self.head_size * self.width if self.head_size else 0
@@ -186,7 +190,7 @@ def headwise_rotary_convolution(
     static_w: Tensor | None,  # [W, 3*D]
     frequencies: Tensor,  # [E/2], float32: radians per token of each pair of channels
     heads: int,  # H, of queries, and so on
-    head_size: int,  # channels that share a filter: may be other heads than those
+    head_size: int,  # number of channels that share a filter; unrelated to the heads of attention
     width: int,  # W
     residual: bool = False,
     *,
@@ -252,6 +256,7 @@ def _checked(joined: Tensor, filters: _Filters, channels: int, parts: int, of_ea
 def _joined(
     joined: Tensor, filters: _Filters, channels: int, residual: bool, parts: int, added: Tensor | None
 ) -> tuple[Tensor, ...]:
+    """Check `residual` and `added`, and convolve."""
     check_flags(residual=residual)
     if added is not None:
         if parts > 1:
@@ -262,6 +267,7 @@ def _joined(
 
 
 def _gated(joined: Tensor, filters: _Filters, channels: int, residual: bool) -> Tensor:
+    """silu(gate) * up after convolution, by a fused kernel if it supports the inputs, else composed."""
     check_flags(residual=residual)
     if _may_launch(joined, filters.up, filters.static_w):
         from dynconv.ops import fused_operator
@@ -274,7 +280,7 @@ def _gated(joined: Tensor, filters: _Filters, channels: int, residual: bool) -> 
 
 
 def _rotated_channels(joined: Tensor, frequencies: Tensor, heads: int) -> int:
-    """D, of `heads` heads with these frequencies."""
+    """D, the number of channels of `heads` heads with E/2 frequencies. Raises ValueError if they do not fit."""
     check_floating(joined, "joined")
     check(frequencies, (None,), "frequencies", "[E/2]", joined)
     if frequencies.shape[0] == 0:
@@ -286,6 +292,7 @@ def _rotated_channels(joined: Tensor, frequencies: Tensor, heads: int) -> int:
 def _rotary(
     joined: Tensor, filters: _Filters, channels: int, frequencies: Tensor, residual: bool, halves: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, T, H, E] after convolution, the first two after RoPE as well."""
     check_flags(residual=residual, halves=halves)
     results = _convolve(joined, filters, frequencies, None, channels, 3, residual, halves)
     q, k, v = (y.unflatten(2, (-1, 2 * len(frequencies))) for y in results)
@@ -304,7 +311,7 @@ def _convolve(
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
     """The convolution by the fused kernels if they support the inputs, else composed."""
     up, static_w, width, head_size, padded = filters
-    # The kernels have no gradient of frequencies.
+    # The kernels do not compute the gradient of frequencies.
     learned = frequencies is not None and frequencies.requires_grad and torch.is_grad_enabled()
     if not learned and _may_launch(joined, up, static_w, added):
         # Imported here, so that a CPU user pays for neither Triton's import nor the operator's registration.
@@ -317,7 +324,7 @@ def _convolve(
 
 
 def _may_launch(*tensors: Tensor | None) -> bool:
-    """Whether there may be kernels for these tensors. Transforms of torch.func and DTensors are left to others."""
+    """Whether fused kernels may be launched on these tensors: not under torch.func's transforms, nor on DTensors."""
     first = tensors[0]
     assert first is not None
     if not (functions._HAS_TRITON and (first.is_cuda or functions._INTERPRET)):
@@ -336,7 +343,7 @@ def _composed(
     residual: bool,
     halves: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The same from a convolution and what follows it, which round one after the other."""
+    """As `_convolve`, from separate operations, each of which rounds its result."""
     x, generated, _ = joined.tensor_split((parts * channels, parts * (channels + filters.columns(channels))), 2)
     up, static_w, width, head_size, _ = filters
     if up is not None:
@@ -352,7 +359,7 @@ def _composed(
     if added is not None:
         results[0] = results[0] + added
     if frequencies is not None:
-        # 16 bits, as of a model that was rounded whole, hold no large times.
+        # Frequencies may be in 16 bits if the whole model was converted. Angles at large times need float32.
         frequencies = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
         angle = torch.arange(x.shape[1], device=x.device, dtype=frequencies.dtype)[:, None] * frequencies
         results[:2] = (_rotated(result, angle, halves) for result in results[:2])
@@ -364,6 +371,7 @@ def _rotated(
     angle: Tensor,  # [T, E/2]
     halves: bool,
 ) -> Tensor:  # [B, T, H*E]
+    """x with each pair of channels rotated by its angle (RoPE)."""
     cosine, sine = angle.cos()[:, None], angle.sin()[:, None]
     pair = -2 if halves else -1
     sizes = (-1, 2, angle.shape[1]) if halves else (-1, angle.shape[1], 2)

@@ -16,11 +16,11 @@ from dynconv.ops.tiles import Place, aligned, new_sums, sum_parts, three
 
 
 class Tile(NamedTuple):
-    """How a program works: on SLOTS time steps of each row at once, with so many groups of them in its ring buffer."""
+    """How a program works: on `slots` time steps of each row at once, with `stages` such groups in its ring buffer."""
 
     slots: int
     stages: int
-    longest: int  # slots of a run, at most
+    longest: int  # largest number of slots in a run
 
 
 # The fastest of those tried on an H100 (B=8, T=4096, D=1024 and F=2752, Triton 3.6).
@@ -30,7 +30,7 @@ GATED_TILE = Tile(2, 4, 64)  # with more slots at once, the registers of both co
 # The fastest of those tried on an H200, at the shapes of 300M, 16M and 1M; 8 warps on 2 slots take 9 to 27 % longer.
 GATED_BACKWARD_TILE = Tile(1, 8, 160)
 GATED_BACKWARD_WARPS = 4
-_MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches
+_MAX_RANK, _MAX_WIDTH = 16, 4  # larger ones take several launches, of the unfused kernels
 _MAX_PARTS = 3
 
 
@@ -130,7 +130,8 @@ def backward(
     in_part = triton.cdiv(channels, mma.BLOCK)
     _, cut = mma.cut_apart(x, parts * in_part, at_once=1, longest=BACKWARD_TILE.longest)
     djoined = new(x, (batch, time, columns), x.dtype) if needs[0] else None
-    # In 16 bits, as their total: rounding them adds about as much to its error as rounding it, and they are many bytes.
+    # Partial sums are in 16 bits, like their total: they are many bytes, and rounding them adds about as much to the
+    # error as rounding the total.
     dz_partial = new(x, (in_part, batch, time, parts * rank), x.dtype) if needs[0] else None
     up_partial, dup = new_sums(up if needs[1] else None, cut.batch * cut.chunks)
     static_partial, dstatic = new_sums(static_w if needs[2] else None, cut.batch * cut.chunks)
@@ -197,15 +198,16 @@ def gated_backward(
 
 
 def _generated(z: Tensor, rank: int, parts: int) -> Tensor:  # [B, T, P*16]
-    """The generators' outputs, each followed by zeros: as they are if they are given so."""
+    """The generators' outputs, each padded with zeros to 16 columns, unless they are padded already."""
     return aligned(z) if z.shape[2] == 16 * parts else mma.padded(z, rank, z.dtype)
 
 
 def _whole(tensor: Tensor) -> Tensor:  # [B, T, ...]
-    """The tensor, or a contiguous copy if its sequences do not follow one another at the distance of its rows."""
+    """The tensor, or a contiguous copy if the rows of all sequences are not equally far apart."""
     batch, time = tensor.shape[:2]
     return tensor if batch == 1 or tensor.stride(0) == time * tensor.stride(1) else copied(tensor)
 
 
 def _pairs(frequencies: Tensor | None) -> int:
+    """The number of pairs of channels in a head that RoPE rotates; 0 without RoPE."""
     return 0 if frequencies is None else len(frequencies)

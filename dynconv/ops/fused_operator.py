@@ -25,12 +25,12 @@ _INPUTS = (
 
 @torch.compiler.assume_constant_result
 def _device_runs_gluon(index: int) -> bool:
-    """`tiles.runs_gluon` of a device. torch.compile calls it, because it could not trace the question to the driver."""
+    """`tiles.has_async_copies` of a GPU, which torch.compile calls, since it cannot trace the query to the driver."""
     return tiles.has_async_copies(torch.device("cuda", index))
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether there are kernels for tensors of 16 bits on this GPU."""
+    """Whether there are kernels for 16-bit tensors on this GPU."""
     return fused_mma is not None and fused_ring is not None and tiles.has_async_copies(device)
 
 
@@ -95,6 +95,7 @@ def convolve_gated(
 
 
 def _gated(*inputs: Any) -> tuple[Tensor, ...]:
+    """The pass for `repeated`: `fused_mma.gated`."""
     results: tuple[Tensor, ...] = fused_mma.gated(*inputs)
     return results
 
@@ -102,7 +103,7 @@ def _gated(*inputs: Any) -> tuple[Tensor, ...]:
 def _forward(
     x: Tensor, generated: Tensor | None, up: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:  # [B, T, D] each
-    """As `repeated` takes it: first all tensors, then the options."""
+    """The pass for `repeated`, whose arguments are first all tensors, then the options."""
     static_w, frequencies, added, parts, width, residual, halves = rest
     results: tuple[Tensor, ...]
     if up is not None:
@@ -113,7 +114,7 @@ def _forward(
 
 
 def _backward(*inputs: Any) -> tuple[Tensor | None, ...]:
-    """As `repeated` takes it: first all tensors, of which those of the parts are the first, then the options."""
+    """The pass for `repeated`, whose arguments are first all tensors, beginning with dys, then the options."""
     parts = inputs[-1]
     dys, (x, generated, up, static_w, frequencies, *options) = inputs[:parts], inputs[parts:-1]
     width, residual, halves, columns, needs = options
@@ -132,7 +133,7 @@ def _backward(*inputs: Any) -> tuple[Tensor | None, ...]:
 def _gated_backward(
     dy: Tensor, x: Tensor, generated: Tensor | None, up: Tensor | None, static_w: Tensor | None, *options: Any
 ) -> tuple[Tensor | None, ...]:
-    """As `repeated` takes it: first all tensors, then the options."""
+    """The pass for `repeated`, whose arguments are first all tensors, then the options."""
     width, residual, columns, needs = options
     gradients: tuple[Tensor | None, ...]
     if up is not None:
@@ -154,9 +155,10 @@ def _views(
     head_size: int,
     padded: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What is convolved [B, T, P*D], and the generators' outputs: z [B, T, P*R], or filters [B, T, H, W], or None.
+    """(x [B, T, P*D], the generators' outputs) as views of `joined`.
 
-    If they are `padded`, z has a multiple of 16 columns for each part.
+    The outputs are z [B, T, P*R] of low-rank filters, filters [B, T, H, W], or None for static ones. If they are
+    `padded`, z has a multiple of 16 columns for each part.
     """
     end = channels * parts
     x = joined[..., :end]
@@ -178,7 +180,7 @@ def _prepared(
     head_size: int,
     padded: bool,
 ) -> tuple[Tensor | None, ...]:
-    """`_views`, and the other tensors as the kernels take them."""
+    """`_views`, and the other tensors in the layout and dtype that the kernels require."""
     x, generated = _views(_rows(joined), up, channels, parts, width, head_size, padded)
     up = None if up is None else up.contiguous()
     static_w = None if static_w is None else static_w.contiguous()
@@ -250,7 +252,7 @@ def _each(gradients: tuple[Tensor | None, ...], joined: Tensor) -> tuple[Tensor,
 def _no_gradients(
     joined: Tensor, up: Tensor | None, static_w: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """The gradients where `joined` is empty: zeros."""
+    """The gradients if `joined` is empty: zeros."""
     like = zip((joined, up, static_w), needs, strict=True)
     return _each(tuple(t.new_zeros(t.shape) if wanted and t is not None else None for t, wanted in like), joined)
 
@@ -310,7 +312,7 @@ def _(joined: Tensor, up: Any, static_w: Any, channels: int, *_: Any) -> Any:  #
     return joined.new_empty(*joined.shape[:2], channels)
 
 
-# Any layout is taken as it is: torch.compile pads the rows of the product that dy is, and would copy it otherwise.
+# The tag accepts any layout: torch.compile pads the rows of dy, which is a matrix product, and would copy it otherwise.
 @torch.library.custom_op(
     "dynconv::gated_backward",
     mutates_args=(),
@@ -358,20 +360,20 @@ for _first_derivatives in (_backward_op, _gated_backward_op):
 
 
 def _rows(tensor: Tensor) -> Tensor:  # [B, T, ...]
-    """The tensor, or a copy if its channels are not adjacent, or its rows too far apart for offsets of 32 bits."""
+    """The tensor, or a contiguous copy if its channels are not adjacent or its rows are STRIDE_LIMIT or more apart."""
     near = tensor.stride(2) == 1 and tensor.stride(1) < STRIDE_LIMIT
     return tensor if near else tensor.contiguous()
 
 
 def _flops_shapes(joined: Any, weight: Any, channels: int, parts: int, width: int, head_size: int) -> tuple[Any, ...]:
-    """The shapes of x, z and weight, as those of `flops` take them."""
+    """The shapes of x, z and weight, as the functions of `flops` take them."""
     x = [*joined[:2], channels * parts]
     filters = [*x[:2], x[2] // head_size, width] if head_size else None
     return (x, joined, weight) if weight is not None else (x, None, filters)
 
 
 def _forward_flops(joined: Any, weight: Any, static_w: Any, *rest: Any, **_: Any) -> int:
-    """Those of the convolution; RoPE and sums count as nothing."""
+    """FLOPs of the convolution; RoPE and sums are not counted."""
     return flops.forward(*_flops_shapes(joined, weight, *rest[2:6]), static_w)
 
 
@@ -380,7 +382,7 @@ def _gated_flops(joined: Any, weight: Any, static_w: Any, channels: int, width: 
 
 
 def _gated_backward_flops(dy: Any, *inputs: Any, **__: Any) -> int:
-    """Those of the convolutions again, whose sums SwiGLU's gradients take, and of their backward pass."""
+    """FLOPs of the backward pass, and of computing the convolutions again, which SwiGLU's gradients need."""
     joined, weight, static_w, _, width, residual, padded, needs = inputs
     backward = _backward_flops((dy, dy), joined, weight, static_w, None, width, 0, residual, False, padded, needs)
     return _gated_flops(*inputs) + backward

@@ -90,7 +90,8 @@ def start_angles(frequencies, channel, segment, start, PAIRS: gl.constexpr, APAR
 
 
 @gluon.constexpr_function
-def _exchange(lanes):
+def _shuffle(lanes):
+    """The instruction by which two lanes whose numbers differ in the bit `lanes` exchange a value."""
     return f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, 0xffffffff;"
 
 
@@ -101,6 +102,6 @@ def turned(value, cosine, sine, APART: gl.constexpr, BLOCK: gl.constexpr, OWN: g
         first, second = gl.split(value.reshape([BLOCK // 2, 2]))
         partner = gl.convert_layout(gl.join(second, first).reshape([BLOCK]), OWN)
     else:
-        asm: gl.constexpr = _exchange(APART // 4)  # a lane owns four channels
+        asm: gl.constexpr = _shuffle(APART // 4)  # a lane owns four channels
         partner = gl.inline_asm_elementwise(asm, "=f,f", [value], dtype=gl.float32, is_pure=False, pack=1)
     return value * cosine + partner * sine

@@ -16,15 +16,16 @@ from dynconv.ops.tiles import aligned, new_sums, sum_parts, three
 
 
 class Tile(NamedTuple):
-    """How a program works: a ring buffer of so many groups of so many time steps."""
+    """How a program works: with a ring buffer of `stages` groups of `slots` time steps."""
 
     slots: int
     stages: int
-    registers: int | None  # of a thread, at most; None: as the compiler likes
-    at_once: int  # programs of four warps that a multiprocessor then holds
+    registers: int | None  # largest number for a thread; None: the compiler's choice
+    at_once: int  # programs of four warps that a multiprocessor then runs
 
 
-# Those of `ring`, which RoPE fits without spills, but for as many programs forward. No GPU has timed these or others.
+# The tiles of `ring`, into which RoPE fits without spills, except that fewer programs run at once forward. Neither they
+# nor others have been timed on a GPU.
 FORWARD_TILE = Tile(2, 4, None, 6)
 BACKWARD_TILE = Tile(4, 2, 128, 4)
 _MAX_WIDTH, _MAX_PARTS = 4, 3
@@ -36,8 +37,8 @@ def fits(
     parts: int,  # P
     width: int,  # W
     head_size: int,  # channels that share a head-wise filter; 0: filters are static
-    pairs: int,  # of channels in a head that RoPE rotates
-    halves: bool,  # a pair are channels i and i + E/2 of such a head, and not 2i and 2i + 1
+    pairs: int,  # number of pairs of channels in a head that RoPE rotates
+    halves: bool,  # whether a pair is channels i and i + E/2 of such a head, and not 2i and 2i + 1
 ) -> bool:
     """Whether these kernels support the inputs."""
     return (
@@ -52,6 +53,7 @@ def fits(
 
 
 def _filters_fit(channels: int, width: int, head_size: int) -> bool:
+    """Whether the kernels support head-wise filters of these sizes."""
     return (
         width in (2, 4)  # the kernel writes all coefficients of a head at once, into the gradient itself
         and head_size in (4, 8, 16)  # smaller heads take more shared memory
@@ -143,7 +145,7 @@ def backward(
 
 
 def _pairs(frequencies: Tensor | None, halves: bool) -> tuple[int, int]:
-    """How many pairs of channels a head has, and how far apart the two of a pair are."""
+    """(number of pairs of channels in a head, distance between the two channels of a pair)."""
     if frequencies is None:
         return 0, 1
     return len(frequencies), len(frequencies) if halves else 1

@@ -1,4 +1,4 @@
-"""Launching kernels at a fraction of the host time that PyTorch's and Triton's Python takes.
+"""Launches kernels at a fraction of the host time that PyTorch's and Triton's Python code takes.
 
 A pass is a Python function that runs one convolution forward or backward. What it allocates, copies and launches
 depends only on its options and on its inputs' signature: their shapes, strides, dtypes and alignment. So its Python
@@ -16,8 +16,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-_ALIGNMENT = 512  # in bytes; PyTorch's allocator aligns its blocks to as much
-_MAX_SIGNATURES = 4096  # to keep; each takes a few KB
+_ALIGNMENT = 512  # bytes, to which PyTorch's allocator aligns its blocks
+_MAX_SIGNATURES = 4096  # signatures that are kept; each takes a few KB
 _state = threading.local()  # a record per thread, because autograd runs backward passes in threads of its own
 _repeats: dict[tuple[Any, ...], Callable[..., tuple[Any, ...]] | None] = {}
 
@@ -95,7 +95,7 @@ class _Record:
                 if hooked:
                     compiled[programs, 1, 1](*arguments, *rest, stream=stream)
                 else:
-                    # The line above comes to this, which torch's compiled code calls, too, but prepares for hooks.
+                    # The line above calls this after preparing for hooks. torch's compiled code calls this as well.
                     compiled.run(
                         programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
                         *arguments, *rest,
@@ -146,7 +146,7 @@ def repeated(
 def _repeated(
     run: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor | None, ...], options: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """`repeated`, where the inputs' device is the current one."""
+    """`repeated`, for inputs on the current device."""
     device = inputs[0].device.index  # type: ignore[union-attr]
     signature = [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in inputs]
     key = (run, device, options, *signature)

@@ -15,15 +15,15 @@ from dynconv.ops.launch import copied, launch, new
 from dynconv.ops.tiles import Place, aligned, cheapest_run, multiprocessors, new_like, new_sums, sum_parts
 
 MAX_WIDTH, _MAX_SILU_WIDTH = 8, 6
-_TAPS_AT_ONCE = 4  # for which a backward launch has the registers to compute all gradients
+_TAPS_AT_ONCE = 4  # largest number of taps for which one backward launch has enough registers for all gradients
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
 BLOCK = 16 * BACKWARD_WARPS  # channels of a backward program, or of two; segments must be a multiple
 _FORWARD_RANKS, _BACKWARD_RANKS = 64, 16  # the most ranks of U in one launch; larger ranks take several launches
-_ROWS = 16  # of a warp, as in the matrix unit's instruction
-# Sequences are joined only if this makes the estimated time this many times shorter: where joining did not fill the
-# device better, it took 1.13 to 1.20 times as long.
-_DOCUMENTS = 1.25
-SLOTS = 4  # of the forward ring; run lengths are multiples of it, hence also of the other rings' 2 or 1 slots
+_ROWS = 16  # rows of a warp, as in the matrix unit's instruction
+# Sequences are joined only if this makes the estimated time at least this many times shorter: when joining did not fill
+# the device better, it took 1.13 to 1.20 times as long.
+_MIN_JOINING_GAIN = 1.25
+SLOTS = 4  # slots of the forward ring; run lengths are multiples of it, and so of the other rings' 2 or 1 slots
 
 
 def fits(x: Tensor, up: Tensor, segments: tuple[int, ...], silu: bool = False) -> bool:
@@ -81,16 +81,16 @@ class Cut(NamedTuple):
     positions: tuple[Tensor | None, ...]
     length: tuple[int, ...]
     run: int  # slots of a row
-    chunks: int  # into which the time is divided, one for each program
+    chunks: int  # number of parts of the time, one for each program
 
 
 def cut_apart(
     x: Tensor,  # [B, T, ...]
-    blocks: int,  # of channels
-    at_once: int,  # programs that a multiprocessor runs
-    longest: int,
+    blocks: int,  # number of blocks of channels
+    at_once: int,  # programs that a multiprocessor runs at the same time
+    longest: int,  # longest run, in slots
 ) -> tuple[float, Cut]:
-    """The estimated time, in slots, of treating the input as B sequences without documents, and how to cut them."""
+    """(estimated time in slots, how to cut) for treating the input as B sequences without documents."""
     batch, time = x.shape[:2]
     cost, run = cheapest_run(time, _ROWS, blocks * batch, multiprocessors(x), at_once, SLOTS, longest)
     return cost, Cut(batch, time, (None,), (), run, triton.cdiv(time, _ROWS * run))
@@ -99,11 +99,11 @@ def cut_apart(
 def _cut(
     inputs: tuple[Tensor, ...],  # each [B, T, ...]
     positions: Tensor | None,  # [T + 1] int32: as in `reference.convolve`
-    blocks: int,  # of channels
-    at_once: int,  # programs that a multiprocessor runs
-    longest: int,
+    blocks: int,  # number of blocks of channels
+    at_once: int,  # programs that a multiprocessor runs at the same time
+    longest: int,  # longest run, in slots
 ) -> Cut:
-    """Choose the faster of the two treatments.
+    """Choose the faster way: B separate sequences, or all of them joined to one.
 
     Joining helps sequences that are too short to fill a program, and leaves fewer partial sums. It requires that the
     sequences lie one after the other in memory.
@@ -114,7 +114,7 @@ def _cut(
     if positions is not None or any(t.stride(0) != time * t.stride(1) for t in inputs) or batch * time >= 2**31:
         return apart
     cost_joined, run = cheapest_run(batch * time, _ROWS, blocks, multiprocessors(inputs[0]), at_once, SLOTS, longest)
-    if cost <= _DOCUMENTS * cost_joined:
+    if cost <= _MIN_JOINING_GAIN * cost_joined:
         return apart
     return Cut(1, batch * time, (), (time,), run, triton.cdiv(batch * time, _ROWS * run))
 

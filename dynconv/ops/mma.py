@@ -12,6 +12,7 @@ from dynconv.ops.gluon_pieces import async_load, load_position
 
 @gluon.constexpr_function
 def mma_layout(warps):
+    """[WARPS, 16 rows, 8 columns]: the layout of the results of mma.sync."""
     return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
 
 

@@ -27,7 +27,7 @@ STRIDE_LIMIT = 2**19
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:  # [B, T, ...]
-    """The tensor, or a contiguous copy if its last dimension is strided or its rows or heads lie too far apart."""
+    """The tensor, or a contiguous copy if its last dimension is strided or its rows or heads are too far apart."""
     strides = tensor.stride()
     near = max(strides[1:-1]) < STRIDE_LIMIT and (strides[-1] == 1 or tensor.shape[-1] == 1)
     return tensor if near or tensor.is_contiguous() else copied(tensor)
@@ -136,7 +136,7 @@ def _run_backward(
     assert x is not None
     # Recompute silu's input rather than save it in the forward pass: in float32 it takes at least x's memory.
     (inner,) = repeated(_forward, inputs, (segments, False, False, torch.float32))
-    # In place, and of a dy in 16 bits without a copy of it in float32.
+    # This works in place, and takes a 16-bit dy without a float32 copy.
     inner = torch.ops.aten.silu_backward.grad_input(dy, inner, grad_input=inner)
     if z is not None:
         inner = inner.to(x.dtype)  # the low-rank kernels use it in 16-bit matrix products

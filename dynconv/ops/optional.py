@@ -12,7 +12,8 @@ from dynconv.ops.tiles import runs_gluon
 
 
 def _module(name: str) -> Any:
-    try:  # Gluon is experimental, and its names change between releases
+    """The module, or None if it cannot be imported: Gluon is experimental, and its names change between releases."""
+    try:
         return importlib.import_module(f"dynconv.ops.{name}")
     except (AssertionError, AttributeError, ImportError):  # other names, or Triton's interpreter
         return None

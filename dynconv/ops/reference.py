@@ -75,6 +75,7 @@ def _headwise(
     weight: Tensor,  # [B, T, H, W]
     channels: int,
 ) -> Tensor:  # [B, T, W, D]
+    """Head-wise filters as a filter for every channel."""
     return weight.transpose(2, 3).repeat_interleave(channels // weight.shape[2], dim=3)
 
 
@@ -84,6 +85,7 @@ def _lowrank(
     channels: int,
     segments: tuple[int, ...],
 ) -> Tensor:  # [B, T, W, D]
+    """Low-rank filters z U as a filter for every channel."""
     dtype = torch.promote_types(z.dtype, up.dtype)
     z, up = z.to(dtype), up.to(dtype)
     with torch.autocast(z.device.type, enabled=False) if z.device.type != "meta" else contextlib.nullcontext():

@@ -28,6 +28,7 @@ def fits(x: Tensor, weight: Tensor | None, width: int) -> bool:
 
 
 def _weight_fits(x: Tensor, weight: Tensor, width: int) -> bool:
+    """Whether the kernels support these head-wise filters [B, T, H, W] of x [B, T, D]."""
     heads, padded = weight.shape[2], triton.next_power_of_2(width)
     head_size = x.shape[2] // heads
     return (
@@ -55,7 +56,7 @@ def _with_taps(
     weight: Tensor,  # [B, T, H, W], with contiguous taps
     wanted: int,
 ) -> Tensor:  # [B, T, H, wanted]
-    """Each head's filter, padded with zeros or cut to so many taps."""
+    """Each head's filter, padded with zeros or cut to `wanted` taps."""
     batch, time, heads, given = weight.shape
     if given == wanted:
         return weight
@@ -67,6 +68,7 @@ def _with_taps(
 
 
 def prepared(weight: Tensor | None) -> Tensor | None:  # [B, T, H, W] -> [B, T, H, WP]
+    """The filters in the layout of the kernels: padded to WP taps, and aligned for cp.async."""
     return None if weight is None else aligned(_with_taps(weight, triton.next_power_of_2(weight.shape[3])))
 
 
@@ -80,10 +82,10 @@ def plan(
     stages: int,
     at_once: int,  # programs of four warps that a multiprocessor holds
     parts: int | None = None,  # segments of equal width, each with a result of its own; None: all of x is one
-    pairs: int = 0,  # of channels in a head, which RoPE rotates
-    apart: int = 1,  # from the first channel of a pair to the second
+    pairs: int = 0,  # pairs of channels in a head that RoPE rotates
+    apart: int = 1,  # distance from the first channel of a pair to the second
 ) -> tuple[int, int, int, dict[str, Any]]:
-    """The number of chunks of time, of blocks of channels, RUN, and the constants that both passes share."""
+    """(number of chunks of time, number of blocks of channels, RUN, constants that both passes share)."""
     batch, time, channels = x.shape
     channels //= parts or 1
     warps = 4 if channels % (4 * _WARP_CHANNELS) == 0 else 2 if channels % (2 * _WARP_CHANNELS) == 0 else 1
@@ -115,7 +117,7 @@ def forward(
     batch, time, channels = x.shape
     x, weight = aligned(x), prepared(weight)
     y = new_like(x)
-    at_once = 8 if width <= 5 else 4  # as registers allow
+    at_once = 8 if width <= 5 else 4  # limited by registers
     chunks, blocks, run, constants = plan(x, weight, width, residual, silu, 2, 4, at_once)
     launch(
         kernels.forward_kernel,

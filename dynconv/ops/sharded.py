@@ -21,7 +21,7 @@ _BATCH, _CHANNELS = 0, 2  # the dimensions of x [B, T, D] that may be sharded
 
 
 def all_plain(tensors: Iterable[Any]) -> bool:  # each a Tensor or None
-    """Whether all are plain tensors or parameters. Fake tensors and wrapper subclasses have no memory to launch on."""
+    """Whether all are plain tensors or parameters. Kernels cannot be launched on fake tensors or wrapper subclasses."""
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter and tensor is not None:
@@ -65,7 +65,7 @@ def run(
 ) -> Any:  # what `convolve` returns, as DTensors with x's placements
     """Run `convolve` on every device's local shards.
 
-    Raises ValueError, on every device alike, if x is placed so that the shards are no independent convolutions.
+    Raises ValueError, on every device alike, if the shards of x are not independent convolutions.
     """
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -28,6 +28,7 @@ def _state_kernel(
 
 
 def _states(x: Tensor, cu_seqlens: Tensor, before: Tensor | None, width: int) -> tuple[Tensor]:
+    """Launch the kernel; returns a tuple, as `repeated` requires."""
     channels, documents = x.shape[2], cu_seqlens.shape[0] - 1
     state = new(x, (documents, width - 1, channels), x.dtype)
     rows = triton.next_power_of_2(width - 1)
@@ -44,6 +45,6 @@ def packed_states(
     initial_state: Tensor | None,  # [N, W-1, D], contiguous, in x's dtype
     width: int,
 ) -> Tensor:  # [N, W-1, D]
-    """`documents.final_state`, without a gradient and in one launch."""
+    """`documents.final_state` in one launch, without support for gradients."""
     (state,) = repeated(_states, (x, cu_seqlens, initial_state), (width,))
     return state

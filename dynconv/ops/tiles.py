@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles of time steps and channels, and the launch that adds up partial gradients.
+"""Functions that the Triton kernels share: tiles of time steps and channels, and the sum of partial gradients.
 
 A tile is ROWS x SLOTS time steps by a block of BD channels. Row r, slot s stands for time r * SLOTS + s, so a thread
 that owns a row holds consecutive times: the W - 1 earlier inputs of a slot are other slots of the same thread, and a
@@ -168,23 +168,23 @@ def new_sums(
 
 
 _TILE = 4096  # values that a program of `_sum_kernel` loads at once
-_LANES = 1024  # columns of all its rows, where it sums rows
+_LANES = 1024  # columns of all rows of such a program together, if it sums rows
 
 
 class Place(NamedTuple):
-    """Where a total's rows are written: into rows of another width."""
+    """Where the rows of a total are written: into rows of another width."""
 
-    columns: int  # of a row of sums
+    columns: int  # number of sums in a row
     width: int  # of the rows into which they are written; columns beyond it are left out
-    first: int  # the column that the first one goes to
-    padding: int = 0  # zeros to write after them
-    each: int = 0  # sums that stay together; 0: all columns
-    gap: int = 0  # zeros to write after each of these groups
+    first: int  # the column that the first sum is written to
+    padding: int = 0  # number of zeros to write after the sums
+    each: int = 0  # number of sums in a group; 0: all of a row
+    gap: int = 0  # number of zeros to write after each group
 
 
 def sum_parts(
     *sums: tuple[Tensor | None, Tensor | None],  # up to three results of `new_sums`
-    place: Place | None = None,  # of the first pair's total
+    place: Place | None = None,  # where the total of the first pair is written
 ) -> None:
     """Sum each partial tensor over its first dimension into its total, all in one launch.
 
@@ -197,7 +197,7 @@ def sum_parts(
     each = each or max(columns, 1)
     spread = max(columns // each * (each + gap), 1)
     lanes = triton.next_power_of_2(max(spread, min(spread + padding, _LANES)))
-    # Two kinds only: how many parts there are depends on T, and different T should share a kernel.
+    # Compile only two kinds: the number of parts depends on T, and different T should share a kernel.
     unroll = 64 if any(partial.shape[0] > 32 for partial, _ in jobs[columns > 0 :]) else 16
     rows, block = max(_LANES // lanes, 1), _TILE // unroll
     tensors: tuple[Tensor, ...] = ()
@@ -231,7 +231,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def three(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The tensor of each segment, as the kernels take them. Of two segments none is the third; any tensor will do."""
+    """The tensor of each segment, as the three arguments of the kernels. With two segments, the third is never used."""
     return (tensors[0], None, None) if len(tensors) == 1 else (*tensors[:2], tensors[-1])
 
 
@@ -244,7 +244,7 @@ def cheapest_run(
     step: int,  # run lengths differ by multiples of this
     longest: int,  # the longest run length to consider
 ) -> tuple[float, int]:
-    """The estimated time of the fastest launch, in slots, and the run length (slots of a row) that gives it.
+    """(estimated time of the fastest launch in slots, its run length, which is the number of slots of a row).
 
     A program's chunk of time is `rows` rows of one run each. Long runs repeat the set-up less often, which costs about
     as much time as 16 slots. Short runs give more programs, which fill the device better. Where the last wave of
@@ -273,9 +273,10 @@ def multiprocessors(tensor: Tensor) -> int:
 
 @functools.cache
 def has_async_copies(device: torch.device) -> bool:
+    """Whether a GPU has the cp.async and mma.sync that the Gluon kernels use: NVIDIA's from sm_80 on."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def runs_gluon(tensor: Tensor) -> bool:
-    """Whether the device has the cp.async and mma.sync that the Gluon kernels use: NVIDIA GPUs from sm_80 on."""
+    """Whether the tensor is on a GPU that has what the Gluon kernels use."""
     return tensor.is_cuda and has_async_copies(tensor.device)

@@ -1,7 +1,7 @@
 """The calibration of a sweep: a few steps of each kind of run, executed as the profile would execute it.
 
-`dynconv plan --calibrate` measures on this machine by `calibrate`, or has a job of Slurm for each size execute this
-module. The measured speeds are kept by experiments/design/calibrations.py.
+`dynconv plan --calibrate` calls `calibrate` on this machine, or submits a Slurm job for each size that executes this
+module. experiments/design/calibrations.py stores the measured speeds.
 """
 
 import signal
@@ -23,7 +23,7 @@ from experiments.design.identity import to_dict
 from experiments.training.job import Place, this_place
 
 ROUNDS = 3
-SECONDS = 0.5  # of a turn; each arm has one turn a round, after as many steps to warm up
+SECONDS = 0.5  # duration of a turn; each arm has one turn in a round, after a warm-up of about the same duration
 REQUEST = "request.json"
 
 
@@ -34,10 +34,11 @@ class Request:
     runs: tuple[RunConfig, ...]
     execution: Execution
     place: str
-    cache: str  # the folder that takes the measurements
+    cache: str  # the folder in which the measurements are stored
 
     @property
     def size(self) -> str:
+        """The size of the runs, which is the same for all."""
         return self.runs[0].size
 
 
@@ -64,17 +65,17 @@ def requests(
 
 
 def calibrate(request: Request) -> None:
-    """Measure on this machine, and keep the speeds. Raises WorkFailed where a batch does not fit in memory."""
+    """Measure on this machine, and store the speeds. Raises WorkFailed if a micro-batch does not fit into memory."""
     _measure(request, None, Path(), progress=True)
 
 
 def freeze(request: Request, folder: Path) -> None:
-    """Write what the job of a request reads: its processes execute this module with the folder as argument."""
+    """Write the request for a job whose processes execute this module with the folder as argument."""
     write_json(folder / REQUEST, to_dict(request))
 
 
 def main() -> None:
-    """Measure as one of a job's processes. TERM, which comes before the time limit, is no wish to be queued again."""
+    """Measure as one of a job's processes. TERM, which Slurm sends before the time limit, ends it without a requeue."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder = Path(sys.argv[1])
     request = strict.parse(read_json(folder / REQUEST), Request, str(folder / REQUEST))
@@ -82,14 +83,14 @@ def main() -> None:
 
 
 def measured_at(request: Request) -> list[float | None]:
-    """When each speed of a request was measured, in unix seconds by the clock of where it was; None where none was."""
+    """When each speed of a request was measured, in Unix seconds by that machine's clock; None if it was not."""
     works = [Work.of(run, request.execution, request.place) for run in request.runs]
     kept = [calibrations.read(work, request.place, Path(request.cache)) for work in works]
     return [None if one is None else one.measured_at for one in kept]
 
 
 def _measure(request: Request, place: Place | None, folder: Path, progress: bool) -> None:
-    """Measure in this process and those it starts, or, with a place, as one of a job's processes."""
+    """Measure in this process and those that it starts, or, if `place` is given, as one of a job's processes."""
     import torch
 
     from experiments.bench.stepping import DoesNotFit, Settings, measure, measure_here

@@ -34,7 +34,10 @@ class Case:
     segments: int = 1  # of low-rank only: Q, K and V in one launch are three segments
 
     def bytes(self, backward: bool) -> int:
-        """The least memory traffic of a forward pass, or of a forward and backward pass: every tensor moves once."""
+        """The least memory traffic of a forward pass, or with `backward` of a forward and backward pass, in bytes.
+
+        Every tensor is read or written once in each pass.
+        """
         size = 4 if self.dtype == "float32" else 2
         tokens = self.B * self.T
         per_token = {"static": 0, "headwise": (self.H or 0) * self.W, "lowrank": (self.R or 0) * self.segments}
@@ -51,7 +54,7 @@ class Case:
         return f"{self.op}{size[self.op]}{' + static' if self.static else ''}{segments}"
 
     def inputs(self, device: str = "cuda") -> dict[str, Tensor]:
-        """Random inputs by name of the argument. Parameters are in float32, as they are under autocast."""
+        """Random inputs by the names of the arguments. Parameters are in float32, as they are under autocast."""
         import torch
 
         def normal(*shape: int) -> Tensor:
@@ -103,20 +106,20 @@ def cases(quick: bool) -> list[Case]:
 
 @dataclass(frozen=True)
 class Provider:
-    """The functions of one implementation, by op. They take the arguments of dynconv's functions."""
+    """One implementation: functions by op, with the arguments of dynconv's functions."""
 
     name: str
     functions: dict[str, Callable[..., Any]]
-    taps_last: bool = False  # whether its static filter is [D, W], and begins with the tap of the oldest input
+    taps_last: bool = False  # whether its static filter is [D, W] with the tap of the oldest input first
 
     def bind(self, case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-        """The inputs in the layout that the function of this case's op takes, and a call of the function on them."""
+        """(inputs in this implementation's layout, a function without arguments that computes the output from them)."""
         if self.taps_last:
             inputs = inputs | {"weight": inputs["weight"].detach().flip(0).t().contiguous().requires_grad_()}
         return inputs, partial(self.functions[case.op], **inputs, **case.options())
 
     def error(self, case: Case, device: str = "cuda") -> float:
-        """The largest relative RMS difference of output and gradients from the reference, or NaN if one of them is."""
+        """The largest relative RMS difference from the reference, over the output and all gradients; NaN if one is."""
         import torch
 
         given = case.inputs(device)
@@ -153,7 +156,8 @@ def plain(
 
 
 def providers(compiled: bool, against: list[str]) -> list[Provider]:
-    """dynconv first, then the implementations that it is compared with."""
+    """dynconv, and then the implementations that it is compared with: torch.compile of the reference if `compiled`,
+    installed packages, and the functions that `against` names."""
     import torch
 
     import dynconv
@@ -173,7 +177,7 @@ def providers(compiled: bool, against: list[str]) -> list[Provider]:
 
 
 def _named(target: str) -> Provider:
-    """The function that a user named as MODULE:FUNCTION. Raises ValueError if it cannot be imported."""
+    """The function that the user names as MODULE:FUNCTION. Raises ValueError if it cannot be imported."""
     module, _, name = target.partition(":")
     op = next((op for op in OPS if op in name.replace("_", "")), None)
     if op is None or not all(part.isidentifier() for part in module.split(".")):
@@ -192,8 +196,8 @@ def _named(target: str) -> Provider:
     return Provider(target, {op: function})
 
 
-# The static convolutions of others: a name to show, the module and the function, and how to call it on x [B, T, D] and
-# weight [D, W]. Those of flash-linear-attention's CUDA backend are causal-conv1d's kernels, reached through it.
+# Static convolutions of other packages: (name to show, module, function, how to call it with x [B, T, D], weight [D, W]
+# and `residual`). flash-linear-attention's CUDA backend calls causal-conv1d's kernels.
 _Call = Callable[[Callable[..., Any], "Tensor", "Tensor", bool], Any]
 _PEERS: list[tuple[str, str, str, _Call]] = [
     (
@@ -218,7 +222,8 @@ _PEERS: list[tuple[str, str, str, _Call]] = [
         "attention-gym",
         "attn_gym.linear.kda.short_conv",
         "causal_conv1d",
-        lambda run, x, weight, residual: _added(run(x, weight.to(x.dtype)), x, residual),  # it takes one dtype
+        # It takes x and weight only in the same dtype.
+        lambda run, x, weight, residual: _added(run(x, weight.to(x.dtype)), x, residual),
     ),
 ]
 
@@ -228,7 +233,7 @@ def _added(y: Tensor, x: Tensor, residual: bool) -> Tensor:
 
 
 def _installed_peers() -> Iterator[Provider]:
-    """The static convolutions of others that are installed. Says on standard error which are not, or why they fail."""
+    """The static convolutions of other packages that are installed. Standard error says which are not, or fail."""
     absent = []
     for name, module, function, call in _PEERS:
         if importlib.util.find_spec(module.partition(".")[0]) is None:
@@ -239,11 +244,6 @@ def _installed_peers() -> Iterator[Provider]:
         except Exception as error:  # a module may raise anything when it is imported
             print(f"{name} is left out: {first_line(error)}", file=sys.stderr)
             continue
-        yield Provider(name, {"static": partial(_call_peer, run, call)}, taps_last=True)
+        yield Provider(name, {"static": partial(call, run)}, taps_last=True)
     if absent:
         print(f"not installed, so not compared: {'; '.join(absent)}", file=sys.stderr)
-
-
-def _call_peer(run: Callable[..., Any], call: _Call, x: Tensor, weight: Tensor, residual: bool) -> Tensor:
-    y: Tensor = call(run, x, weight, residual)
-    return y

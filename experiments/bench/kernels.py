@@ -56,12 +56,11 @@ def transient_memory(case: Case, provider: Provider) -> float:
     inputs, forward = provider.bind(case, case.inputs())
     dy = torch.randn_like(inputs["x"])
     excess = 0
-    for _ in range(2):  # The first pass may compile, which allocates, too. The second counts.
+    for _ in range(2):  # Only the second pass counts: the first may compile, which allocates as well.
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_stats()[
-            "requested_bytes.all.current"
-        ]  # as requested, before the allocator rounds up
+        # Requested bytes are those before the allocator rounds up.
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         y = forward()
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
         peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
@@ -96,7 +95,7 @@ def replay_time(work: Callable[[], object]) -> float:
 
 
 def host_time(work: Callable[[], object]) -> float:
-    """Median microseconds until an eager call returns, if the GPU is idle before."""
+    """Median microseconds until an eager call returns, on a GPU that is idle before the call."""
     import torch
 
     times = []
@@ -150,7 +149,7 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
     bar = tqdm(work, desc="bench", file=sys.stderr)
     for case, provider in bar:
         bar.set_postfix_str(f"{case} {provider.name}")
-        torch.compiler.reset()  # torch.compile gives up after 8 shapes of one function.
+        torch.compiler.reset()  # torch.compile stops compiling a function after 8 shapes.
         try:
             error = provider.error(case)
             if not error < LARGEST_ERROR:
@@ -158,7 +157,7 @@ def table(chosen: list[Case], found: list[Provider], save: Callable[[pd.DataFram
                     f"its output or a gradient differs from the reference by {error:.2g} (relative RMS); not timed"
                 )
             measured, transient = list(measure(case, provider)), transient_memory(case, provider)
-        except Exception as problem:  # Code of others may raise anything; go on with the rest.
+        except Exception as problem:  # Other packages may raise anything; continue with the rest.
             bar.write(f"{provider.name}, {case}: {first_line(problem)}", file=sys.stderr)
             continue
         for name, us in measured:
@@ -203,12 +202,14 @@ def check_target(option: str, path: Path | None, kinds: tuple[str, ...]) -> None
 
 
 def _save(rows: pd.DataFrame, path: Path | None) -> None:
+    """Write the rows to a .parquet or .csv file, if one is wanted."""
     if path is not None:
         write = rows.to_parquet if path.suffix == ".parquet" else rows.to_csv
         write_atomically(path, lambda to: write(to, index=False))
 
 
 def run(args: argparse.Namespace) -> int:
+    """`dynconv bench kernels`. Returns the exit status."""
     import torch
 
     check_target("-o", args.output, (".parquet", ".csv"))

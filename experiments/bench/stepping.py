@@ -1,4 +1,4 @@
-"""Time the trainer's own steps: the arms of one size in turn, round after round, in one process a GPU."""
+"""Times the trainer's own steps: the arms of one size take turns, round after round, with one process for each GPU."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from experiments.tasks.base import Examples, Task
 from experiments.tasks.stream import GeneratedTask
 from experiments.training.assembly import make_trainer
 from experiments.training.job import Place, joined
-from experiments.training.memory import missing_memory_passed_over
+from experiments.training.memory import out_of_memory_suppressed
 from experiments.training.parallel import World
 from experiments.training.trainer import NonFiniteLoss
 
-MOST_KERNELS = 10  # of a profile
-_WARM_UPS = 8  # at most so many windows before the first round; each may be twice as long as the one before
+MOST_KERNELS = 10  # kernels that a profile lists
+_WARM_UPS = 8  # largest number of windows before the first round; each may be twice as long as the one before
 _PROFILED_WINDOWS = 2
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel takes of a step."""
+    """The time of one kernel in a step."""
 
     name: str
-    milliseconds: float  # a step
+    milliseconds: float  # per step
     share: float  # of the time of all kernels
 
 
@@ -50,10 +50,10 @@ class Kernel:
 class Outcome:
     """What was measured of one trial."""
 
-    seconds: list[float] = field(default_factory=list)  # of a step in each round
-    memory: int | None = None  # largest number of bytes allocated at one time; None on a CPU
+    seconds: list[float] = field(default_factory=list)  # for each round, the median time of a step
+    memory: int | None = None  # peak memory in bytes; None on a CPU
     captured: bool = False  # whether the step is a CUDA graph
-    kernels: list[Kernel] = field(default_factory=list)  # the most expensive ones, if they were asked for
+    kernels: list[Kernel] = field(default_factory=list)  # the most expensive ones, with `Settings.profile`
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,26 @@ class Settings:
     trials: tuple[Trial, ...]  # of one size
     device: str  # "cuda" or "cpu"
     rounds: int
-    seconds: float  # of a turn, about
-    profile: bool
-    progress: bool
+    seconds: float  # approximate duration of a turn
+    profile: bool  # whether to record the most expensive kernels
+    progress: bool  # whether to show a progress bar
 
     @property
     def execution(self) -> Execution:
-        """How the processes of all trials are started: as many as the largest of them has."""
+        """How the processes for all trials are started, which is the execution of the trial with the most GPUs."""
         return max(self.trials, key=lambda trial: trial.gpus).execution(self.device)
 
 
 class DoesNotFit(Exception):
-    """The device has not enough memory for this trial."""
+    """The device does not have enough memory for the trial that the message names."""
 
 
 def measure(settings: Settings) -> list[Outcome]:
-    """The outcomes of trials of one size, measured in turn, on as many GPUs as the largest of them has.
+    """The outcomes of trials of one size, which take turns on as many GPUs as the largest of them needs.
 
-    Odd rounds take the trials in the opposite order, so that none always follows the one that heats the device most.
-    Raises DoesNotFit if a trial does not fit in memory, and WorkFailed if a loss is not finite or a captured
-    step is not that of the model.
+    Every other round takes the trials in the opposite order, so that no trial always follows the one that heats the
+    device most. Raises DoesNotFit if a trial does not fit into memory, and WorkFailed if a loss is not finite or a
+    captured step differs from the uncompiled model.
     """
     size = max(trial.gpus for trial in settings.trials)
     if size == 1:
@@ -91,7 +91,7 @@ def measure(settings: Settings) -> list[Outcome]:
         result = Path(folder) / "outcomes.json"
         try:
             spawn(_work, (size, Path(folder), settings), nprocs=size)
-        except ProcessException as error:  # one of the processes failed, and the others were ended
+        except ProcessException as error:  # One of the processes failed, and `spawn` ended the others.
             if not result.exists():
                 raise WorkFailed(f"{settings.trials[0].run.size} on {size} processes: {_last_line(error)}") from error
         found = read_json(result)
@@ -101,7 +101,7 @@ def measure(settings: Settings) -> list[Outcome]:
 
 
 def measure_here(settings: Settings, folder: Path, place: Place) -> list[Outcome]:
-    """The outcomes in this process, which is one of a job's; the others join it by way of `folder`.
+    """The outcomes in this process, which is one of a job's. The processes find each other through `folder`.
 
     Raises as `measure` does.
     """
@@ -110,7 +110,7 @@ def measure_here(settings: Settings, folder: Path, place: Place) -> list[Outcome
 
 
 def _work(rank: int, size: int, folder: Path, settings: Settings) -> None:
-    """One of the processes. Rank 0 writes the outcomes, and a process that runs out of memory writes that."""
+    """Measure in one of the processes. Rank 0 writes the outcomes; a process that runs out of memory reports that."""
     place = Place(rank, size, local_rank=rank, job="bench")
     with joined(folder, settings.execution, place) as world:
         try:
@@ -129,9 +129,9 @@ def _last_line(error: Exception) -> str:
 
 
 def _outcomes(settings: Settings, world: World) -> list[Outcome]:
-    """The outcomes of trials in this process. Raises DoesNotFit when the memory of what did not fit is free again."""
+    """The outcomes of trials in this process. Raises DoesNotFit once the memory of the failed trial is free again."""
     measurement = _Measurement(settings, world)
-    with missing_memory_passed_over():  # which holds the frames, and so the tensors, of what failed
+    with out_of_memory_suppressed():  # Leaving the block drops the error, whose frames hold the failed trial's tensors.
         return measurement.outcomes()
     gc.collect()
     torch.cuda.empty_cache()
@@ -139,21 +139,21 @@ def _outcomes(settings: Settings, world: World) -> list[Outcome]:
 
 
 class _Measurement:
-    """The trials of one size in one process. On several GPUs each process has one of these."""
+    """The measurement of the trials of one size in one process. On several GPUs each process has one of these."""
 
     def __init__(self, settings: Settings, world: World) -> None:
-        self.current = ""  # name of the trial whose turn it is
+        self.current = ""  # name of the trial that has its turn
         self._settings, self._trials, self._world = settings, settings.trials, world
         turns = len(self._trials) * (1 + settings.rounds + settings.profile)
         shown = settings.progress and world.rank == 0
         self._bar = tqdm(total=turns, desc=f"bench {self._trials[0].run.size}", unit="turn", disable=not shown)
 
     def outcomes(self) -> list[Outcome]:
-        """What was measured of each trial; of those that run on another process alone, nothing.
+        """The outcome of each trial, which is empty for trials in which this process takes no part.
 
-        One process that is interrupted returns the rounds that were complete, if there are any.
+        If a single process is interrupted, it returns the rounds that were complete, if there are any.
         """
-        torch.compiler.reset()  # programs of other sizes count towards the number that torch keeps of a function
+        torch.compiler.reset()  # Programs of other sizes count towards torch's limit of programs for one function.
         runners: dict[int, _Runner] = {}
         with self._bar:
             for index in self._by_memory():
@@ -171,6 +171,7 @@ class _Measurement:
         return [runners[index].outcome if index in runners else Outcome() for index in range(len(self._trials))]
 
     def _take_turns(self, runners: Mapping[int, _Runner]) -> None:
+        """All rounds, and then the profiles."""
         order = range(len(self._trials))
         turns = [(index, _Runner.turn) for n in range(self._settings.rounds) for index in order[:: -1 if n % 2 else 1]]
         turns += [(index, _Runner.profile) for index in order] if self._settings.profile else []
@@ -180,10 +181,10 @@ class _Measurement:
                     work(runners[index])
 
     def _by_memory(self) -> list[int]:
-        """Trials with more convolutions first: they need more memory, and if it is missing, that shows early.
+        """Indices of the trials: those with more convolutions first, since they need more memory and fail early.
 
-        Those on more GPUs come first, too. All processes then compile an arm at the same time, as torch compiles it for
-        each device, and the first finds its program when it measures the arm alone.
+        Among equals, trials on more GPUs come first. torch compiles an arm for each device, so all processes then
+        compile it at the same time, and rank 0 finds its program again when it measures the arm alone.
         """
         trials = self._trials
         return sorted(
@@ -191,11 +192,12 @@ class _Measurement:
         )
 
     def _takes_part(self, index: int) -> bool:
+        """Whether this process is one of those of the trial."""
         return self._world.rank < self._trials[index].gpus
 
     @contextlib.contextmanager
     def _turn(self, index: int) -> Iterator[None]:
-        """What all processes do around a trial's turn; those that take no part in it wait for its end."""
+        """A context for a trial's turn in all processes: those that take no part in it wait for its end."""
         self.current = self._trials[index].name
         self._bar.set_postfix_str(self.current)
         yield
@@ -219,18 +221,20 @@ class RandomTokens:
         drawn = np.random.default_rng(0).integers(0, vocabulary, (sequences, length + 1))  # [B, T + 1]
         self.held_out = Examples(drawn[:, :-1], drawn[:, 1:])
 
-    def batch(self, step: int, first: int, count: int) -> Examples:  # noqa: ARG002  # every step takes the same
+    def batch(self, step: int, first: int, count: int) -> Examples:  # noqa: ARG002
+        """Sequences `first` to `first + count` - 1, which are the same in every step."""
         return self.held_out.rows(first, first + count)
 
     def metrics(self, loss: float) -> Mapping[str, float]:
+        """The loss alone."""
         return {"loss": loss}
 
 
 class _Runner:
-    """A trial's trainer and what was measured of it.
+    """A trial's trainer and its outcome.
 
-    Between its turns it lends its memory to the others, unless its steps are captured, which fixes where its tensors
-    are; models that are captured are small.
+    Between its turns it lends its memory to the other trials. It does not if its steps are captured, which fixes the
+    addresses of its tensors; models that are captured are small.
     """
 
     def __init__(self, trial: Trial, world: World, seconds: float, alone: bool) -> None:
@@ -241,7 +245,7 @@ class _Runner:
         task: Task
         if trial.run.task is None:
             task = RandomTokens(trial.run.model.vocabulary, train.batch_sequences, train.sequence_length)
-        else:  # its targets, and so the work of a step, are fewer than its tokens
+        else:  # Fewer targets than tokens count in a generated task, so a step is less work than with random tokens.
             task = GeneratedTask(trial.run.task, trial.run.task_name, train.batch_sequences, trial.run.seed)
         with RepeatedDraws(), world.device:
             model = Decoder(trial.run.model, trial.run.seed)
@@ -250,7 +254,7 @@ class _Runner:
             self._trainer.warm_up()
             needed = torch.cuda.max_memory_allocated()
             try:
-                self._trainer.check_captured()  # by a step that is not compiled, whose memory is not the trial's
+                self._trainer.check_captured()  # takes an uncompiled step, whose memory must not count for the trial
             except WorkFailed as error:
                 raise WorkFailed(f"{trial.name}: {error}") from error
             torch.cuda.reset_peak_memory_stats()
@@ -258,16 +262,17 @@ class _Runner:
         self._lendable = Lendable()
         lends = not alone and not self.outcome.captured
         if lends:
-            self._lendable.add(self._trainer.state().tensors.values())  # while the optimizer's averages are zero
+            # Add the parameters now, and the optimizer's state once the first steps have made it.
+            self._lendable.add(self._trainer.state().tensors.values())
         self._windows = self._count_windows(seconds)
         if lends:
-            self._lendable.add(self._trainer.state().tensors.values())  # what the first steps added
+            self._lendable.add(self._trainer.state().tensors.values())
         if self._cuda:
             self.outcome.memory = max(needed, torch.cuda.max_memory_allocated()) - before
         self._lendable.lend()
 
     def turn(self) -> None:
-        """Take steps for one round, the first window uncounted: clocks and caches are not yet as in a long run."""
+        """Take the steps of one round. The first window is not counted, since clocks and caches have yet to settle."""
         self._lendable.take_back()
         self._window()
         times = [seconds for _ in range(self._windows) for seconds in self._window()]
@@ -285,25 +290,25 @@ class _Runner:
         self._lendable.lend()
 
     def _start_counting_memory(self) -> int:
-        """Bytes that others have allocated on the device."""
+        """Start to count the peak memory. Returns the bytes that other trials have allocated on the device."""
         if not self._cuda:
             return 0
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
     def _count_windows(self, seconds: float) -> int:
-        """How many windows of steps last about `seconds`, once the trainer has found how long its windows are."""
+        """How many windows of steps take about `seconds`, once the trainer has settled the length of its windows."""
         spent = 0.0
         for _ in range(_WARM_UPS):
             window = torch.tensor(sum(self._window()), dtype=torch.float64, device=self._world.device)
-            last = self._world.sum(window).item() / self._world.size  # the same on all processes
+            last = self._world.sum(window).item() / self._world.size  # the same in all processes
             spent += last
             if spent >= seconds:
                 break
         return max(1, math.ceil(seconds / last))
 
     def _window(self) -> list[float]:
-        """Seconds of each of the next steps, which the trainer launches together."""
+        """The seconds of each step of the next window. Raises WorkFailed if a loss is not finite."""
         try:
             return [step.seconds for step in self._trainer.advance()]
         except NonFiniteLoss as error:

@@ -1,10 +1,10 @@
-"""Rows of `dynconv bench train` from what was measured: throughput, utilisation, slowdowns with intervals.
+"""Computes the rows of `dynconv bench train` from the outcomes: throughput, utilisation, slowdowns with intervals.
 
-The slowdown of an arm is its time a step over that of the first arm, with the same optimizer on the same GPUs, fused or
-not as it is. Rounds are pairs, because clocks and temperature drift: it is the geometric mean of the ratios of the
-rounds, and its 95% interval is Student's for the mean of their logarithms. What an arm adds in milliseconds is the mean
-of the differences. The same compares optimizers, and several GPUs with one. Below SMALLEST_INTERVAL rounds there is no
-interval.
+The slowdown of an arm is its time per step over that of the first arm, with the same optimizer, number of GPUs and
+`fused`. Arms are compared within each round, because clocks and temperature drift: the slowdown is the geometric mean
+of the rounds' ratios, and its 95% interval is Student's t interval of the mean of their logarithms. The milliseconds
+that an arm adds are the mean of the rounds' differences. Optimizers, and several GPUs with one, are compared likewise.
+With fewer than SMALLEST_INTERVAL rounds there is no interval.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from experiments.bench.stepping import Outcome
     from experiments.bench.trials import Trial
 
-# Dense bf16 FLOPs a second by the name that the driver gives, from NVIDIA's data sheets of H100 SXM and H200 SXM.
+# Dense bf16 FLOP/s by the driver's name of the device, from NVIDIA's data sheets of H100 SXM and H200 SXM.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 SMALLEST_INTERVAL = 3  # rounds
 SETTING = (
@@ -37,7 +37,7 @@ COLUMNS = (
     *SETTING,
     "tokens_per_second",  # of all GPUs; from the median step
     "mfu",
-    "memory_gib",  # of one GPU, at most allocated at one time
+    "memory_gib",  # peak of one GPU
     "against",  # the arm that this one is compared with
     *(
         f"{name}{end}"
@@ -52,21 +52,22 @@ COLUMNS = (
     "versions",
     "commit",
 )
-Estimate = tuple[float, float | None, float | None]  # with its interval
+Estimate = tuple[float, float | None, float | None]  # (value, lower end, upper end of its 95% interval)
 
 
 def ratio(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """The geometric mean of the rounds' ratios, and its 95% interval."""
+    """The geometric mean of the rounds' ratios mine / theirs, and its 95% interval."""
     estimate, low, high = _mean(np.log(np.array(mine) / np.array(theirs)))
     return float(np.exp(estimate)), _exponential(low), _exponential(high)
 
 
 def difference(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """The mean of the rounds' differences, and its 95% interval."""
+    """The mean of the rounds' differences mine - theirs, and its 95% interval."""
     return _mean(np.array(mine) - np.array(theirs))
 
 
 def _mean(values: np.ndarray) -> Estimate:
+    """The mean and its 95% interval by Student's t distribution."""
     mean = float(values.mean())
     if len(values) < SMALLEST_INTERVAL:
         return mean, None, None
@@ -83,7 +84,7 @@ def _exponential(value: float | None) -> float | None:
 def rows_of(
     trials: Sequence[Trial],  # of one size
     outcomes: Sequence[Outcome],
-    peak: float | None,  # FLOPs a second of one device; None: not known, and there is no MFU
+    peak: float | None,  # FLOP/s of one device; None: not known, so there is no MFU
     where: dict[str, Any],  # device, versions and commit
 ) -> list[dict[str, Any]]:
     """One row for each trial, with COLUMNS."""
@@ -121,7 +122,7 @@ def rows_of(
 def _comparisons(
     trials: Sequence[Trial], outcomes: Sequence[Outcome], trial: Trial, seconds: Sequence[float]
 ) -> dict[str, Any]:
-    """The columns of a row that compare a trial, with its `seconds` of each round, with others of the same rounds."""
+    """The columns that compare a trial, whose steps took `seconds` in each round, with other trials."""
 
     def first(gpus: int, optimizer: str | None = None, arm: str | None = None) -> tuple[Trial, list[float]]:
         return next(
@@ -140,13 +141,14 @@ def _comparisons(
     other, theirs = first(trial.gpus, arm=trial.run.arm)
     if other is not trial:
         found |= _named("optimizer_ms", difference(seconds, theirs), 1e3)
-    if trial.gpus > 1:  # Each GPU does the same work as one alone, so with perfect scaling a step takes the same time.
+    if trial.gpus > 1:  # The batch grows with the GPUs, so with perfect scaling a step takes as long as on one.
         _, alone = first(1, optimizer=trial.optimizer, arm=trial.run.arm)
         found |= _named("efficiency", ratio(alone, seconds))
     return found
 
 
 def _named(name: str, estimate: Estimate, unit: float = 1.0) -> dict[str, float | None]:
+    """An estimate, multiplied by `unit`, as the columns NAME, NAME_low and NAME_high."""
     ends = ("", "_low", "_high")
     return {name + end: None if value is None else unit * value for end, value in zip(ends, estimate, strict=True)}
 
@@ -159,7 +161,7 @@ def machine(device: str) -> str:
 
 
 def earlier(path: Path) -> pd.DataFrame | None:
-    """What `merge` wrote into this file before; None where there is none. Raises ValueError for any other file."""
+    """The rows that `merge` wrote into this file; None if there is no file. Raises ValueError for any other file."""
     import pandas as pd
 
     if not path.exists():
@@ -168,7 +170,7 @@ def earlier(path: Path) -> pd.DataFrame | None:
         old = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is unreadable ({first_line(error)}); move it away, or give -o another file") from None
-    if "fused" not in old:  # written before there was this setting
+    if "fused" not in old:  # The file was written before this setting existed.
         old["fused"] = False
     if missing := [name for name in SETTING if name not in old]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; give -o another file")
@@ -176,10 +178,10 @@ def earlier(path: Path) -> pd.DataFrame | None:
 
 
 def merge(rows: Sequence[dict[str, Any]], path: Path) -> pd.DataFrame:
-    """Write rows into a file, where they replace those with the same SETTING; the others stay. Returns what it holds.
+    """Add rows to a file, replacing rows with the same SETTING. Returns the whole table.
 
-    So a file may hold measurements of several commits and versions, each in its own rows; whoever compares rows must
-    look at these columns. Raises ValueError as `earlier` does.
+    A file may therefore hold rows of several commits and versions, so compare these columns before comparing rows.
+    Raises ValueError as `earlier` does.
     """
     import pandas as pd
 
@@ -194,7 +196,7 @@ def merge(rows: Sequence[dict[str, Any]], path: Path) -> pd.DataFrame:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """The rows as a table in which missing values have no other type than the rest of their column."""
+    """The rows as a table with a fixed type for each column, so that missing values do not change it."""
     import pandas as pd
 
     frame = pd.DataFrame(rows, columns=list(COLUMNS))

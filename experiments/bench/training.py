@@ -36,6 +36,7 @@ PARTS = ("mixer", "ffn", "convolutions", "head")
 
 
 def run(args: argparse.Namespace) -> int:
+    """`dynconv bench train`. Returns the exit status. Raises KeyboardInterrupt after an interrupted size was kept."""
     from experiments.bench.throughput import merge, rows_of
 
     request = _request(args)
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> Request:
-    """What to measure. Raises ValueError, before anything is measured, if one of the sizes cannot be."""
+    """What to measure. Raises ValueError, before anything is measured, for illegal options and sizes."""
     request = Request(
         sizes=tuple(dict.fromkeys(args.sizes)),
         arms=tuple(args.arms),
@@ -92,9 +93,9 @@ def _request(args: argparse.Namespace) -> Request:
 
 
 def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float | None]:
-    """The device with the versions and the commit, the file for its rows, and its peak in FLOPs a second.
+    """(device, versions and commit; the file for the rows; the device's peak in FLOP/s, None if it is not known).
 
-    Also settles `args.device`. Raises ValueError if the device is not there, or a file cannot be written.
+    Also resolves `args.device` = "auto". Raises ValueError if the device is missing or a file cannot be written.
     """
     import torch
 
@@ -117,7 +118,7 @@ def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float
         raise ValueError(f"--gpus {args.gpus} are of several kinds ({', '.join(sorted(others))}); choose equal ones")
     output = args.output or Path("results/measured") / machine(device) / "training.parquet"
     check_target("-o", output, (".parquet",))
-    earlier(output)  # now, as what is measured goes into the file with it
+    earlier(output)  # Fail now if the rows of this file could not be kept.
     check_target("--figure", args.figure, (".svg", ".pdf", ".png"))
     packages = [f"torch {torch.__version__}"]
     for package in importlib.metadata.packages_distributions().get("triton", []):
@@ -127,9 +128,9 @@ def _place(args: argparse.Namespace) -> tuple[dict[str, str | None], Path, float
 
 
 def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[list[Trial], list[Outcome]]:
-    """The trials of a size and their outcomes; where a batch does not fit in memory, with half as many sequences.
+    """(trials, outcomes) of a size. A batch that does not fit into memory is halved until it does.
 
-    Raises WorkFailed if one sequence does not fit, and ValueError, with a batch that does, if the user's does not.
+    Raises WorkFailed if no batch fits, and ValueError, which names a batch that fits, if the user's batch does not.
     """
     import torch
 
@@ -140,7 +141,7 @@ def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[li
     batch, wanted = None, ""
     while True:
         chosen = trials(request, size, MICRO_BATCH_TOKENS, batch)
-        dry = bool(wanted and request.batch)  # The user's batch does not fit; only find one that does.
+        dry = bool(wanted and request.batch)  # The user's batch does not fit: only look for one that does.
         rounds = 0 if dry else args.rounds
         try:
             outcomes = measure(
@@ -165,7 +166,7 @@ def _measured(request: Request, size: str, args: argparse.Namespace) -> tuple[li
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The rows of one size as text, with a line for each trial, and the kernels of each, if they are there."""
+    """The rows of one size as text: a line for each trial, and the kernels of each if they were recorded."""
     first = rows[0]
     several = [name for name in ("optimizer", "fused", "gpus") if len({row[name] for row in rows}) > 1]
     scaled = any(row["efficiency"] is not None for row in rows)
@@ -202,21 +203,21 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def _estimate(row: Row, name: str, form: str) -> list[str]:
-    """The value of a comparison and its interval, as two cells; empty where they are missing."""
+    """The value of a comparison and its interval as two cells, which are empty if they are missing."""
     value, low, high = (row[name + end] for end in ("", "_low", "_high"))
     value = "" if value is None else f"{value:{form}}"
     return [value, "" if low is None else f"[{low:{form}}, {high:{form}}]"]
 
 
 def _where(row: Row) -> str:
-    """How many devices a row is of, where they are several. `gpus` counts processes where the device is the CPU."""
+    """In words, the number of GPUs of a row, or of processes on a CPU, if it is above 1."""
     if row["gpus"] == 1:
         return ""
     return f" in {row['gpus']} processes" if row["device"] == "cpu" else f" on {row['gpus']} GPUs"
 
 
 def _kernels(row: Row) -> str:
-    """The most expensive kernels of a row."""
+    """A table of the most expensive kernels of a row."""
     title = f"\n{row['arm']} {row['optimizer']}" + " not fused" * (not row["fused"]) + _where(row)
     lines = [
         [kernel["name"][:90], f"{kernel['milliseconds']:.3g}", f"{kernel['share']:.1%}"] for kernel in row["kernels"]

@@ -1,7 +1,4 @@
-"""What `dynconv bench train` measures: arms at sizes, as the runs of a sweep, with random tokens for text.
-
-Shapes: B sequences of a batch, T sequence length.
-"""
+"""What `dynconv bench train` measures: arms at sizes, as runs of a sweep that train on random tokens."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,8 +20,8 @@ from experiments.design.train import OPTIMIZERS, Optimizer, TrainConfig
 
 Recompute = Literal["none", "block", "attention-kept"]
 DEFAULT_ARMS = ("transformer", "static-qkv", "headwise-qkv", "lowrank-qkv", "lowrank-all")
-VOCABULARIES = {"paper": 100_352, "mini": 4096, "nano": 512}  # as in experiments/sweeps
-ENDLESS = 10**7  # steps of a measured run, far more than are taken
+VOCABULARIES = {"paper": 100_352, "mini": 4096, "nano": 512}  # by ladder, as in experiments/sweeps
+ENDLESS = 10**7  # steps of a measured run, far more than are ever taken
 _ANY_NUMBER = 1e9  # the largest setting of a sweep; used where the length of the run does not matter
 
 
@@ -33,16 +30,16 @@ class Trial:
     """One arm at a size, with an optimizer, on a number of GPUs."""
 
     run: RunConfig
-    gpus: int = 1  # or processes on a CPU; the trial does not know which
+    gpus: int = 1  # on a CPU, the number of processes
     parallel: str = "none"  # "ddp" or "fsdp" on several GPUs
-    micro_batches: int = 1  # of a step, on each GPU
-    recompute: Recompute = "none"  # activations, as in `Execution`
+    micro_batches: int = 1  # per step, on each GPU
+    recompute: Recompute = "none"  # as in `Execution`
     fused: bool = True  # as in `Execution`
-    own: Execution | None = None  # as a profile has it, for a calibration; None: by the settings above
+    own: Execution | None = None  # a profile's execution, for a calibration; None: made from the settings above
 
     @property
     def batch(self) -> int:
-        """Sequences of a micro-batch."""
+        """Sequences of a micro-batch on each GPU."""
         if self.own is not None and self.own.micro_batch:
             return self.own.micro_batch
         return self.run.train.batch_sequences // self.gpus // self.micro_batches
@@ -54,14 +51,17 @@ class Trial:
 
     @property
     def optimizer(self) -> str:
+        """The kind of its optimizer."""
         return self.run.train.optimizer.kind
 
     @property
     def name(self) -> str:
+        """A name for messages."""
         where = " not fused" * (not self.fused) + (f" in {self.gpus} processes" if self.gpus > 1 else "")
         return f"{self.run.size} {self.run.arm} {self.optimizer}{where}"
 
     def execution(self, device: str) -> Execution:
+        """How the trial is executed on the device "cuda" or "cpu"."""
         kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
         if self.own is not None:
             return replace(self.own, device=kind)
@@ -76,7 +76,7 @@ class Trial:
 
 
 def flops_by_part(model: ModelConfig, sequence_length: int) -> dict[str, int]:
-    """FLOPs of one forward pass over one sequence: mixer, feed-forward part, convolutions with their generators, head.
+    """FLOPs of one forward pass over one sequence, for "mixer", "ffn", "convolutions" (with generators) and "head".
 
     Their sum is that of `ModelConfig.forward_flops`.
     """
@@ -91,14 +91,14 @@ def flops_by_part(model: ModelConfig, sequence_length: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """The request of the command line."""
 
     sizes: tuple[str, ...]
-    arms: tuple[str, ...] = ()  # none: all of the sweep, or DEFAULT_ARMS
-    optimizers: tuple[str, ...] = ()  # none: the arm's own
+    arms: tuple[str, ...] = ()  # empty: all of the sweep, or DEFAULT_ARMS
+    optimizers: tuple[str, ...] = ()  # empty: the arm's own
     sweep: Path | None = None
     batch: int | None = None  # sequences of a micro-batch; None: as in a run
-    micro_batches: int = 1  # of a step, on each GPU
+    micro_batches: int = 1  # per step, on each GPU
     sequence: int | None = None  # None: the ladder's
     gpus: int = 1
     parallel: str = "ddp"
@@ -107,13 +107,11 @@ class Request:
 
 
 def trials(request: Request, size: str, micro_batch_tokens: int, batch: int | None = None) -> list[Trial]:
-    """The trials of one size: all arms with the first optimizer, then with the next; on one GPU, then on several.
+    """The trials of one size, ordered by number of GPUs, then optimizer, then `fused`, then arm.
 
-    With each optimizer they are all fused, or all not, or first the one and then the other.
-
-    `batch`, if given, stands in for the request's; without either, a micro-batch is what a run would use: the recipe's
-    batch, but at most `micro_batch_tokens`. Raises ValueError for a size, an arm or an optimizer that is
-    not known, and for numbers below 1.
+    `batch`, if given, replaces the request's. Without either, a micro-batch is what a run would use: the recipe's
+    batch, but at most `micro_batch_tokens`. Raises ValueError for a size, an arm or an optimizer that is not known,
+    for numbers below 1, and for a batch that separates sequences that read one another.
     """
     for name in ("batch", "sequence", "micro_batches", "gpus"):
         value = getattr(request, name)
@@ -154,14 +152,17 @@ def _grouped_arm(runs: Sequence[RunConfig]) -> str:
 
 
 def calibration_trial(run: RunConfig, execution: Execution) -> Trial:
-    """A run of a sweep as it would be executed, but that it never ends."""
+    """A run of a sweep as it would be executed, except that it never ends."""
     train = replace(_endless(run.train, run.train.batch_sequences, run.train.sequence_length), branch_steps=())
     parallel = "none" if execution.gpus == 1 else execution.parallel
     return Trial(replace(run, train=train), execution.gpus, parallel, recompute=execution.recompute, own=execution)
 
 
 def _endless(train: TrainConfig, sequences: int, length: int) -> TrainConfig:
-    """A run that is never evaluated and never ends, at a rate next to zero, so that random tokens do no harm."""
+    """Settings of a run that is never evaluated and never ends.
+
+    The warm-up lasts for the whole run, so the learning rate is near zero, and random tokens do not spoil the weights.
+    """
     tokens = ENDLESS * sequences * length
     return replace(
         train,
@@ -175,7 +176,7 @@ def _endless(train: TrainConfig, sequences: int, length: int) -> TrainConfig:
 
 
 def _sweep(request: Request, size: str) -> Sweep:
-    """A sweep of this size and the chosen arms, with one endless run of each."""
+    """A sweep with one run of each chosen arm at this size. Raises ValueError for unknown sizes and arms."""
     own: dict[str, Arm] = {}  # arms that the file defines
     arms: tuple[str, ...] = DEFAULT_ARMS
     if request.sweep is None:

@@ -1,6 +1,6 @@
-"""Weights whose values do not matter: made without drawing every one, and drawn again after their memory was lent.
+"""Weights for timing, whose exact values do not matter: made faster, and drawn anew after their memory was lent.
 
-The time of a step depends on shapes, and hardly on values, as long as these are spread as in training.
+The time of a step depends on shapes and hardly on values, as long as these have a distribution as in training.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 from experiments.training.parallel import local
 
-_DRAWN = 2**16  # elements of a tensor that are drawn; the others repeat them
+_DRAWN = 2**16  # number of elements of a tensor that are drawn; the others repeat them
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 class RepeatedDraws(TorchFunctionMode):
     """A context in which `nn.init` draws the first rows of a large matrix and repeats them.
 
-    To draw all weights of a model of two billion parameters takes half a minute. Numbers are drawn on the host, so that
-    a generator there serves a model on any device.
+    Drawing all weights of a model of two billion parameters takes half a minute. Numbers are drawn on the host, so that
+    the model's generator, which is there, works for a model on any device.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,7 +42,7 @@ class RepeatedDraws(TorchFunctionMode):
 
 
 class _Spread(NamedTuple):
-    """A tensor and how its values are spread."""
+    """A tensor and the distribution of its values."""
 
     tensor: Tensor  # fills its storage
     bytes: int  # of the storage
@@ -53,13 +53,16 @@ class _Spread(NamedTuple):
 
 
 class Lendable:
-    """Tensors of a training state whose memory can be lent to others in between."""
+    """Tensors of a training state whose memory can be freed and allocated again."""
 
     def __init__(self) -> None:
         self._spreads: dict[int, _Spread] = {}  # by the address of the storage when it was added
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Add those that are not there yet, of sharded ones this process's part; whole numbers and scalars stay."""
+        """Add the floating-point tensors that are not added yet, except for scalars, which keep their memory.
+
+        Of a sharded tensor, this process's part is added.
+        """
         for each in tensors:
             tensor = local(each.detach())
             storage = tensor.untyped_storage()
@@ -77,7 +80,7 @@ class Lendable:
             torch.cuda.empty_cache()
 
     def take_back(self) -> None:
-        """Allocate the memory again and draw values with the same spread; what was constant, as zero, is so again."""
+        """Allocate the memory again, and draw values of the same mean, deviation and range. Constants stay constant."""
         for spread in self._spreads.values():
             spread.tensor.untyped_storage().resize_(spread.bytes)
             spread.tensor.normal_(spread.mean, spread.deviation).clamp_(spread.low, spread.high)

@@ -19,7 +19,7 @@ from experiments.parts.swiglu import SwiGLU
 
 @dataclass(frozen=True)
 class Arm:
-    """One architecture variant, with its own training settings. The ladder gives what is left open."""
+    """One architecture variant, with its own training settings. Settings that it leaves None come from the ladder."""
 
     mixer: Mixer = field(default_factory=Attention)
     ffn: FeedForward = field(default_factory=SwiGLU)

@@ -1,8 +1,8 @@
 """Measured training speeds, one small file each: `plan --calibrate` writes them, `plan` and `submit` read them.
 
-A file is found by what is trained and how (`Work`) and by where (`place`: a device of this machine, or what a profile
-asks of Slurm). It names the device, the versions and the code that it was measured with; a measurement with other code
-or versions than those here is stale, and is not used.
+The name of a file is a hash of what is trained and how (`Work`) and of where (`place`: this machine's device, or the
+options that Slurm is given). The file names the device, the versions and the code of the measurement. A measurement
+with other code or versions than those here is stale and is not used.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ FOLDER = "calibrations"  # in the cache of data, which the nodes of a cluster sh
 
 @dataclass(frozen=True)
 class Work:
-    """What decides, on a given device, how long a training step takes."""
+    """The settings that decide how long a training step takes on a given device."""
 
     model: ModelConfig
     task: AnyTask | None
@@ -63,12 +63,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One measurement, as its file holds it."""
+    """One measurement, as it is stored in its file."""
 
-    arm: str  # as it was called then; names are no part of the key
+    arm: str  # the name at that time, which is not part of the key
     size: str
     tokens_per_second: float  # of all GPUs of a run, without evaluations
-    spread: float  # between the slowest and the fastest round, as a share of the median
+    spread: float  # difference between the slowest and the fastest round, over the median
     place: str
     device: str
     dtype: str
@@ -81,9 +81,9 @@ class Calibration:
             raise ValueError(f"tokens_per_second must be positive and finite; got {self.tokens_per_second}")
 
     def stale(self, elsewhere: bool) -> str | None:
-        """Why this measurement says nothing about the code that is here, or None.
+        """Why this measurement does not apply to the code and versions here, or None if it does.
 
-        With `elsewhere`, runs have another Python than this one, and its versions are not compared.
+        With `elsewhere`, runs use another Python environment than this one, so its versions are not compared.
         """
         if not elsewhere and self.versions != versions():
             return f"of {self.versions}; here is {versions()}"
@@ -91,7 +91,7 @@ class Calibration:
 
 
 def versions() -> str:
-    """Of the packages that decide the speed of a step."""
+    """The installed versions of the packages that decide the speed of a step, as text."""
     found = {}
     for package in ("torch", "triton"):
         try:
@@ -102,7 +102,7 @@ def versions() -> str:
 
 
 def cpu_name() -> str:
-    """What a device is called that is no GPU: the processor's model."""
+    """The name of the CPU as a device, with the processor's model."""
     try:
         models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -111,16 +111,16 @@ def cpu_name() -> str:
 
 
 def write(calibration: Calibration, work: Work, cache: Path) -> None:
-    """Keep a measurement, in place of an older one of the same work at the same place."""
+    """Store a measurement. It replaces an older one of the same work at the same place."""
     path = _path(work, calibration.place, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(calibration))
 
 
 def read(work: Work, place: str, cache: Path) -> Calibration | None:
-    """The measurement of this work at this place, stale or not; None where there is none.
+    """The measurement of this work at this place, stale or not; None if there is none.
 
-    Raises ValueError, with the file's name, for one that is damaged.
+    Raises ValueError with the file's name if it is damaged.
     """
     path = _path(work, place, cache)
     if not path.exists():

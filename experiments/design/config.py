@@ -29,11 +29,11 @@ class RunConfig:
     baseline: str = field(metadata=OUTSIDE_ID)
     ladder: str = field(metadata=OUTSIDE_ID)
     size: str = field(metadata=OUTSIDE_ID)
-    budget: str = field(metadata=OUTSIDE_ID)  # the training tokens in words, or "trunk"
+    budget: str = field(metadata=OUTSIDE_ID)  # such as "20 tokens per parameter" or "500 steps", or "trunk"
     seed: int
     model: ModelConfig
     train: TrainConfig
-    data: DataConfig | None = None  # of text; None: the task generates its sequences
+    data: DataConfig | None = None  # the dataset of text; None: the task generates its sequences
     # axis of the sweep's [vary] -> the run's value
     vary: Mapping[str, float] = field(default_factory=dict, metadata=OUTSIDE_ID)
     # id of the run from whose state this one starts, and the step after which that state was kept
@@ -41,7 +41,7 @@ class RunConfig:
     branch_step: int = field(default=0, metadata=OUTSIDE_ID)
     task: AnyTask | None = None  # None: language modelling on text
     task_name: str = field(default=TEXT, metadata=OUTSIDE_ID)
-    packed: bool = False  # the documents of a sequence of text are kept apart, as data/packing.py defines it
+    packed: bool = False  # whether the documents within a sequence of text are kept apart (data/packing.py)
 
     def __post_init__(self) -> None:
         if self.packed:
@@ -60,6 +60,7 @@ class RunConfig:
             )
 
     def _check_packed(self) -> None:
+        """Raises ValueError if the run cannot keep documents apart."""
         where = f"{self.arm} {self.size}: packed"
         if self.data is None:
             raise ValueError(f"{where} is for documents of text, [data]; got {self.task_name}; remove it")
@@ -77,18 +78,18 @@ class RunConfig:
 
     @cached_property
     def run_id(self) -> str:
-        """A readable prefix and a hash of everything that decides the outcome."""
+        """The run's id: a readable prefix and a hash of everything that decides its outcome."""
         task = "" if self.task is None else f"-{self.task_name}"
         return f"{self.arm}-{self.size}{task}-s{self.seed}-{digest(self)}"
 
     @property
     def counts(self) -> Counts:
-        """Parameters, tokens and FLOPs. Those of a branch include its trunk's."""
+        """Parameters, tokens and training FLOPs. Tokens and FLOPs of a branch include its trunk's."""
         return self.model.count(self.train.tokens, self.train.sequence_length)
 
     @property
     def own_tokens(self) -> int:
-        """Training tokens without those of the trunk, from whose state a branch starts."""
+        """Training tokens without those of the trunk from which a branch starts."""
         return self.train.tokens - self.branch_step * self.train.batch_sequences * self.train.sequence_length
 
     @property
@@ -98,7 +99,7 @@ class RunConfig:
 
     @property
     def epochs(self) -> float | None:
-        """Passes over the training data. None: a generated task whose sequences are always new ones."""
+        """Passes over the training data. None for a generated task whose sequences never repeat."""
         if self.data is not None:
             return self.train.tokens / self.data.train_tokens
         assert self.task is not None
@@ -122,22 +123,22 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is executed on given hardware. The profile sets it, and the run's id does not cover it."""
+    """How a run is executed on given hardware. The profile sets this, and the run's id does not cover it."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    gpus: int = 1  # number of processes, each with one GPU; on a CPU just the number of processes
-    # what several processes hold: "ddp" a whole model each, "fsdp" a part of every matrix and of its optimizer state
+    gpus: int = 1  # number of processes, each with one GPU; on a CPU, the number of processes
+    # "ddp": each process holds the whole model; "fsdp": each holds a part of every matrix and of its optimizer state
     parallel: Literal["ddp", "fsdp"] = "ddp"
     micro_batch: int = 0  # sequences of one forward pass of a process; 0: its share of the batch, at most 32k tokens
     compile: bool = True  # only on a GPU: torch.compile and, for small models, steps as CUDA graphs
-    recompute: Literal["none", "block", "attention-kept"] = "none"  # activations, to save memory: models/recompute.py
-    fused: bool = True  # only on a GPU: convolutions and neighbours, as RoPE, in one kernel if it fits: models/fused.py
+    recompute: Literal["none", "block", "attention-kept"] = "none"  # activations, to save memory (models/recompute.py)
+    fused: bool = True  # only on a GPU: compute convolutions and e.g. RoPE in one kernel if possible (models/fused.py)
     threads: int = 1  # of torch on a CPU; fixed, because the order of a sum depends on the number of threads
     checkpoint_minutes: float = 10.0
     max_attempts: int = 20  # a run that is started more often than this fails
 
     def in_words(self, cuda: bool) -> str:
-        """What of this decides the speed of a step, beside the hardware: runs that differ in it have other clocks."""
+        """The settings that decide the speed of a step, in words. Runs that differ in them do not compare in time."""
         found = [f"{self.threads} threads"] if not cuda else ["compiled" if self.compile else "not compiled"]
         found += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         found += ["fused"] if cuda and self.fused else []
@@ -145,7 +146,7 @@ class Execution:
         return "; ".join(found)
 
     def check(self, run: RunConfig) -> None:
-        """Raises ValueError if micro-batches would separate sequences of which the model reads one for another."""
+        """Raises ValueError if micro-batches would separate sequences that read one another."""
         group = run.model.sequence_group
         if self.micro_batch % group:
             raise ValueError(

@@ -17,9 +17,9 @@ class DataConfig:
     """Settings from which a dataset is built: equal settings and equal text give equal shards.
 
     `train_tokens` and `validation_tokens` are exact: the build takes documents in the order of their content
-    hash until it has that many and fails if the corpus has fewer. So the number of epochs of a run follows
-    from the specification alone. A run's id does not cover paths of the text and the tokenizer: the hash of the built
-    dataset is in the run's record, and is compared instead.
+    hash until it has that many, and fails if the corpus has fewer. So the number of epochs of a run follows
+    from the specification alone. A run's id does not cover the paths of the text and the tokenizer; the hash of the
+    built dataset is in the run's record and is compared instead.
     """
 
     # "python", for the source files of the standard library; a folder of text (.txt, .jsonl, .json, each plain or with
@@ -28,18 +28,17 @@ class DataConfig:
     site_packages: bool = False  # add every .py file of site-packages; with source "python" only
     # the column or key that holds a document's text, or a list of messages with role and content; "a.b" is b within a
     text_field: str = "text"
-    # False: of more files than are wanted read only as many as are likely to have enough tokens, in an order by the
-    # hashes of their names
+    # False: read only as many files as are likely to have enough tokens, in the order of the hashes of their names
     read_all: bool = True
-    # held-out text of your own, as a source; None: one in twenty documents of the source
+    # a source of held-out text; None: one in twenty documents of `source` is held out
     validation_source: str | None = field(default=None, metadata=OUTSIDE_ID)
-    # leave out of the held-out text what stands, for the most part and by runs of five lines, in training documents:
-    # vendored and edited copies
+    # leave out held-out documents most of whose runs of five lines also occur in training documents, such as vendored
+    # or edited copies
     drop_near_copies: bool = False
-    # tokens that another project made, in .bin files: "uint16" and "uint32" are tokens and nothing else, as nanoGPT's;
-    # "llm.c" has a header, as modded-nanogpt; "megatron" is Megatron-LM's with an .idx file; None: the source is text
+    # the format of .bin files with tokens of another project: "uint16" and "uint32" hold only tokens, like nanoGPT's;
+    # "llm.c" has a header, like modded-nanogpt's; "megatron" is Megatron-LM's with an .idx file; None: not tokenized
     pretokenized: Literal["uint16", "uint32", "llm.c", "megatron"] | None = field(default=None, metadata=OUTSIDE_ID)
-    separator: str | None = None  # what stands between the documents of a .txt file; None: each file is a document
+    separator: str | None = None  # the text between two documents of a .txt file; None: each file is a document
     vocabulary: int
     # path of a tokenizer.json to use instead of training one; it may have fewer tokens than `vocabulary`
     tokenizer: str | None = field(default=None, metadata=OUTSIDE_ID)
@@ -71,6 +70,7 @@ class DataConfig:
             self._check_pretokenized()
 
     def _check_pretokenized(self) -> None:
+        """Raises ValueError if settings do not apply to text that is tokenized already."""
         if self.source == "python":
             raise ValueError(
                 f'pretokenized = "{self.pretokenized}" needs a source of .bin files; got "python"; name them'
@@ -88,13 +88,15 @@ class DataConfig:
 
 
 def text_sha256(dataset_sha256: str, packed: bool) -> str:
-    """The identity of text as a run reads it. Packed documents are told from others: their losses are of other targets
-    and other contexts, which no table may compare."""
+    """The content hash of text as a run reads it.
+
+    Packed runs get a hash of their own, since their losses have other targets and contexts, and do not compare.
+    """
     return hashlib.sha256(f"{dataset_sha256} packed".encode()).hexdigest() if packed else dataset_sha256
 
 
 def relative_to(data: DataConfig, folder: Path) -> DataConfig:
-    """The same data, with relative places that are in `folder` found there; others stay relative to the process's."""
+    """The same data, with relative paths that exist in `folder` taken from there. Others stay as they are."""
     places: dict[str, Any] = {
         name: str(folder / place) for name, place in _own_places(data).items() if _is_there(folder / place, data)
     }
@@ -102,18 +104,18 @@ def relative_to(data: DataConfig, folder: Path) -> DataConfig:
 
 
 def missing(data: DataConfig) -> dict[str, str]:
-    """Key -> the place of text or a tokenizer that should be on this machine and is not."""
+    """Key -> path, for each path of text or a tokenizer that does not exist on this machine."""
     return {name: place for name, place in _own_places(data).items() if not _is_there(Path(place).expanduser(), data)}
 
 
 def _own_places(data: DataConfig) -> dict[str, str]:
-    """The places that are paths: not the embedded corpus, nor what the Hugging Face hub has."""
+    """Key -> path, without the built-in source "python" and the sources on the Hugging Face hub ("hub:...")."""
     places = {name: getattr(data, name) for name in ("source", "validation_source", "tokenizer")}
     return {name: place for name, place in places.items() if place not in (None, "python") and place[:4] != "hub:"}
 
 
 def _is_there(path: Path, data: DataConfig) -> bool:
-    """Whether a file or folder of this name exists, or one that it is a pattern or, as Megatron's, a prefix for."""
+    """Whether the path exists. For tokenized data it may also be a pattern or, like Megatron's, a prefix of names."""
     return path.exists() or (data.pretokenized is not None and any(path.parent.glob(f"{path.name}*")))
 
 

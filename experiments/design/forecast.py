@@ -1,4 +1,4 @@
-"""How fast a sweep's runs train, and so how long they take: by measurements, or by what a profile states."""
+"""Forecasts how long a sweep's runs take, from a measured speed or the speed that a profile states."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rate:
-    """The speed of a run, and whence it is known."""
+    """The speed of a run, and how it is known."""
 
     tokens_per_second: float  # of training, on all GPUs of the run
-    source: str  # in words
-    measured: bool = True  # with this model on such a device; False: a rate that somebody stated
-    whole: bool = False  # evaluations, checkpoints and what preemption cost are in the rate
-    start_seconds: float = 0.0  # of start-up and compilation, where they were measured
+    source: str  # in words: what it was measured by, or who states it
+    measured: bool = True  # with this model on such a device; False: stated by the profile
+    whole: bool = False  # whether the rate includes evaluations, checkpoints and losses by preemption
+    start_seconds: float = 0.0  # start-up and compilation, if they were measured
 
     def hours(self, run: RunConfig) -> float:
-        """The hours that a run occupies its devices, without the steps of its trunk."""
+        """The hours that a run occupies its devices, without the steps of its trunk.
+
+        An evaluation is a forward pass alone, so a held-out token counts 1 / (1 + BACKWARD_OVER_FORWARD).
+        """
         tokens = run.own_tokens + (0.0 if self.whole else evaluated_tokens(run) / (1 + BACKWARD_OVER_FORWARD))
         return (tokens / self.tokens_per_second + self.start_seconds) / 3600
 
@@ -31,14 +34,14 @@ class Rate:
 def evaluated_tokens(run: RunConfig) -> int:
     """Held-out tokens that all evaluations of a run read, each in a forward pass alone."""
     every = run.train.evaluate_every
-    before = run.train.tokens - run.own_tokens  # those of the trunk
-    steps = run.train.steps - run.branch_step  # at most one evaluation follows a step
+    before = run.train.tokens - run.own_tokens  # tokens of the trunk
+    steps = run.train.steps - run.branch_step  # a bound on the evaluations, since at most one follows a step
     evaluations = min(-(-run.train.tokens // every) - before // every, steps)
     return evaluations * run.train.held_out_sequences * run.train.sequence_length
 
 
 def stated_rate(run: RunConfig, gpus: int, teraflops_per_second: float) -> Rate:
-    """The speed of a run by what one device is said to sustain."""
+    """The speed of a run if each device sustains `teraflops_per_second`, as the profile states."""
     per_token = run.counts.flops_exact / run.counts.tokens
     words = f"the profile's {teraflops_per_second:g} TFLOP/s a device"
     return Rate(gpus * teraflops_per_second * 1e12 / per_token, words, measured=False)
@@ -46,16 +49,16 @@ def stated_rate(run: RunConfig, gpus: int, teraflops_per_second: float) -> Rate:
 
 def measured_rates(
     runs: Sequence[RunConfig],
-    gpus: Mapping[str, int],  # of a run, by size
-    fused: Mapping[str, bool],  # whether its convolutions are to be fused with their neighbours, by size
-    path: Path,  # of a file that `dynconv bench train` wrote, or one with its columns
+    gpus: Mapping[str, int],  # size -> number of GPUs of a run
+    fused: Mapping[str, bool],  # size -> `Execution.fused`
+    path: Path,  # a file that `dynconv bench train` wrote, or one with its columns
 ) -> tuple[dict[str, Rate], list[str]]:
-    """Run id -> its speed, where throughput was measured; and the arms and sizes where it was not.
+    """(run id -> speed, names of the arms and sizes whose speed is not in the file).
 
-    A run's speed is that of its arm, size, sequence length, vocabulary, optimizer, number of GPUs and `fused`, of the
-    fastest batch. Raises ValueError where it was measured on several devices, versions or commits.
+    The speed is that of the run's arm, size, sequence length, vocabulary, optimizer, number of GPUs and `fused`, with
+    the fastest batch. Raises ValueError if it was measured on several devices, versions or commits.
     """
-    from analysis.logs.selection import some  # with numpy, and so not before it is needed
+    from analysis.logs.selection import some  # imported here because it imports numpy, which `plan` may not need
     from analysis.logs.throughput import ONE_KIND, read_throughput
 
     measured = read_throughput(path)
@@ -82,7 +85,7 @@ def measured_rates(
 
 
 def _rows(measured: "pd.DataFrame", run: RunConfig, gpus: int, fused: bool) -> "pd.DataFrame":
-    """The measurements that are of this run's kind; what a row does not say may be anything, but for the GPUs: one."""
+    """The measurements that apply to this run. A missing value matches any run, but a missing number of GPUs is 1."""
     wanted = {
         "sequence": str(run.train.sequence_length),
         "vocabulary": str(run.model.vocabulary),

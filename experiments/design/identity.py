@@ -1,4 +1,4 @@
-"""Configurations as plain values: complete, as `config.json` holds them, and reduced to what a run's id covers.
+"""Configurations as plain values: complete, for `config.json`, and reduced to the content that a run's id covers.
 
 The id covers what decides a run's outcome and nothing else. Values that equal their default are left out, so that
 adding a setting with a default changes no id; the name of a kind is always included. A default must therefore never be
@@ -34,7 +34,7 @@ def content(value: Any) -> Any:
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        # A part that could be of another kind stays even if it equals the default: the name of its kind always counts.
+        # A part with a kind is kept even if it equals the default, since the name of its kind is always included.
         if not field.metadata.get("outside_id") and (item != default or hasattr(item, "kind")):
             kept[field.name] = content(item)
     return kept

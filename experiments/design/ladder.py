@@ -12,7 +12,7 @@ class Rung:
     layers: int
     width: int
     ffn: int  # hidden width of the feed-forward part
-    heads: int  # of attention; as many of keys and values as of queries
+    heads: int  # of attention: the same number for queries, keys and values
     rank: int  # of low-rank convolutions
     sequence_length: int
     batch_sequences: int
@@ -30,7 +30,7 @@ class Ladder:
     tied: bool = True  # the LM head uses the weights of the embedding
 
     def shape(self, size: str) -> Shape:
-        """The settings of a size that the parts of its models may take over."""
+        """The settings of a size from which parts take the values that they leave open."""
         rung = self.sizes[size]
         return Shape(rung.width, rung.heads, rung.ffn, rung.rank, self.head_size)
 

@@ -21,7 +21,10 @@ BACKWARD_OVER_FORWARD = 2
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters, tokens and training FLOPs of a run. Every claim reads them from the run's record and infers none."""
+    """Parameters, tokens and training FLOPs of a run. Its record stores them, and the analysis reads them from there.
+
+    FLOPs are by the named conventions: exact, 6 N D, 6 N_active D and 6 N_nonemb D.
+    """
 
     parameters: int  # N: a tied embedding counts once
     parameters_active: int  # those that one token uses
@@ -46,15 +49,15 @@ class ModelConfig:
     tied: bool = True  # the LM head uses the weights of the embedding
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
-    # All outputs are decoded from the last token's state, by models/readout.py. No such model is causal.
+    # Whether all outputs are decoded from the last token's state (models/readout.py). Such a model is not causal.
     reads_last_token: bool = False
 
     @property
     def sequence_group(self) -> int:
-        """How many neighbouring sequences of a batch read one another: 1 if each is processed by itself.
+        """How many neighbouring sequences of a batch read one another; 1 if each is processed independently.
 
-        Shares of processes and micro-batches must hold whole groups. A model whose sequences read one another cannot
-        decode, and packed documents are none of its inputs.
+        A process's share of a batch and a micro-batch must consist of whole groups. A model with groups above 1 can
+        neither decode nor take packed documents.
         """
         return self.conv.sequence_group
 
@@ -62,19 +65,22 @@ class ModelConfig:
         """Site -> shape of each linear map of one layer."""
         mixer, ffn = self.mixer.linear_maps(self.width), self.ffn.linear_maps(self.width)
         shared = sorted(mixer.keys() & ffn.keys())
-        # With a shared name both maps would get a convolution in the module, and the counts would hold only one.
+        # With a shared name, the module would have two convolutions where the counts have one.
         assert not shared, f"{self.mixer.kind} and {self.ffn.kind} both name a linear map {shared}; rename one"
         return mixer | ffn
 
     def sites(self) -> dict[str, LinearMap]:
-        """Where a convolution may stand in a layer: on the input of each part, and after each of its linear maps."""
+        """Site -> shape, for every place that a convolution may have in a layer.
+
+        These are the input of each part, and the output of each of its linear maps.
+        """
         on_input = LinearMap(self.width, self.width)
-        self.linear_maps()  # checks that the parts name no map alike
+        self.linear_maps()  # checks that no two maps have the same name
         mixer, ffn = self.mixer.linear_maps(self.width), self.ffn.linear_maps(self.width)
         return {MIXER_INPUT: on_input, **mixer, FFN_INPUT: on_input, **ffn}
 
     def convolutions(self) -> list[LinearMap]:
-        """For each convolution of one layer, the channels that its generator reads and those that are convolved."""
+        """For each convolution of one layer: (channels that its generator reads, channels that it convolves)."""
         sites = self.sites()
         return [self.conv.widths(sites[site], self.width) for site in self.conv.sites]
 
@@ -85,8 +91,8 @@ class ModelConfig:
     def parameters_active(self) -> int:
         """N_active, the parameters that one token uses.
 
-        Idle are the experts that a router does not choose for it, and all but one row of an input embedding that the LM
-        head does not share.
+        These exclude the experts that its router does not choose and, if the embedding is not tied to the LM head, all
+        of the embedding's rows but one.
         """
         parts = (self.mixer, self.ffn)
         idle = sum(part.parameters(self.width) - part.active_parameters(self.width) for part in parts)
@@ -98,11 +104,12 @@ class ModelConfig:
         convolutions = sum(map(self.conv.parameters, self.convolutions()))
         norms = 2 * self.width  # one before each part
         layer = self.mixer.parameters(self.width) + self.ffn.parameters(self.width) + convolutions + norms
-        readout = 2 * self.width**2 + 2 * self.width if self.reads_last_token else 0  # two linear maps and their norms
+        # models/readout.py has two linear maps, each with a norm.
+        readout = 2 * self.width**2 + 2 * self.width if self.reads_last_token else 0
         return self.layers * layer + self.width + readout
 
     def forward_flops(self, sequence_length: int) -> dict[str, int]:
-        """FLOPs of one forward pass over one sequence, by operation."""
+        """Operation -> FLOPs of one forward pass over one sequence."""
         flops = Counter({"head": 2 * sequence_length * self.width * self.vocabulary})
         if self.reads_last_token:
             flops["readout"] = 4 * sequence_length * self.width**2

@@ -1,4 +1,4 @@
-"""What a sweep will cost: a row for every run, computed from its configuration before anything runs."""
+"""The plan of a sweep: a row for every run with its size and cost, computed from its configuration alone."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ HEADINGS = ("N_nonemb", "D", "steps", "epochs", "FLOPs", "devices", "forecast")
 
 def rows(
     runs: Sequence[RunConfig],
-    gpus: Mapping[str, int],  # of a run, by size
+    gpus: Mapping[str, int],  # size -> number of GPUs of a run
     rates: Mapping[str, Rate] | None = None,  # by run id
 ) -> list[dict[str, Any]]:
     """One dictionary for each run, as `--format json` prints it.
 
-    `hours` is the forecast of what a run takes, its evaluations included, and `forecast_from` says whence it is; both
-    are None where the speed is not known. `teraflops_per_second` is that speed for one device.
+    `hours` is the forecast duration of a run with its evaluations, and `forecast_from` says what the forecast is based
+    on. Both are None if the speed is not known. `teraflops_per_second` is the speed of one device.
     """
     result = []
     for run in runs:
@@ -54,11 +54,11 @@ def rows(
 
 
 def render(plan: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table to be read in a terminal, with totals. Each axis of the sweep is a column."""
+    """The rows as a table for a terminal, with totals. Each axis of the sweep is a column."""
     axes = list(dict.fromkeys(axis for row in plan for axis in row["vary"]))
     branching = any(row["trunk"] for row in plan)
     tasks = any(row["task"] != TEXT for row in plan)
-    # Only with experts, or with an input embedding that the LM head does not share, does a token use a part of N.
+    # A token uses only a part of N if there are experts, or if the embedding is not tied to the LM head.
     active = any(row["parameters_active"] != row["parameters"] for row in plan)
     added = (*(["task"] if tasks else []), *axes, *(["branch of"] if branching else []))
     headings = ("run", *added, "N", *(["N_active"] if active else []), *HEADINGS)
@@ -80,20 +80,20 @@ def render(plan: Sequence[dict[str, Any]]) -> str:
         )
         for row in plan
     ]
-    total = sum(row["flops_own"] for row in plan)  # a branch does not repeat the steps of its trunk
+    total = sum(row["flops_own"] for row in plan)  # A branch does not repeat the steps of its trunk.
     summary = f"{len(plan)} runs, {total:.3e} FLOPs; {_forecast(plan)}; nothing was submitted"
     return f"{align(headings, cells)}\n\n{summary}"
 
 
 def _branch(row: Mapping[str, Any]) -> str:
-    """The hash of the trunk from whose state a branch starts; of a trunk, that it is one; else nothing."""
+    """For a branch the hash of its trunk's id, for a trunk "trunk", else ""."""
     if row["trunk"]:
         return str(row["trunk"]).rpartition("-")[2]
     return TRUNK if row["budget"] == TRUNK else ""
 
 
 def _forecast(plan: Sequence[dict[str, Any]]) -> str:
-    """The sum of the hours, and whence they are; or how to have a forecast."""
+    """In words, the sum of the device-hours and what it is based on, or how to get a forecast."""
     lacking = sum(row["hours"] is None for row in plan)
     if lacking:
         which = "" if lacking == len(plan) else f" of {lacking} of {len(plan)} runs"

@@ -24,7 +24,7 @@ AXES = {  # setting that [vary] may list -> whether its values must be whole num
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training settings. None: an arm takes the setting from the sweep's [train], and that from the ladder."""
+    """Training settings. None: an arm takes the setting from the sweep's [train], and that takes it from the ladder."""
 
     learning_rate: float | None = None  # at its peak
     learning_rate_factor: float | None = None  # multiplies the peak rate, given here or by the ladder
@@ -46,12 +46,12 @@ class Recipe:
             raise ValueError(f"warmup_fraction must be at least 0 and below 1; got {self.warmup_fraction}; correct it")
 
     def over(self, other: "Recipe") -> "Recipe":
-        """This recipe, with the settings that it does not give taken from `other`."""
+        """This recipe, with the settings that it leaves None taken from `other`."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return dataclasses.replace(other, **{name: value for name, value in settings.items() if value is not None})
 
     def varied(self, axes: Mapping[str, float]) -> "Recipe":
-        """This recipe at one point of the sweep's axes."""
+        """This recipe with the settings of one point of the sweep's axes."""
         settings: dict[str, Any] = {
             name: int(value) if AXES[name] else value for name, value in axes.items() if name != BUDGET_AXIS
         }
@@ -59,9 +59,9 @@ class Recipe:
 
 
 def check_axes(vary: Mapping[str, tuple[float, ...]], where: str) -> None:
-    """Raises ValueError for an axis that is no setting of a run, and for values that are equal or not positive.
+    """Raises ValueError if an axis is not one of AXES, or its values are not different, finite and above zero.
 
-    `where` is the key of the table in the sweep file.
+    `where` is the key of the table in the sweep file, for the message.
     """
     for axis, values in vary.items():
         strict.choose(axis, AXES, f"{where}: an axis must be a setting of the runs")

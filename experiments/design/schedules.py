@@ -43,7 +43,7 @@ class Linear(Schedule):
 class WarmupStableDecay(Schedule):
     """The peak rate, then a linear decay to zero over the last `decay_fraction` of all steps (arXiv 2404.06395).
 
-    Runs of one arm, size and seed that differ in their budget alone share a trunk: see trunks.py.
+    Runs of one arm, size and seed that differ only in their budget share a trunk: see trunks.py.
     """
 
     kind = "wsd"
@@ -64,7 +64,7 @@ class WarmupStableDecay(Schedule):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The peak rate to the end, as a trunk of warm-up-stable-decay runs has it."""
+    """The peak rate to the end, as in the trunk of warm-up-stable-decay runs."""
 
     kind = "constant"
 

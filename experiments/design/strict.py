@@ -39,8 +39,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse(table: Mapping[str, Any], cls: type[T], where: str, separator: str = ": ") -> T:
     """Convert `table` to an instance of the dataclass `cls`.
 
-    Every error message begins with `where`, such as the name of the file, and `separator`, which is "." if `where` ends
-    with the key of a table.
+    Raises ValueError. Every message begins with `where`, such as the name of the file, and `separator`, which is "." if
+    `where` ends with the key of a table.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -59,7 +59,7 @@ def parse(table: Mapping[str, Any], cls: type[T], where: str, separator: str = "
     values = {key: _convert(value, hints[key], f"{where}{separator}{key}") for key, value in table.items()}
     try:
         return cls(**values)
-    except ValueError as error:  # raised by __post_init__ of the dataclass, which does not know the file
+    except ValueError as error:  # raised by `__post_init__` of the dataclass, which does not know the file's name
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -72,7 +72,7 @@ def choose(value: str, options: Iterable[str], where: str) -> str:
 
 
 def legal(value: str, options: Iterable[str]) -> str:
-    """A hint what to write instead of `value`: the nearest option, and all options if they are few."""
+    """A hint at what to write instead of `value`: the nearest option, and all options if they are at most 30."""
     options = list(dict.fromkeys(options))
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -81,7 +81,7 @@ def legal(value: str, options: Iterable[str]) -> str:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`. Raises ValueError, beginning with `where`, if it is of another type."""
-    if isinstance(value, int) and abs(value) > 2**63:  # tomllib reads any number of digits, and floats would overflow
+    if isinstance(value, int) and abs(value) > 2**63:  # tomllib reads integers of any length; floats would overflow.
         raise ValueError(f"{where}: whole numbers must fit in 64 bits; got one of {len(str(abs(value)))} digits")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
@@ -126,7 +126,7 @@ def _parse_kind(table: Mapping[str, Any], kinds: Mapping[str, type], where: str)
 
 
 def _expect(value: Any, cls: Any, where: str) -> Any:
-    """`value` if it has the type `cls`. bool is a subclass of int, but no number may be given as true or false."""
+    """`value` if it has the type `cls`, else raises ValueError. A bool, although an int in Python, is not a number."""
     names = {
         str: "a string",
         int: "a whole number",

@@ -19,7 +19,7 @@ from experiments.design.train import AdamW, TrainConfig
 from experiments.design.trunks import with_trunks
 
 FLOPS_TOLERANCE = 1e-3  # relative to the baseline's FLOPs, with match = "flops"
-LARGEST_RATE = 1.0  # AdamW and Muon move each weight by about the learning rate in a step; weights begin below .1
+LARGEST_RATE = 1.0  # AdamW and Muon move each weight by about the learning rate in a step; initial weights are below .1
 
 
 def load_sweep(path: Path) -> list[RunConfig]:
@@ -36,9 +36,9 @@ def load_sweep(path: Path) -> list[RunConfig]:
 
 
 def load_at(path: Path, sizes: Sequence[str]) -> list[RunConfig]:
-    """All runs of a sweep file if it had these sizes, too, so that its settings there can be compared with others'.
+    """All runs that a sweep file would have with these sizes added, to compare its settings there with other runs'.
 
-    Raises ValueError where its ladder lacks one of them.
+    Raises ValueError if the sweep's ladder lacks one of the sizes.
     """
     sweep = read_sweep(path)
     known = LADDERS[sweep.ladder].sizes
@@ -52,7 +52,7 @@ def load_at(path: Path, sizes: Sequence[str]) -> list[RunConfig]:
 
 
 def notes(sweep: Sweep) -> list[str]:
-    """Messages about settings that are legal but perhaps not meant."""
+    """Warnings about settings that are legal but perhaps unintended."""
     unused = [name for name in sweep.arm if name not in sweep.arms]
     found = [f"[arm.{name}] makes no run; name it in `arms`, or remove it" for name in unused]
     alike = dict[str, str]()
@@ -82,7 +82,7 @@ def notes(sweep: Sweep) -> list[str]:
 
 
 def _outcome(sweep: Sweep, size: str, arm: str) -> tuple[ModelConfig, Recipe, list[dict[str, float]]]:
-    """What of an arm decides the outcome of its runs: the model, the recipe, and the points of the axes."""
+    """Everything about an arm that decides the outcome of its runs: model, recipe, and points of the axes."""
     model = _model(sweep, next(iter(sweep.task), TEXT), size, arm)
     return model, _recipe(sweep, arm), list(sweep.points(arm, size))
 
@@ -94,12 +94,15 @@ def _rates(sweep: Sweep, size: str, arm: str) -> list[float]:
 
 
 def expand(sweep: Sweep) -> list[RunConfig]:
-    """All runs, by task, then size, then arm, then seed, then along the axes; a trunk comes before its branches."""
+    """All runs, ordered by task, size, arm, seed and point of the axes. A trunk comes before its branches.
+
+    Raises ValueError as `load_sweep` does.
+    """
     runs = []
     for task in sweep.task or (TEXT,):
         for size in sweep.sizes:
             for arm in sweep.arm:
-                _model(sweep, task, size, arm)  # Check arms that `arms` does not list, too.
+                _model(sweep, task, size, arm)  # Also check arms that the file defines but `arms` does not list.
         for size, arm in itertools.product(sweep.sizes, sweep.arms):
             for seed in sweep.seeds_by_size.get(size, sweep.seeds):
                 runs += with_trunks([_run(sweep, task, size, arm, seed, point) for point in sweep.points(arm, size)])
@@ -108,9 +111,10 @@ def expand(sweep: Sweep) -> list[RunConfig]:
 
 
 def _refuse_equal_runs(runs: Sequence[RunConfig]) -> None:
-    """Raises ValueError if two points of [vary] round to the same run, such as two warm-up fractions to equal steps.
+    """Raises ValueError if two points of [vary] give the same run, for example two warm-up fractions that round to the
+    same number of steps.
 
-    A run has one record with one value on each axis, so the other point would be missing from every table.
+    A run's record has one value on each axis, so the other point would be missing from every table.
     """
     first: dict[str, RunConfig] = {}
     for run in runs:
@@ -123,7 +127,7 @@ def _refuse_equal_runs(runs: Sequence[RunConfig]) -> None:
 
 
 def _rung(sweep: Sweep, task: str, size: str) -> Rung:
-    """The rung of a size, at the sequence length of the task."""
+    """The rung of a size, with the sequence length of a generated task. Raises ValueError if text is too short."""
     rung = LADDERS[sweep.ladder].sizes[size]
     if sweep.data is None:
         return replace(rung, sequence_length=sweep.task[task].sequence_length)
@@ -132,6 +136,7 @@ def _rung(sweep: Sweep, task: str, size: str) -> Rung:
 
 
 def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping[str, float]) -> RunConfig:
+    """One run. Raises ValueError if its budget is below one batch, cannot be matched, or takes too many epochs."""
     rung = _rung(sweep, task, size)
     baseline = _model(sweep, task, size, sweep.baseline)
     model = _model(sweep, task, size, arm)
@@ -168,7 +173,7 @@ def _run(sweep: Sweep, task: str, size: str, arm: str, seed: int, point: Mapping
 
 
 def _budget(sweep: Sweep, task: str, rung: Rung, baseline: ModelConfig, point: Mapping[str, float]) -> tuple[int, str]:
-    """The number of the baseline's training sequences, and the budget in words."""
+    """(number of the baseline's training sequences, budget in words)."""
     steps = sweep.steps_by_task.get(task, sweep.steps)
     if steps is not None:
         batch = _recipe(sweep, sweep.baseline, point).batch_sequences
@@ -181,7 +186,7 @@ def _budget(sweep: Sweep, task: str, rung: Rung, baseline: ModelConfig, point: M
 
 
 def _peak_rate(rung: Rung, recipe: Recipe) -> float:
-    """The learning rate at its peak. Raises ValueError if it underflows or overflows."""
+    """The peak learning rate: rate times factor. Raises ValueError if it underflows or overflows."""
     rate = rung.learning_rate if recipe.learning_rate is None else recipe.learning_rate
     factor = 1.0 if recipe.learning_rate_factor is None else recipe.learning_rate_factor
     if not 0 < rate * factor < math.inf:
@@ -197,10 +202,11 @@ def _train(
     task: str,
     rung: Rung,
     recipe: Recipe,
-    batch: int,  # sequences
-    sequences: int,  # of the run
-    baseline_sequences: int,  # of the baseline's, so that all arms of a size are evaluated after as many tokens
+    batch: int,  # sequences of a batch
+    sequences: int,  # training sequences of the run
+    baseline_sequences: int,  # those of the baseline, by which all arms of a size are evaluated at the same tokens
 ) -> TrainConfig:
+    """The training settings of a run."""
     batches = max(1, baseline_sequences // rung.batch_sequences // sweep.evaluations)  # between two evaluations
     fraction = recipe.warmup_fraction
     if fraction is None:
@@ -225,7 +231,7 @@ def _train(
 
 
 def _check_data(data: DataConfig, rung: Rung, size: str) -> None:
-    """Raises ValueError if a split is shorter than one sequence and the token after it, which is its last target."""
+    """Raises ValueError if a split is shorter than one sequence and the token after it, the sequence's last target."""
     for name in ("train_tokens", "validation_tokens"):
         if getattr(data, name) <= rung.sequence_length:
             raise ValueError(
@@ -254,6 +260,7 @@ def _matched_sequences(
 
 
 def _arm(sweep: Sweep, name: str) -> Arm:
+    """An arm that the file defines, or a built-in one."""
     return sweep.arm[name] if name in sweep.arm else ARMS[name]
 
 
@@ -263,6 +270,7 @@ def _recipe(sweep: Sweep, arm: str, point: Mapping[str, float] | None = None) ->
 
 
 def _model(sweep: Sweep, task: str, size: str, name: str) -> ModelConfig:
+    """The model of the arm `name` at a size. Raises ValueError if the arm does not fit the size."""
     vocabulary = sweep.task[task].vocabulary if sweep.data is None else sweep.data.vocabulary
     try:
         model = _build_model(sweep, vocabulary, size, _arm(sweep, name))
@@ -272,6 +280,7 @@ def _model(sweep: Sweep, task: str, size: str, name: str) -> ModelConfig:
 
 
 def _build_model(sweep: Sweep, vocabulary: int, size: str, arm: Arm) -> ModelConfig:
+    """An arm's model with the shapes of the ladder. The sites of its convolution depend on the other parts."""
     ladder = LADDERS[sweep.ladder]
     rung, shape = ladder.sizes[size], ladder.shape(size)
     plain = ModelConfig(

@@ -1,4 +1,4 @@
-"""The content of a sweep file, and what is illegal in it by itself. sweep.py expands it to runs."""
+"""The content of a sweep file, and the checks that need only the file itself. sweep.py expands it to runs."""
 
 import difflib
 import itertools
@@ -17,9 +17,9 @@ from experiments.design.ladder import LADDERS
 from experiments.design.recipe import BUDGET_AXIS, Recipe, check_axes
 from experiments.tasks.registry import AnyTask
 
-LARGEST_SETTING = 1e9  # refuses numbers that would overflow later; no real sweep comes near it
-Values = tuple[float, ...]  # of an axis
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of sweeps and arms: folders are named after them
+LARGEST_SETTING = 1e9  # far above any real sweep; larger numbers would overflow later
+Values = tuple[float, ...]  # values of an axis
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # legal names, since folders are named after sweeps and arms
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,22 @@ class Sweep:
     match: Literal["tokens", "flops"]
     data: DataConfig | None = None  # a sweep trains on this text or on the tasks below
     task: Mapping[str, AnyTask] = field(default_factory=dict)  # generated tasks: [task.NAME]; each is trained alone
-    # The budget is one of the next two: tokens for each parameter (N) of the baseline, given here or in [vary], or the
-    # number of the baseline's optimizer steps, which is the same at all sizes.
+    # The budget is either the training tokens per parameter of the baseline, given here or in [vary], or the number of
+    # the baseline's optimizer steps, which is the same at all sizes.
     tokens_per_parameter: float | None = None
     count: Literal["total", "active"] = "total"  # parameters that tokens_per_parameter counts: N or N_active
     steps: int | None = None
-    # task -> its steps, where they are not `steps`, such as those of a smaller training set
+    # task -> its number of steps in place of `steps`, for example because its training set is smaller
     steps_by_task: Mapping[str, int] = field(default_factory=dict)
     packed: bool = False  # keep the documents of a sequence of text apart: data/packing.py
     evaluations: int = 8  # number of evaluations during a run, in addition to the one at its end
     max_epochs: float = 4.0  # passes over the training data; a run with more is refused
     train: Recipe = field(default_factory=Recipe)
-    # size -> its seeds, where they are not `seeds`: more where noise is larger, or fewer where a run is dear
+    # size -> its seeds in place of `seeds`: more where noise is larger, or fewer where runs are expensive
     seeds_by_size: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     # axis -> its values; every combination is a run
     vary: Mapping[str, Values] = field(default_factory=dict)
-    # arm -> axis of `vary` -> the arm's own values, such as other learning rates, or size -> its values at that size
+    # arm -> axis of `vary` -> the arm's own values, such as other learning rates; or size -> the arm's values there
     vary_by_arm: Mapping[str, Mapping[str, Values | Mapping[str, Values]]] = field(default_factory=dict)
     arm: Mapping[str, Arm] = field(default_factory=dict)  # arms that the file defines: [arm.NAME]
 
@@ -74,8 +74,11 @@ class Sweep:
                 )
         self._check_names()
         self._check_axes()
+        self._check_budget()
+        self._check_recipes()
 
     def _check_names(self) -> None:
+        """Raises ValueError for names of a ladder, size, arm or task that do not exist."""
         strict.choose(self.ladder, LADDERS, "ladder")
         for size in self.sizes:
             strict.choose(size, LADDERS[self.ladder].sizes, f"sizes of ladder {self.ladder!r}")
@@ -99,6 +102,7 @@ class Sweep:
             raise ValueError(f"task {TEXT!r} is the name of language modelling; give the task another name")
 
     def _check_axes(self) -> None:
+        """Raises ValueError for illegal axes in `vary` and `vary_by_arm`."""
         check_axes(self.vary, "vary")
         for arm, own in self.vary_by_arm.items():
             for axis, values in own.items():
@@ -112,6 +116,9 @@ class Sweep:
                         f"vary_by_arm.{arm}.{axis} gives one arm's values of an axis, which [vary] must have for the "
                         f"others; add {axis} there"
                     )
+
+    def _check_budget(self) -> None:
+        """Raises ValueError unless exactly one budget is given, and every number of steps and tokens is legal."""
         given = [self.tokens_per_parameter is not None, BUDGET_AXIS in self.vary, self.steps is not None]
         if self.steps is not None and sum(given) > 1:
             raise ValueError("steps and tokens_per_parameter are both given; give one of them")
@@ -130,6 +137,9 @@ class Sweep:
                     f"steps_by_task.{task} must be a number above zero, beside steps for the other tasks; got {steps} "
                     f"and steps = {self.steps}; correct it"
                 )
+
+    def _check_recipes(self) -> None:
+        """Raises ValueError if a recipe gives a setting that is also an axis."""
         for where, recipe in [
             ("train", self.train),
             *((f"arm.{name}.train", arm.train) for name, arm in self.arm.items()),
@@ -139,7 +149,7 @@ class Sweep:
                     raise ValueError(f"{axis} is in [vary] and in [{where}]; remove one of the two")
 
     def points(self, arm: str, size: str) -> Iterator[dict[str, float]]:
-        """Every combination of an arm's values of the axes, as axis -> value; one empty point if there are no axes."""
+        """Every combination of an arm's values of the axes, each as axis -> value. A single empty one without axes."""
         axes = dict(self.vary)
         for axis, values in self.vary_by_arm.get(arm, {}).items():
             axes[axis] = values.get(size, self.vary[axis]) if isinstance(values, Mapping) else values
@@ -148,9 +158,9 @@ class Sweep:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The content of a sweep file; what of its data lies beside it is found there.
+    """Read a sweep file. Relative paths of its data that exist in the file's folder are taken from there.
 
-    Raises ValueError for anything illegal in it.
+    Raises ValueError if the file is missing or has anything illegal in it.
     """
     if not path.is_file() and (meant := near_sweep(path)):
         raise ValueError(f"{path}: no sweep file; did you mean {meant}?")
@@ -159,7 +169,10 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def near_sweep(path: Path) -> Path | None:
-    """The sweep file that may be meant by a path that is none, as `demo`: one beside it, or one of those shipped."""
+    """The sweep file that the user may have meant by a path that does not exist, such as `demo`; None if there is none.
+
+    It is the path with ".toml" added, or the shipped sweep of the most similar name.
+    """
     beside = path.parent / f"{path.name}.toml"
     shipped = {each.stem: each for each in (source.root() / "experiments" / "sweeps").glob("*.toml")}
     near = difflib.get_close_matches(path.stem, shipped, n=1)

@@ -1,4 +1,4 @@
-"""When the runs of a sweep will have ended, if so many run at once."""
+"""Simulates when the runs of a sweep will have ended, if a given number of them runs at once."""
 
 import heapq
 import math
@@ -13,15 +13,15 @@ class Piece:
 
     run_id: str
     hours: float
-    lane: str = ""  # runs of a lane take slots from one another, as those of an array do
-    after: str | None = None  # the run that must have ended before
+    lane: str = ""  # Runs of one lane share its slots, as the jobs of an array do.
+    after: str | None = None  # id of the run that must end before this one starts
 
 
 def hours_until_done(
     pieces: Sequence[Piece],  # in the order in which they are started
-    slots: int | None,  # of every lane; None: as many as there are runs
+    slots: int | None,  # slots of each lane; None: no limit
 ) -> float:
-    """The hours until all have ended, without waiting for a scheduler."""
+    """The hours until all runs have ended, without time spent waiting for a scheduler."""
     names = {piece.run_id for piece in pieces}
     waiting: dict[str, deque[Piece]] = {}
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""How a run is optimised. Together with the model, the data and the seed this decides its outcome."""
+"""How a run is optimised. Together with the model, the data and the seed, these settings decide its outcome."""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from experiments.design.schedules import AnySchedule, Cosine
 
 
 class Optimizer:
-    """Settings of an optimizer. The function of the same name in experiments/training/optimizers.py makes it."""
+    """Settings of an optimizer, which the function for its kind in experiments/training/optimizers.py makes."""
 
     kind: ClassVar[str]
 
 
 def _check_settings(averages: Mapping[str, float], epsilon: float) -> None:
-    """Raises ValueError for weights of moving averages outside [0, 1), and for an epsilon that is no small number."""
+    """Raises ValueError for decay rates of moving averages outside [0, 1), and for a negative or infinite epsilon."""
     for name, value in averages.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be at least 0 and below 1; got {value}; correct it")
@@ -28,7 +28,7 @@ def _check_settings(averages: Mapping[str, float], epsilon: float) -> None:
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv 1711.05101).
 
-    arXiv 2606.03825 does not give betas and epsilon; these are what its authors use in other work.
+    arXiv 2606.03825 does not give the betas and epsilon; these defaults are what its authors use in other work.
     """
 
     kind = "adamw"
@@ -73,21 +73,22 @@ class TrainConfig:
     learning_rate: float  # at its peak
     held_out_sequences: int
     warmup_steps: int
-    evaluate_every: int = field(
-        metadata=OUTSIDE_ID
-    )  # tokens; the same for every arm of a size, so that losses on the way compare
+    # tokens between evaluations; the same for every arm of a size, so that losses during training compare
+    evaluate_every: int = field(metadata=OUTSIDE_ID)
     schedule: AnySchedule = field(default_factory=Cosine)
     optimizer: AnyOptimizer = field(default_factory=AdamW)
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # largest norm of the gradient; the paper does not state one
-    branch_steps: tuple[int, ...] = ()  # only of a trunk: the steps after which its branches begin
+    branch_steps: tuple[int, ...] = ()  # of a trunk only: the steps after which its branches begin
 
     @property
     def sequences(self) -> int:
+        """The number of training sequences."""
         return self.tokens // self.sequence_length
 
     @property
     def steps(self) -> int:
+        """The number of optimizer steps."""
         return -(-self.sequences // self.batch_sequences)
 
     def learning_rate_at(self, step: int) -> float:

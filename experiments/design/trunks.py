@@ -1,8 +1,8 @@
 """Warm-up-stable-decay: runs of several budgets that share most of their steps (arXiv 2404.06395).
 
-Runs that differ in their budget alone take the same steps until the smaller one begins to decay. A trunk takes these
-steps once, at the peak rate, and keeps its state wherever a branch begins; each branch starts from that state and
-decays. A branch is, bit for bit, the run that would have been trained from its first step, and has the same id.
+Runs that differ only in their budget take the same steps until the smaller one begins to decay. A trunk takes these
+steps once, at the peak rate, and saves its state wherever a branch begins. Each branch starts from that state and
+decays. Bit for bit, it equals the run that would have been trained without a trunk, and it has the same id.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from experiments.design.schedules import Constant, WarmupStableDecay
 def with_trunks(runs: Sequence[RunConfig]) -> list[RunConfig]:
     """The runs of one arm, size and seed, with a trunk before each group of runs that can share one.
 
-    These are runs with the schedule warm-up-stable-decay that are at the same point of every axis but the budget.
+    These are runs with the schedule warm-up-stable-decay and the same values on every axis except the budget.
     """
     grouped: dict[tuple[tuple[str, float], ...], list[RunConfig]] = {}
     for run in runs:
@@ -37,7 +37,7 @@ def with_trunks(runs: Sequence[RunConfig]) -> list[RunConfig]:
 def _decay_starts(runs: Sequence[RunConfig], schedule: WarmupStableDecay, warmup: int) -> list[int]:
     """The step after which each run begins to decay.
 
-    Raises ValueError if that is before the end of the warm-up: the rate would drop from the peak at once.
+    Raises ValueError if that is before the end of the warm-up, when the rate would drop at once.
     """
     starts = [run.train.steps - schedule.decay_steps(run.train.steps) for run in runs]
     if min(starts) < warmup:

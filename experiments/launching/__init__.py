@@ -1,1 +1,1 @@
-"""Where runs go, and where they stand: submission, this machine, Slurm."""
+"""Submitting runs to this machine or Slurm, and the state of submitted runs."""

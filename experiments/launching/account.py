@@ -1,4 +1,4 @@
-"""What runs will take under a profile, what a store has used already, and whether that is within the profile's cap."""
+"""Accounting of device time: forecasts of runs under a profile, hours that a store has used, caps and time limits."""
 
 import time
 from collections import defaultdict
@@ -21,24 +21,25 @@ from experiments.launching.profile import LONGEST_ATTEMPT, Job, Profile
 from experiments.terminal import warn
 from experiments.training.record import read_record, recorded_execution
 
-CLOCKS = ("train", "eval", "checkpoint", "lost")  # of a finished run: what grows with its tokens
-START = ("startup", "compile")
-# A time limit that follows from a measured speed: so many times the longest run's forecast, and so much for its start.
+CLOCKS = ("train", "eval", "checkpoint", "lost")  # clocks of a finished run that grow with its tokens
+START = ("startup", "compile")  # clocks that each run spends once
+# A time limit that follows from a measured speed is MARGIN times the forecast of the longest run, plus START_HOURS.
 MARGIN = 1.5
 START_HOURS = 0.5
-UNEVEN = 0.3  # a spread between the rounds of a calibration that is named
+UNEVEN = 0.3  # relative spread between the rounds of a calibration above which a note warns
 
 
 @dataclass
 class Speeds:
     """The speeds of a sweep's runs."""
 
-    rates: dict[str, Rate] = field(default_factory=dict)  # by run id; what is not known is missing
+    rates: dict[str, Rate] = field(default_factory=dict)  # by run id; runs of unknown speed are missing
     notes: list[str] = field(default_factory=list)  # measurements that were not used, and why
 
 
 def speeds(runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path) -> Speeds:
-    """The speed of each run: of finished runs of its kind in the store, else calibrated, else as the profile states."""
+    """The speed of each run: measured by finished runs of its kind in the store, else by a calibration, else as the
+    profile states it."""
     found = Speeds()
     places = {size: place(profile, profile.job(size)) for size in {run.size for run in runs}}
     finished = _finished(runs, profile, places, store, found.notes)
@@ -75,7 +76,7 @@ def speeds(runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
 
 
 def place(profile: Profile, job: Job) -> str:
-    """Where a profile's runs of a size are: the device of this machine, or what Slurm is asked for."""
+    """Where a job runs, as a key of calibrations: this machine's device, or the options that Slurm is given."""
     if profile.slurm is None:
         return local.device_name(job)
     slurm = profile.slurm
@@ -83,7 +84,7 @@ def place(profile: Profile, job: Job) -> str:
         "partition": slurm.partition,
         "constraint": slurm.constraint,
         "python": slurm.python,
-        "srun_options": " ".join(slurm.srun_options),  # with the container, and so the versions
+        "srun_options": " ".join(slurm.srun_options),  # They name the container, and so the versions of packages.
         **slurm.options,
     }
     kind = "cpu" if job.device == "cpu" else "gpu"
@@ -91,7 +92,7 @@ def place(profile: Profile, job: Job) -> str:
 
 
 def require_idle(profile: Profile, runs: Sequence[RunConfig]) -> None:
-    """Raises ValueError where runs train on the devices of this machine that a calibration would be on."""
+    """Raises ValueError if runs are training on the devices of this machine that a calibration would use."""
     if beside := local.Slots(profile, [profile.job(run.size) for run in runs]).beside(()):
         raise ValueError(
             f"--calibrate measures runs that are alone; got {len(beside)} that train on this machine, as "
@@ -100,6 +101,7 @@ def require_idle(profile: Profile, runs: Sequence[RunConfig]) -> None:
 
 
 def _rate(calibration: Calibration) -> Rate:
+    """The speed that a calibration measured."""
     day = time.strftime("%Y-%m-%d", time.localtime(calibration.measured_at))
     return Rate(calibration.tokens_per_second, f"the calibration of {day} on {calibration.device}")
 
@@ -111,7 +113,10 @@ def _finished(
     store: Path,
     notes: list[str],
 ) -> dict[Work, Rate]:
-    """The speeds of the runs that are complete in the store and were executed as the profile would execute them."""
+    """The speeds of the store's complete runs that were executed as the profile would execute them.
+
+    Adds a note for those that were measured on several kinds of device or versions of torch, which give no speed.
+    """
     rows: dict[Work, list[tuple[RunConfig, Mapping[str, Any]]]] = defaultdict(list)
     for run in runs:
         done, record = store / run.run_id / "run.json", store / run.run_id / "config.json"
@@ -146,21 +151,21 @@ def _finished(
 
 
 def _side_by_side(finished: Sequence[Mapping[str, Any]]) -> str:
-    """In words, how many shared the device, where they did: they were slower than they would have been alone."""
+    """In words, how many runs shared the device, if several did: each was slower than it would have been alone."""
     attempts = [attempt for done in finished for attempt in done.get("attempts_made", ())]
     most = max((attempt.get("sharing") or 1 for attempt in attempts), default=1)
     return f", up to {most} at once on it" if most > 1 else ""
 
 
 def _would_be_on(device: str | None, where: str, job: Job) -> bool:
-    """Whether the profile would put a run on such a device, as far as that is known here."""
+    """Whether the profile would put a run on this device. On Slurm only CPU and GPU can be told apart."""
     if device is None or where.startswith("slurm"):
         return device is not None and (job.device == "auto" or (device == "cpu") == (job.device == "cpu"))
     return device == ("cpu" if where.startswith("cpu") else where)
 
 
 def share_left(run: RunConfig, store: Path) -> float:
-    """The share of a run's own tokens that is still to be trained on, by its log."""
+    """The share, from 0 to 1, of a run's own tokens that it still has to train on, by its log."""
     run_dir = store / run.run_id
     if reader.status(run_dir) == "complete":
         return 0.0
@@ -179,7 +184,8 @@ def used_hours(store: Path) -> float:
 def require_within_cap(
     todo: Sequence[RunConfig], runs: Sequence[RunConfig], profile: Profile, store: Path, cache: Path
 ) -> None:
-    """Raises ValueError where `todo`, with what else is under way in the store, would pass the profile's cap."""
+    """Raises ValueError if `todo` and the store's active runs would exceed the profile's `max_gpu_hours`, or if the
+    speed of one of them is not known."""
     if profile.max_gpu_hours is None:
         return
     chosen = {run.run_id for run in todo}
@@ -188,7 +194,7 @@ def require_within_cap(
     known = {run.run_id: run for run in runs}
     under_way = [known.get(run_id) or read_record(store / run_id)[1] for run_id in active]
     ahead = [*todo, *under_way]
-    everything = {run.run_id: run for run in (*runs, *ahead)}  # finished ones, too, for their speeds
+    everything = {run.run_id: run for run in (*runs, *ahead)}  # Finished runs are included for their speeds.
     rates = speeds(list(everything.values()), profile, store, cache).rates
     if unknown := sorted({f"{run.arm} at {run.size}" for run in ahead if run.run_id not in rates}):
         raise ValueError(
@@ -208,9 +214,10 @@ def require_within_cap(
 
 
 def with_time_limits(profile: Profile, todo: Sequence[RunConfig], found: Speeds) -> Profile:
-    """The profile with a time limit of each size that has none, where the speed of all its runs to do was measured.
+    """The profile with a time limit added to each size that has none, if the speed of all its runs in `todo` was
+    measured.
 
-    How a limit came about, and which measurements were not used, is said on standard error.
+    Standard error says how each limit was derived, and which measurements were not used.
     """
     wanted = sorted({run.size for run in todo if profile.job(run.size).hours is None})
     if profile.slurm is None or not wanted:
@@ -236,9 +243,9 @@ def with_time_limits(profile: Profile, todo: Sequence[RunConfig], found: Speeds)
 
 
 def runs_at_once(profile: Profile, runs: Sequence[RunConfig]) -> int | None:
-    """How many runs go on at one time: on this machine, or of one size in Slurm. None: all of them.
+    """How many runs train at once, on this machine or of one size on Slurm. None: all of them.
 
-    Raises ValueError where they do not fit on this machine.
+    Raises ValueError if a run does not fit on this machine.
     """
     if profile.executor == "local":
         return len(local.Slots(profile, [profile.job(run.size) for run in runs]).free)
@@ -246,7 +253,7 @@ def runs_at_once(profile: Profile, runs: Sequence[RunConfig]) -> int | None:
 
 
 def share_devices(profile: Profile, runs: Sequence[RunConfig]) -> bool:
-    """Whether runs on this machine go on side by side on a GPU or core, where each is slower than alone."""
+    """Whether `max_parallel` puts several runs on a GPU or core of this machine, where each is slower than alone."""
     if profile.executor != "local" or not profile.max_parallel:
         return False
     apart = runs_at_once(replace(profile, max_parallel=0), runs) or 1

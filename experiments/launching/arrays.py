@@ -1,4 +1,4 @@
-"""Runs as arrays of jobs on Slurm: which runs make one array, and how many of them the cluster takes now."""
+"""Submits runs as arrays of jobs on Slurm: groups them into arrays, and finds how many the cluster accepts now."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from experiments.launching.profile import Profile
 def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> tuple[list[RunConfig], str]:
     """Submit the runs in arrays, trunks before their branches, as far as the limits on a user's jobs allow.
 
-    Returns the runs that have to wait, and why. Raises TooMany if all of them have to, and ValueError where sbatch
-    refuses, or gives no answer; the runs that were accepted before stay queued.
+    Returns the runs that have to wait, and why. Raises TooMany if all of them have to wait, and ValueError if sbatch
+    refuses or does not answer; runs that were accepted before stay queued.
     """
     sbatch.name_ignored_variables()
     waiting, queued, reason = list[RunConfig](), 0, ""
@@ -31,8 +31,11 @@ def submit(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path)
 
 
 def _arrays(runs: Sequence[RunConfig], limit: int) -> list[list[RunConfig]]:
-    """One array a size, since an array has one set of resources, and a trunk, since it has one dependency; several
-    where it passes the cluster's limit. First seeds come first: those after them find their program compiled."""
+    """The runs grouped into arrays of at most `limit` jobs.
+
+    An array has one size, since its jobs ask for the same resources, and one trunk, since it has one dependency. First
+    seeds come first, so that later seeds find their program compiled.
+    """
     grouped: dict[tuple[str, str | None], list[RunConfig]] = {}
     for run in sorted(runs, key=lambda run: (run.trunk is not None, run.seed)):
         grouped.setdefault((run.size, run.trunk), []).append(run)
@@ -40,7 +43,10 @@ def _arrays(runs: Sequence[RunConfig], limit: int) -> list[list[RunConfig]]:
 
 
 def _submit_what_fits(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> tuple[int, str]:
-    """Submit the first of the runs that the limits on jobs allow, found by halves; how many, and what limits them."""
+    """Submit as many of the runs, from the first on, as the limits on jobs allow.
+
+    A refused array is tried again with half as many runs. Returns the number accepted, and the limit in sbatch's words.
+    """
     accepted, count, reason = 0, len(runs), ""
     while count:
         try:
@@ -53,6 +59,7 @@ def _submit_what_fits(runs: Sequence[RunConfig], profile: Profile, store: Path, 
 
 
 def _submit_array(runs: Sequence[RunConfig], profile: Profile, store: Path, code: Path) -> None:
+    """Submit one array. If sbatch refuses it, the files that were written for it are removed again."""
     assert profile.slurm is not None
     size = runs[0].size
     folder = jobs.new_folder(store, size)
@@ -71,7 +78,7 @@ def _submit_array(runs: Sequence[RunConfig], profile: Profile, store: Path, code
     try:
         submissions.begin(folder, name, run_dirs, profile.max_parallel, code)
         array = sbatch.submit(script, folder, name)
-    except sbatch.Unanswered:  # job.json of each run names the submission, so that the next `submit` looks for it
+    except sbatch.Unanswered:  # Keep the files: each run's job.json names this submission to the next `submit`.
         raise
     except (ValueError, OSError):
         submissions.take_back(folder.name, run_dirs)

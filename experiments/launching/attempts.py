@@ -17,14 +17,14 @@ CLOCK_TOLERANCE = 5.0  # seconds by which the clocks of a node and of Slurm may 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run has cost so far, by its attempts. The time of an attempt is counted up to its last entry in the log.
+    """What a run has cost so far, summed over its attempts, each until its last entry in the log.
 
-    On a CPU a process counts as a GPU does.
+    On a CPU a process counts as a GPU.
     """
 
-    gpu_hours: float | None  # None where an attempt does not say on how many GPUs it ran
+    gpu_hours: float | None  # None if an attempt did not record its number of GPUs
     redone_steps: int  # logged steps that a later attempt did again
-    redone_seconds: float
+    redone_seconds: float  # training time of these steps
     between_seconds: float  # from the end of an attempt to the start of the next, or to a new submission
 
 
@@ -38,19 +38,22 @@ class Attempt:
     device: str | None
     gpus: int | None
     started_at: float | None  # unix seconds
-    ended_at: float | None  # of the last entry in the log, where nothing else is known
+    ended_at: float | None  # unix seconds; of the last entry in the log if the end itself is not known
     first_step: int | None
     last_step: int | None
     redone_steps: int
-    waited_seconds: float | None  # for a job, before it started
+    waited_seconds: float | None  # in the queue before it started
     how_ended: str
 
 
 def read_made(
     run_dir: Path, run: Mapping[str, Any] | None, files: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The records of a run's attempts, in their order: those in `run`, its run.json, if it is complete. `files` are the
-    names in its directory, where they are known already."""
+    """The records of a run's attempts, in order: from `run`, the content of run.json, if the run is complete.
+
+    `files` are the names in its directory, if they are known already. Raises ValueError if a record was not written by
+    us.
+    """
     if run is not None:
         made: list[dict[str, Any]] = run.get("attempts_made", [])
         return made
@@ -59,7 +62,7 @@ def read_made(
 
 
 def cost(made: Sequence[Mapping[str, Any]], running: bool) -> Cost:
-    """What these attempts have cost; if the run is running, the last one has gone on until now."""
+    """The cost of these attempts. If the run is `running`, the last attempt is counted until now."""
     now = time.time()
     hours, known = 0.0, bool(made)
     for number, attempt in enumerate(made):
@@ -83,15 +86,15 @@ def _redone(attempt: Mapping[str, Any], after: Mapping[str, Any]) -> int:
 
 
 def _seconds_per_step(attempt: Mapping[str, Any]) -> float:
+    """Mean training seconds of an attempt's logged steps; 0 if it logged none."""
     steps = (attempt["step"] or 0) - attempt["first_step"] + 1
     return float(attempt.get("seconds", {}).get("train", 0.0)) / steps if steps > 0 else 0.0
 
 
 def history(run_dir: Path, state: str, job_id: str | None) -> list[Attempt]:
-    """All starts of a run in `state`, in order: from its log, and from Slurm's accounting.
+    """All starts of a run in `state`, in order of time, from its log and from Slurm's accounting.
 
-    `job_id` is the run's job in Slurm, if it has one. Raises ValueError where a file holds something else than we
-    write.
+    `job_id` is the run's job on Slurm, if it has one. Raises ValueError if a file was not written by us.
     """
     run = read_json(run_dir / "run.json") if (run_dir / "run.json").exists() else None
     made = read_made(run_dir, run)
@@ -114,6 +117,7 @@ def history(run_dir: Path, state: str, job_id: str | None) -> list[Attempt]:
 
 
 def _covers(ended: slurm.Ended, moment: float) -> bool:
+    """Whether Slurm says that the job ran at this moment (unix seconds), within CLOCK_TOLERANCE."""
     assert ended.start is not None
     return ended.start - CLOCK_TOLERANCE <= moment and (ended.end is None or moment <= ended.end + CLOCK_TOLERANCE)
 
@@ -126,6 +130,7 @@ def _attempt(
     after: Mapping[str, Any] | None,
     ended: slurm.Ended | None,
 ) -> Attempt:
+    """One attempt by its record, the record `after` it if there is one, and Slurm's accounting if that has it."""
     end = attempt["updated_at"]
     if run is not None and after is None:
         end = run.get("finished_at", end)
@@ -156,7 +161,7 @@ def _how_ended(
     after: Mapping[str, Any] | None,
     ended: slurm.Ended | None,
 ) -> str:
-    """What a person is told: our own markers first, then Slurm's word, then what the steps show."""
+    """In words, how an attempt ended: by the run's own markers, else Slurm's accounting, else the steps it logged."""
     if after is None and state in ("complete", "running", "suspended", "cancelled"):
         return "" if state in ("running", "suspended") else state
     if state == "failed":
@@ -173,6 +178,6 @@ def _how_ended(
 
 
 def _said(ended: slurm.Ended) -> str:
-    """Slurm's state, with the exit code where that tells more."""
+    """Slurm's state of a job that ended; of one that failed also its exit code."""
     code = causes.exited(ended.exit_code) if ended.state == "FAILED" else None
     return causes.how_ended(ended) + (f", {code}" if code else "")

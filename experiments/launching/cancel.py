@@ -13,13 +13,13 @@ from experiments.launching.locks import require_store, store_lock
 def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
     """Cancel the named runs that have not ended, and return their ids. They stay cancelled until they are retried.
 
-    The marker is written first, because scancel's signal looks like a preemption to a running job. Raises ValueError,
-    and takes the markers back, for the runs whose jobs cannot be reached from here; the others are cancelled. A run
-    that was cancelled before and whose job has not ended is cancelled again.
+    The marker `cancelled` is written first, because scancel's signal looks like a preemption to a running job. A run
+    that was cancelled before but whose job has not ended is cancelled again. If some jobs cannot be stopped from here,
+    removes their runs' markers and raises ValueError; the others are cancelled.
     """
     require_store(store)
     run_ids = list(run_ids)
-    with store_lock(store):  # a submit may be about to delete the markers, or be waiting for sbatch
+    with store_lock(store):  # Another `submit` may be about to delete markers, or be waiting for sbatch.
         if submissions.unanswered(store, run_ids):
             submissions.settle(store, run_ids)
         here = states.read(store, [run_id for run_id in run_ids if (store / run_id).is_dir()])
@@ -35,7 +35,7 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
     try:
         if in_slurm:
             slurm.cancel(list(in_slurm.values()))
-    except ValueError as error:  # scancel may have cancelled some of them, or all
+    except ValueError as error:  # scancel may have cancelled some of them, or all.
         out_of_reach |= dict.fromkeys(states.busy(store, list(in_slurm)), str(error))
     for run_id, job in job_by_run.items():
         if job and job["executor"] != "slurm" and (why := _stop_here(job)):
@@ -49,7 +49,7 @@ def cancel(store: Path, run_ids: Iterable[str]) -> list[str]:
 
 
 def _mark_cancelled(store: Path, run_ids: Sequence[str]) -> None:
-    """Write the marker of each run. Raises OSError, and takes all of them back, where one cannot be written."""
+    """Write the marker of each run. If one cannot be written, removes the new markers and raises OSError."""
     written = []
     try:
         for run_id in run_ids:
@@ -64,7 +64,7 @@ def _mark_cancelled(store: Path, run_ids: Sequence[str]) -> None:
 
 
 def _stop_here(job: Mapping[str, Any]) -> str | None:
-    """Stop a job of this machine. Returns the reason where that is not possible, else None."""
+    """Stop a job on this machine. Returns why it cannot be stopped, or None."""
     if job["host"] != socket.gethostname():
         return f"they run on {job['host']}; cancel there"
     if job["executor"] == "debug":

@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments.launching.slurm import Ended
 
 TAIL_BYTES = 1 << 16
-# Lines that tell of the course of a job, not of its end: submitit's and srun's own, our steps, the frames of tracebacks
+# Lines that report progress and not a cause: messages of submitit and srun, our steps, frames of tracebacks
 _COURSE = re.compile(
     r"submitit (INFO|WARNING|ERROR) |job \d+(_\d+)?: |attempt \d+, from step |step \d+/\d+  |stopping \d+ runs|"
     r"ends as it was told to|"
@@ -23,13 +23,13 @@ _CANCELLED = re.compile(
 _OUT_OF_MEMORY = re.compile(r"slurmstepd.*: error: .*oom.kill|srun: error: .*: Out Of Memory", re.IGNORECASE)
 _KILLED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (?!Exited)(.+)")
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Z]\w*)(?:: (.*))?$")
-_SCRIPT = re.compile(r"^\S*/slurm_script: (?=line )")  # Its path has the number of the job.
-# Exceptions with which our own layers and submitit's pass on what happened before
+_SCRIPT = re.compile(r"^\S*/slurm_script: (?=line )")  # The path contains the job's number.
+# Exceptions of our own layers and submitit's that only repeat an earlier one
 _PASSED_ON = ("RunFailed", "SystemExit", "FailedJobError", "UncompletedJobError")
 
 
 def cause_in_log(log: Path) -> str | None:
-    """The line of a job's output that says why its last start ended; None where none does."""
+    """The line of a job's output that says why its last start ended; None if there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))
@@ -40,10 +40,10 @@ def cause_in_log(log: Path) -> str | None:
 
 
 def cause_in(lines: list[str]) -> str | None:
-    """The same, from the lines of the output.
+    """As `cause_in_log`, from the lines of the output.
 
-    Memory that ran out comes first: what happens then looks like a process that was killed. Otherwise the first event
-    is the cause, and what follows it, such as the exit of the other processes, is its consequence.
+    Running out of memory is looked for first, since its consequences look like a killed process. Otherwise the first
+    event is the cause, and later ones, such as the exit of the other processes, are its consequences.
     """
     boundaries = [number for number, line in enumerate(lines) if _STARTED.match(line) or _CANCELLED.match(line)]
     last = lines[boundaries[-1] + 1 :] if boundaries else lines
@@ -56,7 +56,7 @@ def cause_in(lines: list[str]) -> str | None:
 
 
 def _event(lines: list[str]) -> str | None:
-    """The first thing that went wrong."""
+    """The first exception or killed process in the output, or that memory ran out."""
     if any(_OUT_OF_MEMORY.match(line) for line in lines):
         return "out of memory; raise memory_gb in the profile"
     in_traceback = False
@@ -73,20 +73,21 @@ def _event(lines: list[str]) -> str | None:
 
 
 def _remark(lines: list[str]) -> str | None:
-    """The last line that is not about the course of the job."""
+    """The last line that does not merely report progress."""
     said = [line.strip() for line in lines if line.strip() and not _COURSE.match(line)]
     last = next((line for line in reversed(said) if not _passed_on(line)), None)
     return None if last is None else _SCRIPT.sub("the job's script, ", last)
 
 
 def _passed_on(line: str) -> bool:
+    """Whether the line is an exception that only repeats an earlier one."""
     found = _EXCEPTION.match(line)
     return found is not None and found[1] in _PASSED_ON
 
 
 def cause_of(ended: Ended | None, log: Path | None) -> str:
-    """Why a job of Slurm left the queue without a result."""
-    if ended is None or ended.state in ("RUNNING", "PENDING", "REQUEUED", "SUSPENDED"):  # unknown, or not up to date
+    """Why a job left Slurm's queue without a result, by the accounting and its output, if there are any."""
+    if ended is None or ended.state in ("RUNNING", "PENDING", "REQUEUED", "SUSPENDED"):  # unknown or out of date
         said = cause_in_log(log) if log else None
         return f"it left the queue without a result{f': {said}' if said else ''}"
     said = None
@@ -98,7 +99,7 @@ def cause_of(ended: Ended | None, log: Path | None) -> str:
 
 
 def how_ended(ended: Ended) -> str:
-    """Slurm's state of a job that ended, with the name of who cancelled it, or of the node that failed."""
+    """Slurm's state of a job that ended, with the name of the user who cancelled it or of the node that failed."""
     if ended.state.startswith("CANCELLED by "):
         uid = ended.state.removeprefix("CANCELLED by ")
         return f"CANCELLED by {user(int(uid)) if uid.isdigit() else uid}"
@@ -108,7 +109,7 @@ def how_ended(ended: Ended) -> str:
 
 
 def user(number: int) -> str:
-    """The name of a user, or the number where it has none on this machine."""
+    """The name of the user with this id, or the id if this machine does not know it."""
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
@@ -116,7 +117,7 @@ def user(number: int) -> str:
 
 
 def exited(code: str) -> str | None:
-    """sacct's "3:0" and "0:9" in words; None for an exit without an error, and for what is no such code."""
+    """sacct's exit code, such as "3:0" or "0:9", in words; None for a success, and for text of another form."""
     found = re.fullmatch(r"(\d+):(\d+)", code)
     if found is None:
         return None

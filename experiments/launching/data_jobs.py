@@ -1,4 +1,4 @@
-"""Data built by jobs of Slurm: a step after the other (experiments/data/steps.py), on as many cores as it can use."""
+"""Builds data by jobs on Slurm: one array of jobs for each step of experiments/data/steps.py, one after another."""
 
 import os
 import re
@@ -24,11 +24,11 @@ JOBS = "jobs.json"
 
 
 def build(spec: DataConfig, profile: Profile, cache: Path, *, wait: bool = False) -> Path | None:
-    """The dataset of `spec`, if it is in the cache or was waited for; None while jobs build it, which are submitted
-    unless they are under way.
+    """The dataset of `spec` if it is in the cache. Otherwise submits jobs that build it, unless they are queued, and
+    returns None, or with `wait` the dataset once it is built.
 
-    A build of which a job failed, or was killed, goes on where it was. Raises ValueError as `build` of data does, or if
-    Slurm does not answer; WorkFailed if the jobs that were waited for ended without the dataset.
+    A build whose job failed or was killed continues where it stopped. Raises ValueError as `build` of data does, or if
+    Slurm does not answer; WorkFailed if the jobs ended without the dataset.
     """
     if profile.slurm is None or spec.pretokenized is not None:
         return build_here(spec, cache)
@@ -49,7 +49,7 @@ def build(spec: DataConfig, profile: Profile, cache: Path, *, wait: bool = False
 
 
 def require_nothing_under_way(specs: Iterable[DataConfig], cache: Path) -> None:
-    """Raises ValueError if jobs of Slurm are building one of these datasets: this machine need not build it, too."""
+    """Raises ValueError if jobs on Slurm are building one of these datasets, so that it is not built twice."""
     for spec in specs:
         shared = None if spec.pretokenized is not None else steps.under_way(spec, cache)
         submitted = [] if shared is None else _submitted(shared)
@@ -62,13 +62,13 @@ def require_nothing_under_way(specs: Iterable[DataConfig], cache: Path) -> None:
 
 
 def _submitted(shared: steps.Shared) -> list[dict[str, Any]]:
-    """The jobs of the last submission: each one's step, id, number of workers, user and folder of output."""
+    """The arrays of the last submission: for each its step, id, number of workers, user id and folder of output."""
     path = shared.folder / JOBS
     return list(read_json(path)["jobs"]) if path.exists() else []
 
 
 def _queued(submitted: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether one of the jobs waits or runs. Raises ValueError if Slurm does not answer."""
+    """Whether one of the jobs is waiting or running. Raises ValueError if Slurm does not answer."""
     if not submitted:
         return False
     ids = [f"{job['id']}_{worker}" for job in submitted for worker in range(job["workers"])]
@@ -79,7 +79,7 @@ def _queued(submitted: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _may_be_queued(submitted: Sequence[Mapping[str, Any]]) -> bool:
-    """Also if Slurm does not answer: whoever waits asks again."""
+    """As `_queued`, but True if Slurm does not answer: the caller asks again."""
     try:
         return _queued(submitted)
     except ValueError as error:
@@ -88,9 +88,9 @@ def _may_be_queued(submitted: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _submit(shared: steps.Shared, asked: Slurm, data: DataJobs) -> list[dict[str, Any]]:
-    """Submit all steps, each to begin when the one before has ended well; returns the jobs.
+    """Submit all steps, each to start when the one before has succeeded. Returns the arrays.
 
-    Raises ValueError if one is refused; those before it, whose work nobody would go on with, are cancelled.
+    Raises ValueError if one is refused, after it cancelled those before it.
     """
     sbatch.name_ignored_variables()
     code, folder = snapshot.take(shared.cache), jobs.new_folder(shared.cache, "data")
@@ -123,7 +123,7 @@ def _script(
     code: Path,
     after: str | None,
 ) -> str:
-    """An array of `workers` jobs of one core each."""
+    """The batch script of an array of `workers` jobs of one core each; `after` is the id of the step before."""
     options = {
         "job-name": f"data-{step}",
         "partition": data.partition or asked.partition,
@@ -136,7 +136,7 @@ def _script(
         "mem": None if data.memory_gb is None else f"{round(1024 * data.memory_gb)}M",
         "output": str(folder / f"{step}-%a.out"),
         "open-mode": "append",
-        "requeue": "",  # after a preemption or the failure of a node
+        "requeue": "",  # after a preemption or a node failure
         "dependency": after and f"afterok:{after}",
         "kill-on-invalid-dep": after and "yes",
         **asked.options,
@@ -157,7 +157,7 @@ def _script(
 
 
 def _sbatch(script: str) -> str:
-    """The id of the array. Raises ValueError if it is refused."""
+    """Submit the script. Returns the id of the array. Raises ValueError if sbatch refuses it."""
     done = subprocess.run(
         ["sbatch", "--parsable"],
         input=script,
@@ -166,13 +166,14 @@ def _sbatch(script: str) -> str:
         check=False,
         env=slurm.environment(),
     )
-    accepted = re.search(r"^(\d+)(?:;.*)?$", done.stdout, re.MULTILINE)  # sites print notices, too
+    accepted = re.search(r"^(\d+)(?:;.*)?$", done.stdout, re.MULTILINE)  # Sites may print notices, too.
     if done.returncode != 0 or accepted is None:
         raise ValueError(f"sbatch refused: {slurm.one_line(done.stderr)}")
     return accepted[1]
 
 
 def _wait(spec: DataConfig, shared: steps.Shared, submitted: Sequence[Mapping[str, Any]], cache: Path) -> Path:
+    """Wait for the jobs and return the dataset. Raises WorkFailed if they ended without it."""
     said = ""
     try:
         while (shared.folder / steps.RECORD).exists() and _may_be_queued(submitted):

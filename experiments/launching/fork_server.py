@@ -1,8 +1,8 @@
-"""A process that has imported torch once, and from which the runs on this machine are forked.
+"""A server process that imports torch once and forks the runs on this machine.
 
-Importing torch and its compiler takes a run 3 to 9 seconds. A forked run has both at once, and is a process of its own
-as before: submitit's controller, and its tasks, which load the code of the snapshot. The server itself must not use
-CUDA, which does not survive a fork.
+Importing torch and its compiler takes 3 to 9 seconds, which a forked run saves. Each job still has processes of its
+own: submitit's controller, and its tasks, which load the code of the snapshot. The server itself must not use CUDA,
+which does not survive a fork.
 """
 
 import contextlib
@@ -26,31 +26,35 @@ from submitit.local.local import Controller, LocalJob
 from analysis.errors import WorkFailed
 from experiments.training.presence import process_started
 
-# torch's optimizers import Dynamo when the first of them is made.
+# Dynamo is among them because torch imports it when the first optimizer is made.
 _MODULES = ("numpy", "pandas", "pyarrow.parquet", "torch", "torch._dynamo", "torch.utils.checkpoint")
-_PATIENCE = 10.0  # seconds
-_COMPILER = ("torch._inductor.compile_fx", "triton")  # for runs on a GPU
+_PATIENCE = 10.0  # seconds to wait for the launcher's file
+_COMPILER = ("torch._inductor.compile_fx", "triton")  # also imported for runs on a GPU
 
 
 class ForkServer:
-    """The launcher's end of the server."""
+    """The launcher's connection to the server."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def start(self, folder: Path, environment: Mapping[str, str]) -> int:
-        """Start a job that submitit left in `folder`. Returns the process id of its controller."""
+        """Start a job that submitit has pickled into `folder`. Returns the process id of its controller.
+
+        Raises WorkFailed if the server has ended.
+        """
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `_answer` says why
+        with contextlib.suppress(BrokenPipeError):  # `_answer` raises then.
             self._process.stdin.write(json.dumps({"folder": str(folder), "environment": dict(environment)}) + "\n")
             self._process.stdin.flush()
         return int(self._answer())
 
     def wait_until_ready(self) -> None:
-        """Return once everything is imported. Call it once, before `start`."""
+        """Return once everything is imported. Call it once, before `start`. Raises WorkFailed if the server ended."""
         self._answer()
 
     def _answer(self) -> str:
+        """The server's next line. Raises WorkFailed if it has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -60,7 +64,7 @@ class ForkServer:
 
 @contextlib.contextmanager
 def fork_server(environment: Mapping[str, str], compiler: bool) -> Iterator[ForkServer]:
-    """A server with these environment variables beside the launcher's, until the context ends. Runs outlive it."""
+    """A server with these environment variables added to the launcher's, until the context ends. Runs outlive it."""
     command = [sys.executable, "-u", "-m", "experiments.launching.fork_server", *(_COMPILER if compiler else ())]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
@@ -68,9 +72,9 @@ def fork_server(environment: Mapping[str, str], compiler: bool) -> Iterator[Fork
         try:
             yield ForkServer(process)
         except BaseException:
-            process.kill()  # It may still be importing, or wait for runs that do not end.
+            process.kill()  # It may still be importing, or be waiting for runs that do not end.
             assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # A request that it has not read must not hide the error.
+            with contextlib.suppress(BrokenPipeError):  # An unread request must not hide the original error.
                 process.stdin.close()
             raise
 
@@ -83,7 +87,7 @@ class ForkedExecutor(submitit.LocalExecutor):
         self._server = server
 
     def _submit_command(self, command: str) -> LocalJob:
-        """As in submitit's class. Only the parameters that `Slots.start` sets are heeded."""
+        """Overrides submitit's method. It uses only the parameters that `Slots.start` sets."""
         parameters = self.parameters
         tasks = parameters["tasks_per_node"]
         gpus = parameters["visible_gpus"][: parameters["gpus_per_node"]]
@@ -105,7 +109,7 @@ class ForkedExecutor(submitit.LocalExecutor):
 
 
 class _Controlled:
-    """The controller of a job, as far as submitit's LocalJob asks for it. It is no child of this process."""
+    """A job's controller, with the methods of Popen that submitit's LocalJob calls. It is no child of this process."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self._started = pid, process_started(str(pid))
@@ -119,11 +123,11 @@ class _Controlled:
         os.kill(self.pid, number)
 
 
-# In the server
+# The functions and classes below run in the server and the processes forked from it.
 
 
 class _Task(ForkProcess):
-    """One process of a job, with what submitit's controller asks of a `subprocess.Popen`."""
+    """One process of a job, with the methods of `subprocess.Popen` that submitit's controller calls."""
 
     def poll(self) -> int | None:
         code: int | None = self.exitcode
@@ -135,6 +139,8 @@ class _Task(ForkProcess):
 
 
 class _ForkingController(Controller):
+    """submitit's controller, which forks the processes of a job instead of starting new interpreters."""
+
     def start_tasks(self) -> None:
         self.folder.mkdir(exist_ok=True)
         paths = [JobPaths(self.folder, self.pid, rank) for rank in range(self.ntasks)]
@@ -146,7 +152,7 @@ class _ForkingController(Controller):
             self.tasks.append(task)
 
     def wait(self, freq: int = 24) -> Sequence[int | None]:
-        """As in submitit's class. What ended processes that could not say so themselves stands in rank 0's output."""
+        """As in submitit's class. Writes to rank 0's output which signal ended a process, as it cannot do so itself."""
         codes: Sequence[int | None] = super().wait(freq)
         for rank, code in enumerate(codes):
             if code is not None and code < 0:
@@ -155,7 +161,8 @@ class _ForkingController(Controller):
 
 
 def _task(folder: Path, environment: Mapping[str, str], output: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the controller's handler
+    """Execute a job's pickled function in a forked process, with its output in the file descriptor `output`."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Drop the controller's handler.
     os.environ.update(environment)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -164,23 +171,24 @@ def _task(folder: Path, environment: Mapping[str, str], output: int) -> None:
 
 
 def _wait_for(path: Path) -> None:
-    """Return when the launcher has put the file in its place. submitit would look for it only once a second."""
+    """Return once the launcher has written the file, or after _PATIENCE. submitit would look only once a second."""
     end = time.monotonic() + _PATIENCE
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.005)
 
 
 def _job(folder: str, environment: Mapping[str, str]) -> None:
+    """Run a job's controller in a forked process."""
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(2, 1)  # The pipe to the launcher is the server's.
+    os.dup2(2, 1)  # Standard output is the server's pipe to the launcher, which a job must not write to.
     _ForkingController(Path(folder)).run()
 
 
 def main(modules: Sequence[str]) -> None:
     """Import the modules, then fork a job for every line of standard input, and answer with its process id."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that no import initialises CUDA to see whether it is there
-    os.environ["TORCH_WARM_POOL"] = "0"  # of processes that compile; a run that needs them starts its own
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # Imports must not initialise CUDA to see whether it exists.
+    os.environ["TORCH_WARM_POOL"] = "0"  # Do not start compiler processes here: a run that needs them starts its own.
     for module in (*_MODULES, *modules):
         importlib.import_module(module)
     print("ready")

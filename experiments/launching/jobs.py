@@ -1,4 +1,4 @@
-"""The job that a run was given: job.json in its folder, which the launchers write and `status` and `cancel` read."""
+"""job.json in a run's folder: the job that executes the run. Launchers write it; `status` and `cancel` read it."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from analysis.logs.files import read_json, write_json
 from experiments.training.presence import process_started
 
-FOLDER = ".jobs"  # of a store: what launchers and jobs write beside the runs
+FOLDER = ".jobs"  # folder of a store for the files of launchers and jobs that belong to no single run
 JOB_KEYS = {"executor", "job_id", "host", "started", "submitted_at", "log"}
 _ALL_RIGHTS = 0o777
 
@@ -20,8 +20,11 @@ _ALL_RIGHTS = 0o777
 def write_job(
     run_dir: Path, executor: str, job_id: str | None, log: Path | None, code: Path, submission: str | None = None
 ) -> None:
-    """Note which executor has the run, under which id. On this machine the id is a process's, which with its start
-    time names that process only; on Slurm it is None until it is known which job the submission became."""
+    """Write job.json: which executor has the run, and the job's id.
+
+    On this machine the id is a process id, which is unique together with the process's start time. On Slurm it is None
+    until sbatch has answered.
+    """
     job = {
         "executor": executor,
         "job_id": job_id,
@@ -36,8 +39,10 @@ def write_job(
 
 
 def job_of(run_dir: Path) -> dict[str, Any] | None:
-    """What the launcher noted when it submitted the run, with `owner`, the user id of who did it; None if it noted
-    nothing. Raises ValueError where the file holds something else."""
+    """The content of job.json with `owner`, the user id of the file's owner, added; None if there is no file.
+
+    Raises ValueError if we did not write the file.
+    """
     path = run_dir / "job.json"
     if not path.exists():
         return None
@@ -51,15 +56,16 @@ def job_of(run_dir: Path) -> dict[str, Any] | None:
 
 
 def submission_of(run_dir: Path) -> str | None:
-    """The name of the submission to Slurm that the run was last part of; None if there is none."""
+    """The name of the run's last submission to Slurm; None if there is none."""
     job = job_of(run_dir)
     return None if job is None else job["submission"]
 
 
 def adopt(run_dir: Path, submission: str, job_id: str, *, note: bool = True) -> bool:
-    """Whether the run is this job's; if nothing says so yet, that is noted, unless `note` is False.
+    """Whether the run belongs to this job of `submission`. If job.json has no job id yet, writes it, unless `note` is
+    False.
 
-    It is another's where it was submitted again since, or where sbatch accepted a submission twice.
+    The run belongs to another job if it was submitted again, or if sbatch accepted the submission twice.
     """
     path = run_dir / "job.json"
     if not path.exists():
@@ -75,7 +81,10 @@ def adopt(run_dir: Path, submission: str, job_id: str, *, note: bool = True) -> 
 
 @contextlib.contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
-    """Raise ValueError with the file's name where it holds something else than we write: another version's, perhaps."""
+    """A context in which errors caused by a file's unexpected content become ValueError with the file's name.
+
+    Such a file may come from another version of this package.
+    """
     try:
         yield
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -83,11 +92,11 @@ def errors_naming(path: Path) -> Iterator[None]:
 
 
 def new_folder(store: Path, name: str) -> Path:
-    """A new folder for what a submission's jobs need, and for their output."""
+    """Make a folder for the files and the output of a submission's jobs. `name` becomes part of its name."""
     folder = store / FOLDER
     folder.mkdir(exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=time.strftime(f"%Y%m%d-%H%M%S-{name}-"), dir=folder))
-    # mkdtemp makes folders that their owner alone may enter; colleagues who share the store must read the output.
+    # mkdtemp lets only the owner enter the folder, but colleagues who share the store must be able to read the output.
     umask = os.umask(0)
     os.umask(umask)
     made.chmod(_ALL_RIGHTS & ~umask)

@@ -1,4 +1,4 @@
-"""One submission to a store at a time, and which signals may end a launcher when."""
+"""The lock that allows one submission to a store at a time, and the handling of signals in launchers."""
 
 import contextlib
 import math
@@ -12,10 +12,10 @@ from analysis.logs.ownership import held
 
 @contextlib.contextmanager
 def store_lock(store: Path) -> Iterator[None]:
-    """Hold the store, and make it if it is missing; whoever has to wait is told on standard error.
+    """Hold the store's lock. Makes the store if it is missing. Says on standard error if it has to wait.
 
-    Afterwards the lock file is gone, and the store, too, where it was made here and is still empty: a refused
-    submission leaves nothing. Raises ValueError where the store takes no files.
+    Afterwards the lock file is removed, and so is the store if it was made here and is still empty, so that a refused
+    submission leaves nothing behind. Raises ValueError if the store cannot be written.
     """
     made = not store.exists()
     try:
@@ -35,10 +35,11 @@ def require_store(store: Path) -> None:
 
 
 def _hold(store: Path, stack: contextlib.ExitStack) -> None:
+    """Make the store and enter its lock into the stack. Raises ValueError if the store cannot be written."""
     while True:
         try:
-            store.mkdir(parents=True, exist_ok=True)  # under /proc this, too, raises FileNotFoundError
-            with contextlib.suppress(FileNotFoundError):  # whoever had made the store removed it again, empty as it was
+            store.mkdir(parents=True, exist_ok=True)  # Under /proc this raises FileNotFoundError as well.
+            with contextlib.suppress(FileNotFoundError):  # The process that made the store has removed it, still empty.
                 stack.enter_context(held(store, patience=math.inf, waiting=lambda: _tell(store)))
                 return
         except OSError as error:
@@ -51,15 +52,15 @@ def _tell(store: Path) -> None:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Nothing short of SIGKILL ends this process inside: a job may have begun that no file names yet.
+    """A context in which only SIGKILL ends this process, since a job may have started that no file records yet.
 
-    INT, HUP and TERM are acted on at the end. INT and HUP, which a terminal sends to all programs started from it, are
-    blocked for those started inside as well, for as long as these run.
+    INT, HUP and TERM take effect at the end of the context. Programs started inside have INT and HUP, which a terminal
+    sends to all its processes, blocked for their whole life.
     """
     noted: list[int] = []
     deferred = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
     handlers = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in deferred}
-    # Programs inherit the mask and not the handlers; the handlers note what reaches another thread of this process.
+    # Programs inherit the signal mask but not the handlers, which note signals to other threads of this process.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
@@ -69,15 +70,15 @@ def signals_deferred() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for came in dict.fromkeys(noted):  # the first whose handler raises ends this
+        for came in dict.fromkeys(noted):  # The first handler that raises ends this loop.
             signal.raise_signal(came)
 
 
 @contextlib.contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Make a closed terminal or a plain `kill` raise KeyboardInterrupt, as Ctrl-C does.
+    """A context in which a closed terminal or a plain `kill` raises KeyboardInterrupt, as Ctrl-C does.
 
-    A signal that is ignored stays ignored: `nohup` asks for that.
+    A signal that was ignored before stays ignored, as under `nohup`.
     """
     heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, signal.default_int_handler) for number in heeded}

@@ -16,8 +16,8 @@ from pathlib import Path
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _DEFAULT_PIPES = Path("/tmp/nvidia-mps")  # where processes look for a service if no variable names one
-# Exits with 0 if a process can use the first GPU of the service. The service may start and yet serve nobody, as in a
-# container that does not share memory with it.
+# Exits with 0 if a process can use the first GPU of the service. The service may start and still be unusable, for
+# example in a container that does not share memory with it.
 _PROBE = """
 import ctypes, sys
 cuda, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
@@ -27,19 +27,19 @@ sys.exit(
     or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 )
 """
-# Stops the service when standard input ends, which it does with this process, whatever ends that. Runs that have
-# outlived the launcher keep the service until they end: it stops after its last client.
+# Stops the service when standard input closes, which happens when this process ends, however it ends. The service
+# itself stops only after its last client, so runs that outlive the launcher can still use it.
 _KEEPER = f'cat > /dev/null; echo quit | {_CONTROL}; rm -rf -- "$0"'
 _PATIENCE = 20.0  # seconds
 
 
 @contextlib.contextmanager
 def multi_process_service(gpus: Sequence[int]) -> Iterator[Mapping[str, str]]:
-    """Run the service on these GPUs. Yields the variables by which a process finds it.
+    """Run the service on these GPUs. Yields the environment variables by which a process finds it.
 
-    It ends with the context, or with this process if that is killed. To a process that uses it the GPUs have the
-    numbers 0, 1, ... in the order of `gpus`. Yields no variables if this machine does not have the service, if it does
-    not work, or if somebody runs one already, which processes find by themselves.
+    It ends with the context, or with this process if that is killed. A process that uses it sees the GPUs as numbers
+    0, 1, ... in the order of `gpus`. Yields no variables if this machine does not have the service, if it does not
+    work, or if a service is already running, which processes find by default.
     """
     if shutil.which(_CONTROL) is None or _PIPES in os.environ or _runs_already():
         yield {}
@@ -59,7 +59,7 @@ def multi_process_service(gpus: Sequence[int]) -> Iterator[Mapping[str, str]]:
 
 @contextlib.contextmanager
 def _kept(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
-    """When the context or this process ends, the service that has its pipes in `folder` ends, and the folder goes."""
+    """Stop the service with its pipes in `folder`, and delete the folder, when the context or this process ends."""
     keeper = subprocess.Popen(
         ["sh", "-c", _KEEPER, str(folder)],
         env=environment,
@@ -78,14 +78,14 @@ def _kept(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def _runs_already() -> bool:
-    """Whether a service answers where processes look for one by themselves."""
+    """Whether a service answers in the folder where processes look for one by default."""
     return (_DEFAULT_PIPES / "control").exists() and _succeeds([_CONTROL], os.environ, said="get_server_list\n")
 
 
 def _succeeds(command: Sequence[str], environment: Mapping[str, str], said: str = "") -> bool:
-    """Whether a command ends in time and without an error."""
+    """Whether a command, given `said` on standard input, ends in time and without an error."""
     try:
-        # No pipe for its output: the service goes on in the background and would keep the pipe open.
+        # Do not use a pipe for its output: the service continues in the background and would keep the pipe open.
         quiet = subprocess.DEVNULL
         ended = subprocess.run(
             command, env=environment, input=said, text=True, stdout=quiet, stderr=quiet, timeout=_PATIENCE, check=False

@@ -1,4 +1,4 @@
-"""Where runs stand, for people: a table that fits the terminal, a summary of long lists, and one run by itself."""
+"""The states of runs as text: a table that fits the terminal, a summary of long lists, and one run in detail."""
 
 import re
 import statistics
@@ -12,17 +12,19 @@ from experiments.launching.attempts import Attempt
 from experiments.launching.states import ACTIVE, STATES, RunState
 from experiments.terminal import align, duration, span
 
-LONG_LIST = 40  # runs; more are shown as a row for each arm and size
-MOST_CAUSES = 12  # of a list; --json has all of them
-MOST_NAMED = 3  # runs of one cause
+LONG_LIST = 40  # runs; a longer list is shown as one row for each arm and size
+MOST_CAUSES = 12  # causes that are listed; --json has all of them
+MOST_NAMED = 3  # runs that are named for one cause
 DAY = 86400
 
 
 @dataclass(frozen=True)
 class _Column:
+    """A column of the table of runs."""
+
     heading: str
     cell: Callable[[RunState], str]
-    importance: int  # On a narrow terminal, columns of the least importance are left out first.
+    importance: int  # On a narrow terminal the least important columns are left out; 9 means never.
 
 
 def render(states: Sequence[RunState], width: int, *, every: bool = False) -> str:
@@ -37,7 +39,7 @@ def render(states: Sequence[RunState], width: int, *, every: bool = False) -> st
 
 
 def _loss(run: RunState) -> str:
-    """The held-out loss of a complete run. Before, the loss of one training step, which is not compared with it."""
+    """The held-out loss of a complete run; otherwise the last training loss, marked since the two do not compare."""
     if run.loss is None:
         return ""
     return f"{run.loss:.4f}" if run.state == "complete" else f"train {run.loss:.4f}"
@@ -61,7 +63,7 @@ COLUMNS = (
 
 
 def _table(states: Sequence[RunState], width: int) -> str:
-    """A row for each run, with the columns that have content and room."""
+    """A row for each run, with the columns that have content and fit into the width."""
     shown = [column for column in COLUMNS if column.importance == 9 or any(map(column.cell, states))]
     while True:
         table = align([c.heading for c in shown], [[c.cell(state) for c in shown] for state in states])
@@ -72,7 +74,7 @@ def _table(states: Sequence[RunState], width: int) -> str:
 
 
 def _groups(states: Sequence[RunState]) -> str:
-    """A row for each arm and size: how many runs stand where, and how much of their training is done."""
+    """A row for each arm and size: the number of runs in each state, and the mean share of training that is done."""
     groups: dict[tuple[str, str], list[RunState]] = {}
     for state in states:
         groups.setdefault((state.arm or "?", state.size or "?"), []).append(state)
@@ -86,7 +88,7 @@ def _groups(states: Sequence[RunState]) -> str:
 
 
 def _causes(states: Iterable[RunState], width: int) -> list[str]:
-    """A line for each cause, with the runs that have it. Causes that differ in numbers alone, as in a step, are one."""
+    """A line for each cause, with the runs that have it. Causes that differ only in numbers, such as steps, are one."""
     alike: dict[tuple[str, str], list[RunState]] = {}
     for state in states:
         if state.cause:
@@ -125,7 +127,7 @@ def _summary(states: Sequence[RunState]) -> list[str]:
 
 
 def _lost(states: Sequence[RunState]) -> str:
-    """What was lost because attempts ended early, as by preemption."""
+    """In words, what was lost because attempts ended early, for example by preemption."""
     parts = []
     if steps := sum(state.redone_steps for state in states):
         parts.append(f"{steps} steps done again ({duration(sum(state.redone_seconds for state in states))})")
@@ -135,10 +137,10 @@ def _lost(states: Sequence[RunState]) -> str:
 
 
 def seconds_to_go(states: Sequence[RunState]) -> float | None:
-    """Seconds until all runs that can end have ended, if as many as now run at once; None where none runs, or where
-    the speed of one is not known.
+    """Forecast of the seconds until all active runs have ended, if as many as now run at once.
 
-    A run that has no speed of its own gets the median seconds a FLOP of the runs of its size, or else of all runs.
+    A run whose speed is not known gets the median seconds per FLOP of the runs of its size, else of all runs. Returns
+    None if no run is running, if no speed is known, or if a run's FLOPs are not known.
     """
     running = [state for state in states if state.state == "running"]
     speeds: dict[str | None, list[float]] = {}
@@ -160,7 +162,7 @@ def seconds_to_go(states: Sequence[RunState]) -> float | None:
 
 
 def render_run(state: RunState, attempts: Sequence[Attempt], width: int) -> str:
-    """One run: where it stands and why, what it cost, where its output is, and its attempts."""
+    """One run in detail: its state and the cause, what it cost, where its output is, and its attempts."""
     why = state.cause or state.reason
     start = f"; Slurm expects it to start at {_when(state.expected_start)}" if state.expected_start else ""
     loss = f", loss {_loss(state)}" if state.loss is not None else ""
@@ -179,6 +181,7 @@ def render_run(state: RunState, attempts: Sequence[Attempt], width: int) -> str:
 
 
 def _attempts(attempts: Sequence[Attempt], width: int) -> str:
+    """A table of the attempts without empty columns, and below it how they ended."""
     headings = ["attempt", "job", "node", "device", "started", "ended", "steps", "done again", "waited"]
     rows = [
         [
@@ -201,7 +204,7 @@ def _attempts(attempts: Sequence[Attempt], width: int) -> str:
 
 
 def _fit(text: str, width: int, indent: int = 2) -> str:
-    """A line, broken where it is longer than the terminal is wide."""
+    """A line, wrapped to the width of the terminal."""
     return fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
@@ -210,7 +213,7 @@ def _since(moment: float | None) -> str:
 
 
 def _when(moment: float | None, near_format: str = "%H:%M:%S") -> str:
-    """A time of day, with the date where it is more than half a day away."""
+    """A time in Unix seconds as a time of day, with the date if it is more than half a day away."""
     if moment is None:
         return ""
     near = abs(moment - time.time()) < DAY / 2
@@ -222,5 +225,5 @@ def _hours(hours: float | None) -> str:
 
 
 def unfinished(states: Iterable[RunState]) -> bool:
-    """Whether any of the runs may still change by itself."""
+    """Whether any of the runs is still active, so that its state may change."""
     return any(state.state in ACTIVE for state in states)

@@ -1,4 +1,4 @@
-"""Profiles: where runs execute. A new machine or cluster is a new TOML file (see slurm/profiles), never new code."""
+"""Profiles: where runs execute. A new machine or cluster needs a new TOML file (see slurm/profiles), never new code."""
 
 import dataclasses
 import math
@@ -11,21 +11,21 @@ from experiments.design import strict
 from experiments.design.config import Execution
 from experiments.design.ladder import LADDERS
 
-LONGEST_ATTEMPT = 24.0  # hours: the time limit where a profile gives none and the speed was not measured
+LONGEST_ATTEMPT = 24.0  # hours: the time limit if the profile has none and the speed was not measured
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Job(Execution):
-    """What one run gets: how it executes, and what it asks of the scheduler."""
+    """How one run executes, and what it asks of the scheduler."""
 
-    # the time limit of one attempt: a run that reaches it is saved, and goes on in another; None, or "auto" in a file:
-    # by the measured speed (launching/account.py), else LONGEST_ATTEMPT
+    # The time limit of one attempt; a run that reaches it saves its state and continues in another attempt. None, or
+    # "auto" in a file: derived from the measured speed (launching/account.py), else LONGEST_ATTEMPT.
     hours: float | None = None
     gpus_per_node: int = 8
     cpus_per_gpu: int = 1  # cores of each process
-    memory_gb: float | None = None  # a node; the cluster's default where it is left out
-    teraflops_per_second: float | None = None  # sustained by one device: for forecasts where nothing was measured
+    memory_gb: float | None = None  # per node; None: the cluster's default
+    teraflops_per_second: float | None = None  # sustained by one device, for forecasts if nothing was measured
 
     def __post_init__(self) -> None:
         counts = ("gpus", "gpus_per_node", "cpus_per_gpu", "threads", "max_attempts")
@@ -44,31 +44,32 @@ class Job(Execution):
 
     @property
     def time_limit(self) -> float:
-        """Hours of one attempt."""
+        """The time limit of one attempt, in hours."""
         return LONGEST_ATTEMPT if self.hours is None else self.hours
 
     @property
     def nodes(self) -> int:
+        """The number of nodes that hold its GPUs."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property
     def execution(self) -> Execution:
-        """The part that the run itself needs, which is frozen into its config.json."""
+        """The settings that the run itself needs, which are written into its config.json."""
         return Execution(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Execution)})
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """What every job of this cluster says to sbatch."""
+    """The options of sbatch and srun that all jobs on this cluster share."""
 
     partition: str
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     setup: tuple[str, ...] = ()  # shell lines before the run, e.g. "module load cuda"
-    signal_seconds: int = 120  # warning before the time limit: room for a step, an evaluation and a checkpoint
+    signal_seconds: int = 120  # how long before the time limit Slurm warns; must suffice to save a checkpoint
     options: Mapping[str, str] = field(default_factory=dict)  # other long options of sbatch: name -> value
-    srun_options: tuple[str, ...] = ()  # of the srun that starts the run's processes, as "--container-image=..."
+    srun_options: tuple[str, ...] = ()  # for the srun that starts the run's processes, e.g. "--container-image=..."
     python: str | None = None  # shell words that start Python on the nodes; None: the interpreter that submits
 
     def __post_init__(self) -> None:
@@ -78,12 +79,12 @@ class Slurm:
 
 @dataclass(frozen=True)
 class DataJobs:
-    """What the jobs of Slurm that build data get: `dynconv data build --profile`."""
+    """The resources of jobs on Slurm that build data: `dynconv data build --profile`."""
 
-    cores: int = 64  # jobs side by side, each of one core
-    hours: float = 12.0  # the time limit of each
-    memory_gb: float | None = None  # of each; the cluster's default where it is left out
-    partition: str | None = None  # the one of [slurm] where it is left out
+    cores: int = 64  # number of jobs at once, each of one core
+    hours: float = 12.0  # the time limit of each job
+    memory_gb: float | None = None  # per job; None: the cluster's default
+    partition: str | None = None  # None: the partition of [slurm]
 
     def __post_init__(self) -> None:
         for name in ("cores", "hours", "memory_gb"):
@@ -94,11 +95,11 @@ class DataJobs:
 
 @dataclass(frozen=True)
 class Profile:
-    """One file of slurm/profiles. `default` holds for every size that has no table of its own."""
+    """The content of one file of slurm/profiles. `default` applies to every size that is not in `size`."""
 
     executor: Literal["local", "debug", "slurm"]
     max_parallel: int = 0  # runs at once; 0: as many as there are GPUs or cores (local), no limit (slurm)
-    max_gpu_hours: float | None = None  # of a store: `submit` refuses what would pass it
+    max_gpu_hours: float | None = None  # cap for a store: `submit` refuses runs that would exceed it
     slurm: Slurm | None = None
     data: DataJobs = field(default_factory=DataJobs)
     default: Job = field(default_factory=Job)
@@ -123,13 +124,14 @@ class Profile:
             strict.choose(size, [name for ladder in LADDERS.values() for name in ladder.sizes], "table size")
 
     def job(self, size: str) -> Job:
+        """The job of a run of this size."""
         return self.size.get(size, self.default)
 
 
 def load_profile(path: Path) -> Profile:
-    """Raises ValueError naming the file, the key, the legal values and the nearest match.
+    """Read a profile. A table [size.NAME] holds only what differs from [default].
 
-    A table [size.NAME] holds only what differs from [default].
+    Raises ValueError, which names the file, the key, the legal values and the nearest match.
     """
     table = strict.read_toml(path)
     default, sizes = table.get("default", {}), table.get("size", {})

@@ -1,4 +1,4 @@
-"""The bar on standard error while runs are waited for. It counts FLOPs, not runs, so that large runs weigh more."""
+"""The progress bar on standard error while runs train. It counts FLOPs, not runs, so that large runs weigh more."""
 
 import sys
 import time
@@ -13,12 +13,13 @@ from experiments.design.config import RunConfig
 from experiments.launching import states
 from experiments.terminal import FILE_SECONDS, QUIET_SECONDS
 
-LOG_SECONDS = 10.0  # between two entries of a run's log, which are further apart in a long attempt:
-LOG_SHARE = 0.01  # of its duration
+# A run writes its log every LOG_SECONDS, plus LOG_SHARE of the time that its attempt has taken so far.
+LOG_SECONDS = 10.0
+LOG_SHARE = 0.01
 
 
 class Progress:
-    """A context in which `update` draws where the runs stand."""
+    """A context in which `update` draws how far the runs are."""
 
     def __init__(self, store: Path, runs: Sequence[RunConfig]) -> None:
         self._store = store
@@ -30,7 +31,7 @@ class Progress:
             total=100.0,
             initial=share,
             delay=QUIET_SECONDS,
-            smoothing=0.0,  # the ETA comes from the mean speed so far, since runs differ in theirs
+            smoothing=0.0,  # Forecast from the mean speed so far, since the speeds of runs differ.
             mininterval=0.5 if sys.stderr.isatty() else FILE_SECONDS,
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} to go; {desc}",
         )
@@ -50,7 +51,10 @@ class Progress:
         return here
 
     def _share(self) -> tuple[float, list[states.RunState]]:
-        """Percent of the FLOPs that are done or, with their run, given up, which a stopped or lost run is not."""
+        """(percent of the FLOPs that are done, states of the runs).
+
+        A run that has ended counts as done even if it failed, but a stopped or lost run counts by its progress.
+        """
         here = states.read(self._store, self._weights)
         open_ = {*states.SUBMITTABLE, *states.ACTIVE}
         done = sum(self._weights[s.run_id] * (_share_now(s) if s.state in open_ else 1.0) for s in here)
@@ -58,7 +62,7 @@ class Progress:
 
 
 def _share_now(state: states.RunState) -> float:
-    """The share of a run that is done by now. Its log says what was done some seconds ago, which short runs feel."""
+    """The share of a run that is done now, extrapolated from its log, which is some seconds old."""
     if state.state != "running" or not state.eta or state.last_logged is None:
         return state.progress
     since = min(time.time() - state.last_logged, LOG_SECONDS + LOG_SHARE * (state.elapsed or 0.0))

@@ -1,4 +1,4 @@
-"""What our jobs say to sbatch, and what becomes of its answer. submitit writes the script.
+"""Writes our batch scripts, by way of submitit, submits them to sbatch, and interprets its answer.
 
 The reasons for the settings are in slurm/README.md, under "What our jobs tell Slurm".
 """
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import submitit
 
@@ -21,20 +22,20 @@ from experiments.terminal import warn
 from experiments.training.compile_cache import VARIABLES
 from experiments.training.provenance import SHARING_VARIABLE
 
-LOOK_SECONDS = 30.0  # how long a submission is looked for if sbatch could not say what became of it
+LOOK_SECONDS = 30.0  # how long to look for a submission if sbatch did not say whether it was accepted
 _PAUSE = 2.0  # seconds between two looks
-REQUEUE_TRIES = 60  # of a batch script, ten seconds apart
-# What sbatch says if the controller's answer is missing, so that the jobs may have been accepted.
+REQUEUE_TRIES = 60  # attempts of a batch script to requeue its job, ten seconds apart
+# Errors of sbatch if it got no answer from the controller, so that the jobs may have been accepted.
 _NO_ANSWER = re.compile(r"timed out|unable to contact|connect|communication|zero bytes|unexpected message|socket", re.I)
-# The limit that was met, as AssocMaxSubmitJobLimit or QOSMaxWallDurationPerJobLimit; older versions do not name it.
+# The limit that was exceeded, such as AssocMaxSubmitJobLimit; older versions do not name it.
 _LIMIT = re.compile(r"\b[A-Z]\w+Limit\b")
-# The run itself chooses a folder on the node; a shell's may be on a shared file system, where such caches break.
+# The run itself chooses a folder on the node. The shell's may be on a shared file system, where these caches break.
 _NO_CACHES = f"unset {' '.join(VARIABLES)}"
 _TOO_MANY = re.compile(r"job submit limit|Invalid job array|unable to accept job", re.I)
 
 
 class TooMany(ValueError):
-    """More jobs are wanted than may be queued; fewer may be accepted."""
+    """More jobs were submitted than may be queued; sbatch may accept fewer."""
 
 
 class Unanswered(ValueError):
@@ -42,15 +43,15 @@ class Unanswered(ValueError):
 
 
 def submit(script: str, folder: Path, name: str) -> str:
-    """Hand the script, which is kept in `folder`, to sbatch. Returns the id of the array, or of the one job.
+    """Write the script to `folder` and submit it. Returns the id of the array, or of the single job.
 
-    If sbatch fails, or answers something else, the jobs are looked for by their name: it can fail although they were
-    accepted. Raises ValueError where they were refused, TooMany where fewer may be accepted, and Unanswered where
-    neither is known. Ctrl-C ends sbatch, and leaves its answer unknown.
+    sbatch can fail although the jobs were accepted, so after an error they are looked for by `name`. Raises ValueError
+    if they were refused, TooMany if sbatch may accept fewer, and Unanswered if it is not known whether Slurm has them.
+    Ctrl-C kills sbatch, which also leaves that unknown.
     """
     path, since = folder / "submission.sh", time.time()
     path.write_text(script)
-    # In a session of its own: what a terminal sends to all programs started from it does not end sbatch half-way.
+    # sbatch gets a session of its own, so that signals from the terminal do not end it half-way.
     with subprocess.Popen(
         ["sbatch", str(path)],
         stdin=subprocess.DEVNULL,
@@ -66,11 +67,11 @@ def submit(script: str, folder: Path, name: str) -> str:
             os.killpg(sbatch.pid, signal.SIGKILL)
             sbatch.wait()
             raise
-    # Sites print notices, too, which may name other jobs.
+    # Sites may print notices, too, which may name other jobs.
     if sbatch.returncode == 0 and (accepted := re.search(r"^Submitted batch job (\d+)", answer, re.MULTILINE)):
         return accepted[1]
     said = slurm.one_line(errors or answer)
-    reasons = "\n".join(line for line in errors.splitlines() if "error" in line.lower())  # without the site's notices
+    reasons = "\n".join(line for line in errors.splitlines() if "error" in line.lower())  # leaves out notices
     known = sbatch.returncode > 0 and reasons != "" and not _NO_ANSWER.search(reasons)
     if found := _look(name, since, 0.0 if known else LOOK_SECONDS):
         warn(f"sbatch said: {said}; Slurm has the jobs all the same, as {found}")
@@ -81,14 +82,14 @@ def submit(script: str, folder: Path, name: str) -> str:
 
 
 def _too_many(reasons: str) -> bool:
-    """Whether sbatch refused because more jobs are wanted than the user, the account or the array may have."""
+    """Whether sbatch refused because the user, the account or the array may not have so many jobs."""
     if limits := _LIMIT.findall(reasons):
         return any("Submit" in limit for limit in limits)
     return _TOO_MANY.search(reasons) is not None
 
 
 def _look(name: str, since: float, seconds: float) -> str | None:
-    """The jobs' id, as soon as Slurm knows it; None if it does not within that time, or does not answer."""
+    """The id of the jobs of this name, once Slurm knows it; None if it does not within `seconds`."""
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(ValueError):
@@ -111,33 +112,21 @@ def script(
     after: str | None = None,
     module: str = worker.__name__,
 ) -> str:
-    """The batch script of an array of `count` jobs, or of one job, which asks for what the profile says.
+    """The batch script of an array of `count` jobs, or of a single job, with the resources of the profile.
 
-    A job has one task for each process of its run; `module` is what they execute, with the folder as argument.
+    A job has one task for each process of its run. The tasks execute `module` with `folder` as the argument. `after` is
+    the id of a job that must succeed first.
     """
-    processes_per_node = min(job.gpus, job.gpus_per_node)
     python = shlex.quote(sys.executable) if profile.python is None else profile.python
     executor = submitit.SlurmExecutor(folder=folder)
     options = {name: value or True for name, value in profile.options.items()}  # "" stands for a bare flag
-    asked = {
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "time": max(1, round(60 * job.time_limit)),
-        "nodes": job.nodes,
-        "ntasks_per_node": processes_per_node,
-        "cpus_per_task": job.cpus_per_gpu,
-        "gpus_per_node": None if job.device == "cpu" else processes_per_node,
-        "mem": None if job.memory_gb is None else f"{round(1024 * job.memory_gb)}M",
-    }
     executor.update_parameters(
-        **{key: value for key, value in asked.items() if value is not None},
+        **_resources(job, profile),
         job_name=name,
         array_parallelism=max_parallel or 10**6,
-        wckey=None,  # submitit's own would be refused where the site checks them; [slurm.options] may name one
+        wckey=None,  # Sites that check wckeys would refuse submitit's; [slurm.options] may name one.
         stderr_to_stdout=True,
-        # Node failures and preemptions requeue. TERM warns before the time limit, as it does before a preemption.
+        # Slurm requeues after node failures and preemptions. TERM warns before both the time limit and a preemption.
         additional_parameters={
             "requeue": True,
             "signal": f"TERM@{profile.signal_seconds}",
@@ -146,7 +135,7 @@ def script(
         },
         setup=[_NO_CACHES, *profile.setup, *_setup(snapshot, _sharing(job, profile), folder)],
         teardown=_teardown(),
-        # From 22.05 on, srun no longer takes --cpus-per-task over from sbatch.
+        # From Slurm 22.05 on, srun no longer inherits --cpus-per-task from sbatch.
         srun_args=[
             "--kill-on-bad-exit=1",
             "--export=ALL",
@@ -160,22 +149,41 @@ def script(
     return executor._make_submission_file_text(f"{python} -u -m {module} {shlex.quote(str(folder))}", "")
 
 
+def _resources(job: Job, profile: Slurm) -> dict[str, Any]:
+    """The parameters of submitit for what a job asks of Slurm, without those that are left to the cluster."""
+    processes_per_node = min(job.gpus, job.gpus_per_node)
+    asked = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "time": max(1, round(60 * job.time_limit)),
+        "nodes": job.nodes,
+        "ntasks_per_node": processes_per_node,
+        "cpus_per_task": job.cpus_per_gpu,
+        "gpus_per_node": None if job.device == "cpu" else processes_per_node,
+        "mem": None if job.memory_gb is None else f"{round(1024 * job.memory_gb)}M",
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
 def name_ignored_variables() -> None:
-    """Tell the user which variables of the shell sbatch would take options from, if it were given them."""
+    """Warn of the shell's SBATCH_* variables, which are not passed on to sbatch."""
     if ignored := sorted(key for key in os.environ if key.startswith("SBATCH_")):
         warn(f"{', '.join(ignored)} of this shell: ignored, since the profile decides")
 
 
 def _sharing(job: Job, profile: Slurm) -> str:
-    """How many runs share the devices, as text; empty where it is not known.
+    """The value of SHARING_VARIABLE in a job: the number of runs on its devices, or "" if that is not known.
 
-    Slurm gives a GPU to one job, unless the profile asks for shared ones; cores and their memory may be shared.
+    Slurm gives a GPU to one job unless the profile asks for shared GPUs. Jobs on a CPU may share cores and memory.
     """
     may_share = any(name in profile.options for name in ("oversubscribe", "overcommit", "gres"))
     return "" if job.device == "cpu" or may_share else "1"
 
 
 def _setup(snapshot: Path, sharing: str, folder: Path) -> list[str]:
+    """The shell lines of a batch script before srun."""
     requeue = worker.requeue_file(folder, "").as_posix()
     return [
         "export SUBMITIT_PREEMPT_SIGNAL=TERM",
@@ -189,10 +197,11 @@ def _setup(snapshot: Path, sharing: str, folder: Path) -> list[str]:
 
 
 def _teardown() -> list[str]:
-    """Ask Slurm to queue the job again if the run wants it, or if TERM ended it before it could say so (128 + 15).
+    """The shell lines of a batch script after srun, which requeue the job if the run asked for that.
 
-    A job that is not RUNNING any more is being preempted or cancelled: Slurm knows what to do with it. Without scontrol
-    the script waits: Slurm queues a preempted job again by itself when its grace time is over.
+    They also requeue it if TERM ended the run (exit code 128 + 15) before it could ask. A job that is not RUNNING any
+    more is being preempted or cancelled, which Slurm handles itself. Without scontrol the script waits, since Slurm
+    requeues a preempted job after its grace time.
     """
     return [
         "code=$?",

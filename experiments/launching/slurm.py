@@ -1,4 +1,4 @@
-"""What the programs of Slurm say about a cluster and its jobs. What our jobs say to sbatch is in sbatch.py."""
+"""Calls Slurm's programs, except sbatch (see sbatch.py), and parses what they say about the cluster and its jobs."""
 
 import math
 import os
@@ -13,16 +13,16 @@ from pathlib import Path
 from experiments.design import strict
 from experiments.launching.profile import Slurm
 
-ANSWER_SECONDS = 20  # if the controller takes longer, it counts as down
-CANCEL_SECONDS = 120  # for scancel, which may have to reach many nodes
+ANSWER_SECONDS = 20  # A controller that takes longer counts as down.
+CANCEL_SECONDS = 120  # timeout of scancel, which may have to reach many nodes
 _CLOCKS_APART = 86400.0  # seconds by which a controller's clock may differ from ours
-# Options of sbatch that the launcher sets itself, or that would change how many jobs there are and where they write.
+# Options of sbatch that the launcher sets itself, or that would change the number of jobs or where they write.
 OWN_OPTIONS = (
     "array", "chdir", "dependency", "error", "export", "job-name", "kill-on-invalid-dep", "nodes", "ntasks",
     "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "no-requeue", "signal", "test-only", "wait",
     "wrap",
 )  # fmt: skip
-# Variables by which the programs of Slurm take options from the user's shell
+# Prefixes of environment variables that set options of Slurm's programs and of submitit
 _OPTION_VARIABLES = (
     "SBATCH_",
     "SALLOC_",
@@ -38,7 +38,8 @@ _OPTION_VARIABLES = (
 
 
 def check(slurm: Slurm) -> None:
-    """Raises ValueError where there is no sbatch, no controller that answers, or no such partition."""
+    """Raises ValueError if there is no sbatch, the controller does not answer, a partition does not exist, or the
+    profile sets one of OWN_OPTIONS."""
     if shutil.which("sbatch") is None:
         raise ValueError(
             "the profile wants Slurm and this machine has no sbatch; submit from a login node of the cluster, "
@@ -63,30 +64,30 @@ def check(slurm: Slurm) -> None:
 
 @dataclass(frozen=True)
 class Queued:
-    """What squeue says of a job that has not ended."""
+    """A job that has not ended, as squeue describes it."""
 
-    state: str  # as PENDING or RUNNING
-    reason: str | None = None  # why it waits, in Slurm's word, as "Priority"
-    start: float | None = None  # unix seconds: of a waiting job as Slurm expects it, of others as it was
+    state: str  # such as PENDING or RUNNING
+    reason: str | None = None  # Slurm's reason why it waits, such as "Priority"
+    start: float | None = None  # unix seconds; the expected start of a waiting job
     nodes: str | None = None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What the accounting says of one start of a job. A requeued job has several, the last of which may not have ended.
+    """One start of a job, as sacct describes it. A requeued job has several; the last may not have ended yet.
 
     A job that never started has neither nodes nor times.
     """
 
-    state: str  # as PREEMPTED, or "CANCELLED by 1000"
-    exit_code: str  # as "1:0": exit code and signal
+    state: str  # such as PREEMPTED, or "CANCELLED by 1000"
+    exit_code: str  # exit code and signal, such as "1:0"
     nodes: str | None = None
     start: float | None = None  # unix seconds
     end: float | None = None
 
 
 def queue(job_ids: Sequence[str], owners: Iterable[int]) -> dict[str, Queued] | None:
-    """Job id -> what squeue says of it, for those still queued; None where the controller does not answer.
+    """Job id -> its entry in squeue, for jobs that have not ended; None if the controller does not answer.
 
     `owners` are the user ids of those who submitted the jobs.
     """
@@ -94,7 +95,7 @@ def queue(job_ids: Sequence[str], owners: Iterable[int]) -> dict[str, Queued] | 
     lines = _ask("squeue", "--noheader", "--all", "--array", "--format=%i|%T|%r|%S|%N", f"--user={users}")
     if lines is None:
         return None
-    # Sites print notices on standard output, too.
+    # Sites may print notices on standard output, too.
     found = re.findall(r"^(\d+(?:_\d+)?)\|([A-Z_]+)\|([^|\n]*)\|([^|\n]*)\|([^|\n]*)$", lines, re.MULTILINE)
     wanted = set(job_ids)
     return {
@@ -105,7 +106,7 @@ def queue(job_ids: Sequence[str], owners: Iterable[int]) -> dict[str, Queued] | 
 
 
 def accounting(job_ids: Sequence[str]) -> dict[str, list[Ended]]:
-    """Job id -> its starts in order, the last of them the current one; empty without accounting."""
+    """Job id -> its starts in order, of which the last is the current one. Empty if the cluster has no accounting."""
     arrays = sorted({job_id.split("_")[0] for job_id in job_ids})
     columns = "JobID,State,ExitCode,NodeList,Start,End"
     command = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--format={columns}")
@@ -123,7 +124,7 @@ def accounting(job_ids: Sequence[str]) -> dict[str, list[Ended]]:
 
 
 def _unix(text: str) -> float | None:
-    """Slurm's times, which are of this machine's zone; None for "N/A", "Unknown" and "None"."""
+    """A time of Slurm's, in this machine's time zone, as Unix seconds; None for "N/A", "Unknown" and "None"."""
     try:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
@@ -131,7 +132,7 @@ def _unix(text: str) -> float | None:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Raises ValueError where there is no scancel, it does not answer, or it refuses."""
+    """Cancel jobs. Raises ValueError if there is no scancel, it does not answer, or it refuses."""
     if shutil.which("scancel") is None:
         raise ValueError("this machine has no scancel; cancel from a login node of the cluster")
     command = ["scancel", *job_ids]
@@ -148,7 +149,7 @@ def cancel(job_ids: Sequence[str]) -> None:
 def find(name: str, since: float) -> str | None:
     """The id of the job or array of this name, submitted at `since` (unix seconds) or later; None if Slurm has none.
 
-    Raises ValueError where the controller does not answer. Without accounting, jobs that ended some minutes ago are not
+    Raises ValueError if the controller does not answer. Without accounting, jobs that ended some minutes ago are not
     found.
     """
     queued = _ask("squeue", "--noheader", "--all", "--states=all", f"--name={name}", "--format=%F")
@@ -157,13 +158,13 @@ def find(name: str, since: float) -> str | None:
     begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - _CLOCKS_APART))
     columns = ("--noheader", "--parsable2", "--allocations", "--format=JobID")
     ended = _ask("sacct", *columns, f"--name={name}", f"--starttime={begin}")
-    # Sites print notices on standard output, too.
+    # Sites may print notices on standard output, too.
     found = re.findall(r"^(\d+)(?:_\S+)?$", f"{queued}\n{ended or ''}", re.MULTILINE)
     return min(found, key=int) if found else None
 
 
 def limit_running(array: str, count: int) -> None:
-    """Let `count` jobs of an array run at once, or any number if it is 0. Raises ValueError where that is refused."""
+    """Let `count` jobs of an array run at once, or any number if it is 0. Raises ValueError if Slurm refuses."""
     command = ["scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={count}"]
     try:
         done = subprocess.run(
@@ -176,19 +177,21 @@ def limit_running(array: str, count: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """The environment without variables that change what Slurm's programs do or print: the user's, and those of the
-    Slurm job that we may be in."""
+    """This process's environment without variables that change what Slurm's programs do or print.
+
+    These are the user's, and those of a Slurm job that this process may be part of.
+    """
     return {k: v for k, v in os.environ.items() if not k.startswith(_OPTION_VARIABLES) or k == "SLURM_CONF"}
 
 
 def max_array_size() -> int:
-    """How many jobs an array may have; 1 where the cluster has no arrays (MaxArraySize 0)."""
+    """How many jobs an array may have; 1 if the cluster has no arrays (MaxArraySize 0)."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config") or "", re.MULTILINE)
     return max(1, int(found[1])) if found else 1000
 
 
 def _ask(*command: str) -> str | None:
-    """Standard output, or None where the command is missing, fails or takes too long."""
+    """The command's standard output, or None if it is missing, fails or takes longer than ANSWER_SECONDS."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, env=environment()
@@ -199,7 +202,7 @@ def _ask(*command: str) -> str | None:
 
 
 def _expanded(ids: str) -> list[str]:
-    """sacct's "7", "7_3" and, for elements that never started, "7_[0-2,5%4]" as single ids."""
+    """The single ids in sacct's "7", "7_3" or, for elements of an array that never started, "7_[0-2,5%4]"."""
     pending = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", ids)
     if pending is None:
         return [ids]
@@ -210,5 +213,6 @@ def _expanded(ids: str) -> list[str]:
 
 
 def one_line(text: str) -> str:
+    """The first line of a program's output that mentions an error, else its first line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no reason given")

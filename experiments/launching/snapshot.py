@@ -1,4 +1,4 @@
-"""The code that a store's runs execute: a copy of the three packages, so that edits after `submit` reach no job."""
+"""The code that a store's runs execute: a copy of the three packages, so that later edits do not reach queued jobs."""
 
 import hashlib
 import shutil
@@ -9,7 +9,10 @@ from experiments import source
 
 
 def take(store: Path) -> Path:
-    """STORE/.code/<hash of its content>, a folder for PYTHONPATH. It appears whole or not at all."""
+    """Copy the code to STORE/.code/<hash of its content>, unless it is there. Returns that folder, for PYTHONPATH.
+
+    The folder appears whole or not at all.
+    """
     files = _files()
     digest = hashlib.sha256()
     for name, path in files.items():
@@ -27,7 +30,7 @@ def take(store: Path) -> Path:
         working.chmod(0o755)
         try:
             working.replace(target)
-        except OSError:  # another submit was faster
+        except OSError:  # Another `submit` was faster.
             if not target.exists():
                 raise
     finally:
@@ -36,12 +39,12 @@ def take(store: Path) -> Path:
 
 
 def commit(snapshot: Path) -> str:
-    """What a log calls this code: the git commit, with the snapshot's hash where the files differ from it."""
+    """The name of this code in logs: the git commit, with the snapshot's hash added if the files differ from it."""
     return source.commit(f"-dirty-{snapshot.name}") or f"snapshot-{snapshot.name}"
 
 
 def _files() -> dict[str, Path]:
-    """Name -> path of every module, in the order of the names."""
+    """Relative name -> path of every module, sorted."""
     root = source.root()
     paths = (path for package in source.PACKAGES for path in (root / package).rglob("*.py"))
     return {path.relative_to(root).as_posix(): path for path in sorted(paths)}

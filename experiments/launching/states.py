@@ -1,6 +1,6 @@
-"""Where each run of a store stands. What decides is, in this order: the run's own markers, the queue, the accounting.
+"""The state of each run of a store, decided by the run's own files first, then Slurm's queue, then its accounting.
 
-Reads small files only and imports no torch, so that `status` answers at once.
+This reads only small files and imports no torch, so that `status` answers at once.
 """
 
 import os
@@ -22,21 +22,21 @@ from experiments.terminal import duration
 from experiments.training.presence import process_started
 from experiments.training.stopping import STOPPED
 
-# A run in one of these may still have a job, so it gets no second one.
+# In these states a run may still have a job, so it must not get a second one.
 ACTIVE = ("queued", "held", "running", "suspended", "requeued", "unknown")
 STATES = ("pending", *ACTIVE, "stopped", "complete", "failed", "cancelled", "lost", "unreadable")
 SUBMITTABLE = ("pending", "stopped", "lost")
 RETRYABLE = ("failed", "cancelled", "stopped", "lost")
-# A run that has logged nothing for so long, also as a share of its attempt's duration, may be stuck: logs are written
-# every ten seconds, and later in a long attempt once in a hundredth of its duration.
+# A run may be stuck if it has logged nothing for SILENT_SECONDS and for SILENT_SHARE of its attempt's duration. Logs
+# are written every ten seconds, and in a long attempt once in a hundredth of its duration.
 SILENT_SECONDS = 300.0
 SILENT_SHARE = 0.05
-# Slurm's states, but for those that are "running"
+# Slurm's state -> ours, except for those that mean "running"
 _WHERE = {
     "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "held", "SPECIAL_EXIT": "held",
     "RESV_DEL_HOLD": "held", "SUSPENDED": "suspended", "STOPPED": "suspended",
 }  # fmt: skip
-# Slurm's reasons that mean that a job is held, in words
+# Slurm's reasons that mean that a job is held -> in words
 _HELD = {
     "JobHeldUser": "held by its user; `scontrol release {job}` lets it go",
     "JobHeldAdmin": "held by an administrator, who can release it",
@@ -47,52 +47,53 @@ _HELD = {
 
 @dataclass(frozen=True)
 class RunState:
-    """One row of `status`. None: not known, or not yet."""
+    """One row of `status`. None means not known, or not known yet."""
 
     run_id: str
     state: str  # one of STATES
     progress: float = 0.0  # share of the tokens trained on
-    loss: float | None = None  # held-out when complete, of the last logged training step before
+    loss: float | None = None  # held-out if the run is complete, else of the last logged training step
     attempts: int = 0
-    elapsed: float | None = None  # seconds of this attempt, or of all of a complete run
-    eta: float | None = None  # seconds
+    elapsed: float | None = None  # seconds of this attempt; of all attempts if the run is complete
+    eta: float | None = None  # seconds that the rest of the run will take
     job_id: str | None = None
-    cause: str | None = None  # of a failure, of our not knowing, or why a complete run did not learn
+    cause: str | None = None  # why it failed, why its state is not known, or why a complete run did not learn
     log: str | None = None  # path of the job's output
     arm: str | None = None
     size: str | None = None
-    reason: str | None = None  # why its job waits, in Slurm's word
-    expected_start: float | None = None  # unix seconds, of a waiting job, where Slurm foresees it
+    reason: str | None = None  # Slurm's reason why its job waits
+    expected_start: float | None = None  # unix seconds, if Slurm forecasts the start of its waiting job
     nodes: str | None = None  # where it runs
     last_logged: float | None = None  # unix seconds: when a running run last wrote its log
     gpu_hours: float | None = None  # of all attempts so far; on a CPU a process counts as a GPU
-    forecast_gpu_hours: float | None = None  # of the whole run, by the profile that it was submitted with
-    redone_steps: int = 0  # that an attempt did again, because the one before had lost them
-    redone_seconds: float = 0.0
+    forecast_gpu_hours: float | None = None  # of the whole run, when it was submitted
+    redone_steps: int = 0  # steps that attempts did again, because the attempt before had lost them
+    redone_seconds: float = 0.0  # training time of these steps
     between_seconds: float = 0.0  # from the end of an attempt to the start of the next
     flops: float | None = None  # exact training FLOPs of the whole run, without those of its trunk
-    flops_left: float | None = None  # of them, those that are still to do
+    flops_left: float | None = None  # the part of `flops` that is still to be done
 
 
 @dataclass(frozen=True)
 class _Presence:
-    """Where a run's last job is: "queued", "held", "running", "suspended", "gone" or "unknown"."""
+    """The state of a run's last job."""
 
-    where: str
-    queued: slurm.Queued | None = None  # what squeue says
+    where: str  # "queued", "held", "running", "suspended", "gone" or "unknown"
+    queued: slurm.Queued | None = None  # its entry in squeue
 
 
 def find(store: Path) -> list[str]:
-    """Ids of all runs in a store. A folder without config.json is not a run."""
+    """Ids of all runs in a store, which are the folders with a config.json. Raises ValueError if there is no store."""
     if not store.is_dir():
         raise ValueError(f"{store} is not a folder; give the store that `dynconv submit` made")
     return sorted(path.parent.name for path in store.glob("*/config.json") if not path.parent.name.startswith("."))
 
 
 def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
-    """Where the named runs stand. A run without a folder is pending; one whose files have another form is unreadable.
+    """The states of the named runs, in their order. A run without a folder is "pending"; one with a file that we did
+    not write is "unreadable".
 
-    The queue is asked before the markers are read: a run that ends in between is then seen as complete.
+    The queue is read before the runs' markers, so that a run that ends in between is seen as complete, not as lost.
     """
     run_ids = list(run_ids)
     files = {run_id: reader.list_files(store / run_id) for run_id in run_ids}
@@ -123,21 +124,23 @@ def read(store: Path, run_ids: Iterable[str]) -> list[RunState]:
 
 
 def busy(store: Path, run_ids: Iterable[str]) -> dict[str, str]:
-    """Run id -> "queued", "held", "running", "suspended" or "unknown", for runs whose last job has not ended, whatever
-    their markers say."""
+    """Run id -> state of its last job, for runs whose job has not ended, whatever the run's markers say.
+
+    The states are "queued", "held", "running", "suspended" and "unknown".
+    """
     present = _present({run_id: job_of(store / run_id) for run_id in run_ids})
     return {run_id: presence.where for run_id, presence in present.items() if presence.where != "gone"}
 
 
 def history(store: Path, state: RunState) -> list[attempts.Attempt]:
-    """The attempts at a run whose state was read."""
+    """The attempts at a run whose state `read` returned."""
     job = job_of(store / state.run_id)
     in_slurm = job is not None and job["executor"] == "slurm"
     return attempts.history(store / state.run_id, state.state, state.job_id if in_slurm else None)
 
 
 def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, _Presence]:
-    """Where the last job of each run is, for the runs that have one."""
+    """The state of the last job of each run that has a job.json."""
     submitted = {run_id: job for run_id, job in jobs.items() if job is not None}
     in_slurm = [job for job in submitted.values() if job["executor"] == "slurm" and job["job_id"] is not None]
     queue = slurm.queue([job["job_id"] for job in in_slurm], {job["owner"] for job in in_slurm}) if in_slurm else {}
@@ -154,17 +157,19 @@ def _present(jobs: Mapping[str, dict[str, Any] | None]) -> dict[str, _Presence]:
 
 
 def _in_slurm(job: Mapping[str, Any], queue: Mapping[str, slurm.Queued] | None) -> _Presence:
-    if queue is None or job["job_id"] is None:  # None: whether Slurm has it is not known yet
+    """The state of a job on Slurm. `queue` is None if squeue did not answer."""
+    if queue is None or job["job_id"] is None:  # Without an id it is not known yet whether Slurm has the job.
         return _Presence("unknown")
     found = queue.get(job["job_id"])
     if found is None:
-        # Where jobs are private (PrivateData=jobs) a colleague's are not shown, whether they run or have ended.
+        # On clusters with PrivateData=jobs, squeue never shows a colleague's jobs.
         return _Presence("gone" if job["owner"] == os.getuid() else "unknown")
     where = _WHERE.get(found.state, "running")
     return _Presence("held" if where == "queued" and found.reason in _HELD else where, found)
 
 
 def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, presence: _Presence) -> RunState:
+    """The state of one run, without Slurm's accounting. `files` are the names in its directory."""
     where = reader.status(run_dir, files)
     if where == "unfinished":
         where = "pending" if job is None else "lost" if presence.where == "gone" else presence.where
@@ -183,7 +188,7 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
     known["cause"] = (trunk_failure(run_dir.parent, trunk) if where in ("pending", "lost") else None) or _cause(
         run_dir, job, where
     )
-    if where == "lost" and str(known["cause"]).startswith(STOPPED):  # by Ctrl-C, say
+    if where == "lost" and str(known["cause"]).startswith(STOPPED):  # for example by Ctrl-C
         where = "stopped"
     if presence.queued is not None:
         known |= _in_queue(presence.queued, where, known["job_id"])
@@ -198,13 +203,14 @@ def _state(run_dir: Path, files: Collection[str], job: dict[str, Any] | None, pr
         return RunState(run_dir.name, where, **known)
     if where == "queued":
         where = "requeued"
-    share = (latest.tokens or 0) / tokens  # of a branch, its trunk's tokens included
+    share = (latest.tokens or 0) / tokens  # A branch counts its trunk's tokens.
     if "flops" in known:
         known["flops_left"] = min(known["flops"], config["flops_exact"] * (1 - share))
     return RunState(run_dir.name, where, share, latest.loss, latest.attempt, **known)
 
 
 def _complete(run_dir: Path, known: dict[str, Any]) -> RunState:
+    """The state of a complete run, from run.json and what is `known` already."""
     with errors_naming(run_dir / "run.json"):
         run = read_json(run_dir / "run.json")
         check_unedited(run_dir / "run.json", run)
@@ -217,7 +223,7 @@ def _complete(run_dir: Path, known: dict[str, Any]) -> RunState:
 
 
 def _in_queue(queued: slurm.Queued, where: str, job_id: str) -> dict[str, Any]:
-    """Why and until when a job waits, or where it runs."""
+    """Why a job waits and when it is expected to start, or where it runs."""
     if where not in ("queued", "held"):
         return {"nodes": queued.nodes}
     waits: dict[str, Any] = {"reason": queued.reason, "expected_start": queued.start}
@@ -228,10 +234,10 @@ def _in_queue(queued: slurm.Queued, where: str, job_id: str) -> dict[str, Any]:
 
 
 def _course(latest: reader.Progress | None, tokens: int, began: float) -> dict[str, Any]:
-    """How a running run gets on: seconds that this attempt has taken so far, and that the rest of the run will take at
-    the attempt's speed; and a cause where it may be stuck. `began` is when its job started, in unix seconds."""
+    """The progress of a running run: `elapsed`, `last_logged`, `eta` at this attempt's speed, and a `cause` if it may
+    be stuck. `began` is when its job started, in Unix seconds."""
     now = time.time()
-    # The log may be that of an attempt before this job started.
+    # The log may be that of an earlier attempt.
     started, logged = (max(began, latest.started_at), max(began, latest.updated_at)) if latest else (began, began)
     course: dict[str, Any] = {"elapsed": now - started, "last_logged": latest and latest.updated_at}
     if latest and latest.step is not None and latest.tokens and latest.step >= latest.first_step:
@@ -246,7 +252,7 @@ def _course(latest: reader.Progress | None, tokens: int, began: float) -> dict[s
 
 
 def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
-    """Why a run stands where it does. None also of runs that Slurm lost, whose cause the accounting may know."""
+    """Why a run is in its state, or None. A run that Slurm lost gets its cause later, from the accounting."""
     if where == "failed":
         with errors_naming(run_dir / "failure.json"):
             failure = read_json(run_dir / "failure.json")
@@ -268,8 +274,8 @@ def _cause(run_dir: Path, job: dict[str, Any] | None, where: str) -> str | None:
 
 
 def _explained(state: RunState, starts: list[slurm.Ended]) -> RunState:
-    """A run that Slurm lost, with what the accounting and its output say of its end."""
+    """The state of a run that Slurm lost, with the cause by the accounting and the job's output."""
     ended = starts[-1] if starts else None
-    # by scancel, past `dynconv cancel`
+    # The user may have called scancel instead of `dynconv cancel`.
     where = "cancelled" if ended is not None and ended.state.startswith("CANCELLED") else "lost"
     return replace(state, state=where, cause=causes.cause_of(ended, Path(state.log) if state.log else None))

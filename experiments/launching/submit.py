@@ -1,4 +1,4 @@
-"""Submit runs, and those that failed again: pending ones only, their config and their code frozen first."""
+"""Submits runs, and retries failed ones. A run's configuration and code are frozen before it is submitted."""
 
 import functools
 import sys
@@ -38,7 +38,7 @@ from experiments.training.record import check_store, data_sha256, write_record
 if TYPE_CHECKING:
     from experiments.data.dataset import Dataset
 
-REMEDIES = {
+REMEDIES = {  # state of a run that was not submitted -> the verb that deals with it
     "behind a trunk that failed": "retry",
     "failed": "retry",
     "cancelled": "retry",
@@ -47,23 +47,24 @@ REMEDIES = {
     "unknown": "status",
     "unreadable": "status",
 }
-MARKERS = ("failure.json", "cancelled", "job.json")  # what earlier attempts and launchers left
-WRITERS = 16  # runs that are frozen side by side, as each file waits for the disk
+MARKERS = ("failure.json", "cancelled", "job.json")  # files of earlier attempts and launchers in a run's folder
+WRITERS = 16  # runs whose files are written at a time, since each file waits for the disk
 POLL_SECONDS = 10.0  # between two looks at the queue
-ROOM_SECONDS = 60.0  # between two attempts to submit what passes a limit on jobs
+ROOM_SECONDS = 60.0  # between two attempts to submit runs that exceed a limit on jobs
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a submission did."""
+    """The result of a submission."""
 
     submitted: list[str]  # run ids
-    skipped: dict[str, list[str]] = field(default_factory=dict)  # state -> ids of the runs left alone
-    ended: list[states.RunState] = field(default_factory=list)  # of those that were waited for
-    waiting: list[str] = field(default_factory=list)  # ids of runs that the cluster takes no jobs of at present
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # state -> ids of runs that were not submitted
+    ended: list[states.RunState] = field(default_factory=list)  # of runs that were waited for
+    waiting: list[str] = field(default_factory=list)  # ids of runs that exceed the cluster's limits on jobs now
 
     @property
     def unsuccessful(self) -> list[states.RunState]:
+        """The runs that ended without being complete."""
         return [state for state in self.ended if state.state != "complete"]
 
 
@@ -76,12 +77,12 @@ def submit(
     wait: bool = False,
     accept: Sequence[str] = (),
 ) -> Outcome:
-    """Submit the runs that are pending, were stopped, or lost by a scheduler or a crash; leave all others alone.
+    """Submit the runs that are pending, stopped or lost (SUBMITTABLE); skip all others.
 
     Builds missing data into `cache`. Runs of the executors "local" and "debug" end with this process, so they are
-    always waited for. What was submitted is said on standard error before the wait. Raises ValueError, before
-    anything is written, where the cluster does not answer, the store takes no files, or it holds runs of another
-    schema, on other data or, unless `accept` has "code", by other code.
+    always waited for; `wait` is for Slurm. Standard error says what was submitted before the wait. Raises ValueError,
+    before anything is submitted, if the cluster does not answer, or if the store cannot be written or holds runs of
+    another schema, on other data or, unless `accept` has "code", by other code.
     """
     return _launch(_Request(states.SUBMITTABLE, runs, profile, store.absolute(), cache, accept), wait)
 
@@ -95,10 +96,10 @@ def retry(
     wait: bool = False,
     accept: Sequence[str] = (),
 ) -> Outcome:
-    """Submit failed, cancelled and lost runs again; they continue from their last checkpoint.
+    """Submit failed, cancelled, stopped and lost runs again; they continue from their last checkpoint.
 
-    Raises ValueError as `submit` does, and where a job of one of them has not ended yet. A run that cannot be
-    submitted stays as it was.
+    Raises ValueError as `submit` does, and if a job of one of them has not ended yet. A run that cannot be submitted
+    keeps its state.
     """
     require_store(store)
     return _launch(_Request(states.RETRYABLE, runs, profile, store.absolute(), cache, accept), wait)
@@ -106,7 +107,7 @@ def retry(
 
 @dataclass(frozen=True)
 class _Request:
-    """What `submit` or `retry` was asked for."""
+    """The arguments of `submit` or `retry`."""
 
     wanted: Sequence[str]  # the states in which a run is submitted
     runs: Sequence[RunConfig]
@@ -117,6 +118,7 @@ class _Request:
 
 
 def _launch(request: _Request, wait: bool) -> Outcome:
+    """Submit what can be submitted, and wait for it if `wait` is True or the runs end with this process."""
     runs, profile, store = request.runs, request.profile, request.store
     _check(runs, profile)
     _check_schema(store)
@@ -142,19 +144,19 @@ def _launch(request: _Request, wait: bool) -> Outcome:
 
 
 def _launch_when_possible(request: _Request) -> Outcome:
-    """Submit the runs as soon as there is room for one more job, and wait for them."""
+    """Submit the runs as soon as the cluster accepts jobs again, and wait for them."""
     while True:
         try:
             return _launch(request, wait=True)
-        except sbatch.TooMany:  # jobs that have ended count for a while, and others' may count, too
+        except sbatch.TooMany:  # Jobs that have ended count for a while, and other users' jobs may count, too.
             time.sleep(ROOM_SECONDS)
 
 
 def _submit_now(request: _Request) -> tuple[Outcome, Path]:
-    """Submit what can be submitted now. Returns the folder of the code, too."""
+    """Submit what can be submitted now. Returns (outcome, folder of the code)."""
     wanted, runs, profile = request.wanted, request.runs, request.profile
     store, cache = request.store, request.cache
-    with store_lock(store):  # asked before the data is built, which may take hours: the store may take no files
+    with store_lock(store):  # Check the store first, since building the data may take hours.
         if profile.executor == "slurm":
             submissions.settle(store, [run.run_id for run in runs])
         todo, skipped = _choose(wanted, runs, store)
@@ -163,9 +165,9 @@ def _submit_now(request: _Request) -> tuple[Outcome, Path]:
     waiting, reason, code = list[RunConfig](), "", Path()
     if todo:
         account.require_within_cap(todo, runs, profile, store, cache)
-        datasets = _build(runs, cache)  # not under the lock, which others would wait for
+        datasets = _build(runs, cache)  # without the lock, for which others would wait
         with store_lock(store):
-            todo, skipped = _choose(wanted, runs, store)  # another submit may have been here
+            todo, skipped = _choose(wanted, runs, store)  # again: another `submit` may have changed the store
             account.require_within_cap(todo, runs, profile, store, cache)
             _check_store(todo, datasets, store)
             found = account.speeds(runs, profile, store, cache)
@@ -194,7 +196,7 @@ def _submit_now(request: _Request) -> tuple[Outcome, Path]:
 
 
 def _named(run_ids: Iterable[str], runs: Sequence[RunConfig]) -> list[RunConfig]:
-    """Those of the runs that have one of these ids."""
+    """The runs that have one of these ids, in their order."""
     wanted = set(run_ids)
     return [run for run in runs if run.run_id in wanted]
 
@@ -202,6 +204,7 @@ def _named(run_ids: Iterable[str], runs: Sequence[RunConfig]) -> list[RunConfig]
 def _say(
     store: Path, submitted: Sequence[str], skipped: Mapping[str, Sequence[str]], waiting: int, reason: str
 ) -> None:
+    """Report on standard error what was submitted, what waits and why, and what was skipped."""
     parts = [f"{len(submitted)} runs submitted"]
     if waiting:
         parts.append(f"{waiting} wait, as Slurm takes no more now ({reason}): submit again when some have ended")
@@ -212,6 +215,7 @@ def _say(
 
 
 def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
+    """Raises ValueError if the runs cannot execute under the profile, or if Slurm or this machine is not ready."""
     for run in runs:
         profile.job(run.size).execution.check(run)
     if profile.slurm is not None:
@@ -223,7 +227,7 @@ def _check(runs: Sequence[RunConfig], profile: Profile) -> None:
 
 
 def _check_schema(store: Path) -> None:
-    """Raises ValueError where the store has runs of another schema: they lack columns that a comparison needs."""
+    """Raises ValueError if the store has runs of another schema, which lack columns that a comparison needs."""
     for run_dir in sorted(path.parent for path in store.glob("*/config.json")):
         schema = schema_of(run_dir)
         if schema is not None and schema != SCHEMA:
@@ -236,7 +240,10 @@ def _check_schema(store: Path) -> None:
 def _choose(
     wanted: Sequence[str], runs: Sequence[RunConfig], store: Path
 ) -> tuple[list[RunConfig], dict[str, list[str]]]:
-    """The runs in one of the wanted states, and the ids of the others by their state."""
+    """The runs in one of the wanted states, and the ids of the others by their state.
+
+    Raises ValueError if the last job of a wanted run has not ended yet.
+    """
     todo, skipped = [], dict[str, list[str]]()
     for run, state in zip(runs, states.read(store, [run.run_id for run in runs]), strict=True):
         if state.state in wanted:
@@ -264,7 +271,7 @@ def _check_store(runs: Sequence[RunConfig], datasets: Mapping[DataConfig, "Datas
 
 
 def _build(runs: Sequence[RunConfig], cache: Path) -> dict[DataConfig, "Dataset"]:
-    """Build what data is missing. Generated tasks have none."""
+    """The datasets of the runs by their specification, built if they are missing. Generated tasks have none."""
     from experiments.data.build import build
     from experiments.data.dataset import Dataset
     from experiments.launching import data_jobs
@@ -279,7 +286,7 @@ def _freeze(
     datasets: Mapping[DataConfig, "Dataset"],
     profile: Profile,
     store: Path,
-    rates: Mapping[str, Rate],  # by run id, where they are known
+    rates: Mapping[str, Rate],  # by run id; runs of unknown speed are missing
     code: Path,
 ) -> None:
     """Write each run's config.json."""
@@ -302,7 +309,7 @@ def _freeze(
 
 
 def _remove_markers(run_dirs: Iterable[Path]) -> dict[Path, bytes]:
-    """Delete what earlier attempts and launchers left; returns it."""
+    """Delete the MARKERS of earlier attempts and launchers. Returns their content by path."""
     paths = [run_dir / name for run_dir in run_dirs for name in MARKERS]
     kept = {path: path.read_bytes() for path in paths if path.exists()}
     for path in kept:
@@ -311,18 +318,18 @@ def _remove_markers(run_dirs: Iterable[Path]) -> dict[Path, bytes]:
 
 
 def _restore_markers(kept: Mapping[Path, bytes]) -> None:
-    """Write back what `_remove_markers` deleted, for runs that were given no job."""
-    for path, content in kept.items():  # a run's job.json comes last
+    """Restore the files that `_remove_markers` deleted, for runs that got no job."""
+    for path, content in kept.items():  # A run's job.json comes last, so it does not hide its other markers.
         if not path.with_name("job.json").exists():
             write_atomically(path, functools.partial(Path.write_bytes, data=content))
 
 
 def _watch(runs: Sequence[RunConfig], store: Path) -> None:
-    """Wait until no run is queued or running any more."""
-    quiet = 0
+    """Wait until no run is active any more."""
+    quiet = 0  # consecutive looks that found no active run
     try:
         with Progress(store, runs) as progress:
-            while quiet < 2:  # on a shared file system the last result may appear after the job has left the queue
+            while quiet < 2:  # On a shared file system, a result may appear after its job has left the queue.
                 time.sleep(POLL_SECONDS)
                 active = any(state.state in states.ACTIVE for state in progress.update())
                 quiet = 0 if active else quiet + 1

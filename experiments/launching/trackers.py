@@ -1,7 +1,7 @@
-"""A store's logs for run trackers: as TensorBoard's event files, or as runs of Weights & Biases (W&B).
+"""Exports a store's logs to run trackers: as TensorBoard's event files, or as runs of Weights & Biases (W&B).
 
-The parquet logs are the record, and trackers are fed from them, while runs train or afterwards. So no training process
-depends on a tracker, every tracker gets the same numbers, and one may be added to a store that is years old.
+Trackers are fed from the parquet logs, while runs train or afterwards. So no training process depends on a tracker,
+every tracker gets the same numbers, and a tracker can be added to a store that is years old.
 """
 
 import json
@@ -20,22 +20,22 @@ from experiments.launching.jobs import errors_naming
 Tracker = Literal["tensorboard", "wandb"]
 TRAIN = ("loss", "gradient_norm", "learning_rate", "seconds")  # columns of the steps that are exported
 STATE = "exported.json"  # in the folder of each exported run: how far it was exported
-# What a tracker may group and filter runs by; the facts and the [vary] axes follow.
+# Settings that a tracker may group and filter runs by, in addition to the facts and the axes of [vary]
 DESCRIPTION = ("sweep", "arm", "size", "budget", "seed", "baseline", "task", "parameters", "tokens", "flops_exact")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a run logged after one step: values by name, as "train/loss" or "text/loss"."""
+    """The values that a run logged after one step, by name, such as "train/loss" or "text/loss"."""
 
     step: int
     attempt: int
-    time: float  # unix seconds, from the start of the attempt and the seconds of what it did before
+    time: float  # unix seconds: the start of the attempt, plus the time of compiling and of all its entries so far
     values: Mapping[str, float]
 
 
 class Writer(ABC):
-    """Writes the entries of one run for one tracker. Used as a context, which closes it."""
+    """Writes the entries of one run for one tracker. Use it as a context, which closes it."""
 
     @abstractmethod
     def __enter__(self) -> "Writer": ...
@@ -44,11 +44,12 @@ class Writer(ABC):
     def __exit__(self, *_: object) -> None: ...
 
     @abstractmethod
-    def write(self, entry: Entry) -> None: ...
+    def write(self, entry: Entry) -> None:
+        """Write one entry."""
 
 
 class TensorBoard(Writer):
-    """One more event file of a run. What earlier ones hold from `first_step` on is replaced by what this one holds."""
+    """A new event file of a run. It replaces what earlier files hold from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int, run: Mapping[str, Any]) -> None:
         try:
@@ -70,20 +71,19 @@ class TensorBoard(Writer):
 
 
 class WeightsAndBiases(Writer):
-    """A run of W&B with the run's id, in files that `wandb sync` sends; it is sent at once with WANDB_MODE=online.
+    """A run of W&B with the run's id, in files for `wandb sync`. With WANDB_MODE=online it is sent at once.
 
-    W&B takes nothing back, so steps that an attempt did again keep the values that were exported first.
+    W&B cannot replace values, so steps that a later attempt did again keep the values that were exported first.
     """
 
-    def __init__(self, folder: Path, first_step: int, run: Mapping[str, Any]) -> None:
-        # Nothing is sent unless the user asks for it, W&B's reports of errors included.
+    def __init__(self, folder: Path, _first_step: int, run: Mapping[str, Any]) -> None:
+        # Send nothing unless the user asks for it, not even W&B's error reports.
         os.environ.setdefault("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
         except ImportError:
             raise ValueError("the package wandb is not installed; pip install 'dynconv[wandb]'") from None
-        self._first_step = first_step
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", run["sweep"]),
             id=folder.name,
@@ -116,10 +116,10 @@ WRITERS: dict[Tracker, Callable[[Path, int, Mapping[str, Any]], Writer]] = {
 
 
 def export(run_dir: Path, folder: Path, tracker: Tracker) -> int:
-    """Export what a run has logged since it was last exported into `folder`. Returns the number of new entries.
+    """Export what a run has logged since its last export into `folder`. Returns the number of new entries.
 
-    An export that was cut off is made again. Raises ValueError where files of the run are none of ours, or where the
-    tracker's package is missing.
+    An export that was interrupted is repeated. Raises ValueError if a file of the run was not written by us, if
+    `folder` was exported for another tracker, or if the tracker's package is missing.
     """
     path = folder / STATE
     before = read_json(path) if path.exists() else {}
@@ -131,7 +131,7 @@ def export(run_dir: Path, folder: Path, tracker: Tracker) -> int:
     entries, record = read_entries(run_dir)
     last = {name: _Seen(*seen) for name, seen in before.get("seen", {}).items()}
     new = [entry for entry in entries if _has_news(entry, last)]
-    if new and tracker == "tensorboard":  # which replaces everything from the first new step on
+    if new and tracker == "tensorboard":  # A new event file replaces everything from the first new step on.
         first = min(entry.step for entry in new)
         new = [entry for entry in entries if entry.step >= first]
     elif new:
@@ -143,7 +143,7 @@ def export(run_dir: Path, folder: Path, tracker: Tracker) -> int:
             for entry in new:
                 writer.write(entry)
     seen = last | {name: _Seen(entry.attempt, entry.step) for entry in entries for name in entry.values}
-    if tracker == "wandb":  # which still has the steps that an attempt, which is not so far yet, does again
+    if tracker == "wandb":  # W&B keeps later steps of an earlier attempt that the current one has not reached yet.
         seen |= {name: _Seen(seen[name].attempt, max(seen[name].step, one.step)) for name, one in last.items()}
     state = {"tracker": tracker, "stamp": stamp, "seen": {name: [one.attempt, one.step] for name, one in seen.items()}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,31 +153,35 @@ def export(run_dir: Path, folder: Path, tracker: Tracker) -> int:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The last entry of one name that was exported."""
+    """The last entry that was exported of one name."""
 
     attempt: int
     step: int
 
 
 def _has_news(entry: Entry, last: Mapping[str, _Seen]) -> bool:
+    """Whether the entry has a value of a later step or attempt than was exported."""
     return any(
         name not in last or entry.step > last[name].step or entry.attempt > last[name].attempt for name in entry.values
     )
 
 
 def _only_later(entry: Entry, last: Mapping[str, _Seen]) -> Entry:
-    """The entry without the values that an earlier attempt's stand for already."""
+    """The entry without values of steps that were exported already, perhaps by an earlier attempt."""
     values = {name: value for name, value in entry.values.items() if name not in last or entry.step > last[name].step}
     return Entry(entry.step, entry.attempt, entry.time, values)
 
 
 def describe(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run is: its names, counts, facts and [vary] axes."""
+    """The settings of a run for a tracker: its names, counts, facts and axes of [vary]."""
     return {**{name: record.get(name) for name in DESCRIPTION}, **record["facts"], **record["vary"]}
 
 
 def read_entries(run_dir: Path) -> tuple[list[Entry], dict[str, Any]]:
-    """What a run has logged so far, by step, without steps that a later attempt did again; and its config.json."""
+    """(entries, config.json) of a run: what it has logged so far by step, without steps that were done again later.
+
+    Raises ValueError if a file was not written by us.
+    """
     with errors_naming(run_dir / "config.json"):
         record = read_json(run_dir / "config.json")
         check_unedited(run_dir / "config.json", record)
@@ -203,7 +207,7 @@ def read_entries(run_dir: Path) -> tuple[list[Entry], dict[str, Any]]:
 
 
 def _merged(entries: Iterable[Entry]) -> list[Entry]:
-    """One entry for each step and attempt."""
+    """The entries with those of the same step and attempt merged into one."""
     merged: dict[tuple[int, int], Entry] = {}
     for entry in entries:
         at = (entry.step, entry.attempt)
@@ -213,6 +217,6 @@ def _merged(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _stamp(run_dir: Path) -> dict[str, int]:
-    """When the files that change with a run's log were last written; empty before the first attempt."""
+    """When each of the files that change with a run's log was last written; empty before the first attempt."""
     paths = [*run_dir.glob("attempt-*.json"), run_dir / "run.json", run_dir / "evals.parquet"]
     return {path.name: path.stat().st_mtime_ns for path in paths if path.exists()}

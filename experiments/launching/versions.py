@@ -1,4 +1,4 @@
-"""Compare the code that is about to train with the code that the store's runs were made by."""
+"""Compares the current version of the code with the versions by which the store's runs were trained."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +12,17 @@ from analysis.logs.selection import some
 from experiments import source
 from experiments.design.config import RunConfig
 
-CODE = "code"  # what --accept takes
+CODE = "code"  # the value of --accept
 
 
 class Code(NamedTuple):
-    """A version of the code. Two are the same if the modules that decide an outcome are."""
+    """A version of the code. Two versions are the same if the modules that decide the outcome of a run are."""
 
-    sha256: str | None  # of those modules; None where an older version did not record it
+    sha256: str | None  # hash of these modules; None if an older version did not record it
     commit: str | None
 
     def same_as(self, other: "Code") -> bool:
+        """Whether the deciding modules are the same; by the commits if one of the two did not record their hash."""
         if self.sha256 is not None and other.sha256 is not None:
             return self.sha256 == other.sha256
         return self.commit == other.commit
@@ -31,21 +32,22 @@ class Code(NamedTuple):
 
 
 def check_code(runs: Sequence[RunConfig], store: Path, accept: Sequence[str]) -> None:
-    """Raises ValueError if these runs would go on in another version of the code than they began with, or none of the
-    store's runs was made by this one.
+    """Raises ValueError if one of these runs was begun by another version of the code, or if all of the store's runs
+    were made by other versions.
 
-    With `accept`, says so on standard error instead. A store that has runs of several versions since takes them all.
+    If `accept` has "code", says so on standard error instead. From then on the store has runs of this version, too, so
+    that it is accepted without being asked again.
     """
     ours = Code(source.code_sha256(), source.commit("+changes"))
     if not runs:
         return
     todo = {run.run_id: run for run in runs}
     made = list(_made(store, todo))
-    continued = todo.keys() | {run.trunk for run in runs}  # a branch goes on from its trunk's state
-    last = dict(made)  # of its attempts; what went on by this code before was accepted then
+    continued = todo.keys() | {run.trunk for run in runs}  # A branch continues from its trunk's state.
+    last = dict(made)  # each run's last attempt: if that was by this code, the change was accepted before
     begun = [(run_id, code) for run_id, code in last.items() if run_id in continued and not code.same_as(ours)]
     others = [(run_id, code) for run_id, code in made if not code.same_as(ours)]
-    if not begun and len(others) < len(made):  # This version is one of the store's already.
+    if not begun and len(others) < len(made):  # The store already has runs of this version.
         others = []
     if not (begun or others):
         return
@@ -64,7 +66,7 @@ def check_code(runs: Sequence[RunConfig], store: Path, accept: Sequence[str]) ->
 
 
 def _made(store: Path, todo: Mapping[str, RunConfig]) -> Iterator[tuple[str, Code]]:
-    """The run and the version of every attempt in the store that took a step, and of jobs that have not begun to."""
+    """(run id, version) of every attempt in the store that took a step, and of submitted runs without one."""
     for path in sorted(store.glob("*/config.json")):
         run_dir = path.parent
         attempts = [each for each in read_attempts(run_dir)[0].values() if each.get("step") is not None]
@@ -72,7 +74,7 @@ def _made(store: Path, todo: Mapping[str, RunConfig]) -> Iterator[tuple[str, Cod
             try:
                 attempts = [read_json(path)]
             except ValueError:
-                continue  # `status` names it
+                continue  # `status` reports it.
         for attempt in attempts:
             code = Code(*(_text(attempt.get(key)) for key in ("code_sha256", "code_commit")))
             if code != (None, None):
@@ -84,7 +86,7 @@ def _text(value: Any) -> str | None:
 
 
 def _where(store: Path, theirs: Code) -> str:
-    """In which modules the code differs, if the store has a copy of theirs."""
+    """In words, which modules differ from the version `theirs`, if the store has a copy of its code."""
     found = None
     for folder in sorted((store / ".code").glob("*/")) if theirs.sha256 else ():
         found = found or source.differing(folder, str(theirs.sha256))

@@ -1,7 +1,7 @@
-"""What a job on Slurm executes: the run that its place in the array stands for.
+"""What a job on Slurm executes: the run with its index in the array.
 
-Slurm may start a job before sbatch has answered, or though it answered with an error. So the job waits for nothing
-from whoever submitted it: all that it needs was written before sbatch was called, and its own id it notes itself.
+Slurm may start a job before sbatch has answered, or although sbatch answered with an error. So all that the job needs
+is written before sbatch is called, and the job writes its id into job.json itself.
 """
 
 import os
@@ -14,7 +14,7 @@ REQUEUE = 75  # exit status of a process that wants its job to be queued again (
 
 
 def main() -> None:
-    """Run what the submission's folder, the only argument, says; Slurm's own variables tell which of its runs."""
+    """Execute one run of the submission whose folder is the only argument; SLURM_ARRAY_TASK_ID tells which."""
     job = _Job(Path(sys.argv[1]))
     signal.signal(signal.SIGTERM, job.leave)  # before the imports, which can take minutes on a busy file system
     job.execute()
@@ -28,10 +28,10 @@ class _Job:
         self._run_dir: Path | None = None
 
     def leave(self, _signum: int, _frame: FrameType | None) -> None:
-        """Handle TERM, which comes before a preemption and before the time limit: ask to be queued again, and end.
+        """Handle TERM, which Slurm sends before a preemption and before the time limit: ask for a requeue, and end.
 
-        `Run` replaces this handler, and calls it once the state is saved. The batch script asks Slurm, as there may be
-        no scontrol in the container that this process is in. Only rank 0 ends; Slurm then ends the others.
+        `Run` replaces this handler, and calls it once the state is saved. This process only writes a file, and the
+        batch script asks Slurm, since a container may have no scontrol. Only rank 0 ends; Slurm then ends the others.
         """
         if int(os.environ["SLURM_PROCID"]) != 0:
             return
@@ -42,6 +42,7 @@ class _Job:
         sys.exit(REQUEUE)
 
     def execute(self) -> None:
+        """Train the run if it is still this job's. Ends the process with exit status 1 if the run fails."""
         from experiments.launching.jobs import adopt
         from experiments.launching.submissions import read_submission
         from experiments.training.job import this_place
@@ -62,7 +63,7 @@ class _Job:
 
 
 def requeue_file(folder: Path, job_id: str) -> Path:
-    """The file by which a job tells its batch script that it wants to be queued again. `job_id` is never an array's."""
+    """The file by which a job asks its batch script for a requeue. `job_id` is the single job's, not the array's."""
     return folder / f"requeue-{job_id}"
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: folders that all its processes write together, and that any number of processes can read.
 
-A checkpoint holds tensors in safetensors files (torch.distributed.checkpoint) and manifest.json with everything else
-and a checksum of each file. No code is executed when it is read. A folder appears under its name only when all of it is
-on disk, and a checkpoint whose checksums differ is never used.
+A checkpoint holds the tensors in safetensors files (torch.distributed.checkpoint), and manifest.json with everything
+else and a checksum of each file. Reading it executes no code. A folder gets its name only when all of it is on disk,
+and a checkpoint with a wrong checksum is never used.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS_TO_KEEP = 2  # if the newest is damaged, the run resumes from the one before it
 MANIFEST = "manifest.json"
-FILE_BYTES = 2**29  # of tensors in one file, which is built in memory before it is written
+FILE_BYTES = 2**29  # bytes of tensors per file; torch builds a file in memory before it writes it
 _HASHING_THREADS = 4
 
 
@@ -35,13 +35,15 @@ class State(NamedTuple):
     """What a checkpoint holds."""
 
     about: Mapping[str, str | int]  # at least run_id and steps_done
-    tensors: dict[str, Tensor]  # by name; of a sharded one, each process has its part
+    tensors: dict[str, Tensor]  # by name; each process holds its own part of a sharded tensor
 
 
 class Resumable(Protocol):
     """What can be saved and resumed: the trainer."""
 
-    def state(self) -> State: ...
+    def state(self) -> State:
+        """Everything that is needed to resume."""
+        ...
 
     def tensors_for(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
         """Tensors to read the saved ones into, sharded as this process needs them. Raises ValueError if it cannot."""
@@ -53,10 +55,10 @@ class Resumable(Protocol):
 
 
 def save(run_dir: Path, state: State, world: World) -> None:
-    """Write a checkpoint. Of the others, keep the CHECKPOINTS_TO_KEEP - 1 before it and delete the rest.
+    """Write a checkpoint, keep the CHECKPOINTS_TO_KEEP - 1 checkpoints before it, and delete all others.
 
-    Checkpoints of later steps exist if they were damaged and the run resumed from an earlier one. All processes must
-    call this; it returns when the checkpoint is on disk.
+    Checkpoints of later steps, which are deleted as well, exist where they were damaged and the run resumed from an
+    earlier one. All processes must call this; it returns when the checkpoint is on disk.
     """
     folder = run_dir / "checkpoint"
     path = _write(folder, state, world)
@@ -68,11 +70,11 @@ def save(run_dir: Path, state: State, world: World) -> None:
 
 
 def load_newest(run_dir: Path, run_id: str, run: Resumable, world: World) -> list[str] | None:
-    """Resume from the newest intact checkpoint of this run; None if there is no checkpoint.
+    """Resume from the newest intact checkpoint of this run. Returns None if there is no checkpoint.
 
-    Returns why newer checkpoints were skipped, a line each, which is also printed to standard error. All processes must
-    call this, and all read the same checkpoint. Raises ValueError if no checkpoint is intact, or if it is of another
-    run.
+    Otherwise returns one line for each newer checkpoint that was skipped, saying why; it is also printed to standard
+    error. All processes must call this, and all read the same checkpoint. Raises ValueError if no checkpoint is intact,
+    or if the checkpoint belongs to another run.
     """
     folder = run_dir / "checkpoint"
     skipped: list[str] = []
@@ -96,7 +98,7 @@ def load_newest(run_dir: Path, run_id: str, run: Resumable, world: World) -> lis
 
 
 def keep_branch_point(run_dir: Path, state: State, world: World) -> None:
-    """Write the state of a trunk. It is never deleted, because branches start from it."""
+    """Save the state of a trunk from which branches start. Unlike a checkpoint it is never deleted."""
     _write(run_dir / "branch-points", state, world)
 
 
@@ -151,7 +153,7 @@ def _write(folder: Path, state: State, world: World) -> Path:
         content = {"about": dict(state.about), "processes": world.size, "files": checksums}
         write_json(temporary / MANIFEST, content | {"sha256": _digest(content)})
         replaced = folder / f".{path.name}.old"
-        if path.exists():  # damaged, or of a course that was given up
+        if path.exists():  # It is damaged, or the run has since resumed from an earlier checkpoint.
             path.replace(replaced)
         temporary.replace(path)
         sync_folder(folder)
@@ -161,19 +163,22 @@ def _write(folder: Path, state: State, world: World) -> Path:
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> list[str]:
-    """Write the tensors with all processes, synced to disk. Returns the names of the files that this one wrote."""
+    """Write the tensors and sync them to disk, together with all processes.
+
+    Returns the names of the files that this process wrote.
+    """
     # This takes seconds to import, and most runs end before they need it.
     from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = _make_writer(folder, tensors)
-    with _errors_of_torch_named("written"):
+    with _torch_failures_as_oserror("written"):
         save(tensors, storage_writer=writer, no_dist=world.size == 1)
     names: list[str] = writer.written  # type: ignore[attr-defined]
     return names
 
 
 def _make_writer(folder: Path, tensors: Mapping[str, Tensor]) -> "HuggingFaceStorageWriter":
-    """A writer of safetensors files of about FILE_BYTES each, which notes in `written` the files of this process."""
+    """A writer of safetensors files of about FILE_BYTES each. Its attribute `written` lists this process's files."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     class Writer(HuggingFaceStorageWriter):
@@ -194,22 +199,25 @@ def _make_writer(folder: Path, tensors: Mapping[str, Tensor]) -> "HuggingFaceSto
 
 
 def _read(path: Path, run: Resumable, world: World) -> None:
-    """Read a checkpoint into the tensors of the run, of which each process may need another part than it saved."""
+    """Read a checkpoint into the run's tensors and resume it.
+
+    The number of processes may have changed since the checkpoint was saved: each reads the parts that it needs now.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     saved: Mapping[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = run.tensors_for({name: (each.size, each.properties.dtype) for name, each in saved.items()})
-    with _errors_of_torch_named("read"):
+    with _torch_failures_as_oserror("read"):
         load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.size == 1)
     run.resume(State(_manifest(path)["about"], tensors))
 
 
 @contextlib.contextmanager
-def _errors_of_torch_named(verb: str) -> Iterator[None]:
-    """A context in which torch does not warn that there is no process group, and what went wrong is an OSError.
+def _torch_failures_as_oserror(verb: str) -> Iterator[None]:
+    """A context in which a failed save or load raises OSError, and torch does not warn of a missing process group.
 
-    Torch raises an exception that is no Exception, in all processes alike.
+    torch raises CheckpointException in every process. It derives from BaseException, so `except Exception` misses it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -223,7 +231,7 @@ def _errors_of_torch_named(verb: str) -> Iterator[None]:
 
 
 def _problem(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, the same in all processes, which read the files between them; None: nothing."""
+    """What is wrong with a checkpoint, or None. Each process checks some of the files; all return the same answer."""
     problem: str | None = None
     try:
         files: dict[str, Any] = _manifest(path)["files"]
@@ -238,7 +246,7 @@ def _problem(path: Path, world: World) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises ValueError if it is not there or not as it was written."""
+    """The manifest of a checkpoint. Raises ValueError if it is missing or was changed."""
     content = read_json(path / MANIFEST)
     expected = content.pop("sha256", None)
     if expected != _digest(content):

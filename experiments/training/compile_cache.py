@@ -1,10 +1,10 @@
-"""Where compiled programs are kept: a folder on the machine's own disk that all runs of the same code share.
+"""The folder for compiled programs, on the machine's own disk, which all runs of the same code share.
 
 Seeds of an arm and a size need the same program, so only the first of them on a machine has to compile it. Processes
 may read and write the folder at the same time: torch (`write_atomic`; `TritonBundler`, a whole folder) and Triton
-(`FileCacheManager.put`) write under another name and rename, and what they lock they lock by files. Neither is sure to
-hold on a shared file system, so the disk must be a local one. Code is loaded from the folder, so nobody else may have
-been able to write there.
+(`FileCacheManager.put`) write under a temporary name and rename, and they lock by files. Shared file systems guarantee
+neither atomic renames nor locks, so the disk must be a local one. Code is loaded from the folder, so no other user may
+have been able to write there.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from analysis.errors import first_line
 from experiments import source
 from experiments.training.provenance import version
 
-VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}  # and the folder that each names
-# What `stat` calls file systems of one machine. Of any other it is not known whether locks and renames hold there.
-LOCAL = ("bcachefs", "btrfs", "ext2/ext3", "f2fs", "overlayfs", "ramfs", "tmpfs", "xfs", "zfs")
-ROOM = 64 * 2**20  # bytes that must be free, for the programs of a few models
-KEPT = 8  # folders of other code or versions
-KEPT_DAYS = 7.0  # since their last use
+VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}  # variable -> its subfolder
+# Local file systems, by the names that `stat` prints. On others, locks and atomic renames may not work.
+LOCAL_FILE_SYSTEMS = ("bcachefs", "btrfs", "ext2/ext3", "f2fs", "overlayfs", "ramfs", "tmpfs", "xfs", "zfs")
+REQUIRED_BYTES = 64 * 2**20  # free space for the programs of a few models
+MAX_OLD_FOLDERS = 8  # folders of other code or versions that are kept
+MAX_OLD_DAYS = 7.0  # days since their last use
 _MEMORY = "/dev/shm"
-_REMOVED = "removed-"  # begins the name of a folder that is being deleted
+_REMOVED = "removed-"  # prefix of the name of a folder that is being deleted
 _PRIVATE = 0o700
-_TRIES = 50  # to take a folder that others delete at the same time, a tenth of a second apart
+_TRIES = 50  # attempts, a tenth of a second apart, to lock a folder that other processes may be deleting
 
 
 @contextlib.contextmanager
 def compile_cache() -> Iterator[None]:
-    """Have torch and Triton keep compiled programs, until the context ends, where other runs of this code find them.
+    """Until the context ends, torch and Triton keep compiled programs in a folder that other runs of this code share.
 
-    Where that is not safe or not possible, says so on standard error and gives this process a folder of its own.
-    Does nothing if the environment names a folder of the user's. Raises OSError if no folder can be had at all.
+    Where sharing is unsafe or impossible, says so on standard error and gives this process a folder of its own. Does
+    nothing if the user has set one of VARIABLES. Raises OSError if no folder accepts files.
     """
     before = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if not all(map(_is_default, before.values())):
@@ -69,15 +69,18 @@ def compile_cache() -> Iterator[None]:
 
 
 def _is_default(place: str) -> bool:
-    """Whether torch chose this folder: importing its compiler is enough to have a variable set to torch's default."""
+    """Whether torch chose this folder itself: importing torch's compiler sets a variable to torch's default."""
     try:
         return place.startswith(f"{tempfile.gettempdir()}/torchinductor_")
-    except FileNotFoundError:  # no folder of temporary files takes any
+    except FileNotFoundError:  # There is no usable folder for temporary files.
         return False
 
 
 def _shared_folder(stack: contextlib.ExitStack) -> Path:
-    """The folder of this code and these versions, in use until the stack ends. Raises OSError if it cannot be had."""
+    """The folder of this code and these versions, locked until the stack closes.
+
+    Raises OSError if it is unsafe, unusable, or cannot be locked.
+    """
     root = Path(tempfile.gettempdir(), f"dynconv-cache-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=_PRIVATE)
@@ -91,8 +94,8 @@ def _shared_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _own_folder(stack: contextlib.ExitStack) -> Path:
-    """A folder of this process alone, deleted when the stack ends: in memory if the disk takes no files."""
-    for parent in (None, _MEMORY):  # None: the folder of temporary files, if there is one that takes files
+    """A folder for this process alone, deleted when the stack closes; in memory if the disk is not usable."""
+    for parent in (None, _MEMORY):  # None: the system's folder for temporary files
         try:
             folder = Path(tempfile.mkdtemp(prefix="dynconv-", dir=parent))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -105,9 +108,9 @@ def _own_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _require_private(root: Path) -> None:
-    """Raises PermissionError if somebody else may have put files into the folder, or may put another in its place.
+    """Raises PermissionError if another user may have put files into the folder, or may replace the folder.
 
-    Anybody may make a folder, or a link to one, in /tmp; there the sticky bit keeps others from replacing ours.
+    Any user may make a folder, or a link to one, in /tmp; its sticky bit keeps them from replacing ours.
     """
     found, parent = root.lstat(), root.parent.stat()
     if not stat.S_ISDIR(found.st_mode):
@@ -129,15 +132,15 @@ def _refuse(root: Path, why: str) -> None:
 
 
 def _require_local(root: Path) -> None:
-    """Raises OSError if other machines may see the folder, too."""
+    """Raises OSError unless the folder is on a file system that only this machine uses."""
     asked = subprocess.run(["stat", "-f", "-c", "%T", str(root)], capture_output=True, text=True, check=False)
     kind = asked.stdout.strip() or "unknown"
-    if kind not in LOCAL:
+    if kind not in LOCAL_FILE_SYSTEMS:
         raise OSError(0, f"its file system ({kind}) is not known as local; set TMPDIR to a local folder", str(root))
 
 
 def _require_usable(folder: Path) -> None:
-    """Raises OSError if the folder takes no files, or too few, or if code must not be loaded from it."""
+    """Raises OSError if the folder lacks space, cannot be written, or is mounted without permission to execute."""
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise OSError(
             errno.EACCES,
@@ -146,17 +149,17 @@ def _require_usable(folder: Path) -> None:
         )
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
-            os.posix_fallocate(probe.fileno(), 0, ROOM)
+            os.posix_fallocate(probe.fileno(), 0, REQUIRED_BYTES)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def _name() -> str:
-    """The name of the folder for what this process compiles.
+    """The name of the folder for the programs that this process compiles.
 
-    torch and Triton have hashes of their own for each program; these leave out libraries that compiled code is linked
-    to, as containers on one node may differ in. The boot is in the name because files that were written shortly before
-    a node lost power may be there and empty.
+    torch and Triton hash each program themselves, but leave out the libraries that compiled code is linked to, which
+    may differ between containers on one node. The name contains the boot id because files that were written shortly
+    before a node lost power may exist and be empty.
     """
     torch, triton = version("torch"), version("triton")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -165,15 +168,18 @@ def _name() -> str:
 
 
 def _take(folder: Path, stack: contextlib.ExitStack) -> Path:
-    """Make the folder, if it is missing, and hold a shared lock on it, which says that it is in use, as long as this
-    process or one forked from it lives. Cleaners as systemd-tmpfiles heed it, too. Raises OSError if that fails."""
+    """Make the folder if it is missing, and mark it as in use by a shared lock until the stack closes.
+
+    The lock lasts as long as this process or one forked from it lives, and systemd-tmpfiles respects it. Raises OSError
+    if that fails.
+    """
     for _ in range(_TRIES):
-        with contextlib.suppress(FileExistsError):  # `exist_ok` would raise it if the folder goes at this moment
+        with contextlib.suppress(FileExistsError):  # `exist_ok` raises it if the folder is deleted at this moment.
             folder.mkdir(mode=_PRIVATE)
         with contextlib.ExitStack() as attempt, contextlib.suppress(FileNotFoundError, BlockingIOError):
             held = _opened(folder, attempt)
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(held), folder.lstat()):  # else it was deleted between the two calls
+            if os.path.samestat(os.fstat(held), folder.lstat()):  # Otherwise it was deleted before we locked it.
                 os.utime(folder)
                 stack.enter_context(attempt.pop_all())
                 return folder
@@ -182,24 +188,24 @@ def _take(folder: Path, stack: contextlib.ExitStack) -> Path:
 
 
 def _opened(folder: Path, stack: contextlib.ExitStack) -> int:
-    """A file descriptor of the folder, closed when the stack ends."""
+    """A file descriptor of the folder, closed when the stack closes."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     stack.callback(os.close, descriptor)
     return descriptor
 
 
 def _remove_unused(root: Path, name: str) -> None:
-    """Delete folders of other code that nobody uses: all but the last KEPT, and those not used for KEPT_DAYS."""
+    """Delete unused folders of other code: all but the MAX_OLD_FOLDERS used last, and those older than MAX_OLD_DAYS."""
     others = []
     for folder in root.iterdir():
-        if folder.name.startswith(_REMOVED):  # by a process that was killed before it was done
+        if folder.name.startswith(_REMOVED):  # The process that was deleting it was killed.
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.name != name:
-            with contextlib.suppress(FileNotFoundError):  # another process deletes it
+            with contextlib.suppress(FileNotFoundError):  # Another process has deleted it.
                 others.append((folder.lstat().st_mtime, folder))
     for number, (used, folder) in enumerate(sorted(others, reverse=True)):
-        if number >= KEPT or time.time() - used > 86400 * KEPT_DAYS:
-            with contextlib.suppress(OSError):  # in use, or another process deletes it
+        if number >= MAX_OLD_FOLDERS or time.time() - used > 86400 * MAX_OLD_DAYS:
+            with contextlib.suppress(OSError):  # It is in use, or another process deletes it.
                 _remove(folder)
 
 
@@ -209,7 +215,7 @@ def _remove(folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         held = _opened(folder, stack)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(held), folder.lstat()):  # the name may be that of a new one, which is in use
+        if not os.path.samestat(os.fstat(held), folder.lstat()):  # It was replaced by a new folder, which is in use.
             return
         folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)

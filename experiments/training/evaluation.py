@@ -18,7 +18,7 @@ from experiments.training.scoring import answers_of
 
 
 class Evaluator:
-    """Evaluates the model of a trainer."""
+    """Computes the task's metrics of a model on its held-out sets, each process on its share of the sequences."""
 
     def __init__(
         self,
@@ -34,13 +34,15 @@ class Evaluator:
         self._loss: HeldOutLoss | None = None
         if not isinstance(task, GeneratedTask):
             held_out = self._grouped(task.held_out)
-            self._loss = HeldOutLoss(losses, held_out, list(self._parts(held_out)), micro_batch, world.device)
+            self._loss = HeldOutLoss(
+                losses, held_out, list(self._micro_batch_bounds(held_out)), micro_batch, world.device
+            )
 
     @torch.no_grad()
     def warm_up(self, stream: torch.cuda.Stream | None) -> None:
-        """Compile, by a pass whose result is discarded. With a stream, also record passes on it as CUDA graphs.
+        """Compile by a pass whose result is discarded. With a stream, also capture it as a CUDA graph.
 
-        The answers to a generated task are not recorded: how many of its targets count is not the same in every pass.
+        Passes of a generated task are not captured, because the number of targets that count differs between them.
         """
         if self._loss is None:
             examples = self._grouped(self.task.held_out).rows(0, self.micro_batch)
@@ -48,9 +50,9 @@ class Evaluator:
         else:
             self._loss.warm_up(stream)
 
-    def rehearse(self) -> tuple[float, float] | None:
-        """As that of `HeldOutLoss`; None if no pass was recorded."""
-        return self._loss.rehearse() if self._loss is not None and self._loss.captured else None
+    def compare_with_eager(self) -> tuple[float, float] | None:
+        """(captured, uncompiled) loss of `HeldOutLoss.compare_with_eager`; None if no pass was captured."""
+        return self._loss.compare_with_eager() if self._loss is not None and self._loss.captured else None
 
     @torch.no_grad()
     def metrics(self, finished: bool, interrupted: Callable[[], bool]) -> dict[str, float] | None:
@@ -69,11 +71,11 @@ class Evaluator:
 
     @torch.no_grad()
     def further_metrics(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        """Those of the further held-out sets of a generated task alone; else as `metrics`."""
+        """As `metrics`, but only on the further held-out sets of a generated task, such as longer sequences."""
         assert isinstance(self.task, GeneratedTask)
         metrics: dict[str, float] = {}
         for at in self.task.further:
-            # These have other sequence lengths, for which compiling would take longer than the evaluation.
+            # These sets have other sequence lengths, for which compiling would take longer than the evaluation.
             with torch.compiler.set_stance("force_eager"):
                 more = self._metrics_of_answers(self.task, at, interrupted)
             if more is None:
@@ -93,29 +95,30 @@ class Evaluator:
     def _metrics_of_answers(
         self, task: GeneratedTask, at: str, interrupted: Callable[[], bool]
     ) -> dict[str, float] | None:
+        """The scores of a generated task on its held-out set, if `at` is "", or on the further set of that name."""
         held_out = self._grouped(task.further_held_out(at) if at else task.held_out)
         device = self.world.device
         losses = torch.zeros(held_out.inputs.shape, dtype=torch.float64, device=device)
         correct = torch.zeros(held_out.inputs.shape, dtype=torch.int32, device=device)
         auxiliary: dict[str, Tensor] = {}
-        for low, high in self._parts(held_out):
+        for low, high in self._micro_batch_bounds(held_out):
             if interrupted():
                 return None
             examples = held_out.rows(low, high)
             answers = answers_of(self.model, device, *on_device(examples, self.micro_batch, device))
             losses[low:high], correct[low:high] = answers.losses[: high - low], answers.correct[: high - low]
             _add(auxiliary, answers.auxiliary, examples.inputs.size / held_out.inputs.size)
-        # Each process has filled in its own sequences, and the others are zero.
+        # Each process has filled in only its own sequences, so the sum over processes puts the parts together.
         all_losses, all_correct = (self.world.sum(each).cpu().numpy() for each in (losses, correct))
         return task.scores(held_out, all_losses, all_correct > 0, at) | ({} if at else _means(auxiliary, self.world))
 
     def _grouped(self, held_out: Examples) -> Examples:
         return held_out if self.group == 1 else held_out.in_pairs()
 
-    def _parts(self, held_out: Examples) -> Iterator[tuple[int, int]]:
-        """This process's share of a held-out set in micro-batches: as many in every process, some perhaps empty.
+    def _micro_batch_bounds(self, held_out: Examples) -> Iterator[tuple[int, int]]:
+        """(first, end) of this process's micro-batches of a held-out set.
 
-        A process without sequences left takes part all the same: sharded weights are gathered from all processes.
+        Every process gets the same number, some perhaps empty: gathering sharded weights takes all processes.
         """
         sequences = len(held_out.inputs)
         first, count = self.world.share(sequences, self.group)
@@ -126,14 +129,14 @@ class Evaluator:
 
 
 def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:
-    """Add auxiliary losses and measures of a micro-batch that has this share of the set's tokens."""
+    """Add to `sums` the auxiliary losses and measures of a micro-batch, weighted by its share of the set's tokens."""
     for name, value in values.items():
         part = value.double() * share
         sums[name] = sums[name] + part if name in sums else part
 
 
 def _means(sums: Mapping[str, Tensor], world: World) -> dict[str, float]:
-    """Means over a held-out set from all processes' sums, by name and, if there are several values, by index."""
+    """The means over a held-out set, from the weighted sums of all processes. A vector gives "NAME.0", "NAME.1", ..."""
     found: dict[str, float] = {}
     for name, own in sums.items():
         values = world.sum(own)

@@ -1,4 +1,4 @@
-"""A run's directory in the hands of one job: the logs of two jobs that train the same run would be interleaved."""
+"""Makes sure that one job at a time owns a run's directory: two jobs that train the same run would mix their logs."""
 
 import contextlib
 import os
@@ -12,18 +12,18 @@ from analysis.logs.files import read_json
 from analysis.logs.ownership import FolderHeld, Hold, held
 from experiments.training.job import Place
 
-# How long a job waits for another that still has the directory: that one stops when it sees that job.json no longer
-# names it, at its next step or, if it evaluates, at its next batch.
+# How long a job waits for another that still owns the directory. The other stops once it sees that job.json no longer
+# names it: at its next step or, during an evaluation, at its next batch.
 PATIENCE_SECONDS = 300.0
-CHECK_SECONDS = 1.0  # between two looks at whether the directory is still this job's
+CHECK_SECONDS = 1.0  # between two checks that the directory is still this job's
 
 
 class FolderTaken(RuntimeError):
-    """The run's directory was removed, or is another job's: nothing more is written there."""
+    """The run's directory was removed or now belongs to another job, so this job must write nothing more into it."""
 
 
 class RunFolder:
-    """The directory of a run, as one process of a job has it. Rank 0 holds it for all."""
+    """The directory of a run, as seen by one process of a job. Rank 0 holds the lock on it for all processes."""
 
     def __init__(self, run_dir: Path, place: Place) -> None:
         self._run_dir, self._place = run_dir, place
@@ -32,11 +32,12 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Own the directory until the context ends. Raises FolderTaken, and leaves it alone, if another job has it."""
+        """Own the directory until the context ends. Raises FolderTaken, without writing, if another job owns it."""
         self.require()
         with contextlib.ExitStack() as stack:
             if self._place.rank == 0:
-                noted = (self._run_dir / "job.json").exists()  # then the other job knows that it has to stop
+                # Only a job.json that names this job tells the other job to stop; without one, waiting is of no use.
+                noted = (self._run_dir / "job.json").exists()
                 patience = PATIENCE_SECONDS if noted else 0.0
                 try:
                     self._hold = stack.enter_context(held(self._run_dir, patience=patience, waiting=self._tell))
@@ -44,7 +45,7 @@ class RunFolder:
                     raise FolderTaken(
                         f"{self._run_dir.name}: another process has this run; wait for it to end"
                     ) from None
-                self.require()  # it may have taken long
+                self.require()  # again, since the directory may have been given away during the wait
             yield
 
     def _tell(self) -> None:
@@ -67,8 +68,8 @@ class RunFolder:
             return False
         return True
 
-    def look_again(self) -> bool:
-        """Whether this is rank 0 and CHECK_SECONDS have passed since this was last so."""
+    def check_due(self) -> bool:
+        """Whether this is rank 0 and CHECK_SECONDS have passed since this last returned True."""
         if self._place.rank > 0 or time.monotonic() - self._checked_at < CHECK_SECONDS:
             return False
         self._checked_at = time.monotonic()
@@ -76,9 +77,9 @@ class RunFolder:
 
 
 def other_job(run_dir: Path, place: Place) -> str | None:
-    """The id of the job that the run was given to, where job.json names another than this one.
+    """The id of the job that job.json names, if it is not this one; else None.
 
-    None as well where job.json is missing, unreadable or without an id: a job may begin before it is noted.
+    Also None if job.json is missing, unreadable or without an id, since a job may start before job.json is written.
     """
     try:
         named = read_json(run_dir / "job.json").get("job_id")

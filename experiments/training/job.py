@@ -1,4 +1,4 @@
-"""The processes of the job that this process is part of, as the scheduler started them, and their devices."""
+"""This process's job: its place among the job's processes, its device, and joining them to a process group."""
 
 import os
 import sys
@@ -21,17 +21,17 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of this process among those of its job, as the scheduler gives it."""
+    """The place of this process among the processes of its job, as the scheduler reports it."""
 
     rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    job: str = ""
+    size: int = 1  # number of processes of the job
+    local_rank: int = 0  # rank among the processes on this node
+    job: str = ""  # the job's id
     hosts: tuple[str, ...] = ()  # the job's nodes
 
 
 def this_place() -> Place:
-    """The place of this process; outside of a job, that of a process alone."""
+    """The place of this process. Outside of a job it is the only process."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return Place()
     job = submitit.JobEnvironment()
@@ -42,15 +42,15 @@ def this_place() -> Place:
 def joined(run_dir: Path, execution: Execution, place: Place) -> Iterator["World"]:
     """The processes of this job. If there are several, they are joined to a process group until the context ends.
 
-    What they compile for a GPU is kept where other runs find it. Raises ValueError if the device that was asked for is
-    not there, or if the processes' GPUs differ.
+    Programs compiled for a GPU are cached for other runs (compile_cache.py). Raises ValueError if the requested device
+    is missing, or if the processes' GPUs differ.
     """
     from experiments.training.parallel import World
 
     device = _device(execution, place)
     world = World(place.rank, place.size, device, execution.parallel)
     with ExitStack() as stack:
-        if device.type == "cuda":  # for a CPU nothing is compiled
+        if device.type == "cuda":  # Nothing is compiled for a CPU.
             stack.enter_context(compile_cache())
         if world.size > 1:
             stack.enter_context(_process_group(run_dir, world, place))
@@ -67,7 +67,7 @@ def _process_group(run_dir: Path, world: "World", place: Place) -> Iterator[None
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")  # A requeued job keeps its id.
     meeting = run_dir.absolute() / f".rendezvous-{place.job}-{restart}"
     if world.rank == 0:
-        for stale in run_dir.glob(".rendezvous-*"):  # of attempts that were killed before all had met
+        for stale in run_dir.glob(".rendezvous-*"):  # left by attempts that were killed before all processes joined
             stale.unlink(missing_ok=True)
     device = world.device
     with process_group(device, meeting, world.rank, world.size, place.hosts):
@@ -82,7 +82,7 @@ def _process_group(run_dir: Path, world: "World", place: Place) -> Iterator[None
 
 
 def _device(execution: Execution, place: Place) -> "torch.device":
-    """The device of this process. Raises ValueError if the profile wants a GPU and torch has none."""
+    """The device of this process. Raises ValueError if the profile asks for a GPU and torch finds none."""
     import torch
 
     if execution.device == "cpu" or not torch.cuda.is_available():

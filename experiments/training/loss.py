@@ -1,4 +1,4 @@
-"""The losses of a model; cross-entropy for a few thousand tokens at a time, so that not all logits are in memory.
+"""The losses of a model. Cross-entropy is computed for a few thousand tokens at a time, to save memory for logits.
 
 Shapes: B sequences, T sequence length, K packed documents; N tokens, D width, V vocabulary.
 """
@@ -18,7 +18,7 @@ IGNORED = -100  # the target of positions that are left out of the loss
 # Tokens whose logits are computed at a time. From 4096 to 32768 a 300M model's step took the same time within noise;
 # with 32768 it took 5 GiB more than with 4096.
 CHUNK = 8192
-CHUNK_LOGITS = CHUNK * 100_352  # small vocabularies take more tokens at a time, to save launches: see `_chunk`
+CHUNK_LOGITS = CHUNK * 100_352  # Smaller vocabularies take more tokens at a time, to save kernel launches (`_chunk`).
 
 
 def losses_of(
@@ -28,14 +28,15 @@ def losses_of(
     targets: Tensor,  # [B, T]
     starts: Tensor | None = None,  # [B, K]: of packed documents
     *,
-    divisor: Tensor | None = None,  # []: of the sum; None: 1
+    divisor: Tensor | None = None,  # []: divides the sum; None: 1
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of cross-entropies in nats, computed in float32 from the logits, and auxiliary losses [] by name.
 
-    Whatever multiplies the sum before it is differentiated must be in `divisor`: see `linear_cross_entropy`.
+    Any factor of the sum must be in `divisor`, not applied to the result: see `linear_cross_entropy`.
 
-    Auxiliary losses are means over sequences, without those that pad a micro-batch: they have no target that counts.
-    Without gradients, as in an evaluation, the model's measures [n] follow them, means over the same sequences.
+    Auxiliary losses are means over sequences, leaving out those that pad a micro-batch, which have no target that
+    counts. Without gradients, as in an evaluation, the second result also has the model's measures [n] by name, which
+    are means over the same sequences.
     """
     packing = {} if starts is None else {"starts": starts}
     if device.type == "cuda":
@@ -59,7 +60,7 @@ def means_over_sequences(
     values: Mapping[str, Tensor],  # [B, ...] each, by name
     targets: Tensor,  # [B, T]
 ) -> dict[str, Tensor]:  # [...] each
-    """Means over the sequences that have a target that counts; all others pad a micro-batch. Zero if there is none."""
+    """Means over the sequences with a target that counts. The others pad a micro-batch. Zero if all are padding."""
     real = (targets != IGNORED).any(1).float()
     weights = real / real.sum().clamp(min=1.0)
     return {name: torch.tensordot(weights.to(value), value, 1) for name, value in values.items()}
@@ -70,17 +71,17 @@ def linear_cross_entropy(
     weight: Tensor,  # [V, D]: of the LM head, in the dtype of x or a wider one
     targets: Tensor,  # [N]: IGNORED where no target counts
     chunk: int | None = None,  # tokens whose logits are computed at a time; None: as many as fit in CHUNK_LOGITS
-    divisor: Tensor | None = None,  # []: of the sum, in float32 (float64 for float64 inputs); None: 1
+    divisor: Tensor | None = None,  # []: divides the sum, in float32 (float64 for float64 inputs); None: 1
 ) -> Tensor:  # []
     """The summed cross-entropy of softmax(x weight^T) in nats, computed in float32 (float64 for float64 inputs).
 
-    The gradients are ready before the backward pass, so whatever multiplies the loss must be in `divisor`: another
-    factor would cost a pass over the gradients, 0.8 GB of a 300M model's LM head. With one, the backward pass raises
-    RuntimeError, which on a GPU is an error of CUDA.
+    The forward pass already computes the gradients, so any factor of the loss must be in `divisor`. A factor applied to
+    the result would cost another pass over the gradients (0.8 GB for a 300M model's LM head); the backward pass raises
+    RuntimeError if it finds one, on a GPU as an asynchronous CUDA error.
 
-    Products and the gradients of logits are in the dtype of x. Under no_grad only the forward pass is computed,
-    which is a third of the work. A target outside the vocabulary raises IndexError on a CPU; on a GPU, where that would
-    take a synchronisation, it makes the loss NaN.
+    Matrix products and the gradients of logits are in the dtype of x. Under no_grad only the loss is computed, which is
+    a third of the work. A target outside the vocabulary raises IndexError on a CPU; on a GPU, where raising would take
+    a synchronisation, it makes the loss NaN.
     """
     assert x.dim() == 2
     assert targets.shape == x.shape[:1]
@@ -138,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a @ b. The sum over chunks is in float32 or wider: in 16 bits it would be rounded after every chunk."""
+    """total + a @ b, accumulated in float32 or wider: in 16 bits the sum would be rounded after every chunk."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -150,11 +151,11 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
 
 
 def _loss_and_gradient(
-    logits: Tensor,  # [n, V], contiguous; overwritten by the gradient of the loss, divided
+    logits: Tensor,  # [n, V], contiguous; overwritten by the gradient of the loss over `divisor`
     targets: Tensor,  # [n]
-    divisor: Tensor,  # []: of the gradient, but not of the loss
+    divisor: Tensor,  # []: divides the gradient, but not the loss
 ) -> Tensor:  # []
-    """The summed cross-entropy of the rows."""
+    """The summed cross-entropy of the rows, in nats. Overwrites `logits` by its gradient."""
     if logits.is_cuda and importlib.util.find_spec("triton"):
         from experiments.training.loss_kernel import loss_and_gradient
 

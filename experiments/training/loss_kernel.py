@@ -1,6 +1,6 @@
 """Softmax cross-entropy and its gradient in Triton: each row of logits is overwritten by its gradient.
 
-Rows that fit in registers are read once, others twice.
+Rows that fit into registers are read once, others twice.
 
 Shapes: n tokens, V vocabulary.
 """
@@ -16,14 +16,17 @@ _LANE = 8  # neighbouring logits that one thread reads at a time, 16 bytes of bf
 
 
 class _Launch(NamedTuple):
+    """How the kernels are launched: one program for each row."""
+
     block: int  # logits that a program reads at a time
     warps: int
 
 
-# A row is still in the L2 cache, 50 MB on an H100, when it is read for the second time, if the rows that all programs
-# are at together fit there: few large programs for large vocabularies. Small ones are faster for rows that fit anyway.
-# Measured on an H100, reading twice, [8192, 100352]: 1.54 ms against 1.72; [8192, 4096]: 165 us against 80. Nothing was
-# timed between. Rows of up to 4096 logits are read once since: 16 in each thread's registers.
+# A row that is read twice is still in the L2 cache (50 MB on an H100) at its second reading if the rows of all programs
+# that run at once fit there. So large vocabularies get few large programs. Small programs are faster for rows that fit
+# anyway. Measured on an H100, reading rows twice, large against small programs: 1.54 ms against 1.72 ms for logits
+# [8192, 100352], 165 us against 80 us for [8192, 4096]; no sizes between were timed. Since then, rows of up to 4096
+# logits are read only once, 16 in each thread's registers.
 _LARGE_VOCABULARY = 2**15
 _LARGE, _SMALL = _Launch(block=16384, warps=32), _Launch(block=4096, warps=8)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,7 +39,7 @@ def _softmax(
     columns = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
-    # Each lane has a highest logit and a sum of its logits, so that threads wait for each other once a row only.
+    # Each lane keeps its own maximum and sum, so that threads wait for each other only once in a row.
     highest = tl.full((BLOCK // LANE,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK // LANE,), tl.float32)
     for first in range(0, vocabulary, BLOCK):
@@ -79,7 +82,7 @@ def _softmax_of_whole_rows(
 
 @triton.jit
 def _store_loss(logits, target, divisor, loss, normaliser, vocabulary, IGNORED: tl.constexpr):
-    """Store one row's loss. Returns what its gradient is multiplied by. The normaliser is a binary logarithm."""
+    """Store one row's loss, and return the factor of its gradient. The normaliser is a binary logarithm."""
     counted = target != IGNORED
     known = (target >= 0) & (target < vocabulary)
     correct = tl.load(logits + tl.where(known, target, 0)).to(tl.float32)
@@ -89,12 +92,12 @@ def _store_loss(logits, target, divisor, loss, normaliser, vocabulary, IGNORED: 
 
 
 def loss_and_gradient(
-    logits: Tensor,  # [n, V], contiguous; overwritten by the gradient of the loss, divided
+    logits: Tensor,  # [n, V], contiguous; overwritten by the gradient of the loss over `divisor`
     targets: Tensor,  # [n]
-    divisor: Tensor,  # []: of the gradient, but not of the loss
-    ignored: int,
+    divisor: Tensor,  # []: divides the gradient, but not the loss
+    ignored: int,  # the target of rows that do not count
 ) -> Tensor:  # []
-    """The summed cross-entropy of the rows, in float32; NaN where a target is outside the vocabulary."""
+    """The summed cross-entropy of the rows in nats, in float32; NaN if a target is outside the vocabulary."""
     assert logits.is_contiguous()
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, device=logits.device)

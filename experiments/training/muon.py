@@ -18,9 +18,9 @@ _LARGEST_STACK = 2**26  # parameters that are updated together, which takes 20 b
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), with the same state, that never waits for the device.
+    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw") with the same state, but no synchronisation with the device.
 
-    As the fused AdamW of torch does, a step divides gradients by `grad_scale` and changes nothing if `found_inf` is 1.
+    Like torch's fused AdamW, a step divides gradients by `grad_scale` and changes nothing if `found_inf` is 1.
     """
 
     grad_scale: Tensor | None = None  # []
@@ -31,6 +31,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
+        """Update every parameter that has a gradient. `lr` of a group may be a number or a tensor on the device."""
         assert closure is None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -41,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(alike, group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """A step of matrices that have one shape, up to transposition."""
+        """Update matrices that have one shape, up to transposition."""
         device = parameters[0].device
         stopped = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
         scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
@@ -53,7 +54,8 @@ class Muon(torch.optim.Optimizer):
         gradients = torch.where(stopped > 0, torch.zeros_like(stopped), gradients)
         average = torch.stack(averages).lerp_(gradients, (1 - group["momentum"]) * moves)
         torch._foreach_copy_(averages, average.unbind())
-        update = _orthogonalised_like(parameters[0], gradients.lerp_(average, group["momentum"]))
+        nesterov = gradients.lerp_(average, group["momentum"])
+        update = _orthogonalised_like(parameters[0], nesterov)
         # The factor makes the root mean square of an update that of AdamW's (arXiv 2502.16982, section 2.2).
         factor = rate * (0.2 * max(parameters[0].shape) ** 0.5)
         matrices = [_wide(parameter) for parameter in parameters]
@@ -63,24 +65,25 @@ class Muon(torch.optim.Optimizer):
 
 def _orthogonalised_like(
     parameter: nn.Parameter,
-    matrices: Tensor,  # [n, A, B], or this process's part of them, if the parameters are sharded as this one is
+    matrices: Tensor,  # [n, A, B], or this process's part of them if `parameter` is sharded
 ) -> Tensor:  # as `matrices`
+    """The orthogonalised matrices, with the sharding of `parameter`, which `matrices` also have."""
     if not is_sharded(parameter):
         return orthogonalised(matrices)
     from torch.distributed.tensor import DTensor, Replicate, Shard  # takes seconds to import
 
-    sharded, turned = cast(DTensor, parameter), parameter.shape[0] > parameter.shape[1]
+    sharded, transposed = cast(DTensor, parameter), parameter.shape[0] > parameter.shape[1]
     mesh = sharded.device_mesh
-    places = [
-        Shard(2 - each.dim if turned else 1 + each.dim) if isinstance(each, Shard) else each
+    placements = [
+        Shard(2 - each.dim if transposed else 1 + each.dim) if isinstance(each, Shard) else each
         for each in sharded.placements
     ]
     shape = torch.Size([len(matrices), min(parameter.shape), max(parameter.shape)])
     stride = (shape[1] * shape[2], shape[2], 1)
-    # Every process orthogonalises whole matrices, which one gathering brings together, and keeps its part of them.
-    whole = DTensor.from_local(matrices.contiguous(), mesh, places, shape=shape, stride=stride).full_tensor()
+    # One all-gather gives every process the whole matrices. It orthogonalises all of them and keeps its part.
+    whole = DTensor.from_local(matrices.contiguous(), mesh, placements, shape=shape, stride=stride).full_tensor()
     result = DTensor.from_local(orthogonalised(whole), mesh, [Replicate()] * mesh.ndim)
-    return result.redistribute(placements=places).to_local()
+    return result.redistribute(placements=placements).to_local()
 
 
 def orthogonalised(
@@ -103,9 +106,9 @@ def _wide(matrix: Tensor) -> Tensor:  # [A, B], or this process's part of it
 
 
 def _stacks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The matrices by shape up to transposition, at most _LARGEST_STACK parameters at a time.
+    """Lists of matrices that have one shape up to transposition, of at most _LARGEST_STACK parameters together.
 
-    Sharded matrices are kept apart from whole ones, and from their transposes, which are sharded along another
+    Sharded matrices are not stacked with unsharded ones, nor with their transposes, which are sharded along another
     dimension.
     """
     by_shape: dict[tuple[torch.Size, bool, bool], list[nn.Parameter]] = {}

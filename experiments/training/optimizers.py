@@ -13,12 +13,11 @@ from torch import nn
 from dynconv.layers import optimizer_groups
 from experiments.design.train import AdamW, Muon, TrainConfig
 from experiments.training.muon import Muon as MuonMatrices
-from experiments.training.parallel import is_sharded
+from experiments.training.parallel import by_sharding
 
 Optimizers = list[torch.optim.Optimizer]
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
-# Parameters from which on one kernel for each parameter is faster than torch's kernels for many.
-LARGE = 10**8
+LARGE_MODEL = 10**8  # number of parameters from which LargeAdamW is faster than torch's fused kernels
 
 
 def make_optimizers(
@@ -34,12 +33,14 @@ def make_optimizers(
 
 
 def adamw(groups: Groups, settings: AdamW, train: TrainConfig) -> Optimizers:
+    """AdamW for every parameter."""
     undecayed = groups["undecayed"].values()
     decayed = [*groups["decayed"].values(), *groups["matrices"].values()]
     return [_adamw([(decayed, train.weight_decay), (undecayed, 0.0)], settings, train)]
 
 
 def muon(groups: Groups, settings: Muon, train: TrainConfig) -> Optimizers:
+    """Muon for the matrices of linear maps, and AdamW for everything else."""
     matrices = MuonMatrices(groups["matrices"].values(), train.learning_rate, settings.momentum, train.weight_decay)
     others = [(groups["decayed"].values(), train.weight_decay), (groups["undecayed"].values(), 0.0)]
     return [matrices, _adamw(others, settings, train)]
@@ -50,24 +51,23 @@ def _adamw(
     settings: AdamW | Muon,
     train: TrainConfig,
 ) -> torch.optim.AdamW:
+    """AdamW of these groups, by torch's fused kernels, or for a large model on a GPU by LargeAdamW."""
+    # Fused AdamW does not take sharded and unsharded parameters in one group. A group without parameters stays one.
     named: list[dict[str, Any]] = [
-        {"params": alike, "weight_decay": decay} for parameters, decay in groups for alike in _alike(list(parameters))
+        {"params": alike, "weight_decay": decay}
+        for parameters, decay in groups
+        for alike in [each for each in by_sharding(list(parameters)) if each] or [[]]
     ]
     betas = (settings.beta1, settings.beta2)
     parameters = [parameter for group in named for parameter in group["params"]]
     on_gpu = all(parameter.is_cuda for parameter in parameters)
     kind = torch.optim.AdamW
-    if on_gpu and sum(parameter.numel() for parameter in parameters) >= LARGE and importlib.util.find_spec("triton"):
+    large = sum(parameter.numel() for parameter in parameters) >= LARGE_MODEL
+    if on_gpu and large and importlib.util.find_spec("triton"):
         from experiments.training.adamw import LargeAdamW
 
         kind = LargeAdamW
     return kind(named, lr=train.learning_rate, betas=betas, eps=settings.epsilon, fused=True, capturable=on_gpu)
-
-
-def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in lists of sharded and of whole ones, which fused AdamW does not take in one group."""
-    parts = ([p for p in parameters if is_sharded(p)], [p for p in parameters if not is_sharded(p)])
-    return [part for part in parts if part] or [[]]
 
 
 MAKERS: dict[str, Callable[..., Optimizers]] = {"adamw": adamw, "muon": muon}

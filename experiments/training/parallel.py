@@ -1,4 +1,4 @@
-"""The processes that train a run together, how they share a model, and the averaging of gradients over them.
+"""The processes that train a run together: how they share a model and average gradients.
 
 "ddp": every process holds the whole model (torch.nn.parallel.DistributedDataParallel). "fsdp": every process holds a
 part of each matrix, of its gradient and of its optimizer state, in float32. The processes gather the matrices of one
@@ -74,12 +74,12 @@ class World:
         return values
 
     def place(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
-        """Move the model to this process's device. Under "fsdp" this process keeps its part of every matrix.
+        """Move the model to this process's device. Under "fsdp" this process keeps only its part of every matrix.
 
-        `parts` are the submodules whose matrices are gathered together, in the order of their use. Norms,
-        convolutions and what modules name as `in_float32` stay whole and in float32 everywhere, because one process
-        alone uses them in float32 as well, and because they are few. Sharding replaces parameters: optimizers must be
-        made after this.
+        `parts` are the submodules whose matrices are gathered together, in the order of their use. The parameters of
+        norms and convolutions, and those that a module's method `in_float32` returns, are few. They are not sharded
+        and stay in float32, as in training by one process. Sharding replaces parameters, so make the optimizers after
+        this.
         """
         if not self.sharded:
             model.to(self.device)
@@ -122,8 +122,8 @@ class World:
         else:
             yield
 
-    def average_whole(self, model: nn.Module) -> None:
-        """Average the gradients that a backward pass has not averaged: those of parameters left whole by sharding."""
+    def average_unsharded(self, model: nn.Module) -> None:
+        """Under "fsdp", average the gradients of unsharded parameters, which the backward pass does not average."""
         if not self.sharded:
             return
         gradients = []
@@ -141,13 +141,13 @@ class World:
         """The Euclidean norm of all gradients together."""
         if not self.sharded:
             return nn.utils.get_total_norm(gradients)
-        parts, whole = _apart(gradients)
+        parts, whole = by_sharding(gradients)
         squared = self.sum(nn.utils.get_total_norm([local(part) for part in parts]).square())
         return (squared + nn.utils.get_total_norm(whole).square()).sqrt()
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float, norm: Tensor) -> None:
-        """Scale the gradients, whose total norm is `norm`, so that it becomes at most `most`."""
-        for alike in _apart(parameters) if self.sharded else (parameters,):
+        """Scale the gradients, whose total norm is `norm` [], so that it becomes at most `most`."""
+        for alike in by_sharding(parameters) if self.sharded else (parameters,):
             nn.utils.clip_grads_with_norm_(alike, most, norm)
 
 
@@ -156,10 +156,11 @@ class PeersMissing(RuntimeError):
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error says no more than that another process of the job is gone or does not answer.
+    """Whether an error only says that another process of the job is gone or does not answer.
 
-    That process has the cause, if there is one: it may have failed, been killed, or been on a node that went down.
-    gloo raises a plain RuntimeError, NCCL a DistBackendError also for errors of this process's own GPU.
+    The cause lies with that process: it may have failed, been killed, or been on a node that went down. Messages are
+    searched because types do not tell: gloo raises a plain RuntimeError, and NCCL raises DistBackendError for errors of
+    this process's own GPU as well.
     """
     if isinstance(error, PeersMissing | dist.DistNetworkError | dist.DistStoreError):
         return True
@@ -182,6 +183,6 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
 
 
-def _apart(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-    """Sharded tensors, and whole ones: one call of torch's foreach functions takes only one of the two kinds."""
+def by_sharding(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+    """(sharded tensors, unsharded ones). One call of torch's foreach functions does not take both kinds."""
     return [t for t in tensors if is_sharded(t)], [t for t in tensors if not is_sharded(t)]

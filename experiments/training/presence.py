@@ -1,8 +1,8 @@
-"""The runs that this machine trains now: which GPUs or cores each has, in a file that its launcher writes.
+"""A registry of the runs that this machine trains now: a file for each with its GPUs or cores, written by its launcher.
 
-So a run knows how many others really share its device, whoever submitted them, and two launchers together start no
-more runs than either would alone. A file names a process and when that began, and counts while the process lives. Runs
-of other users, and those of Slurm, have no file.
+By it a run knows how many others share its device, whichever launcher started them, and two launchers together start no
+more runs than either would alone. A file is named by the process id and start time of its run, and counts while that
+process lives. Runs of other users and runs on Slurm have no file.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from analysis.logs.ownership import held
 
 FOLDER_VARIABLE = "DYNCONV_PRESENCE"
 _PRIVATE = 0o700
-_OURS = re.compile(r"\d+-(\d+|None)\.json")  # what `_name` gives; None where the process had ended before it was noted
+_OURS = re.compile(r"\d+-(\d+|None)\.json")  # names that `_name` makes; "None" if the process ended before `add`
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Share:
     threads: int
     cores: tuple[int, ...]
 
-    def meets(self, other: "Share") -> bool:
+    def overlaps(self, other: "Share") -> bool:
         """Whether the two use the same GPU, or both a CPU and the same core."""
         if self.gpus or other.gpus:
             return not set(self.gpus).isdisjoint(other.gpus)
@@ -47,10 +47,10 @@ class Present:
 
 
 def sharing(pid: int) -> int | None:
-    """How many runs use the device of the run of process `pid` now, this one included; None where it is not known.
+    """How many runs use the device of process `pid`'s run now, including it; None if that is not known.
 
-    On a CPU runs share nothing while there is a core for each of their threads; beyond that it is the number of runs
-    that stand on a core.
+    On a CPU it is 1 while there is a core for each thread of the runs, and otherwise the number of threads per core,
+    rounded up.
     """
     try:
         runs = present()
@@ -59,18 +59,18 @@ def sharing(pid: int) -> int | None:
     own = next((run.share for run in runs if run.pid == pid), None)
     if own is None:
         return None
-    beside = [run.share for run in runs if run.share.meets(own)]
+    beside = [run.share for run in runs if run.share.overlaps(own)]
     return len(beside) if own.gpus else max(1, math.ceil(sum(s.threads for s in beside) / len(own.cores)))
 
 
 def present() -> list[Present]:
-    """The runs that live. Files of others stay as they are."""
+    """The registered runs whose processes live. Files of ended processes are ignored, not deleted."""
     found = []
     for path in sorted(_folder().glob("*-*.json")):
         pid, _, began = path.stem.partition("-")
         if not began.isdigit() or process_started(pid) != int(began):
             continue
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # removed just now
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # The file was removed just now.
             noted = read_json(path)
             share = {key: noted["share"][key] for key in ("gpus", "threads", "cores")}
             shared = Share(tuple(share["gpus"]), int(share["threads"]), tuple(share["cores"]))
@@ -80,9 +80,9 @@ def present() -> list[Present]:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Between counting the runs and adding one: one launcher of this machine at a time. Forgets those that ended.
+    """Lock the registry, so that one launcher at a time counts the runs and adds one. Removes files of ended processes.
 
-    Raises ValueError if the folder cannot be had.
+    Raises ValueError if the registry's folder cannot be made or locked, or belongs to another user.
     """
     folder = _folder()
     with contextlib.ExitStack() as stack:
@@ -99,34 +99,37 @@ def starting() -> Iterator[None]:
             ) from None
         living = {_name(run.pid) for run in present()}
         for path in folder.glob("*.json"):
-            if _OURS.fullmatch(path.name) and path.name not in living:  # the folder may hold other files of its user
+            if _OURS.fullmatch(path.name) and path.name not in living:  # The user may keep other files in this folder.
                 path.unlink(missing_ok=True)
         yield
 
 
 def check() -> None:
-    """Raises ValueError if the folder cannot be had."""
+    """Raises ValueError if the registry cannot be used: see `starting`."""
     with starting():
         pass
 
 
 def add(pid: int, run: str, share: Share) -> None:
-    """Note a run that process `pid` trains. Call it inside of `starting`."""
+    """Register a run that process `pid` trains. Call it inside the context of `starting`."""
     write_json(_folder() / _name(pid), {"run": run, "share": asdict(share)})
 
 
 def remove(pid: int) -> None:
-    """Forget the run of a process that goes on without it."""
+    """Remove the run of a process from the registry before the process ends."""
     (_folder() / _name(pid)).unlink(missing_ok=True)
 
 
 def process_started(pid: str) -> int | None:
-    """When a process of this machine began, in clock ticks since boot: with it a process id names one process only."""
+    """When a process of this machine began, in clock ticks since boot; None if it has ended.
+
+    Process ids are used again; together with this time they are unique.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    state, *fields = stat.rpartition(")")[2].split()  # the command's name, in brackets, may hold anything
+    state, *fields = stat.rpartition(")")[2].split()  # The command's name, in brackets, may contain any character.
     return None if state == "Z" else int(fields[18])
 
 
@@ -135,5 +138,5 @@ def _name(pid: int) -> str:
 
 
 def _folder() -> Path:
-    # Not TMPDIR or XDG_RUNTIME_DIR, which may differ between two shells of a user, and whose files may go at a logout.
+    # Not TMPDIR or XDG_RUNTIME_DIR: they may differ between a user's shells, and be emptied when the user logs out.
     return Path(os.environ.get(FOLDER_VARIABLE, f"/tmp/dynconv-{os.getuid()}"))

@@ -1,4 +1,4 @@
-"""What an attempt at a run runs on, as its log keeps it: device, processes, versions, and how many runs share it."""
+"""The provenance of an attempt at a run, for its log: device, processes, versions, number of runs on the device."""
 
 import importlib.metadata
 import os
@@ -10,23 +10,24 @@ from experiments import source
 from experiments.design.config import Execution
 from experiments.training.presence import sharing
 
-if TYPE_CHECKING:  # torch takes seconds to import, which the launcher does without; and `job` imports this module
+if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs no torch; and `job` imports this module
     from experiments.training.job import Place
     from experiments.training.parallel import World
 
-# Slurm's jobs have it: the number of runs on their device; empty: unknown. On this machine runs are counted.
+# Set in jobs on Slurm to the number of runs on their device, or empty if that is unknown. Without it, this run is on
+# the launcher's machine, where the registry of presence.py counts the runs.
 SHARING_VARIABLE = "DYNCONV_SHARING"
 
 
 def runs_on_device(place: "Place") -> int | None:
-    """How many runs use this run's device now; None where it is not known."""
+    """How many runs use this run's device now; None if it is not known."""
     if (said := os.environ.get(SHARING_VARIABLE)) is not None:
         return int(said) if said.isdigit() else None
     return sharing(int(place.job) if place.job.isdigit() else os.getpid())
 
 
 def provenance(world: "World", place: "Place", execution: Execution, code_commit: str | None) -> dict[str, Any]:
-    """The provenance of this attempt, for its log."""
+    """The provenance of this attempt, as results/README.md describes it for an attempt in the log."""
     import torch
 
     cuda = world.device.type == "cuda"
@@ -41,7 +42,7 @@ def provenance(world: "World", place: "Place", execution: Execution, code_commit
         "python": platform.python_version(),
         "job_id": place.job or None,
         "hosts": list(place.hosts) or [socket.gethostname()],
-        "code_commit": source.recorded_commit() or code_commit,  # of the copy that this process runs
+        "code_commit": source.recorded_commit() or code_commit,  # the commit of the copy that this process executes
         "code_sha256": source.code_sha256(),
         "sharing": runs_on_device(place),
     }

@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from experiments.data.dataset import Dataset
 
 TOKENIZER = "tokenizer.json"
-TOKENIZERS = ".tokenizers"  # of a store: one copy of each, which its runs share
-_COPYING = threading.Lock()  # Several runs are written at a time.
-CELL = ("arm", "size", "budget", "seed")  # a store has one configuration for each, each task and point of [vary]
-NAMES = ("run_id", "sweep", "arm", "size", "budget", "seed", "baseline", "trunk", "branch_step")
+TOKENIZERS = ".tokenizers"  # folder of a store with one copy of each tokenizer, which its runs share
+_COPY_LOCK = threading.Lock()  # `submit` writes several records at a time.
+CELL_KEYS = ("arm", "size", "budget", "seed")  # with task and [vary], these have one configuration in a store
+NAME_KEYS = ("run_id", "sweep", "arm", "size", "budget", "seed", "baseline", "trunk", "branch_step")
 
 
 def write_record(
     run: RunConfig,
     store: Path,
-    dataset: "Dataset | None",  # None: of a generated task
+    dataset: "Dataset | None",  # None: the task is generated
     execution: Execution,
     *,
     code_commit: str | None,
     submitted_at: float,  # unix seconds
     forecast_gpu_hours: float | None = None,  # None: the speed of the devices is not known
 ) -> Path:
-    """Write config.json with everything that a run needs, and the tokenizer of text. Returns the run's directory."""
+    """Write config.json with everything that a run needs, and for text its tokenizer. Returns the run's directory."""
     record = {
         "schema": SCHEMA,
-        **{key: getattr(run, key) for key in NAMES},
+        **{key: getattr(run, key) for key in NAME_KEYS},
         "task": run.task_name,
         "vocabulary": run.model.vocabulary,
         **asdict(run.counts),
@@ -69,12 +69,12 @@ def write_record(
 
 
 def _add_tokenizer(dataset: "Dataset", run_dir: Path) -> None:
-    """A link to the store's copy of the tokenizer, or a copy where the file system has no links.
+    """Link the store's copy of the tokenizer into the run's directory, or copy it if the file system has no hard links.
 
-    A sweep may have thousands of runs with one tokenizer of megabytes, and a copy waits for the disk.
+    Copies would be slow: a sweep may have thousands of runs that share a tokenizer of megabytes.
     """
     shared = run_dir.parent / TOKENIZERS / f"{dataset.tokenizer_sha256}.json"
-    with _COPYING:
+    with _COPY_LOCK:
         if not shared.exists():
             shared.parent.mkdir(exist_ok=True)
             write_atomically(shared, lambda temporary: shutil.copyfile(dataset.path / TOKENIZER, temporary))
@@ -93,7 +93,7 @@ def _within_documents(dataset: "Dataset", sequence_length: int) -> dict[str, flo
 
 
 def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
-    """The record of a run as it is stored, and parsed. Raises ValueError if it was edited after it was submitted."""
+    """(record as stored, run, execution) of a run. Raises ValueError if the record was edited after the submission."""
     path = run_dir / "config.json"
     record = read_json(path)
     run = strict.parse(record["config"], RunConfig, f"{path}: config")
@@ -107,12 +107,12 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], RunConfig, Execution]:
 
 
 def recorded_execution(record: Mapping[str, Any], path: Path) -> Execution:
-    """How the run of this record is executed. Records from before there was `fused` are of runs that were not."""
+    """How the run of this record is executed. Old records have no key `fused`, and their runs were not fused."""
     return strict.parse({"fused": False, **record["execution"]}, Execution, f"{path}: execution")
 
 
 def data_sha256(run: RunConfig, dataset: "Dataset | None") -> str:
-    """The identity of the data of a run: of the dataset, or of the generator and its settings."""
+    """The content hash of a run's data: of its dataset, or of its generator and the generator's settings."""
     if dataset is not None:
         return text_sha256(dataset.sha256, run.packed)
     assert run.task is not None, "a run has a dataset or a generated task"
@@ -120,16 +120,16 @@ def data_sha256(run: RunConfig, dataset: "Dataset | None") -> str:
 
 
 def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str, tokenizer_sha256: str | None = None) -> None:
-    """Raises ValueError if the store holds runs that cannot be compared with the new ones, which are of one task.
+    """Raises ValueError if the store holds runs that cannot be compared with the new ones, which share one task.
 
-    These are runs of the same task that were trained on other data, and runs with another configuration of the same
-    arm, size, budget, seed, task and point of [vary].
+    These are runs of the same task on other data, and runs of the same arm, size, budget, seed, task and point of
+    [vary] that have another configuration.
     """
     runs = list(runs)
     tasks = {run.task_name for run in runs}
     new = [run for run in runs if run.budget != TRUNK]  # Trunks are left out, since no table shows them.
     cells = {
-        _cell({name: getattr(run, name) for name in (*CELL, "vary")} | {"task": run.task_name}): run for run in new
+        _cell({name: getattr(run, name) for name in (*CELL_KEYS, "vary")} | {"task": run.task_name}): run for run in new
     }
     for path in sorted(store.glob("*/config.json")):
         try:
@@ -138,7 +138,7 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str, tokeni
             its_id, its_data, its_config = record["run_id"], str(record["data_sha256"]), record["config"]
             its_task, its_tokenizer = record.get("task", TEXT), str(record.get("tokenizer_sha256"))
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # This file is not a record of ours; `status` names it.
+            continue  # This file is not a run's record; `status` reports it.
         if its_task in tasks and its_data != data_sha256:
             tokenizers = ""
             if tokenizer_sha256 is not None and its_tokenizer != tokenizer_sha256:
@@ -159,24 +159,24 @@ def check_store(runs: Iterable[RunConfig], store: Path, data_sha256: str, tokeni
 
 
 def submitted_otherwise(runs: Iterable[RunConfig], store: Path) -> list[str]:
-    """Notes on runs that are in the store already, and whose record differs from the sweep in what no run's id covers.
+    """Warnings about runs in the store whose record differs from the sweep in settings that a run's id leaves out.
 
-    Where text lies is not in a run's id, nor are the baseline, the words for a budget, the axes and when to evaluate. A
-    complete run stays as it was submitted. `check_store` compares contents of text, but only once there is a run to
-    submit.
+    A run's id leaves out the place of its text, the baseline, the name of its budget, the axes of [vary] and when to
+    evaluate. A complete run stays as it was submitted. `check_store` compares the content of text, but is only called
+    when there is a run to submit.
     """
-    found: dict[str, list[str]] = {}  # by key, what each run was submitted with
+    found: dict[str, list[str]] = {}  # key of a setting -> how each run that differs in it was submitted
     for run in runs:
         try:
             its, now = read_json(store / run.run_id / "config.json")["config"], to_dict(run)
             changed = {key: (its.get(key), now[key]) for key in ("baseline", "budget", "vary")}
             changed["train.evaluate_every"] = (its["train"].get("evaluate_every"), now["train"]["evaluate_every"])
             if not (store / run.run_id / "run.json").exists():
-                changed = {}  # the record is written again when the run is submitted again
+                changed = {}  # Submitting an incomplete run again rewrites its record.
             text = ("source", "validation_source", "pretokenized", "tokenizer") if run.data is not None else ()
             changed |= {f"data.{key}": (its["data"].get(key), now["data"][key]) for key in text}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not submitted yet, or no record of ours; `status` names the latter
+            continue  # not submitted yet, or not a run's record, which `status` reports
         for key, (old, new) in changed.items():
             if old != new:
                 found.setdefault(key, []).append(f"{key} = {old!r}, which is {new!r} in the sweep now")
@@ -192,4 +192,5 @@ def submitted_otherwise(runs: Iterable[RunConfig], store: Path) -> list[str]:
 
 
 def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
-    return (record.get("task", TEXT), *(record[name] for name in CELL), *sorted(record["vary"].items()))
+    """The values that may have only one configuration in a store: task, CELL_KEYS and the point of [vary]."""
+    return (record.get("task", TEXT), *(record[name] for name in CELL_KEYS), *sorted(record["vary"].items()))

@@ -20,7 +20,7 @@ from analysis.logs.files import read_json, write_json
 from experiments.training.parallel import PeersMissing
 
 LOOPBACK = "127.0.0.1"
-MINUTES = 10.0  # to wait for the other processes of a job; those of several nodes may start minutes apart
+MINUTES = 10.0  # to wait for the other processes of a job, which may start minutes apart on several nodes
 _TIMEOUT = timedelta(minutes=MINUTES)
 _POLL_SECONDS = 0.1
 
@@ -29,9 +29,9 @@ _POLL_SECONDS = 0.1
 def process_group(device: torch.device, file: Path, rank: int, size: int, hosts: Sequence[str]) -> Iterator[None]:
     """Join the processes of a job, each with its device, to torch's default process group until the context ends.
 
-    `file` is where rank 0 publishes the address; its name must be new for every attempt. `hosts` are the job's nodes;
-    if there is only one, nothing listens beyond its loopback interface. Raises ValueError if torch lacks the backend,
-    and PeersMissing, or an error of torch.distributed, if the processes do not meet.
+    `file` is where rank 0 publishes its address; the name must be new for every attempt. `hosts` are the job's nodes;
+    if there is only one, rank 0 listens only on the loopback interface. Raises ValueError if torch lacks the backend,
+    and PeersMissing, or an error of torch.distributed, if the processes do not find each other in time.
     """
     cuda = device.type == "cuda"
     backend, available = ("nccl", dist.is_nccl_available()) if cuda else ("gloo", dist.is_gloo_available())
@@ -49,13 +49,14 @@ def process_group(device: torch.device, file: Path, rank: int, size: int, hosts:
     )
     try:
         if rank == 0:
-            file.unlink(missing_ok=True)  # All have met.
+            file.unlink(missing_ok=True)  # All processes have joined.
         yield
         dist.barrier()  # Rank 0 must not close the store while others still use it.
     finally:
-        # Free what still refers to the group, such as DDP. Its threads end with it; those that outlive the interpreter
-        # abort the process ("terminate called without an active exception"). And DDP must not be the last to hold the
-        # group: it frees it with the interpreter's lock, for which the group's thread may wait (seen with gloo).
+        # Free objects that still refer to the group, such as DDP, before it is destroyed. Otherwise the group's threads
+        # may outlive the interpreter, which aborts the process ("terminate called without an active exception"). Nor
+        # may DDP hold the last reference: it would free the group while it holds the interpreter's lock, for which a
+        # thread of the group may be waiting (seen with gloo).
         gc.collect()
         dist.destroy_process_group()
 
@@ -67,7 +68,7 @@ def _open_store(file: Path, size: int, hosts: Sequence[str]) -> Any:
         listening.bind((address, 0))
         listening.listen(size)
         port = listening.getsockname()[1]
-        # The store takes over a copy of the socket. Left to itself, it would listen on all interfaces.
+        # The store takes over a copy of this socket. A socket of its own would listen on all interfaces.
         descriptor = os.dup(listening.fileno())
     store = dist.TCPStore(  # type: ignore[attr-defined]
         address, port, size, is_master=True, timeout=_TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor
@@ -77,7 +78,7 @@ def _open_store(file: Path, size: int, hosts: Sequence[str]) -> Any:
 
 
 def _find_store(file: Path, size: int) -> Any:
-    """The store that rank 0 has published, once it is there."""
+    """A client of rank 0's store, once its address is published. Raises PeersMissing after MINUTES."""
     deadline = time.monotonic() + 60 * MINUTES
     while not file.exists():
         if time.monotonic() > deadline:
@@ -91,9 +92,9 @@ def _own_address(hosts: Sequence[str]) -> str:
     """The address of this node on the interface by which it reaches the job's other nodes."""
     if len(hosts) <= 1:
         return LOOPBACK
-    # Rank 0 is on the first node. The port is of no account, since nothing is sent.
+    # Rank 0 is on the first node, so the last one is another. Any port will do, since nothing is sent.
     family, _, _, _, address = socket.getaddrinfo(hosts[-1], 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as unsent:
-        unsent.connect(address)  # of a datagram socket: only chooses the interface
+        unsent.connect(address)  # For a datagram socket this only chooses the interface.
         own: str = unsent.getsockname()[0]
     return own

@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the launcher needs this 
 
 
 SHOWN = ("loss", "accuracy")  # the metrics that an evaluation prints; the log has all
-CAUSE_SECONDS = 5.0  # for another process of the job to record why it failed
-LEAVE_SECONDS = 20.0  # for rank 0 to have the job started again, before the end of another process ends it
+CAUSE_SECONDS = 5.0  # how long to wait for another process of the job to record why it failed
+LEAVE_SECONDS = 20.0  # how long other ranks stay so that rank 0 can have the job requeued before their exit ends it
 
 
 class RunFailed(RuntimeError):
@@ -42,7 +42,7 @@ class RunFailed(RuntimeError):
 
 
 class AttemptsSpent(RuntimeError):
-    """The run was started as often as it may be, and is not at its end."""
+    """The run has used up its `max_attempts` and is not finished."""
 
 
 class Run:
@@ -70,7 +70,7 @@ class Run:
             stop.act()
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit after the state was saved: what to submit again, or None if the run was cancelled."""
+        """Called by submitit after the state was saved. Returns the job to submit, or None if the run was cancelled."""
         return None if (self.run_dir / "cancelled").exists() else DelayedSubmission(Run(self.run_dir))
 
 
@@ -85,13 +85,13 @@ class _Attempt:
         self._step = self._micro_batch = 0
         self._saved_at = time.monotonic()
         self._folder = RunFolder(run_dir, self._place)
-        self.left: str | None = None  # why this process left the job before the run was at its end
+        self.left: str | None = None  # why this process left the job before the run was finished
 
     def run(self) -> bool:
-        """Train to the end. False if the job has to be started again. Raises RunFailed."""
+        """Train to the end. Returns False if the job has to be started again. Raises RunFailed."""
         try:
             with self._folder.owned():
-                self._number = next_attempt(self._run_dir)  # another job may have had the run until now
+                self._number = next_attempt(self._run_dir)  # again: another job may have made attempts until now
                 try:
                     return self._execute_or_fail()
                 except Preempted:
@@ -101,11 +101,12 @@ class _Attempt:
             raise RunFailed(str(error)) from None
 
     def _execute_or_fail(self) -> bool:
+        """`_execute`, with errors recorded and raised as RunFailed."""
         try:
             return self._execute()
         except FolderTaken:
             raise
-        except Exception as error:  # Any error ends the run: it is only tried again when a person says so.
+        except Exception as error:  # Any error ends the run, until a person retries it.
             if self._place.size > 1 and _lost_peer(error):
                 return self._leave(error)
             raise RunFailed(f"{self._run_dir.name}: {self._fail(error)}") from error
@@ -113,7 +114,7 @@ class _Attempt:
     def _require_folder(self, world: "World") -> None:
         """Raises FolderTaken in all processes if the directory is no longer this job's.
 
-        One that went on would fail for want of the others, and write failure.json into what is another job's folder.
+        A process that went on without the others would fail, and write failure.json into another job's directory.
         """
         taken: FolderTaken | None = None
         if world.rank == 0:
@@ -125,40 +126,43 @@ class _Attempt:
             raise taken or FolderTaken(f"{self._run_dir} was removed while this run trained, or given to another job")
 
     def _folder_taken(self) -> bool:
-        """Once in a while: whether the directory is no longer this job's. Counts the runs on the device, too."""
-        if not self._folder.look_again():
+        """Whether the directory is no longer this job's, checked by rank 0 every CHECK_SECONDS, else False.
+
+        Each check also counts the runs on the device.
+        """
+        if not self._folder.check_due():
             return False
         self._count_runs()
         return self._folder.taken()
 
     def _count_runs(self) -> None:
-        """Note how many runs share the device now."""
+        """Record in the log how many runs share the device now."""
         if self._log is not None:
             self._log.sharing(runs_on_device(self._place))
 
     def _execute(self) -> bool:
-        """Train to the end. False if the scheduler asked to stop before; the state is saved then."""
-        from experiments.training.memory import missing_memory_passed_over
+        """Train to the end. Returns False, with the state saved, if the scheduler asked to stop before."""
+        from experiments.training.memory import out_of_memory_suppressed
 
         if self._place.size == 1:
             self._remove_failure()
         config, run, self._execution = read_record(self._run_dir)
         with joined(self._run_dir, self._execution, self._place) as world, self._failures_recorded():
             self._number = world.gather(self._number)[0]
-            if world.any((self._run_dir / "run.json").exists()):  # by a job that was waited for
+            if world.any((self._run_dir / "run.json").exists()):  # by the job that `owned` waited for
                 return True
             if world.rank == 0 and world.size > 1:
                 self._remove_failure()
-            # Waits for all: one that fails from here on writes failure.json, which must not be deleted.
+            # This also waits for all processes: a failure.json that one of them writes later must not be deleted.
             self._require_attempts_left(world)
-            with missing_memory_passed_over():
+            with out_of_memory_suppressed():
                 return self._work(config, run, world)
-            # Here the trainer, which the error's traceback held, is gone, and its memory is free for a smaller one.
+            # The error's traceback, which held the trainer, is gone here, so its memory is free for smaller trainers.
             raise self._does_not_fit(config, run, world)
 
     @contextmanager
     def _failures_recorded(self) -> Iterator[None]:
-        """Record the cause of a failure before this process leaves the others, which fail for want of it then."""
+        """Record the cause of a failure before this process leaves, since its peers will fail without it."""
         try:
             yield
         except Exception as error:
@@ -177,14 +181,15 @@ class _Attempt:
             )
 
     def _leave(self, error: Exception) -> bool:
-        """Leave a job that has lost another process, for which the run has not failed: False, to be started again.
+        """Leave a job that has lost another process.
 
-        Raises RunFailed where that process recorded why it failed, and, once rank 0 has had the time to have the job
-        started again, in the others.
+        On rank 0 under a scheduler, returns False, so that the job is requeued: losing a process is no failure of the
+        run. Without a scheduler rank 0 raises RunFailed, and other ranks do so once rank 0 has had LEAVE_SECONDS to
+        requeue the job. All ranks raise RunFailed at once if the lost process recorded why it failed.
         """
         end = time.monotonic() + CAUSE_SECONDS
         while time.monotonic() < end:
-            # Not `exists`, which a client of NFS may answer from its cache.
+            # List the directory: NFS clients may answer `exists` from their cache.
             if any(path.name == "failure.json" for path in self._run_dir.iterdir()):
                 failure = read_json(self._run_dir / "failure.json")
                 if failure["attempt"] >= self._number:
@@ -201,13 +206,13 @@ class _Attempt:
         raise RunFailed(f"{self._run_dir.name}: {self.left}")
 
     def _interrupted(self, cause: str, *, preempted: bool) -> None:
-        """Note in the log why this attempt ends before the run does."""
+        """Record in the log why this attempt ends before the run does."""
         if self._log is not None:
             with contextlib.suppress(OSError, FolderTaken):
                 self._log.interrupt(cause, preempted=preempted)
 
     def _work(self, config: dict[str, Any], run: RunConfig, world: "World") -> bool:
-        """`execute`, once the processes have joined. The trainer is dropped before they part."""
+        """Train, once the processes have joined. Returning frees the trainer before the process group is destroyed."""
         trainer = self._prepare(config, run, world)
         finished = self._train(trainer, world)
         if finished:
@@ -215,7 +220,7 @@ class _Attempt:
         return finished
 
     def _does_not_fit(self, config: dict[str, Any], run: RunConfig, world: "World") -> ValueError:
-        """The error of a batch that does not fit into the GPU's memory."""
+        """The error that tells which micro-batch would fit into the GPU's memory."""
         from experiments.data.dataset import Dataset
         from experiments.training.assembly import assemble
         from experiments.training.memory import does_not_fit
@@ -231,15 +236,14 @@ class _Attempt:
     def _remove_failure(self) -> None:
         """Delete the failure.json of an earlier attempt.
 
-        If there are several processes, rank 0 calls this after all have joined: none of them can have failed in this
-        attempt then.
+        If there are several processes, rank 0 calls this after all have joined: none has failed in this attempt yet.
         """
         (self._run_dir / "failure.json").unlink(missing_ok=True)
 
     def _fail(self, error: Exception) -> str:
-        """Record the cause and return it. If it cannot be written, as on a full disk, it is still returned.
+        """Write the cause to failure.json and return it, even if it cannot be written, as on a full disk.
 
-        Raises FolderTaken, and records nothing, if the directory is another job's.
+        Raises FolderTaken, and records nothing, if the directory belongs to another job.
         """
         self._folder.require()
         cause = f"{type(error).__name__}: {first_line(error)}"
@@ -295,7 +299,7 @@ class _Attempt:
         return trainer
 
     def _train(self, trainer: "Trainer", world: "World") -> bool:
-        """Train and evaluate until the end. False if the scheduler asked to stop; the state is saved then."""
+        """Train and evaluate until the end. Returns False, with the state saved, if the scheduler asked to stop."""
         from experiments.training import checkpoints
 
         def stopping() -> bool:
@@ -328,7 +332,7 @@ class _Attempt:
         return True
 
     def _save(self, trainer: "Trainer") -> None:
-        """Write a checkpoint. The log is flushed first, so that it never ends before the step of a checkpoint."""
+        """Write a checkpoint. The log is flushed first, so that it covers every step before the checkpoint."""
         from experiments.training import checkpoints
 
         self._require_folder(trainer.world)
@@ -342,7 +346,7 @@ class _Attempt:
         self._saved_at = time.monotonic()
 
     def _finish(self, trainer: "Trainer") -> None:
-        """Write the weights, merge the log and write run.json; only then are the checkpoints no longer needed."""
+        """Write the weights, merge the log's parts, write run.json, and only then delete the checkpoints."""
         import torch
 
         from experiments.training import checkpoints
@@ -368,7 +372,7 @@ def _lost_peer(error: Exception) -> bool:
 
 
 def _waiting_since(run_dir: Path, config: dict[str, Any]) -> float:
-    """Unix seconds since when the run waits for its job: its last submission, or the end of its last attempt."""
+    """When the run began to wait for its job, in Unix seconds: at its last submission or its last attempt's end."""
     job = run_dir / "job.json"
     resubmitted = read_json(job)["submitted_at"] if job.exists() else 0.0
     last = progress(run_dir)

@@ -1,4 +1,4 @@
-"""The answers of a model at the targets that count: the loss of each in nats, and whether its likeliest token is right.
+"""The answers of a model at the targets that count: the loss at each, and whether its likeliest token is the target.
 
 Shapes: B sequences, T sequence length, N targets that count, D width, V vocabulary.
 """
@@ -14,10 +14,10 @@ from experiments.training.precision import mixed_precision
 
 
 class Answers(NamedTuple):
-    """Zero and False where no target counts."""
+    """The answers of a model to a micro-batch."""
 
-    losses: Tensor  # [B, T] in nats, float64
-    correct: Tensor  # [B, T]: whether the likeliest token is the target
+    losses: Tensor  # [B, T] in nats, float64; 0 where no target counts
+    correct: Tensor  # [B, T]: whether the likeliest token is the target; False where no target counts
     auxiliary: dict[str, Tensor]  # means of the model's auxiliary losses [] and measures [n], by name
 
 
@@ -27,9 +27,9 @@ def answers_of(
     inputs: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]: IGNORED where no target counts
 ) -> Answers:
-    """What the model answers. Call it without gradients.
+    """The model's answers. Call this under torch.no_grad.
 
-    Only the logits of targets that count are computed on a GPU. The losses are computed in float64 from them: in
+    A GPU computes only the logits of targets that count. Losses are computed from the logits in float64, because in
     float32 those of a solved task would be rounded to zero.
     """
     counted = targets != IGNORED

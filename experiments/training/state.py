@@ -9,7 +9,10 @@ from experiments.training.optimizers import Optimizers
 
 
 def tensors_of(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """All of them; of what is sharded, this process's part. All processes must call this."""
+    """All tensors of the model and its optimizers by name; of sharded ones this process's part.
+
+    All processes must call this.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
@@ -19,10 +22,10 @@ def tensors_of(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def tensors_for(model: nn.Module, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-    """The tensors into which those of a checkpoint are read, by name: the model's own, and new ones.
+    """The tensors into which a checkpoint is read, by name: the model's own, and new ones for the optimizers' state.
 
-    What belongs to a parameter and has its size is sharded as it is. Raises ValueError if the model and the checkpoint
-    have not the same parameters.
+    `saved` maps each name in the checkpoint to (size, dtype). Optimizer state of a parameter's size is sharded like the
+    parameter. Raises ValueError if the model and the checkpoint do not have the same parameters.
     """
     own = _model_tensors(model)
     missing = sorted({f"model.{name}" for name in own} - set(saved))
@@ -43,8 +46,11 @@ def tensors_for(model: nn.Module, saved: Mapping[str, tuple[torch.Size, torch.dt
     return tensors
 
 
-def take_over(tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Optimizers) -> None:
-    """Make the tensors that were read the optimizers' state; the model's were read in place."""
+def load_optimizers(tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Optimizers) -> None:
+    """Load the optimizers' state from the tensors of `tensors_for`, after a checkpoint was read into them.
+
+    The model's tensors were read in place.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -57,7 +63,10 @@ def take_over(tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Optim
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, shared ones once; after a pass in which FSDP gathered them, sharded again."""
+    """Parameters and buffers by name, each shared one under its first name only.
+
+    `state_dict` also shards parameters again that FSDP left gathered after a forward pass.
+    """
     tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
     once: dict[int, str] = {}
     return {name: tensor for name, tensor in tensors.items() if once.setdefault(id(tensor), name) == name}

@@ -5,19 +5,23 @@ import signal
 import threading
 from types import FrameType
 
-STOPPED = "stopped with its state saved"  # what a run says last that was told to stop; `status` reads it
+STOPPED = "stopped with its state saved"  # the last line of output of a run that was told to stop; `status` reads it
 PREEMPTED = "it was told to stop"
 
 
 class Preempted(BaseException):
-    """The signal came while the run started: nothing is to be saved. No `except Exception` of a library stops it."""
+    """The signal arrived while the run started, when there is no state to save yet.
+
+    It derives from BaseException so that no library's `except Exception` swallows it.
+    """
 
 
 class StopSignal:
-    """Takes the signal over from the handler that was there, which would requeue the job in the middle of a step.
+    """Replaces submitit's signal handler, which would requeue the job in the middle of a step.
 
-    While a run starts, the signal raises Preempted, since compiling alone may outlast the time that is left. Later it
-    is only recorded, so that the training loop can stop between two steps. `act` calls the handler that was there.
+    While a run starts, the signal raises Preempted, since compiling alone may take longer than the time that is left.
+    Later it is only recorded, so that the training loop can stop between two steps. `act` then calls the replaced
+    handler.
     """
 
     def __init__(self) -> None:
@@ -32,26 +36,26 @@ class StopSignal:
     def _note(self, _signum: int, _frame: FrameType | None) -> None:
         self.received = True
         if self._starting:
-            self._starting = False  # once: what comes later must not interrupt the end of the job
+            self._starting = False  # Raise only once: a second signal must not interrupt the end of the job.
             raise Preempted
 
     def starting(self) -> None:
-        """From now on the signal raises Preempted, as this does if it has come already."""
+        """From now on the signal raises Preempted. Raises Preempted at once if the signal has arrived already."""
         self._starting = True
         if self.received:
             self._starting = False
             raise Preempted
 
     def started(self) -> None:
-        """From now on the signal is recorded only."""
+        """From now on the signal is only recorded."""
         self._starting = False
 
     @property
     def has_scheduler(self) -> bool:
-        """Whether there is a handler that starts the job again."""
+        """Whether a scheduler's handler was replaced, which requeues the job."""
         return self._handler is not None
 
     def act(self) -> None:
-        """Call the handler that was there, which requeues the job and ends the process of rank 0."""
+        """Call the replaced handler, which requeues the job and ends the process on rank 0."""
         assert self._handler is not None, "act is only called where there is a scheduler"
         self._handler(self._signal, None)

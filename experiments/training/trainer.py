@@ -21,6 +21,7 @@ from experiments.design.train import TrainConfig
 from experiments.models.decoder import Decoder
 from experiments.tasks.base import Examples, Task
 from experiments.training.checkpoints import State
+from experiments.training.compiled_check import disagreement, held_out_disagreement
 from experiments.training.engine import Engine, add_gradients, on_device, window_shape
 from experiments.training.evaluation import Evaluator
 from experiments.training.loss import losses_of
@@ -28,14 +29,13 @@ from experiments.training.memory import is_out_of_memory
 from experiments.training.muon import Muon
 from experiments.training.optimizers import Optimizers
 from experiments.training.parallel import World, local, whole
-from experiments.training.rehearsal import disagreement, held_out_disagreement
-from experiments.training.state import take_over, tensors_for, tensors_of
+from experiments.training.state import load_optimizers, tensors_for, tensors_of
 
-MICRO_BATCH_TOKENS = 32_768  # if no micro-batch is set; a 300M model then trains in 23 GiB
+MICRO_BATCH_TOKENS = 32_768  # the default size of a micro-batch, with which a 300M model trains in 23 GiB
 # Steps of models up to this size are captured as CUDA graphs, since a GPU runs their kernels faster than the host can
 # launch them.
 CAPTURED_PARAMETERS = 10**8
-WINDOW_SECONDS = 1.0  # time of the steps that are launched together, after which the host reads losses and signals
+WINDOW_SECONDS = 1.0  # target duration of the steps launched together, after which the host reads losses and signals
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -46,12 +46,12 @@ class NonFiniteLoss(ArithmeticError):
 class Step:
     """One optimizer step as it is logged: the loss in nats per target, the time in seconds."""
 
-    step: int
-    tokens: int
+    step: int  # counted from 1
+    tokens: int  # trained on so far
     loss: float
-    gradient_norm: float
+    gradient_norm: float  # before clipping
     learning_rate: float
-    seconds: float  # on a GPU the mean of the steps that were launched together
+    seconds: float  # on a GPU the mean over the steps that were launched together
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,  # tokens [B, T] and perhaps a criterion -> `Output` or `Scored` of models/decoder.py
+        model: nn.Module,  # called like a `Decoder`: tokens [B, T], and perhaps a criterion -> `Output` or `Scored`
         task: Task,
         optimizers: Optimizers,
         config: TrainConfig,
         execution: Execution,
         world: World,
-        identity: Mapping[str, str],  # stored in checkpoints to tell to which run they belong
-        group: int = 1,  # neighbouring sequences of a batch that read one another, and share a micro-batch
+        identity: Mapping[str, str],  # stored in checkpoints to identify their run
+        group: int = 1,  # number of neighbouring sequences that must share a micro-batch, as one reads the other
     ) -> None:
         self.model = model
         self.task = task
@@ -94,9 +94,9 @@ class Trainer:
         self._group = group
         if execution.recompute != "none":
             cast(Decoder, model).recompute(execution.recompute)
-        self.fused: tuple[str, ...] = ()  # what is computed in one kernel, as "q, k, v, RoPE"
+        self.fused: tuple[str, ...] = ()  # operations computed in one kernel, such as "q, k, v, RoPE"
         if execution.fused and self._cuda:
-            # The kernels know no documents: the convolutions of packed sequences stay apart from their neighbours.
+            # The fused kernels do not support packed documents.
             kernels = has_fused_kernels(world.device) and task.held_out.starts is None
             self.fused = cast(Decoder, model).fuse(kernels)
         self.compiled = execution.compile and self._cuda
@@ -112,8 +112,8 @@ class Trainer:
             documents = None if starts is None else starts.shape[1]
             shape = window_shape(micro_batches, self._micro_batch, config.sequence_length, documents)
             self._engine = Engine(self._replicas, self._losses, optimizers, world, shape, config.clip_norm)
-        self._window = 1  # number of steps to launch together; grows once their time is measured
-        self._filled = range(0)  # steps whose batches are in the engine's next window
+        self._window = 1  # number of steps to launch together; grows once the time of a step is measured
+        self._filled = range(0)  # 0-based steps whose batches are in the engine's next window
         self._failure: NonFiniteLoss | None = None  # raised by the next call, so that the steps before it are logged
 
     @property
@@ -123,6 +123,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
+        """Whether all steps of the run are done."""
         return self.steps_done == self.config.steps
 
     @property
@@ -153,10 +154,10 @@ class Trainer:
         torch.cuda.synchronize()
 
     def check_captured(self) -> None:
-        """Hold a captured step and evaluation, if there are any, against the uncompiled model, updating nothing.
+        """Compare the captured step and evaluation, if there are any, with the uncompiled model. Updates nothing.
 
-        The step is the next. Raises WorkFailed if a loss or a parameter's gradient differs by more than rounding can
-        explain: a wrong program would train to a wrong number without a word.
+        It computes the next training step. Raises WorkFailed if a loss or a parameter's gradient differs by more than
+        rounding explains, since a wrongly compiled program would train to a wrong loss without an error.
         """
         try:
             found = self._disagreement()
@@ -167,7 +168,7 @@ class Trainer:
                 "the compiled step was not checked: memory is too small for one that is not compiled", file=sys.stderr
             )
             return
-        finally:  # What is not compiled needs more memory than training will: leave it to other processes.
+        finally:  # An uncompiled step needs more memory than training will: return it for other processes.
             if self.captured:
                 torch.cuda.empty_cache()
         if found is not None:
@@ -177,26 +178,30 @@ class Trainer:
             )
 
     def _disagreement(self) -> str | None:
-        """What captured programs compute otherwise than the model uncompiled, if anything."""
-        losses = self._evaluator.rehearse()  # first, as it takes less memory than a step
+        """How the captured programs differ from the uncompiled model by more than rounding; None if they do not."""
+        losses = self._evaluator.compare_with_eager()  # first, since it takes less memory than a step
         found = None if losses is None else held_out_disagreement(*losses)
         if found is not None or self._engine is None or not self._engine.captured or self.finished:
             return found
         self._fill(self.steps_done, 1)
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        step = self._engine.rehearse()
+        step = self._engine.compare_with_eager()
         return disagreement(step, [names[each] for each in self._engine.parameters], first=self.steps_done == 0)
 
     def step(self) -> Step:
-        """One optimizer step on the next global batch. Raises NonFiniteLoss, and then updates nothing."""
+        """One optimizer step on the next global batch.
+
+        Raises NonFiniteLoss, without updating anything, if the loss or the gradient norm is not finite.
+        """
         (step,) = self.advance(1)
         return step
 
     def advance(self, most: int | None = None) -> list[Step]:
-        """The next optimizer steps, at most `most`: on a CPU one, on a GPU as many as are launched together.
+        """Take the next optimizer steps, at most `most`: one on a CPU, on a GPU as many as are launched together.
 
-        An evaluation or a branch point can only be due after the last of them. Raises NonFiniteLoss after the finite
-        steps before it were returned; the model and the optimizer are then in the state before the step that failed.
+        An evaluation or a branch point can only be due after the last of them. Raises NonFiniteLoss if the first step
+        is not finite. If a later one is not, returns the steps before it, and the next call raises NonFiniteLoss. The
+        model and the optimizer are then in the state before the step that was not finite.
         """
         if self._engine is None:
             return [self._checked_step()]
@@ -208,7 +213,7 @@ class Trainer:
             self._fill(self.steps_done, wanted)
         steps = self._filled
         self._engine.launch(len(steps))
-        self._fill(steps.stop, self._window)  # while the device works
+        self._fill(steps.stop, self._window)  # Prepare the next window while the device works.
         outcomes = self._engine.read(len(steps))
         seconds = self._mean_over_processes((time.perf_counter() - start) / len(steps))
         self._window = max(1, min(int(WINDOW_SECONDS / seconds), 2 * self._window, self._engine.shape.steps))
@@ -240,25 +245,26 @@ class Trainer:
         return steps in self.config.branch_steps or self._evaluates_after(steps)
 
     def _evaluates_after(self, steps: int) -> bool:
+        """Whether an evaluation must be made after `steps` steps."""
         before = self._tokens(steps - 1) // self.config.evaluate_every
         return steps == self.config.steps or self._tokens(steps) // self.config.evaluate_every > before
 
     def _mean_over_processes(self, seconds: float) -> float:
-        """The mean of `seconds`, which is the same in all processes: they must launch windows of the same length."""
+        """The mean of `seconds` over the processes, which must all choose the same length of the next window."""
         if self.world.size == 1:
             return seconds
         total = torch.tensor(seconds, dtype=torch.float64, device=self.world.device)
         return self.world.sum(total).item() / self.world.size
 
     def _fail(self, loss: float, norm: float) -> None:
-        """Compute the gradients of the failed step again, from the state before it, to find which are not finite."""
+        """Recompute the gradients of the failed step, to name those that are not finite, and store the error."""
         self._zero_grad()
         self._backward(self.steps_done)
         self._failure = NonFiniteLoss(self._cause(loss, norm))
         self._zero_grad()
 
     def _checked_step(self) -> Step:
-        """One step whose loss is checked before the update, which takes a synchronisation with the device."""
+        """One step without the engine: the loss is checked on the host before the update."""
         start = time.perf_counter()
         total = self._backward(self.steps_done)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -288,7 +294,10 @@ class Trainer:
         return add_gradients(self._replicas, self._losses, on_device, self.world.sum(counted), self.world)
 
     def evaluate(self, interrupted: Callable[[], bool]) -> Evaluation | None:
-        """The task's metrics on its held-out sets. None if `interrupted`, called on the way, returned True."""
+        """The task's metrics on its held-out sets, or None if `interrupted`, called repeatedly, returned True.
+
+        Raises NonFiniteLoss if the held-out loss is not finite.
+        """
         start = time.perf_counter()
         metrics = self._evaluator.metrics(self.finished, interrupted)
         if metrics is None:
@@ -306,14 +315,16 @@ class Trainer:
         return State(about, tensors_of(self.model, self._optimizers))
 
     def tensors_for(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-        """The tensors into which those of a checkpoint are read, by name. Raises ValueError if the model and the
-        checkpoint have not the same parameters."""
+        """The tensors into which a checkpoint is read, by name.
+
+        Raises ValueError if the model and the checkpoint do not have the same parameters.
+        """
         return tensors_for(self.model, saved)
 
     def resume(self, state: State) -> None:
-        """Continue from a state that was read into the tensors of `tensors_for`.
+        """Continue from a state that was read into the tensors of `tensors_for`. Call this before `warm_up`.
 
-        Raises ValueError if it was trained on other data.
+        Raises ValueError if the state was trained on other data.
         """
         data_sha256 = self._identity["data_sha256"]
         if state.about["data_sha256"] != data_sha256:
@@ -324,7 +335,7 @@ class Trainer:
         assert self._engine is None or not self._engine.captured, (
             "load the state before warm_up: a captured step uses the tensors that it was captured with"
         )
-        take_over(state.tensors, self.model, self._optimizers)
+        load_optimizers(state.tensors, self.model, self._optimizers)
         self.steps_done, self.evaluated_at = int(state.about["steps_done"]), int(state.about["evaluated_at"])
 
     def weights(self) -> dict[str, Tensor]:
@@ -332,18 +343,19 @@ class Trainer:
         return {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
 
     def _tokens(self, steps: int) -> int:
+        """Training tokens of the first `steps` steps."""
         sequences = min(steps * self.config.batch_sequences, self.config.sequences)
         return sequences * self.config.sequence_length
 
     def _tokens_of(self, index: int) -> int:
-        """Tokens of the global batch `index`."""
+        """Training tokens of the 0-based global batch `index`."""
         return self._tokens(index + 1) - self._tokens(index)
 
     def _micro_batches(self, index: int) -> Iterator[Examples]:
         """This process's share of global batch `index`, in micro-batches.
 
-        All processes have as many, some of which may be empty, because they gather weights and average gradients
-        together.
+        Every process gets the same number, some perhaps empty: gathering weights and averaging gradients takes all
+        processes.
         """
         sequences = self._tokens_of(index) // self.config.sequence_length
         first, share = self.world.share(sequences, self._group)
@@ -352,7 +364,7 @@ class Trainer:
             yield self.task.batch(index, first + start, min(self._micro_batch, share - start))
 
     def _to_device(self, examples: Examples) -> tuple[Tensor, ...]:
-        """The tensors of the loss on the device, padded to a whole micro-batch."""
+        """The arguments of the loss, on the device and padded to a whole micro-batch."""
         return on_device(examples, self._micro_batch, self.world.device)
 
     def _zero_grad(self) -> None:
@@ -360,6 +372,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
 
     def _cause(self, loss: float, norm: float) -> str:
+        """The message of NonFiniteLoss. It names the first parameter whose gradient is not finite."""
         names = [name for name, _ in self.model.named_parameters()]
         finite = {n: local(p.grad).isfinite().all() for n, p in self.model.named_parameters() if p.grad is not None}
         broken = [name for name, flag in finite.items() if self.world.any(not flag)]
@@ -369,9 +382,9 @@ class Trainer:
 
 
 def runs_ahead(world: World, optimizers: Optimizers) -> bool:
-    """Whether steps are launched before the losses of earlier ones are read: on a GPU, where it saves time.
+    """Whether the engine launches steps before the losses of earlier ones are read: on a GPU, where it saves time.
 
-    It takes optimizers that can skip an update by a flag on the device.
+    All optimizers must be able to skip an update by a flag on the device (`found_inf`).
     """
     able = all(isinstance(optimizer, torch.optim.AdamW | Muon) for optimizer in optimizers)
     return world.device.type == "cuda" and able
