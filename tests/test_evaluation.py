@@ -72,7 +72,9 @@ def test_sampling_follows_the_probabilities_it_is_told_to_keep() -> None:
     near(shares(Sampling(top_p=0.71)), [0, 4 / 9, 3 / 9, 2 / 9])
     squares = torch.tensor([0.01, 0.16, 0.09, 0.04]) / 0.3
     near(shares(Sampling(temperature=0.5)), squares.tolist())
-    assert shares(Sampling(temperature=0)).tolist() == [0, 1, 0, 0]
+    for temperature in (0, 1e-50, 1e-40, 1e-6):  # in float32, the logits over the second and third are infinite
+        assert shares(Sampling(temperature=temperature)).tolist() == [0, 1, 0, 0]
+    near(shares(Sampling(temperature=math.inf)), [0.25] * 4)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
@@ -173,10 +175,13 @@ def test_a_folder_of_text_is_scored_as_one_stream_of_documents(
     (tmp_path / "text" / "loose.txt").write_text("in no domain")
     for name in ("paper.pdf", "notes.md", "more.md", ".hidden.txt"):
         (tmp_path / "text" / "prose" / name).write_text("of a format that is not read")
+    prose = tmp_path / "text" / "prose"
+    (prose / "latin.txt").write_bytes("Nobody said café.".encode("latin-1"))
     capsys.readouterr()  # what the training printed
     assert main(["eval", str(run_dir), "--text", str(tmp_path / "text"), "--json"]) == 0
     shown = capsys.readouterr()
     assert "loose.txt in " in shown.err
+    assert f"{prose}: 1 document left out, not UTF-8; the first is in {prose / 'latin.txt'}\n" in shown.err
     assert "text/prose: not read: 2 .md, 1 .pdf, 1 hidden or an editor's\n" in shown.err
     assert "text/code: not read" not in shown.err
     rows = json.loads(shown.out)
@@ -312,6 +317,28 @@ def test_a_task_whose_answers_leave_no_room_for_the_question_is_refused(finished
     question.args[1]["max_gen_toks"] = 16
     with pytest.raises(ValueError, match=r"answers of up to 16 tokens, and the run was trained on sequences of 16"):
         model.generate_until([question])
+
+
+@pytest.mark.slow  # importing the harness takes seconds
+@pytest.mark.filterwarnings("ignore")
+def test_answers_after_white_space_alone_begin_a_text_and_answers_without_tokens_are_refused(
+    finished: Callable[..., Path],
+) -> None:
+    from experiments.evaluation.harness import RunLM
+
+    run = load_run(finished())
+    model = RunLM(run)
+    requests = [SimpleNamespace(args=args) for args in (("\n", "x"), (" ", "("), ("", " ("), ("import os", " as x"))]
+    end = run.tokenizer.token_to_id("<|endoftext|>")
+    for request, (got, _) in zip(requests[:3], model.loglikelihood(requests, disable_tqdm=True), strict=False):
+        wanted = log_probabilities(run, [end, *run.tokenizer.encode("".join(request.args)).ids])
+        assert got == pytest.approx(float(wanted.sum()), rel=1e-5)
+    joined = SimpleNamespace(args=("e", "n"))  # which become one token
+    assert len(run.tokenizer.encode("en").ids) == 1
+    with pytest.raises(
+        ValueError, match=r"must have tokens of their own; got none for 'n' after 'e'; end the question"
+    ):
+        model.loglikelihood([joined], disable_tqdm=True)
 
 
 @pytest.mark.parametrize(

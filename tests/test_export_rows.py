@@ -100,6 +100,21 @@ def test_padding_on_either_side_is_as_no_text(exported: Exported) -> None:
             close(logits[1:, 4:] if left else logits[1:, :3], model(second).logits)
 
 
+def test_the_loss_of_padded_rows_is_that_of_their_texts(exported: Exported) -> None:
+    """The first token of a row has no target before it on either side, not even at the padding."""
+    _, model = exported
+    losses = [model(torch.tensor([text]), labels=torch.tensor([text])).loss * (len(text) - 1) for text in TEXTS]
+    wanted = sum(losses) / sum(len(text) - 1 for text in TEXTS)
+    longest = max(map(len, TEXTS))
+    for left in (True, False):
+        more = [(longest - len(text), 0) if left else (0, longest - len(text)) for text in TEXTS]
+        rows = torch.stack([F.pad(torch.tensor(t), m, value=3) for t, m in zip(TEXTS, more, strict=True)])
+        mask = torch.stack([F.pad(torch.ones(len(t), dtype=int), m) for t, m in zip(TEXTS, more, strict=True)])
+        labels = rows.masked_fill(mask == 0, -100)
+        close(model(rows, attention_mask=mask, labels=labels).loss, wanted)
+        close(model(rows, mask, None, None, None, labels).loss, wanted)
+
+
 def test_positions_that_begin_above_zero_go_on_after_a_cache_and_are_as_zero_without_one(exported: Exported) -> None:
     _, model = exported
     tokens = torch.tensor([TEXTS[0]])

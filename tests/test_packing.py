@@ -365,3 +365,7 @@ def test_a_packed_run_trains_resumes_and_is_evaluated_on_text(
     found = evaluate_domain(trained, folder)
     assert found["tokens"] == count
     assert found["loss"] == pytest.approx(total / count, rel=1e-6)
+    for path in folder.iterdir():
+        path.write_text("x")  # a token, and before its end nothing else to predict
+    with pytest.raises(ValueError, match=r"must hold text after the first token of each document.*; got none; name an"):
+        evaluate_domain(trained, folder)

@@ -1,6 +1,7 @@
 """Loss on folders of text, each of which is a domain."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from experiments.data.tokenizer import encode
 from experiments.design.data import SMALLEST_VOCABULARY, DataConfig
 from experiments.evaluation.load import TrainedRun
 from experiments.evaluation.scoring import Request, score
-from experiments.terminal import bar
+from experiments.terminal import bar, warn
 
 WINDOWS_AT_ONCE = 256
 
@@ -52,14 +53,16 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
 
     As in the held-out text of the training, the documents follow one another, each ended by the end-of-text token, and
     are cut into windows of the training's sequence length; unlike there, the text begins after an end of text. For a
-    run on packed documents each is scored by itself, from its second token on.
+    run on packed documents each is scored by itself, from its second token on. Documents that are not UTF-8 are left
+    out, with a line on standard error.
     Raises ValueError if the folder holds no text.
     """
     loss, tokens, text_bytes = 0.0, 0, 0
+    undecodable: Counter[Path] = Counter()
     lengths = run.coder.token_bytes
     windows: list[Request] = []
     with bar(f"scoring {folder.name}", None, " tokens") as progress:
-        for window in _windows(run, folder):
+        for window in _windows(run, folder, undecodable):
             windows.append(window)
             tokens += len(window.continuation)
             text_bytes += int(lengths[list(window.continuation)].sum())
@@ -68,8 +71,12 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
                 progress.update(sum(len(each.continuation) for each in windows))
                 windows.clear()
         loss -= sum(each.log_probability for each in score(run, windows))
+    if undecodable:
+        first, count = next(iter(undecodable)), undecodable.total()
+        warn(f"{folder}: {count} document{'s' * (count > 1)} left out, not UTF-8; the first is in {first}")
     if not text_bytes:
-        raise ValueError(f"{folder} must hold text; its documents are empty; name another folder")
+        unscored = " after the first token of each document, where a run on packed documents scores none"
+        raise ValueError(f"{folder} must hold text{unscored * run.config.packed}; got none; name another folder")
     return {
         "loss": loss / tokens,
         "bits_per_byte": loss / (math.log(2) * text_bytes),
@@ -78,8 +85,11 @@ def evaluate_domain(run: TrainedRun, folder: Path) -> Mapping[str, float]:
     }
 
 
-def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
-    """The text as one token to begin with and up to T that follow it, T being the sequence length of the training."""
+def _windows(run: TrainedRun, folder: Path, undecodable: Counter[Path]) -> Iterator[Request]:
+    """The text as one token to begin with and up to T that follow it, T being the sequence length of the training.
+
+    Documents that are not UTF-8 are counted by file in `undecodable`.
+    """
     packed = run.config.packed
     end = run.end_of_text
     length = run.config.train.sequence_length
@@ -88,9 +98,17 @@ def _windows(run: TrainedRun, folder: Path) -> Iterator[Request]:
     spec = replace(
         run.data, source=str(folder.resolve()), site_packages=False, validation_source=None, pretokenized=None
     )
-    texts = (text for file in find_files(spec).files for text in read_documents(file.path, spec) if text)
+
+    def texts() -> Iterator[bytes]:
+        for file in find_files(spec).files:
+            for text in read_documents(file.path, spec):
+                if text:
+                    yield text
+                elif text is None:
+                    undecodable[file.path] += 1
+
     before, held = (None if packed else end), list[int]()
-    for piece in encode(run.coder, texts):
+    for piece in encode(run.coder, texts()):
         held += piece.ids.tolist()
         if piece.ends_document:
             held.append(end)

@@ -47,7 +47,17 @@ class RunLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        wanted = [self._request(context, continuation) for _, context, continuation in requests]
+        for (context, continuation), _before, tokens in requests:
+            if not tokens:  # the harness takes what the two have beyond the tokens of the context
+                raise ValueError(
+                    f"the answers of a task must have tokens of their own; got none for {continuation[:40]!r} after "
+                    f"{context[-40:]!r}; end the question with a line break or a space (target_delimiter) in a copy of "
+                    "the task"
+                )
+        # The harness moves white space from the end of a context to the answer, which may leave none of it.
+        wanted = [
+            self._request(context or [self.prefix_token_id], continuation) for _, context, continuation in requests
+        ]
         return [tuple(each) for each in score(self._run, wanted)]  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002

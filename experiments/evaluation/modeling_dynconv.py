@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3PreTrainedModel
@@ -24,7 +25,8 @@ from .chunks import chunked  # type: ignore[import-not-found]  # noqa: F401
 from .modeling_parts import MIXERS, Experts, Informed, Pass, Rows, ShortConvCache, rows_of
 
 # transformers renamed the argument of its models that takes the cache.
-CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
+ARGUMENTS = tuple(inspect.signature(Qwen3ForCausalLM.forward).parameters)[1:]
+CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"
 CONVOLUTIONS = {"static": StaticShortConv, "headwise": HeadwiseDynamicConv, "lowrank": LowRankDynamicConv}
 TELLS_DOCUMENTS_APART = ("eager", "sdpa", "flex_attention")  # in every row: they take a mask
 MODULES = {  # where the linear map, or the norm, of a site is in a layer
@@ -210,6 +212,7 @@ class DynconvForCausalLM(DynconvPreTrainedModel, Qwen3ForCausalLM):
         self.model = DynconvModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_forward_pre_hook(_leave_out_targets_after_padding, with_kwargs=True)  # keeps forward's signature
         self.post_init()
 
     def _prepare_cache_for_generation(
@@ -222,6 +225,18 @@ class DynconvForCausalLM(DynconvPreTrainedModel, Qwen3ForCausalLM):
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = ShortConvCache(config=self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _leave_out_targets_after_padding(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """The first token of a row is no target, on whichever side the row is padded: nothing is known at padding."""
+    given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+    labels, mask = given.get("labels"), given.get("attention_mask")
+    if labels is not None and isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+        first = F.pad((mask[:, 1:] != 0) & (mask[:, :-1] == 0), (1, 0))
+        given["labels"] = labels.masked_fill(first.to(labels.device), -100)
+    return (), given
 
 
 AutoConfig.register("dynconv", DynconvConfig, exist_ok=True)
