@@ -351,6 +351,8 @@ def test_answers_after_white_space_alone_begin_a_text_and_answers_without_tokens
         (["eval", "RUN", "--text", "EMPTY"], "the corpus must hold"),
         (["eval", "EMPTY", "--text", "EMPTY"], "a run's folder or a store with finished runs on text; it has none"),
         (["eval", "RUN", "--tasks", "no-such-task"], "knows no such task"),
+        (["eval", "RUN", "--tasks", "mine", "--include", "nowhere"], "--include nowhere: no such folder"),
+        (["eval", "RUN", "--tasks", "mine", "--include", "EMPTY"], "no .yaml file in"),
         (["generate", "EMPTY"], "must be the folder of a run"),
         (["generate", "RUN", "--tokens", "0"], "--tokens must be at least 1"),
         (["generate", "RUN", "--seed", str(2**64)], "--seed must be 0 to 2^63 - 1"),

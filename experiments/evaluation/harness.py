@@ -152,16 +152,18 @@ def evaluate(
 
     A task that `shots` or `limit` change has them in its name, as "mine@limit=10", since its values cannot be compared
     with those of the task itself. `include` is a folder with the user's own task files. Raises ValueError if a task is
-    not known.
+    not known, or there is no such folder.
     """
+    if include is not None and not include.is_dir():
+        raise ValueError(f"--include {include}: no such folder; wanted the one that holds your tasks' .yaml files")
     folder = None if include is None else str(include)
     manager = TaskManager(include_path=folder, include_defaults=include is None)
     if include is not None and not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)  # takes seconds, as it reads thousands of the harness's own files
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        yours = "--include takes a folder with yours" if include is None else f"no .yaml file in {include} defines it"
         raise ValueError(
-            f"{', '.join(unknown)}: lm-evaluation-harness knows no such task; `lm-eval ls tasks` lists its own, and "
-            "--include takes a folder with yours"
+            f"{', '.join(unknown)}: lm-evaluation-harness knows no such task; `lm-eval ls tasks` lists its own, and {yours}"
         )
     if run.config.packed:
         print(
