@@ -6,7 +6,8 @@ number of documents if cu_seqlens is given, else B). Tap 0 is the current token.
 Precision: sums and silu are computed in float32, or in float64 for float64 inputs. The low-rank kernels use matrix
 products, so they first round to x's dtype: z, U, the gradient with respect to silu's input, and the products dy * x.
 Memory: a view is read without a copy if its last dimension is contiguous, except that some GPU kernels copy 16-bit
-tensors whose strides are not multiples of 16. All tensors may be DTensors; `sharded` lists the placements supported.
+tensors whose strides are not multiples of 16. All tensors but cu_seqlens
+and seq_idx may be DTensors; `sharded` lists the placements supported.
 Each function raises ValueError for arguments that do not fit together. Keywords of all three functions:
 
 cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds packed documents; these are their starts, followed by the
@@ -313,9 +314,10 @@ def _unfused(
     y = F.silu(y) if activation == "silu" else y
     y = y if added is None else y + added
     if cu_seqlens is not None:
-        y = torch.where((torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1])[:, None], y, 0.0)
+        inside = torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1]
+        y = torch.where(sharded.replicated(inside[:, None], y), y, 0.0)
     if seq_idx is not None:
-        y = torch.where(seq_idx[..., None] >= 0, y, 0.0)
+        y = torch.where(sharded.replicated(seq_idx[..., None] >= 0, y), y, 0.0)
     y = y.to(x.dtype)
     return y if state is None else (y, state.to(x.dtype))
 
