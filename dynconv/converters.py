@@ -1,7 +1,8 @@
 """Weights and decoding states of other implementations, converted to those of `dynconv.layers` and back.
 
 Every function maps the state dict of one module, without prefixes, to another, and changes no value: converting there
-and back gives the same bits. A result may be a view of what was given.
+and back gives the same bits. Weights are contiguous, as files (safetensors) and fully_shard want them; a result may
+share memory with what was given.
 
 Legend: D channels, W taps, R rank, G width of the generator's input, N sequences. Tap 0 is the current token here;
 nn.Conv1d and everything built on it (causal-conv1d, flash-linear-attention, attention-gym) store that tap last.
@@ -33,7 +34,7 @@ def from_conv1d(
         raise ValueError(
             f"weight must be [D, 1, W] or [D, W]; got {list(weight.shape)}; only depthwise convolutions are converted"
         )
-    return {"static_filter": weight.flip(1).t()} | _with_bias(state)
+    return {"static_filter": weight.flip(1).t().contiguous()} | _with_bias(state)
 
 
 def to_conv1d(
@@ -45,7 +46,7 @@ def to_conv1d(
     a module with `residual=True`, add it to their result.
     """
     _check_names(state, required=("static_filter",), optional=("bias",))
-    return {"weight": state["static_filter"].t().flip(1)[:, None]} | _with_bias(state)
+    return {"weight": state["static_filter"].t().flip(1)[:, None].contiguous()} | _with_bias(state)
 
 
 def from_paper(

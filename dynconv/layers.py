@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynconv.ops import headwise_dynamic_convolution, lowrank_dynamic_convolution, static_convolution
+from dynconv.ops.checks import check, check_input
 from dynconv.ops.sharded import any_sharded, check_all_sharded
 
 Device = torch.device | str | int | None
@@ -125,6 +126,9 @@ class _ShortConv(nn.Module):
             wanted = f"{self.channels} channels" + (f" and {columns} generator columns" if columns else "")
             raise ValueError(f"x must have {wanted}; got {x.shape[-1]} in all; mind the projection that computes x")
         generator = None if isinstance(self, _FusedConv) else self.generator_map
+        if generator is None and generator_input is not None:  # not read: but cu_seqlens in its place must not get lost
+            check_input(x)
+            check(generator_input, (*x.shape[:2], None), "generator_input", "[B, T, G]", x)
         if generated is not None and generator is None:
             raise ValueError("generated must be None where filters are static or come with x; got one; leave it out")
         if generated is not None and generator_input is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from convolutions import relative_error
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dynconv import converters
@@ -174,10 +175,20 @@ def test_every_bit_survives(dtype: torch.dtype) -> None:
     assert torch.equal(back["weight"].contiguous().view(integer), bits)
 
 
+def test_weights_can_be_written_to_a_file(tmp_path: Path) -> None:
+    """Strided ones cannot, and fully_shard refuses them, too."""
+    for made in (
+        converters.to_conv1d({"static_filter": torch.randn(4, 6), "bias": torch.randn(6)}),
+        converters.from_conv1d({"weight": torch.randn(6, 1, 4)}),
+    ):
+        save_file(made, tmp_path / "weights")
+        assert all(torch.equal(value, made[name]) for name, value in load_file(tmp_path / "weights").items())
+
+
 def test_the_example_of_the_readme() -> None:
     page = (Path(__file__).parent.parent / "dynconv" / "README.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "converters" in block]
-    names: dict[str, Any] = {"torch": torch}
+    names: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), names)
     x = torch.randn(2, 9, 64)
     want = torch.nn.functional.silu(names["theirs"](x.transpose(1, 2))[..., :9]).transpose(1, 2)

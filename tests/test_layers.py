@@ -297,6 +297,14 @@ def test_repr_says_what_it_is() -> None:
             r"initial_state \(of a step: state\) must be \[N, W-1, D\] = \[2, 3, 6\]; got \[2, 2, 6\]",
         ),
         (lambda: StaticShortConv(6).step(torch.ones(2, 5, 6), None, None), "state must be a tensor; got None"),
+        (
+            lambda: StaticShortConv(6)(torch.ones(1, 9, 6), torch.tensor([0, 4, 9])),
+            r"generator_input must be .*; got torch\.int64",
+        ),
+        (
+            lambda: StaticShortConv(6)(torch.ones(1, 9, 6), torch.ones(1, 6)),
+            r"generator_input must be \[B, T, G\] = \[1, 9, 'any'\]; got \[1, 6\]",
+        ),
         (lambda: StaticShortConv(6, activation="relu"), "activation must be None or \"silu\"; got 'relu'"),
     ],
 )

@@ -161,6 +161,9 @@ def test_segments_are_separate_convolutions_side_by_side() -> None:
         (lambda: static_convolution(X, torch.ones(4, 6), return_final_state=X), "return_final_state must be True or"),
         (lambda: static_convolution(X, torch.ones(4, 6), "no"), "residual must be True or False; got 'no'"),
         (lambda: static_convolution(X, torch.ones(4, 6), 0.5), "residual must be True or False; got 0.5"),
+        (lambda: static_convolution(X, torch.ones(4, 6), 3), "residual must be True or False; got 3"),
+        (lambda: static_convolution(X, torch.ones(4, 6), [0.5]), "residual must be True or False; got a list"),
+        (lambda: static_convolution(X, torch.ones(4, 6), X.numpy()), "residual must be True or False; got a ndarray"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation="relu"), "got 'relu'; apply another one to"),
         (lambda: static_convolution(X, torch.ones(4, 6), activation=X), "got a Tensor; apply another one to"),
         (

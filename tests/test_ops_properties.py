@@ -279,6 +279,19 @@ def test_what_is_not_finite_stays_in_its_document(kind: str, activation: str | N
             assert torch.equal(rows[others], expected[others]), (name, document)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in Triton's interpreter
+@EACH_KIND
+def test_the_state_of_an_empty_document_reaches_no_gradient(kind: str) -> None:
+    """Of filters and bases, which all documents share."""
+    case = Case(kind, batch=1, time=7, documents=(2, 0, 5), state=True)
+    inputs = case.inputs()
+    shared = [value for name, value in inputs.items() if name != "initial_state"]
+    want = torch.autograd.grad(case.run(inputs).sum(), shared)
+    with torch.no_grad():
+        inputs["initial_state"][1] = torch.nan
+    assert all(map(torch.equal, torch.autograd.grad(case.run(inputs).sum(), shared), want))
+
+
 @pytest.mark.parametrize(("state", "activation"), [(False, None), (True, "silu")])
 @pytest.mark.parametrize("padding", [1, 21])
 @EACH_KIND

@@ -1,5 +1,6 @@
 """The convolutions of DTensors on two processes, and of other tensors that wrap tensors."""
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,10 @@ def check_refusals(mesh: Any) -> None:
             lambda: convolve(tensor(1, 5, 6, placement=Shard(2)), static, initial_state=torch.ones(1, 3, 6)),
             "got x as one and initial_state as a plain tensor",
         ),
+        (
+            lambda: convolve(tensor(1, 5, 6), static, cu_seqlens=distribute_tensor(torch.tensor([0, 5]), mesh)),
+            "cu_seqlens must be a plain tensor, .*; got a DTensor; use full_tensor",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -157,6 +162,8 @@ def check_modules_in_columns(mesh: Any) -> None:
 
 def check_rows_of_documents(mesh: Any) -> None:
     """By seq_idx, which is no DTensor: every device has all tokens of its channels."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
     seq_idx = torch.tensor([[0] * 4 + [1] * 3 + [-1] * 2, [-1] * 2 + [5] * 7])
     for kind in FUNCTIONS:
         case = Case(kind, heads=4, time=9)
@@ -166,6 +173,28 @@ def check_rows_of_documents(mesh: Any) -> None:
         assert relative_error(got.full_tensor(), want.double()) < CLOSE, kind
         with pytest.raises(ValueError, match="got x sharded by batch; shard it by channels"):
             case.run(placed(case, inputs, mesh, 0), seq_idx=seq_idx)
+        with pytest.raises(ValueError, match=r"seq_idx must be a plain tensor, .*; got a DTensor; use full_tensor"):
+            case.run(placed(case, inputs, mesh, 2), seq_idx=distribute_tensor(seq_idx, mesh, [Replicate()]))
+
+
+def check_padding_with_a_bias(mesh: Any) -> None:
+    """A bias and the residual of another tensor are added after the kernels, where padding is to stay zero."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    seq_idx = torch.tensor([[0] * 4 + [1] * 3 + [-1] * 2])
+    for kind, options in itertools.product(FUNCTIONS, ({"seq_idx": seq_idx}, {"cu_seqlens": torch.tensor([0, 4, 7])})):
+        case = Case(kind, batch=1, heads=4, time=9)
+        inputs = case.inputs()
+        more = {"bias": torch.randn(case.channels), "residual": torch.randn_like(inputs["x"])}
+        more = {name: value.requires_grad_() for name, value in more.items()}
+        sharded = {name: distribute_tensor(v.detach(), mesh, [Shard(v.dim() - 1)]) for name, v in more.items()}
+        sharded = placed(case, inputs, mesh, 2) | {name: v.requires_grad_() for name, v in sharded.items()}
+        results = []
+        for given in (inputs | more, sharded):
+            y = FUNCTIONS[kind](**given, **options)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(given.values()))])
+        for got, want in zip(*reversed(results), strict=True):
+            assert relative_error(got.full_tensor(), want.double()) < CLOSE, kind
 
 
 def check_compiled(mesh: Any) -> None:
@@ -195,6 +224,7 @@ def process(rank: int, folder: Path) -> None:
     check_case(Case(segments=(16, 8), time=9), mesh, 0)
     check_modules_in_columns(mesh)
     check_rows_of_documents(mesh)
+    check_padding_with_a_bias(mesh)
     check_fully_sharded(mesh)
     check_refusals(mesh)
     check_compiled(mesh)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from convolutions import DEVICE, GPU, Case
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dynconv import ops
 from dynconv.ops import documents
@@ -51,6 +52,16 @@ def test_its_gradient_is_that_of_what_is_kept() -> None:
     got = torch.autograd.grad(ops.final_state(x, 4, cu_seqlens=EDGES, initial_state=before).square().sum(), [x, before])
     want = torch.autograd.grad(apart(x, 4, before).square().sum(), [x, before])
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch raises its own where it first derives forward
+def test_its_tangent_is_that_of_what_is_kept() -> None:
+    values = torch.randn(2, 1, 20, 6, device=DEVICE), torch.randn(2, 5, 3, 6, device=DEVICE)
+    with forward_ad.dual_level():
+        x, before = (forward_ad.make_dual(*value) for value in values)
+        got = forward_ad.unpack_dual(ops.final_state(x, 4, cu_seqlens=EDGES, initial_state=before))
+    for derived, primal, state in zip((got.primal, got.tangent), *values, strict=True):
+        assert torch.equal(derived, apart(primal, 4, state))
 
 
 @pytest.mark.parametrize("kind", ["static", "headwise", "lowrank"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import BOUND, FUNCTIONS, Case, relative_error
+from convolutions import BOUND, DEVICE, FUNCTIONS, Case, relative_error
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -19,6 +19,7 @@ pytestmark = [
 CLOSE = 2 * BOUND[torch.float32]
 EACH_KIND = pytest.mark.parametrize("kind", FUNCTIONS)
 EACH_ACTIVATION = pytest.mark.parametrize("activation", [None, "silu"])
+PACKED = {"batch": 1, "documents": (1, 0, 2, 4), "state": True}  # all but the last are shorter than W - 1
 
 
 def small(kind: str, **changes: Any) -> Case:
@@ -82,11 +83,38 @@ def test_vmap_over_models(kind: str) -> None:
         assert relative_error(got[index], case.run(own | {"x": x}).double()) < CLOSE
 
 
+@EACH_KIND
+def test_vmap_over_states(kind: str) -> None:
+    """Of packed documents: the outputs that the states do not reach are shared."""
+    case = small(kind, **PACKED)
+    inputs = detached(case)
+    states = torch.stack([inputs.pop("initial_state"), torch.randn(4, 3, 6, device=DEVICE)])
+    got = torch.func.vmap(lambda state: case.run(inputs | {"initial_state": state}))(states)
+    for index in range(2):
+        assert relative_error(got[index], case.run(inputs | {"initial_state": states[index]}).double()) < CLOSE
+
+
+@EACH_KIND
+def test_several_gradients_of_one_output_at_once(kind: str) -> None:
+    """As `torch.autograd.functional.jacobian` asks for them with `vectorize`."""
+    case = small(kind, activation="silu")
+    inputs = case.inputs()
+    y = case.run(inputs)
+    dys = torch.randn(3, *y.shape, device=DEVICE)
+    got = torch.autograd.grad(y, list(inputs.values()), dys, is_grads_batched=True, retain_graph=True)
+    for index in range(3):
+        want = torch.autograd.grad(y, list(inputs.values()), dys[index], retain_graph=True)
+        assert_all_close(
+            {name: g[index] for name, g in zip(inputs, got, strict=True)}, dict(zip(inputs, want, strict=True))
+        )
+
+
+@pytest.mark.parametrize("packing", [{}, PACKED], ids=["rows", "packed"])
 @EACH_ACTIVATION
 @EACH_KIND
-def test_forward_mode(kind: str, activation: str | None) -> None:
+def test_forward_mode(kind: str, activation: str | None, packing: dict[str, Any]) -> None:
     """Against the difference of two outputs, in float64."""
-    case = small(kind, activation=activation)
+    case = small(kind, activation=activation, **packing)
     inputs = detached(case)
     tangents = {name: torch.randn_like(value) for name, value in inputs.items()}
     y, got = torch.func.jvp(case.run, (inputs,), (tangents,))
@@ -96,6 +124,19 @@ def test_forward_mode(kind: str, activation: str | None) -> None:
         case.oracle({n: v.double() + sign * step * tangents[n].double() for n, v in inputs.items()}) for sign in (1, -1)
     )
     assert relative_error(got, (ahead - behind) / (2 * step)) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["kernels"], indirect=True)
+@EACH_KIND
+def test_forward_mode_through_a_backward_pass_is_refused(kind: str) -> None:
+    """Kernels that took such a gradient would leave its tangent out."""
+    case = small(kind)
+    inputs = case.inputs()
+    y = case.run(inputs)
+    with torch.autograd.forward_ad.dual_level():
+        dy = torch.autograd.forward_ad.make_dual(torch.randn_like(y), torch.randn_like(y))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            torch.autograd.grad(y, list(inputs.values()), dy)
 
 
 def test_a_hessian() -> None:

@@ -76,6 +76,19 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(f"{name} must be a whole number of at least 1; got {shown(size)}; pass an int")
 
 
+def check_switches(**switches: Any) -> None:
+    """Raise ValueError unless each of these arguments, by name, is True or False.
+
+    Or one of their equals: None, 0, 1, NumPy's and torch's symbolic booleans. Others have a truth value, too, but a
+    residual of 0.5 would add all of x, not half of it.
+    """
+    for name, value in switches.items():
+        of_two = isinstance(value, (bool, torch.SymBool)) or value is None or type(value).__name__ in ("bool", "bool_")
+        if not of_two and not (isinstance(value, int) and value in (0, 1)):
+            got = repr(value) if isinstance(value, (str, int, float)) else kind_of(value)
+            raise ValueError(f"{name} must be True or False; got {got}; pass one of them")
+
+
 def check_flags(**flags: Any) -> None:
     """Raise ValueError unless each of these arguments, by name, is True or False."""
     for name, flag in flags.items():
@@ -98,9 +111,7 @@ def check_options(
         check(residual, tuple(x.shape), "residual (True, False or a tensor)", "[B, T, D]", x)
     if isinstance(return_final_state, Tensor):
         raise ValueError("return_final_state must be True or False; got a tensor; pass tensors by their names")
-    for name, flag in (("residual", residual), ("return_final_state", return_final_state)):
-        if isinstance(flag, (str, float)):  # A residual of 0.5 would add all of x, not half of it.
-            raise ValueError(f"{name} must be True or False; got {flag!r}; pass one of them")
+    check_switches(residual=isinstance(residual, Tensor) or residual, return_final_state=return_final_state)
     if activation not in (None, "silu"):
         got = repr(activation) if isinstance(activation, str) else kind_of(activation)
         raise ValueError(f'activation must be None or "silu"; got {got}; apply another one to the result')

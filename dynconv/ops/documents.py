@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynconv.ops.checks import kind_of
+from dynconv.ops.sharded import any_sharded
 
 
 def find_documents(
@@ -25,6 +26,8 @@ def find_documents(
     batch, time, _ = x.shape
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be a tensor; got {kind_of(cu_seqlens)}; pass torch.tensor(cu_seqlens)")
+    if any_sharded([cu_seqlens]):
+        raise ValueError("cu_seqlens must be a plain tensor, whole on every device; got a DTensor; use full_tensor")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs B = 1; got B = {batch}; pass x.reshape(1, B*T, D)")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -57,6 +60,8 @@ def check_runs(
     """Raise ValueError unless seq_idx can number the documents of x."""
     if not isinstance(seq_idx, Tensor):
         raise ValueError(f"seq_idx must be a tensor; got {kind_of(seq_idx)}; pass torch.tensor(seq_idx)")
+    if any_sharded([seq_idx]):
+        raise ValueError("seq_idx must be a plain tensor, whole on every device; got a DTensor; use full_tensor")
     if seq_idx.shape != x.shape[:2] or seq_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"seq_idx must be [B, T] = {list(x.shape[:2])}, int32 or int64; got {list(seq_idx.shape)} {seq_idx.dtype}; "

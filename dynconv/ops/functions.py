@@ -6,7 +6,8 @@ number of documents if cu_seqlens is given, else B). Tap 0 is the current token.
 Precision: sums and silu are computed in float32, or in float64 for float64 inputs. The low-rank kernels use matrix
 products, so they first round to x's dtype: z, U, the gradient with respect to silu's input, and the products dy * x.
 Memory: a view is read without a copy if its last dimension is contiguous, except that some GPU kernels copy 16-bit
-tensors whose strides are not multiples of 16. All tensors may be DTensors; `sharded` lists the placements supported.
+tensors whose strides are not multiples of 16. All tensors but cu_seqlens
+and seq_idx may be DTensors; `sharded` lists the placements supported.
 Each function raises ValueError for arguments that do not fit together. Keywords of all three functions:
 
 cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds packed documents; these are their starts, followed by the
@@ -313,9 +314,10 @@ def _unfused(
     y = F.silu(y) if activation == "silu" else y
     y = y if added is None else y + added
     if cu_seqlens is not None:
-        y = torch.where((torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1])[:, None], y, 0.0)
+        inside = torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1]
+        y = torch.where(sharded.replicated(inside[:, None], y), y, 0.0)
     if seq_idx is not None:
-        y = torch.where(seq_idx[..., None] >= 0, y, 0.0)
+        y = torch.where(sharded.replicated(seq_idx[..., None] >= 0, y), y, 0.0)
     y = y.to(x.dtype)
     return y if state is None else (y, state.to(x.dtype))
 
@@ -412,7 +414,7 @@ def _convolve_from_state(
         return torch.cat([from_state, _convolve(x, filters, None, residual, silu)[:, count:]], 1)
     tokens = cu_seqlens[:-1, None] + torch.arange(count, device=x.device)  # [N, W-1]
     inside = tokens < cu_seqlens[1:, None]
-    tokens = tokens.clamp(max=x.shape[1] - 1)
+    near = tokens.clamp(max=x.shape[1] - 1)
 
     def first_tokens(tensor: Tensor) -> Tensor:  # [1, T, ...] -> [N, W-1, ...]
         """The first W-1 tokens of every document; zeros after the end of a shorter one.
@@ -420,15 +422,17 @@ def _convolve_from_state(
         Without the zeros these places would hold the next document's values. If those are NaN, the zero gradients of
         these places times NaN would be NaN.
         """
-        return torch.where(inside.view(*inside.shape, *[1] * (tensor.dim() - 2)), tensor[0, tokens], 0.0)
+        return torch.where(inside.view(*inside.shape, *[1] * (tensor.dim() - 2)), tensor[0, near], 0.0)
 
     first_filters = filters.select_tokens(first_tokens)
+    state = torch.where(inside[:, :1, None], state, 0.0)  # nothing reads an empty document's: as above, it may be NaN
     from_state = reference.convolve(first_tokens(x), *first_filters[:3], None, filters.segments, residual, silu, state)
-    y = _convolve(x, filters, positions, residual, silu)
-    # A place after its document's end has no token. The host does not know how many of these to leave out, so each
-    # writes the value of the first place with a token once more, without a gradient. If no place has a token, all of y
-    # is padding.
-    first = inside.flatten().int().argmax(0, keepdim=True)  # index_select uses it without reading it on the host.
-    tokens = torch.where(inside, tokens, torch.where(inside.any(), tokens.flatten().index_select(0, first), 0)).long()
-    value = torch.where(inside.any(), from_state.flatten(0, 1).index_select(0, first), y[0, :1]).detach()
-    return y[0].index_put((tokens,), torch.where(inside[..., None], from_state, value))[None]
+    # A place after its document's end has no token. It is written to one more row, because the host does not know how
+    # many to leave out.
+    y = _convolve(x, filters, positions, residual, silu).flatten(0, 1)
+    rows = torch.cat([y, y.new_zeros(1, y.shape[1])])
+    places = torch.where(inside, tokens, x.shape[1]).long()
+    # vmap cannot write slices of its own into a tensor that all slices share.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    put = rows.index_put if transformed else rows.index_put_
+    return put((places,), from_state)[None, : x.shape[1]]

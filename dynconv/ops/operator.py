@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from dynconv.ops import flops, headwise, lowrank, static
@@ -225,13 +226,16 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
+        saved = ctx.saved_tensors
         # Grad mode is on in a backward pass with create_graph=True, after which second derivatives may be requested.
-        if torch.is_grad_enabled() or dispatch_is_observed():
-            made = _Gradients.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
+        # is_grads_batched gives a dy that stands for several gradients, and calls the operator once for each.
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)
+        if torch.is_grad_enabled() or batched or not launches_directly((dy, *saved)):
+            made = _Gradients.apply(dy, *saved, *ctx.options, needs)
             gradients = tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
         else:
             segments, residual, silu = ctx.options
-            gradients = _run_backward(dy, ctx.saved_tensors, segments, residual, silu, needs)
+            gradients = _run_backward(dy, saved, segments, residual, silu, needs)
         return (*gradients, None, None, None, None)
 
 
@@ -316,9 +320,13 @@ def dispatch_is_observed() -> bool:
 
 
 def launches_directly(tensors: tuple[Any, ...]) -> bool:  # each a Tensor or None
-    """Whether kernels may be launched on these tensors without dispatching an operator."""
+    """Whether kernels may be launched on these tensors without dispatching an operator.
+
+    Not in forward mode: a kernel would drop the tangents, without an error.
+    """
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return all_plain(tensors) and not dispatch_is_observed() and not transformed
+    forward_mode = forward_ad._current_level >= 0
+    return all_plain(tensors) and not dispatch_is_observed() and not transformed and not forward_mode
 
 
 def convolve(

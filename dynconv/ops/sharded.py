@@ -41,6 +41,15 @@ def any_sharded(tensors: Sequence[Any]) -> bool:  # each a Tensor or None
     return any(isinstance(t, DTensor) for t in wrapped)
 
 
+def replicated(mask: Tensor, like: Any) -> Any:
+    """The mask, as a DTensor if `like` is one: every device holds all of it."""
+    if not any_sharded([like]):
+        return mask
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(mask, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
 def check_all_sharded(tensors: dict[str, Any]) -> None:  # keyed by the name that the error message shall show
     """Raise ValueError if some are DTensors and others plain tensors."""
     given = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
