@@ -370,15 +370,17 @@ def test_every_arm_can_be_told_apart_without_colour() -> None:
 
 
 def test_any_name_of_an_arm_can_be_drawn(tmp_path: Path) -> None:
-    """Mathematics, what legends hide, what the font lacks, and more than the figure has room for."""
+    """Mathematics, what legends hide, what the font lacks, and more than the figure has room for, of which the ends
+    tell one arm from another."""
     sizes = [f"{size},{1e15 * 10**size:g},{3 - 0.2 * size}" for size in range(4)]
-    arms = ["base", "_hidden", "$x_{", "日本", "b" * 300]
+    arms = ["base", "_hidden", "$x_{", "日本", "b" * 300, *(f"lowrank-qkv-of-all-layers-rank-{rank}" for rank in "9x")]
     rows = "\n".join(f"{arm},{row}" for arm in arms for row in sizes)
     (tmp_path / "points.csv").write_text(f"arm,size,C,loss\n{rows}\n")
     store = load(tmp_path / "points.csv")
     drawn = draw(store, answers(store, "base", None))
     labels = {text.get_text() for text in drawn["multipliers"].axes[0].get_yticklabels()}
-    assert labels == {" _hidden", r"\$x_{", "??", "b" * 27 + "…"}
+    named = {"lowrank-qkv-of…layers-rank-9", "lowrank-qkv-of…layers-rank-x"}
+    assert labels == {" _hidden", r"\$x_{", "??", "b" * 14 + "…" + "b" * 13, *named}
 
 
 def test_another_process_draws_the_same_bytes(drawn: Drawn, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def tuned(arm: str, size: str, factor: float, **changes: Any) -> Tuned:
         factor=factor,
         given_back=None,
         compute=COMPUTE[size],
+        runs=(1, 1),
         **(values | changes),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from analysis.advantage.budgets import with_budgets
-from analysis.advantage.mixtures import between_pairs, between_rates, changing_facts, recipes
+from analysis.advantage.mixtures import averaged_settings, between_pairs, between_rates, changing_facts, recipes
 from analysis.advantage.pairs import averaged, require_one_configuration, with_axes
 from analysis.errors import Refusal
 from analysis.laws.rates import Tuned, at_best_rates, notes, rate_column, untuned
@@ -37,7 +37,8 @@ def comparable(
     rows, tuned = at_best_rates(rows, rate_column(rows), column, failed)
     lines = [f"budgets {how}: {', '.join(sorted(rows['_budget'].unique()))}"] if how else []
     lines += notes(tuned) if tuned else untuned(rows, rate_column(rows), arm, baseline)
-    lines += [*averaged(rows), *recipes(rows, arm, baseline), *changing_facts(rows, arm, baseline), *mixed]
+    lines += [*averaged(rows), *averaged_settings(rows)]
+    lines += [*recipes(rows, arm, baseline), *changing_facts(rows, arm, baseline), *mixed]
     return rows, tuned, lines + between_pairs(rows, arm, baseline)
 
 

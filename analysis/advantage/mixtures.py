@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from analysis.advantage.pairs import PAIRED_ON
+from analysis.logs.columns import POINT_COLUMNS
 from analysis.logs.provenance import SEVERAL, SEVERAL_OF, short_commits
-from analysis.logs.schema import fact_columns
+from analysis.logs.schema import RUN_COLUMNS, fact_columns
 from analysis.logs.selection import is_rate, some
 
 if TYPE_CHECKING:
@@ -125,6 +126,28 @@ def changing_facts(runs: pd.DataFrame, arm: str, baseline: str) -> list[str]:
                 changing.append(f"{name} is {shown}")
         if changing:
             found.append(f"not the same at all sizes of {side}: {some(changing)}")
+    return found
+
+
+def averaged_settings(runs: pd.DataFrame) -> list[str]:
+    """For the reader: columns of a table of points whose meaning is not known and whose values differ within an arm,
+    size and budget, as `optimizer` may, since runs of several settings are then averaged. Columns with about as many
+    values as there are runs, as times and notes, are no settings. `runs` as for `mixtures`, at the learning rates that
+    are compared."""
+    found = []
+    for name in map(str, runs):
+        if name in (*RUN_COLUMNS, *POINT_COLUMNS) or "." in name or name.startswith("_"):
+            continue
+        known = runs[runs[name].notna()]
+        values = known[name].astype("string")
+        if known[name].dtype == "float64" or not 1 < values.nunique() <= len(values) / 3:
+            continue
+        cells = known.assign(_value=values).groupby(["arm", *PAIRED_ON[:2]], sort=False)["_value"]
+        several = [
+            f"{arm} at {' '.join(filter(None, at))}" for (arm, *at), count in cells.nunique().items() if count > 1
+        ]
+        if several:
+            found.append(f"averaged over runs that differ in {name} ({some(sorted(values.unique()))}): {some(several)}")
     return found
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PAIRED_ON = ["_size", "_budget", "_seed"]  # the columns that runs are paired on
+SAME_N = 1.02  # by which N of runs of one size may differ, as 1.3B and 1,312,000,000 do
 UNSEEDED = -1  # stands for a missing seed, since not all versions of pandas merge missing keys with each other
 
 
@@ -91,7 +92,15 @@ def with_axes(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def require_one_configuration(runs: pd.DataFrame) -> None:
-    """Raises Refusal if runs of one arm, size and budget differ in their configuration, other than learning rates."""
+    """Raises Refusal where runs of one arm, size and budget differ in N or in their configuration, other than the
+    rate."""
+    for (arm, size, _), rows in runs.groupby(["arm", "_size", "_budget"]):
+        counts = rows.dropna(subset=["parameters"]).sort_values("parameters", kind="stable")
+        if len(counts) and counts["parameters"].iloc[-1] > SAME_N * counts["parameters"].iloc[0]:
+            ends = " and ".join(f"{row.parameters:.6g} in {row.run_id}" for row in counts.iloc[[0, -1]].itertuples())
+            raise Refusal(
+                f"runs of {arm} at {size} differ in N ({ends}); name them as different sizes, or choose with --where"
+            )
     for name in fact_columns(map(str, runs)):
         if is_rate(name) or name.endswith("seed"):
             continue

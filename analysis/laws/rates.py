@@ -91,6 +91,8 @@ class Tuned:
     compute: float = field(metadata={"json": False})  # FLOPs, the mean of the runs
     # The lowest and the highest rate tried at which every run learned; where there is none, the best.
     learned: tuple[float, float] = field(metadata={"json": False})
+    # Runs at the best rate, and at that of the stable rates which has most.
+    runs: tuple[int, int] = field(metadata={"json": False})
     # The quadratic coefficient of loss in ln rate; None where fewer than three stable rates bracket the best.
     bend: float | None = field(default=None, metadata={"json": False})
     off_rule: float | None = None  # where one rate was tried: that rate over the one of the tuned sizes (rate_rule.py)
@@ -223,7 +225,8 @@ def _tune(
     tried = len(by_rate)
     if tried < 2:  # a rate at which all runs failed is none to compare at
         only = float(by_rate.index[0])
-        return rows, Tuned(arm, size, budget, 1, only, _over(only, own), False, None, compute, (only, only))
+        single = (len(rows), len(rows))
+        return rows, Tuned(arm, size, budget, 1, only, _over(only, own), False, None, compute, (only, only), single)
     good = [float(value) for value in by_rate.index if value not in failed]
     x, y = np.log(by_rate.index.to_numpy(float)), by_rate["mean"].fillna(np.inf).to_numpy(float)
     unstable = by_rate["mean"].isna().to_numpy(bool) | (
@@ -249,6 +252,7 @@ def _tune(
         given_back=given_back,
         compute=compute,
         learned=(min(good, default=best), max(good, default=best)),
+        runs=(len(chosen), int(by_rate["size"].max())),
         bend=float(np.polynomial.Polynomial.fit(x, y, 2).convert().coef[2]) if inside else None,
     )
 
@@ -303,7 +307,8 @@ def untuned(runs: pd.DataFrame, rate: str | None, arm: str, baseline: str) -> li
 
 
 def notes(tuned: Sequence[Tuned]) -> list[str]:
-    """A line that says at which rates each arm is best: as factors of the ladder's rate, else the rates themselves."""
+    """A line that says at which rates each arm is best: as factors of the ladder's rate, else the rates themselves; and
+    one with the arms and sizes whose best rate has fewer runs than another."""
     found = []
     for arm in dict.fromkeys(item.arm for item in tuned):
         mine = [item for item in tuned if item.arm == arm and item.rates > 1 and item.best is not None]
@@ -314,4 +319,10 @@ def notes(tuned: Sequence[Tuned]) -> list[str]:
         elif mine:
             rates = [item.best for item in mine if item.best is not None]
             found.append(f"{arm} at {min(rates):.2g} to {max(rates):.2g}")
-    return [f"each arm at its own best learning rate: {', '.join(found)}"] if found else []
+    few = [
+        f"{item.arm} at {item.size} ({item.runs[0]} of {item.runs[1]})" for item in tuned if item.runs[0] < item.runs[1]
+    ]
+    lines = [f"each arm at its own best learning rate: {', '.join(found)}"] if found else []
+    if few:
+        lines.append(f"fewer runs at the best rate, which alone count, than at another rate: {some(few)}")
+    return lines

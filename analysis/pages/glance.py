@@ -190,7 +190,9 @@ def _holds_one(item: Multiplier) -> bool:
 
 
 def _times(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.2g}"
+    """A ratio with two decimals, and more where these would make it 1: the end of an interval that does not hold 1."""
+    digits = next(digits for digits in range(2, 9) if digits == 8 or float(f"{value:.{digits}f}") != 1)
+    return f"{value:.{digits}f}" if value < 100 else f"{value:.2g}"
 
 
 def _percent(share: float) -> str:

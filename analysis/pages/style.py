@@ -96,9 +96,12 @@ def budget_shades(count: int = 64) -> list[str]:
 
 def printable(name: object, longest: int = 28) -> str:
     """A name as matplotlib can draw it: at most `longest` characters, all in the font, not read as mathematics, and not
-    hidden from legends as names with a leading underscore are."""
+    hidden from legends as names with a leading underscore are. Long names lose their middle, since those of arms and
+    runs mostly differ at the end."""
     font = get_font(findfont(STYLE["font.family"]))
-    text = str(name) if len(str(name)) <= longest else f"{str(name)[: longest - 1]}…"
+    text = str(name)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[longest // 2 - longest + 1 :]}"
     text = "".join(char if font.get_char_index(ord(char)) else "?" for char in text)
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 

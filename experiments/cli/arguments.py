@@ -141,7 +141,7 @@ def require_folder(path: Path) -> Path:
 def load_store(args: argparse.Namespace) -> Store:
     """The stores of the command line as one, with the runs that fulfil --where; what could not be read is named on
     standard error."""
-    from analysis.logs.columns import parse_columns
+    from analysis.logs.columns import NATS, loss_unit, parse_columns
     from analysis.logs.merge import load_all
     from experiments.cli.stores import stores_of
 
@@ -150,6 +150,8 @@ def load_store(args: argparse.Namespace) -> Store:
             raise ValueError(f"no store at {path}; did you mean {named}?")
     store = load_all(args.stores, parse_columns(args.columns))
     warn(*store.problems)
+    if (unit := loss_unit(store.runs)) != NATS:
+        warn(f"losses are in {unit}, and so is all that is told of them and any E or noise that options state")
     if getattr(args, "where", None) is not None:
         from analysis.pages.query import chosen
 
