@@ -162,8 +162,9 @@ def evaluate(
         manager = TaskManager(include_path=folder)  # takes seconds, as it reads thousands of the harness's own files
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         yours = "--include takes a folder with yours" if include is None else f"no .yaml file in {include} defines it"
+        named = ", ".join(unknown)
         raise ValueError(
-            f"{', '.join(unknown)}: lm-evaluation-harness knows no such task; `lm-eval ls tasks` lists its own, and {yours}"
+            f"{named}: lm-evaluation-harness knows no such task; `lm-eval ls tasks` lists its own, and {yours}"
         )
     if run.config.packed:
         print(
