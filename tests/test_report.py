@@ -17,7 +17,7 @@ from browser import CHROMIUM, Browser
 from planted import write_budgets, write_config, write_sweep
 
 from analysis.logs.store import load
-from analysis.pages.glance import _times
+from analysis.pages.tables import ratio_text
 from experiments.cli.main import main
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -89,9 +89,9 @@ def test_the_page_is_self_contained_and_says_where_it_comes_from(page: Path) -> 
 
 
 def test_the_end_of_an_interval_without_1_is_not_told_as_1() -> None:
-    assert [_times(value) for value in (1.004, 1.0004, 1.006, 1.4, 123.4)] == [
-        *("1.004", "1.0004", "1.01", "1.40", "1.2e+02")
-    ]
+    found = [ratio_text(value, 2) for value in (1.004, 1.0004, 0.9996, 1.006, 1.0, 1.4, 123.4, 0.0001)]
+    assert found == ["1.004", "1.0004", "0.9996", "1.01", "1.00", "1.40", "1.2e+02", "0.0001"]
+    assert [ratio_text(value) for value in (1.0004, 0.99999, 1.01, 1.0)] == ["1.0004", "0.99999", "1.010", "1.000"]
 
 
 def test_the_first_screen_claims_what_the_intervals_allow(page: Path) -> None:

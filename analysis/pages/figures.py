@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from analysis.laws.intervals import band
 from analysis.laws.powerlaw import Fit
 from analysis.pages.style import BLACK, MANY, STYLE, Mark, arm_panels, label_ends, marks, printable, settled
+from analysis.pages.tables import ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,7 +160,7 @@ def forest(multipliers: Sequence[Multiplier]) -> Figure:
 def _advantage(item: Multiplier | None) -> str:
     if item is None:
         return ""
-    m, *ends = (f"{value:.2f}" if value < 100 else f"{value:.0g}" for value in (item.m, *(item.ci or ())))
+    m, *ends = (ratio_text(value, 2) for value in (item.m, *(item.ci or ())))
     return f"\n{m}x{f' [{ends[0]}, {ends[1]}]' if ends else ''}"
 
 

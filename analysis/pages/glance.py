@@ -62,9 +62,13 @@ def compute_verdict(item: Multiplier) -> Verdict:
 def _claim(kind: str, baseline: str, low: float, high: float) -> str:
     """The sentence for an interval of m that lies on one side of 1."""
     if kind == "more":
-        need = f"at least {_times(low)}" if math.isinf(high) else f"{_times(low)} to {_times(high)}"
+        need = (
+            f"at least {ratio_text(low, 2)}" if math.isinf(high) else f"{ratio_text(low, 2)} to {ratio_text(high, 2)}"
+        )
         return f"Saves compute: for its loss, {baseline} needs {need} times as much"
-    need = f"at least {_times(1 / high)}" if low <= 0 else f"{_times(1 / high)} to {_times(1 / low)}"
+    need = (
+        f"at least {ratio_text(1 / high, 2)}" if low <= 0 else f"{ratio_text(1 / high, 2)} to {ratio_text(1 / low, 2)}"
+    )
     return f"Costs compute: it needs {need} times that of {baseline} for the same loss"
 
 
@@ -187,12 +191,6 @@ def _more(item: Multiplier) -> str:
 def _holds_one(item: Multiplier) -> bool:
     low, high = item.family_ci or item.ci or (0.0, math.inf)
     return low <= 1 <= high
-
-
-def _times(value: float) -> str:
-    """A ratio with two decimals, and more where these would make it 1: the end of an interval that does not hold 1."""
-    digits = next(digits for digits in range(2, 9) if digits == 8 or float(f"{value:.{digits}f}") != 1)
-    return f"{value:.{digits}f}" if value < 100 else f"{value:.2g}"
 
 
 def _percent(share: float) -> str:

@@ -392,8 +392,13 @@ def capitalised(text: str) -> str:
     return text if text.startswith("m ") else text[:1].upper() + text[1:]
 
 
-def ratio_text(value: float) -> str:
-    return f"{value:.3f}" if 0.0005 <= value < 100 else f"{value:.2g}"
+def ratio_text(value: float, decimals: int = 3) -> str:
+    """A ratio with so many decimals, and with more where these would make it 1, which the end of an interval must not
+    seem to be if the interval does not hold 1."""
+    if not 0.0005 <= value < 100:
+        return f"{value:.2g}"
+    text = f"{value:.{decimals}f}"
+    return text if float(text) != 1 or abs(value - 1) < 1e-8 else ratio_text(value, decimals + 1)
 
 
 def interval_text(interval: tuple[float, float] | None, number: str = "") -> Cell:
