@@ -1,5 +1,6 @@
-"""Errors of the analysis that are more than a request that was wrong, which is a plain ValueError of one line (exit
-code 2): work that failed, and data that do not allow the answer.
+"""Errors of the analysis: work that failed, and data that do not allow the answer.
+
+A request that was wrong is a plain ValueError of one line (exit code 2).
 """
 
 

@@ -1,5 +1,7 @@
-"""What every analysis needs from a table of runs: finished rows with positive numbers, each run once, one FLOP
-convention and one baseline."""
+"""What every analysis asks of a table of runs.
+
+Finished rows with positive numbers, each run once, one FLOP convention and one baseline.
+"""
 
 from __future__ import annotations
 

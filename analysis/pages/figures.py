@@ -1,5 +1,8 @@
-"""Figures of laws and multipliers. Functions return figures; `style.save` writes one, so that the same input gives the
-same bytes. Figures of runs, isoFLOP designs and kernels are in files of their own."""
+"""Figures of laws and multipliers.
+
+Functions return figures; `style.save` writes one, so that the same input gives the same bytes. Figures of runs, isoFLOP
+designs and kernels are in files of their own.
+"""
 
 from __future__ import annotations
 

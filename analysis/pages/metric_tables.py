@@ -1,5 +1,7 @@
-"""Arms compared on a metric, and measured beside published rows, as text: Markdown, CSV, LaTeX or JSON. No number is
-computed here."""
+"""Arms compared on a metric, and measured beside published rows, as text: Markdown, CSV, LaTeX or JSON.
+
+No number is computed here.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""One self-contained HTML page with a store's results: a first screen with the findings, interactive charts, tables,
-and the source of every number.
+"""One self-contained HTML page with a store's results: findings, charts, tables, and the source of every number.
 
 Each number links to its entry under "Where the numbers come from", which names the estimator, the FLOP convention, the
 runs with their commit, device and data, and the command that prints the number.
