@@ -94,6 +94,15 @@ def test_vmap_over_states(kind: str) -> None:
         assert relative_error(got[index], case.run(inputs | {"initial_state": states[index]}).double()) < CLOSE
 
 
+@pytest.mark.parametrize("implementation", ["reference"], indirect=True)
+def test_vmap_over_states_can_be_compiled() -> None:
+    case = small("static", **PACKED)
+    inputs = detached(case)
+    states = torch.stack([inputs.pop("initial_state"), torch.randn(4, 3, 6, device=DEVICE)])
+    over_states = torch.func.vmap(lambda state: case.run(inputs | {"initial_state": state}))
+    assert torch.equal(torch.compile(over_states, backend="aot_eager")(states), over_states(states))
+
+
 @EACH_KIND
 def test_several_gradients_of_one_output_at_once(kind: str) -> None:
     """As `torch.autograd.functional.jacobian` asks for them with `vectorize`."""

@@ -6,8 +6,8 @@ number of documents if cu_seqlens is given, else B). Tap 0 is the current token.
 Precision: sums and silu are computed in float32, or in float64 for float64 inputs. The low-rank kernels use matrix
 products, so they first round to x's dtype: z, U, the gradient with respect to silu's input, and the products dy * x.
 Memory: a view is read without a copy if its last dimension is contiguous, except that some GPU kernels copy 16-bit
-tensors whose strides are not multiples of 16. All tensors but cu_seqlens
-and seq_idx may be DTensors; `sharded` lists the placements supported.
+tensors whose strides are not multiples of 16. All tensors but cu_seqlens and seq_idx may be DTensors; `sharded` lists
+the placements supported.
 Each function raises ValueError for arguments that do not fit together. Keywords of all three functions:
 
 cu_seqlens [N+1], int32 or int64: x is [1, T, D] and holds packed documents; these are their starts, followed by the
@@ -433,6 +433,7 @@ def _convolve_from_state(
     rows = torch.cat([y, y.new_zeros(1, y.shape[1])])
     places = torch.where(inside, tokens, x.shape[1]).long()
     # vmap cannot write slices of its own into a tensor that all slices share.
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    put = rows.index_put if transformed else rows.index_put_
+    # torch.compile takes out a copy that nothing needs by itself.
+    copied = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    put = rows.index_put if copied else rows.index_put_
     return put((places,), from_state)[None, : x.shape[1]]
